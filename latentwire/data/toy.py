@@ -1,0 +1,87 @@
+"""A synthetic reading task: short contexts of facts about people, and a question about one of them.
+
+Who has which fact is drawn anew for every context, so only the context can answer; without it a guess is right about
+once in twenty. Names and values come from closed lists, which keeps the task small enough for receivers of a million
+weights and encoders trained in minutes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = (
+    "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jill Karl Lena Max Nora Otto Pia Quinn Rosa Sam Tara "
+    "Uma Vera Walt Xena Yara Zoe Alan Beth Carl Dora Emil Fay Glen Hugo Iris Jack Kurt Lily Mona Ned"
+).split()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fact: how it is stated, how it is asked for, and its values."""
+
+    fact: str
+    question: str
+    values: tuple[str, ...]
+
+
+KINDS = (
+    Kind(
+        "{name} lives in {value}.",
+        "Where is the home of {name}?",
+        tuple(
+            "Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bonn Kiev Lyon Milan Perth Dakar Turin Seoul Malmo Porto Basel Riga".split()
+        ),
+    ),
+    Kind(
+        "{name} works as {value}.",
+        "What is the job of {name}?",
+        tuple(
+            "baker pilot nurse judge miner actor singer lawyer farmer tailor barber sailor editor porter doctor guard mason clerk cook poet".split()
+        ),
+    ),
+    Kind(
+        "{name} owns a {value}.",
+        "Which animal belongs to {name}?",
+        tuple(
+            "dog cat horse goat parrot rabbit turtle hamster ferret gecko pony duck goose snake mouse lizard canary donkey sheep pig".split()
+        ),
+    ),
+    Kind(
+        "{name} eats {value}.",
+        "What is the favourite meal of {name}?",
+        tuple(
+            "rice soup pasta bread cheese salad beans noodles fish eggs pizza curry stew corn honey apples plums yogurt tofu cake".split()
+        ),
+    ),
+)
+
+
+def facts(rng: random.Random, people: int, kinds: int) -> list[tuple[str, Kind, str]]:
+    """``people`` × ``kinds`` facts (name, kind, value) in random order; no value stands twice."""
+    names = rng.sample(NAMES, people)
+    drawn = []
+    for kind in rng.sample(KINDS, kinds):
+        drawn += [(name, kind, value) for name, value in zip(names, rng.sample(kind.values, people), strict=True)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2) -> Iterator[dict[str, Any]]:
+    """``count`` rows with ``id``, ``document``, ``context``, ``question`` and ``answers``; the seed decides all of them.
+
+    ``people`` and ``kinds`` are 1 to 4. One question per context, so every row is a document of its own.
+    """
+    rng = random.Random(f"toy {seed}")
+    for number in range(count):
+        drawn = facts(rng, people, kinds)
+        name, kind, value = rng.choice(drawn)
+        yield {
+            "id": f"toy-{seed}-{number}",
+            "document": f"toy-{seed}-{number}",
+            "context": " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn),
+            "question": kind.question.format(name=name),
+            "answers": [value],
+        }

@@ -1,0 +1,173 @@
+"""A frozen causal LM that reads soft prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from latentwire.config import ReceiverConfig
+from latentwire.data.layout import Batch
+from latentwire.models.weights import ReceiverError, hub_error, resolve
+
+
+def load_tokenizer(config: ReceiverConfig) -> Any:
+    """The receiver's tokenizer, without its weights. Raises :class:`ReceiverError`."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(config, error) from error
+
+
+def load_hf_config(config: ReceiverConfig) -> Any:
+    """The receiver's transformers configuration, without its weights. Raises :class:`ReceiverError`."""
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(config, error) from error
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """``auto`` is CUDA, then MPS, then CPU."""
+    if wanted != "auto":
+        device = torch.device(wanted)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ReceiverError(f"device must exist on this machine, got {wanted} and no CUDA; use device: auto")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, wanted)
+
+
+class LMWrapper(nn.Module):
+    """One receiver: soft prompt and targets in, logits at the supervised positions out; and generation.
+
+    Differentiable in the soft prompt, never in its own weights: they do not require grad, and :meth:`fingerprint`
+    proves that they do not change.
+    """
+
+    def __init__(self, config: ReceiverConfig) -> None:
+        """Load weights and tokenizer. Raises :class:`ReceiverError` with the cause and the next move."""
+        super().__init__()
+        self.config, self.name = config, config.name
+        self.tokenizer = load_tokenizer(config)
+        device = pick_device(config.device)
+        try:
+            self.lm = AutoModelForCausalLM.from_pretrained(
+                resolve(config),
+                revision=config.revision,
+                dtype=pick_dtype(config.dtype, device),
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            raise hub_error(config, error) from error
+        self.lm.to(device).eval().requires_grad_(False)
+        self.embed_tokens = self.lm.get_input_embeddings()
+        self.head = self.lm.get_output_embeddings()
+        self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
+        self._check_head()
+
+    # -------------------------------------------------------------------------------------------------- properties
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    @property
+    def width(self) -> int:
+        """D, the width of one soft-prompt vector."""
+        return self.embed_tokens.embedding_dim
+
+    @property
+    def embed_rms(self) -> float:
+        """Root mean square of the entries of the embeddings as the model reads them (Gemma scales its table)."""
+        vocabulary = self.embed_tokens.num_embeddings
+        ids = torch.arange(0, vocabulary, max(1, vocabulary // 4096), device=self.device)
+        return self.embed_tokens(ids).float().square().mean().sqrt().item()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, types and bytes of all weights and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.lm.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    # ----------------------------------------------------------------------------------------------------- forward
+
+    def train(self, mode: bool = True) -> LMWrapper:
+        """Stays in evaluation mode: a frozen receiver has no dropout to switch on."""
+        return super().train(False)
+
+    def embed(self, batch: Batch, p_BLD: torch.Tensor | None) -> torch.Tensor:
+        """Input embeddings ``[B, S, D]``: token embeddings with the soft prompt laid over its slots.
+
+        Row by row, the slots take that row's vectors in order; ``p_BLD`` is ``None`` for text prompts.
+        """
+        e_BSD = self.embed_tokens(batch.ids_BS)
+        if p_BLD is None:
+            return e_BSD
+        slots = int(batch.slots_BS.sum())
+        if slots != p_BLD.shape[0] * p_BLD.shape[1]:
+            raise ValueError(f"a soft prompt must fill its slots, got {tuple(p_BLD.shape)} for {slots} slots")
+        return e_BSD.masked_scatter(batch.slots_BS[..., None], p_BLD.to(e_BSD.dtype))
+
+    def supervised_logits(self, batch: Batch, p_BLD: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[N, V]`` that predict ``batch.target_N``; no other position meets the head."""
+        hidden_BSD = self.lm.base_model(
+            inputs_embeds=self.embed(batch, p_BLD), attention_mask=batch.attention_BS, use_cache=False
+        ).last_hidden_state
+        # Flat rows: a 3-D slice makes the bf16 head copy its weight once per row on CPU.
+        return self._logits(hidden_BSD.flatten(0, 1).index_select(0, batch.predict_N))
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        logits_NV = self.head(hidden_ND)
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, p_BLD: torch.Tensor | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations of left-padded prompts, up to and without their stop token."""
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+        )
+        output_BK = self.lm.generate(
+            inputs_embeds=self.embed(batch, p_BLD), attention_mask=batch.attention_BS, generation_config=settings
+        )
+        return [_until(row, stop_ids) for row in output_BK.tolist()]
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Our head (hidden states, output embedding, soft cap) must give the model's own logits."""
+        ids_BS = torch.arange(1, 9, device=self.device)[None]
+        own = self.lm(input_ids=ids_BS).logits[0].float()
+        ours = self._logits(self.lm.base_model(input_ids=ids_BS).last_hidden_state[0]).float()
+        if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max())):
+            raise ReceiverError(
+                f"receiver {self.name}: {self.config.model} scales its logits in a way LMWrapper does not know "
+                f"(largest difference {float((own - ours).abs().max()):.3g}); its architecture needs a case in _logits"
+            )
+
+
+def _until(ids: list[int], stops: tuple[int, ...]) -> list[int]:
+    for place, token in enumerate(ids):
+        if token in stops:
+            return ids[:place]
+    return ids

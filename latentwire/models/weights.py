@@ -1,0 +1,99 @@
+"""Where a receiver's weights come from: the embedded pair, a local directory, a GGUF file, or the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from latentwire.config import ReceiverConfig
+
+TOY_MODELS = ("toy-llama", "toy-qwen")
+
+
+class ReceiverError(RuntimeError):
+    """A receiver that cannot be loaded; the message says which, why, and what to do."""
+
+
+def cache_dir() -> Path:
+    """Directory of converted weights: ``$LATENTWIRE_CACHE``, else ``~/.cache/latentwire``."""
+    return Path(os.environ.get("LATENTWIRE_CACHE", Path.home() / ".cache" / "latentwire"))
+
+
+def resolve(config: ReceiverConfig) -> str:
+    """A path or Hub id that ``from_pretrained`` loads; converts GGUF on first use.
+
+    Raises :class:`ReceiverError` for a missing embedded model, a directory without weights, or an unreadable GGUF file.
+    """
+    if config.model in TOY_MODELS:
+        return str(resources.files("latentwire") / "toy_pair" / config.model)
+    path = Path(config.model)
+    if not path.exists():
+        if config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
+            raise ReceiverError(f"receiver {config.name}: model must be a Hub id or an existing directory, got {config.model}")
+        return config.model
+    if not path.is_dir():
+        raise ReceiverError(f"receiver {config.name}: model must be a directory, got the file {path}; name its directory")
+    if (path / "config.json").exists():
+        return str(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ReceiverError(
+            f"receiver {config.name}: {path} must hold config.json with safetensors, or exactly one .gguf file, got {found}"
+        )
+    return str(_convert_gguf(files[0], config))
+
+
+def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
+    """Dequantise once into fp32 safetensors, in a cache directory named by the file's hash."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    target = cache_dir() / "gguf" / digest.hexdigest()[:16]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.exists():
+            return target
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        print(f"receiver {config.name}: converting {file.name} once into {target}", flush=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:
+            raise ReceiverError(f"receiver {config.name}: {file} cannot be read as GGUF ({error}); fetch it again") from error
+        _forget_quantisation(model)
+        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            os.rename(aside, target)
+            os.mkdir(aside)  # for the context manager to remove
+    return target
+
+
+def _forget_quantisation(model: Any) -> None:
+    """transformers refuses to save what it loaded from GGUF, although the weights are plain fp32 by now."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+def hub_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
+    """One clear message for everything that goes wrong between a Hub id and loaded weights."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ReceiverError(
+        f"receiver {config.name}: {config.model} cannot be loaded ({reason}). If it is a Hub id: log in with "
+        f"`hf auth login` where the model is gated, check the network, or give a local directory with "
+        f"--{config.name}_id <directory> (or run.receivers in the space file)"
+    )

@@ -1,0 +1,98 @@
+"""Command-line flags: each one is a name for a knob of the configuration, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latentwire.config import ConfigError, SpaceFile, knobs, load_space, set_path
+
+FLAGS: dict[str, str] = {
+    "samples": "data.samples",
+    "dataset": "data.dataset",
+    "data_dir": "data.data_dir",
+    "epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "batch_size": "training.batch_size",
+    "sequential_models": "training.sequential_models",
+    "latent_len": "encoder.latent_len",
+    "d_z": "encoder.d_z",
+    "encoder_type": "encoder.kind",
+    "warm_anchor_text": "prompt.anchor",
+    "first_token_ce_weight": "losses.first_token_ce_weight",
+    "llama_id": "receivers.0.model",
+    "qwen_id": "receivers.1.model",
+    "num_workers": "training.num_workers",
+    "seed": "training.seed",
+}
+"""Flag → dotted path into ``run``. Every other knob is reached by ``--set path=value``."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of :data:`FLAGS`, ``--set`` and ``--space``; values are checked by the configuration, not here."""
+    docs = {path: field.description for path, field in knobs()}
+    for flag, path in FLAGS.items():
+        text = docs.get(path) or f"Hub id or local directory of the receiver {flag.removesuffix('_id')}."
+        text = text.replace("``", "").replace("\n", " ").replace("%", "%%")
+        if flag == "sequential_models":
+            parser.add_argument(f"--{flag}", action="store_const", const=True, help=text)
+        else:
+            parser.add_argument(f"--{flag}", metavar="VALUE", help=text)
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+                        help="any other knob of run or tune, e.g. --set training.encoder_lr=3e-4 --set tune.trials=4")  # fmt: skip
+    parser.add_argument("--space", type=Path, help="space file (search_spaces/*.yaml); its `run:` is what flags override")
+
+
+def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
+    """The space file with the flags laid over it. Raises :class:`~latentwire.config.ConfigError`."""
+    overrides: dict[str, Any] = {}
+    for flag, path in FLAGS.items():
+        if (value := getattr(options, flag)) is not None:
+            overrides[f"run.{path}"] = value if isinstance(value, bool) or path == "prompt.anchor" else _typed(value)
+    for assignment in options.assignments:
+        path, sign, text = assignment.partition("=")
+        if not sign:
+            raise ConfigError(f"--set takes PATH=VALUE, got {assignment}")
+        overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = _typed(text)
+    # A receiver that the flags replace is not the toy any more: what the default said about the toy goes with it.
+    for index, flag in enumerate(("llama_id", "qwen_id")):
+        if getattr(options, flag) is not None and options.space is None and default is None:
+            overrides.setdefault(f"run.receivers.{index}.bos", "auto")
+    return load_space(options.space or default, overrides)
+
+
+def _typed(text: str) -> Any:
+    """A flag's text as YAML would read it, so that ``3e-4``, ``true`` and ``null`` mean what they say."""
+    try:
+        return float(text) if "e" in text.lower() and text[:1].isdigit() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def fail(error: Exception) -> int:
+    """Print one clear error and return the exit status for it."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def home() -> Path:
+    """Where relative outputs go: ``$LATENTWIRE_HOME``, else the current directory.
+
+    A submitted job runs in an unpacked copy of the project that Ray deletes later, so there it is ``~/latentwire``.
+    """
+    if chosen := os.environ.get("LATENTWIRE_HOME"):
+        return Path(chosen)
+    return Path.home() / "latentwire" if "_ray_pkg_" in str(Path.cwd()) else Path.cwd()
+
+
+def with_home(space: SpaceFile) -> SpaceFile:
+    """The space with its relative ``shard_dir`` and ``storage_path`` made absolute under :func:`home`."""
+    tree = space.model_dump(mode="json")
+    set_path(tree, "run.data.shard_dir", str(home() / space.run.data.shard_dir))
+    set_path(tree, "tune.storage_path", str(home() / space.tune.storage_path))
+    return SpaceFile.model_validate(tree)

@@ -1,0 +1,189 @@
+"""Checkpoints and exports: safetensors and JSON, never pickle; written aside, then renamed.
+
+A directory holds ``config.json``, ``interlingua.safetensors`` (the encoder), ``adapters/<receiver>.safetensors``,
+``manifest.json`` (format, hashes, parameter counts, package versions, pins, metrics) and, in a checkpoint but not in an
+export, ``training_state.safetensors`` and ``training_state.json`` for an exact resume. No receiver weight is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from latentwire.config import ConfigError, RunConfig, validate
+from latentwire.models.latentwire import LatentWire
+from latentwire.training.loop import Progress, Trainer
+
+FORMAT_VERSION = 1
+PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be trusted or does not fit; the message says what was expected and what was found."""
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, Any], trainer: Trainer | None = None) -> Path:
+    """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not exist yet.
+
+    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings).
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.part-{uuid.uuid4().hex[:8]}"
+    (aside / "adapters").mkdir(parents=True)
+    try:
+        (aside / "config.json").write_text(wire.run.model_dump_json(indent=1))
+        save_file(_tensors(wire.interlingua.encoder), aside / "interlingua.safetensors")
+        for name, adapter in wire.interlingua.adapters.items():
+            save_file(_tensors(adapter), aside / "adapters" / f"{name}.safetensors")
+        if trainer is not None:
+            _save_training(aside, trainer)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "files": {str(f.relative_to(aside)): _sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
+            "parameters": {
+                "encoder": sum(p.numel() for p in wire.interlingua.encoder.parameters()),
+                **{f"adapters/{name}": sum(p.numel() for p in a.parameters()) for name, a in wire.interlingua.adapters.items()},
+            },
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "pins": pins,
+            "metrics": metrics,
+        }
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _save_training(path: Path, trainer: Trainer) -> None:
+    tensors = {"rng": torch.get_rng_state()}
+    state = trainer.optimizer.state_dict()
+    for index, slots in state["state"].items():
+        for slot, value in slots.items():
+            tensors[f"optimizer.{index}.{slot}"] = torch.as_tensor(value).detach().cpu()
+    save_file(tensors, path / "training_state.safetensors")
+    document = {
+        "progress": asdict(trainer.progress),
+        "optimizer_groups": state["param_groups"],
+        "scheduler": trainer.scheduler.state_dict(),
+    }
+    (path / "training_state.json").write_text(json.dumps(document, indent=1))
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, after every file it names has been hashed. Raises :class:`CheckpointError`."""
+    file = Path(path) / "manifest.json"
+    if not file.exists():
+        raise CheckpointError(f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it")
+    try:
+        manifest = json.loads(file.read_text())
+        version, files = manifest["format_version"], dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it")
+    for name, expected in files.items():
+        part = (Path(path) / name).resolve()
+        if not part.is_relative_to(Path(path).resolve()):
+            raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
+        if not part.exists():
+            raise CheckpointError(f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory")
+        found = _sha256(part)
+        if found != expected:
+            raise CheckpointError(
+                f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; it was changed or cut off"
+            )
+    return manifest
+
+
+def read_run(path: Path) -> RunConfig:
+    """The configuration a checkpoint was made with. Raises :class:`CheckpointError`."""
+    try:
+        return validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
+
+
+def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
+    """Put a checkpoint's encoder and adapters into ``wire``; returns the manifest.
+
+    Raises :class:`CheckpointError` for changed files, other shapes or keys, or receivers whose weights hash differently
+    from those it was trained with.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    parts = {"interlingua.safetensors": wire.interlingua.encoder}
+    parts |= {f"adapters/{name}.safetensors": adapter for name, adapter in wire.interlingua.adapters.items()}
+    for name, module in parts.items():
+        if name not in manifest["files"]:
+            raise CheckpointError(f"{path} must hold {name} for receivers {', '.join(wire.receivers)}, it does not")
+        try:
+            module.load_state_dict(load_file(path / name))
+        except (RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{path / name} must fit the configuration: {error}") from error
+    for name, expected in manifest["pins"].get("receivers", {}).items():
+        if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
+            raise CheckpointError(
+                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got {found[:12]}… "
+                f"({wire.receivers[name].config.model}); load the same weights and dtype"
+            )
+    return manifest
+
+
+def load_training(path: Path, trainer: Trainer) -> None:
+    """Continue exactly where a checkpoint stopped: weights, optimiser, schedule, progress and random state."""
+    load_weights(path, trainer.wire)
+    document = json.loads((Path(path) / "training_state.json").read_text())
+    tensors = load_file(Path(path) / "training_state.safetensors")
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".")
+            state.setdefault(int(index), {})[slot] = tensor
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": document["optimizer_groups"]})
+    trainer.scheduler.load_state_dict(document["scheduler"])
+    trainer.progress = Progress(**document["progress"])
+    torch.set_rng_state(tensors["rng"])
+
+
+def load_wire(path: Path) -> tuple[LatentWire, dict[str, Any]]:
+    """A wire from a checkpoint or export, with its manifest; loads the receivers too."""
+    read_manifest(path)
+    wire = LatentWire(read_run(path))
+    return wire, load_weights(path, wire)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""What data-parallel workers exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Workers:
+    """Rank and size of the group that trains together, and its two sums. A single worker exchanges nothing.
+
+    Gradients are summed by hand rather than by DistributedDataParallel: the loss of each worker is already divided by
+    the token count of the joined batch, so the sum *is* the joined batch's gradient, also with a backward per receiver.
+    """
+
+    def __init__(self) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.size = dist.get_world_size() if joined else 1
+
+    def sum_counts(self, counts: dict[str, float], device: torch.device) -> dict[str, float]:
+        """Each count over all workers."""
+        if self.size == 1:
+            return counts
+        total = torch.tensor(list(counts.values()), device=device)
+        dist.all_reduce(total)
+        return dict(zip(counts, total.tolist(), strict=True))
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up ``.grad`` over all workers, in one flat buffer."""
+        if self.size == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The workers' lists, joined in rank order, on every worker."""
+        if self.size == 1:
+            return items
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]

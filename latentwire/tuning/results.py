@@ -1,0 +1,115 @@
+"""What a sweep found: the best checkpoint, its scores beside the baselines, and the export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+
+from latentwire.config import RunConfig
+from latentwire.data import shards
+from latentwire.evaluation.evaluator import METRIC_VERSION, MODES, Mode, Prediction, predict, summarise
+from latentwire.training import checkpoints
+
+
+class SweepError(RuntimeError):
+    """A sweep without a usable trial; the message quotes the trials' own errors."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a sweep whose checkpoint still exists."""
+
+    trial: str
+    step: int
+    score: float
+    checkpoint: Path
+    values: dict[str, Any]
+
+
+def find_best(grid: tune.ResultGrid, metric: str, mode: str) -> Best:
+    """The best row over all trials' evaluations. Under Train V2 a trial's result names no checkpoint: its rows do.
+
+    Raises :class:`SweepError` where no trial left a checkpoint.
+    """
+    found = []
+    for result in grid:
+        frame = result.metrics_dataframe
+        if frame is None or CHECKPOINT_PATH_KEY not in frame or metric not in frame:
+            continue
+        for row in frame.to_dict("records"):
+            path = row[CHECKPOINT_PATH_KEY]
+            if isinstance(path, str) and Path(path).exists():
+                found.append(
+                    Best(_trial_id(result), int(row["step"]), float(row[metric]), Path(path), dict(result.config or {}))
+                )
+    if not found:
+        errors = "; ".join(str(e).strip().splitlines()[-1] for e in grid.errors[:3]) or "none reported one"
+        raise SweepError(f"a sweep needs at least one trial with a checkpoint, got none of {len(grid)} ({errors})")
+    return (max if mode == "max" else min)(found, key=lambda best: best.score)
+
+
+def _trial_id(result: Any) -> str:
+    return Path(result.path).name
+
+
+def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, Any]]:
+    """One row per trial: id, state, step, seconds, best score, last losses, and the values drawn."""
+    rows = []
+    for result in grid:
+        frame = result.metrics_dataframe
+        row: dict[str, Any] = {"trial": _trial_id(result), "state": "failed" if result.error else "done"}
+        if frame is not None and metric in frame:
+            last = frame.iloc[-1]
+            row |= {
+                "step": int(last["step"]),
+                metric: float(frame[metric].max() if mode == "max" else frame[metric].min()),
+                "first_train_loss": float(last["first_train_loss"]),
+                "train_loss": float(last["train_loss"]),
+                "examples_per_s": float(last["examples_per_s"]),
+                "seconds": float(last["time_total_s"]),
+            }
+        rows.append(row | {"values": dict(result.config or {}), "error": str(result.error or "")})
+    order = sorted(rows, key=lambda r: r.get(metric, float("-inf") if mode == "max" else float("inf")))
+    return order[::-1] if mode == "max" else order
+
+
+def score(path: Path, validation: Path, modes: tuple[Mode, ...] = MODES) -> tuple[dict[str, Any], list[Prediction]]:
+    """Reload a checkpoint in this process and score it on complete shards: mode → receiver → metrics."""
+    wire, _ = checkpoints.load_wire(path)
+    table = shards.read_table(validation)
+    predictions = [p for mode in modes for p in predict(wire, table, mode)]
+    return {mode: summarise([p for p in predictions if p.mode == mode]) for mode in modes}, predictions
+
+
+def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[str, Any]:
+    """Score the chosen checkpoint once on the validation split, and export it without its training state."""
+    table, predictions = score(checkpoint, validation)
+    wire, manifest = checkpoints.load_wire(checkpoint)
+    pins = manifest["pins"] | {
+        "validation": {"shards": shards.read_manifest(validation)["key"], "metric_version": METRIC_VERSION}
+    }
+    checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
+    rows = pa.Table.from_pylist([asdict(p) for p in predictions])
+    pq.write_table(rows, export.parent / "predictions.parquet")
+    return table
+
+
+def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
+    """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
+    task = ray.remote(num_cpus=run.training.cpus_per_worker, num_gpus=gpus)(function)
+    return ray.get(task.remote(*arguments))
+
+
+def write_results(output: Path, document: dict[str, Any]) -> None:
+    """``results.json``, written aside and renamed."""
+    aside = output / ".results.json.part"
+    aside.write_text(json.dumps(document, indent=1, default=str))
+    aside.rename(output / "results.json")

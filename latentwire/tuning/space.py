@@ -1,0 +1,52 @@
+"""A search space in Optuna's terms, and the shards that its trials will need."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from latentwire.config import CategoricalDimension, ConfigError, FloatDimension, RunConfig, SpaceFile, with_values
+from latentwire.data.shards import SHARD_KNOBS
+
+
+def distributions(space: SpaceFile) -> dict[str, BaseDistribution]:
+    """Dotted path → Optuna distribution."""
+    table: dict[str, BaseDistribution] = {}
+    for dotted, dim in space.search.items():
+        if isinstance(dim, CategoricalDimension):
+            table[dotted] = CategoricalDistribution(dim.choices)
+        elif isinstance(dim, FloatDimension):
+            table[dotted] = FloatDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+        else:
+            table[dotted] = IntDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+    return table
+
+
+def data_variants(space: SpaceFile) -> list[RunConfig]:
+    """The configurations whose shards differ: every combination of searched choices under ``data.`` and ``prompt.``.
+
+    Raises :class:`~latentwire.config.ConfigError` where such a dimension is not categorical: each of its values needs
+    shards of its own, so there must be a few of them, known beforehand.
+    """
+    varied: dict[str, tuple[Any, ...]] = {}
+    for dotted, dim in space.search.items():
+        if dotted.startswith(SHARD_KNOBS):
+            if not isinstance(dim, CategoricalDimension):
+                raise ConfigError(f"search.{dotted} must be categorical, got {dim.type}: each value needs its own shards")
+            varied[dotted] = dim.choices
+    return [
+        with_values(space.run, dict(zip(varied, choice, strict=True))) for choice in itertools.product(*varied.values())
+    ]
+
+
+def largest_run(space: SpaceFile) -> RunConfig:
+    """The shared configuration with every searched number at its upper end: what a trial may cost at most."""
+    values: dict[str, Any] = {}
+    for dotted, dim in space.search.items():
+        if not isinstance(dim, CategoricalDimension):
+            values[dotted] = dim.high
+        elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):
+            values[dotted] = max(dim.choices)  # type: ignore[type-var]
+    return with_values(space.run, values, "largest trial of the space")

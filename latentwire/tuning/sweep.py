@@ -1,0 +1,141 @@
+"""A sweep: shards once, trials by Tune and Optuna, the best one reloaded, scored and exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+import optuna
+from latentwire.config import RunConfig, SpaceFile, with_values
+from latentwire.data import shards
+from latentwire.tuning.planner import Plan
+from latentwire.tuning.space import data_variants, distributions
+from latentwire.tuning.trial import make_trainer
+
+DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
+"""What a trial's driver asks for: a sliver of a resource that every head has. Drivers must not take the CPUs that
+their own workers need (two of them would deadlock two cores), and a cluster needs nothing declared for this."""
+
+
+def start_ray() -> None:
+    """Join the cluster of ``RAY_ADDRESS`` (a submitted job has one), else start Ray on this machine.
+
+    The dashboard stays on: Train's cleaner of placement groups asks its State API, and a sweep hangs without it.
+    """
+    ray.init(ignore_reinit_error=True, log_to_driver=True)
+
+
+def prepare(space: SpaceFile) -> dict[str, dict[shards.ShardSplit, Path]]:
+    """Shards of every data variant the space can draw: variant key → split → directory."""
+    return {
+        variant_key(run): {split: shards.ensure_shards(run, split) for split in shards.SPLITS}
+        for run in data_variants(space)
+    }
+
+
+def variant_key(run: RunConfig) -> str:
+    """Names the shards of a run within one sweep."""
+    return json.dumps({"data": run.data.model_dump(), "prompt": run.prompt.model_dump()}, sort_keys=True)
+
+
+def load_datasets(paths: dict[shards.ShardSplit, Path]) -> dict[str, ray.data.Dataset]:
+    """Train and development shards in the object store, once for all trials.
+
+    Materialised on purpose: a pipeline inside a trial would run again every epoch, and waits for ever for CPUs that the
+    trials hold.
+    """
+    datasets = {}
+    for split in ("train", "dev"):
+        files = shards.read_manifest(paths[split])["files"]
+        datasets[split] = ray.data.read_parquet([str(paths[split] / name) for name in files]).materialize()
+    return datasets
+
+
+def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]:
+    """What a metric hangs on: the rows it was computed on and how they were decoded."""
+    return {
+        "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
+        "evaluation": run.evaluation.model_dump(),
+    }
+
+
+def drive_trial(
+    values: dict[str, Any],
+    *,
+    space: SpaceFile,
+    plan: Plan,
+    datasets: dict[str, dict[str, ray.data.Dataset]],
+    paths: dict[str, dict[shards.ShardSplit, Path]],
+    storage_path: str,
+) -> None:
+    """One trial's driver: resolves the configuration and runs a TorchTrainer under a name that a restart finds again."""
+    run = with_values(space.run, values)
+    key = variant_key(run)
+    make_trainer(
+        run,
+        datasets[key],
+        name=f"train-{tune.get_context().get_trial_id()}",
+        storage_path=storage_path,
+        gpus_per_worker=plan.gpus_per_worker,
+        pins=pins(paths[key], run),
+        metric=space.tune.metric,
+        mode=space.tune.mode,
+        callbacks=[TuneReportCallback()],
+    ).fit()
+
+
+def total_steps(run: RunConfig, train_rows: int) -> int:
+    """Optimiser steps of a run on that many rows."""
+    return min(
+        run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12
+    )
+
+
+def run_sweep(
+    space: SpaceFile, plan: Plan, paths: dict[str, dict[shards.ShardSplit, Path]], output: Path
+) -> tune.ResultGrid:
+    """Search the space; everything is written under ``output``. Trials that fail are reported, not raised."""
+    config = space.tune
+    datasets = {key: load_datasets(splits) for key, splits in paths.items()}
+    rows = min(splits["train"].count() for splits in datasets.values())
+    steps = total_steps(space.run, rows)
+    scheduler: Any = FIFOScheduler()
+    if config.scheduler == "asha":
+        scheduler = ASHAScheduler(
+            time_attr="step", max_t=steps, grace_period=min(config.grace_steps, steps),
+            reduction_factor=config.reduction_factor, metric=config.metric, mode=config.mode,
+        )  # fmt: skip
+    search = OptunaSearch(
+        space=distributions(space),
+        metric=config.metric,
+        mode=config.mode,
+        study_name=output.name,
+        sampler=optuna.samplers.TPESampler(seed=config.seed, multivariate=True, group=True, n_startup_trials=5),
+    )
+    driver = tune.with_parameters(
+        drive_trial, space=space, plan=plan, datasets=datasets, paths=paths, storage_path=str(output / "trials")
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(driver, DRIVER_RESOURCES),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=config.trials,
+            max_concurrent_trials=plan.max_concurrent_trials,
+            time_budget_s=None if config.time_budget_minutes is None else 60 * config.time_budget_minutes,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=output.name, storage_path=str(output.parent), verbose=1, failure_config=tune.FailureConfig(max_failures=0)
+        ),
+    )
+    return tuner.fit()

@@ -1,0 +1,122 @@
+"""One run on Ray: the worker's training loop, and the driver that starts a TorchTrainer for it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+import ray.train
+import torch
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.train.torch import TorchTrainer
+
+from latentwire.config import RunConfig
+from latentwire.data.batches import TrainingBatch, TrainingCollator
+from latentwire.models.latentwire import LatentWire
+from latentwire.training import checkpoints
+from latentwire.training.loop import Trainer
+from latentwire.training.workers import Workers
+
+
+class _RayCollator(ArrowBatchCollateFn):
+    """Ray hands Arrow tables to collators of this class only."""
+
+    def __init__(self, collator: TrainingCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, table: pa.Table) -> TrainingBatch:
+        return self.collator(table)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What every worker of a trial runs; continues from the trial's last checkpoint where there is one.
+
+    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``.
+    """
+    run = RunConfig.model_validate(settings["run"])
+    torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
+    workers = Workers()
+    wire = LatentWire(run)
+    frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
+    pins = settings["pins"] | {"receivers": frozen}
+    batch_size = run.training.batch_size // workers.size
+    trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
+    previous = ray.train.get_checkpoint()
+    if previous is not None:
+        with previous.as_directory() as path:
+            checkpoints.load_training(Path(path), trainer)
+        print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
+    rows = ray.train.get_dataset_shard("train")
+    collator = _RayCollator(TrainingCollator(run, wire.builders))
+    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
+
+    def epochs(epoch: int) -> Iterator[TrainingBatch]:
+        return iter(
+            rows.iter_torch_batches(
+                batch_size=batch_size,
+                collate_fn=collator,
+                drop_last=settings["train_rows"] >= run.training.batch_size,
+                local_shuffle_buffer_size=max(batch_size, 2_048),
+                local_shuffle_seed=run.training.seed * 1_000_003 + epoch,
+            )
+        )
+
+    def report() -> None:
+        metrics: dict[str, Any] = trainer.evaluate(dev)
+        if trainer.progress.step >= trainer.total_steps:
+            changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
+            if changed:
+                raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
+        if workers.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                path = checkpoints.save(Path(folder) / "checkpoint", wire, metrics, pins, trainer)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
+        else:
+            ray.train.report(metrics)
+
+    trainer.train(epochs, report)
+
+
+def make_trainer(
+    run: RunConfig,
+    datasets: dict[str, ray.data.Dataset],
+    *,
+    name: str,
+    storage_path: str,
+    gpus_per_worker: float,
+    pins: dict[str, Any],
+    metric: str = "dev_f1",
+    mode: str = "max",
+    callbacks: list[Any] | None = None,
+) -> TorchTrainer:
+    """A TorchTrainer for one run. ``name`` must be stable: Ray resumes a run whose directory exists under that name.
+
+    ``datasets``: materialised ``train`` and ``dev`` shards. The best checkpoint by ``metric`` and the last one are kept.
+    """
+    resources = {"CPU": run.training.cpus_per_worker}
+    if gpus_per_worker:
+        resources["GPU"] = gpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": datasets["train"].count(),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage_path,
+            callbacks=callbacks,
+            failure_config=ray.train.FailureConfig(max_failures=run.training.max_failures, controller_failure_limit=2),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=metric, checkpoint_score_order=mode
+            ),
+        ),
+        datasets=datasets,
+        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""The main job: search a space on Ray, score the best wire once on the untouched split, export it.
+
+    python ray_jobs/tune.py                                              # the embedded toy pair, two cores
+    python ray_jobs/tune.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
+    ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
+
+Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), ``predictions.parquet``,
+``results.json`` and ``report.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import ray
+
+from latentwire.config import ConfigError, with_values
+from latentwire.data.layout import LayoutError
+from latentwire.data.sources import DataError
+from latentwire.models.weights import ReceiverError
+from latentwire.options import add_flags, fail, read_space, with_home
+from latentwire.tuning import planner, report, results, sweep
+from latentwire.training.checkpoints import CheckpointError
+
+DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
+ERRORS = (ConfigError, DataError, LayoutError, ReceiverError, CheckpointError, planner.PlanError, results.SweepError)
+
+
+def main() -> int:
+    """Plan, prepare shards, search, score, export, report. Exit status 2 for a plain error, 1 for a failed sweep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--output_dir", type=Path, help="where results go; must not exist yet")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
+    options = parser.parse_args()
+    try:
+        space = with_home(read_space(options, DEFAULT_SPACE))
+        output = options.output_dir or Path(space.tune.storage_path) / time.strftime("tune-%Y%m%d-%H%M%S")
+        if output.exists():
+            raise ConfigError(f"output_dir must not exist yet, got {output}; name another one")
+        sweep.start_ray()
+        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(space.run.training.gpus_per_worker))
+        print(plan, flush=True)
+        if options.dry_run:
+            print(space.model_dump_json(indent=1))
+            return 0
+        return search(space, plan, output.absolute())
+    except ERRORS as error:
+        return fail(error)
+
+
+def search(space, plan, output: Path) -> int:
+    """The sweep itself, after everything that could be refused has been."""
+    paths = sweep.prepare(space)
+    grid = sweep.run_sweep(space, plan, paths, output)
+    metric, mode = space.tune.metric, space.tune.mode
+    best = results.find_best(grid, metric, mode)
+    run = with_values(space.run, best.values)
+    validation = paths[sweep.variant_key(run)]["validation"]
+    scores = results.on_cluster(
+        run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
+    )
+    rows = results.trial_rows(grid, metric, mode)
+    grids = [
+        report.trials_table(rows, metric),
+        report.scores_table(scores, f"{run.data.dataset} validation, best trial {best.trial}"),
+    ]
+    command = shlex.join(["python", *sys.argv])
+    results.write_results(output, {"command": command, "best": vars(best), "validation": scores, "trials": rows})
+    report.show(grids)
+    print(f"best: trial {best.trial}, step {best.step}, development {metric} {best.score:.4f}")
+    print(f"exported: {output / 'best'}")
+    print(f"report: {report.write_report(output, best, grids, command)}")
+    failed = [row for row in rows if row["state"] == "failed"]
+    for row in failed:
+        print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)
+    return 1 if len(failed) == len(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
