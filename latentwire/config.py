@@ -113,8 +113,8 @@ class EncoderConfig(Section):
     """Self-attention layers over the bytes."""
     heads: int = Field(4, ge=1, le=128)
     """Attention heads; ``d_model / heads`` must be even (rotary positions)."""
-    bytes_per_state: int = Field(4, ge=1, le=64)
-    """Stride of the convolution that joins bytes into states before attention."""
+    bytes_per_patch: int = Field(8, ge=1, le=64)
+    """Longest patch in bytes; a patch also ends after white space."""
     latent_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of latents' entries zeroed in training."""
 
@@ -150,12 +150,15 @@ class LossConfig(Section):
     """First ``k`` answer tokens, mean over tokens."""
     first_token_ce_weight: float = Field(0.0, ge=0)
     """First answer token."""
+    reconstruction_ce_weight: float = Field(0.0, ge=0)
+    """The message's own text, said again by the receiver from its soft prompt; mean over tokens. Dense where answers
+    are short: it teaches the encoder to carry the text before questions teach it what matters (arXiv 2510.20535)."""
     k: int = Field(4, ge=1)
     """Tokens that ``first_k_ce_weight`` weighs."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:
-        if self.answer_ce_weight + self.first_k_ce_weight + self.first_token_ce_weight <= 0:
+        if not any(getattr(self, name) > 0 for name in type(self).model_fields if name.endswith("_weight")):
             raise ValueError("at least one loss weight must be > 0, got all 0")
         return self
 

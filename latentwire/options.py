@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from latentwire.config import ConfigError, SpaceFile, knobs, load_space, set_path
+from latentwire.config import ConfigError, RunConfig, SpaceFile, knobs, load_space, set_path, with_values
 
 FLAGS: dict[str, str] = {
     "samples": "data.samples",
@@ -45,7 +44,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{flag}", metavar="VALUE", help=text)
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="any other knob of run or tune, e.g. --set training.encoder_lr=3e-4 --set tune.trials=4")  # fmt: skip
-    parser.add_argument("--space", type=Path, help="space file (search_spaces/*.yaml); its `run:` is what flags override")
+    parser.add_argument(
+        "--space", type=Path, help="space file (search_spaces/*.yaml); its `run:` is what flags override"
+    )
 
 
 def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
@@ -55,15 +56,26 @@ def read_space(options: argparse.Namespace, default: Path | None = None) -> Spac
         if (value := getattr(options, flag)) is not None:
             overrides[f"run.{path}"] = value if isinstance(value, bool) or path == "prompt.anchor" else _typed(value)
     for assignment in options.assignments:
-        path, sign, text = assignment.partition("=")
-        if not sign:
-            raise ConfigError(f"--set takes PATH=VALUE, got {assignment}")
-        overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = _typed(text)
+        path, value = _assignment(assignment)
+        overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = value
     # A receiver that the flags replace is not the toy any more: what the default said about the toy goes with it.
     for index, flag in enumerate(("llama_id", "qwen_id")):
         if getattr(options, flag) is not None and options.space is None and default is None:
             overrides.setdefault(f"run.receivers.{index}.bos", "auto")
     return load_space(options.space or default, overrides)
+
+
+def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
+    """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.ConfigError`."""
+    values = dict(_assignment(text) for text in assignments)
+    return with_values(run, {path.removeprefix("run."): value for path, value in values.items()}, "--set")
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    path, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"--set takes PATH=VALUE, got {text}")
+    return path, _typed(value)
 
 
 def _typed(text: str) -> Any:
@@ -72,12 +84,6 @@ def _typed(text: str) -> Any:
         return float(text) if "e" in text.lower() and text[:1].isdigit() else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text
-
-
-def fail(error: Exception) -> int:
-    """Print one clear error and return the exit status for it."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
 
 
 def home() -> Path:

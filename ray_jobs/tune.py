@@ -18,16 +18,12 @@ from pathlib import Path
 
 import ray
 
-from latentwire.config import ConfigError, with_values
-from latentwire.data.layout import LayoutError
-from latentwire.data.sources import DataError
-from latentwire.models.weights import ReceiverError
-from latentwire.options import add_flags, fail, read_space, with_home
+from latentwire.config import ConfigError, SpaceFile, with_values
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, report, results, sweep
-from latentwire.training.checkpoints import CheckpointError
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
-ERRORS = (ConfigError, DataError, LayoutError, ReceiverError, CheckpointError, planner.PlanError, results.SweepError)
 
 
 def main() -> int:
@@ -49,11 +45,11 @@ def main() -> int:
             print(space.model_dump_json(indent=1))
             return 0
         return search(space, plan, output.absolute())
-    except ERRORS as error:
+    except USER_ERRORS as error:
         return fail(error)
 
 
-def search(space, plan, output: Path) -> int:
+def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     """The sweep itself, after everything that could be refused has been."""
     paths = sweep.prepare(space)
     grid = sweep.run_sweep(space, plan, paths, output)

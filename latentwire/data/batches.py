@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import torch
 
 from latentwire.config import RunConfig
-from latentwire.data.layout import Batch, SequenceBuilder, collate, sender_text
+from latentwire.data.layout import Batch, Sequence, SequenceBuilder, collate, sender_text
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,27 @@ class TrainingCollator:
 
     def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder]) -> None:
         self.send, self.slots, self.builders = run.data.send, run.encoder.latent_len, dict(builders)
+        self.reconstruct = run.losses.reconstruction_ce_weight > 0
 
     def __call__(self, table: pa.Table) -> TrainingBatch:
         """``table``: shard columns, one row per example."""
         rows = table.to_pydict()
         return TrainingBatch(
             texts=sender_texts(self.send, rows),
-            sequences={
-                name: collate(
-                    builder.latent(self.slots, question, answer)
-                    for question, answer in zip(rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True)
-                )
-                for name, builder in self.builders.items()
-            },
+            sequences={name: collate(self._sequences(name, rows)) for name in self.builders},
         )
 
+    def _sequences(self, name: str, rows: Mapping[str, list]) -> list[Sequence]:
+        """One latent prompt a row; with reconstruction, as many rows again, for the same messages in the same order."""
+        builder = self.builders[name]
+        context, question, answer = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
+        sequences = [builder.latent(self.slots, q, a) for q, a in zip(question, answer, strict=True)]
+        if self.reconstruct:
+            sequences += [builder.reconstruction(self.slots, c, q) for c, q in zip(context, question, strict=True)]
+        return sequences
 
-def sender_texts(send: str, rows: Mapping[str, list]) -> list[str]:
+
+def sender_texts(send: Literal["context", "prompt"], rows: Mapping[str, list]) -> list[str]:
     """The encoder's input for columns ``context`` and ``question``."""
     return [sender_text(send, c, q) for c, q in zip(rows["context"], rows["question"], strict=True)]
 

@@ -45,9 +45,13 @@ class Sequence:
     anchor: range
     answer: range
     stop: int | None
-    """Position of the supervised stop token; ``None`` in a prompt to be answered."""
+    """Position of the stop token; ``None`` where there is none."""
+    supervised: range
+    """Positions that are targets: answer and stop, or the reconstructed message; empty in a prompt to be answered."""
     soft: bool
     """Whether ``message`` is to be filled with a soft prompt."""
+    reconstruction: bool = False
+    """Whether the targets are the message itself."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Batch:
     """Place of the target in its answer, from 0."""
     row_N: torch.Tensor
     """Row that the target belongs to."""
+    reconstruction_N: torch.Tensor
+    """True where the target is a token of the message itself, not of an answer."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -89,7 +95,9 @@ class SequenceBuilder:
         self.answer_lead = prompt.anchor[len(self.anchor_text) :]
         chat = receiver.template == "chat" or (receiver.template == "auto" and bool(tokenizer.chat_template))
         if chat and not tokenizer.chat_template:
-            raise LayoutError(f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain")
+            raise LayoutError(
+                f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain"
+            )
         head, self._mid_text, self._tail_text = self._render(chat)
         if self._mid_text.endswith(" "):  # the space belongs to the question's first word, as in running text
             self._mid_text, self._question_lead = self._mid_text.rstrip(" "), " "
@@ -101,10 +109,13 @@ class SequenceBuilder:
         if self.bos == 0 and self.head_ids[:1] != [bos_id]:
             self.head_ids = [bos_id, *self.head_ids]
         if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not chat:
-            raise LayoutError(f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}")
+            raise LayoutError(
+                f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}"
+            )
         self.mid_ids = self._template_ids(self._mid_text)
         self.tail_ids = self._template_ids(self._tail_text)
         self.anchor_ids = self._template_ids(self.anchor_text)
+        self.newline_ids = self._template_ids("\n")
         self.stop_id, self.stop_ids = self._stops(chat)
         self._probe()
 
@@ -139,6 +150,18 @@ class SequenceBuilder:
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
 
+    def reconstruction(self, slots: int, context_ids: list[int], question_ids: list[int]) -> Sequence:
+        """Soft slots, a newline, and the message's own text as targets: what it takes to say again what was sent."""
+        text = [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
+        start = len(self.head_ids)
+        again = start + slots + len(self.newline_ids)
+        nowhere = range(again, again)
+        return Sequence(
+            ids=[*self.head_ids, *[SLOT_ID] * slots, *self.newline_ids, *text],
+            bos=self.bos, message=range(start, start + slots), question=nowhere, anchor=nowhere, answer=nowhere, stop=None,
+            supervised=range(again, again + len(text)), soft=True, reconstruction=True,
+        )  # fmt: skip
+
     def _join(
         self, message: list[int], mid: list[int], question: list[int], answer: list[int] | None, *, soft: bool
     ) -> Sequence:
@@ -157,6 +180,7 @@ class SequenceBuilder:
             anchor=range(anchor_at, answer_at),
             answer=range(answer_at, answer_at + len(answer or [])),
             stop=None if answer is None else answer_at + len(answer),
+            supervised=range(answer_at, len(ids)) if answer is not None else range(0),
             soft=soft,
         )
 
@@ -197,10 +221,11 @@ class SequenceBuilder:
             raise LayoutError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
         if chat:
             return eos, (eos,)
-        newline = self._template_ids("\n")
-        if len(newline) != 1:
-            raise LayoutError(f"template: plain needs a newline that is one token, {self.receiver.model} gives {newline}")
-        return newline[0], (newline[0], eos)
+        if len(self.newline_ids) != 1:
+            raise LayoutError(
+                f"template: plain needs a newline that is one token, {self.receiver.model} gives {self.newline_ids}"
+            )
+        return self.newline_ids[0], (self.newline_ids[0], eos)
 
     def _probe(self) -> None:
         """A few answers of every kind: an anchor that merges with them is refused before any row is read."""
@@ -230,18 +255,19 @@ def collate(sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "
     attention_BS = torch.zeros(len(rows), width, dtype=torch.long)
     slots_BS = torch.zeros(len(rows), width, dtype=torch.bool)
     predict, target, offset, row_of = [], [], [], []
+    again: list[bool] = []
     for index, row in enumerate(rows):
         shift = 0 if side == "right" else width - len(row.ids)
         ids_BS[index, shift : shift + len(row.ids)] = torch.tensor(row.ids)
         attention_BS[index, shift : shift + len(row.ids)] = 1
         if row.soft:
             slots_BS[index, shift + row.message.start : shift + row.message.stop] = True
-        if row.stop is not None:
-            for place, position in enumerate(range(row.answer.start, row.stop + 1)):
-                predict.append(index * width + shift + position - 1)
-                target.append(row.ids[position])
-                offset.append(place)
-                row_of.append(index)
+        for place, position in enumerate(row.supervised):
+            predict.append(index * width + shift + position - 1)
+            target.append(row.ids[position])
+            offset.append(place)
+            row_of.append(index)
+            again.append(row.reconstruction)
     return Batch(
         ids_BS=ids_BS,
         attention_BS=attention_BS,
@@ -250,4 +276,5 @@ def collate(sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
+        reconstruction_N=torch.tensor(again, dtype=torch.bool),
     )

@@ -80,7 +80,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of complete shards. Raises :class:`~latentwire.data.sources.DataError` where there is none."""
     file = path / "manifest.json"
     if not file.exists():
-        raise sources.DataError(f"shards must be complete (with a manifest.json), {path} is not; run ray_jobs/preprocess.py")
+        raise sources.DataError(
+            f"shards must be complete (with a manifest.json), {path} is not; run ray_jobs/preprocess.py"
+        )
     return json.loads(file.read_text())
 
 

@@ -192,7 +192,9 @@ def _read(file: Path) -> Iterator[bytes]:
             raise DataError(f"{file} must be Parquet: {error}") from error
         columns = set(parquet.schema_arrow.names)
         if not {"context", "question"} <= columns or not columns & {"answers", "answer"}:
-            raise DataError(f"{file} must have columns context, question and answers, it has {', '.join(sorted(columns))}")
+            raise DataError(
+                f"{file} must have columns context, question and answers, it has {', '.join(sorted(columns))}"
+            )
         for batch in parquet.iter_batches(batch_size=BLOCK_ROWS):
             yield from _table_rows(batch)
     elif file.suffix == ".jsonl":

@@ -12,10 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jill Karl Lena Max Nora Otto Pia Quinn Rosa Sam Tara "
     "Uma Vera Walt Xena Yara Zoe Alan Beth Carl Dora Emil Fay Glen Hugo Iris Jack Kurt Lily Mona Ned"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -31,29 +36,33 @@ KINDS = (
     Kind(
         "{name} lives in {value}.",
         "Where is the home of {name}?",
-        tuple(
-            "Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bonn Kiev Lyon Milan Perth Dakar Turin Seoul Malmo Porto Basel Riga".split()
+        _words(
+            "Oslo Rome Paris Lima Cairo Tokyo Delhi Quito Bonn Kiev Lyon Milan Perth Dakar Turin Seoul Malmo "
+            "Porto Basel Riga"
         ),
     ),
     Kind(
         "{name} works as {value}.",
         "What is the job of {name}?",
-        tuple(
-            "baker pilot nurse judge miner actor singer lawyer farmer tailor barber sailor editor porter doctor guard mason clerk cook poet".split()
+        _words(
+            "baker pilot nurse judge miner actor singer lawyer farmer tailor barber sailor editor porter "
+            "doctor guard mason clerk cook poet"
         ),
     ),
     Kind(
         "{name} owns a {value}.",
         "Which animal belongs to {name}?",
-        tuple(
-            "dog cat horse goat parrot rabbit turtle hamster ferret gecko pony duck goose snake mouse lizard canary donkey sheep pig".split()
+        _words(
+            "dog cat horse goat parrot rabbit turtle hamster ferret gecko pony duck goose snake mouse lizard "
+            "canary donkey sheep pig"
         ),
     ),
     Kind(
         "{name} eats {value}.",
         "What is the favourite meal of {name}?",
-        tuple(
-            "rice soup pasta bread cheese salad beans noodles fish eggs pizza curry stew corn honey apples plums yogurt tofu cake".split()
+        _words(
+            "rice soup pasta bread cheese salad beans noodles fish eggs pizza curry stew corn honey apples "
+            "plums yogurt tofu cake"
         ),
     ),
 )

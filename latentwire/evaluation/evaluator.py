@@ -78,9 +78,7 @@ def _predict_batch(
         )  # fmt: skip
 
 
-def _prompt(
-    wire: LatentWire, name: str, rows: dict[str, list], i: int, mode: Mode, answered: bool = False
-) -> Sequence:
+def _prompt(wire: LatentWire, name: str, rows: dict[str, list], i: int, mode: Mode, answered: bool = False) -> Sequence:
     builder = wire.builders[name]
     question = rows[f"{name}_question_ids"][i]
     answer = rows[f"{name}_answer_ids"][i] if answered else None
@@ -97,7 +95,8 @@ def summarise(predictions: list[Prediction]) -> dict[str, dict[str, float]]:
         table[name] = {field: _mean(own, field) for field in ("em", "f1", "nll", "positions")} | {"rows": len(own)}
     names = list(table)
     table["mean"] = {
-        field: sum(table[name][field] for name in names) / len(names) for field in ("em", "f1", "nll", "positions", "rows")
+        field: sum(table[name][field] for name in names) / len(names)
+        for field in ("em", "f1", "nll", "positions", "rows")
     }
     return table
 

@@ -11,10 +11,12 @@ from latentwire.losses.terms import first_k, token_ce
 
 def ce_masks(config: LossConfig, batch: Batch) -> dict[str, tuple[float, torch.Tensor]]:
     """The terms that are switched on: name → (weight, mask ``[N]`` of the tokens it averages over)."""
+    answer_N = ~batch.reconstruction_N
     terms = {
-        "answer_ce": (config.answer_ce_weight, torch.ones_like(batch.offset_N, dtype=torch.bool)),
-        "first_k_ce": (config.first_k_ce_weight, first_k(batch.offset_N, config.k)),
-        "first_token_ce": (config.first_token_ce_weight, first_k(batch.offset_N, 1)),
+        "answer_ce": (config.answer_ce_weight, answer_N),
+        "first_k_ce": (config.first_k_ce_weight, answer_N & first_k(batch.offset_N, config.k)),
+        "first_token_ce": (config.first_token_ce_weight, answer_N & first_k(batch.offset_N, 1)),
+        "reconstruction_ce": (config.reconstruction_ce_weight, batch.reconstruction_N),
     }
     return {name: term for name, term in terms.items() if term[0] > 0}
 

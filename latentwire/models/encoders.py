@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from latentwire.config import EncoderConfig
-from latentwire.models.tokens import PAD_ID, VOCAB_SIZE
+from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer
+
+BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 
 
 class ByteEncoder(nn.Module):
     """From-scratch encoder over UTF-8 bytes.
 
-    A strided convolution joins ``bytes_per_state`` bytes into a state, bidirectional attention with rotary positions
-    (RoFormer, arXiv 2104.09864) relates the states, and ``latent_len`` learned queries read them out. ``ids_BT`` are
-    :class:`~latentwire.models.tokens.ByteTokenizer` ids, padded with 0; the result is ``z_BLZ``.
+    The bytes of a patch (a word, cut where it is long) are embedded side by side and joined into one state by an MLP,
+    bidirectional attention with rotary positions (RoFormer, arXiv 2104.09864) relates the states, and ``latent_len``
+    learned queries read them out. ``ids_BPE`` are :meth:`~latentwire.models.tokens.ByteTokenizer.patches`; the result
+    is ``z_BLZ``.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width = config.d_model
-        self.stride = config.bytes_per_state
-        self.embed = nn.Embedding(VOCAB_SIZE, width, padding_idx=PAD_ID)
-        self.join = nn.Conv1d(width, width, kernel_size=2 * self.stride + 1, stride=self.stride, padding=self.stride)
+        self.tokenizer = ByteTokenizer()
+        self.bytes_per_patch, self.head_width = config.bytes_per_patch, width // config.heads
+        self.embed = nn.Embedding(VOCAB_SIZE, BYTE_WIDTH, padding_idx=PAD_ID)
+        self.join = nn.Sequential(
+            nn.Linear(config.bytes_per_patch * BYTE_WIDTH, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.blocks = nn.ModuleList(_Block(width, config.heads) for _ in range(config.layers))
         self.queries = SpanQueries(config.latent_len, width, config.heads)
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.d_z)
         self.dropout = nn.Dropout(config.latent_dropout)
 
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """``[B, T]`` byte ids → ``[B, latent_len, d_z]``."""
-        ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % self.stride), value=PAD_ID)
-        x_BSM = F.gelu(self.join(self.embed(ids_BT).transpose(1, 2))).transpose(1, 2)
-        # A state counts as text when its first byte does: lengths are the text's, rounded up to the stride.
-        count_B = (ids_BT != PAD_ID).sum(1).add(self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=1)
-        x_BSM = x_BSM[:, : int(count_B.max())]
-        position_S = torch.arange(x_BSM.shape[1], device=x_BSM.device)
-        keep_BS = position_S[None] < count_B[:, None]
-        rotary = _rotary(position_S, x_BSM.shape[2] // self.blocks[0].heads)
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """The ids that :meth:`forward` takes."""
+        return self.tokenizer.patches(texts, self.bytes_per_patch)
+
+    def forward(self, ids_BPE: torch.Tensor) -> torch.Tensor:
+        """``[B, P, bytes_per_patch]`` byte ids → ``[B, latent_len, d_z]``."""
+        keep_BP = ids_BPE[:, :, 0] != PAD_ID
+        count_B = keep_BP.sum(1).clamp(min=1)
+        keep_BP = keep_BP | (torch.arange(ids_BPE.shape[1], device=ids_BPE.device) == 0)  # an empty text is one patch
+        x_BPM = self.join(self.embed(ids_BPE).flatten(2))
+        rotary = _rotary(torch.arange(x_BPM.shape[1], device=x_BPM.device), self.head_width)
         for block in self.blocks:
-            x_BSM = block(x_BSM, keep_BS, rotary)
-        return self.dropout(self.project(self.norm(self.queries(x_BSM, count_B, keep_BS))))
+            x_BPM = block(x_BPM, keep_BP, rotary)
+        return self.dropout(self.project(self.norm(self.queries(x_BPM, count_B, keep_BP))))
 
 
 class SpanQueries(nn.Module):
@@ -64,7 +73,7 @@ class SpanQueries(nn.Module):
         self.sharpness = nn.Parameter(torch.linspace(0.2, 2.0, heads))
 
     def forward(self, x_BSM: torch.Tensor, count_B: torch.Tensor, keep_BS: torch.Tensor) -> torch.Tensor:
-        batch, states, width = x_BSM.shape
+        batch, states, _ = x_BSM.shape
         latents = self.query.shape[0]
         key_BSM, value_BSM = self.key_value(self.norm(x_BSM)).chunk(2, dim=-1)
         span_B = count_B.to(x_BSM.dtype) / latents

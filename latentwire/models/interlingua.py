@@ -10,7 +10,6 @@ from torch import nn
 from latentwire.config import RunConfig
 from latentwire.models.adapter import Adapter
 from latentwire.models.encoders import ByteEncoder
-from latentwire.models.tokens import ByteTokenizer
 
 
 class Interlingua(nn.Module):
@@ -26,7 +25,6 @@ class Interlingua(nn.Module):
                 for name, (width, rms) in receivers.items()
             }
         )
-        self.tokenizer = ByteTokenizer()
 
     @property
     def device(self) -> torch.device:
@@ -35,7 +33,7 @@ class Interlingua(nn.Module):
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Sender texts → latents ``[B, L, d_z]``. One message serves every receiver."""
-        return self.encoder(self.tokenizer.batch(texts).to(self.device))
+        return self.encoder(self.encoder.tokenize(texts).to(self.device))
 
     def prompt(self, receiver: str, z_BLZ: torch.Tensor) -> torch.Tensor:
         """Latents → soft prompt ``[B, L, D]`` of one receiver."""

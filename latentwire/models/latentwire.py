@@ -61,7 +61,10 @@ class LatentWire:
         p_BLD = None if z_BLZ is None else self.interlingua.prompt(receiver, z_BLZ.to(self.interlingua.device))
         batch = collate(prompts, side="left").to(lm.device)
         outputs = lm.generate(
-            batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, None if p_BLD is None else p_BLD.to(lm.device)
+            batch,
+            builder.stop_ids,
+            self.run.evaluation.max_answer_tokens,
+            None if p_BLD is None else p_BLD.to(lm.device),
         )
         texts = lm.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         # A plain answer is one line; some tokenisers join its newline with a punctuation mark that is no stop token.

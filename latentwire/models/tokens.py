@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -21,13 +22,32 @@ class ByteTokenizer:
         """The text of ``ids``; padding is skipped. Raises ``UnicodeDecodeError`` where the bytes are no UTF-8."""
         return bytes(i - 1 for i in ids if i != PAD_ID).decode("utf-8")
 
-    def batch(self, texts: Sequence[str]) -> torch.Tensor:
-        """Right-padded ids ``[B, T]``; T is the longest text, at least 1."""
-        rows = [self.encode(text) for text in texts]
-        ids_BT = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.long)
-        for row, ids in enumerate(rows):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-        return ids_BT
+    def patches(self, texts: Sequence[str], longest: int) -> torch.Tensor:
+        """Ids ``[B, P, longest]`` in patches of up to ``longest`` bytes that end after white space, padded with 0.
+
+        A word is then the same patch wherever it stands (SpaceByte, arXiv 2404.14408). Nothing is dropped: the ids of
+        a row, padding left out, are its text's. P is the largest number of patches, at least 1.
+        """
+        rows = [
+            [patch for word in _WORD.findall(text.encode("utf-8")) for patch in _cut(word, longest)] for text in texts
+        ]
+        ids_BPE = torch.zeros(len(rows), max(1, *map(len, rows)), longest, dtype=torch.long)
+        for row, found in enumerate(rows):
+            if found:
+                flat = b"".join(patch.ljust(longest, b"\0") for patch in found)
+                keep = b"".join(b"\1" * len(patch) + b"\0" * (longest - len(patch)) for patch in found)
+                ids = torch.frombuffer(bytearray(flat), dtype=torch.uint8).long() + 1
+                ids_BPE[row, : len(found)] = (ids * torch.frombuffer(bytearray(keep), dtype=torch.uint8)).view(
+                    -1, longest
+                )
+        return ids_BPE
+
+
+_WORD = re.compile(rb"[^ \n\t\r]*[ \n\t\r]+|[^ \n\t\r]+")
+
+
+def _cut(word: bytes, longest: int) -> list[bytes]:
+    return [word[start : start + longest] for start in range(0, len(word), longest)]
 
 
 def truncate_utf8(text: str, limit: int) -> str:

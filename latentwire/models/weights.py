@@ -35,10 +35,14 @@ def resolve(config: ReceiverConfig) -> str:
     path = Path(config.model)
     if not path.exists():
         if config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
-            raise ReceiverError(f"receiver {config.name}: model must be a Hub id or an existing directory, got {config.model}")
+            raise ReceiverError(
+                f"receiver {config.name}: model must be a Hub id or an existing directory, got {config.model}"
+            )
         return config.model
     if not path.is_dir():
-        raise ReceiverError(f"receiver {config.name}: model must be a directory, got the file {path}; name its directory")
+        raise ReceiverError(
+            f"receiver {config.name}: model must be a directory, got the file {path}; name its directory"
+        )
     if (path / "config.json").exists():
         return str(path)
     files = sorted(path.glob("*.gguf"))
@@ -69,7 +73,9 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:
-            raise ReceiverError(f"receiver {config.name}: {file} cannot be read as GGUF ({error}); fetch it again") from error
+            raise ReceiverError(
+                f"receiver {config.name}: {file} cannot be read as GGUF ({error}); fetch it again"
+            ) from error
         _forget_quantisation(model)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             model.save_pretrained(aside)

@@ -37,7 +37,9 @@ class CheckpointError(RuntimeError):
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
-def save(path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, Any], trainer: Trainer | None = None) -> Path:
+def save(
+    path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, Any], trainer: Trainer | None = None
+) -> Path:
     """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not exist yet.
 
     ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings).
@@ -60,7 +62,10 @@ def save(path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, 
             "files": {str(f.relative_to(aside)): _sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
             "parameters": {
                 "encoder": sum(p.numel() for p in wire.interlingua.encoder.parameters()),
-                **{f"adapters/{name}": sum(p.numel() for p in a.parameters()) for name, a in wire.interlingua.adapters.items()},
+                **{
+                    f"adapters/{name}": sum(p.numel() for p in a.parameters())
+                    for name, a in wire.interlingua.adapters.items()
+                },
             },
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
@@ -100,20 +105,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, after every file it names has been hashed. Raises :class:`CheckpointError`."""
     file = Path(path) / "manifest.json"
     if not file.exists():
-        raise CheckpointError(f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it")
+        raise CheckpointError(
+            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
+        )
     try:
         manifest = json.loads(file.read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it")
+        raise CheckpointError(
+            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
+        )
     for name, expected in files.items():
         part = (Path(path) / name).resolve()
         if not part.is_relative_to(Path(path).resolve()):
             raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
         if not part.exists():
-            raise CheckpointError(f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory")
+            raise CheckpointError(
+                f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
+            )
         found = _sha256(part)
         if found != expected:
             raise CheckpointError(
@@ -140,7 +151,7 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    parts = {"interlingua.safetensors": wire.interlingua.encoder}
+    parts: dict[str, torch.nn.Module] = {"interlingua.safetensors": wire.interlingua.encoder}
     parts |= {f"adapters/{name}.safetensors": adapter for name, adapter in wire.interlingua.adapters.items()}
     for name, module in parts.items():
         if name not in manifest["files"]:
@@ -174,10 +185,10 @@ def load_training(path: Path, trainer: Trainer) -> None:
     torch.set_rng_state(tensors["rng"])
 
 
-def load_wire(path: Path) -> tuple[LatentWire, dict[str, Any]]:
-    """A wire from a checkpoint or export, with its manifest; loads the receivers too."""
+def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
+    """A wire from a checkpoint or export, with its manifest; loads the receivers too. ``run`` replaces its configuration."""
     read_manifest(path)
-    wire = LatentWire(read_run(path))
+    wire = LatentWire(run or read_run(path))
     return wire, load_weights(path, wire)
 
 

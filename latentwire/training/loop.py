@@ -110,7 +110,9 @@ class Trainer:
                     break
             else:
                 if used == 0:
-                    raise TrainingError("an epoch must hold at least one batch, got none; lower batch_size or add samples")
+                    raise TrainingError(
+                        "an epoch must hold at least one batch, got none; lower batch_size or add samples"
+                    )
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         if evaluated_at < progress.step or progress.step == 0:
             at_evaluation()
@@ -152,7 +154,9 @@ class Trainer:
         for name, lm in wire.receivers.items():
             sequences = batch.sequences[name].to(lm.device)
             counts = self.workers.sum_counts(ce_counts(wire.run.losses, sequences), lm.device)
-            logits_NV = lm.supervised_logits(sequences, wire.interlingua.prompt(name, shared_BLZ).to(lm.device))
+            p_BLD = wire.interlingua.prompt(name, shared_BLZ).to(lm.device)
+            # With reconstruction the same messages stand a second time: still one forward per receiver.
+            logits_NV = lm.supervised_logits(sequences, p_BLD.repeat(len(sequences.ids_BS) // len(p_BLD), 1, 1))
             loss, terms = ce_loss(wire.run.losses, sequences, logits_NV, counts)
             values |= {f"{term}_{name}": value for term, value in terms.items()}
             if sequential:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.data import shards
 from latentwire.models.interlingua import Interlingua
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
 from latentwire.tuning.space import largest_run
@@ -107,6 +109,27 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
         num_workers=training.num_workers,
         max_concurrent_trials=int(max(1, min(*fits, limit, space.tune.trials))),
     )
+
+
+def on_cuda() -> bool:
+    """Whether this process has a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def local_shards(
+    run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
+) -> dict[shards.ShardSplit, Path]:
+    """Shards of a run that trains in this process; Ray is started only where some are missing, and stopped again."""
+    paths = {split: shards.shard_path(run, split) for split in splits}
+    if all((path / "manifest.json").exists() for path in paths.values()):
+        return paths
+    import ray
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    try:
+        return {split: shards.ensure_shards(run, split) for split in splits}
+    finally:
+        ray.shutdown()
 
 
 def node_memory(gpus_per_worker: float | None = None) -> float:

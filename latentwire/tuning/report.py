@@ -37,7 +37,12 @@ def scores_table(scores: dict[str, Any], title: str) -> Grid:
     """One row per prompt kind and receiver: EM, F1, nats per answer token, positions read."""
     modes = [mode for mode in ("text", *MODES) if mode in scores]
     body = [
-        [MODE_NAMES[mode], name, *(_number(row[field]) for field in ("em", "f1", "nll", "positions")), str(int(row["rows"]))]
+        [
+            MODE_NAMES[mode],
+            name,
+            *(_number(row[field]) for field in ("em", "f1", "nll", "positions")),
+            str(int(row["rows"])),
+        ]
         for mode in dict.fromkeys(modes)
         for name, row in scores[mode].items()
         if name != "mean"

@@ -81,9 +81,14 @@ def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, 
     return order[::-1] if mode == "max" else order
 
 
-def score(path: Path, validation: Path, modes: tuple[Mode, ...] = MODES) -> tuple[dict[str, Any], list[Prediction]]:
-    """Reload a checkpoint in this process and score it on complete shards: mode → receiver → metrics."""
-    wire, _ = checkpoints.load_wire(path)
+def score(
+    path: Path, validation: Path, modes: tuple[Mode, ...] = MODES, run: RunConfig | None = None
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Reload a checkpoint in this process and score it on complete shards: mode → receiver → metrics.
+
+    ``run`` replaces the configuration it was saved with (other data, decoding or device).
+    """
+    wire, _ = checkpoints.load_wire(path, run)
     table = shards.read_table(validation)
     predictions = [p for mode in modes for p in predict(wire, table, mode)]
     return {mode: summarise([p for p in predictions if p.mode == mode]) for mode in modes}, predictions

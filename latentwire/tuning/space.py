@@ -34,7 +34,9 @@ def data_variants(space: SpaceFile) -> list[RunConfig]:
     for dotted, dim in space.search.items():
         if dotted.startswith(SHARD_KNOBS):
             if not isinstance(dim, CategoricalDimension):
-                raise ConfigError(f"search.{dotted} must be categorical, got {dim.type}: each value needs its own shards")
+                raise ConfigError(
+                    f"search.{dotted} must be categorical, got {dim.type}: each value needs its own shards"
+                )
             varied[dotted] = dim.choices
     return [
         with_values(space.run, dict(zip(varied, choice, strict=True))) for choice in itertools.product(*varied.values())
@@ -48,5 +50,5 @@ def largest_run(space: SpaceFile) -> RunConfig:
         if not isinstance(dim, CategoricalDimension):
             values[dotted] = dim.high
         elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):
-            values[dotted] = max(dim.choices)  # type: ignore[type-var]
+            values[dotted] = max(dim.choices)
     return with_values(space.run, values, "largest trial of the space")

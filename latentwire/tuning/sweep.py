@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 import ray.data
 import ray.train
@@ -14,7 +15,6 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-import optuna
 from latentwire.config import RunConfig, SpaceFile, with_values
 from latentwire.data import shards
 from latentwire.tuning.planner import Plan
@@ -95,9 +95,7 @@ def drive_trial(
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
     """Optimiser steps of a run on that many rows."""
-    return min(
-        run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12
-    )
+    return min(run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12)
 
 
 def run_sweep(
@@ -135,7 +133,10 @@ def run_sweep(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=output.name, storage_path=str(output.parent), verbose=1, failure_config=tune.FailureConfig(max_failures=0)
+            name=output.name,
+            storage_path=str(output.parent),
+            verbose=1,
+            failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
     return tuner.fit()

@@ -1,0 +1,24 @@
+"""Every error that a user can cause, for the entry points to print as one line instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+from latentwire.config import ConfigError
+from latentwire.data.layout import LayoutError
+from latentwire.data.sources import DataError
+from latentwire.models.weights import ReceiverError
+from latentwire.training.checkpoints import CheckpointError
+from latentwire.training.loop import TrainingError
+from latentwire.tuning.planner import PlanError
+from latentwire.tuning.results import SweepError
+
+USER_ERRORS = (
+    ConfigError, LayoutError, DataError, ReceiverError, CheckpointError, TrainingError, PlanError, SweepError,
+)  # fmt: skip
+
+
+def fail(error: Exception) -> int:
+    """Print one clear error and return the exit status for it."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,60 @@
+"""One training run on this machine.
+
+    python3 latentwire/train.py --samples 100 --epochs 1 --batch_size 4 --output_dir runs/test
+    python3 latentwire/train.py --llama_id meta-llama/Meta-Llama-3.1-8B-Instruct --qwen_id Qwen/Qwen2.5-7B-Instruct \
+      --dataset squad --samples 87599 --epochs 24 --batch_size 64 --latent_len 32 --d_z 256 --sequential_models \
+      --warm_anchor_text "Answer: " --first_token_ce_weight 0.5 --output_dir runs/experiment_name
+
+Ray is started only where shards have to be made first. Checkpoints, the exported ``best/`` and ``results.json`` land in
+``--output_dir``; ``--resume`` continues there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from latentwire.config import ConfigError
+from latentwire.data import shards
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.models.latentwire import LatentWire
+from latentwire.options import add_flags, read_space, with_home
+from latentwire.training.local import train_here
+from latentwire.tuning import planner, report, results
+
+
+def main() -> int:
+    """Plan, make shards where needed, train, score the best checkpoint once, export it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and results go")
+    parser.add_argument("--resume", action="store_true", help="continue in an output_dir that exists")
+    options = parser.parse_args()
+    try:
+        space = with_home(read_space(options))
+        output = options.output_dir.absolute()
+        if output.exists() and not options.resume:
+            raise ConfigError(f"output_dir must not exist yet, got {output}; name another one or add --resume")
+        print(f"run: {space.run.model_dump_json()}", flush=True)
+        here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
+        print(planner.plan(space, here, planner.node_memory()), flush=True)
+        paths = planner.local_shards(space.run)
+        best = train_here(LatentWire(space.run), paths, output)
+        export = output / "best"
+        if export.exists():
+            raise ConfigError(f"{export} exists: this run is finished; name another output_dir")
+        scores = results.score_and_export(best, paths["validation"], export)
+    except USER_ERRORS as error:
+        return fail(error)
+    command = shlex.join(["python", *sys.argv])
+    results.write_results(output, {"command": command, "best": best, "validation": scores})
+    rows = shards.read_manifest(paths["validation"])["rows"]
+    report.show([report.scores_table(scores, f"{space.run.data.dataset} validation, {rows} rows, {best.name}")])
+    print(f"exported: {export}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""One run in this process, without Ray workers: for a laptop, a single GPU, or a debugger."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from latentwire.data import shards
+from latentwire.data.batches import TrainingBatch, TrainingCollator, shuffled_batches
+from latentwire.models.latentwire import LatentWire
+from latentwire.training import checkpoints
+from latentwire.training.loop import Trainer
+
+
+def table_epochs(wire: LatentWire, train: pa.Table, rank: int = 0, world: int = 1) -> Any:
+    """The batches of each epoch of a table, in an order that seed and epoch decide."""
+    collator = TrainingCollator(wire.run, wire.builders)
+    training = wire.run.training
+
+    def epochs(epoch: int) -> Iterator[TrainingBatch]:
+        for part in shuffled_batches(
+            train, training.batch_size, seed=training.seed, epoch=epoch, rank=rank, world=world
+        ):
+            yield collator(part)
+
+    return epochs
+
+
+def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: Path) -> Path:
+    """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
+
+    Keeps the best by development F1 and the last.
+    """
+    train, dev = shards.read_table(paths["train"]), shards.read_table(paths["dev"])
+    trainer = Trainer(wire, max(1, train.num_rows // wire.run.training.batch_size))
+    frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
+    pins = {
+        "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
+        "evaluation": wire.run.evaluation.model_dump(),
+        "receivers": frozen,
+    }
+    folder = output / "checkpoints"
+    previous = finished(folder)
+    if previous:
+        checkpoints.load_training(previous[-1], trainer)
+        print(f"resumed at step {trainer.progress.step} from {previous[-1]}", flush=True)
+
+    def at_evaluation() -> None:
+        metrics = trainer.evaluate(dev)
+        print("evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+        target = folder / f"step-{trainer.progress.step:08d}"
+        if target.exists():
+            return  # resumed exactly at the end
+        checkpoints.save(target, wire, metrics, pins, trainer)
+        kept = finished(folder)
+        for path in set(kept) - {best_of(kept), kept[-1]}:
+            shutil.rmtree(path)
+
+    trainer.train(table_epochs(wire, train), at_evaluation)
+    changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
+    if changed:
+        raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
+    return best_of(finished(folder))
+
+
+def finished(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
+
+
+def best_of(paths: list[Path]) -> Path:
+    """The checkpoint with the highest development F1, the later one among equals."""
+    return max(paths, key=lambda path: (json.loads((path / "manifest.json").read_text())["metrics"]["dev_f1"], path))

@@ -1,0 +1,42 @@
+"""Score a checkpoint or export in a Ray task, where the cluster's GPUs are.
+
+python ray_jobs/evaluate.py --checkpoint runs/<sweep>/best --split validation
+"""
+
+from __future__ import annotations
+
+import sys
+
+import ray
+
+from latentwire.config import SpaceFile
+from latentwire.data import shards
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.evaluate import finish, parser
+from latentwire.options import override_run, with_home
+from latentwire.training import checkpoints
+from latentwire.tuning import planner, results, sweep
+
+
+def main() -> int:
+    """Make the split's shards where needed, score on one worker's resources, print."""
+    options = parser().parse_args()
+    checkpoint = options.checkpoint.absolute()
+    try:
+        checkpoints.read_manifest(checkpoint)
+        run = with_home(SpaceFile(run=override_run(checkpoints.read_run(checkpoint), options.assignments))).run
+        sweep.start_ray()
+        plan = planner.plan(
+            SpaceFile(run=run), ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
+        )
+        path = shards.ensure_shards(run, options.split)
+        scores, _ = results.on_cluster(
+            run, plan.gpus_per_worker, results.score, checkpoint, path, tuple(options.modes), run
+        )
+    except USER_ERRORS as error:
+        return fail(error)
+    return finish(options, scores)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

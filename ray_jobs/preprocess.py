@@ -1,0 +1,34 @@
+"""Make the shards that a space needs, and nothing else.
+
+python ray_jobs/preprocess.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.options import add_flags, read_space, with_home
+from latentwire.tuning import sweep
+
+DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
+
+
+def main() -> int:
+    """Read, clean, tokenise, write; complete shards are left alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    options = parser.parse_args()
+    try:
+        space = with_home(read_space(options, DEFAULT_SPACE))
+        sweep.start_ray()
+        sweep.prepare(space)
+    except USER_ERRORS as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

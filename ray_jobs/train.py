@@ -1,0 +1,65 @@
+"""One run on Ray: a TorchTrainer with one or more data-parallel workers.
+
+    python ray_jobs/train.py --samples 2000 --max_steps 200 --output_dir runs/one
+    python ray_jobs/train.py --num_workers 2 --output_dir runs/two
+
+The same command continues an interrupted run: Ray finds it by the name of its output directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import ray
+from ray.train import TrainingFailedError
+
+from latentwire.config import ConfigError
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.options import add_flags, read_space, with_home
+from latentwire.tuning import planner, report, results, sweep, trial
+
+DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
+
+
+def main() -> int:
+    """Plan, prepare shards, train, score the best checkpoint once, export it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and the export go")
+    options = parser.parse_args()
+    try:
+        space = with_home(read_space(options, DEFAULT_SPACE))
+        run, output = space.run, options.output_dir.absolute()
+        if (output / "best").exists():
+            raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
+        sweep.start_ray()
+        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
+        print(plan, flush=True)
+        paths = sweep.prepare(space.model_copy(update={"search": {}}))[sweep.variant_key(run)]
+        result = trial.make_trainer(
+            run,
+            sweep.load_datasets(paths),
+            name=output.name,
+            storage_path=str(output.parent),
+            gpus_per_worker=plan.gpus_per_worker,
+            pins=sweep.pins(paths, run),
+        ).fit()
+        best = max(result.best_checkpoints, key=lambda kept: kept[1]["dev_f1"])[0]
+        scores = results.on_cluster(
+            run, plan.gpus_per_worker, results.score_and_export, Path(best.path), paths["validation"], output / "best"
+        )
+    except USER_ERRORS as error:
+        return fail(error)
+    except TrainingFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    results.write_results(output, {"command": sys.argv, "best": best.path, "validation": scores})
+    report.show([report.scores_table(scores, f"{run.data.dataset} validation")])
+    print(f"exported: {output / 'best'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

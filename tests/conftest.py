@@ -1,0 +1,77 @@
+"""Shared fixtures: the embedded toy pair, a few rows in shard columns, and the real data where it is named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from latentwire.config import RunConfig, with_values
+from latentwire.data.shards import builders
+from latentwire.data.toy import toy_rows
+from latentwire.models.latentwire import LatentWire
+
+SMALL = {
+    "encoder.latent_len": 6,
+    "encoder.d_z": 32,
+    "encoder.d_model": 32,
+    "encoder.layers": 1,
+    "encoder.heads": 2,
+    "training.batch_size": 4,
+    "training.log_every": 1,
+    "evaluation.batch_size": 8,
+    "evaluation.max_answer_tokens": 6,
+}
+"""Knobs of a wire that builds and steps in milliseconds."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run() -> RunConfig:
+    """A small run on the toy pair."""
+    return with_values(RunConfig(), SMALL)
+
+
+@pytest.fixture
+def wire(run: RunConfig) -> LatentWire:
+    """A fresh small wire."""
+    return LatentWire(run)
+
+
+@pytest.fixture(scope="session")
+def table(run: RunConfig) -> pa.Table:
+    """Sixteen toy rows in shard columns."""
+    return shard_table(run, 16)
+
+
+def shard_table(run: RunConfig, count: int, seed: int = 7) -> pa.Table:
+    """Toy rows with the columns that shards have, made without Ray."""
+    rows = list(toy_rows(count, seed=seed, people=2, kinds=1))
+    columns: dict[str, list] = {name: [row[name] for row in rows] for name in rows[0]}
+    for name, builder in builders(run).items():
+        ids = builder.tokenize(columns["context"], columns["question"], [golds[0] for golds in columns["answers"]])
+        columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Directory with ``squad/`` and ``hotpotqa/`` parquet, named by ``LATENTWIRE_TEST_DATA``."""
+    if not (named := os.environ.get("LATENTWIRE_TEST_DATA")):
+        pytest.skip("LATENTWIRE_TEST_DATA names no directory with squad/ and hotpotqa/ parquet")
+    return Path(named)
+
+
+@pytest.fixture(scope="session")
+def real_receivers() -> Path:
+    """Directory with ``smollm2/`` and ``gemma3/``, named by ``LATENTWIRE_TEST_RECEIVERS`` (see ``make receivers``)."""
+    if not (named := os.environ.get("LATENTWIRE_TEST_RECEIVERS")):
+        pytest.skip("LATENTWIRE_TEST_RECEIVERS names no directory; `make receivers` makes one")
+    return Path(named)

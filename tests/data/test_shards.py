@@ -1,0 +1,116 @@
+"""Shards through Ray Data: whole or absent, split by document, with a reason for every row left out."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from latentwire.config import RunConfig, with_values
+from latentwire.data import shards
+from latentwire.data.sources import DataError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def good(number: int) -> dict:
+    return {
+        "id": str(number), "title": f"article {number // 5}", "context": f"Ada lives in house {number}.",
+        "question": "Where?", "answers": {"text": [f"house {number}"], "answer_start": [13]},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> RunConfig:
+    """200 good rows of 40 documents, and five bad ones."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [json.dumps(good(number)).encode() for number in range(200)]
+    lines += [
+        b"{broken",
+        b"\xff\xfe",
+        json.dumps(good(1) | {"answers": []}).encode(),
+        json.dumps(good(2) | {"context": ""}).encode(),
+    ]
+    lines += [json.dumps(good(3) | {"context": "x" * 5000}).encode()]
+    (folder / "train.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "validation.jsonl").write_bytes(b"\n".join(lines[:10]))
+    values = {
+        "data.dataset": "custom", "data.data_dir": str(folder), "data.shard_dir": str(tmp_path / "shards"),
+        "data.samples": 0, "data.dev_fraction": 0.2, "data.shard_rows": 64,
+    }  # fmt: skip
+    return with_values(RunConfig(), values)
+
+
+def test_rows_are_split_by_document_and_bad_ones_kept_aside(own: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    train, dev = (shards.ensure_shards(own, split) for split in ("train", "dev"))
+    rows, held_out = shards.read_table(train).to_pylist(), shards.read_table(dev).to_pylist()
+    assert len(rows) + len(held_out) == 200 and held_out
+    assert {row["document"] for row in rows}.isdisjoint(row["document"] for row in held_out)
+    assert [row["id"] for row in rows] != sorted((row["id"] for row in rows), key=int)  # shuffled
+    rejects = [json.loads(line) for line in (train / "rejects.jsonl").read_text().splitlines()]
+    reasons = sorted(reject["reason"].split(",")[0].split(":")[0] for reject in rejects)
+    assert reasons == [
+        "answers must not be empty", "context must not be empty", "row must be JSON", "row must be UTF-8",
+        "sender text must be ≤ 4096 bytes",
+    ]  # fmt: skip
+    assert "5 rejected" in capfd.readouterr().out
+    manifest = shards.read_manifest(train)
+    assert manifest["rows"] == len(rows) and len(manifest["files"]) > 1
+    for name, builder in shards.builders(own).items():
+        first = rows[0]
+        ids = builder.tokenize([first["context"]], [first["question"]], [first["answers"][0]])
+        assert [first[f"{name}_{piece}"] for piece in ids] == [values[0] for values in ids.values()]
+
+
+def test_complete_shards_are_reused_and_half_written_ones_never(
+    own: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = shards.ensure_shards(own, "validation")
+    stamp = (path / "manifest.json").stat().st_mtime_ns
+    assert shards.ensure_shards(own, "validation") == path
+    assert (path / "manifest.json").stat().st_mtime_ns == stamp
+    assert "reused" in capfd.readouterr().out
+    # A crash before the manifest leaves a directory that nobody trusts.
+    half = path.parent / f".{path.name}.part-dead"
+    path.rename(half)
+    (half / "manifest.json").unlink()
+    with pytest.raises(DataError, match="must be complete"):
+        shards.read_manifest(path)
+    assert shards.read_table(shards.ensure_shards(own, "validation")).num_rows == 10
+
+
+def test_the_name_changes_with_what_made_the_shards(own: RunConfig) -> None:
+    base = shards.shard_path(own, "train")
+    for values in ({"prompt.anchor": "A: "}, {"data.send": "prompt"}, {"data.seed": 1}, {"receivers.0.bos": "no"}):
+        assert shards.shard_path(with_values(own, values), "train") != base
+    for values in ({"data.dev_samples": 7}, {"training.seed": 3}, {"data.shard_dir": own.data.shard_dir}):
+        assert shards.shard_path(with_values(own, values), "train") == base
+
+
+def test_a_source_of_bad_rows_only_is_an_error(own: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "data" / "validation.jsonl").write_bytes(b"{broken\n")
+    with pytest.raises(DataError, match=r"must leave at least one row, got none \(1 × row must be JSON"):
+        shards.ensure_shards(own, "validation")
+    assert not shards.shard_path(own, "validation").exists()
+
+
+@pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
+def test_real_data(real_data: Path, tmp_path: Path, dataset: str) -> None:
+    values = {
+        "data.dataset": dataset, "data.data_dir": str(real_data / dataset), "data.shard_dir": str(tmp_path),
+        "data.validation_samples": 50, "data.max_context_bytes": 20_000,
+    }  # fmt: skip
+    run = with_values(RunConfig(), values)
+    rows = shards.read_table(shards.ensure_shards(run, "validation"))
+    assert rows.num_rows == 50
+    assert all(rows.column("llama_context_ids").to_pylist())

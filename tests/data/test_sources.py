@@ -1,0 +1,136 @@
+"""What a good row is, in every schema, and what each bad one is told."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentwire.config import DataConfig
+from latentwire.data.sources import DataError, RowError, clean, pieces, read
+
+GOOD = {
+    "id": "1",
+    "title": "T",
+    "context": " c ",
+    "question": "q?",
+    "answers": {"text": ["a", "b"], "answer_start": [0, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"\xff\xfe", "row must be UTF-8"),
+        (b"{", "row must be JSON"),
+        (b"[1]", "row must be a mapping, got list"),
+        (json.dumps(GOOD | {"context": None}).encode(), "context is missing"),
+        (json.dumps(GOOD | {"context": " "}).encode(), "context must not be empty"),
+        (json.dumps(GOOD | {"context": 3}).encode(), "context must be text, got int"),
+        (json.dumps(GOOD | {"question": ""}).encode(), "question must not be empty"),
+        (json.dumps(GOOD | {"answers": {"text": []}}).encode(), "answers must not be empty"),
+        (json.dumps(GOOD | {"answers": [" "]}).encode(), "answers must not be empty"),
+        (json.dumps(GOOD | {"answers": 5}).encode(), "answers must be text or a list of text, got int"),
+        (json.dumps({"question": "q", "answers": "a"}).encode(), "context is missing"),
+        (b'{"context": "\\ud800", "question": "q", "answers": "a"}', "context must be UTF-8"),
+    ],
+)
+def test_bad_rows_are_told_why(raw: bytes, reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        clean(raw, "squad")
+    assert reason in str(caught.value)
+
+
+def test_squad_row() -> None:
+    assert clean(json.dumps(GOOD).encode(), "squad") == {
+        "id": "1", "document": "T", "context": "c", "question": "q?", "answers": ["a", "b"],
+    }  # fmt: skip
+
+
+def test_hotpotqa_joins_titled_paragraphs_in_both_schemas() -> None:
+    hub = {
+        "id": "5", "question": "q", "answer": "yes",
+        "context": {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]},
+        "supporting_facts": {"title": ["B", "A"], "sent_id": [0, 0]},
+    }  # fmt: skip
+    official = {
+        "_id": "5", "question": "q", "answer": "yes",
+        "context": [["A", ["One.", " Two."]], ["B", ["Three."]]], "supporting_facts": [["B", 0], ["A", 0]],
+    }  # fmt: skip
+    row = clean(json.dumps(hub).encode(), "hotpotqa")
+    assert row["context"] == "A: One. Two.\nB: Three."
+    assert (row["answers"], row["document"]) == (["yes"], "A | B")
+    assert clean(json.dumps(official).encode(), "hotpotqa") == row
+
+
+def rows_of(folder: Path, dataset: str = "squad") -> list[bytes]:
+    config = DataConfig(dataset=dataset, data_dir=str(folder))
+    return [raw for piece in pieces(config, "train") for raw in read(config, "train", piece)]
+
+
+def test_official_json(tmp_path: Path) -> None:
+    document = {"data": [{"title": "T", "paragraphs": [
+        {"context": "c", "qas": [{"id": "9", "question": "q", "answers": [{"text": "a", "answer_start": 0}]}]}]}]}  # fmt: skip
+    (tmp_path / "train-v1.1.json").write_text(json.dumps(document))
+    assert clean(rows_of(tmp_path)[0], "squad")["id"] == "9"
+
+
+def test_jsonl_keeps_bad_lines_for_the_rejects(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\n\n")
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:
+    column = pa.array([b"good", b"\xff bad"], pa.binary())
+    text = pa.StringArray.from_buffers(2, column.buffers()[1], column.buffers()[2])
+    pq.write_table(
+        pa.table({"context": text, "question": ["q", "q"], "answers": [["a"], ["a"]]}), tmp_path / "train.parquet"
+    )
+    rows = rows_of(tmp_path)
+    assert clean(rows[0], "squad")["context"] == "good"
+    with pytest.raises(RowError, match="must be UTF-8"):
+        clean(rows[1], "squad")
+
+
+def test_parquet_without_the_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="must have columns context, question and answers, it has text"):
+        rows_of(tmp_path)
+
+
+def test_file_that_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="must be Parquet"):
+        rows_of(tmp_path)
+
+
+def test_directories(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must hold train files as parquet, jsonl or json, it holds nothing"):
+        rows_of(tmp_path)
+    with pytest.raises(DataError, match="must be an existing directory"):
+        rows_of(tmp_path / "absent")
+
+
+def test_unknown_dataset_without_a_directory() -> None:
+    with pytest.raises(DataError, match="got novels without one"):
+        list(read(DataConfig(dataset="novels"), "train", "novels"))
+
+
+def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match=r"rajpurkar/squad cannot be read from the Hub \(no route\).*--data_dir"):
+        list(read(DataConfig(dataset="squad"), "train", "squad"))
+
+
+@pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
+def test_real_rows_are_read(real_data: Path, dataset: str) -> None:
+    config = DataConfig(dataset=dataset, data_dir=str(real_data / dataset))
+    rows = [clean(raw, dataset) for piece in pieces(config, "validation") for raw in read(config, "validation", piece)]
+    assert len(rows) == {"squad": 5397, "hotpotqa": 734}[dataset]
+    assert all(row["context"] and row["answers"] for row in rows)

@@ -1,0 +1,131 @@
+"""The frozen receiver: our numbers are the model's own, and nothing but the soft prompt gets a gradient."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
+from latentwire.data.layout import SequenceBuilder, collate
+from latentwire.losses.terms import token_ce
+from latentwire.models.lm import LMWrapper, pick_device
+from latentwire.models.weights import ReceiverError
+
+ROWS = [
+    ("Ada lives in Oslo. Ben lives in Rome.", "Where is the home of Ada?", "Oslo"),
+    ("Cleo owns a goat.", "Which animal belongs to Cleo?", "goat"),
+]
+
+
+def load(config: ReceiverConfig) -> tuple[LMWrapper, SequenceBuilder, list]:
+    lm = LMWrapper(config)
+    builder = SequenceBuilder(lm.tokenizer, config, PromptConfig(), "context")
+    columns = builder.tokenize(*(list(column) for column in zip(*ROWS, strict=True)))
+    return lm, builder, list(zip(*columns.values(), strict=True))
+
+
+@pytest.fixture(params=[*RunConfig().receivers, "smollm2", "gemma3"], ids=["llama", "qwen", "smollm2", "gemma3"])
+def receiver(request: pytest.FixtureRequest) -> tuple[LMWrapper, SequenceBuilder, list]:
+    if isinstance(request.param, str):
+        folder: Path = request.getfixturevalue("real_receivers")
+        return load(ReceiverConfig(name=request.param, model=str(folder / request.param)))
+    return load(request.param)
+
+
+def own_loss(lm: LMWrapper, sequences: list, shift: int = 0) -> float:
+    """The model's own loss on the supervised tokens; ``shift`` plants an off-by-one."""
+    batch = collate(sequences)
+    labels = torch.full_like(batch.ids_BS, -100)
+    for row, sequence in enumerate(sequences):
+        for position in range(sequence.answer.start, sequence.stop + 1):
+            labels[row, position - shift] = batch.ids_BS[row, position]
+    return float(lm.lm(input_ids=batch.ids_BS, attention_mask=batch.attention_BS, labels=labels).loss)
+
+
+def test_ce_equals_the_models_own_loss(receiver: tuple) -> None:
+    lm, builder, rows = receiver
+    sequences = [builder.text(*row) for row in rows]
+    batch = collate(sequences)
+    ours = float(token_ce(lm.supervised_logits(batch), batch.target_N).mean())
+    assert ours == pytest.approx(own_loss(lm, sequences), rel=1e-5, abs=1e-5)
+    assert abs(ours - own_loss(lm, sequences, shift=1)) > 0.1
+
+
+def test_token_embeddings_through_the_latent_path_equal_text(receiver: tuple) -> None:
+    lm, builder, rows = receiver
+    for context, question, answer in rows:
+        text = collate([builder.text(context, question, answer)])
+        latent = collate([builder.latent(len(context), question, answer)])
+        p_BLD = lm.embed_tokens(torch.tensor([context]))
+        torch.testing.assert_close(
+            lm.supervised_logits(latent, p_BLD), lm.supervised_logits(text), atol=1e-4, rtol=1e-4
+        )
+        asked = [
+            collate([s], side="left") for s in (builder.text(context, question), builder.latent(len(context), question))
+        ]
+        assert lm.generate(asked[0], builder.stop_ids, 6) == lm.generate(asked[1], builder.stop_ids, 6, p_BLD)
+
+
+def test_a_batch_of_unequal_lengths_gives_what_each_row_gives_alone(receiver: tuple) -> None:
+    lm, builder, rows = receiver
+    sequences = [builder.text(*row) for row in rows]
+    batch = collate(sequences)
+    together = lm.supervised_logits(batch)
+    for row, sequence in enumerate(sequences):
+        alone = lm.supervised_logits(collate([sequence]))
+        torch.testing.assert_close(together[batch.row_N == row], alone, atol=2e-3, rtol=1e-3)
+    prompts = [builder.text(context, question) for context, question, _ in rows]
+    joined = lm.generate(collate(prompts, side="left"), builder.stop_ids, 6)
+    assert joined == [lm.generate(collate([prompt], side="left"), builder.stop_ids, 6)[0] for prompt in prompts]
+
+
+def test_only_the_soft_prompt_gets_a_gradient() -> None:
+    lm, builder, rows = load(RunConfig().receivers[0])
+    before = lm.fingerprint()
+    batch = collate([builder.latent(4, question, answer) for _, question, answer in rows])
+    p_BLD = torch.randn(2, 4, lm.width, requires_grad=True)
+    token_ce(lm.supervised_logits(batch, p_BLD), batch.target_N).mean().backward()
+    assert p_BLD.grad is not None and bool(p_BLD.grad.abs().sum((1, 2)).gt(0).all())
+    assert all(p.grad is None and not p.requires_grad for p in lm.parameters())
+    assert lm.fingerprint() == before
+    assert not lm.train().training
+
+
+def test_fingerprint_sees_one_changed_weight() -> None:
+    lm, _, _ = load(RunConfig().receivers[1])
+    before = lm.fingerprint()
+    next(lm.lm.parameters()).data.view(-1)[0] += 1e-3
+    assert lm.fingerprint() != before
+
+
+def test_a_soft_prompt_that_does_not_fill_its_slots_is_refused() -> None:
+    lm, builder, rows = load(RunConfig().receivers[0])
+    batch = collate([builder.latent(4, rows[0][1], rows[0][2])])
+    with pytest.raises(ValueError, match="must fill its slots"):
+        lm.supervised_logits(batch, torch.randn(1, 3, lm.width))
+
+
+def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ReceiverError, match="must be a Hub id or an existing directory"):
+        LMWrapper(ReceiverConfig(name="a", model="./nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReceiverError, match=r"exactly one \.gguf file, got none"):
+        LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty")))
+    (tmp_path / "empty" / "x.gguf").write_bytes(b"GGUF no more")
+    with pytest.raises(ReceiverError, match="cannot be read as GGUF"):
+        LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty")))
+    with pytest.raises(ReceiverError, match="name its directory"):
+        LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty" / "x.gguf")))
+
+
+def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ReceiverError, match=r"hf auth login.*--llama_id <directory>"):
+        LMWrapper(ReceiverConfig(name="llama", model="meta-llama/Meta-Llama-3.1-8B-Instruct"))
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ReceiverError, match="device must exist"):
+        pick_device("cuda:0")

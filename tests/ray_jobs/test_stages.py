@@ -1,0 +1,60 @@
+"""Each stage as a command of its own, and the commands that the README shows."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
+
+pytestmark = pytest.mark.slow
+
+
+def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
+    steps = ("--max_steps=6", "--set", "training.evaluate_every=3")
+    assert job("ray_jobs/preprocess.py", *TINY, "--set", "prompt.anchor=A: ").wait(300) == 0, log_of(tmp_path)
+    assert "shards train: 200 rows" in log_of(tmp_path)
+    output = tmp_path / "one"
+    assert job("ray_jobs/train.py", *TINY, *steps, "--num_workers=2", "--output_dir", str(output)).wait(500) == 0, (
+        log_of(tmp_path)
+    )
+    trained = json.loads((output / "results.json").read_text())["validation"]
+    scores = tmp_path / "scores.json"
+    code = job("ray_jobs/evaluate.py", "--checkpoint", str(output / "best"), "--output", str(scores)).wait(300)
+    assert code == 0, log_of(tmp_path)
+    assert json.loads(scores.read_text()) == trained
+
+
+def test_readme_commands(job: Job, tmp_path: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "latentwire/train.py" in b)
+    commands = [shlex.split(line.replace("runs/test", str(tmp_path / "run"))) for line in block.splitlines()]
+    assert len(commands) == 2
+    for _, script, *flags in commands:
+        assert job(script, *flags).wait(500) == 0, log_of(tmp_path)
+    assert "full text" in log_of(tmp_path)
+
+
+def test_train_resumes_where_it_was_stopped(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = (*TINY, "--set", "training.evaluate_every=5", "--output_dir", str(output))
+    assert job("latentwire/train.py", *flags, "--max_steps=5").wait(300) == 0, log_of(tmp_path)
+    again = job("latentwire/train.py", *flags, "--max_steps=10")
+    assert again.wait(60) == 2
+    assert "output_dir must not exist yet" in log_of(tmp_path)
+
+
+def test_the_full_size_command_fails_for_want_of_the_hub_alone(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = (REPOSITORY / "README.md").read_text()
+    command = re.search(r"python3 latentwire/train\.py --llama_id.*?experiment_name", text, re.DOTALL)
+    assert command
+    words = shlex.split(command[0].replace("\\\n", " ").replace("runs/experiment_name", str(tmp_path / "run")))
+    assert job(words[1], *words[2:]).wait(120) == 2, log_of(tmp_path)
+    log = log_of(tmp_path)
+    assert "error: receiver llama: meta-llama/Meta-Llama-3.1-8B-Instruct cannot be loaded" in log
+    assert "hf auth login" in log and "--llama_id <directory>" in log and "Traceback" not in log

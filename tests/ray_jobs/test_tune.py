@@ -1,0 +1,99 @@
+"""The main job through real Ray workers, and a trial that survives the death of its worker."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from latentwire.config import load_space
+from latentwire.training import checkpoints
+from latentwire.tuning import results
+from tests.ray_jobs.conftest import TINY, Job, log_of
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "sweep"
+    steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "tune.grace_steps=3")
+    process = job("ray_jobs/tune.py", *TINY, *steps, "--set", "tune.trials=3", "--output_dir", str(output))
+    assert process.wait(600) == 0, log_of(tmp_path)
+    document = json.loads((output / "results.json").read_text())
+    assert len(document["trials"]) == 3
+    assert all(row["state"] == "done" and row["step"] in (3, 6) for row in document["trials"])
+    space = load_space("search_spaces/toy.yaml")
+    assert all(set(row["values"]) == set(space.search) for row in document["trials"])
+    assert document["trials"][0]["dev_f1"] == max(row["dev_f1"] for row in document["trials"])
+    assert document["trials"][0]["dev_f1"] == document["best"]["score"]
+
+    # The export holds no training state, is whole, and scores again what it scored.
+    manifest = checkpoints.read_manifest(output / "best")
+    assert not any("training_state" in name for name in manifest["files"])
+    (validation,) = [path for path in (tmp_path / "shards").glob("toy-validation-*")
+                     if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
+    scores, _ = results.score(output / "best", validation)
+    assert scores == document["validation"]
+    assert {"text", "latent", "closed_book", "shuffled"} == set(scores)
+
+    report = (output / "report.md").read_text()
+    assert "full text" in report and "3 trials" in report
+    assert (output / "predictions.parquet").exists()
+
+
+def wait_for(condition, process, tmp_path: Path, seconds: float = 240) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, log_of(tmp_path)
+        assert time.time() < end, log_of(tmp_path)
+        time.sleep(0.5)
+
+
+def test_a_killed_worker_is_replaced_and_the_trial_finishes_from_its_checkpoint(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "sweep"
+    steps = ("--max_steps=400", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
+    process = job("ray_jobs/tune.py", *TINY, *steps, "--set", "tune.trials=1", "--output_dir", str(output))
+    wait_for(lambda: len(list(output.glob("trials/*/checkpoint*/manifest.json"))) >= 1, process, tmp_path)
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(_cmdline(p))
+    ]
+    assert workers, "no train worker is running"
+    for worker in workers:
+        worker.kill()
+    assert process.wait(600) == 0, log_of(tmp_path)
+    assert "resumed at step" in log_of(tmp_path)
+    (row,) = json.loads((output / "results.json").read_text())["trials"]
+    assert (row["state"], row["step"]) == ("done", 400)
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) -> None:
+    process = job("ray_jobs/tune.py", "--dry_run", "--output_dir", str(tmp_path / "sweep"))
+    assert process.wait(120) == 0, log_of(tmp_path)
+    log = log_of(tmp_path)
+    assert "trials at once: " in log and "receiver llama: " in log and '"latent_len"' in log
+    assert not (tmp_path / "sweep").exists() and not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--latent_len=0",), "error: latent_len must be ≥ 1, got 0"),
+        (("--space=nowhere.yaml",), "error: space file must exist, got nowhere.yaml"),
+        (("--num_workers=64", "--batch_size=64"), "error: one trial needs 64 CPUs and the cluster has"),
+        (("--llama_id=./nowhere",), "error: receiver llama: model must be a Hub id or an existing directory"),
+        (("--data_dir=./nowhere", "--dataset=squad"), "error: data_dir must be an existing directory, got nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_before_long_work_starts(job: Job, tmp_path: Path, flags: tuple, message: str) -> None:
+    process = job("ray_jobs/tune.py", *flags, "--output_dir", str(tmp_path / "sweep"))
+    assert process.wait(120) == 2, log_of(tmp_path)
+    assert message in log_of(tmp_path)
+    assert "Traceback" not in log_of(tmp_path)

@@ -1,0 +1,98 @@
+"""Every bad configuration gets one clear error that quotes rule, value and place."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from latentwire.config import ConfigError, RunConfig, load_space, with_values
+from latentwire.options import add_flags, read_space
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "space.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {encoder: {latent_len: 0}}", "latent_len must be ≥ 1, got 0"),
+        ("run: {encoder: {latentlen: 4}}", "did you mean latent_len?"),
+        ("run: {receivers: [{name: a, modl: toy-llama}]}", "did you mean model?"),
+        ("run: {receivers: [{name: a, model: x}, {name: a, model: y}]}", "receiver names must differ, got a, a"),
+        ("run: {receivers: []}", "receivers"),
+        ("run: {losses: {answer_ce_weight: 0}}", "at least one loss weight must be > 0"),
+        ("run: {encoder: {d_model: 30, heads: 4}}", "d_model must be a multiple of 2 × heads"),
+        ("search: {encoder.latentlen: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
+        ("search: {latent_len: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
+        ("search: {encoder.latent_len: {type: int, low: 0, high: 4}}", "latent_len must be ≥ 1, got 0"),
+        ("search: {encoder.latent_len: {type: int, low: 8, high: 4}}", "low must be ≤ high, got 8 > 4"),
+        ("search: {encoder.kind: {type: categorical, choices: [byte, bite]}}", "search.encoder.kind.choices[1]"),
+        ("search: {training.encoder_lr: {type: float, low: 0.1, high: 1, log: true, step: 0.1}}", "log needs low > 0"),
+        ("tune: {trials: 0}", "trials must be ≥ 1, got 0"),
+        ("tune: [1]", "tune"),
+        ("[1, 2]", "must hold a mapping"),
+        ("run: {a: b: c}", "must be valid YAML"),
+    ],
+)
+def test_bad_space_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_space(file)
+    assert message in str(caught.value)
+    assert "space.yaml" in str(caught.value)
+
+
+def test_missing_file_names_the_shipped_spaces() -> None:
+    with pytest.raises(ConfigError, match=r"must exist, got nowhere\.yaml"):
+        load_space("nowhere.yaml")
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "search_spaces").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_spaces_are_valid(file: Path) -> None:
+    assert load_space(file).search
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return parser.parse_args(words)
+
+
+def test_seed_flags_mean_what_they_say() -> None:
+    run = read_space(
+        options(
+            *("--llama_id meta-llama/Meta-Llama-3.1-8B-Instruct --qwen_id Qwen/Qwen2.5-7B-Instruct --samples 87599 "
+              "--epochs 24 --batch_size 64 --latent_len 32 --d_z 256 --encoder_type byte --dataset squad "
+              "--sequential_models --first_token_ce_weight 0.5").split(),
+            "--warm_anchor_text", "Answer: ",
+        )
+    ).run  # fmt: skip
+    assert [receiver.model for receiver in run.receivers] == [
+        "meta-llama/Meta-Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct",
+    ]  # fmt: skip
+    assert [receiver.bos for receiver in run.receivers] == ["auto", "auto"]
+    assert (run.data.samples, run.data.dataset, run.training.epochs) == (87599, "squad", 24)
+    assert (run.encoder.latent_len, run.encoder.d_z, run.encoder.kind) == (32, 256, "byte")
+    assert run.training.sequential_models and run.losses.first_token_ce_weight == 0.5
+    assert run.prompt.anchor == "Answer: "
+
+
+def test_set_reaches_every_knob_and_refuses_unknown_ones() -> None:
+    space = read_space(options("--set", "training.encoder_lr=3e-4", "--set", "tune.trials=3"))
+    assert space.run.training.encoder_lr == 3e-4
+    assert space.tune.trials == 3
+    with pytest.raises(ConfigError, match="did you mean encoder_lr"):
+        read_space(options("--set", "training.encoderlr=1"))
+    with pytest.raises(ConfigError, match="PATH=VALUE"):
+        read_space(options("--set", "training.encoder_lr"))
+
+
+def test_with_values_checks_again() -> None:
+    assert with_values(RunConfig(), {"encoder.latent_len": 3}).encoder.latent_len == 3
+    with pytest.raises(ConfigError, match="latent_len must be ≥ 1, got 0"):
+        with_values(RunConfig(), {"encoder.latent_len": 0})

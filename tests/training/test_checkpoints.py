@@ -1,0 +1,142 @@
+"""Checkpoints hold what was trained and nothing else, load into the same wire, or say why not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentwire.config import RunConfig, with_values
+from latentwire.models.latentwire import LatentWire
+from latentwire.training import checkpoints
+from latentwire.training.checkpoints import CheckpointError
+from latentwire.training.loop import Trainer
+
+TEXTS = ["Ada lives in Oslo.", "Ben eats rice. Cleo owns a goat."]
+
+
+@pytest.fixture
+def saved(wire: LatentWire, tmp_path: Path) -> Path:
+    pins = {"receivers": {name: lm.fingerprint() for name, lm in wire.receivers.items()}}
+    return checkpoints.save(tmp_path / "checkpoint", wire, {"dev_f1": 0.5}, pins, Trainer(wire, 4))
+
+
+def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
+    assert {str(f.relative_to(saved)) for f in saved.rglob("*") if f.is_file()} == {
+        "config.json", "manifest.json", "interlingua.safetensors", "adapters/llama.safetensors",
+        "adapters/qwen.safetensors", "training_state.safetensors", "training_state.json",
+    }  # fmt: skip
+    adapter = {"norm.weight", "norm.bias", "skip.weight", "up.weight", "up.bias", "down.weight", "down.bias", "gain"}
+    for name in ("llama", "qwen"):
+        assert set(load_file(saved / f"adapters/{name}.safetensors")) == adapter
+    block = ["norm.weight", "norm.bias", "query_key_value.weight", "query_key_value.bias", "out.weight", "out.bias"]
+    mlp = ["mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias", "mlp.3.weight", "mlp.3.bias"]
+    queries = [
+        "query",
+        "sharpness",
+        "norm.weight",
+        "norm.bias",
+        "key_value.weight",
+        "key_value.bias",
+        "out.weight",
+        "out.bias",
+    ]
+    assert set(load_file(saved / "interlingua.safetensors")) == {
+        "embed.weight", "join.0.weight", "join.0.bias", "join.2.weight", "join.2.bias",
+        "norm.weight", "norm.bias", "project.weight", "project.bias",
+        *(f"blocks.0.{key}" for key in block + mlp), *(f"queries.{key}" for key in queries + mlp),
+    }  # fmt: skip
+    trained = sum(p.numel() for p in wire.interlingua.parameters())
+    assert sum(json.loads((saved / "manifest.json").read_text())["parameters"].values()) == trained
+
+
+def test_an_export_has_no_training_state(wire: LatentWire, tmp_path: Path) -> None:
+    path = checkpoints.save(tmp_path / "best", wire, {}, {})
+    assert not list(path.glob("training_state*"))
+
+
+def test_reloads_to_bit_equal_latents_in_a_new_process(saved: Path, wire: LatentWire, tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from pathlib import Path; from latentwire.training.checkpoints import load_wire\n"
+        "torch.set_num_threads(1); wire, _ = load_wire(Path(sys.argv[1]))\n"
+        f"torch.save(wire.encode({TEXTS!r}), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(saved), str(tmp_path / "z.pt")], check=True)
+    assert torch.equal(torch.load(tmp_path / "z.pt", weights_only=True), wire.encode(TEXTS))
+
+
+def test_a_changed_file_is_refused(saved: Path) -> None:
+    file = saved / "adapters" / "qwen.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"qwen\.safetensors must hash to .* it was changed or cut off"):
+        checkpoints.load_wire(saved)
+
+
+def test_a_missing_file_is_refused(saved: Path) -> None:
+    (saved / "interlingua.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"must hold interlingua\.safetensors"):
+        checkpoints.load_wire(saved)
+
+
+def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
+        checkpoints.load_wire(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"format_version": 99}, "format_version must be 1, got 99"),
+        (lambda m: {"files": {}}, "must be the JSON that latentwire writes"),
+        (lambda m: m | {"files": {"../../secret": "0"}}, "files must lie inside the checkpoint"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(saved: Path, change: object, message: str) -> None:
+    file = saved / "manifest.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.read_manifest(saved)
+
+
+def test_another_receiver_is_refused(saved: Path, run: RunConfig) -> None:
+    swapped = with_values(run, {"receivers.0.dtype": "bfloat16"})
+    with pytest.raises(CheckpointError, match="receiver llama must hash to"):
+        checkpoints.load_weights(saved, LatentWire(swapped))
+
+
+def test_another_shape_is_refused(saved: Path, run: RunConfig) -> None:
+    with pytest.raises(CheckpointError, match="must fit the configuration"):
+        checkpoints.load_weights(saved, LatentWire(with_values(run, {"encoder.d_z": 8})))
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(
+    saved: Path, wire: LatentWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="must not overwrite"):
+        checkpoints.save(saved, wire, {}, {})
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.save(saved.parent / "other", wire, {}, {})
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
+
+
+def test_no_receiver_weight_is_written(saved: Path, wire: LatentWire) -> None:
+    shapes = {tuple(t.shape) for lm in wire.receivers.values() for t in lm.lm.state_dict().values() if t.ndim == 2}
+    for file in saved.rglob("*.safetensors"):
+        assert not [name for name, tensor in load_file(file).items() if tuple(tensor.shape) in shapes], file
+
+
+def test_the_table_fixture_matches_what_training_reads(table: pa.Table, run: RunConfig) -> None:
+    assert {f"{r.name}_{piece}_ids" for r in run.receivers for piece in ("context", "question", "answer")} <= set(
+        table.column_names
+    )

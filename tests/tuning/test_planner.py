@@ -1,0 +1,52 @@
+"""A machine that cannot hold one trial says so before anything starts."""
+
+import pytest
+
+from latentwire.config import RunConfig, SpaceFile, with_values
+from latentwire.models.lm import LMWrapper
+from latentwire.tuning.planner import PlanError, plan
+
+ENOUGH = 64e9
+
+
+def space(**values: object) -> SpaceFile:
+    named = {name.replace("__", "."): value for name, value in values.items()}
+    return SpaceFile(run=with_values(RunConfig(), named))
+
+
+def test_parameters_are_counted_from_the_configuration() -> None:
+    found = {r.name: r.parameters for r in plan(space(), {"CPU": 2}, ENOUGH).receivers}
+    for receiver in RunConfig().receivers:
+        assert found[receiver.name] == sum(p.numel() for p in LMWrapper(receiver).parameters())
+
+
+def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
+    assert plan(space(), {"CPU": 4}, ENOUGH).max_concurrent_trials == 4
+    assert plan(space(training__num_workers=2), {"CPU": 4}, ENOUGH).max_concurrent_trials == 2
+    assert plan(space(), {"CPU": 100}, ENOUGH).max_concurrent_trials == 8  # the sweep has eight trials
+    one = plan(space(), {"CPU": 4}, ENOUGH).bytes_per_worker
+    assert plan(space(), {"CPU": 4}, 2.5 * one).max_concurrent_trials == 2
+
+
+def test_gpus_are_used_where_there_are_any() -> None:
+    on_gpu = plan(space(), {"CPU": 16, "GPU": 4}, ENOUGH)
+    assert (on_gpu.gpus_per_worker, on_gpu.max_concurrent_trials) == (1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "resources", "memory", "message"),
+    [
+        ({}, {"CPU": 2}, 1e8, r"one worker needs about .* GB and the node has 0\.1 GB: lower training\.batch_size"),
+        ({"training__num_workers": 4}, {"CPU": 2}, ENOUGH, "one trial needs 4 CPUs and the cluster has 2"),
+        ({"training__gpus_per_worker": 1}, {"CPU": 2}, ENOUGH, "one trial needs 1 GPUs and the cluster has 0"),
+        (
+            {"training__num_workers": 3},
+            {"CPU": 8},
+            ENOUGH,
+            "batch_size must be a multiple of num_workers, got 32 and 3",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused(values: dict, resources: dict, memory: float, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan(space(**values), resources, memory)

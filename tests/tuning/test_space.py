@@ -1,0 +1,32 @@
+"""Search dimensions become Optuna's, and shards follow the ones that change them."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from latentwire.config import ConfigError, load_space
+from latentwire.tuning.space import data_variants, distributions, largest_run
+
+TEXT = """
+search:
+  encoder.latent_len: {type: int, low: 4, high: 16, step: 4}
+  training.encoder_lr: {type: float, low: 1e-4, high: 1e-2, log: true}
+  prompt.anchor: {type: categorical, choices: ["Answer: ", "A: "]}
+"""
+
+
+def test_distributions_and_variants(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(TEXT)
+    space = load_space(tmp_path / "s.yaml")
+    table = distributions(space)
+    assert table["encoder.latent_len"] == optuna.distributions.IntDistribution(4, 16, step=4)
+    assert table["training.encoder_lr"] == optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
+    assert [run.prompt.anchor for run in data_variants(space)] == ["Answer: ", "A: "]
+    assert largest_run(space).encoder.latent_len == 16
+
+
+def test_shards_cannot_follow_a_number(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("search: {data.samples: {type: int, low: 10, high: 20}}")
+    with pytest.raises(ConfigError, match=r"search\.data\.samples must be categorical, got int"):
+        data_variants(load_space(tmp_path / "s.yaml"))
