@@ -176,6 +176,10 @@ class TrainingConfig(Section):
     """Peak learning rate of the encoder."""
     adapter_lr: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate of the adapters."""
+    alignment_steps: int = Field(0, ge=0)
+    """Steps at the start that fit the soft prompts to the receivers' own token embeddings, averaged over as many spans
+    of the text as there are latents. No receiver runs in them, so they cost little; without them a frozen receiver gives
+    a random prompt next to no gradient, since it cannot read it yet. They count as steps."""
     warmup_steps: int = Field(50, ge=0)
     """Steps over which the rates rise from 0."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)

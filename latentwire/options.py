@@ -97,8 +97,17 @@ def home() -> Path:
 
 
 def with_home(space: SpaceFile) -> SpaceFile:
-    """The space with its relative ``shard_dir`` and ``storage_path`` made absolute under :func:`home`."""
+    """The space with every local path made absolute: Ray's workers run in directories of their own.
+
+    Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, receivers' directories) are
+    where the command was given.
+    """
     tree = space.model_dump(mode="json")
     set_path(tree, "run.data.shard_dir", str(home() / space.run.data.shard_dir))
     set_path(tree, "tune.storage_path", str(home() / space.tune.storage_path))
+    if space.run.data.data_dir is not None:
+        set_path(tree, "run.data.data_dir", str(Path(space.run.data.data_dir).absolute()))
+    for receiver in tree["run"]["receivers"]:
+        if Path(receiver["model"]).is_dir():
+            receiver["model"] = str(Path(receiver["model"]).absolute())
     return SpaceFile.model_validate(tree)

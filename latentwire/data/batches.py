@@ -19,6 +19,8 @@ class TrainingBatch:
 
     texts: list[str]
     sequences: dict[str, Batch]
+    message_ids: dict[str, list[list[int]]]
+    """Each receiver's own token ids of the message's text, one list a row."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -37,6 +39,13 @@ class TrainingCollator:
         return TrainingBatch(
             texts=sender_texts(self.send, rows),
             sequences={name: collate(self._sequences(name, rows)) for name in self.builders},
+            message_ids={
+                name: [
+                    builder.message_ids(context, question)
+                    for context, question in zip(rows[f"{name}_context_ids"], rows[f"{name}_question_ids"], strict=True)
+                ]
+                for name, builder in self.builders.items()
+            },
         )
 
     def _sequences(self, name: str, rows: Mapping[str, list]) -> list[Sequence]:

@@ -140,10 +140,13 @@ class SequenceBuilder:
 
     def text(self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
         """The full-text prompt; an empty context makes it the closed book. Answer and stop are added where given."""
-        if self.send == "prompt":
-            message = [*context_ids, *self.mid_ids, *question_ids]
-            return self._join(message, [], [], answer_ids, soft=False)
-        return self._join(context_ids, self.mid_ids, question_ids, answer_ids, soft=False)
+        message = self.message_ids(context_ids, question_ids)
+        mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
+        return self._join(message, mid, question, answer_ids, soft=False)
+
+    def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
+        """The tokens that a latent prompt's slots stand for."""
+        return [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
 
     def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
         """The same prompt with ``slots`` soft positions in place of the message."""
@@ -152,7 +155,7 @@ class SequenceBuilder:
 
     def reconstruction(self, slots: int, context_ids: list[int], question_ids: list[int]) -> Sequence:
         """Soft slots, a newline, and the message's own text as targets: what it takes to say again what was sent."""
-        text = [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
+        text = self.message_ids(context_ids, question_ids)
         start = len(self.head_ids)
         again = start + slots + len(self.newline_ids)
         nowhere = range(again, again)

@@ -128,6 +128,13 @@ class LMWrapper(nn.Module):
             raise ValueError(f"a soft prompt must fill its slots, got {tuple(p_BLD.shape)} for {slots} slots")
         return e_BSD.masked_scatter(batch.slots_BS[..., None], p_BLD.to(e_BSD.dtype))
 
+    def text_embeddings(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token embeddings ``[B, T, D]`` of rows of ids, zeros after their end, and their lengths ``[B]``."""
+        length_B = torch.tensor([len(row) for row in ids], device=self.device)
+        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], batch_first=True)
+        keep_BT = torch.arange(ids_BT.shape[1], device=self.device) < length_B[:, None]
+        return self.embed_tokens(ids_BT.to(self.device)) * keep_BT[..., None], length_B
+
     def supervised_logits(self, batch: Batch, p_BLD: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[N, V]`` that predict ``batch.target_N``; no other position meets the head."""
         hidden_BSD = self.lm.base_model(

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from latentwire.data.batches import TrainingBatch
 from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.losses.bundles import ce_counts, ce_loss
+from latentwire.losses.terms import alignment_loss, span_means
 from latentwire.models.latentwire import LatentWire
 from latentwire.training.workers import Workers
 
@@ -44,7 +45,7 @@ class Progress:
     loss: float = float("nan")
     """Training loss, averaged since the last progress line."""
     first_loss: float | None = None
-    """Training loss of the first progress line."""
+    """Training loss of the first progress line after the alignment."""
 
 
 class Trainer:
@@ -96,11 +97,14 @@ class Trainer:
                 if used <= progress.batch:
                     continue  # a resumed epoch: these were trained on before
                 began = time.perf_counter()
+                if progress.step == config.alignment_steps:
+                    running.clear()  # another loss from here on
                 running.append(self.step(batch)["loss"])
                 progress.batch, progress.seconds = used, progress.seconds + time.perf_counter() - began
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
                     progress.loss = sum(running) / len(running)
-                    progress.first_loss = progress.loss if progress.first_loss is None else progress.first_loss
+                    if progress.first_loss is None and progress.step > config.alignment_steps:
+                        progress.first_loss = progress.loss
                     running.clear()
                     self._print_line()
                 if progress.step % config.evaluate_every == 0:
@@ -121,7 +125,8 @@ class Trainer:
         """One optimiser step on one batch; returns the loss terms, summed over workers' shares of the batch."""
         interlingua = self.wire.interlingua.train()
         self.optimizer.zero_grad(set_to_none=True)
-        values = self.backward(batch)
+        aligning = self.progress.step < self.config.alignment_steps
+        values = self.align(batch) if aligning else self.backward(batch)
         parameters = [p for p in interlingua.parameters() if p.requires_grad]
         self.workers.sum_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
@@ -170,12 +175,25 @@ class Trainer:
             total.backward()
         return values | {"loss": float(total.detach())}
 
+    def align(self, batch: TrainingBatch) -> dict[str, float]:
+        """Forward and backward of the alignment alone: soft prompts against span means of token embeddings."""
+        z_BLZ = self.wire.interlingua.encode(batch.texts)
+        total = z_BLZ.new_zeros(())
+        for name, lm in self.wire.receivers.items():
+            p_BLD = self.wire.interlingua.prompt(name, z_BLZ).to(lm.device)
+            e_BTD, length_B = lm.text_embeddings(batch.message_ids[name])
+            distance_B = alignment_loss(p_BLD, span_means(e_BTD, length_B, p_BLD.shape[1]))
+            total = total + distance_B.sum().to(total.device) / (self.config.batch_size * len(self.wire.receivers))
+        total.backward()
+        return {"loss": float(total.detach())}
+
     def _print_line(self) -> None:
         progress = self.progress
         if self.workers.rank == 0:
             rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
             print(
-                f"step {progress.step}/{self.total_steps}  epoch {progress.epoch}  loss {progress.loss:.4f}  "
+                f"step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
+                f"{'alignment' if progress.step <= self.config.alignment_steps else 'loss'} {progress.loss:.4f}  "
                 f"lr {self.scheduler.get_last_lr()[0]:.2e}  {rate:.1f} examples/s",
                 flush=True,
             )
