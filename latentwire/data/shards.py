@@ -116,9 +116,20 @@ def ensure_shards(run: RunConfig, split: ShardSplit) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     rejected = ", ".join(f"{count:,} × {reason}" for reason, count in manifest["rejects"].items())
-    print(f"shards {split}: {manifest['rows']:,} rows, {sum(manifest['rejects'].values()):,} rejected "
+    print(f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
+          f"{sum(manifest['rejects'].values()):,} rejected "
           f"({rejected or 'none'}; see rejects.jsonl), {path}", flush=True)  # fmt: skip
     return path
+
+
+def quiet_ray_data() -> None:
+    """Keep rows in order, and progress bars to terminals: in a log file they are a page a second."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
@@ -126,10 +137,7 @@ def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
 
     key, spec = shard_key(run, split)
     source: sources.Split = "validation" if split == "validation" else "train"
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = sys.stderr.isatty()  # in a log file they are a page a second
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet_ray_data()
     raw = ray.data.from_items([{"piece": piece} for piece in sources.pieces(run.data, source)])
     cleaned = (
         raw.flat_map(functools.partial(_read_and_clean, run=run, split=source))
@@ -145,8 +153,9 @@ def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
         functools.partial(_tokenise, run=run), batch_format="pyarrow", batch_size=512
     ).materialize()
     rejects += tokenised.filter(lambda row: bool(row["reason"])).take_all()
-    kept = tokenised.filter(lambda row: not row["reason"]).drop_columns(["reason", "order"])
-    rows = kept.count()
+    kept = tokenised.filter(lambda row: not row["reason"])
+    rows, truncated = kept.count(), kept.filter(lambda row: row["truncated"]).count()
+    kept = kept.drop_columns(["reason", "order", "truncated"])
     reasons = Counter(row["reason"].split(":")[0] for row in rejects)
     if rows == 0:
         found = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "the source is empty"
@@ -156,7 +165,14 @@ def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
         for row in rejects:
             stream.write(json.dumps({"reason": row["reason"], "id": row["id"], "row": row["context"][:500]}) + "\n")
     files = sorted(file.name for file in aside.glob("*.parquet"))
-    manifest = {"key": key, "rows": rows, "rejects": dict(reasons.most_common()), "files": files, "spec": spec}
+    manifest = {
+        "key": key,
+        "rows": rows,
+        "truncated": truncated,
+        "rejects": dict(reasons.most_common()),
+        "files": files,
+        "spec": spec,
+    }
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
@@ -165,7 +181,11 @@ def _read_and_clean(item: dict[str, str], run: RunConfig, split: sources.Split) 
     """Common columns, or a reason. ``order`` is a seeded hash of the row: sorting by it shuffles and samples at once."""
     data = run.data
     for number, raw in enumerate(sources.read(data, split, item["piece"])):
-        row: dict[str, Any] = {"reason": "", "order": _hash(f"{data.seed} {number} {item['piece']}")}
+        row: dict[str, Any] = {
+            "reason": "",
+            "truncated": False,
+            "order": _hash(f"{data.seed} {number} {item['piece']}"),
+        }
         try:
             row |= sources.clean(raw, data.dataset)
             text = sender_text(data.send, row["context"], row["question"])
@@ -176,7 +196,7 @@ def _read_and_clean(item: dict[str, str], run: RunConfig, split: sources.Split) 
                 spare = data.max_context_bytes - (size - len(row["context"].encode()))
                 if spare < 1:
                     raise sources.RowError(f"question must fit {data.max_context_bytes} bytes: got {size}")
-                row["context"] = truncate_utf8(row["context"], spare)
+                row |= {"context": truncate_utf8(row["context"], spare), "truncated": True}
         except sources.RowError as error:
             row |= {"id": f"row {number}", "document": "", "question": "", "answers": []}
             row |= {"context": raw[:500].decode("utf-8", "replace"), "reason": str(error)}

@@ -53,6 +53,7 @@ def load_datasets(paths: dict[shards.ShardSplit, Path]) -> dict[str, ray.data.Da
     Materialised on purpose: a pipeline inside a trial would run again every epoch, and waits for ever for CPUs that the
     trials hold.
     """
+    shards.quiet_ray_data()
     datasets = {}
     for split in ("train", "dev"):
         files = shards.read_manifest(paths[split])["files"]

@@ -72,6 +72,17 @@ def test_rows_are_split_by_document_and_bad_ones_kept_aside(own: RunConfig, capf
         assert [first[f"{name}_{piece}"] for piece in ids] == [values[0] for values in ids.values()]
 
 
+def test_long_rows_are_cut_and_counted_where_that_is_asked_for(own: RunConfig) -> None:
+    cut = with_values(own, {"data.overflow": "truncate", "data.max_context_bytes": 21})
+    path = shards.ensure_shards(cut, "train")
+    contexts = shards.read_table(path).column("context").to_pylist()
+    assert max(len(context.encode()) for context in contexts) == 21
+    original = [good(number)["context"] for number in range(200)]
+    manifest = shards.read_manifest(path)
+    assert manifest["truncated"] == sum(context not in original for context in contexts) > 0
+    assert not any("bytes" in reason for reason in manifest["rejects"])
+
+
 def test_complete_shards_are_reused_and_half_written_ones_never(
     own: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     steps = ("--max_steps=6", "--set", "training.evaluate_every=3")
     assert job("ray_jobs/preprocess.py", *TINY, "--set", "prompt.anchor=A: ").wait(300) == 0, log_of(tmp_path)
-    assert "shards train: 200 rows" in log_of(tmp_path)
+    assert "shards train: 200 rows (0 truncated), 0 rejected" in log_of(tmp_path)
     output = tmp_path / "one"
     assert job("ray_jobs/train.py", *TINY, *steps, "--num_workers=2", "--output_dir", str(output)).wait(500) == 0, (
         log_of(tmp_path)

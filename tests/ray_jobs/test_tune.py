@@ -89,7 +89,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) ->
         (("--space=nowhere.yaml",), "error: space file must exist, got nowhere.yaml"),
         (("--num_workers=64", "--batch_size=64"), "error: one trial needs 64 CPUs and the cluster has"),
         (("--llama_id=./nowhere",), "error: receiver llama: model must be a Hub id or an existing directory"),
-        (("--data_dir=./nowhere", "--dataset=squad"), "error: data_dir must be an existing directory, got nowhere"),
+        (("--data_dir=./nowhere", "--dataset=squad"), "error: data_dir must be an existing directory, got /"),
     ],
 )
 def test_what_is_wrong_is_said_before_long_work_starts(job: Job, tmp_path: Path, flags: tuple, message: str) -> None:

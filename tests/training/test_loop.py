@@ -10,6 +10,7 @@ import torch
 from latentwire.config import RunConfig, with_values
 from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.models.latentwire import LatentWire
+from latentwire.models.lm import LMWrapper
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
@@ -55,6 +56,25 @@ def test_sequential_models_give_the_joint_gradient(run: RunConfig, table: pa.Tab
         torch.testing.assert_close(sequential[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_alignment_runs_no_receiver_and_brings_the_prompt_to_the_text(
+    run: RunConfig, table: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a receiver ran")
+
+    monkeypatch.setattr(LMWrapper, "supervised_logits", refuse)
+    values = {"training.alignment_steps": 200, "training.epochs": 50, "training.encoder_lr": 5e-3}
+    trainer = trainer_of(with_values(run, values), 16)
+    losses = []
+    batches = table_epochs(trainer.wire, table)
+    for epoch in range(50):
+        losses += [trainer.step(batch)["loss"] for batch in batches(epoch)]
+    assert losses[0] > 1
+    assert losses[-1] < 0.5
+    with pytest.raises(AssertionError, match="a receiver ran"):
+        trainer.step(next(batches(0)))
+
+
 class Interrupted(Exception):
     """Stands for a kill."""
 
@@ -73,7 +93,8 @@ def test_resumed_training_ends_in_the_same_weights(
     run: RunConfig, table: pa.Table, tmp_path: Path, stopped_after: int
 ) -> None:
     # 16 rows in batches of 4: four steps an epoch, so 1, 3 and 6 stop inside one.
-    run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 1, "encoder.latent_dropout": 0.2})
+    values = {"training.epochs": 2, "training.evaluate_every": 1, "encoder.latent_dropout": 0.2}
+    run = with_values(run, values | {"training.alignment_steps": 2, "losses.reconstruction_ce_weight": 0.5})
     straight = trainer_of(run, 16)
     straight.train(table_epochs(straight.wire, table), nothing)
     first = trainer_of(run, 16)
