@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from latentwire.config import ConfigError, RunConfig, SpaceFile, knobs, load_space, set_path, with_values
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.resolve import ConfigError, knobs, load_space, set_path, with_values
 
 FLAGS: dict[str, str] = {
     "samples": "data.samples",
@@ -50,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
-    """The space file with the flags laid over it. Raises :class:`~latentwire.config.ConfigError`."""
+    """The space file with the flags laid over it. Raises :class:`~latentwire.resolve.ConfigError`."""
     overrides: dict[str, Any] = {}
     for flag, path in FLAGS.items():
         if (value := getattr(options, flag)) is not None:
@@ -66,7 +67,7 @@ def read_space(options: argparse.Namespace, default: Path | None = None) -> Spac
 
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
-    """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.ConfigError`."""
+    """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.resolve.ConfigError`."""
     values = dict(_assignment(text) for text in assignments)
     return with_values(run, {path.removeprefix("run."): value for path, value in values.items()}, "--set")
 

@@ -16,11 +16,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from latentwire.config import ConfigError
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.models.latentwire import LatentWire
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.resolve import ConfigError
 from latentwire.training.local import train_here
 from latentwire.tuning import planner, report, results
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import ray
 from ray.train import TrainingFailedError
 
-from latentwire.config import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.resolve import ConfigError
 from latentwire.tuning import planner, report, results, sweep, trial
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"

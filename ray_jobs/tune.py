@@ -18,9 +18,10 @@ from pathlib import Path
 
 import ray
 
-from latentwire.config import ConfigError, SpaceFile, with_values
+from latentwire.config import SpaceFile
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.resolve import ConfigError, with_values
 from latentwire.tuning import planner, report, results, sweep
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.config import ConfigError, RunConfig, load_space, with_values
+from latentwire.config import RunConfig
 from latentwire.options import add_flags, read_space
+from latentwire.resolve import ConfigError, load_space, with_values
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from latentwire.config import ConfigError, RunConfig, validate
+from latentwire.config import RunConfig
 from latentwire.models.latentwire import LatentWire
+from latentwire.resolve import ConfigError, validate
 from latentwire.training.loop import Progress, Trainer
 
 FORMAT_VERSION = 1

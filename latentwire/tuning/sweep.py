@@ -15,8 +15,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from latentwire.config import RunConfig, SpaceFile, with_values
+from latentwire.config import RunConfig, SpaceFile
 from latentwire.data import shards
+from latentwire.resolve import with_values
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.space import data_variants, distributions
 from latentwire.tuning.trial import make_trainer

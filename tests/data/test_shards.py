@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.config import RunConfig, with_values
+from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.data.sources import DataError
+from latentwire.resolve import with_values
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from latentwire.config import load_space
+from latentwire.resolve import load_space
 from latentwire.training import checkpoints
 from latentwire.tuning import results
 from tests.ray_jobs.conftest import TINY, Job, log_of

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentwire.config import RunConfig, with_values
+from latentwire.config import RunConfig
 from latentwire.models.latentwire import LatentWire
+from latentwire.resolve import with_values
 from latentwire.training import checkpoints
 from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import Trainer

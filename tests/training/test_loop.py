@@ -7,10 +7,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.config import RunConfig, with_values
+from latentwire.config import RunConfig
 from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.models.latentwire import LatentWire
 from latentwire.models.lm import LMWrapper
+from latentwire.resolve import with_values
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError

@@ -2,8 +2,9 @@
 
 import pytest
 
-from latentwire.config import RunConfig, SpaceFile, with_values
+from latentwire.config import RunConfig, SpaceFile
 from latentwire.models.lm import LMWrapper
+from latentwire.resolve import with_values
 from latentwire.tuning.planner import PlanError, plan
 
 ENOUGH = 64e9

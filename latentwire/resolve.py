@@ -1,0 +1,177 @@
+"""From YAML, flags and a trial's values to a validated configuration.
+
+Unknown keys are refused and answered with the nearest known name; every message quotes the rule, the value and, where
+there is one, the file and the path inside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from latentwire.config import CategoricalDimension, RunConfig, Section, SpaceFile, default_receivers
+
+
+class ConfigError(ValueError):
+    """A configuration that breaks a rule: the message quotes rule, value and place."""
+
+
+def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SpaceFile:
+    """Read a space file (``None``: all defaults) and lay ``overrides`` (dotted path → value) over it.
+
+    Raises :class:`ConfigError` with the file, the path inside it, the rule and the value.
+    """
+    tree: Any = {}
+    where = "command line"
+    if path is not None:
+        where = str(path)
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            shipped = ", ".join(sorted(str(p) for p in Path("search_spaces").glob("*.yaml"))) or "none here"
+            raise ConfigError(f"space file must exist, got {path}; shipped spaces: {shipped}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} must be valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold a mapping with run, search and tune, got {type(tree).__name__}")
+    for dotted, value in (overrides or {}).items():
+        set_path(tree, dotted, value)
+    space = validate(SpaceFile, tree, where)
+    check_search(space, where)
+    return space
+
+
+def validate(model: type[Section], tree: Any, where: str) -> Any:
+    """``model.model_validate`` with errors in the project's form."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(model, problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") -> RunConfig:
+    """A copy of ``run`` with dotted paths set, validated again."""
+    tree = run.model_dump(mode="json")
+    for dotted, value in values.items():
+        set_path(tree, dotted, value)
+    return validate(RunConfig, tree, where)
+
+
+def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists."""
+    *parents, leaf = dotted.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        if isinstance(node, list):
+            node = node[int(key)]
+            continue
+        following = parents[depth + 1] if depth + 1 < len(parents) else leaf
+        if key not in node:
+            if key == "receivers" and following.isdigit():
+                node[key] = [receiver.model_dump(mode="json") for receiver in default_receivers()]
+            else:
+                node[key] = {}
+        node = node[key]
+    if isinstance(node, list):
+        node[int(leaf)] = value
+    else:
+        node[leaf] = value
+
+
+def check_search(space: SpaceFile, where: str) -> None:
+    """Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are tried."""
+    known = dict(knobs())
+    for dotted, dimension in space.search.items():
+        place = f"{where}: search.{dotted}"
+        if dotted not in known:
+            raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){_nearest(dotted, known)}")
+        if isinstance(dimension, CategoricalDimension):
+            ends: list[tuple[str, Any]] = [(f"choices[{i}]", choice) for i, choice in enumerate(dimension.choices)]
+        else:
+            if dimension.low > dimension.high:
+                raise ConfigError(f"low must be ≤ high, got {dimension.low} > {dimension.high} ({place}.low)")
+            if dimension.log and (dimension.low <= 0 or dimension.step not in (None, 1)):
+                raise ConfigError(
+                    f"log needs low > 0 and no step, got low {dimension.low}, step {dimension.step} ({place})"
+                )
+            ends = [("low", dimension.low), ("high", dimension.high)]
+        for end, value in ends:
+            # Only the section is validated, so that dimensions which need each other (d_model and heads) can pass.
+            tree: dict[str, Any] = {}
+            set_path(tree, dotted, value)
+            section, _, rest = dotted.partition(".")
+            base = getattr(space.run, section).model_dump(mode="json")
+            set_path(base, rest, value)
+            try:
+                type(getattr(space.run, section)).model_validate(base)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                raise ConfigError(f"{_rule(dotted.split('.')[-1], problem)} ({place}.{end})") from error
+
+
+def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of the configuration as (dotted path, pydantic ``FieldInfo``), receivers' excepted."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from knobs(annotation, f"{prefix}{name}.")
+        elif name != "receivers":
+            yield f"{prefix}{name}", field
+
+
+def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    leaf = str(problem["loc"][-1]) if problem["loc"] else model.__name__
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(model, [str(part) for part in problem["loc"][:-1]])
+        return f"unknown key {leaf} ({where}: {place}){_nearest(leaf, siblings)}"
+    return f"{_rule(leaf, problem)} ({where}: {place})"
+
+
+def _rule(leaf: str, problem: Any) -> str:
+    """pydantic's finding as "latent_len must be ≥ 1, got 0"."""
+    bounds = {
+        "greater_than_equal": ("≥", "ge"),
+        "greater_than": (">", "gt"),
+        "less_than_equal": ("≤", "le"),
+        "less_than": ("<", "lt"),
+    }
+    got = problem.get("input")
+    if problem["type"] in bounds:
+        sign, key = bounds[problem["type"]]
+        return f"{leaf} must be {sign} {problem['ctx'][key]}, got {got!r}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{leaf} is required"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{leaf}: {message}, got {got!r}"
+
+
+def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
+    """Names allowed at a place of the tree; list indices and union tags are passed over."""
+    current: Any = model
+    for part in loc:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) or part not in current.model_fields:
+            continue
+        current = current.model_fields[part].annotation
+        inner = [a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if inner:
+            current = inner[0]
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    options = list(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if not close:
+        leaves = {option.split(".")[-1]: option for option in options}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(options)[:12])}"
