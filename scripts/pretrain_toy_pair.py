@@ -46,6 +46,8 @@ RECEIVERS = {
     "toy-qwen": ReceiverConfig(name="qwen", model="toy-qwen"),
 }
 ANCHORS = {"Answer: ": 0.7, "A: ": 0.15, "": 0.15}
+STEPS = {"toy-llama": 9400, "toy-qwen": 2500}
+LEARNING_RATE = {"toy-llama": 1.2e-3, "toy-qwen": 2e-3}
 LEVELS = ((2, 1), (2, 2), (3, 2), (4, 2), (4, 3), (4, 4))
 """(people, kinds) of the curriculum."""
 JUDGED = (3, 2)
@@ -165,7 +167,8 @@ def losses(net: Any, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, flo
     ids_BS, mask_BS, predict_N, target_N, copy_N = batch
     hidden_BSD = net.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
     loss_N = functional.cross_entropy(net.lm_head(hidden_BSD.flatten(0, 1)[predict_N]), target_N, reduction="none")
-    return loss_N.mean(), float(loss_N[copy_N].mean()), float(loss_N[~copy_N].mean())
+    seen_N = loss_N.detach()
+    return loss_N.mean(), float(seen_N[copy_N].mean()), float(seen_N[~copy_N].mean())
 
 
 @torch.no_grad()
@@ -295,12 +298,14 @@ def main() -> None:
     parser.add_argument("--model", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("latentwire/toy_pair"), help="parent directory")
-    parser.add_argument("--steps", type=int, default=4000, help="training stops after so many steps")
-    parser.add_argument("--minutes", type=float, default=60, help="or after so long, whichever comes first")
+    parser.add_argument("--steps", type=int, help=f"training stops after so many steps; default: {STEPS}")
+    parser.add_argument("--minutes", type=float, default=90, help="or after so long, whichever comes first")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help=f"peak learning rate; default: {LEARNING_RATE}")
     options = parser.parse_args()
     if options.model != "both":
+        options.steps = options.steps or STEPS[options.model]
+        options.lr = options.lr or LEARNING_RATE[options.model]
         pretrain(options.model, options)
         return
     command = [sys.executable, __file__, *sys.argv[1:]]  # the later --model wins
