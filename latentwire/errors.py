@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from latentwire.config.resolve import ConfigError
 from latentwire.data.layout import LayoutError
 from latentwire.data.sources import DataError
 from latentwire.models.weights import ReceiverError
-from latentwire.resolve import ConfigError
 from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import TrainingError
 from latentwire.tuning.planner import PlanError

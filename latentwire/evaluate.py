@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.evaluator import MODES
@@ -33,9 +34,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def finish(options: argparse.Namespace, scores: dict) -> int:
+def finish(options: argparse.Namespace, scores: dict, run: RunConfig) -> int:
     """Print the table and write the file."""
-    report.show([report.scores_table(scores, f"{options.checkpoint}, {options.split}")])
+    report.show([report.scores_table(scores, f"{options.checkpoint}, {options.split}", run)])
     if options.output:
         options.output.write_text(json.dumps(scores, indent=1))
     return 0
@@ -51,7 +52,7 @@ def main() -> int:
         scores, _ = results.score(options.checkpoint, path, tuple(options.modes), run)
     except USER_ERRORS as error:
         return fail(error)
-    return finish(options, scores)
+    return finish(options, scores, run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.resolve import ConfigError, knobs, load_space, set_path, with_values
+from latentwire.config.resolve import ConfigError, knobs, load_space, set_path, with_values
 
 FLAGS: dict[str, str] = {
     "samples": "data.samples",
@@ -51,11 +51,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
-    """The space file with the flags laid over it. Raises :class:`~latentwire.resolve.ConfigError`."""
+    """The space file with the flags laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
     overrides: dict[str, Any] = {}
     for flag, path in FLAGS.items():
         if (value := getattr(options, flag)) is not None:
-            overrides[f"run.{path}"] = value if isinstance(value, bool) or path == "prompt.anchor" else _typed(value)
+            overrides[f"run.{path}"] = value if isinstance(value, bool) else _typed(path, value)
     for assignment in options.assignments:
         path, value = _assignment(assignment)
         overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = value
@@ -67,7 +67,7 @@ def read_space(options: argparse.Namespace, default: Path | None = None) -> Spac
 
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
-    """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.resolve.ConfigError`."""
+    """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
     values = dict(_assignment(text) for text in assignments)
     return with_values(run, {path.removeprefix("run."): value for path, value in values.items()}, "--set")
 
@@ -76,11 +76,14 @@ def _assignment(text: str) -> tuple[str, Any]:
     path, sign, value = text.partition("=")
     if not sign:
         raise ConfigError(f"--set takes PATH=VALUE, got {text}")
-    return path, _typed(value)
+    return path, _typed(path.removeprefix("run."), value)
 
 
-def _typed(text: str) -> Any:
-    """A flag's text as YAML would read it, so that ``3e-4``, ``true`` and ``null`` mean what they say."""
+def _typed(path: str, text: str) -> Any:
+    """A knob's text as it stands where the knob is a text, else as YAML reads it: ``3e-4``, ``true``, ``null``."""
+    field = dict(knobs()).get(path)
+    if field is not None and field.annotation is str:
+        return text
     try:
         return float(text) if "e" in text.lower() and text[:1].isdigit() else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):

@@ -16,11 +16,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from latentwire.assembly import LatentWire
+from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
-from latentwire.models.latentwire import LatentWire
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.resolve import ConfigError
 from latentwire.training.local import train_here
 from latentwire.tuning import planner, report, results
 
@@ -51,7 +51,9 @@ def main() -> int:
     command = shlex.join(["python", *sys.argv])
     results.write_results(output, {"command": command, "best": best, "validation": scores})
     rows = shards.read_manifest(paths["validation"])["rows"]
-    report.show([report.scores_table(scores, f"{space.run.data.dataset} validation, {rows} rows, {best.name}")])
+    report.show(
+        [report.scores_table(scores, f"{space.run.data.dataset} validation, {rows} rows, {best.name}", space.run)]
+    )
     print(f"exported: {export}")
     return 0
 

@@ -35,7 +35,7 @@ def main() -> int:
         )
     except USER_ERRORS as error:
         return fail(error)
-    return finish(options, scores)
+    return finish(options, scores, run)
 
 
 if __name__ == "__main__":

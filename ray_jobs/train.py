@@ -15,9 +15,9 @@ from pathlib import Path
 import ray
 from ray.train import TrainingFailedError
 
+from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.resolve import ConfigError
 from latentwire.tuning import planner, report, results, sweep, trial
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -56,7 +56,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     results.write_results(output, {"command": sys.argv, "best": best.path, "validation": scores})
-    report.show([report.scores_table(scores, f"{run.data.dataset} validation")])
+    report.show([report.scores_table(scores, f"{run.data.dataset} validation", run)])
     print(f"exported: {output / 'best'}")
     return 0
 

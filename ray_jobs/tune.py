@@ -19,9 +19,9 @@ from pathlib import Path
 import ray
 
 from latentwire.config import SpaceFile
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.resolve import ConfigError, with_values
 from latentwire.tuning import planner, report, results, sweep
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -64,7 +64,7 @@ def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     rows = results.trial_rows(grid, metric, mode)
     grids = [
         report.trials_table(rows, metric),
-        report.scores_table(scores, f"{run.data.dataset} validation, best trial {best.trial}"),
+        report.scores_table(scores, f"{run.data.dataset} validation, best trial {best.trial}", run),
     ]
     command = shlex.join(["python", *sys.argv])
     results.write_results(output, {"command": command, "best": vars(best), "validation": scores, "trials": rows})

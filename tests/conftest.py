@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
-from latentwire.models.latentwire import LatentWire
-from latentwire.resolve import with_values
 
 SMALL = {
     "encoder.latent_len": 6,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.options import add_flags, read_space
-from latentwire.resolve import ConfigError, load_space, with_values
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -87,6 +87,7 @@ def test_set_reaches_every_knob_and_refuses_unknown_ones() -> None:
     space = read_space(options("--set", "training.encoder_lr=3e-4", "--set", "tune.trials=3"))
     assert space.run.training.encoder_lr == 3e-4
     assert space.tune.trials == 3
+    assert read_space(options("--set", "prompt.anchor=A: ")).run.prompt.anchor == "A: "
     with pytest.raises(ConfigError, match="did you mean encoder_lr"):
         read_space(options("--set", "training.encoderlr=1"))
     with pytest.raises(ConfigError, match="PATH=VALUE"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -12,55 +14,98 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.data.layout import Batch, Sequence, SequenceBuilder, collate, sender_text
 
+RECONSTRUCT, CONTINUE = 0, 1
+"""Places of the control embeddings, in the order of ``models.adapter.CONTROLS``."""
+CUT_BETWEEN = (0.3, 0.8)
+"""Where a text is parted into message and continuation, as shares of its words."""
+
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """B examples: the sender texts, and for each receiver the latent prompts with answers and targets."""
+    """The sender texts of some messages, and for each receiver the sequences that read them."""
 
-    texts: list[str]
+    tokens: Any
+    """The texts as the encoder's tokenizer gives them."""
     sequences: dict[str, Batch]
+    """Latent prompts with answers; after them, where their losses are on, reconstructions and continuations."""
     message_ids: dict[str, list[list[int]]]
-    """Each receiver's own token ids of the message's text, one list a row."""
-
-    def __len__(self) -> int:
-        return len(self.texts)
+    """Each receiver's own token ids of each message's text, for the alignment."""
+    teacher: dict[str, Batch]
+    """Text prompts with the same answers in the same order, where a KD term is on."""
 
 
 class TrainingCollator:
-    """Turns a table of shard rows into a :class:`TrainingBatch`."""
+    """Turns a table of shard rows into one step's micro-batches."""
 
-    def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder]) -> None:
-        self.send, self.slots, self.builders = run.data.send, run.encoder.latent_len, dict(builders)
+    def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder], encoder: Any) -> None:
+        """``encoder``: its ``tokenize`` and ``slots`` are used, its weights are not."""
+        self.send, self.builders = run.data.send, dict(builders)
+        self.tokenize: Callable[[list[str]], Any] = encoder.tokenize
+        self.slots: Callable[[Any, str], list[int]] = encoder.slots
+        self.parts = run.training.accumulation
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
+        self.continue_ = run.losses.continuation_ce_weight > 0
+        self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
 
-    def __call__(self, table: pa.Table) -> TrainingBatch:
-        """``table``: shard columns, one row per example."""
+    def __call__(self, table: pa.Table) -> list[TrainingBatch]:
+        """``table``: shard columns, one row per example. No more micro-batches come than there are rows."""
+        size = -(-table.num_rows // self.parts)
+        return [self.micro(table.slice(start, size)) for start in range(0, table.num_rows, size)]
+
+    def micro(self, table: pa.Table) -> TrainingBatch:
+        """One micro-batch of all rows of ``table``."""
         rows = table.to_pydict()
+        cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
+        whole = sender_texts(self.send, rows)
+        parted = [pieces for pieces in cuts if pieces is not None]
+        tokens = self.tokenize(whole + [before for before, _ in parted])
         return TrainingBatch(
-            texts=sender_texts(self.send, rows),
-            sequences={name: collate(self._sequences(name, rows)) for name in self.builders},
-            message_ids={
-                name: [
-                    builder.message_ids(context, question)
-                    for context, question in zip(rows[f"{name}_context_ids"], rows[f"{name}_question_ids"], strict=True)
-                ]
-                for name, builder in self.builders.items()
-            },
-        )
+            tokens=tokens,
+            sequences={name: self._sequences(name, rows, tokens, [after for _, after in parted]) for name in self.builders},
+            message_ids={name: self._message_ids(name, rows, [before for before, _ in parted]) for name in self.builders},
+            teacher={name: collate(self._texts(name, rows)) for name in self.builders} if self.teach else {},
+        )  # fmt: skip
 
-    def _sequences(self, name: str, rows: Mapping[str, list]) -> list[Sequence]:
-        """One latent prompt a row; with reconstruction, as many rows again, for the same messages in the same order."""
-        builder = self.builders[name]
-        context, question, answer = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
-        sequences = [builder.latent(self.slots, q, a) for q, a in zip(question, answer, strict=True)]
+    def _sequences(self, name: str, rows: Mapping[str, list], tokens: Any, following: list[str]) -> Batch:
+        builder, slots = self.builders[name], self.slots(tokens, name)
+        count = len(rows["id"])
+        question, answer = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
+        sequences = [builder.latent(slots[i], question[i], answer[i]) for i in range(count)]
+        messages = list(range(count))
         if self.reconstruct:
-            sequences += [builder.reconstruction(self.slots, c, q) for c, q in zip(context, question, strict=True)]
-        return sequences
+            ids = self._message_ids(name, rows, [])
+            sequences += [builder.controlled(slots[i], RECONSTRUCT, ids[i]) for i in range(count)]
+            messages += list(range(count))
+        for place, ids_of_rest in enumerate(builder.tokenize(following, [], [])["context_ids"], start=count):
+            sequences.append(builder.controlled(slots[place], CONTINUE, ids_of_rest))
+            messages.append(place)
+        return collate(sequences, messages=messages)
+
+    def _message_ids(self, name: str, rows: Mapping[str, list], before: list[str]) -> list[list[int]]:
+        builder = self.builders[name]
+        context, question = rows[f"{name}_context_ids"], rows[f"{name}_question_ids"]
+        ids = [builder.message_ids(c, q) for c, q in zip(context, question, strict=True)]
+        return ids + builder.tokenize(before, [], [])["context_ids"]
+
+    def _texts(self, name: str, rows: Mapping[str, list]) -> list[Sequence]:
+        columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
+        return [self.builders[name].text(*pieces) for pieces in zip(*columns, strict=True)]
 
 
 def sender_texts(send: Literal["context", "prompt"], rows: Mapping[str, list]) -> list[str]:
     """The encoder's input for columns ``context`` and ``question``."""
     return [sender_text(send, c, q) for c, q in zip(rows["context"], rows["question"], strict=True)]
+
+
+def cut(text: str, row: str) -> tuple[str, str] | None:
+    """``text`` parted before a word, at a place that the row's id decides; ``None`` where it has fewer than 4 words."""
+    words = [match.start() for match in re.finditer(r"\s\S", text)]
+    if len(words) < 3:
+        return None
+    low, high = CUT_BETWEEN
+    share = low + (high - low) * zlib.crc32(row.encode()) / 2**32
+    place = words[int(share * len(words))]
+    return text[:place], text[place:]
 
 
 def shuffled_batches(

@@ -50,8 +50,9 @@ class Sequence:
     """Positions that are targets: answer and stop, or the reconstructed message; empty in a prompt to be answered."""
     soft: bool
     """Whether ``message`` is to be filled with a soft prompt."""
-    reconstruction: bool = False
-    """Whether the targets are the message itself."""
+    control: int | None = None
+    """Which control embedding stands right after the message, where one does; the targets are then a text and not an
+    answer."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,16 @@ class Batch:
     ids_BS: torch.Tensor
     attention_BS: torch.Tensor
     """1 at real positions; padding gets no attention."""
-    slots_BS: torch.Tensor
-    """True where the soft prompt stands."""
+    latents_BS: torch.Tensor
+    """True where the soft prompt's latents stand."""
+    control_BS: torch.Tensor
+    """True where a control embedding stands."""
+    question_BS: torch.Tensor
+    """True at the question's tokens."""
+    message_R: torch.Tensor
+    """The message that each row reads."""
+    control_R: torch.Tensor
+    """Each row's control embedding, −1 for none."""
     predict_N: torch.Tensor
     """Flat index into B × S of the position whose logits predict the target (the one before it)."""
     target_N: torch.Tensor
@@ -71,8 +80,16 @@ class Batch:
     """Place of the target in its answer, from 0."""
     row_N: torch.Tensor
     """Row that the target belongs to."""
-    reconstruction_N: torch.Tensor
-    """True where the target is a token of the message itself, not of an answer."""
+
+    @property
+    def slots_BS(self) -> torch.Tensor:
+        """True wherever a soft vector stands: latents and controls."""
+        return self.latents_BS | self.control_BS
+
+    @property
+    def control_N(self) -> torch.Tensor:
+        """The control of each target's row, −1 where the target belongs to an answer."""
+        return self.control_R[self.row_N]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -153,16 +170,15 @@ class SequenceBuilder:
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
 
-    def reconstruction(self, slots: int, context_ids: list[int], question_ids: list[int]) -> Sequence:
-        """Soft slots, a newline, and the message's own text as targets: what it takes to say again what was sent."""
-        text = self.message_ids(context_ids, question_ids)
+    def controlled(self, slots: int, control: int, text_ids: list[int]) -> Sequence:
+        """Soft slots, a control embedding, and a text as targets: the message said again, or what follows it."""
         start = len(self.head_ids)
-        again = start + slots + len(self.newline_ids)
-        nowhere = range(again, again)
+        text = start + slots + 1
+        nowhere = range(text, text)
         return Sequence(
-            ids=[*self.head_ids, *[SLOT_ID] * slots, *self.newline_ids, *text],
+            ids=[*self.head_ids, *[SLOT_ID] * (slots + 1), *text_ids],
             bos=self.bos, message=range(start, start + slots), question=nowhere, anchor=nowhere, answer=nowhere, stop=None,
-            supervised=range(again, again + len(text)), soft=True, reconstruction=True,
+            supervised=range(text, text + len(text_ids)), soft=True, control=control,
         )  # fmt: skip
 
     def _join(
@@ -250,34 +266,43 @@ class SequenceBuilder:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
 
 
-def collate(sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "right") -> Batch:
-    """Pad sequences to one length: to the right for training, to the left for decoding. Padding is told by length."""
+def collate(
+    sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "right", messages: list[int] | None = None
+) -> Batch:
+    """Pad sequences to one length: to the right for training, to the left for decoding. Padding is told by length.
+
+    ``messages``: the message that each sequence reads; ``None``: each its own, in order.
+    """
     rows = list(sequences)
     width = max(len(row.ids) for row in rows)
     ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
     attention_BS = torch.zeros(len(rows), width, dtype=torch.long)
-    slots_BS = torch.zeros(len(rows), width, dtype=torch.bool)
+    latents_BS, control_BS, question_BS = torch.zeros(3, len(rows), width, dtype=torch.bool)
     predict, target, offset, row_of = [], [], [], []
-    again: list[bool] = []
     for index, row in enumerate(rows):
         shift = 0 if side == "right" else width - len(row.ids)
         ids_BS[index, shift : shift + len(row.ids)] = torch.tensor(row.ids)
         attention_BS[index, shift : shift + len(row.ids)] = 1
+        question_BS[index, shift + row.question.start : shift + row.question.stop] = True
         if row.soft:
-            slots_BS[index, shift + row.message.start : shift + row.message.stop] = True
+            latents_BS[index, shift + row.message.start : shift + row.message.stop] = True
+        if row.control is not None:
+            control_BS[index, shift + row.message.stop] = True
         for place, position in enumerate(row.supervised):
             predict.append(index * width + shift + position - 1)
             target.append(row.ids[position])
             offset.append(place)
             row_of.append(index)
-            again.append(row.reconstruction)
     return Batch(
         ids_BS=ids_BS,
         attention_BS=attention_BS,
-        slots_BS=slots_BS,
+        latents_BS=latents_BS,
+        control_BS=control_BS,
+        question_BS=question_BS,
+        message_R=torch.tensor(list(range(len(rows))) if messages is None else messages, dtype=torch.long),
+        control_R=torch.tensor([-1 if row.control is None else row.control for row in rows], dtype=torch.long),
         predict_N=torch.tensor(predict, dtype=torch.long),
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
-        reconstruction_N=torch.tensor(again, dtype=torch.bool),
     )

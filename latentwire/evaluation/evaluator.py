@@ -9,11 +9,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
+from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
 from latentwire.data.layout import Sequence, collate
 from latentwire.evaluation.metrics import em_f1
 from latentwire.losses.terms import token_ce
-from latentwire.models.latentwire import LatentWire
+from latentwire.models.message import Message
 
 Mode = Literal["latent", "text", "closed_book", "shuffled"]
 MODES: tuple[Mode, ...] = ("latent", "text", "closed_book", "shuffled")
@@ -47,27 +48,28 @@ def predict(wire: LatentWire, table: pa.Table, mode: Mode) -> Iterator[Predictio
     size = wire.run.evaluation.batch_size
     for start in range(0, table.num_rows, size):
         rows = table.slice(start, size).to_pydict()
-        z_BLZ = _messages(wire, rows, mode)
+        message = _messages(wire, rows, mode)
         for name in wire.receivers:
-            yield from _predict_batch(wire, name, rows, mode, z_BLZ)
+            yield from _predict_batch(wire, name, rows, mode, message)
 
 
-def _messages(wire: LatentWire, rows: dict[str, list], mode: Mode) -> torch.Tensor | None:
+def _messages(wire: LatentWire, rows: dict[str, list], mode: Mode) -> Message | None:
     if mode not in ("latent", "shuffled"):
         return None
-    z_BLZ = wire.interlingua.encode(sender_texts(wire.run.data.send, rows))
-    return z_BLZ if mode == "latent" else z_BLZ.roll(1, dims=0)
+    message = wire.interlingua.encode(sender_texts(wire.run.data.send, rows))
+    return message if mode == "latent" else message.roll(1)
 
 
 def _predict_batch(
-    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, z_BLZ: torch.Tensor | None
+    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, message: Message | None
 ) -> Iterator[Prediction]:
     lm = wire.receivers[name]
-    prompts = [_prompt(wire, name, rows, i, mode) for i in range(len(rows["id"]))]
-    answers = wire.decode(name, prompts, z_BLZ)
-    gold = collate(_prompt(wire, name, rows, i, mode, answered=True) for i in range(len(rows["id"]))).to(lm.device)
-    p_BLD = None if z_BLZ is None else wire.interlingua.prompt(name, z_BLZ).to(lm.device)
-    ce_N = token_ce(lm.supervised_logits(gold, p_BLD), gold.target_N)
+    slots = None if message is None else message.slots(name)
+    prompts = _prompts(wire, name, rows, mode, slots)
+    answers = wire.decode(name, prompts, message)
+    gold = collate(_prompts(wire, name, rows, mode, slots, answered=True)).to(lm.device)
+    with wire.reading(name, gold, message) as soft_ND:
+        ce_N = token_ce(lm.supervised_logits(gold, soft_ND), gold.target_N)
     rows_B = torch.zeros(len(prompts), device=ce_N.device)
     nll_B = rows_B.index_add(0, gold.row_N, ce_N) / rows_B.index_add(0, gold.row_N, torch.ones_like(ce_N))
     for i, answer in enumerate(answers):
@@ -78,13 +80,19 @@ def _predict_batch(
         )  # fmt: skip
 
 
-def _prompt(wire: LatentWire, name: str, rows: dict[str, list], i: int, mode: Mode, answered: bool = False) -> Sequence:
+def _prompts(
+    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int] | None, answered: bool = False
+) -> list[Sequence]:
     builder = wire.builders[name]
-    question = rows[f"{name}_question_ids"][i]
-    answer = rows[f"{name}_answer_ids"][i] if answered else None
-    if mode in ("latent", "shuffled"):
-        return builder.latent(wire.run.encoder.latent_len, question, answer)
-    return builder.text([] if mode == "closed_book" else rows[f"{name}_context_ids"][i], question, answer)
+    context, question, answer = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
+    prompts = []
+    for i in range(len(question)):
+        gold = answer[i] if answered else None
+        if slots is not None:
+            prompts.append(builder.latent(slots[i], question[i], gold))
+        else:
+            prompts.append(builder.text([] if mode == "closed_book" else context[i], question[i], gold))
+    return prompts
 
 
 def summarise(predictions: list[Prediction]) -> dict[str, dict[str, float]]:

@@ -1,40 +1,94 @@
-"""Everything that is trained: one encoder and an adapter per receiver."""
+"""Everything that is trained: one encoder, an adapter per receiver, and the features that are switched on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from latentwire.config import RunConfig
+from latentwire.data.layout import Batch
 from latentwire.models.adapter import Adapter
-from latentwire.models.encoders import ByteEncoder
+from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
+from latentwire.models.message import Message
+
+
+@dataclass(frozen=True)
+class ReceiverShape:
+    """What adapters and features need to know of a receiver."""
+
+    width: int
+    """D, of one soft-prompt vector."""
+    embed_rms: float
+    lm: nn.Module
+    """The model itself, whose layers' shapes features read; on the meta device where only sizes are wanted."""
 
 
 class Interlingua(nn.Module):
-    """The trainable wire: text → ``z_BLZ`` → ``p_BLD`` for each receiver."""
+    """The trainable wire: text → message → soft prompt of each receiver."""
 
-    def __init__(self, run: RunConfig, receivers: Mapping[str, tuple[int, float]]) -> None:
-        """``receivers``: name → (width D, embedding RMS). Weights are drawn from torch's global generator."""
+    def __init__(
+        self,
+        run: RunConfig,
+        receivers: Mapping[str, ReceiverShape],
+        features: Callable[[RunConfig, Mapping[str, ReceiverShape]], nn.ModuleDict],
+        *,
+        load_weights: bool = True,
+    ) -> None:
+        """Weights are drawn from torch's global generator; ``load_weights=False`` builds shapes alone.
+
+        ``features``: :func:`latentwire.features.registry.build`. Raises
+        :class:`~latentwire.models.weights.ReceiverError` for a backbone or a feature that does not fit.
+        """
         super().__init__()
-        self.encoder = ByteEncoder(run.encoder)
+        self.autocast = run.training.autocast
+        names = {receiver.name: receiver for receiver in run.receivers}
+        self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
+        fixed = None if run.encoder.tokens_per_latent else run.encoder.latent_len + run.encoder.private_len
         self.adapters = nn.ModuleDict(
             {
-                name: Adapter(run.adapter, d_z=run.encoder.d_z, d_model=width, embed_rms=rms)
-                for name, (width, rms) in receivers.items()
+                name: Adapter(
+                    run.adapter, d_z=run.encoder.d_z, d_model=shape.width, embed_rms=shape.embed_rms, slots=fixed
+                )
+                for name, shape in receivers.items()
             }
         )
+        self.features = features(run, receivers)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.encoder.parameters()).device
+        return self.encoder.project.weight.device
 
-    def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """Sender texts → latents ``[B, L, d_z]``. One message serves every receiver."""
-        return self.encoder(self.encoder.tokenize(texts).to(self.device))
+    def encode(self, texts: Sequence[str] | EncoderTokens) -> Message:
+        """Sender texts (or their tokens) → one message each. One message serves every receiver."""
+        tokens = texts if isinstance(texts, EncoderTokens) else self.encoder.tokenize(texts)
+        with self._precision():
+            message = self.encoder(tokens.to(self.device))
+            feature: Any
+            for feature in self.features.values():
+                message = feature.refine(message)
+        return message.with_latents(message.z_BLZ.float())
 
-    def prompt(self, receiver: str, z_BLZ: torch.Tensor) -> torch.Tensor:
-        """Latents → soft prompt ``[B, L, D]`` of one receiver."""
-        return self.adapters[receiver](z_BLZ)
+    def prompt(self, receiver: str, message: Message) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft prompt ``[B, L, D]`` of one receiver, and which of its positions are real ``[B, L]``."""
+        z_BLZ, keep_BL = message.read_by(receiver)
+        with self._precision():
+            p_BLD = self.adapters[receiver](z_BLZ, keep_BL)
+        return p_BLD.float(), keep_BL
+
+    def soft_rows(self, receiver: str, message: Message, batch: Batch) -> torch.Tensor:
+        """Vectors ``[N, D]`` for all soft slots of a batch of sequences, row by row: latents, then a control."""
+        p_BLD, keep_BL = self.prompt(receiver, message)
+        message_R = batch.message_R.to(p_BLD.device)
+        control_R = batch.control_R.to(p_BLD.device)
+        p_RLD, keep_RL = p_BLD[message_R], keep_BL[message_R]
+        adapter: Any = self.adapters[receiver]
+        control_R1D = adapter.control_CD[control_R.clamp(min=0)][:, None]
+        return torch.cat((p_RLD, control_R1D), 1)[torch.cat((keep_RL, (control_R >= 0)[:, None]), 1)]
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    TorchAoConfig,
+)
 
 from latentwire.config import ReceiverConfig
 from latentwire.data.layout import Batch
-from latentwire.models.weights import ReceiverError, hub_error, resolve
+from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
 
 
 def load_tokenizer(config: ReceiverConfig) -> Any:
@@ -53,6 +61,21 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return getattr(torch, wanted)
 
 
+def quantization_config(config: ReceiverConfig) -> Any:
+    """transformers' settings for int8 (torchao) or NF4 (bitsandbytes). Raises :class:`ReceiverError` without the package."""
+    package = "torchao" if config.quantization == "int8" else "bitsandbytes"
+    if importlib.util.find_spec(package) is None:
+        raise ReceiverError(
+            f"receiver {config.name}: quantization {config.quantization} needs {package}, which is not installed; "
+            f"pip install 'latentwire[quantization]', or set quantization: none"
+        )
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
 class LMWrapper(nn.Module):
     """One receiver: soft prompt and targets in, logits at the supervised positions out; and generation.
 
@@ -66,6 +89,13 @@ class LMWrapper(nn.Module):
         self.config, self.name = config, config.name
         self.tokenizer = load_tokenizer(config)
         device = pick_device(config.device)
+        options: dict[str, Any] = (
+            {"quantization_config": quantization_config(config)} if config.quantization != "none" else {}
+        )
+        if config.device_map != "none":
+            options["device_map"] = config.device_map
+        elif options:
+            options["device_map"] = {"": device}  # quantised weights are made on their device and stay there
         try:
             self.lm = AutoModelForCausalLM.from_pretrained(
                 resolve(config),
@@ -73,10 +103,13 @@ class LMWrapper(nn.Module):
                 dtype=pick_dtype(config.dtype, device),
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
+                **options,
             )
         except (OSError, ValueError) as error:
             raise hub_error(config, error) from error
-        self.lm.to(device).eval().requires_grad_(False)
+        if not options:
+            self.lm.to(device)
+        self.lm.eval().requires_grad_(False)
         self.embed_tokens = self.lm.get_input_embeddings()
         self.head = self.lm.get_output_embeddings()
         self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
@@ -86,8 +119,8 @@ class LMWrapper(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head.weight.device
+        """Where the embeddings are; with ``device_map`` other layers may be elsewhere."""
+        return self.embed_tokens.weight.device
 
     @property
     def width(self) -> int:
@@ -103,11 +136,7 @@ class LMWrapper(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, types and bytes of all weights and buffers."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.lm.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self.lm)
 
     # ----------------------------------------------------------------------------------------------------- forward
 
@@ -115,18 +144,18 @@ class LMWrapper(nn.Module):
         """Stays in evaluation mode: a frozen receiver has no dropout to switch on."""
         return super().train(False)
 
-    def embed(self, batch: Batch, p_BLD: torch.Tensor | None) -> torch.Tensor:
-        """Input embeddings ``[B, S, D]``: token embeddings with the soft prompt laid over its slots.
+    def embed(self, batch: Batch, soft_ND: torch.Tensor | None) -> torch.Tensor:
+        """Input embeddings ``[B, S, D]``: token embeddings with the soft vectors laid over the batch's slots.
 
-        Row by row, the slots take that row's vectors in order; ``p_BLD`` is ``None`` for text prompts.
+        Row by row, the slots take ``soft_ND`` in order (leading dimensions are flattened); ``None`` for text prompts.
         """
-        e_BSD = self.embed_tokens(batch.ids_BS)
-        if p_BLD is None:
+        e_BSD = self.embed_tokens(batch.ids_BS.to(self.device))
+        if soft_ND is None:
             return e_BSD
-        slots = int(batch.slots_BS.sum())
-        if slots != p_BLD.shape[0] * p_BLD.shape[1]:
-            raise ValueError(f"a soft prompt must fill its slots, got {tuple(p_BLD.shape)} for {slots} slots")
-        return e_BSD.masked_scatter(batch.slots_BS[..., None], p_BLD.to(e_BSD.dtype))
+        slots_BS = batch.slots_BS.to(self.device)
+        if (slots := int(slots_BS.sum())) != soft_ND.shape[:-1].numel():
+            raise ValueError(f"a soft prompt must fill its slots, got {tuple(soft_ND.shape)} for {slots} slots")
+        return e_BSD.masked_scatter(slots_BS[..., None], soft_ND.to(self.device, e_BSD.dtype))
 
     def text_embeddings(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token embeddings ``[B, T, D]`` of rows of ids, zeros after their end, and their lengths ``[B]``."""
@@ -135,28 +164,45 @@ class LMWrapper(nn.Module):
         keep_BT = torch.arange(ids_BT.shape[1], device=self.device) < length_B[:, None]
         return self.embed_tokens(ids_BT.to(self.device)) * keep_BT[..., None], length_B
 
-    def supervised_logits(self, batch: Batch, p_BLD: torch.Tensor | None = None) -> torch.Tensor:
+    def supervised_logits(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[N, V]`` that predict ``batch.target_N``; no other position meets the head."""
-        hidden_BSD = self.lm.base_model(
-            inputs_embeds=self.embed(batch, p_BLD), attention_mask=batch.attention_BS, use_cache=False
-        ).last_hidden_state
+        return self.supervised_states(batch, soft_ND)[0]
+
+    def supervised_states(
+        self, batch: Batch, soft_ND: torch.Tensor | None = None, depths: Sequence[float] = ()
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits ``[N, V]`` that predict ``batch.target_N``, and the states ``[N, D]`` at fractions of the depth there."""
+        output = self.lm.base_model(
+            inputs_embeds=self.embed(batch, soft_ND),
+            attention_mask=batch.attention_BS.to(self.device),
+            use_cache=False,
+            output_hidden_states=bool(depths),
+        )
         # Flat rows: a 3-D slice makes the bf16 head copy its weight once per row on CPU.
-        return self._logits(hidden_BSD.flatten(0, 1).index_select(0, batch.predict_N))
+        predict_N = batch.predict_N.to(output.last_hidden_state.device)
+
+        def at_targets(state_BSD: torch.Tensor) -> torch.Tensor:
+            return state_BSD.flatten(0, 1).index_select(0, predict_N)
+
+        layers = [output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths]
+        return self._logits(at_targets(output.last_hidden_state)), [at_targets(layer) for layer in layers]
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV = self.head(hidden_ND)
+        logits_NV = self.head(hidden_ND.to(self.head.weight.device))
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, p_BLD: torch.Tensor | None = None
+        self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
     ) -> list[list[int]]:
         """Greedy continuations of left-padded prompts, up to and without their stop token."""
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
         )
         output_BK = self.lm.generate(
-            inputs_embeds=self.embed(batch, p_BLD), attention_mask=batch.attention_BS, generation_config=settings
+            inputs_embeds=self.embed(batch, soft_ND),
+            attention_mask=batch.attention_BS.to(self.device),
+            generation_config=settings,
         )
         return [_until(row, stop_ids) for row in output_BK.tolist()]
 

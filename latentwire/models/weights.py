@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from latentwire.config import ReceiverConfig
@@ -65,7 +67,6 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         print(f"receiver {config.name}: converting {file.name} once into {target}", flush=True)
@@ -95,11 +96,37 @@ def _forget_quantisation(model: Any) -> None:
             delattr(model, name)
 
 
+def fingerprint(model: Any) -> str:
+    """SHA-256 over names, shapes, types and bytes of a module's weights and buffers, quantised ones included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        for part, plain in _plain(name, tensor):
+            digest.update(f"{part} {tuple(plain.shape)} {plain.dtype}".encode())
+            raw: Any = plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(raw)
+    return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor, or the plain tensors that a quantised one is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        if (inner := getattr(tensor, part)) is not None:
+            yield from _plain(f"{name}.{part}", inner)
+
+
 def hub_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
     """One clear message for everything that goes wrong between a Hub id and loaded weights."""
+    where = (
+        "--set encoder.model=<directory>"
+        if config.name == "encoder"
+        else (f"--{config.name}_id <directory> (or run.receivers in the space file)")
+    )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ReceiverError(
         f"receiver {config.name}: {config.model} cannot be loaded ({reason}). If it is a Hub id: log in with "
         f"`hf auth login` where the model is gated, check the network, or give a local directory with "
-        f"--{config.name}_id <directory> (or run.receivers in the space file)"
+        f"{where}"
     )

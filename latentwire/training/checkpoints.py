@@ -1,6 +1,7 @@
 """Checkpoints and exports: safetensors and JSON, never pickle; written aside, then renamed.
 
-A directory holds ``config.json``, ``interlingua.safetensors`` (the encoder), ``adapters/<receiver>.safetensors``,
+A directory holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not trained),
+``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on,
 ``manifest.json`` (format, hashes, parameter counts, package versions, pins, metrics) and, in a checkpoint but not in an
 export, ``training_state.safetensors`` and ``training_state.json`` for an exact resume. No receiver weight is in it.
 """
@@ -22,9 +23,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.models.latentwire import LatentWire
-from latentwire.resolve import ConfigError, validate
+from latentwire.config.resolve import ConfigError, validate
+from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.training.loop import Progress, Trainer
 
 FORMAT_VERSION = 1
@@ -50,24 +52,22 @@ def save(
         raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.part-{uuid.uuid4().hex[:8]}"
-    (aside / "adapters").mkdir(parents=True)
+    aside.mkdir()
     try:
         (aside / "config.json").write_text(wire.run.model_dump_json(indent=1))
-        save_file(_tensors(wire.interlingua.encoder), aside / "interlingua.safetensors")
-        for name, adapter in wire.interlingua.adapters.items():
-            save_file(_tensors(adapter), aside / "adapters" / f"{name}.safetensors")
+        for name, module in _parts(wire).items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            save_file(_trained(module), aside / name)
         if trainer is not None:
             _save_training(aside, trainer)
         manifest = {
             "format_version": FORMAT_VERSION,
             "files": {str(f.relative_to(aside)): _sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
             "parameters": {
-                "encoder": sum(p.numel() for p in wire.interlingua.encoder.parameters()),
-                **{
-                    f"adapters/{name}": sum(p.numel() for p in a.parameters())
-                    for name, a in wire.interlingua.adapters.items()
-                },
+                name: sum(t.numel() for t in _trained(part).values()) for name, part in _parts(wire).items()
             },
+            "receivers_frozen": keeps_receivers_frozen(wire.run),
+            "backbone": wire.interlingua.encoder.backbone_fingerprint(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "pins": pins,
@@ -80,8 +80,18 @@ def save(
     return path
 
 
-def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+def _parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
+    """File → the module whose weights it holds."""
+    interlingua = wire.interlingua
+    parts: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
+    parts |= {f"adapters/{name}.safetensors": adapter for name, adapter in interlingua.adapters.items()}
+    return parts | {f"features/{name}.safetensors": feature for name, feature in interlingua.features.items()}
+
+
+def _trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's weights, without those of a pretrained backbone that is not trained: the manifest holds their hash."""
+    fixed = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
 
 
 def _save_training(path: Path, trainer: Trainer) -> None:
@@ -152,15 +162,26 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    parts: dict[str, torch.nn.Module] = {"interlingua.safetensors": wire.interlingua.encoder}
-    parts |= {f"adapters/{name}.safetensors": adapter for name, adapter in wire.interlingua.adapters.items()}
-    for name, module in parts.items():
+    for name, module in _parts(wire).items():
         if name not in manifest["files"]:
-            raise CheckpointError(f"{path} must hold {name} for receivers {', '.join(wire.receivers)}, it does not")
+            raise CheckpointError(f"{path} must hold {name} for this configuration, it does not")
         try:
-            module.load_state_dict(load_file(path / name))
+            tensors = load_file(path / name)
+            if tensors.keys() != (wanted := _trained(module).keys()):
+                raise CheckpointError(
+                    f"{path / name} must fit the configuration, it differs in {', '.join(sorted(tensors.keys() ^ wanted)[:5])}"
+                )
+            module.load_state_dict(tensors, strict=False)
+        except CheckpointError:
+            raise
         except (RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path / name} must fit the configuration: {error}") from error
+    backbone = wire.interlingua.encoder.backbone_fingerprint()
+    if backbone != manifest["backbone"]:
+        raise CheckpointError(
+            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} ({wire.run.encoder.model}); "
+            f"load the same weights"
+        )
     for name, expected in manifest["pins"].get("receivers", {}).items():
         if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
             raise CheckpointError(

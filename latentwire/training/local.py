@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from latentwire.assembly import LatentWire
 from latentwire.data import shards
 from latentwire.data.batches import TrainingBatch, TrainingCollator, shuffled_batches
-from latentwire.models.latentwire import LatentWire
 from latentwire.training import checkpoints
-from latentwire.training.loop import Trainer
+from latentwire.training.loop import Trainer, TrainingError
 
 
 def table_epochs(wire: LatentWire, train: pa.Table, rank: int = 0, world: int = 1) -> Any:
     """The batches of each epoch of a table, in an order that seed and epoch decide."""
-    collator = TrainingCollator(wire.run, wire.builders)
+    collator = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
     training = wire.run.training
 
-    def epochs(epoch: int) -> Iterator[TrainingBatch]:
+    def epochs(epoch: int) -> Iterator[list[TrainingBatch]]:
         for part in shuffled_batches(
             train, training.batch_size, seed=training.seed, epoch=epoch, rank=rank, world=world
         ):
@@ -45,6 +46,7 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
         "receivers": frozen,
     }
     folder = output / "checkpoints"
+    trainer.stop_when(signal.SIGTERM)
     previous = finished(folder)
     if previous:
         checkpoints.load_training(previous[-1], trainer)
@@ -62,6 +64,11 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
             shutil.rmtree(path)
 
     trainer.train(table_epochs(wire, train), at_evaluation)
+    if trainer.stop_asked:
+        step = trainer.progress.step
+        if not (target := folder / f"step-{step:08d}").exists():
+            checkpoints.save(target, wire, {}, pins, trainer)
+        raise TrainingError(f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on")
     changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
     if changed:
         raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
@@ -74,5 +81,9 @@ def finished(folder: Path) -> list[Path]:
 
 
 def best_of(paths: list[Path]) -> Path:
-    """The checkpoint with the highest development F1, the later one among equals."""
-    return max(paths, key=lambda path: (json.loads((path / "manifest.json").read_text())["metrics"]["dev_f1"], path))
+    """The checkpoint with the highest development F1, the later one among equals; a stopped run's last has no score."""
+
+    def score(path: Path) -> float:
+        return json.loads((path / "manifest.json").read_text())["metrics"].get("dev_f1", float("-inf"))
+
+    return max(paths, key=lambda path: (score(path), path))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +14,17 @@ import pyarrow as pa
 import torch
 from transformers import get_scheduler
 
+from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch
 from latentwire.evaluation.evaluator import predict, summarise
-from latentwire.losses.bundles import ce_counts, ce_loss
-from latentwire.losses.terms import alignment_loss, span_means
-from latentwire.models.latentwire import LatentWire
+from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
+from latentwire.losses.terms import alignment_loss, teacher_rows
+from latentwire.models.message import Message
+from latentwire.models.pooling import span_means
 from latentwire.training.workers import Workers
 
-Epoch = Callable[[int], Iterator[TrainingBatch]]
-"""The batches of epoch number e, in an order that e alone decides."""
+Epoch = Callable[[int], Iterator[list[TrainingBatch]]]
+"""The steps of epoch number e, each a list of micro-batches, in an order that e alone decides."""
 
 
 class TrainingError(RuntimeError):
@@ -56,6 +61,10 @@ class Trainer:
         self.wire, self.workers = wire, workers or Workers()
         self.config = wire.run.training
         self.progress = Progress()
+        self.last_values: dict[str, float] = {}
+        """Loss terms, prompt scales and, on request, gradient norms of the last step."""
+        self.stop_asked = False
+        """Set from outside (a signal) to end training after the step that is running."""
         self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
         self.scheduler = get_scheduler(
@@ -70,6 +79,7 @@ class Trainer:
         """Encoder and adapters, each with its rate; vectors, gains and embeddings have no decay."""
         groups = []
         parts = {"encoder": self.config.encoder_lr, "adapters": self.config.adapter_lr}
+        parts["features"] = self.config.adapter_lr
         for part, rate in parts.items():
             named = [
                 (name, p) for name, p in self.wire.interlingua.named_parameters()
@@ -79,7 +89,15 @@ class Trainer:
             others = [p for name, p in named if p.ndim < 2 or "embed" in name]
             groups.append({"params": decayed, "lr": rate, "weight_decay": self.config.weight_decay})
             groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
-        return groups
+        return [group for group in groups if group["params"]]
+
+    def stop_when(self, signum: signal.Signals) -> None:
+        """End training after the running step when this process gets a signal. Only the main thread can ask for it."""
+
+        def ask(*_: Any) -> None:
+            self.stop_asked = True
+
+        signal.signal(signum, ask)
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -91,7 +109,7 @@ class Trainer:
         config, progress = self.config, self.progress
         running: list[float] = []
         evaluated_at = progress.step
-        while progress.step < self.total_steps:
+        while progress.step < self.total_steps and not self.stop_asked:
             used = 0
             for used, batch in enumerate(epochs(progress.epoch), start=1):
                 if used <= progress.batch:
@@ -99,7 +117,8 @@ class Trainer:
                 began = time.perf_counter()
                 if progress.step == config.alignment_steps:
                     running.clear()  # another loss from here on
-                running.append(self.step(batch)["loss"])
+                self.last_values = self.step(batch)
+                running.append(self.last_values["loss"])
                 progress.batch, progress.seconds = used, progress.seconds + time.perf_counter() - began
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
                     progress.loss = sum(running) / len(running)
@@ -110,7 +129,7 @@ class Trainer:
                 if progress.step % config.evaluate_every == 0:
                     at_evaluation()
                     evaluated_at = progress.step
-                if progress.step >= self.total_steps:
+                if progress.step >= self.total_steps or self.stop_asked:
                     break
             else:
                 if used == 0:
@@ -118,19 +137,19 @@ class Trainer:
                         "an epoch must hold at least one batch, got none; lower batch_size or add samples"
                     )
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-        if evaluated_at < progress.step or progress.step == 0:
+        if (evaluated_at < progress.step or progress.step == 0) and not self.stop_asked:
             at_evaluation()
 
-    def step(self, batch: TrainingBatch) -> dict[str, float]:
-        """One optimiser step on one batch; returns the loss terms, summed over workers' shares of the batch."""
+    def step(self, batches: list[TrainingBatch]) -> dict[str, float]:
+        """One optimiser step on one batch in micro-batches; returns the loss and its terms (this worker's share)."""
         interlingua = self.wire.interlingua.train()
         self.optimizer.zero_grad(set_to_none=True)
         aligning = self.progress.step < self.config.alignment_steps
-        values = self.align(batch) if aligning else self.backward(batch)
+        values = self.align(batches) if aligning else self.backward(batches)
         parameters = [p for p in interlingua.parameters() if p.requires_grad]
         self.workers.sum_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             self.optimizer.step()
             self.progress.bad_in_a_row = 0
         else:
@@ -143,49 +162,105 @@ class Trainer:
                 )
         self.scheduler.step()
         self.progress.step += 1
-        return values
+        return values | {"gradient_norm": norm}
 
-    def backward(self, batch: TrainingBatch) -> dict[str, float]:
-        """Forward and backward of every receiver; gradients are left in ``.grad``. Losses are means over receivers.
+    def backward(self, batches: list[TrainingBatch]) -> dict[str, float]:
+        """Forward and backward of this step's receivers; gradients are left in ``.grad``. Losses are means over receivers.
 
         With ``sequential_models`` each receiver's graph is freed before the next one's is built; the encoder's graph
         waits for the sum of their gradients with respect to the latents.
         """
-        wire, sequential = self.wire, self.config.sequential_models
-        z_BLZ = wire.interlingua.encode(batch.texts)
-        shared_BLZ = z_BLZ.detach().requires_grad_() if sequential else z_BLZ
-        total = z_BLZ.new_zeros(())
-        values: dict[str, float] = {}
-        for name, lm in wire.receivers.items():
-            sequences = batch.sequences[name].to(lm.device)
-            counts = self.workers.sum_counts(ce_counts(wire.run.losses, sequences), lm.device)
-            p_BLD = wire.interlingua.prompt(name, shared_BLZ).to(lm.device)
-            # With reconstruction the same messages stand a second time: still one forward per receiver.
-            logits_NV = lm.supervised_logits(sequences, p_BLD.repeat(len(sequences.ids_BS) // len(p_BLD), 1, 1))
-            loss, terms = ce_loss(wire.run.losses, sequences, logits_NV, counts)
-            values |= {f"{term}_{name}": value for term, value in terms.items()}
-            if sequential:
-                (loss / len(wire.receivers)).backward()
-                total += loss.detach().to(total.device) / len(wire.receivers)
+        step = self.progress.step - self.config.alignment_steps
+        losses = self.wire.run.losses
+        weights = weights_at(losses, step)
+        dropout = self.wire.run.encoder.latent_dropout
+        if (schedule := losses.schedules.get("latent_dropout")) is not None:
+            dropout *= factor(schedule, step)
+        self.wire.interlingua.encoder.dropout.p = dropout
+        names = self._receivers_of(step)
+        counts = {name: self._counts(weights, name, batches) for name in names}
+        values: dict[str, float] = {"loss": 0.0}
+        for index, batch in enumerate(batches):
+            message = self.wire.interlingua.encode(batch.tokens)
+            held = (
+                message.with_latents(message.z_BLZ.detach().requires_grad_())
+                if self.config.sequential_models
+                else message
+            )
+            total = message.z_BLZ.new_zeros(())
+            for name in names:
+                shares, scale = self._read(name, batch, held, weights, counts[name])
+                loss = torch.stack(list(shares.values())).sum() / len(names)
+                _add(values, {f"{term}_{name}": float(share.detach()) for term, share in shares.items()})
+                if self.config.log_gradient_norms and index == 0:
+                    values |= self._gradient_norms(name, shares, held.z_BLZ)
+                values[f"prompt_scale_{name}"] = scale
+                values["loss"] += float(loss.detach())
+                if self.config.sequential_models:
+                    loss.backward()
+                else:
+                    total = total + loss.to(total.device)
+            if self.config.sequential_models:
+                message.z_BLZ.backward(held.z_BLZ.grad)
             else:
-                total = total + loss.to(total.device) / len(wire.receivers)
-        if sequential:
-            z_BLZ.backward(shared_BLZ.grad)
-        else:
-            total.backward()
-        return values | {"loss": float(total.detach())}
+                total.backward()
+        return values
 
-    def align(self, batch: TrainingBatch) -> dict[str, float]:
+    def _receivers_of(self, step: int) -> list[str]:
+        """The receivers that this step trains through; the same on every worker."""
+        names = list(self.wire.receivers)
+        if self.config.receivers_per_step == "all":
+            return names
+        return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
+
+    def _counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
+        """Tokens of each term in the whole step: all micro-batches of all workers."""
+        parts = [term_counts(weights, batch.sequences[name]) for batch in batches]
+        summed = {term: sum(part[term] for part in parts) for term in weights.terms}
+        return self.workers.sum_counts(summed, self.wire.receivers[name].device)
+
+    def _read(
+        self, name: str, batch: TrainingBatch, message: Message, weights: Weights, counts: dict[str, float]
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """One receiver's weighted loss terms, and its prompt's RMS over the embeddings'."""
+        lm, losses = self.wire.receivers[name], self.wire.run.losses
+        sequences = batch.sequences[name].to(lm.device)
+        depths = losses.hidden_kd_depths if "hidden_kd" in weights.terms else ()
+        teacher = self._teach(name, batch, depths) if weights.needs_teacher else None
+        with self.wire.reading(name, sequences, message) as soft_ND:
+            assert soft_ND is not None
+            reader = Reader(*lm.supervised_states(sequences, soft_ND, depths))
+        scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
+        return loss_terms(weights, sequences, reader, teacher, counts), scale
+
+    @torch.no_grad()
+    def _teach(self, name: str, batch: TrainingBatch, depths: Sequence[float]) -> Teacher:
+        """What the receiver says on the full text, as it is: no feature acts on it."""
+        losses = self.wire.run.losses
+        logits_NV, states = self.wire.receivers[name].supervised_states(batch.teacher[name], None, depths)
+        return Teacher(teacher_rows(logits_NV, losses.kd_temperature, losses.kd_top_k), states)
+
+    def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:
+        return {
+            f"gradient_norm_{term}_{name}": float(torch.autograd.grad(share, z_BLZ, retain_graph=True)[0].norm())
+            for term, share in shares.items()
+        }
+
+    def align(self, batches: list[TrainingBatch]) -> dict[str, float]:
         """Forward and backward of the alignment alone: soft prompts against span means of token embeddings."""
-        z_BLZ = self.wire.interlingua.encode(batch.texts)
-        total = z_BLZ.new_zeros(())
-        for name, lm in self.wire.receivers.items():
-            p_BLD = self.wire.interlingua.prompt(name, z_BLZ).to(lm.device)
-            e_BTD, length_B = lm.text_embeddings(batch.message_ids[name])
-            distance_B = alignment_loss(p_BLD, span_means(e_BTD, length_B, p_BLD.shape[1]))
-            total = total + distance_B.sum().to(total.device) / (self.config.batch_size * len(self.wire.receivers))
-        total.backward()
-        return {"loss": float(total.detach())}
+        total = 0.0
+        for batch in batches:
+            message = self.wire.interlingua.encode(batch.tokens)
+            messages = self.workers.size * len(message) * len(batches)  # equal parts, to the rounding of the last one
+            loss = message.z_BLZ.new_zeros(())
+            for name, lm in self.wire.receivers.items():
+                p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
+                e_BTD, length_B = lm.text_embeddings(batch.message_ids[name])
+                target_BLD = span_means(e_BTD, length_B, keep_BL.sum(1).to(e_BTD.device)).to(p_BLD.device)
+                loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(self.wire.receivers))
+            loss.backward()
+            total += float(loss.detach())
+        return {"loss": total}
 
     def _print_line(self) -> None:
         progress = self.progress
@@ -217,4 +292,10 @@ class Trainer:
             "first_train_loss": progress.first_loss if progress.first_loss is not None else progress.loss,
             "examples_per_s": rate,
             "bad_steps": progress.bad_steps,
+            **{name: value for name, value in self.last_values.items() if name != "loss"},
         }
+
+
+def _add(totals: dict[str, float], values: dict[str, float]) -> None:
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value

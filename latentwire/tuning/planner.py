@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.data import shards
-from latentwire.models.interlingua import Interlingua
+from latentwire.features import registry
+from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
 from latentwire.tuning.space import largest_run
 
@@ -174,6 +175,12 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
 
 
 def _trainable(run: RunConfig) -> int:
-    widths = {r.name: (load_hf_config(r).get_text_config().hidden_size, 1.0) for r in run.receivers}
+    """Parameters that training changes, counted without loading any weight."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Interlingua(run, widths).parameters())
+        shapes = {}
+        for receiver in run.receivers:
+            config = load_hf_config(receiver)
+            lm = AutoModelForCausalLM.from_config(config)
+            shapes[receiver.name] = ReceiverShape(config.get_text_config().hidden_size, 1.0, lm)
+        interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
+    return sum(p.numel() for p in interlingua.parameters() if p.requires_grad)

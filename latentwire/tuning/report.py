@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from latentwire.config import RunConfig
 from latentwire.evaluation.evaluator import MODES, Mode
+from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.tuning.results import Best
 
 MODE_NAMES: dict[Mode, str] = {
@@ -33,12 +35,16 @@ def trials_table(rows: list[dict[str, Any]], metric: str) -> Grid:
     return f"{len(rows)} trials", ["trial", "state", *columns, *(knob.split(".")[-1] for knob in knobs)], body
 
 
-def scores_table(scores: dict[str, Any], title: str) -> Grid:
-    """One row per prompt kind and receiver: EM, F1, nats per answer token, positions read."""
+def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
+    """One row per prompt kind and receiver: EM, F1, nats per answer token, positions read.
+
+    Latents that were read with changed receivers (a feature like ``lora``) are labelled so.
+    """
+    label = "" if keeps_receivers_frozen(run) else ", not frozen"
     modes = [mode for mode in ("text", *MODES) if mode in scores]
     body = [
         [
-            MODE_NAMES[mode],
+            MODE_NAMES[mode] + (label if mode in ("latent", "shuffled") else ""),
             name,
             *(_number(row[field]) for field in ("em", "f1", "nll", "positions")),
             str(int(row["rows"])),

@@ -8,8 +8,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from latentwire.config import CategoricalDimension, FloatDimension, RunConfig, SpaceFile
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.shards import SHARD_KNOBS
-from latentwire.resolve import ConfigError, with_values
 
 
 def distributions(space: SpaceFile) -> dict[str, BaseDistribution]:
@@ -28,7 +28,7 @@ def distributions(space: SpaceFile) -> dict[str, BaseDistribution]:
 def data_variants(space: SpaceFile) -> list[RunConfig]:
     """The configurations whose shards differ: every combination of searched choices under ``data.`` and ``prompt.``.
 
-    Raises :class:`~latentwire.resolve.ConfigError` where such a dimension is not categorical: each of its values needs
+    Raises :class:`~latentwire.config.resolve.ConfigError` where such a dimension is not categorical: each of its values needs
     shards of its own, so there must be a few of them, known beforehand.
     """
     varied: dict[str, tuple[Any, ...]] = {}

@@ -16,8 +16,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.resolve import with_values
 from latentwire.data import shards
-from latentwire.resolve import with_values
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.space import data_variants, distributions
 from latentwire.tuning.trial import make_trainer

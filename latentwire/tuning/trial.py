@@ -14,9 +14,9 @@ import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train.torch import TorchTrainer
 
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data.batches import TrainingBatch, TrainingCollator
-from latentwire.models.latentwire import LatentWire
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
@@ -28,7 +28,7 @@ class _RayCollator(ArrowBatchCollateFn):
     def __init__(self, collator: TrainingCollator) -> None:
         self.collator = collator
 
-    def __call__(self, table: pa.Table) -> TrainingBatch:
+    def __call__(self, table: pa.Table) -> list[TrainingBatch]:
         return self.collator(table)
 
 
@@ -51,10 +51,10 @@ def train_worker(settings: dict[str, Any]) -> None:
             checkpoints.load_training(Path(path), trainer)
         print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
     rows = ray.train.get_dataset_shard("train")
-    collator = _RayCollator(TrainingCollator(run, wire.builders))
+    collator = _RayCollator(TrainingCollator(run, wire.builders, wire.interlingua.encoder))
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
 
-    def epochs(epoch: int) -> Iterator[TrainingBatch]:
+    def epochs(epoch: int) -> Iterator[list[TrainingBatch]]:
         return iter(
             rows.iter_torch_batches(
                 batch_size=batch_size,

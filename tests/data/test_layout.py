@@ -87,13 +87,17 @@ def test_anchor_white_space_goes_with_the_answer(builder: SequenceBuilder) -> No
     assert built.ids[built.anchor.start : built.answer.stop] == joint
 
 
-def test_reconstruction_supervises_the_message_itself(builder: SequenceBuilder) -> None:
+def test_a_control_stands_between_message_and_text(builder: SequenceBuilder) -> None:
     context, question, _ = pieces(builder)
-    built = builder.reconstruction(4, context, question)
+    built = builder.controlled(4, 1, context)
     assert [built.ids[i] for i in built.supervised] == context
-    assert built.ids[built.message.stop : built.supervised.start] == builder.newline_ids
-    batch = collate([built, builder.latent(4, question, context)])
-    assert batch.reconstruction_N.tolist() == [True] * len(context) + [False] * (len(context) + 1)
+    assert built.supervised.start == built.message.stop + 1
+    batch = collate([built, builder.latent(4, question, context)], messages=[7, 0])
+    assert batch.control_N.tolist() == [1] * len(context) + [-1] * (len(context) + 1)
+    assert batch.latents_BS.sum(1).tolist() == [4, 4] and batch.control_BS.sum(1).tolist() == [1, 0]
+    assert int(batch.control_BS[0].nonzero()) == built.message.stop
+    assert batch.message_R.tolist() == [7, 0]
+    assert batch.ids_BS[batch.question_BS].tolist() == question
 
 
 def test_send_prompt_replaces_the_question_too() -> None:

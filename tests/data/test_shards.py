@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
 from latentwire.data import shards
 from latentwire.data.sources import DataError
-from latentwire.resolve import with_values
 
 pytestmark = pytest.mark.slow
 

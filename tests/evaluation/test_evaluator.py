@@ -3,9 +3,9 @@
 import pyarrow as pa
 import pytest
 
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.evaluation.evaluator import predict, summarise
-from latentwire.models.latentwire import LatentWire
 from tests.conftest import shard_table
 
 

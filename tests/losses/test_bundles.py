@@ -1,51 +1,105 @@
-"""Weighted sums of one forward's cross-entropies."""
+"""Weighted sums of loss terms, and how weights move."""
+
+import dataclasses
 
 import pytest
 import torch
 
-from latentwire.config import LossConfig
+from latentwire.config import LOSS_BUNDLES, LossConfig
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.layout import Batch
-from latentwire.losses.bundles import ce_counts, ce_loss
+from latentwire.losses.bundles import Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
+from latentwire.losses.terms import teacher_rows
 
 NOTHING = torch.zeros(0)
+LOGITS_NV = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 
 
-def batch_of(offsets: list[int]) -> Batch:
+def batch_of(offsets: list[int], control: list[int] | None = None) -> Batch:
+    """Five tokens or fewer, each a row of its own."""
     count = len(offsets)
+    fields = {field.name: NOTHING for field in dataclasses.fields(Batch)}
     return Batch(
-        ids_BS=NOTHING, attention_BS=NOTHING, slots_BS=NOTHING, predict_N=NOTHING,
-        target_N=torch.arange(count), offset_N=torch.tensor(offsets), row_N=torch.zeros(count),
-        reconstruction_N=torch.zeros(count, dtype=torch.bool),
+        **fields | {
+            "target_N": torch.arange(count), "offset_N": torch.tensor(offsets), "row_N": torch.arange(count),
+            "control_R": torch.tensor(control or [-1] * count),
+        }
     )  # fmt: skip
 
 
 def test_each_term_is_the_mean_over_its_own_tokens() -> None:
-    batch = batch_of([0, 1, 2, 0, 1])
-    logits_NV = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    ce_N = torch.nn.functional.cross_entropy(logits_NV, batch.target_N, reduction="none")
-    config = LossConfig(answer_ce_weight=1.0, first_k_ce_weight=0.5, first_token_ce_weight=0.25, k=2)
-    total, terms = ce_loss(config, batch, logits_NV, ce_counts(config, batch))
-    assert terms["answer_ce"] == pytest.approx(float(ce_N.mean()))
-    assert terms["first_k_ce"] == pytest.approx(float(ce_N[[0, 1, 3, 4]].mean()))
-    assert terms["first_token_ce"] == pytest.approx(float(ce_N[[0, 3]].mean()))
-    assert float(total) == pytest.approx(
-        terms["answer_ce"] + 0.5 * terms["first_k_ce"] + 0.25 * terms["first_token_ce"]
+    batch = batch_of([0, 1, 2, 0, 1], control=[-1, -1, -1, -1, 0])
+    ce_N = torch.nn.functional.cross_entropy(LOGITS_NV, batch.target_N, reduction="none")
+    weights = weights_at(
+        LossConfig(
+            answer_ce_weight=1.0, first_k_ce_weight=0.5, first_token_ce_weight=0.25, reconstruction_ce_weight=2.0, k=2
+        ),
+        0,
     )
+    terms = loss_terms(weights, batch, Reader(LOGITS_NV), None, term_counts(weights, batch))
+    assert terms["answer_ce"].item() == pytest.approx(float(ce_N[:4].mean()))
+    assert terms["first_k_ce"].item() == pytest.approx(0.5 * float(ce_N[[0, 1, 3]].mean()))
+    assert terms["first_token_ce"].item() == pytest.approx(0.25 * float(ce_N[[0, 3]].mean()))
+    assert terms["reconstruction_ce"].item() == pytest.approx(2 * float(ce_N[4]))
 
 
 def test_terms_without_weight_are_not_computed() -> None:
-    batch = batch_of([0, 1])
-    assert set(ce_counts(LossConfig(), batch)) == {"answer_ce"}
+    assert set(term_counts(weights_at(LossConfig(), 0), batch_of([0, 1]))) == {"answer_ce"}
 
 
 def test_shares_of_a_batch_add_up_to_the_whole() -> None:
-    config, logits_NV = LossConfig(first_token_ce_weight=1.0), torch.randn(5, 7)
-    whole = batch_of([0, 1, 2, 0, 1])
-    counts = ce_counts(config, whole)
-    total, _ = ce_loss(config, whole, logits_NV, counts)
+    config = LossConfig(first_token_ce_weight=1.0, kd_weight=0.5, hidden_kd_weight=0.5, k=2)
+    weights, whole = weights_at(config, 0), batch_of([0, 1, 2, 0, 1])
+    states, others = torch.randn(5, 4), torch.randn(5, 4)
+    teacher = Teacher(teacher_rows(torch.randn(5, 7)), [others])
+    counts = term_counts(weights, whole)
+    total = sum(loss_terms(weights, whole, Reader(LOGITS_NV, [states]), teacher, counts).values())
     parts = []
     for index in (slice(0, 3), slice(3, 5)):
         part = batch_of(whole.offset_N[index].tolist())
         part.target_N[:] = whole.target_N[index]
-        parts.append(ce_loss(config, part, logits_NV[index], counts)[0])
+        mask_N = torch.zeros(5, dtype=torch.bool)
+        mask_N[index] = True
+        assert teacher.rows is not None
+        share = Teacher(teacher.rows.at(mask_N), [others[index]])
+        parts += loss_terms(weights, part, Reader(LOGITS_NV[index], [states[index]]), share, counts).values()
     assert float(sum(parts)) == pytest.approx(float(total), rel=1e-6)
+
+
+def test_schedules_move_weights_and_k() -> None:
+    config = LossConfig(
+        first_k_ce_weight=2.0,
+        k=8,
+        schedules={
+            "first_k_ce_weight": {"kind": "linear", "steps": 10},
+            "k": {"kind": "linear", "start": 0.125, "steps": 10},
+            "answer_ce_weight": {"kind": "cosine", "start": 1.0, "end": 0.0, "steps": 10},
+        },
+    )
+    assert weights_at(config, 0).terms == {"answer_ce": 1.0}  # a weight of 0 switches the term off
+    middle = weights_at(config, 5)
+    assert middle.terms == {"answer_ce": pytest.approx(0.5), "first_k_ce": pytest.approx(1.0)}
+    assert [weights_at(config, step).k for step in (0, 5, 10, 99)] == [1, 4, 8, 8]
+    assert weights_at(config, 99).terms == {"first_k_ce": 2.0}
+
+
+def test_k_decides_what_the_first_tokens_are() -> None:
+    batch = batch_of([0, 1, 2, 0, 1])
+    masks = term_masks(weights_at(LossConfig(first_k_ce_weight=1.0, kd_weight=1.0, k=1), 0), batch)
+    assert masks["first_k_ce"].tolist() == masks["kd"].tolist() == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("name", LOSS_BUNDLES)
+def test_bundles_are_configurations(name: str) -> None:
+    config = LossConfig(bundle=name)
+    assert all(getattr(config, key) == value for key, value in LOSS_BUNDLES[name].items() if key != "schedules")
+    assert LossConfig(bundle=name, answer_ce_weight=0.123).answer_ce_weight == 0.123
+
+
+def test_wrong_names_are_refused(run) -> None:
+    with pytest.raises(ConfigError, match=r"bundle must be one of answer, .* got 'best'"):
+        with_values(run, {"losses.bundle": "best"})
+    with pytest.raises(ConfigError, match="schedules must name a weight, k or latent_dropout, got kd"):
+        with_values(run, {"losses.schedules": {"kd": {}}})
+    with pytest.raises(ConfigError, match=r"hidden_kd_depths must lie in \[0, 1\]"):
+        with_values(run, {"losses.hidden_kd_depths": [2.0]})

@@ -1,36 +1,149 @@
-"""The encoder reads its own text and nothing of the batch around it."""
+"""Every encoder reads its own text, all of it, and nothing of the batch around it."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
-from latentwire.config import AdapterConfig, EncoderConfig
+from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
 from latentwire.models.adapter import Adapter
-from latentwire.models.encoders import ByteEncoder
+from latentwire.models.backbones import PretrainedStates
+from latentwire.models.encoders import InterlinguaEncoder
+from latentwire.models.lm import load_tokenizer
+from latentwire.models.message import Message
+from latentwire.models.weights import ReceiverError
 
 TEXTS = ["Ada lives in Oslo.", "", "Ben works as baker. Cleo owns an uncommonly-long-word. Ada eats rice."]
+RECEIVERS = {receiver.name: receiver for receiver in RunConfig().receivers}
+SMALL = {"latent_len": 5, "d_z": 16, "d_model": 32, "layers": 2, "heads": 4}
 
 
-@pytest.fixture
-def encoder() -> ByteEncoder:
+def sentence_encoder(folder: Path) -> str:
+    """A small BERT of random weights with 16 positions, so that longer texts need several windows."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        tokenizer = load_tokenizer(RECEIVERS["llama"])
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=16,
+        )  # fmt: skip
+        BertModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+KINDS: dict[str, dict] = {
+    "byte": {},
+    "byte-spans": {"pooling": "spans"},
+    "byte-ratio": {"pooling": "spans", "tokens_per_latent": 3},
+    "byte-private": {"private_len": 2},
+    "st": {"kind": "st"},
+    "st-frozen": {"kind": "st", "tune": "frozen"},
+    "st-lora": {"kind": "st", "tune": "lora"},
+    "lm": {"kind": "lm", "model": "receiver:llama", "model_layers": 2},
+    "lm-ratio": {"kind": "lm", "model": "toy-qwen", "pooling": "spans", "tokens_per_latent": 4},
+    "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
+    "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
+}
+
+
+@pytest.fixture(params=KINDS)
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InterlinguaEncoder:
+    values = SMALL | KINDS[request.param]
+    if values.get("kind") == "st":
+        values["model"] = sentence_encoder(tmp_path_factory.getbasetemp() / "sentence-encoder")
     torch.manual_seed(0)
-    return ByteEncoder(EncoderConfig(latent_len=5, d_z=16, d_model=32, layers=2, heads=4)).eval()
+    return InterlinguaEncoder(EncoderConfig(**values), RECEIVERS).eval()
 
 
-def test_a_batch_gives_what_each_row_gives_alone(encoder: ByteEncoder) -> None:
-    together = encoder(encoder.tokenize(TEXTS))
-    assert together.shape == (3, 5, 16)
+def read(message: Message, row: int, receiver: str) -> torch.Tensor:
+    z_BLZ, keep_BL = message.read_by(receiver)
+    return z_BLZ[row, keep_BL[row]]
+
+
+def test_a_batch_gives_what_each_row_gives_alone(encoder: InterlinguaEncoder) -> None:
+    tokens = encoder.tokenize(TEXTS)
+    together = encoder(tokens)
     for row, text in enumerate(TEXTS):
-        torch.testing.assert_close(together[row], encoder(encoder.tokenize([text]))[0], atol=1e-5, rtol=1e-4)
+        alone = encoder(encoder.tokenize([text]))
+        for name in RECEIVERS:
+            torch.testing.assert_close(read(together, row, name), read(alone, 0, name), atol=1e-5, rtol=1e-4)
+            assert len(read(together, row, name)) == encoder.slots(tokens, name)[row] == together.slots(name)[row]
 
 
-def test_every_byte_matters(encoder: ByteEncoder) -> None:
-    one, other = encoder(encoder.tokenize(["Ada lives in Oslo.", "Ada lives in Osla."]))
-    assert not torch.allclose(one, other, atol=1e-4)
+def test_the_first_and_the_last_word_matter(encoder: InterlinguaEncoder) -> None:
+    texts = [TEXTS[2], TEXTS[2].replace("rice", "fish"), TEXTS[2].replace("Ben", "Dan")]
+    message = encoder(encoder.tokenize(texts))
+    for other in (1, 2):
+        assert not torch.allclose(read(message, 0, "llama"), read(message, other, "llama"), atol=1e-4)
 
 
-def test_adapter_starts_at_the_embedding_scale() -> None:
+def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
+    if not isinstance(encoder.states, PretrainedStates):
+        assert all(p.requires_grad for p in encoder.parameters())
+        return
+    tuned = encoder.states.tuned
+    assert {p.requires_grad for p in encoder.states.backbone.parameters()} == {tuned == "full"}
+    assert (len(encoder.states.updates) > 0) == (tuned == "lora")
+    assert (encoder.backbone_fingerprint() is None) == (tuned == "full")
+    encoder.train()
+    assert encoder.states.backbone.training == (tuned == "full")
+    encoder(encoder.tokenize(TEXTS)).z_BLZ.square().sum().backward()
+    reached = [name for name, p in encoder.named_parameters() if p.grad is not None]
+    assert any("backbone" in name for name in reached) == (tuned == "full")
+    assert any("updates" in name for name in reached) == (tuned == "lora")
+
+
+def test_a_causal_lm_is_made_bidirectional() -> None:
+    states = PretrainedStates(EncoderConfig(kind="lm", model="receiver:llama"), RECEIVERS, load_weights=True).eval()
+    tensors, length_B = states.tokenize([TEXTS[0], TEXTS[0].replace("Oslo", "Rome")])
+    one, other = states(**tensors, length_B=length_B)
+    assert not torch.allclose(one[0], other[0], atol=1e-3)  # the first token sees the last
+
+
+def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> None:
+    config = EncoderConfig(kind="st", model=sentence_encoder(tmp_path / "st"))
+    states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
+    text = " ".join(TEXTS)
+    tensors, length_B = states.tokenize([text])
+    own = states.tokenizer(text, add_special_tokens=False).input_ids
+    assert len(own) > states.window and tensors["ids_WT"].shape[0] > 1
+    assert tensors["ids_WT"][tensors["real_WT"]].tolist() == own and length_B.tolist() == [len(own)]
+    assert states(**tensors, length_B=length_B).shape == (1, len(own), 32)
+
+
+def test_layers_and_backbones_that_are_not_there() -> None:
+    with pytest.raises(ReceiverError, match="model_layers must be ≤ 4, the backbone's own, got 9"):
+        PretrainedStates(EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True)
+    with pytest.raises(ReceiverError, match="receiver encoder: model must be a Hub id or an existing directory"):
+        PretrainedStates(EncoderConfig(kind="lm", model="./nowhere"), RECEIVERS, load_weights=True)
+
+
+@pytest.mark.parametrize("calibration", ["learned", "embed_rms", "none"])
+def test_calibration_sets_the_scale_of_the_prompt(calibration: str) -> None:
     torch.manual_seed(0)
-    adapter = Adapter(AdapterConfig(), d_z=64, d_model=128, embed_rms=0.03)
-    p_BLD = adapter(5 * torch.randn(8, 4, 64))
-    assert p_BLD.square().mean().sqrt().item() == pytest.approx(0.03, rel=0.1)
-    assert adapter.gain.requires_grad
+    adapter = Adapter(AdapterConfig(calibration=calibration), d_z=64, d_model=128, embed_rms=0.03)
+    rms_B = adapter(5 * torch.randn(8, 4, 64)).square().mean((1, 2)).sqrt()
+    expected = 1.0 if calibration == "none" else 0.03
+    assert rms_B.mean().item() == pytest.approx(expected, rel=0.1)
+    with torch.no_grad():
+        adapter.skip.weight *= 3
+    after_B = adapter(5 * torch.randn(8, 4, 64)).square().mean((1, 2)).sqrt()
+    assert after_B.mean().item() == pytest.approx(0.03 if calibration == "embed_rms" else 3 * expected, rel=0.1)
+    assert hasattr(adapter, "gain") == (calibration == "learned")
+
+
+def test_held_scale_does_not_see_padding() -> None:
+    adapter = Adapter(AdapterConfig(calibration="embed_rms"), d_z=8, d_model=16, embed_rms=0.03)
+    z_BLZ, keep_BL = torch.randn(1, 4, 8), torch.tensor([[True, True, True, False]])
+    padded = z_BLZ.clone()
+    padded[0, 3] = 99
+    torch.testing.assert_close(adapter(padded, keep_BL)[:, :3], adapter(z_BLZ[:, :3])[:, :3])
+
+
+def test_slot_positions_tell_equal_latents_apart() -> None:
+    adapter = Adapter(AdapterConfig(slot_positions=True), d_z=8, d_model=16, embed_rms=0.03, slots=2)
+    torch.nn.init.normal_(adapter.position_LD)
+    one, other = adapter(torch.ones(1, 2, 8))[0]
+    assert not torch.allclose(one, other)

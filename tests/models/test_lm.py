@@ -1,5 +1,6 @@
 """The frozen receiver: our numbers are the model's own, and nothing but the soft prompt gets a gradient."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.losses.terms import token_ce
-from latentwire.models.lm import LMWrapper, pick_device
+from latentwire.models.lm import LMWrapper, pick_device, quantization_config
 from latentwire.models.weights import ReceiverError
 
 ROWS = [
@@ -79,6 +80,18 @@ def test_a_batch_of_unequal_lengths_gives_what_each_row_gives_alone(receiver: tu
     assert joined == [lm.generate(collate([prompt], side="left"), builder.stop_ids, 6)[0] for prompt in prompts]
 
 
+def test_the_side_of_the_padding_and_its_token_do_not_matter(receiver: tuple) -> None:
+    """Also where the padding token is the stop token: padding is told by length, never by id."""
+    lm, builder, rows = receiver
+    sequences = [builder.text(*row) for row in rows]
+    right, left = collate(sequences), collate(sequences, side="left")
+    torch.testing.assert_close(lm.supervised_logits(left), lm.supervised_logits(right), atol=2e-3, rtol=1e-3)
+    padded = right.ids_BS.masked_fill(right.attention_BS == 0, builder.stop_id)
+    other = replace(right, ids_BS=padded)
+    torch.testing.assert_close(lm.supervised_logits(other), lm.supervised_logits(right), atol=1e-5, rtol=1e-4)
+    assert torch.equal(other.target_N, right.target_N)
+
+
 def test_only_the_soft_prompt_gets_a_gradient() -> None:
     lm, builder, rows = load(RunConfig().receivers[0])
     before = lm.fingerprint()
@@ -103,6 +116,37 @@ def test_a_soft_prompt_that_does_not_fill_its_slots_is_refused() -> None:
     batch = collate([builder.latent(4, rows[0][1], rows[0][2])])
     with pytest.raises(ValueError, match="must fill its slots"):
         lm.supervised_logits(batch, torch.randn(1, 3, lm.width))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_receivers_read_answer_and_stay_frozen(kind: str) -> None:
+    pytest.importorskip(
+        {"int8": "torchao", "nf4": "bitsandbytes"}[kind], reason="pip install 'latentwire[quantization]'"
+    )
+    lm, builder, rows = load(RunConfig().receivers[0].model_copy(update={"quantization": kind}))
+    before = lm.fingerprint()
+    assert before != LMWrapper(RunConfig().receivers[0]).fingerprint()
+    prompts = [builder.text(context, question) for context, question, _ in rows]
+    answers = lm.tokenizer.batch_decode(lm.generate(collate(prompts, side="left"), builder.stop_ids, 6))
+    assert [answer.strip() for answer in answers] == [answer for _, _, answer in ROWS]
+    batch = collate([builder.latent(4, question, answer) for _, question, answer in rows])
+    p_BLD = torch.randn(2, 4, lm.width, requires_grad=True)
+    token_ce(lm.supervised_logits(batch, p_BLD), batch.target_N).mean().backward()
+    assert p_BLD.grad is not None and bool(p_BLD.grad.abs().sum((1, 2)).gt(0).all())
+    assert lm.fingerprint() == before
+
+
+def test_quantisation_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ReceiverError, match=r"needs bitsandbytes, .* pip install 'latentwire\[quantization\]'"):
+        quantization_config(ReceiverConfig(name="a", model="toy-llama", quantization="nf4"))
+
+
+def test_a_device_map_gives_the_same_numbers() -> None:
+    lm, builder, rows = load(RunConfig().receivers[0])
+    mapped, _, _ = load(RunConfig().receivers[0].model_copy(update={"device_map": "auto"}))
+    batch = collate([builder.text(*row) for row in rows])
+    torch.testing.assert_close(mapped.supervised_logits(batch), lm.supervised_logits(batch))
 
 
 def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,24 @@ def test_readme_commands(job: Job, tmp_path: Path) -> None:
     assert "full text" in log_of(tmp_path)
 
 
-def test_train_resumes_where_it_was_stopped(job: Job, tmp_path: Path) -> None:
+def test_train_saves_at_sigterm_and_resumes(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    flags = (*TINY, "--set", "training.evaluate_every=5", "--output_dir", str(output))
-    assert job("latentwire/train.py", *flags, "--max_steps=5").wait(300) == 0, log_of(tmp_path)
-    again = job("latentwire/train.py", *flags, "--max_steps=10")
-    assert again.wait(60) == 2
+    flags = (*TINY, "--epochs=40", "--set", "training.evaluate_every=10000", "--output_dir", str(output))
+    process = job("latentwire/train.py", *flags, "--max_steps=500")
+    end = time.time() + 240
+    while "step 10/500" not in log_of(tmp_path):
+        assert process.poll() is None and time.time() < end, log_of(tmp_path)
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) == 2, log_of(tmp_path)
+    assert "stopped by SIGTERM after step" in log_of(tmp_path) and "Traceback" not in log_of(tmp_path)
+    assert job("latentwire/train.py", *flags, "--max_steps=500").wait(60) == 2
     assert "output_dir must not exist yet" in log_of(tmp_path)
+    (saved,) = (output / "checkpoints").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    assert job("latentwire/train.py", *flags, f"--max_steps={step + 5}", "--resume").wait(300) == 0, log_of(tmp_path)
+    assert f"resumed at step {step}" in log_of(tmp_path)
+    assert (output / "best" / "manifest.json").exists()
 
 
 def test_the_full_size_command_fails_for_want_of_the_hub_alone(

@@ -1,18 +1,22 @@
 """Checkpoints hold what was trained and nothing else, load into the same wire, or say why not."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.models.latentwire import LatentWire
-from latentwire.resolve import with_values
+from latentwire.config.resolve import with_values
+from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
 from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import Trainer
@@ -33,23 +37,16 @@ def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
     }  # fmt: skip
     adapter = {"norm.weight", "norm.bias", "skip.weight", "up.weight", "up.bias", "down.weight", "down.bias", "gain"}
     for name in ("llama", "qwen"):
-        assert set(load_file(saved / f"adapters/{name}.safetensors")) == adapter
+        assert set(load_file(saved / f"adapters/{name}.safetensors")) == adapter | {"control_CD"}
     block = ["norm.weight", "norm.bias", "query_key_value.weight", "query_key_value.bias", "out.weight", "out.bias"]
     mlp = ["mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias", "mlp.3.weight", "mlp.3.bias"]
-    queries = [
-        "query",
-        "sharpness",
-        "norm.weight",
-        "norm.bias",
-        "key_value.weight",
-        "key_value.bias",
-        "out.weight",
-        "out.bias",
-    ]
+    attention = ["norm.weight", "norm.bias", "key_value.weight", "key_value.bias", "out.weight", "out.bias"]
+    pool = ["query", "sharpness", *attention]
+    joined = ["join.0.weight", "join.0.bias", "join.2.weight", "join.2.bias"]
     assert set(load_file(saved / "interlingua.safetensors")) == {
-        "embed.weight", "join.0.weight", "join.0.bias", "join.2.weight", "join.2.bias",
-        "norm.weight", "norm.bias", "project.weight", "project.bias",
-        *(f"blocks.0.{key}" for key in block + mlp), *(f"queries.{key}" for key in queries + mlp),
+        "norm.weight", "norm.bias", "project.weight", "project.bias", "states.embed.weight",
+        *(f"states.{key}" for key in joined), *(f"states.blocks.0.{key}" for key in block + mlp),
+        *(f"pool.{key}" for key in pool + mlp),
     }  # fmt: skip
     trained = sum(p.numel() for p in wire.interlingua.parameters())
     assert sum(json.loads((saved / "manifest.json").read_text())["parameters"].values()) == trained
@@ -60,14 +57,63 @@ def test_an_export_has_no_training_state(wire: LatentWire, tmp_path: Path) -> No
     assert not list(path.glob("training_state*"))
 
 
-def test_reloads_to_bit_equal_latents_in_a_new_process(saved: Path, wire: LatentWire, tmp_path: Path) -> None:
-    script = (
-        "import sys, torch; from pathlib import Path; from latentwire.training.checkpoints import load_wire\n"
-        "torch.set_num_threads(1); wire, _ = load_wire(Path(sys.argv[1]))\n"
-        f"torch.save(wire.encode({TEXTS!r}), sys.argv[2])"
-    )
-    subprocess.run([sys.executable, "-c", script, str(saved), str(tmp_path / "z.pt")], check=True)
-    assert torch.equal(torch.load(tmp_path / "z.pt", weights_only=True), wire.encode(TEXTS))
+VARIANTS: dict[str, dict] = {
+    "-".join(names) or "none": {f"features.{name}": {} for name in names}
+    for count in range(len(FEATURES) + 1)
+    for names in itertools.combinations(FEATURES, count)
+} | {
+    "lm": {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 2},
+    "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
+    "ratio": {"encoder.pooling": "spans", "encoder.tokens_per_latent": 3, "adapter.calibration": "embed_rms"},
+    "private": {"encoder.private_len": 2, "adapter.slot_positions": True},
+}
+RELOAD = """
+import json, sys
+from pathlib import Path
+import pyarrow.parquet as pq, torch
+from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.training.checkpoints import load_wire
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+for path in sorted(root.glob("*/checkpoint")):
+    wire, _ = load_wire(path)
+    torch.save(wire.encode(json.loads((root / "texts.json").read_text())).z_BLZ, path.parent / "z.pt")
+    scores = summarise(list(predict(wire, pq.read_table(root / "rows.parquet"), "latent")))
+    (path.parent / "scores.json").write_text(json.dumps(scores))
+"""
+
+
+def test_every_combination_of_features_reloads_bit_equal_in_a_new_process(
+    run: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
+    rows = table.slice(0, 4)
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    expected = {}
+    for name, values in VARIANTS.items():
+        wire = LatentWire(with_values(run, values))
+        generator = torch.Generator().manual_seed(5)
+        for parameter in wire.interlingua.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        checkpoints.save(tmp_path / name / "checkpoint", wire, {}, {})
+        expected[name] = wire.encode(TEXTS).z_BLZ, summarise(list(predict(wire, rows, "latent")))
+    assert len(expected) == 2 ** len(FEATURES) + 4
+    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True)
+    for name, (z_BLZ, scores) in expected.items():
+        assert torch.equal(torch.load(tmp_path / name / "z.pt", weights_only=True), z_BLZ), name
+        assert json.loads((tmp_path / name / "scores.json").read_text()) == scores, name
+
+
+def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, tmp_path: Path) -> None:
+    values = {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"}
+    wire = LatentWire(with_values(run, values))
+    path = checkpoints.save(tmp_path / "best", wire, {}, {})
+    keys = set(load_file(path / "interlingua.safetensors"))
+    assert not [key for key in keys if "backbone" in key] and any("updates" in key for key in keys)
+    wire.interlingua.encoder.states.backbone.norm.weight.data += 1
+    with pytest.raises(CheckpointError, match="the encoder's backbone must hash to"):
+        checkpoints.load_weights(path, wire)
 
 
 def test_a_changed_file_is_refused(saved: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.resolve import with_values
 from latentwire.models.lm import LMWrapper
-from latentwire.resolve import with_values
 from latentwire.tuning.planner import PlanError, plan
 
 ENOUGH = 64e9

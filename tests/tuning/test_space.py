@@ -5,7 +5,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from latentwire.resolve import ConfigError, load_space
+from latentwire.config.resolve import ConfigError, load_space
 from latentwire.tuning.space import data_variants, distributions, largest_run
 
 TEXT = """

@@ -1,0 +1,43 @@
+"""Data and its splits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from latentwire.config.section import Section
+
+
+class DataConfig(Section):
+    """What is read, and how it is split. Everything here except ``shard_dir`` names the shards."""
+
+    dataset: str = "toy"
+    """``toy``, ``squad``, ``hotpotqa``, or ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``)."""
+    data_dir: str | None = None
+    """Directory with ``train.*`` and ``validation.*`` (parquet in the Hub's schema, official JSON, or jsonl).
+    ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
+    samples: int = Field(20_000, ge=0)
+    """Training rows, drawn by seed after the development split is taken out. 0: all."""
+    dev_samples: int = Field(256, ge=1)
+    """Development rows scored at each evaluation."""
+    validation_samples: int = Field(512, ge=0)
+    """Rows of the untouched validation split scored once at the end. 0: all."""
+    dev_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the training *documents* (articles, not rows) that make the development split."""
+    seed: int = Field(0, ge=0)
+    """Seed of the splits, of the draw of rows, and of the toy generator."""
+    send: Literal["context", "prompt"] = "context"
+    """What is compressed: the context alone (the question travels as text), or context and question."""
+    max_context_bytes: int = Field(4_096, ge=16)
+    """Longest sender text in UTF-8 bytes; longer rows follow ``overflow``."""
+    overflow: Literal["reject", "truncate"] = "reject"
+    """What happens to a longer row: into the rejects file, or cut at the end (counted)."""
+    toy_people: int = Field(3, ge=1, le=4)
+    """People in a toy context."""
+    toy_kinds: int = Field(2, ge=1, le=4)
+    """Facts about each of them."""
+    shard_rows: int = Field(4_096, ge=1)
+    """Rows per Parquet shard."""
+    shard_dir: str = "shards"
+    """Where shards live, in directories named by the hash of what made them."""

@@ -1,0 +1,106 @@
+"""Loss weights, their schedules, and named sets of both."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from latentwire.config.section import Section
+
+LOSS_BUNDLES: dict[str, dict[str, Any]] = {
+    "answer": {"answer_ce_weight": 1.0},
+    "first_k_curriculum": {
+        "answer_ce_weight": 0.5,
+        "first_k_ce_weight": 1.0,
+        "first_token_ce_weight": 0.5,
+        "k": 8,
+        "schedules": {"k": {"kind": "linear", "start": 0.125, "steps": 500}},
+    },
+    "distil": {
+        "answer_ce_weight": 0.5,
+        "kd_weight": 1.0,
+        "kd_temperature": 2.0,
+        "k": 8,
+        "schedules": {"kd_weight": {"kind": "linear", "steps": 100}},
+    },
+    "autoencode": {
+        "answer_ce_weight": 1.0,
+        "reconstruction_ce_weight": 1.0,
+        "continuation_ce_weight": 0.5,
+        "schedules": {
+            "reconstruction_ce_weight": {"kind": "cosine", "start": 1.0, "end": 0.1, "steps": 1000},
+            "latent_dropout": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 500},
+        },
+    },
+}
+"""Named sets of weights and schedules; ``losses.bundle`` chooses one."""
+
+
+class Schedule(Section):
+    """How a weight or size moves over the training steps after the alignment."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the way from ``start`` to ``end``."""
+    start: float = Field(0.0, ge=0)
+    """Factor on the knob's own value at the first step."""
+    end: float = Field(1.0, ge=0)
+    """Factor from ``steps`` on."""
+    steps: int = Field(1, ge=1)
+    """Optimiser steps from ``start`` to ``end``."""
+
+
+class LossConfig(Section):
+    """Weights of the loss terms; all of them read the logits of one forward per receiver.
+
+    A ``bundle`` names a set of weights and schedules; every key given beside it wins over it.
+    """
+
+    bundle: str | None = None
+    """A named set from ``losses/bundles.py``: ``answer``, ``first_k_curriculum``, ``distil``, ``autoencode``."""
+    answer_ce_weight: float = Field(1.0, ge=0)
+    """Whole answer and its stop token, mean over tokens."""
+    first_k_ce_weight: float = Field(0.0, ge=0)
+    """First ``k`` answer tokens, mean over tokens."""
+    first_token_ce_weight: float = Field(0.0, ge=0)
+    """First answer token."""
+    kd_weight: float = Field(0.0, ge=0)
+    """KL from the teacher (the same receiver on the full text) at the first ``k`` answer tokens, mean over tokens."""
+    kd_temperature: float = Field(1.0, gt=0, le=100)
+    """Softens both distributions of the KL, which is multiplied by its square (arXiv 1503.02531)."""
+    kd_top_k: int = Field(0, ge=0)
+    """Teacher's likeliest tokens to compare one by one; the others count as one event. 0: the whole vocabulary."""
+    hidden_kd_weight: float = Field(0.0, ge=0)
+    """Squared distance to the teacher's layer-normalised hidden states at the first ``k`` answer tokens."""
+    hidden_kd_depths: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
+    """Layers of that comparison as fractions of the receiver's depth, each in [0, 1]."""
+    reconstruction_ce_weight: float = Field(0.0, ge=0)
+    """The message's own text, said again by the receiver from its soft prompt; mean over tokens. Dense where answers
+    are short: it teaches the encoder to carry the text before questions teach it what matters (arXiv 2510.20535)."""
+    continuation_ce_weight: float = Field(0.0, ge=0)
+    """The text that follows, said by the receiver from the message of what comes before it; mean over tokens."""
+    k: int = Field(4, ge=1)
+    """Tokens that ``first_k_ce_weight`` and the ``kd`` terms weigh."""
+    schedules: dict[str, Schedule] = Field(default_factory=dict)
+    """Knob of this section (a weight, or ``k``), or ``latent_dropout``, to the factor on it over the steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundle_first(cls, values: Any) -> Any:
+        name = values.get("bundle") if isinstance(values, dict) else None
+        if name is None:
+            return values
+        if name not in LOSS_BUNDLES:
+            raise ValueError(f"bundle must be one of {', '.join(LOSS_BUNDLES)}, got {name!r}")
+        return LOSS_BUNDLES[name] | values
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossConfig:
+        weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        if not any(getattr(self, name) > 0 for name in weights):
+            raise ValueError("at least one loss weight must be > 0, got all 0")
+        if unknown := set(self.schedules) - {*weights, "k", "latent_dropout"}:
+            raise ValueError(f"schedules must name a weight, k or latent_dropout, got {', '.join(sorted(unknown))}")
+        if any(not 0 <= depth <= 1 for depth in self.hidden_kd_depths):
+            raise ValueError(f"hidden_kd_depths must lie in [0, 1], got {self.hidden_kd_depths}")
+        return self

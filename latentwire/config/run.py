@@ -1,0 +1,49 @@
+"""One training run."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from latentwire.config.data import DataConfig
+from latentwire.config.features import FeaturesConfig
+from latentwire.config.losses import LossConfig
+from latentwire.config.section import Section
+from latentwire.config.training import EvaluationConfig, TrainingConfig
+from latentwire.config.wire import AdapterConfig, EncoderConfig, PromptConfig, ReceiverConfig, default_receivers
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    receivers: tuple[ReceiverConfig, ...] = Field(default_factory=default_receivers, min_length=1)
+    """The frozen LLMs, two by default."""
+    data: DataConfig = DataConfig()
+    """Data and splits."""
+    prompt: PromptConfig = PromptConfig()
+    """Literal text around the message."""
+    encoder: EncoderConfig = EncoderConfig()
+    """Text to latents."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Latents to soft prompts."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Opt-in extensions."""
+    losses: LossConfig = LossConfig()
+    """Loss weights."""
+    training: TrainingConfig = TrainingConfig()
+    """Optimisation."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Decoding and metrics."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunConfig:
+        names = [receiver.name for receiver in self.receivers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"receiver names must differ, got {', '.join(names)}")
+        if self.adapter.slot_positions and self.encoder.tokens_per_latent is not None:
+            raise ValueError("slot_positions needs a fixed number of slots, got encoder.tokens_per_latent; unset one")
+        if (model := self.encoder.model or "").startswith("receiver:") and model.split(":")[1] not in names:
+            raise ValueError(f"encoder.model must name one of the receivers {', '.join(names)}, got {model}")
+        refiner = self.features.refiner
+        if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
+            raise ValueError(f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}")
+        return self

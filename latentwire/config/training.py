@@ -1,0 +1,71 @@
+"""The optimisation loop and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from latentwire.config.section import Section
+
+
+class TrainingConfig(Section):
+    """The optimisation loop."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which training ends, whatever the epochs say. ``None``: the epochs decide."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per optimiser step, over all workers and micro-batches together."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
+    encoder_lr: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate of the encoder."""
+    adapter_lr: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate of the adapters."""
+    alignment_steps: int = Field(0, ge=0)
+    """Steps at the start that fit the soft prompts to the receivers' own token embeddings, averaged over as many spans
+    of the text as there are latents. No receiver runs in them, so they cost little; without them a frozen receiver gives
+    a random prompt next to no gradient, since it cannot read it yet. They count as steps."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps over which the rates rise from 0."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled decay on matrices; vectors and gains have none."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Global gradient norm that a step is clipped to."""
+    max_bad_steps: int = Field(10, ge=1)
+    """Steps with a loss or gradient that is not finite are skipped and counted; this many in a row end the run."""
+    sequential_models: bool = False
+    """Forward and backward one receiver after the other: peak memory is the largest receiver's graph, not the sum."""
+    receivers_per_step: Literal["all", "one"] = "all"
+    """``one``: each step trains through one receiver, drawn by seed and step (arXiv 2510.20535)."""
+    autocast: bool = False
+    """Encoder and adapters compute in bfloat16 (their weights stay fp32)."""
+    log_gradient_norms: bool = False
+    """Also report the norm of each loss term's gradient with respect to the latents. Costs a backward per term."""
+    evaluate_every: int = Field(200, ge=1)
+    """Steps between evaluations; each one writes a checkpoint and reports to Tune."""
+    log_every: int = Field(20, ge=1)
+    """Steps between progress lines."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, dropout and the order of rows."""
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel workers of one run (Ray only)."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs that one worker asks Ray for; also its torch threads."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs that one worker asks Ray for. ``None``: 1 where the cluster has any, else 0."""
+    max_failures: int = Field(2, ge=0)
+    """Worker deaths that one trial survives, each time from its last checkpoint."""
+
+
+class EvaluationConfig(Section):
+    """Free-running greedy decoding and its metrics."""
+
+    batch_size: int = Field(64, ge=1)
+    """Examples decoded together."""
+    max_answer_tokens: int = Field(16, ge=1)
+    """Decoding limit in tokens, the same for every example: nothing is derived from the gold answer."""

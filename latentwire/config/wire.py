@@ -1,0 +1,113 @@
+"""The models: receivers, the text around the message, encoder and adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from latentwire.config.section import Section
+
+
+class ReceiverConfig(Section):
+    """One frozen causal LM that reads the soft prompt."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Short name used in metrics, columns and file names, e.g. ``llama``."""
+    model: str
+    """Hub id, local directory (safetensors, or one holding a ``.gguf`` file), or the embedded ``toy-llama``/``toy-qwen``."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit). ``None``: the default branch."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How the prompt is rendered: the tokenizer's chat template, a plain ``Passage/Question`` text, or ``auto``:
+    chat where the tokenizer brings a template."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Whether BOS stands at position 0. ``auto``: where the chat template, or in plain the tokenizer itself, puts it."""
+    instruction: str = ""
+    """Text put before the passage (in chat: at the start of the user's turn). Empty: none."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' type. ``auto``: bfloat16 on CUDA, float32 elsewhere."""
+    device: str = "auto"
+    """``auto`` (CUDA, then MPS, then CPU), or a torch device such as ``cuda:0``."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel that transformers uses."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Weights' storage: ``int8`` by torchao, ``nf4`` by bitsandbytes (both in the extra ``quantization``)."""
+    device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
+    """Spread a receiver that is larger than one GPU over all of them, by accelerate. ``none``: all on ``device``."""
+    trust_remote_code: bool = False
+    """Run code that comes with the weights. Off unless asked for, per receiver."""
+
+
+def default_receivers() -> tuple[ReceiverConfig, ...]:
+    """The embedded pair: reads the toy task, needs no network."""
+    return (ReceiverConfig(name="llama", model="toy-llama", bos="yes"), ReceiverConfig(name="qwen", model="toy-qwen"))
+
+
+class PromptConfig(Section):
+    """The literal text around the message."""
+
+    anchor: str = "Answer: "
+    """Text between prompt and answer. Its trailing white space is tokenised with the answer, as the LLM learned it."""
+
+
+class EncoderConfig(Section):
+    """Text to latents."""
+
+    kind: Literal["byte", "st", "lm"] = "byte"
+    """Encoder family. ``byte``: from scratch, on UTF-8 bytes; ``st``: token states of a pretrained sentence encoder;
+    ``lm``: those of a pretrained causal LM whose attention is made bidirectional (arXiv 2404.05961, 2510.20535)."""
+    model: str | None = None
+    """Backbone of ``st`` and ``lm``: Hub id, local directory, an embedded toy, or ``receiver:<name>`` for a copy of that
+    receiver's weights."""
+    model_layers: int | None = Field(None, ge=1)
+    """Keep the backbone's first layers only. ``None``: all."""
+    tune: Literal["frozen", "lora", "full"] = "full"
+    """What of the backbone is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything."""
+    lora_rank: int = Field(8, ge=1, le=512)
+    """Rank of those updates."""
+    latent_len: int = Field(16, ge=1, le=4096)
+    """Latent vectors in one message, unless ``tokens_per_latent`` says otherwise."""
+    tokens_per_latent: int | None = Field(None, ge=1, le=1024)
+    """The message grows with the text: one latent for so many encoder tokens (``byte``: patches). Needs
+    ``pooling: spans``."""
+    pooling: Literal["queries", "spans"] = "queries"
+    """Token states to latents: learned queries, or the mean over contiguous, evenly spaced spans (arXiv 2510.20535)."""
+    private_len: int = Field(0, ge=0, le=1024)
+    """Further latents for each receiver that only it reads. Needs ``pooling: queries``."""
+    d_z: int = Field(128, ge=1, le=8192)
+    """Width of one latent vector."""
+    d_model: int = Field(192, ge=8, le=8192)
+    """Width inside the ``byte`` encoder and of the queries; a multiple of ``heads``."""
+    layers: int = Field(3, ge=1, le=64)
+    """Self-attention layers over the bytes."""
+    heads: int = Field(4, ge=1, le=128)
+    """Attention heads; ``d_model / heads`` must be even (rotary positions)."""
+    bytes_per_patch: int = Field(8, ge=1, le=64)
+    """Longest patch in bytes; a patch also ends after white space."""
+    latent_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of latents' entries zeroed in training."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> EncoderConfig:
+        if self.d_model % (2 * self.heads):
+            raise ValueError(f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}")
+        if self.kind != "byte" and self.model is None:
+            raise ValueError(f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model")
+        if self.tokens_per_latent is not None and self.pooling != "spans":
+            raise ValueError(f"tokens_per_latent needs pooling spans, got {self.pooling}")
+        if self.private_len and self.pooling != "queries":
+            raise ValueError(f"private_len needs pooling queries, got {self.pooling}")
+        return self
+
+
+class AdapterConfig(Section):
+    """Latents to the soft prompt of one receiver: a 2-layer MLP with a linear skip, then the scale."""
+
+    hidden_multiple: float = Field(2.0, gt=0, le=64)
+    """Hidden width of the MLP as a multiple of ``d_z``."""
+    calibration: Literal["learned", "embed_rms", "none"] = "learned"
+    """Scale of the soft prompt. ``learned``: a gain that starts at the receiver's embedding RMS and is then free
+    (clamping it hurts: 2026.acl-long.1717); ``embed_rms``: each example is held at that RMS; ``none``: as it comes."""
+    slot_positions: bool = False
+    """Add a learned vector per slot. Needs a fixed number of slots (``tokens_per_latent`` null)."""

@@ -1,0 +1,64 @@
+"""What a feature is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentwire.config import RunConfig
+from latentwire.models.interlingua import ReceiverShape
+from latentwire.models.message import Message
+from latentwire.models.weights import ReceiverError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One batch of sequences on its way through a receiver. R counts sequences, Q question tokens."""
+
+    z_RLZ: torch.Tensor
+    keep_RL: torch.Tensor
+    """The real latents of each sequence's message."""
+    latents_RS: torch.Tensor
+    """Where they stand in the sequences, padding included."""
+    question_RQD: torch.Tensor
+    """The receiver's embeddings of the question's tokens."""
+    question_keep_RQ: torch.Tensor
+
+
+class Feature(nn.Module):
+    """An opt-in extension of the wire. Its parameters are trained, saved and exported with the wire's own.
+
+    A feature changes the message (:meth:`refine`), what a receiver computes while it reads one (:meth:`attached`), or
+    both. Reading text, as teachers and baselines do, never meets a feature.
+    """
+
+    keeps_receivers_frozen = True
+    """Whether the receivers' own weights act unchanged. Results of features that say no are labelled."""
+
+    def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+        """``options``: the feature's own section of the configuration."""
+        super().__init__()
+
+    def refine(self, message: Message) -> Message:
+        """The message as the adapters get it."""
+        return message
+
+    @contextmanager
+    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+        """Act on ``lm`` while it reads, in training, prefill and every decode step."""
+        yield
+
+
+def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
+    """The receiver's decoder layers. Raises :class:`ReceiverError` for an architecture that keeps them elsewhere."""
+    layers = getattr(lm.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ReceiverError(
+            f"feature {feature} needs a receiver with base_model.layers, {type(lm).__name__} has none; switch it off"
+        )
+    return layers

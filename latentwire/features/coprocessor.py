@@ -1,0 +1,52 @@
+"""A coprocessor that augments the message's cache for the question at hand (arXiv 2412.17747)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentwire.config import CoprocessorFeature, RunConfig
+from latentwire.features.base import Feature, Reading
+from latentwire.features.slot_kv import SlotKeyValues
+from latentwire.models.attention import Block, rotary_of
+from latentwire.models.interlingua import ReceiverShape
+
+
+class Coprocessor(Feature):
+    """Per receiver: a small transformer over latents and question; its states at the latents become keys and values."""
+
+    def __init__(self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+        super().__init__(options, run, receivers)
+        width, self.head_width = options.width, options.width // options.heads
+        self.from_latents = nn.ModuleDict({name: nn.Linear(run.encoder.d_z, width) for name in receivers})
+        self.from_question = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, width))
+                for name, shape in receivers.items()
+            }
+        )
+        self.blocks = nn.ModuleDict(
+            {name: nn.ModuleList(Block(width, options.heads) for _ in range(options.layers)) for name in receivers}
+        )
+        self.slots = nn.ModuleDict(
+            {name: SlotKeyValues(shape.lm, width, "coprocessor") for name, shape in receivers.items()}
+        )
+
+    @contextmanager
+    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+        """Adds to keys and values at the slots."""
+        x_RLM = self.from_latents[receiver](reading.z_RLZ)
+        x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
+        x_RSM = torch.cat((x_RLM, x_RQM), 1)
+        keep_RS = torch.cat((reading.keep_RL, reading.question_keep_RQ.to(x_RLM.device)), 1)
+        rotary = rotary_of(x_RSM.shape[1], self.head_width, x_RSM.device)
+        blocks: Any = self.blocks[receiver]
+        for block in blocks:
+            x_RSM = block(x_RSM, keep_RS, rotary)
+        state_NM = x_RSM[:, : x_RLM.shape[1]][reading.keep_RL]
+        with self.slots[receiver].added(lm, state_NM, reading.latents_RS):  # type: ignore[operator]
+            yield

@@ -1,0 +1,71 @@
+"""Gated cross-attention from the receiver's states to the latents (Flamingo, arXiv 2204.14198)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from latentwire.config import LatentAdaptersFeature, RunConfig
+from latentwire.features.base import Feature, Reading, decoder_layers
+from latentwire.models.attention import merge, split
+from latentwire.models.interlingua import ReceiverShape
+
+
+class LatentAdapters(Feature):
+    """After chosen layers, every position of the receiver looks at the latents, in decode steps too; nothing at first."""
+
+    def __init__(self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+        super().__init__(options, run, receivers)
+        self.depths = options.depths
+        self.attention = nn.ModuleDict(
+            {
+                name: nn.ModuleList(
+                    GatedCrossAttention(shape.width, run.encoder.d_z, options.width, options.heads)
+                    for _ in options.depths
+                )
+                for name, shape in receivers.items()
+            }
+        )
+
+    @contextmanager
+    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+        """Adds to the outputs of the chosen layers, for as long as the receiver reads this batch."""
+        layers = decoder_layers(lm, "latent_adapters")
+        with ExitStack() as stack:
+            attentions: Any = self.attention[receiver]
+            for depth, attention in zip(self.depths, attentions, strict=True):
+
+                def look(_: nn.Module, __: tuple, output: Any, attention: Any = attention) -> Any:
+                    state = output[0] if isinstance(output, tuple) else output
+                    z_RLZ, keep_RL = reading.z_RLZ.to(state.device), reading.keep_RL.to(state.device)
+                    state = state + attention(state.float(), z_RLZ, keep_RL).to(state.dtype)
+                    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+                layer = layers[max(1, round(depth * len(layers))) - 1]
+                stack.callback(layer.register_forward_hook(look).remove)
+            yield
+
+
+class GatedCrossAttention(nn.Module):
+    """``tanh(gate) · attention(states → latents)`` with a gate that starts at 0."""
+
+    def __init__(self, d_model: int, d_z: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(d_model)
+        self.query = nn.Linear(d_model, width)
+        self.key_value = nn.Linear(d_z, 2 * width)
+        self.out = nn.Linear(width, d_model)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor) -> torch.Tensor:
+        """What is added to ``x_RSD``; ``keep_RL``: the real latents."""
+        key, value = self.key_value(z_RLZ).chunk(2, dim=-1)
+        query, key, value = (split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value))
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RL[:, None, None])
+        return self.gate.tanh() * self.out(merge(read))

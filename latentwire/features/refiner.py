@@ -1,0 +1,35 @@
+"""Self-attention among the latents before the adapters; the identity at first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from latentwire.config import RefinerFeature, RunConfig
+from latentwire.features.base import Feature
+from latentwire.models.attention import Block, rotary_of
+from latentwire.models.interlingua import ReceiverShape
+from latentwire.models.message import Message
+
+
+class Refiner(Feature):
+    """Transformer layers over all latents of a message, shared by the receivers."""
+
+    def __init__(self, options: RefinerFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+        super().__init__(options, run, receivers)
+        self.head_width = run.encoder.d_z // options.heads
+        self.blocks = nn.ModuleList(
+            Block(run.encoder.d_z, options.heads).start_as_identity() for _ in range(options.layers)
+        )
+
+    def refine(self, message: Message) -> Message:
+        """Padding is not attended to; private latents are."""
+        z_BLZ = message.z_BLZ
+        place_L = torch.arange(z_BLZ.shape[1], device=z_BLZ.device)
+        keep_BL = (place_L < message.length_B[:, None]) | (place_L >= message.shared)
+        rotary = rotary_of(len(place_L), self.head_width, z_BLZ.device)
+        for block in self.blocks:
+            z_BLZ = block(z_BLZ, keep_BL, rotary)
+        return message.with_latents(z_BLZ)

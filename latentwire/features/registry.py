@@ -1,0 +1,40 @@
+"""Features by the name they have in ``run.features``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from latentwire.config import RunConfig
+from latentwire.features.base import Feature
+from latentwire.features.coprocessor import Coprocessor
+from latentwire.features.deep_prefix import DeepPrefix
+from latentwire.features.latent_adapters import LatentAdapters
+from latentwire.features.lora import Lora
+from latentwire.features.refiner import Refiner
+from latentwire.models.interlingua import ReceiverShape
+
+FEATURES: dict[str, type[Feature]] = {
+    "refiner": Refiner,
+    "deep_prefix": DeepPrefix,
+    "coprocessor": Coprocessor,
+    "latent_adapters": LatentAdapters,
+    "lora": Lora,
+}
+
+
+def build(run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> nn.ModuleDict:
+    """The features that the configuration names."""
+    return nn.ModuleDict(
+        {
+            name: feature(options, run, receivers)
+            for name, feature in FEATURES.items()
+            if (options := getattr(run.features, name)) is not None
+        }
+    )
+
+
+def keeps_receivers_frozen(run: RunConfig) -> bool:
+    """Whether no feature that is switched on changes what the receivers' own weights compute."""
+    return all(f.keeps_receivers_frozen for name, f in FEATURES.items() if getattr(run.features, name) is not None)

@@ -1,0 +1,67 @@
+"""Attention blocks that encoders and features are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines ``[S, E/2]`` of the positions (RoFormer, arXiv 2104.09864)."""
+
+
+class Block(nn.Module):
+    """Pre-norm bidirectional self-attention and MLP. ``[B, S, M]`` → the same shape."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = mlp(width)
+
+    def forward(self, x_BSM: torch.Tensor, keep_BS: torch.Tensor, rotary: Rotary | None = None) -> torch.Tensor:
+        """``keep_BS``: the positions that may be attended to; a row without any gives zeros to its attention."""
+        query, key, value = (split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1))
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_BS[:, None, None])
+        x_BSM = x_BSM + self.out(merge(read))
+        return x_BSM + self.mlp(x_BSM)
+
+    def start_as_identity(self) -> Block:
+        """Zero what the block adds, so that it begins as the identity and learns from there."""
+        for layer in (self.out, self.mlp[-1]):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        return self
+
+
+def mlp(width: int) -> nn.Sequential:
+    """Pre-norm, four times as wide inside."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def split(x_BSM: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, S, M]`` → ``[B, H, S, M/H]``."""
+    return x_BSM.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge(x_BHSE: torch.Tensor) -> torch.Tensor:
+    """``[B, H, S, E]`` → ``[B, S, H·E]``."""
+    return x_BHSE.transpose(1, 2).flatten(2)
+
+
+def rotary_of(positions: int, width: int, device: torch.device) -> Rotary:
+    """Rotary tables for positions 0, 1, …; ``width`` is one head's."""
+    rate = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angle_SE = torch.arange(positions, device=device)[:, None] * rate[None]
+    return angle_SE.cos(), angle_SE.sin()
+
+
+def rotate(x_BHSE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Turn each pair of entries by its position's angle."""
+    cos, sin = (t.to(x_BHSE.dtype) for t in rotary)
+    first, second = x_BHSE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)

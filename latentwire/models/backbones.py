@@ -1,0 +1,131 @@
+"""Token states of a pretrained model: a sentence encoder, or a causal LM made bidirectional."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
+
+from latentwire.config import EncoderConfig, ReceiverConfig
+from latentwire.models.lm import load_hf_config, load_tokenizer
+from latentwire.models.low_rank import attached, updates_of
+from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
+
+LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
+
+
+class PretrainedStates(nn.Module):
+    """Last hidden states of the text's own tokens.
+
+    A text longer than the backbone's positions is read in windows, each wrapped in the special tokens that the
+    backbone knows, and the windows' states are joined: nothing is cut off.
+    """
+
+    def __init__(self, config: EncoderConfig, receivers: Mapping[str, ReceiverConfig], load_weights: bool) -> None:
+        """Raises :class:`~latentwire.models.weights.ReceiverError` for a backbone that cannot be had or read."""
+        super().__init__()
+        self.kind, self.tuned = config.kind, config.tune
+        source = _source(config, receivers)
+        self.tokenizer = load_tokenizer(source)
+        self.backbone = _load(source, load_weights)
+        _keep_layers(self.backbone, config.model_layers)
+        text_config = self.backbone.config.get_text_config()
+        self.width: int = text_config.hidden_size
+        self.prefix, self.suffix = _wrapping(self.tokenizer)
+        self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
+        self.updates = nn.ModuleDict()
+        if config.tune != "full":
+            self.backbone.requires_grad_(False)
+        if config.tune == "lora":
+            targets = LORA_TARGETS[config.kind]
+            self.updates = updates_of(self.backbone, targets, config.lora_rank, alpha=2.0 * config.lora_rank)
+
+    def train(self, mode: bool = True) -> PretrainedStates:
+        """A backbone that is not fully trained stays in evaluation mode, without dropout."""
+        super().train(mode)
+        self.backbone.train(mode and self.tuned == "full")
+        return self
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the backbone's weights where they are not trained (a checkpoint leaves them out), else ``None``."""
+        return None if self.tuned == "full" else fingerprint(self.backbone)
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Windows ``[W, T]`` of ids, their attention, where they hold the text's own tokens; and tokens per text."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+        windows, real = [], []
+        for row in rows:
+            for start in range(0, max(1, len(row)), self.window):
+                part = row[start : start + self.window]
+                windows.append(torch.tensor([*self.prefix, *part, *self.suffix] or [0]))
+                inside = [False] * len(self.prefix) + [True] * len(part) + [False] * len(self.suffix)
+                real.append(torch.tensor(inside or [False]))
+        ids_WT = pad_sequence(windows, batch_first=True)
+        attention_WT = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        real_WT = pad_sequence(real, batch_first=True)
+        return (
+            {"ids_WT": ids_WT, "attention_WT": attention_WT, "real_WT": real_WT},
+            torch.tensor([len(row) for row in rows]),
+        )
+
+    def forward(
+        self, ids_WT: torch.Tensor, attention_WT: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tensor
+    ) -> torch.Tensor:
+        """``[B, S, M]`` in fp32; at least one state a row, zero for an empty text."""
+        mask = attention_WT
+        if self.kind == "lm":  # a 4-D mask is taken as it is, so every token sees every other
+            mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
+        learning = torch.is_grad_enabled() and self.tuned != "frozen"
+        with attached(self.backbone, self.updates), torch.set_grad_enabled(learning):
+            state_WTM = self.backbone(input_ids=ids_WT, attention_mask=mask).last_hidden_state
+        place_S = torch.arange(max(1, int(length_B.max())), device=ids_WT.device)
+        keep_BS = place_S < length_B[:, None]
+        x_BSM = state_WTM.new_zeros(*keep_BS.shape, self.width)
+        return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT]).float()
+
+
+def _source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
+    model = config.model or ""
+    if model.startswith("receiver:"):
+        return receivers[model.removeprefix("receiver:")]
+    return ReceiverConfig(name="encoder", model=model)
+
+
+def _load(source: ReceiverConfig, load_weights: bool) -> Any:
+    if not load_weights:
+        return AutoModel.from_config(load_hf_config(source))
+    try:
+        return AutoModel.from_pretrained(
+            resolve(source),
+            revision=source.revision,
+            dtype=torch.float32,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(source, error) from error
+
+
+def _keep_layers(backbone: Any, count: int | None) -> None:
+    if count is None:
+        return
+    holder, name = (
+        (backbone, "layers") if hasattr(backbone, "layers") else (getattr(backbone, "encoder", None), "layer")
+    )
+    layers = getattr(holder, name, None)
+    if layers is None:
+        raise ReceiverError(f"model_layers needs a backbone with a list of layers, {type(backbone).__name__} has none")
+    if count > len(layers):
+        raise ReceiverError(f"model_layers must be ≤ {len(layers)}, the backbone's own, got {count}")
+    setattr(holder, name, layers[:count])
+    backbone.config.get_text_config().num_hidden_layers = count
+
+
+def _wrapping(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after a text."""
+    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:start], whole[start + len(inner) :]

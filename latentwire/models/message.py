@@ -1,0 +1,50 @@
+"""What travels: one message of latents for every receiver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Message:
+    """B messages. The first columns of ``z_BLZ`` are shared by all receivers, private ones follow them."""
+
+    z_BLZ: torch.Tensor
+    length_B: torch.Tensor
+    """Shared latents of each row; the shared columns after them are padding."""
+    private: Mapping[str, range] = field(default_factory=dict)
+    """Receiver → the columns that only it reads, where there are any."""
+
+    def __len__(self) -> int:
+        return len(self.z_BLZ)
+
+    @property
+    def shared(self) -> int:
+        """Shared columns, padding included."""
+        return self.z_BLZ.shape[1] - sum(map(len, self.private.values()))
+
+    def read_by(self, receiver: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents ``[B, L, Z]`` for one receiver, and where they are real ``[B, L]``."""
+        place_L = torch.arange(self.shared, device=self.z_BLZ.device)
+        keep_BL = place_L < self.length_B.to(place_L.device)[:, None]
+        own = self.private.get(receiver, range(0))
+        if not own:
+            return self.z_BLZ[:, : self.shared], keep_BL
+        z_BLZ = torch.cat((self.z_BLZ[:, : self.shared], self.z_BLZ[:, own.start : own.stop]), dim=1)
+        return z_BLZ, torch.cat((keep_BL, keep_BL.new_ones(len(self), len(own))), dim=1)
+
+    def slots(self, receiver: str) -> list[int]:
+        """Soft-prompt positions of each row for one receiver."""
+        own = len(self.private.get(receiver, range(0)))
+        return [length + own for length in self.length_B.tolist()]
+
+    def with_latents(self, z_BLZ: torch.Tensor) -> Message:
+        """The same message layout around other latents."""
+        return replace(self, z_BLZ=z_BLZ)
+
+    def roll(self, rows: int) -> Message:
+        """Each row with the message of the row ``rows`` before it."""
+        return replace(self, z_BLZ=self.z_BLZ.roll(rows, 0), length_B=self.length_B.roll(rows, 0))

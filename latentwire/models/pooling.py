@@ -1,0 +1,92 @@
+"""Token states to latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from latentwire.models.attention import merge, mlp, split
+
+
+class SpanQueries(nn.Module):
+    """Learned queries that start out reading evenly spaced spans; always ``count`` latents.
+
+    Attention to state s from query l carries a bias −sharpness·((s − centre_l) / span)², with one learned sharpness
+    per head: at first each latent looks at its own stretch of text, whatever the text's length, and training is free
+    to flatten the bias. Random queries must find that out before anything else is learned. The last ``private``
+    queries are further groups of latents that each cover the text once more.
+    """
+
+    def __init__(self, count: int, width: int, heads: int, private: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.count, self.heads = count, heads
+        self.query = nn.Parameter(torch.randn(count + sum(private), width) * width**-0.5)
+        self.norm = nn.LayerNorm(width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = mlp(width)
+        self.sharpness = nn.Parameter(torch.linspace(0.2, 2.0, heads))
+        places = [torch.arange(group) + 0.5 for group in (count, *private)]
+        sizes = [torch.full((group,), float(group)) for group in (count, *private)]
+        self.place_L: torch.Tensor
+        self.size_L: torch.Tensor
+        self.register_buffer("place_L", torch.cat(places), persistent=False)
+        self.register_buffer("size_L", torch.cat(sizes), persistent=False)
+
+    def lengths(self, length_B: torch.Tensor) -> torch.Tensor:
+        """Shared latents of texts of so many states."""
+        return torch.full_like(length_B, self.count)
+
+    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+        """``[B, S, M]``, of which each row's first ``length_B`` are real → ``[B, L, M]``."""
+        states = torch.arange(x_BSM.shape[1], device=x_BSM.device)
+        keep_BS = (states < length_B[:, None]) | (states == 0)  # an empty text is one state of padding
+        key_BSM, value_BSM = self.key_value(self.norm(x_BSM)).chunk(2, dim=-1)
+        span_BL = length_B.clamp(min=1)[:, None] / self.size_L
+        centre_BL = self.place_L * span_BL - 0.5
+        distance_BLS = (states - centre_BL[..., None]) / span_BL.clamp(min=1.0)[..., None]
+        bias_BHLS = -self.sharpness[None, :, None, None] * distance_BLS[:, None].square()
+        bias_BHLS = bias_BHLS.masked_fill(~keep_BS[:, None, None], float("-inf"))
+        query_BLM = self.query[None].expand(len(x_BSM), -1, -1)
+        query, key, value = (split(t, self.heads) for t in (query_BLM.to(key_BSM.dtype), key_BSM, value_BSM))
+        read_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_BHLS.to(key_BSM.dtype))
+        y_BLM = query_BLM + self.out(merge(read_BHLE))
+        return y_BLM + self.mlp(y_BLM)
+
+
+class SpanMeans(nn.Module):
+    """Means over contiguous, evenly spaced spans (ARC-Encoder, arXiv 2510.20535).
+
+    Either ``count`` of them, or one for every ``tokens_per_latent`` states, so that the message grows with the text.
+    """
+
+    def __init__(self, count: int, tokens_per_latent: int | None) -> None:
+        super().__init__()
+        self.count, self.tokens_per_latent = count, tokens_per_latent
+
+    def lengths(self, length_B: torch.Tensor) -> torch.Tensor:
+        """Latents of texts of so many states; at least one."""
+        if self.tokens_per_latent is None:
+            return torch.full_like(length_B, self.count)
+        return ((length_B + self.tokens_per_latent - 1) // self.tokens_per_latent).clamp(min=1)
+
+    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+        """``[B, S, M]`` → ``[B, L, M]``; rows with fewer latents than the longest end in zeros."""
+        return span_means(x_BSM, length_B, self.lengths(length_B))
+
+
+def span_means(x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor) -> torch.Tensor:
+    """Means ``[B, L, M]`` of ``spans_B`` evenly spaced spans of each row's first ``length_B`` vectors.
+
+    Spans share a vector by how much of it they cover; with more spans than vectors, several take the same one. L is
+    the largest of ``spans_B``; a row's entries after its own are zero, and so is a row without vectors.
+    """
+    time = torch.arange(x_BSM.shape[1], device=x_BSM.device)
+    spans_B11 = spans_B[:, None, None]
+    width_B11 = length_B.clamp(min=1)[:, None, None] / spans_B11
+    place_L1 = torch.arange(int(spans_B.max()), device=x_BSM.device)[:, None]
+    start_BL1 = place_L1 * width_B11
+    overlap_BLS = (torch.minimum(start_BL1 + width_B11, time + 1) - torch.maximum(start_BL1, time)).clamp(min=0)
+    real_BLS = (place_L1 < spans_B11) & (time < length_B[:, None, None])
+    return (overlap_BLS / width_B11 * real_BLS).to(x_BSM.dtype) @ x_BSM

@@ -1,0 +1,139 @@
+"""The contract of every feature: optimiser, checkpoint, training, decoding, export; and frozen or labelled."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentwire.assembly import LatentWire
+from latentwire.config import FeaturesConfig, RunConfig
+from latentwire.config.resolve import ConfigError, with_values
+from latentwire.data.batches import TrainingCollator
+from latentwire.data.layout import collate
+from latentwire.evaluation.evaluator import predict
+from latentwire.features.registry import FEATURES, keeps_receivers_frozen
+from latentwire.training import checkpoints
+from latentwire.training.local import table_epochs
+from latentwire.training.loop import Trainer
+
+NAMES = list(FEATURES)
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def featured(run: RunConfig, name: str) -> LatentWire:
+    return LatentWire(with_values(run, {f"features.{name}": {}}))
+
+
+def shake(wire: LatentWire) -> None:
+    """Random parameters: features start as nothing, and nothing proves nothing."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in wire.interlingua.features.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def logits(wire: LatentWire, table: pa.Table, receiver: str = "llama") -> torch.Tensor:
+    (batch,) = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)(table)
+    wire.interlingua.eval()
+    with torch.no_grad():
+        message = wire.interlingua.encode(batch.tokens)
+        sequences = batch.sequences[receiver]
+        with wire.reading(receiver, sequences, message) as soft_ND:
+            return wire.receivers[receiver].supervised_logits(sequences, soft_ND)
+
+
+def test_the_registry_and_the_configuration_name_the_same_features() -> None:
+    assert set(FEATURES) == set(FeaturesConfig.model_fields)
+
+
+def test_it_starts_as_nothing_and_then_acts(featured: LatentWire, wire: LatentWire, table: pa.Table) -> None:
+    plain = logits(wire, table)
+    torch.testing.assert_close(logits(featured, table), plain, atol=1e-5, rtol=1e-4)
+    shake(featured)
+    assert (logits(featured, table) - plain).abs().max() > 1e-2
+    assert not featured.receivers["llama"].lm.base_model.layers[0]._forward_hooks  # nothing stays attached
+
+
+def test_every_parameter_is_in_the_optimiser_and_learns(featured: LatentWire, table: pa.Table) -> None:
+    trainer = Trainer(featured, 4)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    features = dict(featured.interlingua.features.named_parameters())
+    assert features and all(id(p) in held for p in features.values())
+    shake(featured)
+    before = {key: p.detach().clone() for key, p in features.items()}
+    frozen = {key: lm.fingerprint() for key, lm in featured.receivers.items()}
+    for batches in table_epochs(featured, table)(0):
+        trainer.step(batches)
+    assert [key for key, p in features.items() if torch.equal(p, before[key])] == []
+    assert {key: lm.fingerprint() for key, lm in featured.receivers.items()} == frozen
+
+
+def test_it_is_saved_exported_and_loaded(featured: LatentWire, name: str, table: pa.Table, tmp_path: Path) -> None:
+    shake(featured)
+    path = checkpoints.save(tmp_path / "best", featured, {}, {})
+    saved = load_file(path / f"features/{name}.safetensors")
+    assert saved.keys() == featured.interlingua.features[name].state_dict().keys()
+    assert checkpoints.read_manifest(path)["receivers_frozen"] == FEATURES[name].keeps_receivers_frozen
+    again, _ = checkpoints.load_wire(path)
+    assert torch.equal(logits(again, table), logits(featured, table))
+    (path / f"features/{name}.safetensors").unlink()
+    with pytest.raises(checkpoints.CheckpointError, match=f"must hold features/{name}.safetensors"):
+        checkpoints.load_wire(path)
+
+
+@pytest.mark.parametrize("receiver", ["llama", "qwen"])
+def test_decoding_with_a_cache_is_what_one_forward_says(featured: LatentWire, table: pa.Table, receiver: str) -> None:
+    """Free-running answers are the argmax of a fresh forward over prompt and answer: the feature acts in every step."""
+    shake(featured)
+    rows = table.slice(0, 4).to_pydict()
+    message = featured.encode(rows["context"])
+    lm, builder = featured.receivers[receiver], featured.builders[receiver]
+    questions = rows[f"{receiver}_question_ids"]
+    prompts = collate([builder.latent(6, ids) for ids in questions], side="left")
+    with torch.no_grad(), featured.reading(receiver, prompts, message) as soft_ND:
+        answers = lm.generate(prompts, (0,), 5, soft_ND)  # a token that is never said
+    full = collate([builder.latent(6, ids, answer) for ids, answer in zip(questions, answers, strict=True)])
+    with torch.no_grad(), featured.reading(receiver, full, message) as soft_ND:
+        said = lm.supervised_logits(full, soft_ND).argmax(-1)
+    for row, answer in enumerate(answers):
+        assert said[full.row_N == row].tolist()[:-1] == answer
+
+
+def test_text_never_meets_a_feature(featured: LatentWire, wire: LatentWire, table: pa.Table) -> None:
+    shake(featured)
+    for mode in ("text", "closed_book"):
+        own, plain = (list(predict(w, table.slice(0, 4), mode)) for w in (featured, wire))
+        assert [(p.text, p.nll) for p in own] == [(p.text, p.nll) for p in plain]
+
+
+def test_only_lora_touches_what_receivers_compute(run: RunConfig) -> None:
+    frozen = {name: keeps_receivers_frozen(with_values(run, {f"features.{name}": {}})) for name in NAMES}
+    assert [name for name, kept in frozen.items() if not kept] == ["lora"]
+
+
+def test_no_byte_comes_on_top_of_the_receivers_cache(run: RunConfig, table: pa.Table) -> None:
+    """Deep prefix and coprocessor change the slots' own cache entries: positions stay what they were."""
+    values = {"features.deep_prefix": {}, "features.coprocessor": {}}
+    for plain, own in zip(
+        predict(LatentWire(run), table.slice(0, 2), "latent"),
+        predict(LatentWire(with_values(run, values)), table.slice(0, 2), "latent"),
+        strict=True,
+    ):
+        assert own.positions == plain.positions
+
+
+def test_options_are_checked(run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="did you mean lora"):
+        with_values(run, {"features.lorra": {}})
+    with pytest.raises(ConfigError, match=r"depths in \(0, 1\]"):
+        with_values(run, {"features.latent_adapters": {"depths": [0.0]}})
+    with pytest.raises(ConfigError, match="width must be a multiple of 2 × heads"):
+        with_values(run, {"features.coprocessor": {"width": 9}})
+    with pytest.raises(ConfigError, match=r"d_z must be a multiple of 2 × refiner\.heads"):
+        with_values(run, {"features.refiner": {"heads": 5}})

@@ -1,0 +1,50 @@
+"""Token states to latents: even spans, no padding, lengths that are told before."""
+
+import pytest
+import torch
+
+from latentwire.models.pooling import SpanMeans, SpanQueries, span_means
+
+
+def means(x_BSM: torch.Tensor, length: int, spans: int) -> list[float]:
+    return span_means(x_BSM, torch.tensor([length]), torch.tensor([spans])).flatten().tolist()
+
+
+def test_spans_are_even_and_share_what_they_cut() -> None:
+    x_BSM = torch.tensor([[[1.0], [2.0], [3.0], [4.0], [0.0]]])
+    assert means(x_BSM, 4, 2) == [1.5, 3.5]
+    assert means(x_BSM, 4, 4) == [1, 2, 3, 4]
+    # Three vectors in two spans of one and a half each: the middle one is in both.
+    assert means(x_BSM, 3, 2) == pytest.approx([(1 + 1) / 1.5, (1 + 3) / 1.5])
+    assert means(x_BSM, 4, 8) == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_padding_is_in_no_span_and_no_row_sees_another() -> None:
+    x_BSM = torch.randn(2, 6, 3)
+    changed = x_BSM.clone()
+    changed[0, 4:] = 99
+    length_B, spans_B = torch.tensor([4, 6]), torch.tensor([2, 3])
+    pooled = span_means(changed, length_B, spans_B)
+    torch.testing.assert_close(pooled, span_means(x_BSM, length_B, spans_B))
+    assert pooled[0, 2].tolist() == [0, 0, 0]
+    torch.testing.assert_close(pooled[0, :2], span_means(x_BSM[:1, :4], length_B[:1], spans_B[:1])[0])
+
+
+def test_the_message_grows_with_the_text() -> None:
+    pool = SpanMeans(99, tokens_per_latent=4)
+    length_B = torch.tensor([0, 1, 4, 5, 9])
+    assert pool.lengths(length_B).tolist() == [1, 1, 1, 2, 3]
+    assert pool(torch.randn(5, 9, 2), length_B).shape == (5, 3, 2)
+    assert SpanMeans(7, None).lengths(length_B).tolist() == [7] * 5
+
+
+def test_queries_look_at_their_own_stretch_first() -> None:
+    torch.manual_seed(0)
+    pool = SpanQueries(4, 8, 2, private=(2,))
+    x_BSM = torch.randn(1, 40, 8, requires_grad=True)
+    pooled = pool(x_BSM, torch.tensor([40]))
+    assert pooled.shape == (1, 6, 8)
+    for latent, (start, stop) in enumerate([(0, 10), (10, 20), (20, 30), (30, 40), (0, 20), (20, 40)]):
+        (gradient,) = torch.autograd.grad(pooled[0, latent].square().sum(), x_BSM, retain_graph=True)
+        share = gradient[0].abs().sum(-1)
+        assert share[start:stop].sum() > 1.2 * (stop - start) / 40 * share.sum(), latent
