@@ -93,12 +93,19 @@ class LatentWire:
         )
 
     @torch.no_grad()
-    def decode(self, receiver: str, prompts: list[Any], message: Message | None = None) -> list[str]:
-        """Free-running greedy text after each prompt; latent prompts need their message."""
+    def decode(
+        self,
+        receiver: str,
+        prompts: list[Any],
+        message: Message | None = None,
+        own_ND: torch.Tensor | None = None,
+    ) -> list[str]:
+        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own."""
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
         batch = collate(prompts, side="left").to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
+            soft_ND = soft_ND if own_ND is None else own_ND
             outputs = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
         texts = lm.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         # A plain answer is one line; some tokenisers join its newline with a punctuation mark that is no stop token.

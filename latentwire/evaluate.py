@@ -16,7 +16,7 @@ from pathlib import Path
 from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
-from latentwire.evaluation.evaluator import MODES
+from latentwire.evaluation.baselines import MODES
 from latentwire.options import override_run
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, report, results

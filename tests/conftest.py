@@ -62,6 +62,15 @@ def shard_table(run: RunConfig, count: int, seed: int = 7) -> pa.Table:
     return pa.table(columns)
 
 
+def untimed(scores: dict) -> dict:
+    """Scores, at any depth, without the times, which no two runs share."""
+    return {
+        key: untimed(value) if isinstance(value, dict) else value
+        for key, value in scores.items()
+        if key != "forward_ms"
+    }
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Directory with ``squad/`` and ``hotpotqa/`` parquet, named by ``LATENTWIRE_TEST_DATA``."""

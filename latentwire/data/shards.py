@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentwire.config import RunConfig
@@ -144,7 +145,7 @@ def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
         .filter(functools.partial(_belongs, run=run, split=split))
         .materialize()
     )
-    rejects = cleaned.filter(lambda row: bool(row["reason"])).take_all()
+    rejects, _, _ = _sort_out(cleaned)
     wanted = {"train": run.data.samples, "dev": run.data.dev_samples, "validation": run.data.validation_samples}[split]
     good = cleaned.filter(lambda row: not row["reason"]).sort("order")
     if wanted:
@@ -152,10 +153,9 @@ def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
     tokenised = good.map_batches(
         functools.partial(_tokenise, run=run), batch_format="pyarrow", batch_size=512
     ).materialize()
-    rejects += tokenised.filter(lambda row: bool(row["reason"])).take_all()
-    kept = tokenised.filter(lambda row: not row["reason"])
-    rows, truncated = kept.count(), kept.filter(lambda row: row["truncated"]).count()
-    kept = kept.drop_columns(["reason", "order", "truncated"])
+    merged, rows, truncated = _sort_out(tokenised)
+    rejects += merged
+    kept = tokenised.filter(lambda row: not row["reason"]).drop_columns(["reason", "order", "truncated"])
     reasons = Counter(row["reason"].split(":")[0] for row in rejects)
     if rows == 0:
         found = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "the source is empty"
@@ -175,6 +175,20 @@ def _make(run: RunConfig, split: ShardSplit, aside: Path) -> dict[str, Any]:
     }
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
+
+
+def _sort_out(dataset: Any) -> tuple[list[dict[str, Any]], int, int]:
+    """Rejected rows, and how many are good and how many of these are cut, of a materialised dataset.
+
+    Read block by block here: each further Ray Data execution costs seconds on a small machine.
+    """
+    rejects, rows, truncated = [], 0, 0
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        good = pc.equal(table["reason"], "")
+        rows += pc.sum(good).as_py() or 0
+        truncated += pc.sum(pc.and_(good, table["truncated"])).as_py() or 0
+        rejects += table.filter(pc.invert(good)).select(["reason", "id", "context"]).to_pylist()
+    return rejects, rows, truncated
 
 
 def _read_and_clean(item: dict[str, str], run: RunConfig, split: sources.Split) -> Iterator[dict[str, Any]]:

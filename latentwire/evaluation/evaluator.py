@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -12,16 +13,16 @@ import torch
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
 from latentwire.data.layout import Sequence, collate
+from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.metrics import em_f1
+from latentwire.evaluation.statistics import interval
 from latentwire.losses.terms import token_ce
 from latentwire.models.message import Message
 
-Mode = Literal["latent", "text", "closed_book", "shuffled"]
-MODES: tuple[Mode, ...] = ("latent", "text", "closed_book", "shuffled")
-"""What stands where the context belongs: its message, its text, nothing, or the message of another row."""
-
 METRIC_VERSION = 1
 """Raised whenever the same predictions would score differently; part of the evaluation pin."""
+
+LATENT_BYTES = 2  # of one entry of a latent on the wire, as fp16
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Prediction:
     """Negative log-likelihood of the first gold answer and its stop token, nats per token."""
     positions: int
     """Positions of the prompt that the receiver reads."""
+    bytes: int
+    """What had to be sent: UTF-8 bytes of the text shown, or the latents as fp16."""
+    forward_ms: float
+    """Time of one forward over prompt and gold answer, shared out over its batch."""
 
 
 @torch.no_grad()
@@ -48,64 +53,83 @@ def predict(wire: LatentWire, table: pa.Table, mode: Mode) -> Iterator[Predictio
     size = wire.run.evaluation.batch_size
     for start in range(0, table.num_rows, size):
         rows = table.slice(start, size).to_pydict()
-        message = _messages(wire, rows, mode)
+        texts = sender_texts(wire.run.data.send, rows)
+        encoder = wire.interlingua.encoder
+        tokens = encoder.tokenize(texts)
+        message = wire.interlingua.encode(tokens) if mode in MESSAGE_MODES else None
+        if message is not None and mode == "shuffled":
+            message = message.roll(1)
         for name in wire.receivers:
-            yield from _predict_batch(wire, name, rows, mode, message)
-
-
-def _messages(wire: LatentWire, rows: dict[str, list], mode: Mode) -> Message | None:
-    if mode not in ("latent", "shuffled"):
-        return None
-    message = wire.interlingua.encode(sender_texts(wire.run.data.send, rows))
-    return message if mode == "latent" else message.roll(1)
+            slots = encoder.slots(tokens, name) if message is None else message.slots(name)
+            yield from _predict_batch(wire, name, rows, mode, message, slots)
 
 
 def _predict_batch(
-    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, message: Message | None
+    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, message: Message | None, slots: list[int]
 ) -> Iterator[Prediction]:
-    lm = wire.receivers[name]
-    slots = None if message is None else message.slots(name)
-    prompts = _prompts(wire, name, rows, mode, slots)
-    answers = wire.decode(name, prompts, message)
-    gold = collate(_prompts(wire, name, rows, mode, slots, answered=True)).to(lm.device)
+    lm, count = wire.receivers[name], len(rows["id"])
+    columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
+    pieces = list(zip(rows["id"], *columns, slots, strict=True))
+    shown = [] if message else [kept_context(wire, name, mode, row, c, q, slot) for row, c, q, _, slot in pieces]
+    asked, answered = (_prompts(wire, name, pieces, mode, shown, gold=gold) for gold in (False, True))
+    own_ND = _embeddings(wire, name, pieces, shown) if mode == "embeddings" else None
+    answers = wire.decode(name, asked, message, own_ND)
+    gold = collate(answered).to(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
-        ce_N = token_ce(lm.supervised_logits(gold, soft_ND), gold.target_N)
-    rows_B = torch.zeros(len(prompts), device=ce_N.device)
-    nll_B = rows_B.index_add(0, gold.row_N, ce_N) / rows_B.index_add(0, gold.row_N, torch.ones_like(ce_N))
+        began = time.perf_counter()
+        logits_NV = lm.supervised_logits(gold, soft_ND if own_ND is None else own_ND)
+        ce_N = token_ce(logits_NV, gold.target_N).cpu()
+        seconds = time.perf_counter() - began
+    row_N = gold.row_N.cpu()
+    nll_B = torch.zeros(count).index_add(0, row_N, ce_N) / torch.bincount(row_N, minlength=count)
+    sizes = (
+        [LATENT_BYTES * wire.run.encoder.d_z * slot for slot in slots]
+        if message
+        else [len(lm.tokenizer.decode(ids).encode()) for ids in shown]
+    )
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
-            id=rows["id"][i], receiver=name, mode=mode, text=answer, golds=rows["answers"][i],
-            em=em, f1=f1, nll=float(nll_B[i]), positions=len(prompts[i].ids),
+            id=rows["id"][i], receiver=name, mode=mode, text=answer, golds=rows["answers"][i], em=em, f1=f1,
+            nll=float(nll_B[i]), positions=len(asked[i].ids), bytes=sizes[i], forward_ms=1000 * seconds / count,
         )  # fmt: skip
 
 
 def _prompts(
-    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int] | None, answered: bool = False
+    wire: LatentWire, name: str, pieces: list[tuple], mode: Mode, shown: list[list[int]], *, gold: bool
 ) -> list[Sequence]:
     builder = wire.builders[name]
-    context, question, answer = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
     prompts = []
-    for i in range(len(question)):
-        gold = answer[i] if answered else None
-        if slots is not None:
-            prompts.append(builder.latent(slots[i], question[i], gold))
+    for place, (_, _, question, answer, slots) in enumerate(pieces):
+        target = answer if gold else None
+        if mode in MESSAGE_MODES:
+            prompts.append(builder.latent(slots, question, target))
+        elif mode == "embeddings":
+            prompts.append(builder.latent(len(builder.message_ids(shown[place], question)), question, target))
         else:
-            prompts.append(builder.text([] if mode == "closed_book" else context[i], question[i], gold))
+            prompts.append(builder.text(shown[place], question, target))
     return prompts
 
 
+def _embeddings(wire: LatentWire, name: str, pieces: list[tuple], shown: list[list[int]]) -> torch.Tensor:
+    """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
+    builder, lm = wire.builders[name], wire.receivers[name]
+    rows = [builder.message_ids(shown[place], question) for place, (_, _, question, _, _) in enumerate(pieces)]
+    return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))
+
+
 def summarise(predictions: list[Prediction]) -> dict[str, dict[str, float]]:
-    """receiver → mean ``em``, ``f1``, ``nll``, ``positions`` and the number of ``rows``; ``mean`` is over receivers."""
+    """receiver → means, 95 % intervals (``em_low`` …) of EM and F1, and the number of ``rows``; ``mean`` is over receivers."""
     table: dict[str, dict[str, float]] = {}
+    fields = ("em", "f1", "nll", "positions", "bytes", "forward_ms")
     for name in dict.fromkeys(p.receiver for p in predictions):
         own = [p for p in predictions if p.receiver == name]
-        table[name] = {field: _mean(own, field) for field in ("em", "f1", "nll", "positions")} | {"rows": len(own)}
+        table[name] = {field: _mean(own, field) for field in fields} | {"rows": len(own)}
+        for field in ("em", "f1"):
+            low, high = interval([getattr(p, field) for p in own])
+            table[name] |= {f"{field}_low": low, f"{field}_high": high}
     names = list(table)
-    table["mean"] = {
-        field: sum(table[name][field] for name in names) / len(names)
-        for field in ("em", "f1", "nll", "positions", "rows")
-    }
+    table["mean"] = {field: sum(table[name][field] for name in names) / len(names) for field in (*fields, "rows")}
     return table
 
 

@@ -9,16 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from latentwire.config import RunConfig
-from latentwire.evaluation.evaluator import MODES, Mode
+from latentwire.evaluation.baselines import MESSAGE_MODES, MODE_NAMES
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.tuning.results import Best
 
-MODE_NAMES: dict[Mode, str] = {
-    "text": "full text",
-    "latent": "latents",
-    "shuffled": "latents of another row",
-    "closed_book": "closed book",
-}
 Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""
 
@@ -36,24 +30,25 @@ def trials_table(rows: list[dict[str, Any]], metric: str) -> Grid:
 
 
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
-    """One row per prompt kind and receiver: EM, F1, nats per answer token, positions read.
+    """One row per prompt kind and receiver: EM and F1 with their 95 % intervals, nats per answer token, and the costs.
 
     Latents that were read with changed receivers (a feature like ``lora``) are labelled so.
     """
     label = "" if keeps_receivers_frozen(run) else ", not frozen"
-    modes = [mode for mode in ("text", *MODES) if mode in scores]
+    header = ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "bytes", "ms", "rows"]
     body = [
         [
-            MODE_NAMES[mode] + (label if mode in ("latent", "shuffled") else ""),
-            name,
-            *(_number(row[field]) for field in ("em", "f1", "nll", "positions")),
+            name + (label if mode in MESSAGE_MODES else ""),
+            receiver,
+            *(f"{100 * row[field]:.1f} [{100 * row[f'{field}_low']:.1f}, {100 * row[f'{field}_high']:.1f}]" for field in ("em", "f1")),
+            *(_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")),
             str(int(row["rows"])),
         ]
-        for mode in dict.fromkeys(modes)
-        for name, row in scores[mode].items()
-        if name != "mean"
-    ]
-    return title, ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "rows"], body
+        for mode, name in MODE_NAMES.items()
+        for receiver, row in scores.get(mode, {}).items()
+        if receiver != "mean"
+    ]  # fmt: skip
+    return title, header, body
 
 
 def show(grids: list[Grid]) -> None:

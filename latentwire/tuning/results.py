@@ -15,7 +15,8 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig
 from latentwire.data import shards
-from latentwire.evaluation.evaluator import METRIC_VERSION, MODES, Mode, Prediction, predict, summarise
+from latentwire.evaluation.baselines import FINAL_MODES, Mode
+from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
 from latentwire.training import checkpoints
 
 
@@ -82,7 +83,7 @@ def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, 
 
 
 def score(
-    path: Path, validation: Path, modes: tuple[Mode, ...] = MODES, run: RunConfig | None = None
+    path: Path, validation: Path, modes: tuple[Mode, ...] = FINAL_MODES, run: RunConfig | None = None
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Reload a checkpoint in this process and score it on complete shards: mode → receiver → metrics.
 

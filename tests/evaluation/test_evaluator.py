@@ -5,7 +5,9 @@ import pytest
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
+from latentwire.evaluation.baselines import kept_context, self_information
 from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.statistics import interval
 from tests.conftest import shard_table
 
 
@@ -42,3 +44,45 @@ def test_the_gold_answer_does_not_reach_the_decoder(wire: LatentWire, rows: pa.T
     assert [p.text for p in predict(wire, rows.slice(0, 8), "latent")] == [
         p.text for p in predict(wire, changed, "latent")
     ]
+
+
+def test_token_embeddings_through_the_latent_path_say_what_the_text_says(wire: LatentWire, rows: pa.Table) -> None:
+    text, own = (list(predict(wire, rows, mode)) for mode in ("text", "embeddings"))
+    assert [p.text for p in own] == [p.text for p in text]
+    assert [p.nll for p in own] == pytest.approx([p.nll for p in text], abs=1e-4)
+    assert [p.positions for p in own] == [p.positions for p in text]
+
+
+@pytest.mark.parametrize("mode", ["truncated", "window", "selected"])
+def test_baselines_of_the_same_budget_read_as_many_positions(wire: LatentWire, rows: pa.Table, mode: str) -> None:
+    latent = {(p.id, p.receiver): p for p in predict(wire, rows, "latent")}
+    for prediction in predict(wire, rows, mode):
+        assert prediction.positions == latent[prediction.id, prediction.receiver].positions
+
+
+def test_baselines_keep_what_they_say(wire: LatentWire, rows: pa.Table) -> None:
+    columns = rows.slice(0, 4).to_pydict()
+    for row in range(4):
+        context, question = columns["llama_context_ids"][row], columns["llama_question_ids"][row]
+
+        def kept(mode: str, budget: int = 5, context=context, question=question, row=row) -> list[int]:
+            return kept_context(wire, "llama", mode, columns["id"][row], context, question, budget)
+
+        assert kept("truncated") == context[:5]
+        assert kept("closed_book") == [] and kept("text") == context
+        window = kept("window")
+        assert window == kept("window") and any(context[i : i + 5] == window for i in range(len(context)))
+        surprise_T = self_information(wire, "llama", context, question)
+        assert kept("selected") == [
+            context[i] for i in range(len(context)) if surprise_T[i] >= surprise_T.topk(5).values[-1]
+        ]
+        assert kept("selected", budget=99) == context
+
+
+def test_scores_come_with_their_intervals(wire: LatentWire, rows: pa.Table) -> None:
+    row = summarise(list(predict(wire, rows, "truncated")))["llama"]
+    assert row["em_low"] < row["em"] < row["em_high"]
+    assert row["em_high"] - row["em_low"] == pytest.approx(
+        2 * 1.96 * (row["em"] * (1 - row["em"]) / 64) ** 0.5, rel=0.25
+    )
+    assert interval([1.0, 1.0]) == (1.0, 1.0) and interval([0.0, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])

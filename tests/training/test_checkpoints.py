@@ -20,6 +20,7 @@ from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
 from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import Trainer
+from tests.conftest import untimed
 
 TEXTS = ["Ada lives in Oslo.", "Ben eats rice. Cleo owns a goat."]
 
@@ -102,7 +103,7 @@ def test_every_combination_of_features_reloads_bit_equal_in_a_new_process(
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True)
     for name, (z_BLZ, scores) in expected.items():
         assert torch.equal(torch.load(tmp_path / name / "z.pt", weights_only=True), z_BLZ), name
-        assert json.loads((tmp_path / name / "scores.json").read_text()) == scores, name
+        assert untimed(json.loads((tmp_path / name / "scores.json").read_text())) == untimed(scores), name
 
 
 def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, tmp_path: Path) -> None:

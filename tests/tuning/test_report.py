@@ -4,12 +4,16 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.tuning.report import scores_table
 
-ROW = {"em": 0.5, "f1": 0.5, "nll": 1.0, "positions": 9.0, "rows": 4}
+ROW = {
+    "em": 0.5, "em_low": 0.25, "em_high": 0.75, "f1": 0.5, "f1_low": 0.25, "f1_high": 0.75,
+    "nll": 1.0, "positions": 9.0, "bytes": 128.0, "forward_ms": 1.5, "rows": 4,
+}  # fmt: skip
 
 
 def test_results_with_changed_receivers_are_labelled() -> None:
     scores = {"text": {"llama": ROW, "mean": ROW}, "latent": {"llama": ROW, "mean": ROW}}
     _, _, body = scores_table(scores, "", RunConfig())
     assert [row[0] for row in body] == ["full text", "latents"]
+    assert body[0][2:] == ["50.0 [25.0, 75.0]", "50.0 [25.0, 75.0]", "1.000", "9.000", "128", "1.500", "4"]
     _, _, body = scores_table(scores, "", with_values(RunConfig(), {"features.lora": {}}))
     assert [row[0] for row in body] == ["full text", "latents, not frozen"]

@@ -1,0 +1,63 @@
+"""What a receiver can read instead of the message, in as many positions as the message takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Literal
+
+import torch
+
+from latentwire.assembly import LatentWire
+from latentwire.data.layout import collate
+from latentwire.losses.terms import token_ce
+
+Mode = Literal["text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"]
+MODE_NAMES: dict[Mode, str] = {
+    "text": "full text",
+    "latent": "latents",
+    "embeddings": "token embeddings as latents",
+    "truncated": "text cut to as many tokens",
+    "window": "as many tokens from anywhere",
+    "selected": "as many most surprising tokens",
+    "shuffled": "latents of another row",
+    "closed_book": "closed book",
+}
+"""What stands where the context belongs, in the order of the tables."""
+MODES: tuple[Mode, ...] = tuple(MODE_NAMES)
+FINAL_MODES: tuple[Mode, ...] = ("text", "latent", "truncated", "shuffled", "closed_book")
+"""What a sweep scores at its end; ``evaluate.py`` scores all."""
+MESSAGE_MODES: tuple[Mode, ...] = ("latent", "shuffled")
+"""Modes that read a message of the encoder."""
+
+
+@torch.no_grad()
+def kept_context(
+    wire: LatentWire, receiver: str, mode: Mode, row: str, context: list[int], question: list[int], budget: int
+) -> list[int]:
+    """The context's tokens that a text mode shows. ``budget``: soft positions of the row's message; ``row``: its id.
+
+    ``truncated`` keeps the start, ``window`` a stretch that the row's id decides, ``selected`` the tokens that the
+    receiver itself finds most surprising, in their order (self-information, as in Selective Context, arXiv 2310.06201).
+    """
+    if mode in ("text", "embeddings"):
+        return context
+    if mode == "closed_book":
+        return []
+    if mode == "truncated" or len(context) <= budget:
+        return context[:budget]
+    if mode == "window":
+        start = random.Random(row).randint(0, len(context) - budget)
+        return context[start : start + budget]
+    if mode == "selected":
+        surprise_T = self_information(wire, receiver, context, question)
+        return [context[place] for place in sorted(surprise_T.topk(budget).indices.tolist())]
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode}")
+
+
+def self_information(wire: LatentWire, receiver: str, context: list[int], question: list[int]) -> torch.Tensor:
+    """−log p of each context token given what stands before it in the text prompt, in nats, ``[T]``."""
+    prompt = wire.builders[receiver].text(context, question)
+    start = prompt.message.start
+    batch = collate([dataclasses.replace(prompt, supervised=range(start, start + len(context)))])
+    return token_ce(wire.receivers[receiver].supervised_logits(batch), batch.target_N)

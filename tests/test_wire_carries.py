@@ -1,0 +1,70 @@
+"""A trained wire answers questions about contexts it has never seen, and only from its own message."""
+
+from pathlib import Path
+
+import pytest
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
+from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.training import checkpoints
+from latentwire.training.local import table_epochs
+from latentwire.training.loop import Trainer
+from tests.conftest import shard_table, untimed
+
+VALUES = {
+    "encoder.latent_len": 12,
+    "encoder.d_z": 64,
+    "encoder.d_model": 128,
+    "encoder.layers": 2,
+    "training.epochs": 9,
+    "training.alignment_steps": 300,
+    "training.max_steps": 500,
+    "training.encoder_lr": 2e-3,
+    "training.adapter_lr": 2e-3,
+    "training.evaluate_every": 10_000,
+    "training.log_every": 100,
+    "evaluation.max_answer_tokens": 6,
+}
+
+
+@pytest.mark.slow
+def test_messages_carry_and_shuffled_ones_fall_to_closed_book() -> None:
+    run = with_values(RunConfig(), VALUES)
+    trainer = Trainer(LatentWire(run), 10_000 // run.training.batch_size)
+    trainer.train(table_epochs(trainer.wire, shard_table(run, 10_000, seed=1)), lambda: None)
+    fresh = shard_table(run, 256, seed=2)
+    em = {
+        mode: summarise(list(predict(trainer.wire, fresh, mode)))
+        for mode in ("text", "latent", "shuffled", "closed_book")
+    }
+    for name in trainer.wire.receivers:
+        assert em["latent"][name]["em"] > 0.8 * em["text"][name]["em"], em
+        assert em["shuffled"][name]["em"] < 0.2 and em["closed_book"][name]["em"] < 0.2, em
+
+
+@pytest.mark.slow
+def test_eight_examples_through_a_real_receiver(real_receivers: Path, tmp_path: Path) -> None:
+    """SmolLM2 says all eight answers from their messages, none from another's, and again after a reload."""
+    values = VALUES | {
+        "receivers": [{"name": "smollm2", "model": str(real_receivers / "smollm2"), "template": "plain"}],
+        "encoder.d_model": 64,
+        "training.batch_size": 8,
+        "training.epochs": 160,
+        "training.alignment_steps": 60,
+        "training.max_steps": 160,
+        "training.encoder_lr": 5e-3,
+        "training.adapter_lr": 5e-3,
+        "training.log_every": 20,
+    }
+    run = with_values(RunConfig(), values)
+    trainer, eight = Trainer(LatentWire(run), 1), shard_table(run, 8)
+    frozen = {name: lm.fingerprint() for name, lm in trainer.wire.receivers.items()}
+    trainer.train(table_epochs(trainer.wire, eight), lambda: None)
+    scores = summarise(list(predict(trainer.wire, eight, "latent")))
+    assert scores["smollm2"]["em"] == 1.0
+    assert summarise(list(predict(trainer.wire, eight, "shuffled")))["smollm2"]["em"] < 0.5
+    path = checkpoints.save(tmp_path / "best", trainer.wire, {}, {"receivers": frozen})
+    again, _ = checkpoints.load_wire(path)
+    assert untimed(summarise(list(predict(again, eight, "latent")))) == untimed(scores)
