@@ -111,6 +111,8 @@ def with_home(space: SpaceFile) -> SpaceFile:
     set_path(tree, "tune.storage_path", str(home() / space.tune.storage_path))
     if space.run.data.data_dir is not None:
         set_path(tree, "run.data.data_dir", str(Path(space.run.data.data_dir).absolute()))
+    if space.run.training.init_from is not None:
+        set_path(tree, "run.training.init_from", str(Path(space.run.training.init_from).absolute()))
     for receiver in tree["run"]["receivers"]:
         if Path(receiver["model"]).is_dir():
             receiver["model"] = str(Path(receiver["model"]).absolute())

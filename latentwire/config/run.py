@@ -39,8 +39,9 @@ class RunConfig(Section):
         names = [receiver.name for receiver in self.receivers]
         if len(set(names)) < len(names):
             raise ValueError(f"receiver names must differ, got {', '.join(names)}")
-        if self.adapter.slot_positions and self.encoder.tokens_per_latent is not None:
-            raise ValueError("slot_positions needs a fixed number of slots, got encoder.tokens_per_latent; unset one")
+        fixed = self.encoder.tokens_per_latent is None and self.encoder.split == "none"
+        if self.adapter.slot_positions and not fixed:
+            raise ValueError("slot_positions needs a fixed number of slots, got tokens_per_latent or split; unset one")
         if (model := self.encoder.model or "").startswith("receiver:") and model.split(":")[1] not in names:
             raise ValueError(f"encoder.model must name one of the receivers {', '.join(names)}, got {model}")
         refiner = self.features.refiner

@@ -28,6 +28,9 @@ class TrainingConfig(Section):
     """Steps at the start that fit the soft prompts to the receivers' own token embeddings, averaged over as many spans
     of the text as there are latents. No receiver runs in them, so they cost little; without them a frozen receiver gives
     a random prompt next to no gradient, since it cannot read it yet. They count as steps."""
+    init_from: str | None = None
+    """Directory of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
+    stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""
     warmup_steps: int = Field(50, ge=0)
     """Steps over which the rates rise from 0."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)

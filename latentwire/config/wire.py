@@ -73,6 +73,9 @@ class EncoderConfig(Section):
     ``pooling: spans``."""
     pooling: Literal["queries", "spans"] = "queries"
     """Token states to latents: learned queries, or the mean over contiguous, evenly spaced spans (arXiv 2510.20535)."""
+    split: Literal["none", "lines"] = "none"
+    """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
+    that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
     private_len: int = Field(0, ge=0, le=1024)
     """Further latents for each receiver that only it reads. Needs ``pooling: queries``."""
     d_z: int = Field(128, ge=1, le=8192)
@@ -98,6 +101,8 @@ class EncoderConfig(Section):
             raise ValueError(f"tokens_per_latent needs pooling spans, got {self.pooling}")
         if self.private_len and self.pooling != "queries":
             raise ValueError(f"private_len needs pooling queries, got {self.pooling}")
+        if self.private_len and self.split != "none":
+            raise ValueError(f"private_len needs split none, got {self.split}")
         return self
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.attention import Block, rotary_of
@@ -24,11 +25,14 @@ class EncoderTokens:
 
     tensors: Mapping[str, torch.Tensor]
     length_B: torch.Tensor
-    """States of each text."""
+    """States of each text, or of each line where texts are split."""
+    parts: tuple[int, ...] | None = None
+    """Lines of each text; ``None`` where texts are encoded whole."""
 
     def to(self, device: torch.device) -> EncoderTokens:
         """The same on ``device``."""
-        return EncoderTokens({name: t.to(device) for name, t in self.tensors.items()}, self.length_B.to(device))
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return EncoderTokens(tensors, self.length_B.to(device), self.parts)
 
 
 class InterlinguaEncoder(nn.Module):
@@ -42,6 +46,7 @@ class InterlinguaEncoder(nn.Module):
         Raises :class:`~latentwire.models.weights.ReceiverError` for a backbone that cannot be had.
         """
         super().__init__()
+        self.split = config.split
         self.states: ByteStates | PretrainedStates = (
             ByteStates(config) if config.kind == "byte" else PretrainedStates(config, receivers, load_weights)
         )
@@ -61,7 +66,10 @@ class InterlinguaEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> EncoderTokens:
         """What :meth:`forward` takes; on the CPU."""
-        return EncoderTokens(*self.states.tokenize(texts))
+        if self.split == "none":
+            return EncoderTokens(*self.states.tokenize(texts))
+        lines = [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
+        return EncoderTokens(*self.states.tokenize([line for text in lines for line in text]), tuple(map(len, lines)))
 
     def backbone_fingerprint(self) -> str | None:
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""
@@ -70,13 +78,25 @@ class InterlinguaEncoder(nn.Module):
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
         """Soft-prompt positions that each text's message will take at one receiver, known before encoding."""
         own = len(self.private.get(receiver, range(0)))
-        return [length + own for length in self.pool.lengths(tokens.length_B).tolist()]
+        return [length + own for length in _joined(self.pool.lengths(tokens.length_B), tokens.parts).tolist()]
 
     def forward(self, tokens: EncoderTokens) -> Message:
         """Tokens on this module's device → one message a text."""
         x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
         z_BLZ = self.dropout(self.project(self.norm(self.pool(x_BSM, tokens.length_B))))
-        return Message(z_BLZ, self.pool.lengths(tokens.length_B), self.private)
+        length_B = self.pool.lengths(tokens.length_B)
+        if tokens.parts is None:
+            return Message(z_BLZ, length_B, self.private)
+        keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]
+        joined_B = _joined(length_B, tokens.parts)
+        return Message(pad_sequence(z_BLZ[keep_BL].split(joined_B.tolist()), batch_first=True), joined_B)
+
+
+def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tensor:
+    """Latents of each text: the sum over its lines, where it is split."""
+    if parts is None:
+        return length_B
+    return torch.stack([lengths.sum() for lengths in length_B.split(list(parts))])
 
 
 class ByteStates(nn.Module):

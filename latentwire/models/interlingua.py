@@ -47,7 +47,11 @@ class Interlingua(nn.Module):
         self.autocast = run.training.autocast
         names = {receiver.name: receiver for receiver in run.receivers}
         self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
-        fixed = None if run.encoder.tokens_per_latent else run.encoder.latent_len + run.encoder.private_len
+        fixed = (
+            None
+            if run.encoder.tokens_per_latent or run.encoder.split != "none"
+            else run.encoder.latent_len + run.encoder.private_len
+        )
         self.adapters = nn.ModuleDict(
             {
                 name: Adapter(

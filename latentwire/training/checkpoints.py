@@ -165,17 +165,7 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     for name, module in _parts(wire).items():
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} must hold {name} for this configuration, it does not")
-        try:
-            tensors = load_file(path / name)
-            if tensors.keys() != (wanted := _trained(module).keys()):
-                raise CheckpointError(
-                    f"{path / name} must fit the configuration, it differs in {', '.join(sorted(tensors.keys() ^ wanted)[:5])}"
-                )
-            module.load_state_dict(tensors, strict=False)
-        except CheckpointError:
-            raise
-        except (RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} must fit the configuration: {error}") from error
+        _fill(path / name, module)
     backbone = wire.interlingua.encoder.backbone_fingerprint()
     if backbone != manifest["backbone"]:
         raise CheckpointError(
@@ -189,6 +179,36 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
                 f"({wire.receivers[name].config.model}); load the same weights and dtype"
             )
     return manifest
+
+
+def initialise(path: Path, wire: LatentWire) -> None:
+    """Start a fresh wire from an earlier one: every part that both have; what is new keeps its fresh weights.
+
+    Raises :class:`CheckpointError` for a part of another shape, or a checkpoint that has nothing in common.
+    """
+    manifest = read_manifest(Path(path))
+    parts = _parts(wire)
+    common = [name for name in parts if name in manifest["files"]]
+    if not common:
+        raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {path} holds none")
+    for name in common:
+        _fill(Path(path) / name, parts[name])
+    fresh = ", ".join(name for name in parts if name not in common) or "nothing"
+    print(f"started from {path}: {', '.join(common)}; fresh: {fresh}", flush=True)
+
+
+def _fill(file: Path, module: torch.nn.Module) -> None:
+    """Put a file's weights into a module. Raises :class:`CheckpointError` where keys or shapes differ."""
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
+    if differing := tensors.keys() ^ _trained(module).keys():
+        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
+    try:
+        module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} must fit the configuration: {error}") from error
 
 
 def load_training(path: Path, trainer: Trainer) -> None:

@@ -51,6 +51,8 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
     if previous:
         checkpoints.load_training(previous[-1], trainer)
         print(f"resumed at step {trainer.progress.step} from {previous[-1]}", flush=True)
+    elif wire.run.training.init_from is not None:
+        checkpoints.initialise(Path(wire.run.training.init_from), wire)
 
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)

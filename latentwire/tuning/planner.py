@@ -17,6 +17,7 @@ from latentwire.data import shards
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
+from latentwire.training import checkpoints
 from latentwire.tuning.space import largest_run
 
 WORKER_BASE_BYTES = 700e6
@@ -72,12 +73,15 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
     where workers use GPUs. Raises :class:`PlanError` where not even one trial fits, and
-    :class:`~latentwire.models.weights.ReceiverError` for receivers whose configuration cannot be had.
+    :class:`~latentwire.models.weights.ReceiverError` for receivers whose configuration cannot be had, and
+    :class:`~latentwire.training.checkpoints.CheckpointError` for an ``init_from`` that is not whole.
     """
     run = largest_run(space)
     training = run.training
     gpus = resources.get("GPU", 0.0)
     gpus_per_worker = training.gpus_per_worker if training.gpus_per_worker is not None else (1.0 if gpus else 0.0)
+    if training.init_from is not None:
+        checkpoints.read_manifest(Path(training.init_from))
     if training.batch_size % training.num_workers:
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"

@@ -50,6 +50,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         with previous.as_directory() as path:
             checkpoints.load_training(Path(path), trainer)
         print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
+    elif run.training.init_from is not None:
+        checkpoints.initialise(Path(run.training.init_from), wire)
     rows = ray.train.get_dataset_shard("train")
     collator = _RayCollator(TrainingCollator(run, wire.builders, wire.interlingua.encoder))
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
