@@ -38,6 +38,7 @@ KINDS: dict[str, dict] = {
     "byte-spans": {"pooling": "spans"},
     "byte-ratio": {"pooling": "spans", "tokens_per_latent": 3},
     "byte-private": {"private_len": 2},
+    "byte-lines": {"split": "lines"},
     "st": {"kind": "st"},
     "st-frozen": {"kind": "st", "tune": "frozen"},
     "st-lora": {"kind": "st", "tune": "lora"},
@@ -93,6 +94,20 @@ def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
     reached = [name for name, p in encoder.named_parameters() if p.grad is not None]
     assert any("backbone" in name for name in reached) == (tuned == "full")
     assert any("updates" in name for name in reached) == (tuned == "lora")
+
+
+@pytest.mark.parametrize("values", [{}, {"pooling": "spans", "tokens_per_latent": 3}], ids=["fixed", "ratio"])
+def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None:
+    torch.manual_seed(0)
+    encoder = InterlinguaEncoder(EncoderConfig(**SMALL | values, split="lines"), RECEIVERS).eval()
+    one, other = TEXTS[0], TEXTS[2]
+    tokens = encoder.tokenize([f"{one}\n\n{other}", other, ""])
+    message = encoder(tokens)
+    alone = [read(encoder(encoder.tokenize([text])), 0, "qwen") for text in (one, other, "")]
+    assert encoder.slots(tokens, "qwen") == [len(alone[0]) + len(alone[1]), len(alone[1]), len(alone[2])]
+    torch.testing.assert_close(read(message, 0, "qwen"), torch.cat(alone[:2]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(read(message, 1, "qwen"), alone[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(read(message, 2, "qwen"), alone[2], atol=1e-5, rtol=1e-4)
 
 
 def test_a_causal_lm_is_made_bidirectional() -> None:

@@ -117,6 +117,21 @@ def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, 
         checkpoints.load_weights(path, wire)
 
 
+def test_a_wire_starts_from_what_an_earlier_one_has_in_common(
+    saved: Path, wire: LatentWire, run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = with_values(run, {"training.seed": 7, "features.refiner": {}, "receivers": [run.receivers[1].model_dump()]})
+    fresh = LatentWire(later)
+    checkpoints.initialise(saved, fresh)
+    assert torch.equal(fresh.encode(TEXTS).z_BLZ, wire.encode(TEXTS).z_BLZ)
+    assert torch.equal(fresh.interlingua.adapters["qwen"].skip.weight, wire.interlingua.adapters["qwen"].skip.weight)
+    assert "fresh: features/refiner.safetensors" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="must fit the configuration"):
+        checkpoints.initialise(saved, LatentWire(with_values(run, {"encoder.d_z": 8})))
+    with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
+        checkpoints.initialise(saved / "adapters", fresh)
+
+
 def test_a_changed_file_is_refused(saved: Path) -> None:
     file = saved / "adapters" / "qwen.safetensors"
     content = bytearray(file.read_bytes())

@@ -1,0 +1,55 @@
+"""Shard rows become the sequences that the losses ask for, each with the message it reads."""
+
+import pyarrow as pa
+import pytest
+
+from latentwire.assembly import LatentWire
+from latentwire.config.resolve import with_values
+from latentwire.data.batches import CONTINUE, RECONSTRUCT, TrainingCollator, cut, shuffled_batches
+
+
+def collator(wire: LatentWire, values: dict) -> TrainingCollator:
+    return TrainingCollator(with_values(wire.run, values), wire.builders, wire.interlingua.encoder)
+
+
+def test_answers_then_reconstructions_then_continuations(wire: LatentWire, table: pa.Table) -> None:
+    values = {"losses.reconstruction_ce_weight": 1.0, "losses.continuation_ce_weight": 1.0}
+    (batch,) = collator(wire, values)(table.slice(0, 3))
+    for name, sequences in batch.sequences.items():
+        assert sequences.control_R.tolist() == [-1] * 3 + [RECONSTRUCT] * 3 + [CONTINUE] * 3
+        assert sequences.message_R.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]
+        assert len(batch.message_ids[name]) == 6
+        # A continuation says exactly what its message leaves out.
+        context = table[f"{name}_context_ids"][0].as_py()
+        said = sequences.target_N[sequences.row_N == 6].tolist()
+        assert batch.message_ids[name][3] + said == context and said
+
+
+def test_pretraining_on_texts_asks_nothing(wire: LatentWire, table: pa.Table) -> None:
+    values = {"losses.answer_ce_weight": 0.0, "losses.reconstruction_ce_weight": 1.0}
+    (batch,) = collator(wire, values)(table.slice(0, 3))
+    assert batch.sequences["llama"].control_R.tolist() == [RECONSTRUCT] * 3
+    assert not batch.teacher
+
+
+def test_micro_batches_share_out_all_rows(wire: LatentWire, table: pa.Table) -> None:
+    parts = collator(wire, {"training.accumulation": 3})(table.slice(0, 8))
+    assert [len(part.message_ids["llama"]) for part in parts] == [3, 3, 2]
+    assert len(collator(wire, {"training.accumulation": 9})(table.slice(0, 2))) == 2
+
+
+@pytest.mark.parametrize("text", ["Ada lives in Oslo and works as a baker.", "a b c d"])
+def test_texts_are_cut_before_a_word_and_nothing_is_lost(text: str) -> None:
+    cuts = {cut(text, str(row)) for row in range(50)}
+    assert all(before + after == text and after.startswith(" ") and before for before, after in cuts)
+    assert len(cuts) > 1
+    assert cut(text, "7") == cut(text, "7")
+    assert cut("too short", "7") is None
+
+
+def test_an_epoch_is_every_row_once_and_workers_share_it(table: pa.Table) -> None:
+    ids = [row for part in shuffled_batches(table, 4, seed=1, epoch=0) for row in part["id"].to_pylist()]
+    assert sorted(ids) == sorted(table["id"].to_pylist())
+    shares = [list(shuffled_batches(table, 4, seed=1, epoch=0, rank=rank, world=2)) for rank in range(2)]
+    joined = [sorted(a["id"].to_pylist() + b["id"].to_pylist()) for a, b in zip(*shares, strict=True)]
+    assert joined == [sorted(ids[start : start + 4]) for start in range(0, len(ids), 4)]
