@@ -1,12 +1,15 @@
 """Every bad configuration gets one clear error that quotes rule, value and place."""
 
 import argparse
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from latentwire.config import RunConfig
-from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.config import CategoricalDimension, FloatDimension, IntDimension, RunConfig, Schedule, SpaceFile
+from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
 from latentwire.options import add_flags, read_space
 
 REPOSITORY = Path(__file__).parent.parent
@@ -98,3 +101,33 @@ def test_with_values_checks_again() -> None:
     assert with_values(RunConfig(), {"encoder.latent_len": 3}).encoder.latent_len == 3
     with pytest.raises(ConfigError, match="latent_len must be ≥ 1, got 0"):
         with_values(RunConfig(), {"encoder.latent_len": 0})
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A section and all below it, optional and repeated ones too."""
+    yield model
+    for field in model.model_fields.values():
+        for option in typing.get_args(field.annotation) or (field.annotation,):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                yield from sections(option)
+
+
+def test_every_knob_has_its_docstring_and_every_number_its_bounds() -> None:
+    seen = set()
+    for model in {*sections(SpaceFile), Schedule, FloatDimension, IntDimension, CategoricalDimension}:
+        assert model.__doc__, model
+        for name, field in model.model_fields.items():
+            seen.add(f"{model.__name__}.{name}")
+            assert field.description and field.description.strip().endswith((".", ")")), f"{model.__name__}.{name}"
+            number = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
+            free = model in (FloatDimension, IntDimension) and name in ("low", "high")  # checked against their knob's
+            assert free or not number or field.metadata, f"{model.__name__}.{name} has no bounds"
+    assert len(seen) > 100
+
+
+def test_knobs_of_optional_sections_can_be_set_and_searched(tmp_path: Path) -> None:
+    assert "features.lora.rank" in dict(knobs())
+    assert with_values(RunConfig(), {"features.lora.rank": 3}).features.lora.rank == 3
+    (tmp_path / "s.yaml").write_text("search: {features.deep_prefix.hidden: {type: int, low: 0, high: 8}}")
+    with pytest.raises(ConfigError, match=r"hidden must be ≥ 1, got 0 .*search\.features\.deep_prefix\.hidden\.low"):
+        load_space(tmp_path / "s.yaml")

@@ -73,7 +73,7 @@ def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
             node = node[int(key)]
             continue
         following = parents[depth + 1] if depth + 1 < len(parents) else leaf
-        if key not in node:
+        if node.get(key) is None:  # absent, or a section that is switched off: naming a knob of it switches it on
             if key == "receivers" and following.isdigit():
                 node[key] = [receiver.model_dump(mode="json") for receiver in default_receivers()]
             else:
@@ -119,9 +119,10 @@ def check_search(space: SpaceFile, where: str) -> None:
 def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf of the configuration as (dotted path, pydantic ``FieldInfo``), receivers' excepted."""
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from knobs(annotation, f"{prefix}{name}.")
+        options = typing.get_args(field.annotation) or (field.annotation,)
+        sections = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if sections and name not in ("receivers", "schedules"):
+            yield from knobs(sections[0], f"{prefix}{name}.")
         elif name != "receivers":
             yield f"{prefix}{name}", field
 
