@@ -287,6 +287,7 @@ class Trainer:
         rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
         return metrics | {
             "step": progress.step,
+            "total_steps": self.total_steps,
             "epoch": progress.epoch,
             "train_loss": progress.loss,
             "first_train_loss": progress.first_loss if progress.first_loss is not None else progress.loss,

@@ -62,7 +62,7 @@ def _trial_id(result: Any) -> str:
 
 
 def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, Any]]:
-    """One row per trial: id, state, step, seconds, best score, last losses, and the values drawn."""
+    """One row per trial: id, state (done, stopped by the scheduler, failed), step, seconds, best score, last losses, and the values drawn."""
     rows = []
     for result in grid:
         frame = result.metrics_dataframe
@@ -70,6 +70,7 @@ def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, 
         if frame is not None and metric in frame:
             last = frame.iloc[-1]
             row |= {
+                "state": "failed" if result.error else "done" if last["step"] >= last["total_steps"] else "stopped",
                 "step": int(last["step"]),
                 metric: float(frame[metric].max() if mode == "max" else frame[metric].min()),
                 "first_train_loss": float(last["first_train_loss"]),

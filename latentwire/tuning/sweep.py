@@ -13,12 +13,12 @@ import ray.train
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.data import shards
 from latentwire.tuning.planner import Plan
+from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import data_variants, distributions
 from latentwire.tuning.trial import make_trainer
 
@@ -114,11 +114,12 @@ def run_sweep(
             time_attr="step", max_t=steps, grace_period=min(config.grace_steps, steps),
             reduction_factor=config.reduction_factor, metric=config.metric, mode=config.mode,
         )  # fmt: skip
-    search = OptunaSearch(
-        space=distributions(space),
+    search = StudySearch(
+        distributions(space),
         metric=config.metric,
         mode=config.mode,
-        study_name=output.name,
+        journal=output / "study.journal",
+        name=output.name,
         sampler=optuna.samplers.TPESampler(seed=config.seed, multivariate=True, group=True, n_startup_trials=5),
     )
     driver = tune.with_parameters(
@@ -141,4 +142,6 @@ def run_sweep(
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
-    return tuner.fit()
+    grid = tuner.fit()
+    search.close({Path(result.path).name for result in grid})
+    return grid

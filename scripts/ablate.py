@@ -1,0 +1,124 @@
+"""What each part of a recipe is worth: named variants of one space, trained with several seeds by the plain loop.
+
+    python scripts/ablate.py --space search_spaces/toy_wire.yaml --variants scripts/ablation.yaml --output_dir runs/ablation
+
+The variants file maps a name to knobs (dotted path → value) laid over the space's ``run:``; an empty mapping is the
+recipe itself. Each pair of variant and seed has a directory of its own: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import yaml
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.data import shards
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.options import with_home
+from latentwire.training.checkpoints import load_wire
+from latentwire.training.local import train_here
+from latentwire.tuning import planner
+
+MODES = ("text", "latent", "shuffled")
+
+
+def runs(options: argparse.Namespace) -> dict[str, RunConfig]:
+    """``<variant>-<seed>`` → its configuration. Raises :class:`ConfigError` for a variant that breaks a rule."""
+    space = with_home(load_space(options.space))
+    variants = yaml.safe_load(options.variants.read_text())
+    if not isinstance(variants, dict):
+        raise ConfigError(f"variants must map names to knobs, got {type(variants).__name__} ({options.variants})")
+    return {
+        f"{name}-{seed}": with_values(space.run, (knobs or {}) | {"training.seed": seed}, f"{options.variants}: {name}")
+        for name, knobs in variants.items()
+        for seed in options.seeds
+    }
+
+
+def train_one(run: RunConfig, output: Path) -> None:
+    """Train, score the best checkpoint on the validation split, write ``scores.json``."""
+    torch.set_num_threads(1)
+    paths = planner.local_shards(run)
+    best = train_here(LatentWire(run), paths, output)
+    wire, _ = load_wire(best)
+    table = shards.read_table(paths["validation"])
+    scores = {mode: summarise(list(predict(wire, table, mode))) for mode in MODES}
+    aside = output / ".scores.json.part"
+    aside.write_text(json.dumps(scores, indent=1))
+    aside.rename(output / "scores.json")
+
+
+def table(output: Path, wanted: dict[str, RunConfig]) -> str:
+    """Markdown: per variant the mean exact match over seeds, and its smallest and largest, for each receiver."""
+    names = list(dict.fromkeys(key.rsplit("-", 1)[0] for key in wanted))
+    receivers = [receiver.name for receiver in next(iter(wanted.values())).receivers]
+    lines = ["| variant | " + " | ".join(f"EM {receiver}" for receiver in receivers) + " | mean |"]
+    lines.append("|---|" + "---|" * (len(receivers) + 1))
+    for name in names:
+        scores = [
+            json.loads((output / key / "scores.json").read_text()) for key in wanted if key.rsplit("-", 1)[0] == name
+        ]
+        cells = []
+        for receiver in [*receivers, "mean"]:
+            values = [100 * score["latent"][receiver]["em"] for score in scores]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run what is missing, a few at once, then print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", type=Path, required=True, help="space file; its run: is the recipe")
+    parser.add_argument("--variants", type=Path, required=True, help="YAML: variant → knobs")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and table.md go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--only", help="train this one run, <variant>-<seed>, in this process")
+    options = parser.parse_args()
+    try:
+        wanted = runs(options)
+        if options.only:
+            train_one(wanted[options.only], options.output_dir / options.only)
+            return 0
+        for run in {shards_key(run): run for run in wanted.values()}.values():
+            planner.local_shards(run)
+    except USER_ERRORS as error:
+        return fail(error)
+    missing = [key for key in wanted if not (options.output_dir / key / "scores.json").exists()]
+
+    def start(key: str) -> int:
+        folder = options.output_dir / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log").open("a") as log:
+            code = subprocess.call([sys.executable, *sys.argv, "--only", key], stdout=log, stderr=subprocess.STDOUT)
+        print(f"{key}: {'done' if code == 0 else f'failed, see {folder}/log'}", flush=True)
+        return code
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        if any(list(pool.map(start, missing))):
+            return 1
+    text = table(options.output_dir, wanted)
+    (options.output_dir / "table.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+def shards_key(run: RunConfig) -> str:
+    """Runs with the same shards need them made once."""
+    return run.data.model_dump_json() + run.prompt.model_dump_json()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
