@@ -62,7 +62,7 @@ def _trial_id(result: Any) -> str:
 
 
 def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, Any]]:
-    """One row per trial: id, state (done, stopped by the scheduler, failed), step, seconds, best score, last losses, and the values drawn."""
+    """One row per trial: id, state (done, stopped by the scheduler, failed), step, best score, losses, values drawn."""
     rows = []
     for result in grid:
         frame = result.metrics_dataframe
