@@ -227,6 +227,17 @@ def load_training(path: Path, trainer: Trainer) -> None:
     torch.set_rng_state(tensors["rng"])
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in (*manifest["files"], "manifest.json"):
+        (path / name).unlink(missing_ok=True)
+    folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)
+    for folder in (*folders, path):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
     """A wire from a checkpoint or export, with its manifest; loads the receivers too. ``run`` replaces its configuration."""
     read_manifest(path)

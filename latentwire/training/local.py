@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,7 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
         checkpoints.save(target, wire, metrics, pins, trainer)
         kept = finished(folder)
         for path in set(kept) - {best_of(kept), kept[-1]}:
-            shutil.rmtree(path)
+            checkpoints.remove(path)
 
     trainer.train(table_epochs(wire, train), at_evaluation)
     if trainer.stop_asked:

@@ -1,0 +1,75 @@
+"""A run in this process: best and last checkpoints stay, and so does everything that is not ours."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
+from latentwire.data import shards
+from latentwire.training import checkpoints
+from latentwire.training.local import best_of, finished, train_here
+from latentwire.training.loop import Trainer, TrainingError
+
+
+@pytest.fixture
+def paths(table: pa.Table, tmp_path: Path) -> dict[shards.ShardSplit, Path]:
+    """Complete shards of sixteen rows for each split."""
+    found: dict[shards.ShardSplit, Path] = {}
+    for split in shards.SPLITS:
+        found[split] = tmp_path / split
+        found[split].mkdir()
+        pq.write_table(table, found[split] / "0.parquet")
+        manifest = {"key": split, "rows": table.num_rows, "files": ["0.parquet"]}
+        (found[split] / "manifest.json").write_text(json.dumps(manifest))
+    return found
+
+
+def test_best_and_last_are_kept_and_foreign_files_stay(
+    run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.1, 0.9, 0.2, 0.3])
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, dev: evaluate(self, dev) | {"dev_f1": next(scores)})
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000001").mkdir(parents=True)
+    (folder / "step-00000001" / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("mine too")
+    values = {"training.evaluate_every": 2, "training.epochs": 2}
+    best = train_here(LatentWire(with_values(run, values)), paths, tmp_path / "run")
+    assert [path.name for path in finished(folder)] == ["step-00000004", "step-00000008"]
+    assert best == best_of(finished(folder)) == folder / "step-00000004"
+    assert (folder / "step-00000001" / "notes.txt").exists() and (folder / "notes.txt").exists()
+
+
+def test_removing_a_checkpoint_leaves_what_it_did_not_write(wire: LatentWire, tmp_path: Path) -> None:
+    path = checkpoints.save(tmp_path / "one", wire, {}, {})
+    (path / "adapters" / "notes.txt").write_text("mine")
+    checkpoints.remove(path)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()] == [
+        "one/adapters/notes.txt"
+    ]
+    checkpoints.remove(checkpoints.save(tmp_path / "other", wire, {}, {}))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_stopped_run_is_saved_and_goes_on(
+    run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 100})
+    step = Trainer.step
+
+    def stopping(self: Trainer, batches: list) -> dict[str, float]:
+        self.stop_asked = self.progress.step == 2
+        return step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3 and saved; add --resume"):
+            train_here(LatentWire(run), paths, tmp_path / "run")
+    assert [path.name for path in finished(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert train_here(LatentWire(run), paths, tmp_path / "run").name == "step-00000008"
