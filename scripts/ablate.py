@@ -1,6 +1,6 @@
 """What each part of a recipe is worth: named variants of one space, trained with several seeds by the plain loop.
 
-    python scripts/ablate.py --space search_spaces/toy_wire.yaml --variants scripts/ablation.yaml --output_dir runs/ablation
+    python scripts/ablate.py --space search_spaces/toy.yaml --variants scripts/ablation.yaml --output_dir runs/ablation
 
 The variants file maps a name to knobs (dotted path → value) laid over the space's ``run:``; an empty mapping is the
 recipe itself. Each pair of variant and seed has a directory of its own: the same command goes on where it was stopped.
@@ -24,13 +24,14 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
+from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.options import with_home
 from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here
 from latentwire.tuning import planner
 
-MODES = ("text", "latent", "shuffled")
+MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
 
 def runs(options: argparse.Namespace) -> dict[str, RunConfig]:

@@ -35,6 +35,7 @@ class PretrainedStates(nn.Module):
         _keep_layers(self.backbone, config.model_layers)
         text_config = self.backbone.config.get_text_config()
         self.width: int = text_config.hidden_size
+        self.tokenizer.model_max_length = 10**9  # windows keep to the backbone's positions; nothing to warn about
         self.prefix, self.suffix = _wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.updates = nn.ModuleDict()

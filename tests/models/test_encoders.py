@@ -128,6 +128,18 @@ def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> No
     assert states(**tensors, length_B=length_B).shape == (1, len(own), 32)
 
 
+def test_a_real_sentence_encoder_reads_what_a_text_is_about(real_receivers: Path) -> None:
+    config = EncoderConfig(kind="st", model=str(real_receivers / "minilm"), tune="frozen")
+    states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
+    texts = ["A cat sleeps on the sofa.", "The kitten is napping on a couch.", "Interest rates rose again. " * 200]
+    tensors, length_B = states.tokenize(texts)
+    assert length_B[2] > states.window  # read in windows
+    x_BSM = states(**tensors, length_B=length_B)
+    means = [x_BSM[row, : length_B[row]].mean(0) for row in range(3)]
+    cat, kitten, rates = (mean / mean.norm() for mean in means)
+    assert cat @ kitten > 0.5 > cat @ rates
+
+
 def test_layers_and_backbones_that_are_not_there() -> None:
     with pytest.raises(ReceiverError, match="model_layers must be ≤ 4, the backbone's own, got 9"):
         PretrainedStates(EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True)
