@@ -15,6 +15,9 @@ from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
 
+# Each test starts its own Ray: one that another user left running here must not be joined.
+os.environ["RAY_ADDRESS"] = "local"
+
 SMALL = {
     "encoder.latent_len": 6,
     "encoder.d_z": 32,
