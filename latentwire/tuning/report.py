@@ -59,7 +59,7 @@ def show(grids: list[Grid]) -> None:
             table.add_column(name, no_wrap=True)
         for row in body:
             table.add_row(*row)
-        Console(width=max(100, 14 * len(header))).print(table)
+        Console(width=40 * len(header)).print(table)
 
 
 def write_report(output: Path, best: Best, grids: list[Grid], command: str) -> Path:
@@ -85,4 +85,4 @@ def _number(value: Any) -> str:
         return repr(value) if isinstance(value, str) else str(value)
     if value != value:
         return "nan"
-    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}"
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}"
