@@ -33,7 +33,7 @@ VALUES = {
 def test_messages_carry_and_shuffled_ones_fall_to_closed_book() -> None:
     run = with_values(RunConfig(), VALUES)
     trainer = Trainer(LatentWire(run), 10_000 // run.training.batch_size)
-    trainer.train(table_epochs(trainer.wire, shard_table(run, 10_000, seed=1)), lambda: None)
+    trainer.train(table_epochs(trainer.config, shard_table(run, 10_000, seed=1)), lambda: None)
     fresh = shard_table(run, 256, seed=2)
     em = {
         mode: summarise(list(predict(trainer.wire, fresh, mode)))
@@ -61,7 +61,7 @@ def test_eight_examples_through_a_real_receiver(real_receivers: Path, tmp_path: 
     run = with_values(RunConfig(), values)
     trainer, eight = Trainer(LatentWire(run), 1), shard_table(run, 8)
     frozen = {name: lm.fingerprint() for name, lm in trainer.wire.receivers.items()}
-    trainer.train(table_epochs(trainer.wire, eight), lambda: None)
+    trainer.train(table_epochs(trainer.config, eight), lambda: None)
     scores = summarise(list(predict(trainer.wire, eight, "latent")))
     assert scores["smollm2"]["em"] == 1.0
     assert summarise(list(predict(trainer.wire, eight, "shuffled")))["smollm2"]["em"] < 0.5

@@ -39,9 +39,14 @@ class RunConfig(Section):
         names = [receiver.name for receiver in self.receivers]
         if len(set(names)) < len(names):
             raise ValueError(f"receiver names must differ, got {', '.join(names)}")
-        fixed = self.encoder.tokens_per_latent is None and self.encoder.split == "none"
+        coarsening = self.training.coarsening_steps > 0
+        fixed = self.encoder.tokens_per_latent is None and self.encoder.split == "none" and not coarsening
         if self.adapter.slot_positions and not fixed:
-            raise ValueError("slot_positions needs a fixed number of slots, got tokens_per_latent or split; unset one")
+            raise ValueError(
+                "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
+            )
+        if coarsening and self.encoder.pooling != "spans":
+            raise ValueError(f"coarsening_steps needs encoder.pooling spans, got {self.encoder.pooling}")
         if (model := self.encoder.model or "").startswith("receiver:") and model.split(":")[1] not in names:
             raise ValueError(f"encoder.model must name one of the receivers {', '.join(names)}, got {model}")
         refiner = self.features.refiner

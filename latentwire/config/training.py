@@ -28,6 +28,13 @@ class TrainingConfig(Section):
     """Steps at the start that fit the soft prompts to the receivers' own token embeddings, averaged over as many spans
     of the text as there are latents. No receiver runs in them, so they cost little; without them a frozen receiver gives
     a random prompt next to no gradient, since it cannot read it yet. They count as steps."""
+    coarsening_steps: int = Field(0, ge=0)
+    """Steps after the alignment over which the message shrinks, in equal strides, from one latent for every
+    ``coarsening_from`` encoder tokens to its own length. A frozen receiver reads a fine message almost as it reads text;
+    what it finds there is kept while the message gets shorter, and is hard to find otherwise. Needs ``encoder.pooling:
+    spans``. 0: the message has its own length from the start."""
+    coarsening_from: float = Field(1.0, ge=1, le=1024)
+    """Encoder tokens per latent where the coarsening starts (``byte``: patches). The alignment has this length too."""
     init_from: str | None = None
     """Directory of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
     stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""

@@ -13,6 +13,7 @@ import torch
 
 from latentwire.config import RunConfig
 from latentwire.data.layout import Batch, Sequence, SequenceBuilder, collate, sender_text
+from latentwire.models.pooling import Coarsening
 
 RECONSTRUCT, CONTINUE = 0, 1
 """Places of the control embeddings, in the order of ``models.adapter.CONTROLS``."""
@@ -40,27 +41,35 @@ class TrainingCollator:
     def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder], encoder: Any) -> None:
         """``encoder``: its ``tokenize`` and ``slots`` are used, its weights are not."""
         self.send, self.builders = run.data.send, dict(builders)
-        self.tokenize: Callable[[list[str]], Any] = encoder.tokenize
+        self.training = run.training
+        self.tokenize: Callable[[list[str], Coarsening | None], Any] = encoder.tokenize
         self.slots: Callable[[Any, str], list[int]] = encoder.slots
-        self.parts = run.training.accumulation
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
         self.continue_ = run.losses.continuation_ce_weight > 0
         weights = run.losses
         self.answer = bool(weights.answer_ce_weight or weights.first_k_ce_weight or weights.first_token_ce_weight)
         self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
 
-    def __call__(self, table: pa.Table) -> list[TrainingBatch]:
-        """``table``: shard columns, one row per example. No more micro-batches come than there are rows."""
-        size = -(-table.num_rows // self.parts)
-        return [self.micro(table.slice(start, size)) for start in range(0, table.num_rows, size)]
+    def __call__(self, table: pa.Table, step: int) -> list[TrainingBatch]:
+        """``table``: shard columns, one row per example. No more micro-batches come than there are rows.
 
-    def micro(self, table: pa.Table) -> TrainingBatch:
-        """One micro-batch of all rows of ``table``."""
+        ``step``: optimiser steps done so far, which decide how long the messages are.
+        """
+        size = -(-table.num_rows // self.training.accumulation)
+        coarsening = self._coarsening(step)
+        return [self._micro(table.slice(start, size), coarsening) for start in range(0, table.num_rows, size)]
+
+    def _coarsening(self, step: int) -> Coarsening | None:
+        steps = self.training.coarsening_steps
+        done = max(0, step - self.training.alignment_steps)
+        return Coarsening(self.training.coarsening_from, done / steps) if done < steps else None
+
+    def _micro(self, table: pa.Table, coarsening: Coarsening | None) -> TrainingBatch:
         rows = table.to_pydict()
         cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
         whole = sender_texts(self.send, rows)
         parted = [pieces for pieces in cuts if pieces is not None]
-        tokens = self.tokenize(whole + [before for before, _ in parted])
+        tokens = self.tokenize(whole + [before for before, _ in parted], coarsening)
         return TrainingBatch(
             tokens=tokens,
             sequences={name: self._sequences(name, rows, tokens, [after for _, after in parted]) for name in self.builders},

@@ -13,7 +13,7 @@ from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.attention import Block, rotary_of
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.message import Message
-from latentwire.models.pooling import SpanMeans, SpanQueries
+from latentwire.models.pooling import Coarsening, SpanMeans, SpanQueries
 from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer
 
 BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
@@ -26,13 +26,15 @@ class EncoderTokens:
     tensors: Mapping[str, torch.Tensor]
     length_B: torch.Tensor
     """States of each text, or of each line where texts are split."""
+    latents_B: torch.Tensor
+    """Shared latents of each of these."""
     parts: tuple[int, ...] | None = None
     """Lines of each text; ``None`` where texts are encoded whole."""
 
     def to(self, device: torch.device) -> EncoderTokens:
         """The same on ``device``."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return EncoderTokens(tensors, self.length_B.to(device), self.parts)
+        return EncoderTokens(tensors, self.length_B.to(device), self.latents_B.to(device), self.parts)
 
 
 class InterlinguaEncoder(nn.Module):
@@ -64,12 +66,17 @@ class InterlinguaEncoder(nn.Module):
         self.project = nn.Linear(self.states.width, config.d_z)
         self.dropout = nn.Dropout(config.latent_dropout)
 
-    def tokenize(self, texts: Sequence[str]) -> EncoderTokens:
-        """What :meth:`forward` takes; on the CPU."""
-        if self.split == "none":
-            return EncoderTokens(*self.states.tokenize(texts))
-        lines = [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
-        return EncoderTokens(*self.states.tokenize([line for text in lines for line in text]), tuple(map(len, lines)))
+    def tokenize(self, texts: Sequence[str], coarsening: Coarsening | None = None) -> EncoderTokens:
+        """What :meth:`forward` takes; on the CPU. ``coarsening``: how far training has come; ``None``: to the end."""
+        parts = None
+        if self.split == "lines":
+            lines = [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
+            texts, parts = [line for text in lines for line in text], tuple(map(len, lines))
+        tensors, length_B = self.states.tokenize(texts)
+        latents_B = self.pool.lengths(length_B)
+        if coarsening is not None:
+            latents_B = coarsening.latents(length_B, latents_B)
+        return EncoderTokens(tensors, length_B, latents_B, parts)
 
     def backbone_fingerprint(self) -> str | None:
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""
@@ -78,13 +85,13 @@ class InterlinguaEncoder(nn.Module):
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
         """Soft-prompt positions that each text's message will take at one receiver, known before encoding."""
         own = len(self.private.get(receiver, range(0)))
-        return [length + own for length in _joined(self.pool.lengths(tokens.length_B), tokens.parts).tolist()]
+        return [length + own for length in _joined(tokens.latents_B, tokens.parts).tolist()]
 
     def forward(self, tokens: EncoderTokens) -> Message:
         """Tokens on this module's device → one message a text."""
         x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
-        z_BLZ = self.dropout(self.project(self.norm(self.pool(x_BSM, tokens.length_B))))
-        length_B = self.pool.lengths(tokens.length_B)
+        length_B = tokens.latents_B
+        z_BLZ = self.dropout(self.project(self.norm(self.pool(x_BSM, tokens.length_B, length_B))))
         if tokens.parts is None:
             return Message(z_BLZ, length_B, self.private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -38,8 +40,8 @@ class SpanQueries(nn.Module):
         """Shared latents of texts of so many states."""
         return torch.full_like(length_B, self.count)
 
-    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """``[B, S, M]``, of which each row's first ``length_B`` are real → ``[B, L, M]``."""
+    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor) -> torch.Tensor:
+        """``[B, S, M]``, of which each row's first ``length_B`` are real → ``[B, L, M]``; ``latents_B`` cannot vary."""
         states = torch.arange(x_BSM.shape[1], device=x_BSM.device)
         keep_BS = (states < length_B[:, None]) | (states == 0)  # an empty text is one state of padding
         key_BSM, value_BSM = self.key_value(self.norm(x_BSM)).chunk(2, dim=-1)
@@ -53,6 +55,21 @@ class SpanQueries(nn.Module):
         read_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_BHLS.to(key_BSM.dtype))
         y_BLM = query_BLM + self.out(merge(read_BHLE))
         return y_BLM + self.mlp(y_BLM)
+
+
+@dataclass(frozen=True)
+class Coarsening:
+    """A message on its way from many latents to its own length."""
+
+    tokens_per_latent: float
+    """Where it starts."""
+    share: float
+    """How far it has come, from 0 to 1."""
+
+    def latents(self, length_B: torch.Tensor, final_B: torch.Tensor) -> torch.Tensor:
+        """Latents of texts of so many states that end with ``final_B``; never fewer than those."""
+        start_B = (length_B / self.tokens_per_latent).ceil().long()
+        return final_B + ((start_B - final_B).clamp(min=0) * (1 - self.share)).round().long()
 
 
 class SpanMeans(nn.Module):
@@ -71,9 +88,9 @@ class SpanMeans(nn.Module):
             return torch.full_like(length_B, self.count)
         return ((length_B + self.tokens_per_latent - 1) // self.tokens_per_latent).clamp(min=1)
 
-    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """``[B, S, M]`` → ``[B, L, M]``; rows with fewer latents than the longest end in zeros."""
-        return span_means(x_BSM, length_B, self.lengths(length_B))
+    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor) -> torch.Tensor:
+        """``[B, S, M]`` → ``[B, L, M]``, L the largest of ``latents_B``; rows with fewer latents end in zeros."""
+        return span_means(x_BSM, length_B, latents_B)
 
 
 def span_means(x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor) -> torch.Tensor:

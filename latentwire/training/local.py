@@ -6,27 +6,22 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from latentwire.assembly import LatentWire
+from latentwire.config import TrainingConfig
 from latentwire.data import shards
-from latentwire.data.batches import TrainingBatch, TrainingCollator, shuffled_batches
+from latentwire.data.batches import shuffled_batches
 from latentwire.training import checkpoints
-from latentwire.training.loop import Trainer, TrainingError
+from latentwire.training.loop import Epoch, Trainer, TrainingError
 
 
-def table_epochs(wire: LatentWire, train: pa.Table, rank: int = 0, world: int = 1) -> Any:
+def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world: int = 1) -> Epoch:
     """The batches of each epoch of a table, in an order that seed and epoch decide."""
-    collator = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
-    training = wire.run.training
 
-    def epochs(epoch: int) -> Iterator[list[TrainingBatch]]:
-        for part in shuffled_batches(
-            train, training.batch_size, seed=training.seed, epoch=epoch, rank=rank, world=world
-        ):
-            yield collator(part)
+    def epochs(epoch: int) -> Iterator[pa.Table]:
+        return shuffled_batches(train, training.batch_size, seed=training.seed, epoch=epoch, rank=rank, world=world)
 
     return epochs
 
@@ -64,7 +59,7 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
         for path in set(kept) - {best_of(kept), kept[-1]}:
             checkpoints.remove(path)
 
-    trainer.train(table_epochs(wire, train), at_evaluation)
+    trainer.train(table_epochs(wire.run.training, train), at_evaluation)
     if trainer.stop_asked:
         step = trainer.progress.step
         if not (target := folder / f"step-{step:08d}").exists():

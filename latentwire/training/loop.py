@@ -15,7 +15,7 @@ import torch
 from transformers import get_scheduler
 
 from latentwire.assembly import LatentWire
-from latentwire.data.batches import TrainingBatch
+from latentwire.data.batches import TrainingBatch, TrainingCollator
 from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss, teacher_rows
@@ -23,8 +23,8 @@ from latentwire.models.message import Message
 from latentwire.models.pooling import span_means
 from latentwire.training.workers import Workers
 
-Epoch = Callable[[int], Iterator[list[TrainingBatch]]]
-"""The steps of epoch number e, each a list of micro-batches, in an order that e alone decides."""
+Epoch = Callable[[int], Iterator[pa.Table]]
+"""The rows of each step of epoch number e, as shard columns, in an order that e alone decides."""
 
 
 class TrainingError(RuntimeError):
@@ -60,6 +60,7 @@ class Trainer:
         """``steps_per_epoch``: batches in one epoch, the same on every worker; at least 1."""
         self.wire, self.workers = wire, workers or Workers()
         self.config = wire.run.training
+        self.collate = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
         self.progress = Progress()
         self.last_values: dict[str, float] = {}
         """Loss terms, prompt scales and, on request, gradient norms of the last step."""
@@ -111,13 +112,13 @@ class Trainer:
         evaluated_at = progress.step
         while progress.step < self.total_steps and not self.stop_asked:
             used = 0
-            for used, batch in enumerate(epochs(progress.epoch), start=1):
+            for used, table in enumerate(epochs(progress.epoch), start=1):
                 if used <= progress.batch:
                     continue  # a resumed epoch: these were trained on before
                 began = time.perf_counter()
                 if progress.step == config.alignment_steps:
                     running.clear()  # another loss from here on
-                self.last_values = self.step(batch)
+                self.last_values = self.step(table)
                 running.append(self.last_values["loss"])
                 progress.batch, progress.seconds = used, progress.seconds + time.perf_counter() - began
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
@@ -140,9 +141,10 @@ class Trainer:
         if (evaluated_at < progress.step or progress.step == 0) and not self.stop_asked:
             at_evaluation()
 
-    def step(self, batches: list[TrainingBatch]) -> dict[str, float]:
-        """One optimiser step on one batch in micro-batches; returns the loss and its terms (this worker's share)."""
+    def step(self, table: pa.Table) -> dict[str, float]:
+        """One optimiser step on this worker's rows; returns the loss and its terms (this worker's share)."""
         interlingua = self.wire.interlingua.train()
+        batches = self.collate(table, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         aligning = self.progress.step < self.config.alignment_steps
         values = self.align(batches) if aligning else self.backward(batches)

@@ -11,25 +11,13 @@ import pyarrow as pa
 import ray.data
 import ray.train
 import torch
-from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.train.torch import TorchTrainer
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.data.batches import TrainingBatch, TrainingCollator
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
-
-
-class _RayCollator(ArrowBatchCollateFn):
-    """Ray hands Arrow tables to collators of this class only."""
-
-    def __init__(self, collator: TrainingCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, table: pa.Table) -> list[TrainingBatch]:
-        return self.collator(table)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -53,14 +41,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     elif run.training.init_from is not None:
         checkpoints.initialise(Path(run.training.init_from), wire)
     rows = ray.train.get_dataset_shard("train")
-    collator = _RayCollator(TrainingCollator(run, wire.builders, wire.interlingua.encoder))
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
 
-    def epochs(epoch: int) -> Iterator[list[TrainingBatch]]:
+    def epochs(epoch: int) -> Iterator[pa.Table]:
         return iter(
-            rows.iter_torch_batches(
+            rows.iter_batches(
                 batch_size=batch_size,
-                collate_fn=collator,
+                batch_format="pyarrow",
                 drop_last=settings["train_rows"] >= run.training.batch_size,
                 local_shuffle_buffer_size=max(batch_size, 2_048),
                 local_shuffle_seed=run.training.seed * 1_000_003 + epoch,

@@ -14,7 +14,7 @@ def collator(wire: LatentWire, values: dict) -> TrainingCollator:
 
 def test_answers_then_reconstructions_then_continuations(wire: LatentWire, table: pa.Table) -> None:
     values = {"losses.reconstruction_ce_weight": 1.0, "losses.continuation_ce_weight": 1.0}
-    (batch,) = collator(wire, values)(table.slice(0, 3))
+    (batch,) = collator(wire, values)(table.slice(0, 3), step=0)
     for name, sequences in batch.sequences.items():
         assert sequences.control_R.tolist() == [-1] * 3 + [RECONSTRUCT] * 3 + [CONTINUE] * 3
         assert sequences.message_R.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]
@@ -27,15 +27,33 @@ def test_answers_then_reconstructions_then_continuations(wire: LatentWire, table
 
 def test_pretraining_on_texts_asks_nothing(wire: LatentWire, table: pa.Table) -> None:
     values = {"losses.answer_ce_weight": 0.0, "losses.reconstruction_ce_weight": 1.0}
-    (batch,) = collator(wire, values)(table.slice(0, 3))
+    (batch,) = collator(wire, values)(table.slice(0, 3), step=0)
     assert batch.sequences["llama"].control_R.tolist() == [RECONSTRUCT] * 3
     assert not batch.teacher
 
 
+def test_messages_shrink_to_their_own_length(wire: LatentWire, table: pa.Table) -> None:
+    values = {
+        "encoder.pooling": "spans", "encoder.latent_len": 3, "training.alignment_steps": 5, "training.coarsening_steps": 10,
+    }  # fmt: skip
+    wire = LatentWire(with_values(wire.run, values))
+    collate = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
+
+    def slots(step: int) -> list[int]:
+        (batch,) = collate(table.slice(0, 2), step)
+        assert wire.interlingua.encode(batch.tokens).slots("qwen") == batch.sequences["qwen"].latents_BS.sum(1).tolist()
+        return batch.sequences["qwen"].latents_BS.sum(1).tolist()
+
+    words = [len(context.split()) for context in table["context"].to_pylist()[:2]]
+    assert slots(0) == slots(5) == words
+    assert all(3 < now < before for now, before in zip(slots(10), slots(5), strict=True))
+    assert slots(15) == slots(99) == [3, 3]
+
+
 def test_micro_batches_share_out_all_rows(wire: LatentWire, table: pa.Table) -> None:
-    parts = collator(wire, {"training.accumulation": 3})(table.slice(0, 8))
+    parts = collator(wire, {"training.accumulation": 3})(table.slice(0, 8), step=0)
     assert [len(part.message_ids["llama"]) for part in parts] == [3, 3, 2]
-    assert len(collator(wire, {"training.accumulation": 9})(table.slice(0, 2))) == 2
+    assert len(collator(wire, {"training.accumulation": 9})(table.slice(0, 2), step=0)) == 2
 
 
 @pytest.mark.parametrize("text", ["Ada lives in Oslo and works as a baker.", "a b c d"])

@@ -39,7 +39,7 @@ def shake(wire: LatentWire) -> None:
 
 
 def logits(wire: LatentWire, table: pa.Table, receiver: str = "llama") -> torch.Tensor:
-    (batch,) = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)(table)
+    (batch,) = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)(table, step=0)
     wire.interlingua.eval()
     with torch.no_grad():
         message = wire.interlingua.encode(batch.tokens)
@@ -68,8 +68,8 @@ def test_every_parameter_is_in_the_optimiser_and_learns(featured: LatentWire, ta
     shake(featured)
     before = {key: p.detach().clone() for key, p in features.items()}
     frozen = {key: lm.fingerprint() for key, lm in featured.receivers.items()}
-    for batches in table_epochs(featured, table)(0):
-        trainer.step(batches)
+    for rows in table_epochs(featured.run.training, table)(0):
+        trainer.step(rows)
     assert [key for key, p in features.items() if torch.equal(p, before[key])] == []
     assert {key: lm.fingerprint() for key, lm in featured.receivers.items()} == frozen
 

@@ -34,7 +34,7 @@ def test_the_message_grows_with_the_text() -> None:
     pool = SpanMeans(99, tokens_per_latent=4)
     length_B = torch.tensor([0, 1, 4, 5, 9])
     assert pool.lengths(length_B).tolist() == [1, 1, 1, 2, 3]
-    assert pool(torch.randn(5, 9, 2), length_B).shape == (5, 3, 2)
+    assert pool(torch.randn(5, 9, 2), length_B, pool.lengths(length_B)).shape == (5, 3, 2)
     assert SpanMeans(7, None).lengths(length_B).tolist() == [7] * 5
 
 
@@ -42,7 +42,7 @@ def test_queries_look_at_their_own_stretch_first() -> None:
     torch.manual_seed(0)
     pool = SpanQueries(4, 8, 2, private=(2,))
     x_BSM = torch.randn(1, 40, 8, requires_grad=True)
-    pooled = pool(x_BSM, torch.tensor([40]))
+    pooled = pool(x_BSM, torch.tensor([40]), torch.tensor([4]))
     assert pooled.shape == (1, 6, 8)
     for latent, (start, stop) in enumerate([(0, 10), (10, 20), (20, 30), (30, 40), (0, 20), (20, 40)]):
         (gradient,) = torch.autograd.grad(pooled[0, latent].square().sum(), x_BSM, retain_graph=True)

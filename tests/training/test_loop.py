@@ -51,7 +51,7 @@ def test_eight_examples_overfit_to_exact_match_one(run: RunConfig, table: pa.Tab
         values["encoder.model"] = sentence_encoder(tmp_path / "st")
     eight = table.slice(0, 8)
     trainer = trainer_of(with_values(run, values), 8)
-    trainer.train(table_epochs(trainer.wire, eight), nothing)
+    trainer.train(table_epochs(trainer.config, eight), nothing)
     scores = summarise(list(predict(trainer.wire, eight, "latent")))
     assert scores["llama"]["em"] == scores["qwen"]["em"] == 1.0
     shuffled = summarise(list(predict(trainer.wire, eight, "shuffled")))
@@ -72,8 +72,7 @@ EVERYTHING = {
 
 def gradients(run: RunConfig, table: pa.Table) -> dict[str, torch.Tensor]:
     trainer = trainer_of(run, table.num_rows)
-    batches = next(table_epochs(trainer.wire, table)(0))
-    trainer.backward(batches)
+    trainer.backward(trainer.collate(next(table_epochs(trainer.config, table)(0)), 0))
     return {name: p.grad.clone() for name, p in trainer.wire.interlingua.named_parameters() if p.grad is not None}
 
 
@@ -95,7 +94,7 @@ def test_sequential_models_hold_one_receivers_graph_at_a_time(run: RunConfig, ta
 
     def peak(values: dict) -> int:
         trainer = trainer_of(with_values(run, values | {"training.batch_size": 16}), 16)
-        batches = next(table_epochs(trainer.wire, table)(0))
+        batches = trainer.collate(table, 0)
         kept, most = 0, 0
 
         def hold(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,8 +127,8 @@ def test_one_receiver_a_step_trains_every_one_in_turn(run: RunConfig, table: pa.
     trainer = trainer_of(with_values(run, {"training.receivers_per_step": "one", "training.epochs": 5}), 16)
     drawn = []
     for epoch in range(5):
-        for batches in table_epochs(trainer.wire, table)(epoch):
-            drawn.append({key.split("_")[-1] for key in trainer.step(batches) if key.startswith("answer_ce")})
+        for rows in table_epochs(trainer.config, table)(epoch):
+            drawn.append({key.split("_")[-1] for key in trainer.step(rows) if key.startswith("answer_ce")})
     assert all(len(step) == 1 for step in drawn)
     assert {name for step in drawn for name in step} == {"llama", "qwen"}
 
@@ -144,7 +143,7 @@ def test_autocast_moves_the_gradient_little(run: RunConfig, table: pa.Table) -> 
 def test_gradient_norms_of_each_term_are_told_on_request(run: RunConfig, table: pa.Table) -> None:
     values = {"training.log_gradient_norms": True, "losses.first_token_ce_weight": 0.5}
     trainer = trainer_of(with_values(run, values), 16)
-    told = trainer.step(next(table_epochs(trainer.wire, table)(0)))
+    told = trainer.step(next(table_epochs(trainer.config, table)(0)))
     for name in ("llama", "qwen"):
         assert told[f"gradient_norm_answer_ce_{name}"] > 0 and told[f"gradient_norm_first_token_ce_{name}"] > 0
         assert told[f"prompt_scale_{name}"] == pytest.approx(1, abs=0.2)
@@ -153,7 +152,7 @@ def test_gradient_norms_of_each_term_are_told_on_request(run: RunConfig, table: 
 def test_latent_dropout_follows_its_schedule(run: RunConfig, table: pa.Table) -> None:
     values = {"encoder.latent_dropout": 0.4, "losses.schedules": {"latent_dropout": {"kind": "linear", "steps": 2}}}
     trainer = trainer_of(with_values(run, values), 16)
-    batches, found = list(table_epochs(trainer.wire, table)(0)), []
+    batches, found = list(table_epochs(trainer.config, table)(0)), []
     for step in range(3):
         trainer.step(batches[step])
         found.append(trainer.wire.interlingua.encoder.dropout.p)
@@ -170,7 +169,7 @@ def test_alignment_runs_no_receiver_and_brings_the_prompt_to_the_text(
     values = {"training.alignment_steps": 200, "training.epochs": 50, "training.encoder_lr": 5e-3}
     trainer = trainer_of(with_values(run, values), 16)
     losses = []
-    batches = table_epochs(trainer.wire, table)
+    batches = table_epochs(trainer.config, table)
     for epoch in range(50):
         losses += [trainer.step(batch)["loss"] for batch in batches(epoch)]
     assert losses[0] > 1
@@ -194,6 +193,7 @@ def stop_at(step: int, trainer: Trainer, path: Path) -> Callable[[], None]:
 
 RESUMED = {
     "dropout": {"encoder.latent_dropout": 0.2},
+    "coarsening": {"encoder.pooling": "spans", "encoder.latent_len": 3, "training.coarsening_steps": 4},
     "everything": EVERYTHING | {"training.accumulation": 2, "training.receivers_per_step": "one"},
     "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
 }
@@ -208,14 +208,14 @@ def test_resumed_training_ends_in_the_same_weights(
     fixed = {"training.epochs": 2, "training.evaluate_every": 1, "training.alignment_steps": 2}
     run = with_values(run, values | fixed)
     straight = trainer_of(run, 16)
-    straight.train(table_epochs(straight.wire, table), nothing)
+    straight.train(table_epochs(straight.config, table), nothing)
     first = trainer_of(run, 16)
     with pytest.raises(Interrupted):
-        first.train(table_epochs(first.wire, table), stop_at(stopped_after, first, tmp_path / "checkpoint"))
+        first.train(table_epochs(first.config, table), stop_at(stopped_after, first, tmp_path / "checkpoint"))
     second = trainer_of(run, 16)
     checkpoints.load_training(tmp_path / "checkpoint", second)
     assert second.progress.step == stopped_after
-    second.train(table_epochs(second.wire, table), nothing)
+    second.train(table_epochs(second.config, table), nothing)
     assert second.progress.step == straight.progress.step == 8
     for (name, expected), found in zip(
         straight.wire.interlingua.state_dict().items(), second.wire.interlingua.state_dict().values(), strict=True
@@ -229,7 +229,7 @@ def test_gradients_that_stay_not_finite_end_the_run(run: RunConfig, table: pa.Ta
     before = trainer.wire.interlingua.encoder.project.weight.detach().clone()
     trainer.wire.interlingua.adapters["llama"].gain.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="gradients must be finite, got norm nan in 3 steps in a row"):
-        trainer.train(table_epochs(trainer.wire, table), nothing)
+        trainer.train(table_epochs(trainer.config, table), nothing)
     assert trainer.progress.bad_steps == 3
     assert torch.equal(trainer.wire.interlingua.encoder.project.weight, before)
 

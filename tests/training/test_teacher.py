@@ -33,7 +33,7 @@ def rows(trainer: Trainer) -> pa.Table:
 @pytest.fixture
 def batch(trainer: Trainer, rows: pa.Table) -> TrainingBatch:
     wire = trainer.wire
-    (batch,) = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)(rows)
+    (batch,) = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)(rows, step=0)
     return batch
 
 

@@ -39,8 +39,8 @@ def train(variant: str, target: str) -> None:
     for parameter in trainer.wire.interlingua.features.parameters():  # features that are zero have no gradient
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     workers, gradients = trainer.workers, {}
-    for batches in table_epochs(trainer.wire, table, workers.rank, workers.size)(0):
-        trainer.step(batches)
+    for rows in table_epochs(trainer.config, table, workers.rank, workers.size)(0):
+        trainer.step(rows)
         named = trainer.wire.interlingua.named_parameters()
         gradients |= {f"{trainer.progress.step} {name}": p.grad.clone() for name, p in named if p.grad is not None}
     torch.save([gradients, trainer.evaluate(table)], target)
