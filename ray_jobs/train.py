@@ -38,6 +38,7 @@ def main() -> int:
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         print(plan, flush=True)
         paths = sweep.prepare(space.model_copy(update={"search": {}}))[sweep.variant_key(run)]
+        metric, mode = trial.metric_of(run)
         result = trial.make_trainer(
             run,
             sweep.load_datasets(paths),
@@ -45,8 +46,10 @@ def main() -> int:
             storage_path=str(output.parent),
             gpus_per_worker=plan.gpus_per_worker,
             pins=sweep.pins(paths, run),
+            metric=metric,
+            mode=mode,
         ).fit()
-        best = max(result.best_checkpoints, key=lambda kept: kept[1]["dev_f1"])[0]
+        best = {"max": max, "min": min}[mode](result.best_checkpoints, key=lambda kept: kept[1][metric])[0]
         scores = results.on_cluster(
             run, plan.gpus_per_worker, results.score_and_export, Path(best.path), paths["validation"], output / "best"
         )

@@ -61,6 +61,17 @@ def test_shipped_spaces_are_valid(file: Path) -> None:
     assert load_space(file).search
 
 
+def test_parts_that_do_not_fit_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="dataset text has no questions"):
+        with_values(RunConfig(), {"data.dataset": "text"})
+    with pytest.raises(ConfigError, match=r"coarsening_steps needs encoder\.private_len 0, got 2"):
+        with_values(RunConfig(), {"encoder.private_len": 2, "training.coarsening_steps": 5})
+    with pytest.raises(ConfigError, match="slot_positions needs a fixed number of slots"):
+        with_values(RunConfig(), {"adapter.slot_positions": True, "training.coarsening_steps": 5})
+    with pytest.raises(ConfigError, match="private_len needs pooling queries"):
+        with_values(RunConfig(), {"encoder.private_len": 2, "encoder.tokens_per_latent": 4})
+
+
 def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_flags(parser)
@@ -101,6 +112,14 @@ def test_with_values_checks_again() -> None:
     assert with_values(RunConfig(), {"encoder.latent_len": 3}).encoder.latent_len == 3
     with pytest.raises(ConfigError, match="latent_len must be ≥ 1, got 0"):
         with_values(RunConfig(), {"encoder.latent_len": 0})
+
+
+def test_a_bundle_chosen_later_is_outvoted_by_nothing_but_what_was_set() -> None:
+    base = with_values(RunConfig(), {"losses.bundle": "first_k_curriculum", "losses.kd_temperature": 3.0})
+    assert base.losses.k == 8 and base.losses.schedules
+    chosen = with_values(base, {"losses.bundle": "distil", "encoder.latent_len": 3}).losses
+    assert (chosen.kd_weight, chosen.first_k_ce_weight, chosen.kd_temperature) == (1.0, 0.0, 3.0)
+    assert set(chosen.schedules) == {"kd_weight"}
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -13,7 +13,9 @@ class DataConfig(Section):
     """What is read, and how it is split. Everything here except ``shard_dir`` names the shards."""
 
     dataset: str = "toy"
-    """``toy``, ``squad``, ``hotpotqa``, or ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``)."""
+    """``toy``, ``squad``, ``hotpotqa``, ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``), or ``text``:
+    jsonl/parquet with a ``text`` or ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without
+    questions; a text that stands in several rows of a file is read once."""
     data_dir: str | None = None
     """Directory with ``train.*`` and ``validation.*`` (parquet in the Hub's schema, official JSON, or jsonl).
     ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""

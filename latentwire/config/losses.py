@@ -24,6 +24,11 @@ LOSS_BUNDLES: dict[str, dict[str, Any]] = {
         "k": 8,
         "schedules": {"kd_weight": {"kind": "linear", "steps": 100}},
     },
+    "pretrain": {
+        "answer_ce_weight": 0.0,
+        "reconstruction_ce_weight": 0.3,
+        "continuation_ce_weight": 0.7,
+    },
     "autoencode": {
         "answer_ce_weight": 1.0,
         "reconstruction_ce_weight": 1.0,
@@ -56,8 +61,15 @@ class LossConfig(Section):
     A ``bundle`` names a set of weights and schedules; every key given beside it wins over it.
     """
 
+    @property
+    def asks(self) -> bool:
+        """Whether any term reads answers to questions; the others read texts alone."""
+        answers = (self.answer_ce_weight, self.first_k_ce_weight, self.first_token_ce_weight)
+        return any((*answers, self.kd_weight, self.hidden_kd_weight))
+
     bundle: str | None = None
-    """A named set from ``losses/bundles.py``: ``answer``, ``first_k_curriculum``, ``distil``, ``autoencode``."""
+    """A named set from ``losses/bundles.py``: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,
+    ``autoencode``."""
     answer_ce_weight: float = Field(1.0, ge=0)
     """Whole answer and its stop token, mean over tokens."""
     first_k_ce_weight: float = Field(0.0, ge=0)

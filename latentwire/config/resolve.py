@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from latentwire.config import CategoricalDimension, RunConfig, Section, SpaceFile, default_receivers
+from latentwire.config import LOSS_BUNDLES, CategoricalDimension, RunConfig, Section, SpaceFile, default_receivers
 
 
 class ConfigError(ValueError):
@@ -57,8 +57,15 @@ def validate(model: type[Section], tree: Any, where: str) -> Any:
 
 
 def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") -> RunConfig:
-    """A copy of ``run`` with dotted paths set, validated again."""
-    tree = run.model_dump(mode="json")
+    """A copy of ``run`` with dotted paths set, validated again.
+
+    Only what was set before is carried over, so that a ``losses.bundle`` among the values is not outvoted by defaults, nor
+    by the weights of the bundle before it.
+    """
+    tree = run.model_dump(mode="json", exclude_unset=True)
+    if "losses.bundle" in values:
+        before = LOSS_BUNDLES.get(run.losses.bundle or "", {})
+        tree["losses"] = {name: value for name, value in tree.get("losses", {}).items() if name not in before}
     for dotted, value in values.items():
         set_path(tree, dotted, value)
     return validate(RunConfig, tree, where)

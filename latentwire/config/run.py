@@ -45,10 +45,15 @@ class RunConfig(Section):
             raise ValueError(
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
             )
-        if coarsening and self.encoder.pooling != "spans":
-            raise ValueError(f"coarsening_steps needs encoder.pooling spans, got {self.encoder.pooling}")
+        if coarsening and self.encoder.private_len:
+            raise ValueError(f"coarsening_steps needs encoder.private_len 0, got {self.encoder.private_len}")
         if (model := self.encoder.model or "").startswith("receiver:") and model.split(":")[1] not in names:
             raise ValueError(f"encoder.model must name one of the receivers {', '.join(names)}, got {model}")
+        if self.data.dataset == "text" and self.losses.asks:
+            raise ValueError(
+                "dataset text has no questions, so the weights of answer, first_k and first_token CE and of KD must be 0; "
+                "set losses.bundle: pretrain"
+            )
         refiner = self.features.refiner
         if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
             raise ValueError(f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}")

@@ -31,8 +31,8 @@ class TrainingConfig(Section):
     coarsening_steps: int = Field(0, ge=0)
     """Steps after the alignment over which the message shrinks, in equal strides, from one latent for every
     ``coarsening_from`` encoder tokens to its own length. A frozen receiver reads a fine message almost as it reads text;
-    what it finds there is kept while the message gets shorter, and is hard to find otherwise. Needs ``encoder.pooling:
-    spans``. 0: the message has its own length from the start."""
+    what it finds there is kept while the message gets shorter, and is hard to find otherwise. 0: the message has its
+    own length from the start."""
     coarsening_from: float = Field(1.0, ge=1, le=1024)
     """Encoder tokens per latent where the coarsening starts (``byte``: patches). The alignment has this length too."""
     init_from: str | None = None

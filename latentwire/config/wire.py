@@ -69,15 +69,15 @@ class EncoderConfig(Section):
     latent_len: int = Field(16, ge=1, le=4096)
     """Latent vectors in one message, unless ``tokens_per_latent`` says otherwise."""
     tokens_per_latent: int | None = Field(None, ge=1, le=1024)
-    """The message grows with the text: one latent for so many encoder tokens (``byte``: patches). Needs
-    ``pooling: spans``."""
+    """The message grows with the text: one latent for so many encoder tokens (``byte``: patches)."""
     pooling: Literal["queries", "spans"] = "queries"
-    """Token states to latents: learned queries, or the mean over contiguous, evenly spaced spans (arXiv 2510.20535)."""
+    """Token states to latents: ``latent_len`` learned queries, interpolated where a message has another length, or the mean
+    over contiguous, evenly spaced spans (arXiv 2510.20535)."""
     split: Literal["none", "lines"] = "none"
     """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
     private_len: int = Field(0, ge=0, le=1024)
-    """Further latents for each receiver that only it reads. Needs ``pooling: queries``."""
+    """Further latents for each receiver that only it reads. Needs ``pooling: queries`` and ``latent_len`` latents."""
     d_z: int = Field(128, ge=1, le=8192)
     """Width of one latent vector."""
     d_model: int = Field(192, ge=8, le=8192)
@@ -97,12 +97,11 @@ class EncoderConfig(Section):
             raise ValueError(f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}")
         if self.kind != "byte" and self.model is None:
             raise ValueError(f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model")
-        if self.tokens_per_latent is not None and self.pooling != "spans":
-            raise ValueError(f"tokens_per_latent needs pooling spans, got {self.pooling}")
-        if self.private_len and self.pooling != "queries":
-            raise ValueError(f"private_len needs pooling queries, got {self.pooling}")
-        if self.private_len and self.split != "none":
-            raise ValueError(f"private_len needs split none, got {self.split}")
+        if self.private_len and (self.pooling != "queries" or self.split != "none" or self.tokens_per_latent):
+            raise ValueError(
+                f"private_len needs pooling queries, split none and tokens_per_latent null, got {self.pooling}, "
+                f"{self.split} and {self.tokens_per_latent}"
+            )
         return self
 
 

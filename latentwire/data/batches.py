@@ -46,8 +46,7 @@ class TrainingCollator:
         self.slots: Callable[[Any, str], list[int]] = encoder.slots
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
         self.continue_ = run.losses.continuation_ce_weight > 0
-        weights = run.losses
-        self.answer = bool(weights.answer_ce_weight or weights.first_k_ce_weight or weights.first_token_ce_weight)
+        self.asks = run.losses.asks
         self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
 
     def __call__(self, table: pa.Table, step: int) -> list[TrainingBatch]:
@@ -81,7 +80,7 @@ class TrainingCollator:
         builder, slots = self.builders[name], self.slots(tokens, name)
         count = len(rows["id"])
         question, answer = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
-        asked = range(count if self.answer or self.teach else 0)  # pretraining on texts alone asks nothing
+        asked = range(count if self.asks else 0)  # pretraining on texts alone asks nothing
         sequences = [builder.latent(slots[i], question[i], answer[i]) for i in asked]
         messages = list(asked)
         if self.reconstruct:

@@ -194,6 +194,7 @@ def _sort_out(dataset: Any) -> tuple[list[dict[str, Any]], int, int]:
 def _read_and_clean(item: dict[str, str], run: RunConfig, split: sources.Split) -> Iterator[dict[str, Any]]:
     """Common columns, or a reason. ``order`` is a seeded hash of the row: sorting by it shuffles and samples at once."""
     data = run.data
+    seen: set[str] = set()
     for number, raw in enumerate(sources.read(data, split, item["piece"])):
         row: dict[str, Any] = {
             "reason": "",
@@ -202,6 +203,10 @@ def _read_and_clean(item: dict[str, str], run: RunConfig, split: sources.Split) 
         }
         try:
             row |= sources.clean(raw, data.dataset)
+            if data.dataset == "text":
+                if row["id"] in seen:
+                    continue  # SQuAD asks several questions about one paragraph: its text is one row all the same
+                seen.add(row["id"])
             text = sender_text(data.send, row["context"], row["question"])
             size = len(text.encode())
             if size > data.max_context_bytes:
@@ -230,14 +235,15 @@ def _belongs(row: dict[str, Any], run: RunConfig, split: ShardSplit) -> bool:
 def _tokenise(table: pa.Table, run: RunConfig) -> pa.Table:
     """Adds each receiver's ids of context, question and first gold answer."""
     columns = table.to_pydict()
-    answers = [golds[0] for golds in columns["answers"]]
+    answers = [golds[0] if golds else "" for golds in columns["answers"]]
     for receiver in run.receivers:
         builder = _builder(run.model_dump_json(), receiver.name)
         ids = builder.tokenize(columns["context"], columns["question"], answers)
         good = builder.check_boundaries(answers, ids["answer_ids"])
         columns["reason"] = [
-            reason or ("" if fits else f"anchor and answer must not merge into one token for {receiver.name}")
-            for reason, fits in zip(columns["reason"], good, strict=True)
+            reason
+            or ("" if fits or not golds else f"anchor and answer must not merge into one token for {receiver.name}")
+            for reason, fits, golds in zip(columns["reason"], good, columns["answers"], strict=True)
         ]
         for name, values in ids.items():
             table = table.append_column(f"{receiver.name}_{name}", pa.array(values, pa.list_(pa.int32())))

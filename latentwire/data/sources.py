@@ -39,7 +39,7 @@ def pieces(config: DataConfig, split: Split) -> list[str]:
 def read(config: DataConfig, split: Split, piece: str) -> Iterator[bytes]:
     """The raw rows of one piece as JSON in bytes, streamed."""
     if config.data_dir is not None:
-        yield from _read(Path(piece))
+        yield from _read(Path(piece), config.dataset)
     elif config.dataset == "toy":
         for row in _toy(config, split):
             yield json.dumps(row).encode()
@@ -75,7 +75,7 @@ def clean(raw: bytes, dataset: str) -> dict[str, Any]:
         raise RowError(f"row must be JSON, {error}") from None
     if not isinstance(row, dict):
         raise RowError(f"row must be a mapping, got {type(row).__name__}")
-    return _hotpotqa(row) if dataset == "hotpotqa" else _squad(row)
+    return {"hotpotqa": _hotpotqa, "text": _unlabelled}.get(dataset, _squad)(row)
 
 
 # ------------------------------------------------------------------------------------------------------------ schemas
@@ -93,7 +93,24 @@ def _squad(row: dict[str, Any]) -> dict[str, Any]:
 
 def _hotpotqa(row: dict[str, Any]) -> dict[str, Any]:
     """Joins the titled paragraphs, one a line. Accepts the Hub's columns and the official JSON's lists of pairs."""
-    context = row.get("context")
+    facts = row.get("supporting_facts")
+    titles = facts.get("title") if isinstance(facts, dict) else [pair[0] for pair in facts or []]
+    text = _paragraphs(row.get("context"))
+    document = " | ".join(sorted(set(titles))) if titles else _digest(text)
+    return _row(row, text, _text(row, "question"), row.get("answer"), document)
+
+
+def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
+    """Text alone, from ``text`` or from the ``context`` of a question-answering file; the text itself is its identity."""
+    name = "text" if "text" in row else "context"
+    value = row.get(name)
+    text = _text(row, name) if value is None or isinstance(value, str) else _paragraphs(value)
+    document = row.get("title") or row.get("document") or _digest(text)
+    return {"id": _digest(text), "document": str(document), "context": text, "question": "", "answers": []}
+
+
+def _paragraphs(context: Any) -> str:
+    """HotpotQA's titled paragraphs, one a line."""
     if isinstance(context, dict) and isinstance(context.get("sentences"), list):
         sentences = context["sentences"]
         paragraphs = list(zip(context.get("title") or [""] * len(sentences), sentences, strict=False))
@@ -108,13 +125,9 @@ def _hotpotqa(row: dict[str, Any]) -> dict[str, Any]:
         body = "".join(sentences).strip()
         if body:
             lines.append(f"{title}: {body}" if title else body)
-    facts = row.get("supporting_facts")
-    titles = facts.get("title") if isinstance(facts, dict) else [pair[0] for pair in facts or []]
-    text = "\n".join(lines)
-    document = " | ".join(sorted(set(titles))) if titles else _digest(text)
-    if not text:
+    if not lines:
         raise RowError("context must not be empty")
-    return _row(row, text, _text(row, "question"), row.get("answer"), document)
+    return "\n".join(lines)
 
 
 def _row(row: dict[str, Any], context: str, question: str, answers: Any, document: str) -> dict[str, Any]:
@@ -184,17 +197,20 @@ def _files(config: DataConfig, split: Split) -> list[Path]:
     return files
 
 
-def _read(file: Path) -> Iterator[bytes]:
+def _read(file: Path, dataset: str) -> Iterator[bytes]:
     if file.suffix == ".parquet":
         try:
             parquet = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
             raise DataError(f"{file} must be Parquet: {error}") from error
         columns = set(parquet.schema_arrow.names)
-        if not {"context", "question"} <= columns or not columns & {"answers", "answer"}:
-            raise DataError(
-                f"{file} must have columns context, question and answers, it has {', '.join(sorted(columns))}"
-            )
+        if dataset == "text":
+            good, wanted = bool(columns & {"text", "context"}), "a column text or context"
+        else:
+            good = {"context", "question"} <= columns and bool(columns & {"answers", "answer"})
+            wanted = "columns context, question and answers"
+        if not good:
+            raise DataError(f"{file} must have {wanted}, it has {', '.join(sorted(columns))}")
         for batch in parquet.iter_batches(batch_size=BLOCK_ROWS):
             yield from _table_rows(batch)
     elif file.suffix == ".jsonl":

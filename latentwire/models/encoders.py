@@ -48,7 +48,7 @@ class InterlinguaEncoder(nn.Module):
         Raises :class:`~latentwire.models.weights.ReceiverError` for a backbone that cannot be had.
         """
         super().__init__()
-        self.split = config.split
+        self.split, self.latent_len, self.tokens_per_latent = config.split, config.latent_len, config.tokens_per_latent
         self.states: ByteStates | PretrainedStates = (
             ByteStates(config) if config.kind == "byte" else PretrainedStates(config, receivers, load_weights)
         )
@@ -60,7 +60,7 @@ class InterlinguaEncoder(nn.Module):
         self.pool: SpanQueries | SpanMeans = (
             SpanQueries(config.latent_len, self.states.width, config.heads, groups)
             if config.pooling == "queries"
-            else SpanMeans(config.latent_len, config.tokens_per_latent)
+            else SpanMeans()
         )
         self.norm = nn.LayerNorm(self.states.width)
         self.project = nn.Linear(self.states.width, config.d_z)
@@ -73,10 +73,16 @@ class InterlinguaEncoder(nn.Module):
             lines = [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
             texts, parts = [line for text in lines for line in text], tuple(map(len, lines))
         tensors, length_B = self.states.tokenize(texts)
-        latents_B = self.pool.lengths(length_B)
+        latents_B = self._latents(length_B)
         if coarsening is not None:
             latents_B = coarsening.latents(length_B, latents_B)
         return EncoderTokens(tensors, length_B, latents_B, parts)
+
+    def _latents(self, length_B: torch.Tensor) -> torch.Tensor:
+        """Shared latents of texts of so many states; at least one."""
+        if self.tokens_per_latent is None:
+            return torch.full_like(length_B, self.latent_len)
+        return ((length_B + self.tokens_per_latent - 1) // self.tokens_per_latent).clamp(min=1)
 
     def backbone_fingerprint(self) -> str | None:
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""

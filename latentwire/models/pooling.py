@@ -12,12 +12,13 @@ from latentwire.models.attention import merge, mlp, split
 
 
 class SpanQueries(nn.Module):
-    """Learned queries that start out reading evenly spaced spans; always ``count`` latents.
+    """Learned queries that start out reading evenly spaced spans.
 
     Attention to state s from query l carries a bias −sharpness·((s − centre_l) / span)², with one learned sharpness
     per head: at first each latent looks at its own stretch of text, whatever the text's length, and training is free
-    to flatten the bias. Random queries must find that out before anything else is learned. The last ``private``
-    queries are further groups of latents that each cover the text once more.
+    to flatten the bias. Random queries must find that out before anything else is learned. A message of another length
+    than ``count`` interpolates the queries. The last ``private`` ones are further groups that each cover the text once
+    more.
     """
 
     def __init__(self, count: int, width: int, heads: int, private: tuple[int, ...] = ()) -> None:
@@ -29,32 +30,47 @@ class SpanQueries(nn.Module):
         self.out = nn.Linear(width, width)
         self.mlp = mlp(width)
         self.sharpness = nn.Parameter(torch.linspace(0.2, 2.0, heads))
-        places = [torch.arange(group) + 0.5 for group in (count, *private)]
-        sizes = [torch.full((group,), float(group)) for group in (count, *private)]
-        self.place_L: torch.Tensor
-        self.size_L: torch.Tensor
-        self.register_buffer("place_L", torch.cat(places), persistent=False)
-        self.register_buffer("size_L", torch.cat(sizes), persistent=False)
-
-    def lengths(self, length_B: torch.Tensor) -> torch.Tensor:
-        """Shared latents of texts of so many states."""
-        return torch.full_like(length_B, self.count)
+        self.share_P: torch.Tensor
+        self.size_P: torch.Tensor
+        self.register_buffer(
+            "share_P", torch.cat([(torch.arange(n) + 0.5) / n for n in (count, *private)])[count:], False
+        )
+        self.register_buffer("size_P", torch.tensor([float(n) for n in private for _ in range(n)]), False)
 
     def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor) -> torch.Tensor:
-        """``[B, S, M]``, of which each row's first ``length_B`` are real → ``[B, L, M]``; ``latents_B`` cannot vary."""
+        """``[B, S, M]``, of which each row's first ``length_B`` are real → ``[B, L, M]``.
+
+        L is the largest of ``latents_B`` and all private ones; a row's entries after its own latents mean nothing.
+        """
         states = torch.arange(x_BSM.shape[1], device=x_BSM.device)
         keep_BS = (states < length_B[:, None]) | (states == 0)  # an empty text is one state of padding
         key_BSM, value_BSM = self.key_value(self.norm(x_BSM)).chunk(2, dim=-1)
-        span_BL = length_B.clamp(min=1)[:, None] / self.size_L
-        centre_BL = self.place_L * span_BL - 0.5
+        query_BLM, share_BL, size_BL = self._queries(latents_B)
+        span_BL = length_B.clamp(min=1)[:, None] / size_BL
+        centre_BL = share_BL * length_B.clamp(min=1)[:, None] - 0.5
         distance_BLS = (states - centre_BL[..., None]) / span_BL.clamp(min=1.0)[..., None]
         bias_BHLS = -self.sharpness[None, :, None, None] * distance_BLS[:, None].square()
         bias_BHLS = bias_BHLS.masked_fill(~keep_BS[:, None, None], float("-inf"))
-        query_BLM = self.query[None].expand(len(x_BSM), -1, -1)
         query, key, value = (split(t, self.heads) for t in (query_BLM.to(key_BSM.dtype), key_BSM, value_BSM))
         read_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_BHLS.to(key_BSM.dtype))
         y_BLM = query_BLM + self.out(merge(read_BHLE))
         return y_BLM + self.mlp(y_BLM)
+
+    def _queries(self, latents_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each latent's query, where in the text it stands (0 to 1), and how many share the text with it."""
+        place_L = torch.arange(int(latents_B.max()), device=latents_B.device)
+        share_BL = ((place_L + 0.5) / latents_B[:, None]).clamp(max=1)
+        at_BL = (share_BL * self.count - 0.5).clamp(0, self.count - 1)
+        below_BL = at_BL.floor().long()
+        above_BL = (below_BL + 1).clamp(max=self.count - 1)
+        query_BLM = torch.lerp(self.query[below_BL], self.query[above_BL], (at_BL - below_BL)[..., None])
+        size_BL = latents_B[:, None].expand_as(share_BL)
+        alike = (len(latents_B), -1)
+        return (
+            torch.cat((query_BLM, self.query[self.count :].expand(len(latents_B), -1, -1)), 1),
+            torch.cat((share_BL, self.share_P.expand(alike)), 1),
+            torch.cat((size_BL, self.size_P.expand(alike)), 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,20 +89,7 @@ class Coarsening:
 
 
 class SpanMeans(nn.Module):
-    """Means over contiguous, evenly spaced spans (ARC-Encoder, arXiv 2510.20535).
-
-    Either ``count`` of them, or one for every ``tokens_per_latent`` states, so that the message grows with the text.
-    """
-
-    def __init__(self, count: int, tokens_per_latent: int | None) -> None:
-        super().__init__()
-        self.count, self.tokens_per_latent = count, tokens_per_latent
-
-    def lengths(self, length_B: torch.Tensor) -> torch.Tensor:
-        """Latents of texts of so many states; at least one."""
-        if self.tokens_per_latent is None:
-            return torch.full_like(length_B, self.count)
-        return ((length_B + self.tokens_per_latent - 1) // self.tokens_per_latent).clamp(min=1)
+    """Means over contiguous, evenly spaced spans (ARC-Encoder, arXiv 2510.20535)."""
 
     def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor) -> torch.Tensor:
         """``[B, S, M]`` → ``[B, L, M]``, L the largest of ``latents_B``; rows with fewer latents end in zeros."""

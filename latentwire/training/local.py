@@ -77,9 +77,13 @@ def finished(folder: Path) -> list[Path]:
 
 
 def best_of(paths: list[Path]) -> Path:
-    """The checkpoint with the highest development F1, the later one among equals; a stopped run's last has no score."""
+    """The checkpoint with the highest development F1, the later one among equals; a stopped run's last has no score.
+
+    Where no question was asked, the one with the lowest loss.
+    """
 
     def score(path: Path) -> float:
-        return json.loads((path / "manifest.json").read_text())["metrics"].get("dev_f1", float("-inf"))
+        metrics = json.loads((path / "manifest.json").read_text())["metrics"]
+        return metrics.get("dev_f1", -metrics.get("dev_loss", float("inf")))
 
     return max(paths, key=lambda path: (score(path), path))

@@ -217,9 +217,11 @@ class Trainer:
 
     def _counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
         """Tokens of each term in the whole step: all micro-batches of all workers."""
+        return self.workers.sum_counts(self._own_counts(weights, name, batches), self.wire.receivers[name].device)
+
+    def _own_counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
         parts = [term_counts(weights, batch.sequences[name]) for batch in batches]
-        summed = {term: sum(part[term] for part in parts) for term in weights.terms}
-        return self.workers.sum_counts(summed, self.wire.receivers[name].device)
+        return {term: sum(part[term] for part in parts) for term in weights.terms}
 
     def _read(
         self, name: str, batch: TrainingBatch, message: Message, weights: Weights, counts: dict[str, float]
@@ -278,13 +280,13 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
-        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each."""
+        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each.
+
+        Texts without questions have ``dev_loss`` alone, and each of its terms.
+        """
         share = dev.take(pa.array(range(self.workers.rank, dev.num_rows, self.workers.size)))
-        predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])
-        metrics: dict[str, float] = {}
-        for name, row in summarise(predictions).items():
-            suffix = "" if name == "mean" else f"_{name}"
-            metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}
+        texts = self.wire.run.data.dataset == "text"
+        metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress
         rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
         return metrics | {
@@ -297,6 +299,36 @@ class Trainer:
             "bad_steps": progress.bad_steps,
             **{name: value for name, value in self.last_values.items() if name != "loss"},
         }
+
+    def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
+        predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])
+        metrics: dict[str, float] = {}
+        for name, row in summarise(predictions).items():
+            suffix = "" if name == "mean" else f"_{name}"
+            metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:
+        """Weighted terms in nats per token, with messages of their own length and weights as they end."""
+        weights = weights_at(self.wire.run.losses, self.total_steps)
+        size, interlingua = self.wire.run.evaluation.batch_size, self.wire.interlingua.eval()
+        metrics = {"dev_loss": 0.0}
+        for name, lm in self.wire.receivers.items():
+            totals: dict[str, float] = {f"{kind} {term}": 0.0 for kind in ("sum", "count") for term in weights.terms}
+            for start in range(0, share.num_rows, size):
+                for batch in self.collate(share.slice(start, size), self.total_steps):
+                    counts = self._own_counts(weights, name, [batch])
+                    message = interlingua.encode(batch.tokens)
+                    shares, _ = self._read(name, batch, message, weights, dict.fromkeys(weights.terms, 1.0))
+                    _add(totals, {f"sum {term}": float(share) for term, share in shares.items()})
+                    _add(totals, {f"count {term}": count for term, count in counts.items()})
+            totals = self.workers.sum_counts(totals, lm.device)
+            terms = {term: totals[f"sum {term}"] / max(1.0, totals[f"count {term}"]) for term in weights.terms}
+            metrics |= {f"dev_{term}_{name}": value for term, value in terms.items()}
+            metrics[f"dev_loss_{name}"] = sum(terms.values())
+            metrics["dev_loss"] += metrics[f"dev_loss_{name}"] / len(self.wire.receivers)
+        return metrics
 
 
 def _add(totals: dict[str, float], values: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES, Mode
 from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
@@ -91,21 +92,31 @@ def score(
     ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
     wire, _ = checkpoints.load_wire(path, run)
+    if wire.run.data.dataset == "text":
+        raise ConfigError(
+            "scores need questions, dataset text has none; name others, e.g. --set data.dataset=squad "
+            "--set losses.bundle=answer"
+        )
     table = shards.read_table(validation)
     predictions = [p for mode in modes for p in predict(wire, table, mode)]
     return {mode: summarise([p for p in predictions if p.mode == mode]) for mode in modes}, predictions
 
 
 def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[str, Any]:
-    """Score the chosen checkpoint once on the validation split, and export it without its training state."""
-    table, predictions = score(checkpoint, validation)
+    """Score the chosen checkpoint once on the validation split, and export it without its training state.
+
+    A wire pretrained on texts alone has no scores: it is exported for a second stage.
+    """
     wire, manifest = checkpoints.load_wire(checkpoint)
+    texts = wire.run.data.dataset == "text"
+    table, predictions = ({}, []) if texts else score(checkpoint, validation)
     pins = manifest["pins"] | {
         "validation": {"shards": shards.read_manifest(validation)["key"], "metric_version": METRIC_VERSION}
     }
     checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
-    rows = pa.Table.from_pylist([asdict(p) for p in predictions])
-    pq.write_table(rows, export.parent / "predictions.parquet")
+    if predictions:
+        rows = pa.Table.from_pylist([asdict(p) for p in predictions])
+        pq.write_table(rows, export.parent / "predictions.parquet")
     return table
 
 

@@ -70,6 +70,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     trainer.train(epochs, report)
 
 
+def metric_of(run: RunConfig) -> tuple[str, str]:
+    """The metric that chooses a single run's best checkpoint, and whether more or less of it is better."""
+    return ("dev_loss", "min") if run.data.dataset == "text" else ("dev_f1", "max")
+
+
 def make_trainer(
     run: RunConfig,
     datasets: dict[str, ray.data.Dataset],
@@ -78,8 +83,8 @@ def make_trainer(
     storage_path: str,
     gpus_per_worker: float,
     pins: dict[str, Any],
-    metric: str = "dev_f1",
-    mode: str = "max",
+    metric: str,
+    mode: str,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
     """A TorchTrainer for one run. ``name`` must be stable: Ray resumes a run whose directory exists under that name.

@@ -84,6 +84,14 @@ def test_long_rows_are_cut_and_counted_where_that_is_asked_for(own: RunConfig) -
     assert not any("bytes" in reason for reason in manifest["rejects"])
 
 
+def test_a_text_that_several_rows_hold_is_one_row(own: RunConfig, tmp_path: Path) -> None:
+    rows = [{"context": f"text {number % 7}", "question": f"q{number}?", "answers": ["a"]} for number in range(30)]
+    (tmp_path / "data" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = with_values(own, {"data.dataset": "text", "losses.bundle": "pretrain"})
+    table = shards.read_table(shards.ensure_shards(texts, "validation"))
+    assert sorted(table["context"].to_pylist()) == [f"text {number}" for number in range(7)]
+
+
 def test_complete_shards_are_reused_and_half_written_ones_never(
     own: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:

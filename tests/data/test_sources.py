@@ -48,6 +48,16 @@ def test_squad_row() -> None:
     }  # fmt: skip
 
 
+def test_texts_come_from_text_columns_and_from_the_contexts_of_questions() -> None:
+    paragraphs = {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}
+    found = [clean(json.dumps(row).encode(), "text") for row in ({"text": " c "}, GOOD, {"context": paragraphs})]
+    assert [row["context"] for row in found] == ["c", "c", "A: One. Two.\nB: Three."]
+    assert found[0]["id"] == found[1]["id"] and found[1]["document"] == "T"
+    assert all(row["question"] == "" and row["answers"] == [] for row in found)
+    with pytest.raises(RowError, match="context is missing"):
+        clean(b'{"question": "q?"}', "text")
+
+
 def test_hotpotqa_joins_titled_paragraphs_in_both_schemas() -> None:
     hub = {
         "id": "5", "question": "q", "answer": "yes",

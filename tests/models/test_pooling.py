@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentwire.models.pooling import SpanMeans, SpanQueries, span_means
+from latentwire.models.pooling import SpanQueries, span_means
 
 
 def means(x_BSM: torch.Tensor, length: int, spans: int) -> list[float]:
@@ -30,12 +30,31 @@ def test_padding_is_in_no_span_and_no_row_sees_another() -> None:
     torch.testing.assert_close(pooled[0, :2], span_means(x_BSM[:1, :4], length_B[:1], spans_B[:1])[0])
 
 
-def test_the_message_grows_with_the_text() -> None:
-    pool = SpanMeans(99, tokens_per_latent=4)
-    length_B = torch.tensor([0, 1, 4, 5, 9])
-    assert pool.lengths(length_B).tolist() == [1, 1, 1, 2, 3]
-    assert pool(torch.randn(5, 9, 2), length_B, pool.lengths(length_B)).shape == (5, 3, 2)
-    assert SpanMeans(7, None).lengths(length_B).tolist() == [7] * 5
+def test_queries_of_unequal_messages_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    pool = SpanQueries(4, 8, 2).eval()
+    x_BSM, length_B, latents_B = torch.randn(3, 9, 8), torch.tensor([9, 5, 0]), torch.tensor([4, 2, 7])
+    together = pool(x_BSM, length_B, latents_B)
+    assert together.shape == (3, 7, 8)
+    for row, (length, latents) in enumerate(zip(length_B.tolist(), latents_B.tolist(), strict=True)):
+        alone = pool(x_BSM[row : row + 1, : max(1, length)], length_B[row : row + 1], latents_B[row : row + 1])
+        torch.testing.assert_close(together[row, :latents], alone[0])
+
+
+def test_a_message_of_the_tables_length_has_the_tables_queries() -> None:
+    pool = SpanQueries(4, 8, 2, private=(2,))
+    query_BLM, share_BL, size_BL = pool._queries(torch.tensor([4]))
+    assert torch.equal(query_BLM[0], pool.query)
+    assert share_BL[0].tolist() == [0.125, 0.375, 0.625, 0.875, 0.25, 0.75] and size_BL[0].tolist() == [
+        4,
+        4,
+        4,
+        4,
+        2,
+        2,
+    ]
+    longer, _, _ = SpanQueries._queries(pool, torch.tensor([8]))
+    torch.testing.assert_close(longer[0, 2], 0.25 * pool.query[0] + 0.75 * pool.query[1])
 
 
 def test_queries_look_at_their_own_stretch_first() -> None:

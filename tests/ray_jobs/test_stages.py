@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from latentwire.data.toy import toy_rows
 from latentwire.evaluation.baselines import MODES
 from tests.conftest import untimed
 from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
@@ -30,6 +31,26 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     found = json.loads(scores.read_text())
     assert set(found) == set(MODES)
     assert untimed({mode: found[mode] for mode in trained}) == untimed(trained)
+
+
+def test_texts_first_and_questions_after_them(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for split, count in (("train", 150), ("validation", 10)):
+        rows = [json.dumps({"text": row["context"]}) for row in toy_rows(count, seed=5)]
+        (tmp_path / "texts" / f"{split}.jsonl").write_text("\n".join(rows))
+    texts = ("--dataset=text", f"--data_dir={tmp_path / 'texts'}", "--set", "losses.bundle=pretrain")
+    small = (*TINY, "--samples=100", "--max_steps=4", "--set", "training.evaluate_every=4")
+    first = tmp_path / "first"
+    assert job("ray_jobs/train.py", *small, *texts, "--output_dir", str(first)).wait(500) == 0, log_of(tmp_path)
+    losses = json.loads((first / "best" / "manifest.json").read_text())["metrics"]["development"]
+    assert (
+        losses["dev_loss"] > 0 and losses["dev_reconstruction_ce_llama"] > 0 and losses["dev_continuation_ce_qwen"] > 0
+    )
+    assert job("ray_jobs/evaluate.py", "--checkpoint", str(first / "best")).wait(300) == 2
+    assert "error: scores need questions" in log_of(tmp_path)
+    second = ("--set", f"training.init_from={first / 'best'}", "--output_dir", str(tmp_path / "second"))
+    assert job("latentwire/train.py", *small, *second).wait(500) == 0, log_of(tmp_path)
+    assert "full text" in log_of(tmp_path)
 
 
 def test_readme_commands(job: Job, tmp_path: Path) -> None:
