@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import data_variants, distributions
 from latentwire.tuning.trial import make_trainer
 
+SHARDS_AT_ONCE = 3
+"""Splits that are sharded side by side."""
+
 DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
 """What a trial's driver asks for: a sliver of a resource that every head has. Drivers must not take the CPUs that
 their own workers need (two of them would deadlock two cores), and a cluster needs nothing declared for this."""
@@ -36,11 +40,21 @@ def start_ray() -> None:
 
 
 def prepare(space: SpaceFile) -> dict[str, dict[shards.ShardSplit, Path]]:
-    """Shards of every data variant the space can draw: variant key → split → directory."""
-    return {
-        variant_key(run): {split: shards.ensure_shards(run, split) for split in shards.SPLITS}
-        for run in data_variants(space)
-    }
+    """Shards of every data variant the space can draw: variant key → split → directory.
+
+    A few are made at once: one small source is one task, which leaves the other cores idle.
+    """
+    variants = list(data_variants(space))
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        waiting = {
+            (variant_key(run), split): pool.submit(shards.ensure_shards, run, split)
+            for run in variants
+            for split in shards.SPLITS
+        }
+        return {
+            variant_key(run): {split: waiting[variant_key(run), split].result() for split in shards.SPLITS}
+            for run in variants
+        }
 
 
 def variant_key(run: RunConfig) -> str:
