@@ -48,6 +48,7 @@ def main() -> int:
     try:
         checkpoints.read_manifest(options.checkpoint)
         run = override_run(checkpoints.read_run(options.checkpoint), options.assignments)
+        results.check_questions(run)
         path = planner.local_shards(run, (options.split,))[options.split]
         scores, _ = results.score(options.checkpoint, path, tuple(options.modes), run)
     except USER_ERRORS as error:

@@ -25,6 +25,7 @@ def main() -> int:
     try:
         checkpoints.read_manifest(checkpoint)
         run = with_home(SpaceFile(run=override_run(checkpoints.read_run(checkpoint), options.assignments))).run
+        results.check_questions(run)
         sweep.start_ray()
         plan = planner.plan(
             SpaceFile(run=run), ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)

@@ -30,14 +30,14 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:
-        space = with_home(read_space(options, DEFAULT_SPACE))
+        space = with_home(read_space(options, DEFAULT_SPACE)).model_copy(update={"search": {}})
         run, output = space.run, options.output_dir.absolute()
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
         sweep.start_ray()
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         print(plan, flush=True)
-        paths = sweep.prepare(space.model_copy(update={"search": {}}))[sweep.variant_key(run)]
+        paths = sweep.prepare(space)[sweep.variant_key(run)]
         metric, mode = trial.metric_of(run)
         result = trial.make_trainer(
             run,

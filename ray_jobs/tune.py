@@ -23,6 +23,7 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, report, results, sweep
+from latentwire.tuning.space import check_metric
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -36,6 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
+        check_metric(space)
         output = options.output_dir or Path(space.tune.storage_path) / time.strftime("tune-%Y%m%d-%H%M%S")
         if output.exists():
             raise ConfigError(f"output_dir must not exist yet, got {output}; name another one")

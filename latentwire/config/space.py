@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from latentwire.config.run import RunConfig
 from latentwire.config.section import Section
@@ -86,12 +86,3 @@ class SpaceFile(Section):
     """What varies: a dotted path into ``run`` to a dimension, e.g. ``encoder.latent_len``."""
     tune: TuneConfig = TuneConfig()
     """How it is searched."""
-
-    @model_validator(mode="after")
-    def _texts_have_a_loss_alone(self) -> SpaceFile:
-        metric, mode = self.tune.metric, self.tune.mode
-        if self.run.data.dataset == "text" and self.search and not (metric.startswith("dev_loss") and mode == "min"):
-            raise ValueError(
-                f"dataset text has no answers to score: tune.metric must be dev_loss and tune.mode min, got {metric} and {mode}"
-            )
-        return self

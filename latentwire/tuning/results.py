@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig
@@ -84,6 +85,15 @@ def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, 
     return order[::-1] if mode == "max" else order
 
 
+def check_questions(run: RunConfig) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a configuration's rows ask nothing that could be scored."""
+    if run.data.dataset == "text":
+        raise ConfigError(
+            "scores need questions, dataset text has none; name others, e.g. --set data.dataset=squad "
+            "--set losses.bundle=answer"
+        )
+
+
 def score(
     path: Path, validation: Path, modes: tuple[Mode, ...] = FINAL_MODES, run: RunConfig | None = None
 ) -> tuple[dict[str, Any], list[Prediction]]:
@@ -92,11 +102,6 @@ def score(
     ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
     wire, _ = checkpoints.load_wire(path, run)
-    if wire.run.data.dataset == "text":
-        raise ConfigError(
-            "scores need questions, dataset text has none; name others, e.g. --set data.dataset=squad "
-            "--set losses.bundle=answer"
-        )
     table = shards.read_table(validation)
     predictions = [p for mode in modes for p in predict(wire, table, mode)]
     return {mode: summarise([p for p in predictions if p.mode == mode]) for mode in modes}, predictions
@@ -123,7 +128,11 @@ def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[s
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
     """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
     task = ray.remote(num_cpus=run.training.cpus_per_worker, num_gpus=gpus)(function)
-    return ray.get(task.remote(*arguments))
+    try:
+        return ray.get(task.remote(*arguments))
+    except RayTaskError as error:
+        # What the user did wrong over there reads here as it would without Ray; the remote traceback stays chained.
+        raise error.cause from error
 
 
 def write_results(output: Path, document: dict[str, Any]) -> None:

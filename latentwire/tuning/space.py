@@ -25,6 +25,16 @@ def distributions(space: SpaceFile) -> dict[str, BaseDistribution]:
     return table
 
 
+def check_metric(space: SpaceFile) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that its rows cannot give."""
+    metric, mode = space.tune.metric, space.tune.mode
+    if space.run.data.dataset == "text" and not (metric.startswith("dev_loss") and mode == "min"):
+        raise ConfigError(
+            f"tune.metric must be dev_loss and tune.mode min for dataset text, which has no answers to score; "
+            f"got {metric} and {mode}"
+        )
+
+
 def data_variants(space: SpaceFile) -> list[RunConfig]:
     """The configurations whose shards differ: every combination of searched choices under ``data.`` and ``prompt.``.
 

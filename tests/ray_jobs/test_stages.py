@@ -48,7 +48,14 @@ def test_texts_first_and_questions_after_them(job: Job, tmp_path: Path) -> None:
     )
     assert job("ray_jobs/evaluate.py", "--checkpoint", str(first / "best")).wait(300) == 2
     assert "error: scores need questions" in log_of(tmp_path)
-    second = ("--set", f"training.init_from={first / 'best'}", "--output_dir", str(tmp_path / "second"))
+    # ray_jobs/train.py reads this space where none is named, latentwire/train.py reads none.
+    second = (
+        "--space=search_spaces/toy.yaml",
+        "--set",
+        f"training.init_from={first / 'best'}",
+        "--output_dir",
+        str(tmp_path / "second"),
+    )
     assert job("latentwire/train.py", *small, *second).wait(500) == 0, log_of(tmp_path)
     assert "full text" in log_of(tmp_path)
 

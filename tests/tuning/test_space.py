@@ -6,7 +6,7 @@ import optuna
 import pytest
 
 from latentwire.config.resolve import ConfigError, load_space
-from latentwire.tuning.space import data_variants, distributions, largest_run
+from latentwire.tuning.space import check_metric, data_variants, distributions, largest_run
 
 TEXT = """
 search:
@@ -30,3 +30,13 @@ def test_shards_cannot_follow_a_number(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("search: {data.samples: {type: int, low: 10, high: 20}}")
     with pytest.raises(ConfigError, match=r"search\.data\.samples must be categorical, got int"):
         data_variants(load_space(tmp_path / "s.yaml"))
+
+
+@pytest.mark.parametrize("chosen", ["{metric: dev_f1}", "{metric: dev_loss, mode: max}"])
+def test_texts_are_searched_by_their_loss(tmp_path: Path, chosen: str) -> None:
+    texts = f"run: {{data: {{dataset: text}}, losses: {{bundle: pretrain}}}}\ntune: {chosen}"
+    (tmp_path / "s.yaml").write_text(texts)
+    with pytest.raises(ConfigError, match=r"tune\.metric must be dev_loss and tune\.mode min"):
+        check_metric(load_space(tmp_path / "s.yaml"))
+    (tmp_path / "s.yaml").write_text(texts.replace(chosen, "{metric: dev_loss, mode: min}"))
+    check_metric(load_space(tmp_path / "s.yaml"))
