@@ -89,6 +89,12 @@ class LossConfig(Section):
     reconstruction_ce_weight: float = Field(0.0, ge=0)
     """The message's own text, said again by the receiver from its soft prompt; mean over tokens. Dense where answers
     are short: it teaches the encoder to carry the text before questions teach it what matters (arXiv 2510.20535)."""
+    reconstruction_tokens: int | None = Field(None, ge=1)
+    """Say only a stretch of so many tokens again, whose place is drawn by row and step: cheap where a receiver is large
+    and texts are long. ``None``: the whole text."""
+    reconstruction_cue: int = Field(0, ge=0)
+    """Tokens right before that stretch that the receiver is given, so that it must find the place in the message as it
+    finds an answer's. Only with ``reconstruction_tokens``."""
     continuation_ce_weight: float = Field(0.0, ge=0)
     """The text that follows, said by the receiver from the message of what comes before it; mean over tokens."""
     k: int = Field(4, ge=1)
@@ -113,6 +119,11 @@ class LossConfig(Section):
             raise ValueError("at least one loss weight must be > 0, got all 0")
         if unknown := set(self.schedules) - {*weights, "k", "latent_dropout"}:
             raise ValueError(f"schedules must name a weight, k or latent_dropout, got {', '.join(sorted(unknown))}")
+        if self.reconstruction_cue and self.reconstruction_tokens is None:
+            raise ValueError(
+                f"reconstruction_cue needs a stretch to stand before, got {self.reconstruction_cue} and "
+                f"reconstruction_tokens null; set losses.reconstruction_tokens"
+            )
         if any(not 0 <= depth <= 1 for depth in self.hidden_kd_depths):
             raise ValueError(f"hidden_kd_depths must lie in [0, 1], got {self.hidden_kd_depths}")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,7 @@ class TrainingCollator:
         self.tokenize: Callable[[list[str], Coarsening | None], Any] = encoder.tokenize
         self.slots: Callable[[Any, str], list[int]] = encoder.slots
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
+        self.stretch, self.cue = run.losses.reconstruction_tokens, run.losses.reconstruction_cue
         self.continue_ = run.losses.continuation_ce_weight > 0
         self.asks = run.losses.asks
         self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
@@ -56,14 +58,15 @@ class TrainingCollator:
         """
         size = -(-table.num_rows // self.training.accumulation)
         coarsening = self._coarsening(step)
-        return [self._micro(table.slice(start, size), coarsening) for start in range(0, table.num_rows, size)]
+        starts = range(0, table.num_rows, size)
+        return [self._micro(table.slice(start, size), coarsening, step) for start in starts]
 
     def _coarsening(self, step: int) -> Coarsening | None:
         steps = self.training.coarsening_steps
         done = max(0, step - self.training.alignment_steps)
         return Coarsening(self.training.coarsening_from, done / steps) if done < steps else None
 
-    def _micro(self, table: pa.Table, coarsening: Coarsening | None) -> TrainingBatch:
+    def _micro(self, table: pa.Table, coarsening: Coarsening | None, step: int) -> TrainingBatch:
         rows = table.to_pydict()
         cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
         whole = sender_texts(self.send, rows)
@@ -71,12 +74,14 @@ class TrainingCollator:
         tokens = self.tokenize(whole + [before for before, _ in parted], coarsening)
         return TrainingBatch(
             tokens=tokens,
-            sequences={name: self._sequences(name, rows, tokens, [after for _, after in parted]) for name in self.builders},
+            sequences={
+                name: self._sequences(name, rows, tokens, [after for _, after in parted], step) for name in self.builders
+            },
             message_ids={name: self._message_ids(name, rows, [before for before, _ in parted]) for name in self.builders},
             teacher={name: collate(self._texts(name, rows)) for name in self.builders} if self.teach else {},
         )  # fmt: skip
 
-    def _sequences(self, name: str, rows: Mapping[str, list], tokens: Any, following: list[str]) -> Batch:
+    def _sequences(self, name: str, rows: Mapping[str, list], tokens: Any, following: list[str], step: int) -> Batch:
         builder, slots = self.builders[name], self.slots(tokens, name)
         count = len(rows["id"])
         question, answer = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
@@ -84,13 +89,22 @@ class TrainingCollator:
         sequences = [builder.latent(slots[i], question[i], answer[i]) for i in asked]
         messages = list(asked)
         if self.reconstruct:
-            ids = self._message_ids(name, rows, [])
-            sequences += [builder.controlled(slots[i], RECONSTRUCT, ids[i]) for i in range(count)]
-            messages += list(range(count))
+            for i, ids in enumerate(self._message_ids(name, rows, [])):
+                said, given = self._stretch(ids, f"{rows['id'][i]} {name} {step}")
+                sequences.append(builder.controlled(slots[i], RECONSTRUCT, said, given))
+                messages.append(i)
         for place, ids_of_rest in enumerate(builder.tokenize(following, [], [])["context_ids"], start=count):
             sequences.append(builder.controlled(slots[place], CONTINUE, ids_of_rest))
             messages.append(place)
         return collate(sequences, messages=messages)
+
+    def _stretch(self, ids: list[int], seed: str) -> tuple[list[int], int]:
+        """What of a text is said again, after how many tokens that are given."""
+        if self.stretch is None or len(ids) <= self.stretch:
+            return ids, 0
+        start = random.Random(seed).randint(0, len(ids) - self.stretch)
+        given = min(start, self.cue)
+        return ids[start - given : start + self.stretch], given
 
     def _message_ids(self, name: str, rows: Mapping[str, list], before: list[str]) -> list[list[int]]:
         builder = self.builders[name]

@@ -170,15 +170,18 @@ class SequenceBuilder:
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
 
-    def controlled(self, slots: int, control: int, text_ids: list[int]) -> Sequence:
-        """Soft slots, a control embedding, and a text as targets: the message said again, or what follows it."""
+    def controlled(self, slots: int, control: int, text_ids: list[int], given: int = 0) -> Sequence:
+        """Soft slots, a control embedding, and a text as targets: the message said again, or what follows it.
+
+        Its first ``given`` tokens are read and not asked for.
+        """
         start = len(self.head_ids)
         text = start + slots + 1
         nowhere = range(text, text)
         return Sequence(
             ids=[*self.head_ids, *[SLOT_ID] * (slots + 1), *text_ids],
             bos=self.bos, message=range(start, start + slots), question=nowhere, anchor=nowhere, answer=nowhere, stop=None,
-            supervised=range(text, text + len(text_ids)), soft=True, control=control,
+            supervised=range(text + given, text + len(text_ids)), soft=True, control=control,
         )  # fmt: skip
 
     def _join(

@@ -13,6 +13,7 @@ from transformers import AutoModel
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.lm import load_hf_config, load_tokenizer
 from latentwire.models.low_rank import attached, updates_of
+from latentwire.models.tokens import token_bytes
 from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
 
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
@@ -38,6 +39,7 @@ class PretrainedStates(nn.Module):
         self.tokenizer.model_max_length = 10**9  # windows keep to the backbone's positions; nothing to warn about
         self.prefix, self.suffix = _wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
+        self.token_bytes = token_bytes(self.tokenizer)
         self.updates = nn.ModuleDict()
         if config.tune != "full":
             self.backbone.requires_grad_(False)
@@ -55,8 +57,8 @@ class PretrainedStates(nn.Module):
         """SHA-256 of the backbone's weights where they are not trained (a checkpoint leaves them out), else ``None``."""
         return None if self.tuned == "full" else fingerprint(self.backbone)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Windows ``[W, T]`` of ids, their attention, where they hold the text's own tokens; and tokens per text."""
+    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Windows ``[W, T]`` of ids, their attention, where they hold the text's own tokens; and each token's bytes."""
         rows = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
         windows, real = [], []
         for row in rows:
@@ -70,7 +72,7 @@ class PretrainedStates(nn.Module):
         real_WT = pad_sequence(real, batch_first=True)
         return (
             {"ids_WT": ids_WT, "attention_WT": attention_WT, "real_WT": real_WT},
-            torch.tensor([len(row) for row in rows]),
+            [self.token_bytes[torch.tensor(row, dtype=torch.long)] for row in rows],
         )
 
     def forward(

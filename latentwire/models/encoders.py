@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.attention import Block, rotary_of
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.message import Message
-from latentwire.models.pooling import Coarsening, SpanMeans, SpanQueries
+from latentwire.models.pooling import Coarsening, SpanMeans, SpanQueries, even_spans
 from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer
 
 BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
@@ -26,6 +26,8 @@ class EncoderTokens:
     tensors: Mapping[str, torch.Tensor]
     length_B: torch.Tensor
     """States of each text, or of each line where texts are split."""
+    bytes_BS: torch.Tensor
+    """Bytes of text that each state stands for; 0 after a text's own states."""
     latents_B: torch.Tensor
     """Shared latents of each of these."""
     parts: tuple[int, ...] | None = None
@@ -34,7 +36,7 @@ class EncoderTokens:
     def to(self, device: torch.device) -> EncoderTokens:
         """The same on ``device``."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return EncoderTokens(tensors, self.length_B.to(device), self.latents_B.to(device), self.parts)
+        return replace(self, tensors=tensors, length_B=self.length_B.to(device), latents_B=self.latents_B.to(device))
 
 
 class InterlinguaEncoder(nn.Module):
@@ -72,11 +74,12 @@ class InterlinguaEncoder(nn.Module):
         if self.split == "lines":
             lines = [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
             texts, parts = [line for text in lines for line in text], tuple(map(len, lines))
-        tensors, length_B = self.states.tokenize(texts)
+        tensors, sizes = self.states.tokenize(texts)
+        length_B = torch.tensor([len(size_S) for size_S in sizes])
         latents_B = self._latents(length_B)
         if coarsening is not None:
             latents_B = coarsening.latents(length_B, latents_B)
-        return EncoderTokens(tensors, length_B, latents_B, parts)
+        return EncoderTokens(tensors, length_B, pad_sequence(sizes, batch_first=True), latents_B, parts)
 
     def _latents(self, length_B: torch.Tensor) -> torch.Tensor:
         """Shared latents of texts of so many states; at least one."""
@@ -92,6 +95,26 @@ class InterlinguaEncoder(nn.Module):
         """Soft-prompt positions that each text's message will take at one receiver, known before encoding."""
         own = len(self.private.get(receiver, range(0)))
         return [length + own for length in _joined(tokens.latents_B, tokens.parts).tolist()]
+
+    def spans(self, tokens: EncoderTokens, receiver: str) -> torch.Tensor:
+        """Start and end ``[B, L, 2]``, as shares of the text, of the stretch that each latent for one receiver begins
+        with, in the order of :meth:`~latentwire.models.message.Message.read_by`. On the CPU."""
+        span_BL2 = even_spans(tokens.bytes_BS, tokens.length_B, tokens.latents_B)
+        if own := len(self.private.get(receiver, range(0))):
+            private_BP2 = even_spans(tokens.bytes_BS, tokens.length_B, torch.full_like(tokens.latents_B, own))
+            return torch.cat((span_BL2, private_BP2), 1)
+        if tokens.parts is None:
+            return span_BL2
+        joined = []
+        lines = zip(span_BL2, tokens.latents_B.tolist(), tokens.bytes_BS.sum(1).tolist(), strict=True)
+        for count in tokens.parts:
+            taken = [next(lines) for _ in range(count)]
+            start, found = 0.0, []
+            for line_L2, latents, size in taken:
+                found.append(start + line_L2[:latents] * size)
+                start += size
+            joined.append(torch.cat(found) / max(start, 1e-9))
+        return pad_sequence(joined, batch_first=True)
 
     def forward(self, tokens: EncoderTokens) -> Message:
         """Tokens on this module's device → one message a text."""
@@ -132,10 +155,10 @@ class ByteStates(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(self.width, config.heads) for _ in range(config.layers))
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Byte ids in patches ``[B, P, bytes_per_patch]``, and the patches of each text."""
+    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Byte ids in patches ``[B, P, bytes_per_patch]``, and the bytes of each text's patches."""
         ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
-        return {"ids_BPE": ids_BPE}, (ids_BPE[:, :, 0] != PAD_ID).sum(1)
+        return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]
 
     def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
         """``[B, P, M]``."""

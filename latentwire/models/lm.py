@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 
 from latentwire.config import ReceiverConfig
 from latentwire.data.layout import Batch
+from latentwire.models.tokens import token_bytes
 from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
 
 
@@ -110,6 +112,7 @@ class LMWrapper(nn.Module):
         if not options:
             self.lm.to(device)
         self.lm.eval().requires_grad_(False)
+        self.token_bytes = token_bytes(self.tokenizer)
         self.embed_tokens = self.lm.get_input_embeddings()
         self.head = self.lm.get_output_embeddings()
         self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
@@ -158,11 +161,11 @@ class LMWrapper(nn.Module):
         return e_BSD.masked_scatter(slots_BS[..., None], soft_ND.to(self.device, e_BSD.dtype))
 
     def text_embeddings(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token embeddings ``[B, T, D]`` of rows of ids, zeros after their end, and their lengths ``[B]``."""
-        length_B = torch.tensor([len(row) for row in ids], device=self.device)
-        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], batch_first=True)
-        keep_BT = torch.arange(ids_BT.shape[1], device=self.device) < length_B[:, None]
-        return self.embed_tokens(ids_BT.to(self.device)) * keep_BT[..., None], length_B
+        """Token embeddings ``[B, T, D]`` of rows of ids, and the bytes ``[B, T]`` that each stands for, 0 after their end."""
+        rows = [torch.tensor(row, dtype=torch.long) for row in ids]
+        ids_BT = pad_sequence(rows, batch_first=True).to(self.device)
+        bytes_BT = pad_sequence([self.token_bytes[row] for row in rows], batch_first=True)
+        return self.embed_tokens(ids_BT), bytes_BT.to(self.device)
 
     def supervised_logits(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[N, V]`` that predict ``batch.target_N``; no other position meets the head."""

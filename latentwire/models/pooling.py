@@ -102,11 +102,35 @@ def span_means(x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tenso
     Spans share a vector by how much of it they cover; with more spans than vectors, several take the same one. L is
     the largest of ``spans_B``; a row's entries after its own are zero, and so is a row without vectors.
     """
-    time = torch.arange(x_BSM.shape[1], device=x_BSM.device)
-    spans_B11 = spans_B[:, None, None]
-    width_B11 = length_B.clamp(min=1)[:, None, None] / spans_B11
-    place_L1 = torch.arange(int(spans_B.max()), device=x_BSM.device)[:, None]
-    start_BL1 = place_L1 * width_B11
-    overlap_BLS = (torch.minimum(start_BL1 + width_B11, time + 1) - torch.maximum(start_BL1, time)).clamp(min=0)
-    real_BLS = (place_L1 < spans_B11) & (time < length_B[:, None, None])
-    return (overlap_BLS / width_B11 * real_BLS).to(x_BSM.dtype) @ x_BSM
+    size_BS = (torch.arange(x_BSM.shape[1], device=x_BSM.device) < length_B[:, None]).float()
+    return overlap_means(x_BSM, size_BS, even_spans(size_BS, length_B, spans_B))
+
+
+def even_spans(size_BS: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor) -> torch.Tensor:
+    """Start and end ``[B, L, 2]`` of ``spans_B`` spans, each of as many of a row's first ``length_B`` states.
+
+    They come as shares of the row's whole size, where state s has ``size_BS`` of it: two tokenizers that cut the same
+    text differently agree on them. A row's entries after its own spans are empty.
+    """
+    edge_BE = F.pad(size_BS.cumsum(1), (1, 0))
+    place_BE = torch.arange(int(spans_B.max()) + 1, device=size_BS.device).minimum(spans_B[:, None])
+    state_BE = place_BE * length_B[:, None] / spans_B[:, None]
+    below_BE = state_BE.floor().long()
+    above_BE = (below_BE + 1).clamp(max=size_BS.shape[1])
+    at_BE = torch.lerp(edge_BE.gather(1, below_BE), edge_BE.gather(1, above_BE), state_BE - below_BE)
+    share_BE = at_BE / edge_BE[:, -1:].clamp(min=1e-9)
+    return torch.stack((share_BE[:, :-1], share_BE[:, 1:]), -1)
+
+
+def overlap_means(x_BSM: torch.Tensor, size_BS: torch.Tensor, span_BL2: torch.Tensor) -> torch.Tensor:
+    """Means ``[B, L, M]`` of the vectors that each span meets, by how much of it they cover; zero for an empty span.
+
+    Vector s covers ``size_BS`` of its row, spans are shares of the row as :func:`even_spans` gives them.
+    """
+    end_BS = size_BS.cumsum(1)
+    end_BS = end_BS / end_BS[:, -1:].clamp(min=1e-9)
+    start_BS = F.pad(end_BS[:, :-1], (1, 0))
+    start_BL1, end_BL1 = span_BL2[..., :1], span_BL2[..., 1:]
+    overlap_BLS = (torch.minimum(end_BL1, end_BS[:, None]) - torch.maximum(start_BL1, start_BS[:, None])).clamp(min=0)
+    share_BLS = overlap_BLS / overlap_BLS.sum(2, keepdim=True).clamp(min=1e-12)
+    return share_BLS.to(x_BSM.dtype) @ x_BSM

@@ -1,9 +1,10 @@
-"""Text as bytes, for encoders that need no vocabulary."""
+"""Text as bytes, for encoders that need no vocabulary, and the bytes behind other tokenizers' tokens."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -53,3 +54,28 @@ def _cut(word: bytes, longest: int) -> list[bytes]:
 def truncate_utf8(text: str, limit: int) -> str:
     """The longest start of ``text`` that fits ``limit`` bytes and ends between characters."""
     return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
+
+
+def token_bytes(tokenizer: Any) -> torch.Tensor:
+    """Bytes of text that each id of a Hugging Face tokenizer stands for, fp32 ``[V]``; at least 1.
+
+    Byte-level BPE writes a byte as one character, SentencePiece a space as ``▁``; WordPiece leaves the space before a
+    word out, which is counted with the word.
+    """
+    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    marks = (
+        "Ġ",
+        "▁",
+        "##",
+    )  # byte-level BPE, SentencePiece, WordPiece: a large vocabulary holds a few of the others too
+    mark = max(marks, key=lambda mark: sum(piece.startswith(mark) for piece in pieces))
+    if mark == "Ġ":
+        sizes = [len(piece) for piece in pieces]
+    elif mark == "##":
+        sizes = [len(piece.removeprefix("##").encode()) + (not piece.startswith("##")) for piece in pieces]
+    else:
+        sizes = [1 if _BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode()) for piece in pieces]
+    return torch.tensor(sizes, dtype=torch.float32).clamp(min=1)
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")

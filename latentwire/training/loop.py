@@ -20,7 +20,7 @@ from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss, teacher_rows
 from latentwire.models.message import Message
-from latentwire.models.pooling import span_means
+from latentwire.models.pooling import overlap_means
 from latentwire.training.workers import Workers
 
 Epoch = Callable[[int], Iterator[pa.Table]]
@@ -251,7 +251,10 @@ class Trainer:
         }
 
     def align(self, batches: list[TrainingBatch]) -> dict[str, float]:
-        """Forward and backward of the alignment alone: soft prompts against span means of token embeddings."""
+        """Forward and backward of the alignment alone: soft prompts against token embeddings.
+
+        Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut it differently.
+        """
         total = 0.0
         for batch in batches:
             message = self.wire.interlingua.encode(batch.tokens)
@@ -259,8 +262,9 @@ class Trainer:
             loss = message.z_BLZ.new_zeros(())
             for name, lm in self.wire.receivers.items():
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
-                e_BTD, length_B = lm.text_embeddings(batch.message_ids[name])
-                target_BLD = span_means(e_BTD, length_B, keep_BL.sum(1).to(e_BTD.device)).to(p_BLD.device)
+                e_BTD, bytes_BT = lm.text_embeddings(batch.message_ids[name])
+                span_BL2 = self.wire.interlingua.encoder.spans(batch.tokens, name)
+                target_BLD = overlap_means(e_BTD, bytes_BT, span_BL2.to(e_BTD.device)).to(p_BLD.device)
                 loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(self.wire.receivers))
             loss.backward()
             total += float(loss.detach())

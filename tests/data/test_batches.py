@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pytest
+import torch
 
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import with_values
@@ -30,6 +31,26 @@ def test_pretraining_on_texts_asks_nothing(wire: LatentWire, table: pa.Table) ->
     (batch,) = collator(wire, values)(table.slice(0, 3), step=0)
     assert batch.sequences["llama"].control_R.tolist() == [RECONSTRUCT] * 3
     assert not batch.teacher
+
+
+def test_a_stretch_is_said_again_after_a_cue(wire: LatentWire, table: pa.Table) -> None:
+    values = {
+        "losses.answer_ce_weight": 0.0, "losses.reconstruction_ce_weight": 1.0,
+        "losses.reconstruction_tokens": 4, "losses.reconstruction_cue": 3,
+    }  # fmt: skip
+    collate, found = collator(wire, values), set()
+    for step in range(30):
+        (batch,) = collate(table.slice(0, 1), step)
+        sequences, text = batch.sequences["llama"], batch.message_ids["llama"][0]
+        said = sequences.target_N.tolist()
+        (start,) = [place for place in range(len(text) - 3) if text[place : place + 4] == said]
+        found.add(start)
+        before = text[max(0, start - 3) : start]
+        prompt = sequences.ids_BS[0].tolist()
+        control = sequences.control_BS[0].tolist().index(True)
+        assert prompt[control + 1 :] == before + said and sequences.offset_N.tolist() == [0, 1, 2, 3]
+        assert torch.equal(sequences.target_N, collate(table.slice(0, 1), step)[0].sequences["llama"].target_N)
+    assert len(found) > 5 and len(text) - 4 >= max(found)
 
 
 def test_messages_shrink_to_their_own_length(wire: LatentWire, table: pa.Table) -> None:

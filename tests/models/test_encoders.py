@@ -80,6 +80,23 @@ def test_the_first_and_the_last_word_matter(encoder: InterlinguaEncoder) -> None
         assert not torch.allclose(read(message, 0, "llama"), read(message, other, "llama"), atol=1e-4)
 
 
+def test_spans_cover_the_text_once_for_each_group_of_latents(encoder: InterlinguaEncoder) -> None:
+    tokens = encoder.tokenize(TEXTS)
+    for name in RECEIVERS:
+        span_BL2 = encoder.spans(tokens, name)
+        keep_BL = encoder(tokens).read_by(name)[1]
+        assert span_BL2.shape[:2] == keep_BL.shape
+        for row, text in [(0, TEXTS[0]), (2, TEXTS[2])]:
+            own_L2 = span_BL2[row, keep_BL[row]]
+            groups = 2 if encoder.private else 1
+            size_L = own_L2[:, 1] - own_L2[:, 0]
+            assert float(size_L.sum()) == pytest.approx(groups, abs=1e-5)
+            starts = [place for place, start in enumerate(own_L2[:, 0].tolist()) if start < 1e-6]
+            assert len(starts) >= groups and float(own_L2[-1, 1]) == pytest.approx(1, abs=1e-5)
+            alone_BL2 = encoder.spans(encoder.tokenize([text]), name)
+            torch.testing.assert_close(alone_BL2[0, : len(own_L2)], own_L2, atol=1e-5, rtol=0)
+
+
 def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
     if not isinstance(encoder.states, PretrainedStates):
         assert all(p.requires_grad for p in encoder.parameters())
@@ -112,8 +129,8 @@ def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None
 
 def test_a_causal_lm_is_made_bidirectional() -> None:
     states = PretrainedStates(EncoderConfig(kind="lm", model="receiver:llama"), RECEIVERS, load_weights=True).eval()
-    tensors, length_B = states.tokenize([TEXTS[0], TEXTS[0].replace("Oslo", "Rome")])
-    one, other = states(**tensors, length_B=length_B)
+    tensors, sizes = states.tokenize([TEXTS[0], TEXTS[0].replace("Oslo", "Rome")])
+    one, other = states(**tensors, length_B=torch.tensor([len(size_S) for size_S in sizes]))
     assert not torch.allclose(one[0], other[0], atol=1e-3)  # the first token sees the last
 
 
@@ -121,21 +138,22 @@ def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> No
     config = EncoderConfig(kind="st", model=sentence_encoder(tmp_path / "st"))
     states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
     text = " ".join(TEXTS)
-    tensors, length_B = states.tokenize([text])
+    tensors, sizes = states.tokenize([text])
     own = states.tokenizer(text, add_special_tokens=False).input_ids
     assert len(own) > states.window and tensors["ids_WT"].shape[0] > 1
-    assert tensors["ids_WT"][tensors["real_WT"]].tolist() == own and length_B.tolist() == [len(own)]
-    assert states(**tensors, length_B=length_B).shape == (1, len(own), 32)
+    assert tensors["ids_WT"][tensors["real_WT"]].tolist() == own and len(sizes[0]) == len(own)
+    assert states(**tensors, length_B=torch.tensor([len(own)])).shape == (1, len(own), 32)
 
 
 def test_a_real_sentence_encoder_reads_what_a_text_is_about(real_receivers: Path) -> None:
     config = EncoderConfig(kind="st", model=str(real_receivers / "minilm"), tune="frozen")
     states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
     texts = ["A cat sleeps on the sofa.", "The kitten is napping on a couch.", "Interest rates rose again. " * 200]
-    tensors, length_B = states.tokenize(texts)
-    assert length_B[2] > states.window  # read in windows
-    x_BSM = states(**tensors, length_B=length_B)
-    means = [x_BSM[row, : length_B[row]].mean(0) for row in range(3)]
+    tensors, sizes = states.tokenize(texts)
+    assert len(sizes[2]) > states.window  # read in windows
+    lengths = [len(size_S) for size_S in sizes]
+    x_BSM = states(**tensors, length_B=torch.tensor(lengths))
+    means = [x_BSM[row, :length].mean(0) for row, length in enumerate(lengths)]
     cat, kitten, rates = (mean / mean.norm() for mean in means)
     assert cat @ kitten > 0.5 > cat @ rates
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentwire.models.pooling import SpanQueries, span_means
+from latentwire.models.pooling import SpanQueries, even_spans, overlap_means, span_means
 
 
 def means(x_BSM: torch.Tensor, length: int, spans: int) -> list[float]:
@@ -67,3 +67,23 @@ def test_queries_look_at_their_own_stretch_first() -> None:
         (gradient,) = torch.autograd.grad(pooled[0, latent].square().sum(), x_BSM, retain_graph=True)
         share = gradient[0].abs().sum(-1)
         assert share[start:stop].sum() > 1.2 * (stop - start) / 40 * share.sum(), latent
+
+
+def test_two_cuts_of_one_text_meet_at_the_same_places() -> None:
+    # "Ada | lives | in Oslo" to the sender, "Ad | a lives in | Oslo" to the receiver: bytes 4, 6, 7 and 2, 11, 4.
+    span_BL2 = even_spans(torch.tensor([[4.0, 6.0, 7.0]]), torch.tensor([3]), torch.tensor([3]))
+    edges = [0, 4 / 17, 10 / 17, 1]
+    assert span_BL2[0, :, 0].tolist() == pytest.approx(edges[:3]) and span_BL2[0, :, 1].tolist() == pytest.approx(
+        edges[1:]
+    )
+    met_BLM = overlap_means(torch.eye(3)[None], torch.tensor([[2.0, 11.0, 4.0]]), span_BL2)
+    expected = torch.tensor([[2 / 4, 2 / 4, 0], [0, 1, 0], [0, 3 / 7, 4 / 7]])
+    torch.testing.assert_close(met_BLM[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("length", "spans"), [(7, 3), (10, 3), (49, 13), (1, 5)])
+def test_nothing_stands_after_a_rows_own_spans(length: int, spans: int) -> None:
+    length_B, spans_B = torch.tensor([length, 60]), torch.tensor([spans, 30])
+    pooled_BLM = span_means(torch.ones(2, 60, 1), length_B, spans_B)
+    assert torch.equal(pooled_BLM[0, spans:], torch.zeros(30 - spans, 1))
+    torch.testing.assert_close(pooled_BLM[0, :spans], torch.ones(spans, 1))
