@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from latentwire.config import RunConfig
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
+
+WORKER_START_SECONDS = "600"
+"""Ray Train gives a worker one minute to start; a busy machine or a node that is being added takes longer. The planner
+has refused what could never start."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -91,6 +96,7 @@ def make_trainer(
 
     ``datasets``: materialised ``train`` and ``dev`` shards. The best checkpoint by ``metric`` and the last one are kept.
     """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
     resources = {"CPU": run.training.cpus_per_worker}
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
