@@ -59,6 +59,11 @@ class LatentWire:
         prompts = [builder.latent(slots[row], ids) for row, ids in enumerate(question_ids)]
         return self.decode(receiver, prompts, message)
 
+    @property
+    def reads_heads_alike(self) -> bool:
+        """Whether a receiver computes the text before a message as it would without one: no feature acts on it."""
+        return not any(feature.acts_on_text for feature in self.interlingua.features.values())
+
     @contextmanager
     def reading(self, receiver: str, batch: Batch, message: Message | None) -> Iterator[torch.Tensor | None]:
         """The soft vectors ``[N, D]`` of a batch, with the features attached to the receiver that is about to read it.

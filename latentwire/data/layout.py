@@ -13,7 +13,7 @@ Nothing outside this file counts positions: the index maps of :class:`Sequence` 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -80,6 +80,11 @@ class Batch:
     """Place of the target in its answer, from 0."""
     row_N: torch.Tensor
     """Row that the target belongs to."""
+    head: int = 0
+    """Leading positions before anything that changes from row to row or is predicted: the same tokens in all rows. 0 in
+    rows that are padded to the left."""
+    head_H: torch.Tensor | None = None
+    """Ids of a head that was taken off the rows; ``attention_BS`` still counts it, all other positions do not."""
 
     @property
     def slots_BS(self) -> torch.Tensor:
@@ -93,7 +98,21 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    def after_head(self) -> Batch:
+        """The same rows without the tokens that all of them begin with, which go to ``head_H``."""
+        width, names = self.ids_BS.shape[1], ("ids_BS", "latents_BS", "control_BS", "question_BS")
+        rows: dict[str, Any] = {name: getattr(self, name)[:, self.head :] for name in names}
+        row_N, place_N = self.predict_N // width, self.predict_N % width
+        return replace(
+            self,
+            **rows,
+            predict_N=row_N * (width - self.head) + place_N - self.head,
+            head=0,
+            head_H=self.ids_BS[0, : self.head],
+        )
 
 
 def sender_text(send: Literal["context", "prompt"], context: str, question: str) -> str:
@@ -308,4 +327,7 @@ def collate(
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
+        head=min(min(row.message.start, *(p - 1 for p in row.supervised[:1])) for row in rows)
+        if side == "right"
+        else 0,
     )

@@ -40,6 +40,10 @@ class Feature(nn.Module):
     keeps_receivers_frozen = True
     """Whether the receivers' own weights act unchanged. Results of features that say no are labelled."""
 
+    acts_on_text = False
+    """Whether anything changes at positions before the message, whose keys and values are else computed once for all
+    steps."""
+
     def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         """``options``: the feature's own section of the configuration."""
         super().__init__()

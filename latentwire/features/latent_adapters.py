@@ -19,6 +19,8 @@ from latentwire.models.interlingua import ReceiverShape
 class LatentAdapters(Feature):
     """After chosen layers, every position of the receiver looks at the latents, in decode steps too; nothing at first."""
 
+    acts_on_text = True
+
     def __init__(self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         super().__init__(options, run, receivers)
         self.depths = options.depths

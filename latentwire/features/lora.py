@@ -17,6 +17,7 @@ class Lora(Feature):
     """Updates of the named linear layers of every receiver, there only while it reads a message."""
 
     keeps_receivers_frozen = False
+    acts_on_text = True
 
     def __init__(self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         super().__init__(options, run, receivers)

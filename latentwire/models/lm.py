@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     GenerationConfig,
     TorchAoConfig,
 )
@@ -116,6 +118,7 @@ class LMWrapper(nn.Module):
         self.embed_tokens = self.lm.get_input_embeddings()
         self.head = self.lm.get_output_embeddings()
         self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
+        self._head: tuple[list[int], Cache] | None = None
         self._check_head()
 
     # -------------------------------------------------------------------------------------------------- properties
@@ -174,10 +177,14 @@ class LMWrapper(nn.Module):
     def supervised_states(
         self, batch: Batch, soft_ND: torch.Tensor | None = None, depths: Sequence[float] = ()
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits ``[N, V]`` that predict ``batch.target_N``, and the states ``[N, D]`` at fractions of the depth there."""
+        """Logits ``[N, V]`` that predict ``batch.target_N``, and the states ``[N, D]`` at fractions of the depth there.
+
+        A batch without its head (:meth:`read_head`) finds the head's keys and values ready.
+        """
         output = self.lm.base_model(
             inputs_embeds=self.embed(batch, soft_ND),
             attention_mask=batch.attention_BS.to(self.device),
+            past_key_values=self._head_cache(batch),
             use_cache=False,
             output_hidden_states=bool(depths),
         )
@@ -189,6 +196,29 @@ class LMWrapper(nn.Module):
 
         layers = [output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths]
         return self._logits(at_targets(output.last_hidden_state)), [at_targets(layer) for layer in layers]
+
+    @torch.no_grad()
+    def read_head(self, batch: Batch) -> Batch:
+        """The batch without its head, whose keys and values are computed where they are not known yet.
+
+        Call it where no feature is attached: the head is read as plain text, once for as long as it stays the same.
+        """
+        batch = batch.after_head()
+        assert batch.head_H is not None
+        ids = batch.head_H.tolist()
+        if ids and (self._head is None or self._head[0] != ids):
+            self._head = ids, self.lm.base_model(input_ids=batch.head_H[None], use_cache=True).past_key_values
+        return batch
+
+    def _head_cache(self, batch: Batch) -> Cache | None:
+        """The keys and values that :meth:`read_head` left, for every row."""
+        if batch.head_H is None or not len(batch.head_H):
+            return None
+        if self._head is None or self._head[0] != batch.head_H.tolist():
+            raise ValueError(f"receiver {self.name} has not read this batch's head; take it off with read_head")
+        cache = copy.deepcopy(self._head[1])  # a forward appends to the cache that it is given
+        cache.batch_repeat_interleave(len(batch.ids_BS))
+        return cache
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         logits_NV = self.head(hidden_ND.to(self.head.weight.device))

@@ -229,6 +229,8 @@ class Trainer:
         """One receiver's weighted loss terms, and its prompt's RMS over the embeddings'."""
         lm, losses = self.wire.receivers[name], self.wire.run.losses
         sequences = batch.sequences[name].to(lm.device)
+        if self.wire.reads_heads_alike:
+            sequences = lm.read_head(sequences)
         depths = losses.hidden_kd_depths if "hidden_kd" in weights.terms else ()
         teacher = self._teach(name, batch, depths) if weights.needs_teacher else None
         with self.wire.reading(name, sequences, message) as soft_ND:
@@ -241,7 +243,8 @@ class Trainer:
     def _teach(self, name: str, batch: TrainingBatch, depths: Sequence[float]) -> Teacher:
         """What the receiver says on the full text, as it is: no feature acts on it."""
         losses = self.wire.run.losses
-        logits_NV, states = self.wire.receivers[name].supervised_states(batch.teacher[name], None, depths)
+        lm = self.wire.receivers[name]
+        logits_NV, states = lm.supervised_states(lm.read_head(batch.teacher[name].to(lm.device)), None, depths)
         return Teacher(teacher_rows(logits_NV, losses.kd_temperature, losses.kd_top_k), states)
 
     def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:

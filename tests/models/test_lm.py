@@ -52,6 +52,25 @@ def test_ce_equals_the_models_own_loss(receiver: tuple) -> None:
     assert abs(ours - own_loss(lm, sequences, shift=1)) > 0.1
 
 
+def test_a_head_read_beforehand_changes_nothing(receiver: tuple) -> None:
+    lm, builder, rows = receiver
+    batch = collate([builder.latent(3 + place, question, answer) for place, (_, question, answer) in enumerate(rows)])
+    soft_ND = torch.randn(7, lm.width, generator=torch.Generator().manual_seed(0)) * lm.embed_rms
+    short = lm.read_head(batch)
+    assert short.head_H is not None
+    assert short.head_H.tolist() == builder.head_ids and len(builder.head_ids) > 1
+    assert short.ids_BS.shape[1] == batch.ids_BS.shape[1] - len(builder.head_ids)
+    whole_NV, whole_states = lm.supervised_states(batch, soft_ND, (0.5, 1.0))
+    for _ in range(2):  # the second reading finds the head unchanged
+        found_NV, states = lm.supervised_states(short, soft_ND, (0.5, 1.0))
+        torch.testing.assert_close(found_NV, whole_NV, atol=1e-4, rtol=1e-4)
+        for state, expected in zip(states, whole_states, strict=True):
+            torch.testing.assert_close(state, expected, atol=1e-3, rtol=1e-3)
+    lm._head = None
+    with pytest.raises(ValueError, match="has not read this batch's head"):
+        lm.supervised_states(short, soft_ND)
+
+
 def test_token_embeddings_through_the_latent_path_equal_text(receiver: tuple) -> None:
     lm, builder, rows = receiver
     for context, question, answer in rows:

@@ -89,6 +89,25 @@ def test_other_orders_of_work_give_the_joint_gradient(run: RunConfig, table: pa.
         torch.testing.assert_close(parted[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("without", [(), ("lora", "latent_adapters")], ids=["all-features", "features-after-the-head"])
+def test_a_head_read_beforehand_leaves_the_gradient(
+    run: RunConfig, table: pa.Table, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features that act on text switch the shortcut off; with the others it changes nothing."""
+    run = with_values(run, EVERYTHING | {"features": {name: {} for name in FEATURES if name not in without}})
+    taken, read_head = [], LMWrapper.read_head
+    monkeypatch.setattr(
+        LMWrapper, "read_head", lambda lm, batch: taken.append(batch.latents_BS.any()) or read_head(lm, batch)
+    )
+    found = gradients(run, table)
+    assert any(taken) == bool(without)
+    monkeypatch.setattr(LMWrapper, "read_head", lambda lm, batch: batch)
+    expected = gradients(run, table)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_sequential_models_hold_one_receivers_graph_at_a_time(run: RunConfig, table: pa.Table) -> None:
     """Bytes that autograd keeps at once: the largest receiver's share, and not the sum."""
 
