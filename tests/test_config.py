@@ -61,6 +61,12 @@ def test_shipped_spaces_are_valid(file: Path) -> None:
     assert load_space(file).search
 
 
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "presets").glob("*.yaml")), ids=lambda p: p.name)
+def test_presets_are_single_runs_that_differ_from_the_defaults(file: Path) -> None:
+    space = load_space(file)
+    assert not space.search and space.run != RunConfig() and space.tune == SpaceFile().tune
+
+
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="dataset text has no questions"):
         with_values(RunConfig(), {"data.dataset": "text"})
