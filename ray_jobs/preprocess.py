@@ -1,4 +1,4 @@
-"""Make the shards that a space needs, and nothing else.
+"""Make the shards and the teachers' columns that a space needs, and nothing else.
 
 python ray_jobs/preprocess.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
 """
@@ -9,9 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import ray
+
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import sweep
+from latentwire.tuning import planner, sweep
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -24,7 +26,7 @@ def main() -> int:
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
         sweep.start_ray()
-        sweep.prepare(space)
+        sweep.prepare(space, planner.gpus_each(space.run, ray.cluster_resources()))
     except USER_ERRORS as error:
         return fail(error)
     return 0

@@ -37,21 +37,26 @@ def main() -> int:
         sweep.start_ray()
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         print(plan, flush=True)
-        paths = sweep.prepare(space)[sweep.variant_key(run)]
+        files = sweep.prepare(space, plan.gpus_per_worker)[sweep.variant_key(run)]
         metric, mode = trial.metric_of(run)
         result = trial.make_trainer(
             run,
-            sweep.load_datasets(paths),
+            sweep.load_datasets(files),
             name=output.name,
             storage_path=str(output.parent),
             gpus_per_worker=plan.gpus_per_worker,
-            pins=sweep.pins(paths, run),
+            pins=sweep.pins(files.shards, run),
             metric=metric,
             mode=mode,
         ).fit()
         best = {"max": max, "min": min}[mode](result.best_checkpoints, key=lambda kept: kept[1][metric])[0]
         scores = results.on_cluster(
-            run, plan.gpus_per_worker, results.score_and_export, Path(best.path), paths["validation"], output / "best"
+            run,
+            plan.gpus_per_worker,
+            results.score_and_export,
+            Path(best.path),
+            files.shards["validation"],
+            output / "best",
         )
     except USER_ERRORS as error:
         return fail(error)

@@ -54,12 +54,12 @@ def main() -> int:
 
 def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     """The sweep itself, after everything that could be refused has been."""
-    paths = sweep.prepare(space)
-    grid = sweep.run_sweep(space, plan, paths, output)
+    files = sweep.prepare(space, plan.gpus_per_worker)
+    grid = sweep.run_sweep(space, plan, files, output)
     metric, mode = space.tune.metric, space.tune.mode
     best = results.find_best(grid, metric, mode)
     run = with_values(space.run, best.values)
-    validation = paths[sweep.variant_key(run)]["validation"]
+    validation = files[sweep.variant_key(run)].shards["validation"]
     scores = results.on_cluster(
         run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
     )

@@ -80,8 +80,10 @@ class LossConfig(Section):
     """KL from the teacher (the same receiver on the full text) at the first ``k`` answer tokens, mean over tokens."""
     kd_temperature: float = Field(1.0, gt=0, le=100)
     """Softens both distributions of the KL, which is multiplied by its square (arXiv 1503.02531)."""
-    kd_top_k: int = Field(0, ge=0)
-    """Teacher's likeliest tokens to compare one by one; the others count as one event. 0: the whole vocabulary."""
+    kd_top_k: int = Field(32, ge=0)
+    """Teacher's likeliest tokens to compare one by one; the others count as one event. What the teachers say about them is
+    computed once and kept beside the shards. 0: the whole vocabulary, which is too large to keep: every step runs the
+    teachers."""
     hidden_kd_weight: float = Field(0.0, ge=0)
     """Squared distance to the teacher's layer-normalised hidden states at the first ``k`` answer tokens."""
     hidden_kd_depths: tuple[float, ...] = Field((0.5, 1.0), min_length=1)

@@ -14,6 +14,8 @@ import torch
 
 from latentwire.config import RunConfig
 from latentwire.data.layout import Batch, Sequence, SequenceBuilder, collate, sender_text
+from latentwire.data.teachers import teacher_of
+from latentwire.losses.bundles import Teacher
 from latentwire.models.pooling import Coarsening
 
 RECONSTRUCT, CONTINUE = 0, 1
@@ -32,8 +34,9 @@ class TrainingBatch:
     """Latent prompts with answers; after them, where their losses are on, reconstructions and continuations."""
     message_ids: dict[str, list[list[int]]]
     """Each receiver's own token ids of each message's text, for the alignment."""
-    teacher: dict[str, Batch]
-    """Text prompts with the same answers in the same order, where a KD term is on."""
+    teacher: dict[str, Batch | Teacher]
+    """Where a KD term is on: what the receiver said on the texts, or, where the rows do not tell, text prompts with the
+    same answers in the same order for it to read."""
 
 
 class TrainingCollator:
@@ -42,7 +45,7 @@ class TrainingCollator:
     def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder], encoder: Any) -> None:
         """``encoder``: its ``tokenize`` and ``slots`` are used, its weights are not."""
         self.send, self.builders = run.data.send, dict(builders)
-        self.training = run.training
+        self.training, self.losses = run.training, run.losses
         self.tokenize: Callable[[list[str], Coarsening | None], Any] = encoder.tokenize
         self.slots: Callable[[Any, str], list[int]] = encoder.slots
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
@@ -78,7 +81,11 @@ class TrainingCollator:
                 name: self._sequences(name, rows, tokens, [after for _, after in parted], step) for name in self.builders
             },
             message_ids={name: self._message_ids(name, rows, [before for before, _ in parted]) for name in self.builders},
-            teacher={name: collate(self._texts(name, rows)) for name in self.builders} if self.teach else {},
+            teacher={
+                name: teacher_of(table, name, self.losses) or collate(self._texts(name, rows)) for name in self.builders
+            }
+            if self.teach
+            else {},
         )  # fmt: skip
 
     def _sequences(self, name: str, rows: Mapping[str, list], tokens: Any, following: list[str], step: int) -> Batch:

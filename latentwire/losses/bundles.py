@@ -52,6 +52,11 @@ class Teacher:
     rows: TeacherRows | None
     states: Sequence[torch.Tensor] = ()
 
+    def to(self, device: torch.device | str) -> Teacher:
+        """The same on ``device``."""
+        rows = None if self.rows is None else self.rows.to(device)
+        return Teacher(rows, [state_ND.to(device) for state_ND in self.states])
+
 
 def factor(schedule: Schedule, step: int) -> float:
     """The schedule's factor at a step counted from the end of the alignment."""

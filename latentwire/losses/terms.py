@@ -5,7 +5,7 @@ Terms come per token, so that a bundle can average each over its own tokens, ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,17 @@ class TeacherRows:
 
     def at(self, mask_N: torch.Tensor) -> TeacherRows:
         """Some of the rows."""
+        return self._each(lambda tensor: tensor[mask_N])
+
+    def to(self, device: torch.device | str) -> TeacherRows:
+        """The same on ``device``."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TeacherRows:
         return TeacherRows(
-            None if self.ids_NK is None else self.ids_NK[mask_N],
-            self.log_p_NK[mask_N],
-            None if self.log_tail_N is None else self.log_tail_N[mask_N],
+            None if self.ids_NK is None else change(self.ids_NK),
+            change(self.log_p_NK),
+            None if self.log_tail_N is None else change(self.log_tail_N),
             self.temperature,
         )
 

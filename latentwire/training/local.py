@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from latentwire.assembly import LatentWire
 from latentwire.config import TrainingConfig
-from latentwire.data import shards
+from latentwire.data import shards, teachers
 from latentwire.data.batches import shuffled_batches
 from latentwire.training import checkpoints
 from latentwire.training.loop import Epoch, Trainer, TrainingError
@@ -31,7 +31,8 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
 
     Keeps the best by development F1 and the last.
     """
-    train, dev = shards.read_table(paths["train"]), shards.read_table(paths["dev"])
+    train = teachers.joined(shards.read_table(paths["train"]), wire.run, paths["train"])
+    dev = shards.read_table(paths["dev"])
     trainer = Trainer(wire, max(1, train.num_rows // wire.run.training.batch_size))
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
     pins = {

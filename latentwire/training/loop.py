@@ -242,9 +242,11 @@ class Trainer:
     @torch.no_grad()
     def _teach(self, name: str, batch: TrainingBatch, depths: Sequence[float]) -> Teacher:
         """What the receiver says on the full text, as it is: no feature acts on it."""
-        losses = self.wire.run.losses
-        lm = self.wire.receivers[name]
-        logits_NV, states = lm.supervised_states(lm.read_head(batch.teacher[name].to(lm.device)), None, depths)
+        losses, lm = self.wire.run.losses, self.wire.receivers[name]
+        told = batch.teacher[name].to(lm.device)
+        if isinstance(told, Teacher):
+            return told
+        logits_NV, states = lm.supervised_states(lm.read_head(told), None, depths)
         return Teacher(teacher_rows(logits_NV, losses.kd_temperature, losses.kd_top_k), states)
 
     def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:

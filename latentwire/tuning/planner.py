@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.data import shards
+from latentwire.data import shards, teachers
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
@@ -78,8 +78,7 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     """
     run = largest_run(space)
     training = run.training
-    gpus = resources.get("GPU", 0.0)
-    gpus_per_worker = training.gpus_per_worker if training.gpus_per_worker is not None else (1.0 if gpus else 0.0)
+    gpus, gpus_per_worker = resources.get("GPU", 0.0), gpus_each(run, resources)
     if training.init_from is not None:
         checkpoints.read_manifest(Path(training.init_from))
     if training.batch_size % training.num_workers:
@@ -116,6 +115,12 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     )
 
 
+def gpus_each(run: RunConfig, resources: dict[str, float]) -> float:
+    """GPUs that one worker of a run asks this cluster for."""
+    wanted = run.training.gpus_per_worker
+    return wanted if wanted is not None else (1.0 if resources.get("GPU") else 0.0)
+
+
 def on_cuda() -> bool:
     """Whether this process has a CUDA device."""
     return torch.cuda.is_available()
@@ -124,15 +129,22 @@ def on_cuda() -> bool:
 def local_shards(
     run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
 ) -> dict[shards.ShardSplit, Path]:
-    """Shards of a run that trains in this process; Ray is started only where some are missing, and stopped again."""
+    """Shards of a run that trains in this process, and with them the teachers' columns.
+
+    Ray is started only where some are missing, and stopped again.
+    """
     paths = {split: shards.shard_path(run, split) for split in splits}
-    if all((path / "manifest.json").exists() for path in paths.values()):
+    complete = all((path / "manifest.json").exists() for path in paths.values())
+    if complete and ("train" not in paths or teachers.complete(run, paths["train"])):
         return paths
     import ray
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
-        return {split: shards.ensure_shards(run, split) for split in splits}
+        paths = {split: shards.ensure_shards(run, split) for split in splits}
+        if "train" in paths:
+            teachers.ensure_teachers(run, paths["train"], gpus_each(run, ray.cluster_resources()))
+        return paths
     finally:
         ray.shutdown()
 

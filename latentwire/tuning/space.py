@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from latentwire.config import CategoricalDimension, FloatDimension, RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.shards import SHARD_KNOBS
+from latentwire.data.teachers import TEACHER_KNOBS, TEACHER_SIZES
 
 
 def distributions(space: SpaceFile) -> dict[str, BaseDistribution]:
@@ -36,30 +37,37 @@ def check_metric(space: SpaceFile) -> None:
 
 
 def data_variants(space: SpaceFile) -> list[RunConfig]:
-    """The configurations whose shards differ: every combination of searched choices under ``data.`` and ``prompt.``.
+    """The configurations whose shards or teachers' columns differ: every combination of searched choices of what they hang on.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where such a dimension is not categorical: each of its values needs
-    shards of its own, so there must be a few of them, known beforehand.
+    Weights of the teachers' terms, and ``k``, stand at their largest: the columns then serve every trial. Raises
+    :class:`~latentwire.config.resolve.ConfigError` where such a dimension is not categorical: each of its values needs files
+    of its own, so there must be a few of them, known beforehand.
     """
     varied: dict[str, tuple[Any, ...]] = {}
     for dotted, dim in space.search.items():
-        if dotted.startswith(SHARD_KNOBS):
+        if dotted.startswith((*SHARD_KNOBS, *TEACHER_KNOBS)):
             if not isinstance(dim, CategoricalDimension):
                 raise ConfigError(
-                    f"search.{dotted} must be categorical, got {dim.type}: each value needs its own shards"
+                    f"search.{dotted} must be categorical, got {dim.type}: each value needs files of its own"
                 )
             varied[dotted] = dim.choices
+    largest = {name: value for name, value in _largest(space).items() if name in TEACHER_SIZES}
     return [
-        with_values(space.run, dict(zip(varied, choice, strict=True))) for choice in itertools.product(*varied.values())
+        with_values(space.run, largest | dict(zip(varied, choice, strict=True)))
+        for choice in itertools.product(*varied.values())
     ]
 
 
 def largest_run(space: SpaceFile) -> RunConfig:
     """The shared configuration with every searched number at its upper end: what a trial may cost at most."""
+    return with_values(space.run, _largest(space), "largest trial of the space")
+
+
+def _largest(space: SpaceFile) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for dotted, dim in space.search.items():
         if not isinstance(dim, CategoricalDimension):
             values[dotted] = dim.high
         elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):
             values[dotted] = max(dim.choices)
-    return with_values(space.run, values, "largest trial of the space")
+    return values

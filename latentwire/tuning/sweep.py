@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
-from latentwire.data import shards
+from latentwire.data import shards, teachers
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import data_variants, distributions
@@ -39,10 +40,19 @@ def start_ray() -> None:
     ray.init(ignore_reinit_error=True, log_to_driver=True)
 
 
-def prepare(space: SpaceFile) -> dict[str, dict[shards.ShardSplit, Path]]:
-    """Shards of every data variant the space can draw: variant key → split → directory.
+@dataclass(frozen=True)
+class Files:
+    """What the trials of one data variant read."""
 
-    A few are made at once: one small source is one task, which leaves the other cores idle.
+    shards: dict[shards.ShardSplit, Path]
+    teachers: dict[str, Path]
+    """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
+
+
+def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
+    """Shards and teachers' columns of every data variant the space can draw, by :func:`variant_key`.
+
+    A few splits are made at once: one small source is one task, which leaves the other cores idle.
     """
     variants = list(data_variants(space))
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
@@ -51,29 +61,41 @@ def prepare(space: SpaceFile) -> dict[str, dict[shards.ShardSplit, Path]]:
             for run in variants
             for split in shards.SPLITS
         }
-        return {
-            variant_key(run): {split: waiting[variant_key(run), split].result() for split in shards.SPLITS}
-            for run in variants
-        }
+        paths = {key: future.result() for key, future in waiting.items()}
+    files: dict[str, Files] = {}
+    for run in variants:
+        key = variant_key(run)
+        own = {split: paths[key, split] for split in shards.SPLITS}
+        said = teachers.ensure_teachers(run, own["train"], gpus_per_worker)
+        if key not in files or said:  # of two bundles with the same shards, one may need a teacher
+            files[key] = Files(own, said)
+    return files
 
 
 def variant_key(run: RunConfig) -> str:
-    """Names the shards of a run within one sweep."""
-    return json.dumps({"data": run.data.model_dump(), "prompt": run.prompt.model_dump()}, sort_keys=True)
+    """Names the files of a run within one sweep."""
+    losses = run.losses
+    said = [losses.kd_temperature, losses.kd_top_k, losses.hidden_kd_depths]
+    tree = {"data": run.data.model_dump(), "prompt": run.prompt.model_dump(), "teachers": said}
+    return json.dumps(tree, sort_keys=True)
 
 
-def load_datasets(paths: dict[shards.ShardSplit, Path]) -> dict[str, ray.data.Dataset]:
-    """Train and development shards in the object store, once for all trials.
+def load_datasets(files: Files) -> dict[str, ray.data.Dataset]:
+    """Train and development shards in the object store, once for all trials; train with the teachers' columns.
 
     Materialised on purpose: a pipeline inside a trial would run again every epoch, and waits for ever for CPUs that the
     trials hold.
     """
     shards.quiet_ray_data()
-    datasets = {}
-    for split in ("train", "dev"):
-        files = shards.read_manifest(paths[split])["files"]
-        datasets[split] = ray.data.read_parquet([str(paths[split] / name) for name in files]).materialize()
-    return datasets
+    names = {split: shards.read_manifest(files.shards[split])["files"] for split in ("train", "dev")}
+
+    def read(folder: Path, split: str) -> ray.data.Dataset:
+        return ray.data.read_parquet([str(folder / name) for name in names[split]])
+
+    train = read(files.shards["train"], "train")
+    if files.teachers:
+        train = train.zip(*(read(folder, "train") for folder in files.teachers.values()))
+    return {"train": train.materialize(), "dev": read(files.shards["dev"], "dev").materialize()}
 
 
 def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]:
@@ -90,7 +112,7 @@ def drive_trial(
     space: SpaceFile,
     plan: Plan,
     datasets: dict[str, dict[str, ray.data.Dataset]],
-    paths: dict[str, dict[shards.ShardSplit, Path]],
+    files: dict[str, Files],
     storage_path: str,
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer under a name that a restart finds again."""
@@ -102,7 +124,7 @@ def drive_trial(
         name=f"train-{tune.get_context().get_trial_id()}",
         storage_path=storage_path,
         gpus_per_worker=plan.gpus_per_worker,
-        pins=pins(paths[key], run),
+        pins=pins(files[key].shards, run),
         metric=space.tune.metric,
         mode=space.tune.mode,
         callbacks=[TuneReportCallback()],
@@ -114,12 +136,10 @@ def total_steps(run: RunConfig, train_rows: int) -> int:
     return min(run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12)
 
 
-def run_sweep(
-    space: SpaceFile, plan: Plan, paths: dict[str, dict[shards.ShardSplit, Path]], output: Path
-) -> tune.ResultGrid:
+def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> tune.ResultGrid:
     """Search the space; everything is written under ``output``. Trials that fail are reported, not raised."""
     config = space.tune
-    datasets = {key: load_datasets(splits) for key, splits in paths.items()}
+    datasets = {key: load_datasets(own) for key, own in files.items()}
     rows = min(splits["train"].count() for splits in datasets.values())
     steps = total_steps(space.run, rows)
     scheduler: Any = FIFOScheduler()
@@ -137,7 +157,7 @@ def run_sweep(
         sampler=optuna.samplers.TPESampler(seed=config.seed, multivariate=True, group=True, n_startup_trials=5),
     )
     driver = tune.with_parameters(
-        drive_trial, space=space, plan=plan, datasets=datasets, paths=paths, storage_path=str(output / "trials")
+        drive_trial, space=space, plan=plan, datasets=datasets, files=files, storage_path=str(output / "trials")
     )
     tuner = tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),

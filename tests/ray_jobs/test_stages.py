@@ -17,14 +17,18 @@ pytestmark = pytest.mark.slow
 
 
 def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
-    steps = ("--max_steps=6", "--set", "training.evaluate_every=3")
-    assert job("ray_jobs/preprocess.py", *TINY, "--set", "prompt.anchor=A: ").wait(300) == 0, log_of(tmp_path)
+    steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "losses.kd_weight=0.5")
+    prepared = ("--set", "prompt.anchor=A: ", "--set", "losses.kd_weight=0.5")
+    assert job("ray_jobs/preprocess.py", *TINY, *prepared).wait(300) == 0, log_of(tmp_path)
     assert "shards train: 200 rows (0 truncated), 0 rejected" in log_of(tmp_path)
+    assert re.search(r"teacher qwen: 200 rows, [\d.]+ MB per 1,000 rows, made in", log_of(tmp_path))
     output = tmp_path / "one"
     assert job("ray_jobs/train.py", *TINY, *steps, "--num_workers=2", "--output_dir", str(output)).wait(500) == 0, (
         log_of(tmp_path)
     )
     trained = json.loads((output / "results.json").read_text())["validation"]
+    kept = json.loads((output / "best" / "manifest.json").read_text())["metrics"]["development"]
+    assert kept["kd_llama"] > 0 and kept["kd_qwen"] > 0
     scores = tmp_path / "scores.json"
     code = job("ray_jobs/evaluate.py", "--checkpoint", str(output / "best"), "--output", str(scores)).wait(300)
     assert code == 0, log_of(tmp_path)

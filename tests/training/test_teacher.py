@@ -13,7 +13,7 @@ from latentwire.losses.bundles import Reader, loss_terms, term_counts, weights_a
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table
 
-KD = {"losses.kd_weight": 1.0, "losses.hidden_kd_weight": 1.0, "losses.k": 3}
+KD = {"losses.kd_weight": 1.0, "losses.kd_top_k": 0, "losses.hidden_kd_weight": 1.0, "losses.k": 3}
 
 
 @pytest.fixture(scope="module", params=["context", "prompt", "smollm2"])

@@ -40,3 +40,18 @@ def test_texts_are_searched_by_their_loss(tmp_path: Path, chosen: str) -> None:
         check_metric(load_space(tmp_path / "s.yaml"))
     (tmp_path / "s.yaml").write_text(texts.replace(chosen, "{metric: dev_loss, mode: min}"))
     check_metric(load_space(tmp_path / "s.yaml"))
+
+
+def test_teachers_columns_serve_every_trial(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("""
+run: {losses: {kd_weight: 0.0}}
+search:
+  losses.kd_weight: {type: float, low: 0.0, high: 0.5}
+  losses.k: {type: int, low: 1, high: 6}
+  losses.kd_temperature: {type: categorical, choices: [1.0, 2.0]}
+""")
+    runs = data_variants(load_space(tmp_path / "s.yaml"))
+    assert [(r.losses.kd_weight, r.losses.k, r.losses.kd_temperature) for r in runs] == [(0.5, 6, 1.0), (0.5, 6, 2.0)]
+    (tmp_path / "s.yaml").write_text("search: {losses.kd_temperature: {type: float, low: 1, high: 4}}")
+    with pytest.raises(ConfigError, match=r"search\.losses\.kd_temperature must be categorical, got float"):
+        data_variants(load_space(tmp_path / "s.yaml"))

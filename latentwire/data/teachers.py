@@ -1,0 +1,222 @@
+"""What each receiver says on the full text, computed once for all trials and kept beside the shards.
+
+A teacher is the receiver itself, reading the row's text instead of its message. It never changes, so its words at the
+first K supervised positions (log-probabilities of its likeliest tokens, and hidden states of chosen layers) are columns:
+``<shard_dir>/teacher-<receiver>-<hash>`` holds one Parquet file for every file of the training shards, row by row.
+The hash covers the shards, the receiver's weights and what is kept. A file that is there is whole; what is missing is
+made by a Ray Data actor pool, so a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from latentwire.config import LossConfig, ReceiverConfig, RunConfig
+from latentwire.data import shards
+from latentwire.data.layout import SequenceBuilder, collate
+from latentwire.losses.bundles import Teacher
+from latentwire.losses.terms import TeacherRows, teacher_rows
+from latentwire.models.lm import LMWrapper
+from latentwire.models.weights import resolve
+
+TEACHER_VERSION = 1
+TEACHER_KNOBS = ("losses.bundle", "losses.kd_temperature", "losses.kd_top_k", "losses.hidden_kd_depths")
+"""What columns hang on, beside shards and receivers; a search may vary it only by enumerable choices."""
+TEACHER_SIZES = ("losses.k", "losses.kd_weight", "losses.hidden_kd_weight")
+"""What decides how many of them there are: the largest values serve the smaller ones."""
+BATCH_ROWS = 32
+"""Texts that a teacher reads together."""
+
+
+def needed(losses: LossConfig) -> bool:
+    """Whether a run compares with teachers, and with few enough tokens that columns can hold what they say."""
+    return losses.hidden_kd_weight > 0 or (losses.kd_weight > 0 and losses.kd_top_k > 0)
+
+
+def most_tokens(losses: LossConfig) -> int:
+    """K: the largest ``k`` that the schedule reaches."""
+    schedule = losses.schedules.get("k")
+    return max(1, round(losses.k * max((schedule.start, schedule.end) if schedule else (1.0,))))
+
+
+def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Path) -> Path:
+    """Where one receiver's columns for these training shards are, or will be."""
+    losses = run.losses
+    spec = {
+        "teacher_version": TEACHER_VERSION,
+        "shards": shards.read_manifest(train)["key"],  # layout, template and anchor are part of it
+        "weights": _weights(receiver),
+        "reads": [receiver.dtype, receiver.quantization, receiver.revision],
+        "k": most_tokens(losses),
+        "tokens": [losses.kd_top_k, losses.kd_temperature] if losses.kd_weight > 0 else None,
+        "depths": losses.hidden_kd_depths if losses.hidden_kd_weight > 0 else None,
+    }
+    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    return train.parent / f"teacher-{receiver.name}-{key}"
+
+
+def _weights(receiver: ReceiverConfig) -> Any:
+    """What identifies weights without reading them: a Hub id, or names, sizes and times of a directory's files."""
+    path = Path(resolve(receiver))
+    if not path.is_dir():
+        return receiver.model
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def complete(run: RunConfig, train: Path) -> bool:
+    """Whether every column that the run needs is there."""
+    files = shards.read_manifest(train)["files"]
+    paths = [teacher_path(run, receiver, train) for receiver in run.receivers] if needed(run.losses) else []
+    return all((path / name).exists() for path in paths for name in files)
+
+
+def ensure_teachers(run: RunConfig, train: Path, gpus: float = 0.0) -> dict[str, Path]:
+    """Make every receiver's columns for complete training shards, unless they are there: receiver → directory.
+
+    Nothing where the run needs none. Needs Ray initialised to make them; ``gpus``: what one reader asks for.
+    """
+    if not needed(run.losses):
+        return {}
+    files = shards.read_manifest(train)["files"]
+    made = {}
+    for receiver in run.receivers:
+        path = made[receiver.name] = teacher_path(run, receiver, train)
+        missing = [name for name in files if not (path / name).exists()]
+        if missing:
+            path.mkdir(parents=True, exist_ok=True)
+            _make(run, receiver, train, path, missing, gpus)
+        rows = shards.read_manifest(train)["rows"]
+        size = sum((path / name).stat().st_size for name in files)
+        print(f"teacher {receiver.name}: {rows:,} rows, {size / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
+              f"{'made in' if missing else 'reused from'} {path}", flush=True)  # fmt: skip
+    return made
+
+
+def _make(run: RunConfig, receiver: ReceiverConfig, train: Path, path: Path, missing: list[str], gpus: float) -> None:
+    import ray
+    import ray.data
+
+    shards.quiet_ray_data()
+    cpus = run.training.cpus_per_worker
+    room = ray.cluster_resources().get("GPU", 0.0) / gpus if gpus else ray.cluster_resources().get("CPU", 1.0) / cpus
+    readers = max(1, min(len(missing), int(room)))
+    done = ray.data.from_items([{"file": name} for name in missing], override_num_blocks=len(missing)).map_batches(
+        TeacherReader,
+        fn_constructor_args=(run.model_dump(mode="json"), receiver.name, str(train), str(path)),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers),
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+    )
+    for count, _ in enumerate(done.iter_rows(), start=1):
+        print(f"teacher {receiver.name}: {count}/{len(missing)} files", flush=True)
+
+
+class TeacherReader:
+    """One actor of the pool: holds a receiver, reads a shard file, leaves its columns in a file of the same name."""
+
+    def __init__(self, run: Mapping[str, Any], name: str, train: str, path: str) -> None:
+        self.run, self.train, self.path = RunConfig.model_validate(run), Path(train), Path(path)
+        torch.set_num_threads(max(1, int(self.run.training.cpus_per_worker)))
+        receiver = next(receiver for receiver in self.run.receivers if receiver.name == name)
+        self.lm = LMWrapper(receiver)
+        self.builder = SequenceBuilder(self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``file``: names of shard files."""
+        for name in batch["file"]:
+            table = read_columns(self.lm, self.builder, self.run, pq.read_table(self.train / name))
+            aside = self.path / f".{name}.part-{os.getpid()}"
+            pq.write_table(table, aside)
+            aside.rename(self.path / name)
+        return batch
+
+
+def read_columns(lm: LMWrapper, builder: SequenceBuilder, run: RunConfig, table: pa.Table) -> pa.Table:
+    """One receiver's teacher columns for shard rows, in their order.
+
+    ``<name>_teacher_count`` says of how many supervised positions a row tells, K at most; ``…_ids`` and ``…_log_p`` hold
+    top-k entries for each of them, ``…_log_tail`` one, ``…_states`` all chosen layers' states; floats as fp16.
+    """
+    losses, k = run.losses, most_tokens(run.losses)
+    depths = losses.hidden_kd_depths if losses.hidden_kd_weight > 0 else ()
+    rows = table.select([f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]).to_pydict()
+    sequences = [builder.text(*pieces) for pieces in zip(*rows.values(), strict=True)]
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # alike in length, so little padding
+    found: list[dict[str, np.ndarray]] = [{}] * len(sequences)
+    for start in range(0, len(order), BATCH_ROWS):
+        chosen = order[start : start + BATCH_ROWS]
+        batch = collate(replace(sequences[i], supervised=sequences[i].supervised[:k]) for i in chosen).to(lm.device)
+        with torch.no_grad():
+            logits_NV, states = lm.supervised_states(lm.read_head(batch), None, depths)
+            said = _said(logits_NV, states, losses)
+        for place, index in enumerate(chosen):
+            mine_N = (batch.row_N == place).cpu()
+            found[index] = {name: tensor[mine_N].flatten().numpy() for name, tensor in said.items()}
+    types = {"ids": pa.int32(), "log_p": pa.float16(), "log_tail": pa.float16(), "states": pa.float16()}
+    columns = {name: pa.array([row[name] for row in found], pa.list_(types[name])) for name in found[0]}
+    columns["count"] = pa.array([len(sequence.supervised[:k]) for sequence in sequences], pa.int32())
+    return pa.table({f"{lm.name}_teacher_{name}": column for name, column in columns.items()})
+
+
+def _said(logits_NV: torch.Tensor, states: list[torch.Tensor], losses: LossConfig) -> dict[str, torch.Tensor]:
+    said = {}
+    if losses.kd_weight > 0 and losses.kd_top_k > 0:
+        rows = teacher_rows(logits_NV, losses.kd_temperature, losses.kd_top_k)
+        assert rows.ids_NK is not None and rows.log_tail_N is not None
+        said = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
+    if states:
+        said["states"] = torch.stack(states, 1).half()
+    return {name: tensor.cpu() for name, tensor in said.items()}
+
+
+def joined(train: pa.Table, run: RunConfig, path: Path) -> pa.Table:
+    """Training rows with the columns of all teachers that :func:`ensure_teachers` made."""
+    if not needed(run.losses):
+        return train
+    files = shards.read_manifest(path)["files"]
+    for receiver in run.receivers:
+        said = pa.concat_tables([pq.read_table(teacher_path(run, receiver, path) / name) for name in files])
+        for name in said.column_names:
+            train = train.append_column(name, said[name])
+    return train
+
+
+def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None:
+    """One receiver's words for a batch of shard rows, as the losses take them; ``None`` where columns are missing.
+
+    A row stands for every supervised token of every answer. Those after the first K hold nothing, and are not asked for:
+    K is the largest ``k`` of the run, or of the whole sweep.
+    """
+    wanted = ["ids"] * (losses.kd_weight > 0) + ["states"] * (losses.hidden_kd_weight > 0)
+    if not wanted or any(f"{name}_teacher_{column}" not in table.column_names for column in wanted):
+        return None
+    answers, counts = table[f"{name}_answer_ids"].to_pylist(), table[f"{name}_teacher_count"].to_pylist()
+    keep_N = torch.cat([torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)])
+
+    def spread(column: str, dtype: torch.dtype) -> torch.Tensor:
+        flat = table[f"{name}_teacher_{column}"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        told_ME = torch.from_numpy(flat.copy()).to(dtype).view(int(keep_N.sum()), -1)
+        return torch.zeros(len(keep_N), told_ME.shape[1], dtype=dtype).masked_scatter(keep_N[:, None], told_ME)
+
+    rows: TeacherRows | None = None
+    states: tuple[torch.Tensor, ...] = ()
+    if losses.kd_weight > 0:
+        tail_N = spread("log_tail", torch.float32).squeeze(1)
+        rows = TeacherRows(spread("ids", torch.long), spread("log_p", torch.float32), tail_N, losses.kd_temperature)
+    if losses.hidden_kd_weight > 0:
+        states_NE = spread("states", torch.float32)
+        states = states_NE.view(len(states_NE), len(losses.hidden_kd_depths), -1).unbind(1)
+    return Teacher(rows, states)
