@@ -21,7 +21,8 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.training.local import train_here
+from latentwire.training.local import train_here, training_rows
+from latentwire.training.profile import profile_steps
 from latentwire.tuning import planner, report, results
 
 
@@ -31,6 +32,8 @@ def main() -> int:
     add_flags(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and results go")
     parser.add_argument("--resume", action="store_true", help="continue in an output_dir that exists")
+    parser.add_argument("--profile", type=int, metavar="STEPS",
+                        help="only measure so many steps: a Chrome trace and a table of shares in output_dir/profile")  # fmt: skip
     options = parser.parse_args()
     try:
         space = with_home(read_space(options))
@@ -41,6 +44,13 @@ def main() -> int:
         here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
         print(planner.plan(space, here, planner.node_memory()), flush=True)
         paths = planner.local_shards(space.run)
+        if options.profile:
+            print(
+                profile_steps(
+                    LatentWire(space.run), training_rows(space.run, paths), options.profile, output / "profile"
+                )
+            )
+            return 0
         best = train_here(LatentWire(space.run), paths, output)
         export = output / "best"
         if export.exists():

@@ -50,6 +50,14 @@ class TrainingConfig(Section):
     """Steps with a loss or gradient that is not finite are skipped and counted; this many in a row end the run."""
     sequential_models: bool = False
     """Forward and backward one receiver after the other: peak memory is the largest receiver's graph, not the sum."""
+    logit_rows: int = Field(512, ge=1)
+    """Supervised tokens whose logits exist at once. More of them in a step are taken in chunks of this size, each forward
+    and backward, so that a large vocabulary costs the memory of one chunk."""
+    gradient_checkpointing: bool = False
+    """Receivers keep one state per layer for the backward pass and compute the others again: less memory, about a
+    third more time."""
+    compile: bool = False
+    """``torch.compile`` the receivers: faster on CUDA after minutes of compilation, not worth it on a CPU."""
     receivers_per_step: Literal["all", "one"] = "all"
     """``one``: each step trains through one receiver, drawn by seed and step (arXiv 2510.20535)."""
     autocast: bool = False

@@ -160,8 +160,8 @@ def read_columns(lm: LMWrapper, builder: SequenceBuilder, run: RunConfig, table:
         chosen = order[start : start + BATCH_ROWS]
         batch = collate(replace(sequences[i], supervised=sequences[i].supervised[:k]) for i in chosen).to(lm.device)
         with torch.no_grad():
-            logits_NV, states = lm.supervised_states(lm.read_head(batch), None, depths)
-            said = _said(logits_NV, states, losses)
+            hidden_ND, states = lm.supervised_states(lm.read_head(batch), None, depths)
+            said = _said(lm, hidden_ND, states, losses)
         for place, index in enumerate(chosen):
             mine_N = (batch.row_N == place).cpu()
             found[index] = {name: tensor[mine_N].flatten().numpy() for name, tensor in said.items()}
@@ -171,10 +171,12 @@ def read_columns(lm: LMWrapper, builder: SequenceBuilder, run: RunConfig, table:
     return pa.table({f"{lm.name}_teacher_{name}": column for name, column in columns.items()})
 
 
-def _said(logits_NV: torch.Tensor, states: list[torch.Tensor], losses: LossConfig) -> dict[str, torch.Tensor]:
+def _said(
+    lm: LMWrapper, hidden_ND: torch.Tensor, states: list[torch.Tensor], losses: LossConfig
+) -> dict[str, torch.Tensor]:
     said = {}
     if losses.kd_weight > 0 and losses.kd_top_k > 0:
-        rows = teacher_rows(logits_NV, losses.kd_temperature, losses.kd_top_k)
+        rows = teacher_rows(lm.logits(hidden_ND), losses.kd_temperature, losses.kd_top_k)
         assert rows.ids_NK is not None and rows.log_tail_N is not None
         said = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
     if states:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from latentwire.config import LossConfig, Schedule
 from latentwire.data.layout import Batch
+from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import (
     TeacherRows,
     first_k,
@@ -38,9 +39,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Reader:
-    """What a receiver said at the supervised positions."""
+    """What a receiver made of the supervised positions."""
 
-    logits_NV: torch.Tensor
+    hidden_ND: torch.Tensor
+    """Its last states."""
+    head: Callable[[torch.Tensor], torch.Tensor]
+    """Last states → logits ``[N, V]``."""
     states: Sequence[torch.Tensor] = ()
     """At the depths of ``hidden_kd_depths``, each ``[N, D]``."""
 
@@ -102,33 +106,47 @@ def term_counts(weights: Weights, batch: Batch) -> dict[str, float]:
 
 
 def loss_terms(
-    weights: Weights, batch: Batch, reader: Reader, teacher: Teacher | None, counts: dict[str, float]
+    weights: Weights,
+    batch: Batch,
+    reader: Reader,
+    teacher: Teacher | None,
+    counts: dict[str, float],
+    rows_at_once: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Each term's weighted share of the loss, from one forward's logits; their sum is what is trained on.
+    """Each term's weighted share of the loss, from one forward's states; their sum is what is trained on.
 
     A term is its sum over this batch divided by ``counts[term]``, the number of its tokens over *all* micro-batches
-    and workers: added up over those, the gradient is that of the joined batch.
+    and workers: added up over those, the gradient is that of the joined batch. ``rows_at_once``: see
+    :func:`~latentwire.losses.chunks.sum_by_chunks`.
     """
+    if teacher is None and weights.needs_teacher:
+        raise ValueError(f"loss terms {', '.join(weights.terms)} need a teacher, got none")
     masks = term_masks(weights, batch)
-    ce_N = token_ce(reader.logits_NV, batch.target_N)
-    shares = {}
-    for name, weight in weights.terms.items():
-        value_N = ce_N
-        if name in ("kd", "hidden_kd"):
-            if teacher is None:
-                raise ValueError(f"loss term {name} needs a teacher, got none")
-            value_N = _teacher_term(name, weights.k, batch, reader, teacher)
-        shares[name] = weight * (value_N * masks[name]).sum() / max(1.0, counts[name])
-    return shares
-
-
-def _teacher_term(name: str, k: int, batch: Batch, reader: Reader, teacher: Teacher) -> torch.Tensor:
-    """Per-token values ``[N]``; answers' tokens are the teacher's rows, others get 0."""
+    scales = {name: weight / max(1.0, counts[name]) for name, weight in weights.terms.items()}
     answer_N = batch.control_N == ANSWER
-    offset_A = batch.offset_N[answer_N]
-    if name == "kd":
-        assert teacher.rows is not None
-        value_A = kd_first_k_prefix_vs_text(reader.logits_NV[answer_N], teacher.rows, offset_A, k)
-    else:
-        value_A = kd_hidden_states_first_k([s[answer_N] for s in reader.states], teacher.states, offset_A, k)
-    return value_A.new_zeros(len(answer_N)).masked_scatter(answer_N, value_A)
+    teacher_row_N = answer_N.cumsum(0) - 1  # the teacher's rows are those of the answers, in order
+
+    def kd(rows: slice, logits_NV: torch.Tensor) -> torch.Tensor:
+        assert teacher is not None and teacher.rows is not None
+        mine_N = answer_N[rows]
+        told = teacher.rows.at(teacher_row_N[rows][mine_N])
+        value_A = kd_first_k_prefix_vs_text(logits_NV[mine_N], told, batch.offset_N[rows][mine_N], weights.k)
+        return value_A.new_zeros(len(mine_N)).masked_scatter(mine_N, value_A)
+
+    from_logits = [name for name in weights.terms if name != "hidden_kd"]
+
+    def sums(rows: slice, hidden_ND: torch.Tensor) -> torch.Tensor:
+        logits_NV = reader.head(hidden_ND)
+        ce_N = token_ce(logits_NV, batch.target_N[rows])
+        values = {name: kd(rows, logits_NV) if name == "kd" else ce_N for name in from_logits}
+        return torch.stack([scales[name] * (values[name] * masks[name][rows]).sum() for name in from_logits])
+
+    shares = (
+        dict(zip(from_logits, sum_by_chunks(sums, reader.hidden_ND, rows_at_once), strict=True)) if from_logits else {}
+    )
+    if "hidden_kd" in weights.terms:
+        assert teacher is not None
+        own = [state_ND[answer_N] for state_ND in reader.states]
+        value_A = kd_hidden_states_first_k(own, teacher.states, batch.offset_N[answer_N], weights.k)
+        shares["hidden_kd"] = scales["hidden_kd"] * value_A.sum()
+    return {name: shares[name] for name in weights.terms}

@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     TorchAoConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentwire.config import ReceiverConfig
 from latentwire.data.layout import Batch
@@ -119,6 +120,7 @@ class LMWrapper(nn.Module):
         self.head = self.lm.get_output_embeddings()
         self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         self._head: tuple[list[int], Cache] | None = None
+        self._recomputed: list[GradientCheckpointingLayer] = []
         self._check_head()
 
     # -------------------------------------------------------------------------------------------------- properties
@@ -172,19 +174,22 @@ class LMWrapper(nn.Module):
 
     def supervised_logits(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[N, V]`` that predict ``batch.target_N``; no other position meets the head."""
-        return self.supervised_states(batch, soft_ND)[0]
+        return self.logits(self.supervised_states(batch, soft_ND)[0])
 
     def supervised_states(
         self, batch: Batch, soft_ND: torch.Tensor | None = None, depths: Sequence[float] = ()
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits ``[N, V]`` that predict ``batch.target_N``, and the states ``[N, D]`` at fractions of the depth there.
+        """Last states ``[N, D]`` where ``batch.target_N`` is predicted, for :meth:`logits`; and those at fractions of the depth.
 
         A batch without its head (:meth:`read_head`) finds the head's keys and values ready.
         """
+        cache = self._head_cache(batch)
+        for layer in self._recomputed:  # the layer's own flag switches it on; no dropout inside follows
+            layer.training = torch.is_grad_enabled() and cache is None
         output = self.lm.base_model(
             inputs_embeds=self.embed(batch, soft_ND),
             attention_mask=batch.attention_BS.to(self.device),
-            past_key_values=self._head_cache(batch),
+            past_key_values=cache,
             use_cache=False,
             output_hidden_states=bool(depths),
         )
@@ -195,7 +200,19 @@ class LMWrapper(nn.Module):
             return state_BSD.flatten(0, 1).index_select(0, predict_N)
 
         layers = [output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths]
-        return self._logits(at_targets(output.last_hidden_state)), [at_targets(layer) for layer in layers]
+        return at_targets(output.last_hidden_state), [at_targets(layer) for layer in layers]
+
+    def recompute_activations(self) -> None:
+        """Keep one state per layer for the backward pass and compute the others again (arXiv 1604.06174).
+
+        Features must stay attached until then.
+        """
+        self.lm.activation_checkpointing_enable({"use_reentrant": False})
+        self._recomputed = [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def fuse(self, backend: str = "inductor") -> None:
+        """Let ``torch.compile`` fuse the receiver's layers; the first steps take minutes."""
+        self.lm.base_model.compile(dynamic=True, backend=backend)
 
     @torch.no_grad()
     def read_head(self, batch: Batch) -> Batch:
@@ -220,7 +237,8 @@ class LMWrapper(nn.Module):
         cache.batch_repeat_interleave(len(batch.ids_BS))
         return cache
 
-    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Last states ``[N, D]`` → logits ``[N, V]``."""
         logits_NV = self.head(hidden_ND.to(self.head.weight.device))
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
@@ -229,6 +247,8 @@ class LMWrapper(nn.Module):
         self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
     ) -> list[list[int]]:
         """Greedy continuations of left-padded prompts, up to and without their stop token."""
+        for layer in self._recomputed:
+            layer.training = False  # decoding needs its cache
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
         )
@@ -244,11 +264,11 @@ class LMWrapper(nn.Module):
         """Our head (hidden states, output embedding, soft cap) must give the model's own logits."""
         ids_BS = torch.arange(1, 9, device=self.device)[None]
         own = self.lm(input_ids=ids_BS).logits[0].float()
-        ours = self._logits(self.lm.base_model(input_ids=ids_BS).last_hidden_state[0]).float()
+        ours = self.logits(self.lm.base_model(input_ids=ids_BS).last_hidden_state[0]).float()
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max())):
             raise ReceiverError(
                 f"receiver {self.name}: {self.config.model} scales its logits in a way LMWrapper does not know "
-                f"(largest difference {float((own - ours).abs().max()):.3g}); its architecture needs a case in _logits"
+                f"(largest difference {float((own - ours).abs().max()):.3g}); its architecture needs a case in logits"
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from latentwire.assembly import LatentWire
-from latentwire.config import TrainingConfig
+from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, teachers
 from latentwire.data.batches import shuffled_batches
 from latentwire.training import checkpoints
@@ -26,12 +26,17 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
     return epochs
 
 
+def training_rows(run: RunConfig, paths: dict[shards.ShardSplit, Path]) -> pa.Table:
+    """The training shards with their teachers' columns, in memory."""
+    return teachers.joined(shards.read_table(paths["train"]), run, paths["train"])
+
+
 def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: Path) -> Path:
     """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
 
     Keeps the best by development F1 and the last.
     """
-    train = teachers.joined(shards.read_table(paths["train"]), wire.run, paths["train"])
+    train = training_rows(wire.run, paths)
     dev = shards.read_table(paths["dev"])
     trainer = Trainer(wire, max(1, train.num_rows // wire.run.training.batch_size))
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}

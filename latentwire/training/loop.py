@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,16 @@ from latentwire.models.message import Message
 from latentwire.models.pooling import overlap_means
 from latentwire.training.workers import Workers
 
+PART = "step: "
+"""What the names of a step's parts begin with in a profile."""
+
 Epoch = Callable[[int], Iterator[pa.Table]]
 """The rows of each step of epoch number e, as shard columns, in an order that e alone decides."""
+
+
+def part(name: str) -> torch.profiler.record_function:
+    """A part of a step, by the name that profiles give it."""
+    return torch.profiler.record_function(f"{PART}{name}")
 
 
 class TrainingError(RuntimeError):
@@ -67,6 +76,11 @@ class Trainer:
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
         self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
+        for lm in wire.receivers.values():
+            if self.config.gradient_checkpointing:
+                lm.recompute_activations()
+            if self.config.compile:
+                lm.fuse()
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
         self.scheduler = get_scheduler(
             "cosine_with_min_lr",
@@ -144,11 +158,18 @@ class Trainer:
     def step(self, table: pa.Table) -> dict[str, float]:
         """One optimiser step on this worker's rows; returns the loss and its terms (this worker's share)."""
         interlingua = self.wire.interlingua.train()
-        batches = self.collate(table, self.progress.step)
+        with part("collate"):
+            batches = self.collate(table, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         aligning = self.progress.step < self.config.alignment_steps
         values = self.align(batches) if aligning else self.backward(batches)
         parameters = [p for p in interlingua.parameters() if p.requires_grad]
+        with part("update"):
+            norm = self._update(parameters)
+        return values | {"gradient_norm": norm}
+
+    def _update(self, parameters: list[torch.nn.Parameter]) -> float:
+        """Clip, and change the weights if the gradient is finite; returns its norm over all workers."""
         self.workers.sum_gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
         if math.isfinite(norm):
@@ -164,7 +185,7 @@ class Trainer:
                 )
         self.scheduler.step()
         self.progress.step += 1
-        return values | {"gradient_norm": norm}
+        return norm
 
     def backward(self, batches: list[TrainingBatch]) -> dict[str, float]:
         """Forward and backward of this step's receivers; gradients are left in ``.grad``. Losses are means over receivers.
@@ -183,29 +204,34 @@ class Trainer:
         counts = {name: self._counts(weights, name, batches) for name in names}
         values: dict[str, float] = {"loss": 0.0}
         for index, batch in enumerate(batches):
-            message = self.wire.interlingua.encode(batch.tokens)
+            with part("encode"):
+                message = self.wire.interlingua.encode(batch.tokens)
             held = (
                 message.with_latents(message.z_BLZ.detach().requires_grad_())
                 if self.config.sequential_models
                 else message
             )
             total = message.z_BLZ.new_zeros(())
-            for name in names:
-                shares, scale = self._read(name, batch, held, weights, counts[name])
-                loss = torch.stack(list(shares.values())).sum() / len(names)
-                _add(values, {f"{term}_{name}": float(share.detach()) for term, share in shares.items()})
-                if self.config.log_gradient_norms and index == 0:
-                    values |= self._gradient_norms(name, shares, held.z_BLZ)
-                values[f"prompt_scale_{name}"] = scale
-                values["loss"] += float(loss.detach())
-                if self.config.sequential_models:
-                    loss.backward()
-                else:
-                    total = total + loss.to(total.device)
+            with ExitStack() as attached:
+                for name in names:
+                    shares, scale = self._read(name, batch, held, weights, counts[name], attached)
+                    loss = torch.stack(list(shares.values())).sum() / len(names)
+                    _add(values, {f"{term}_{name}": float(share.detach()) for term, share in shares.items()})
+                    if self.config.log_gradient_norms and index == 0:
+                        values |= self._gradient_norms(name, shares, held.z_BLZ)
+                    values[f"prompt_scale_{name}"] = scale
+                    values["loss"] += float(loss.detach())
+                    if self.config.sequential_models:
+                        with part("backward"):
+                            loss.backward()
+                    else:
+                        total = total + loss.to(total.device)
+                if not self.config.sequential_models:
+                    with part("backward"):
+                        total.backward()
             if self.config.sequential_models:
-                message.z_BLZ.backward(held.z_BLZ.grad)
-            else:
-                total.backward()
+                with part("backward"):
+                    message.z_BLZ.backward(held.z_BLZ.grad)
         return values
 
     def _receivers_of(self, step: int) -> list[str]:
@@ -224,20 +250,34 @@ class Trainer:
         return {term: sum(part[term] for part in parts) for term in weights.terms}
 
     def _read(
-        self, name: str, batch: TrainingBatch, message: Message, weights: Weights, counts: dict[str, float]
+        self,
+        name: str,
+        batch: TrainingBatch,
+        message: Message,
+        weights: Weights,
+        counts: dict[str, float],
+        attached: ExitStack,
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """One receiver's weighted loss terms, and its prompt's RMS over the embeddings'."""
+        """One receiver's weighted loss terms, and its prompt's RMS over the embeddings'.
+
+        ``attached`` holds the features in place, for activations that the backward pass computes again.
+        """
         lm, losses = self.wire.receivers[name], self.wire.run.losses
         sequences = batch.sequences[name].to(lm.device)
-        if self.wire.reads_heads_alike:
+        if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:  # which allows no cache
             sequences = lm.read_head(sequences)
         depths = losses.hidden_kd_depths if "hidden_kd" in weights.terms else ()
-        teacher = self._teach(name, batch, depths) if weights.needs_teacher else None
-        with self.wire.reading(name, sequences, message) as soft_ND:
+        with part(f"teach {name}"):
+            teacher = self._teach(name, batch, depths) if weights.needs_teacher else None
+        with part(f"read {name}"):
+            soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
             assert soft_ND is not None
-            reader = Reader(*lm.supervised_states(sequences, soft_ND, depths))
+            hidden_ND, states = lm.supervised_states(sequences, soft_ND, depths)
         scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
-        return loss_terms(weights, sequences, reader, teacher, counts), scale
+        # One backward per term needs a graph per term, which chunks do not have.
+        rows = None if self.config.log_gradient_norms else self.config.logit_rows
+        with part(f"loss {name}"):
+            return loss_terms(weights, sequences, Reader(hidden_ND, lm.logits, states), teacher, counts, rows), scale
 
     @torch.no_grad()
     def _teach(self, name: str, batch: TrainingBatch, depths: Sequence[float]) -> Teacher:
@@ -246,8 +286,8 @@ class Trainer:
         told = batch.teacher[name].to(lm.device)
         if isinstance(told, Teacher):
             return told
-        logits_NV, states = lm.supervised_states(lm.read_head(told), None, depths)
-        return Teacher(teacher_rows(logits_NV, losses.kd_temperature, losses.kd_top_k), states)
+        hidden_ND, states = lm.supervised_states(lm.read_head(told), None, depths)
+        return Teacher(teacher_rows(lm.logits(hidden_ND), losses.kd_temperature, losses.kd_top_k), states)
 
     def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:
         return {
@@ -329,7 +369,9 @@ class Trainer:
                 for batch in self.collate(share.slice(start, size), self.total_steps):
                     counts = self._own_counts(weights, name, [batch])
                     message = interlingua.encode(batch.tokens)
-                    shares, _ = self._read(name, batch, message, weights, dict.fromkeys(weights.terms, 1.0))
+                    with ExitStack() as attached:
+                        ones = dict.fromkeys(weights.terms, 1.0)
+                        shares, _ = self._read(name, batch, message, weights, ones, attached)
                     _add(totals, {f"sum {term}": float(share) for term, share in shares.items()})
                     _add(totals, {f"count {term}": count for term, count in counts.items()})
             totals = self.workers.sum_counts(totals, lm.device)

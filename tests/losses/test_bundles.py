@@ -9,6 +9,7 @@ from latentwire.config import LOSS_BUNDLES, LossConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.layout import Batch
 from latentwire.losses.bundles import Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
+from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import teacher_rows
 
 NOTHING = torch.zeros(0)
@@ -36,7 +37,7 @@ def test_each_term_is_the_mean_over_its_own_tokens() -> None:
         ),
         0,
     )
-    terms = loss_terms(weights, batch, Reader(LOGITS_NV), None, term_counts(weights, batch))
+    terms = loss_terms(weights, batch, Reader(LOGITS_NV, torch.clone), None, term_counts(weights, batch))
     assert terms["answer_ce"].item() == pytest.approx(float(ce_N[:4].mean()))
     assert terms["first_k_ce"].item() == pytest.approx(0.5 * float(ce_N[[0, 1, 3]].mean()))
     assert terms["first_token_ce"].item() == pytest.approx(0.25 * float(ce_N[[0, 3]].mean()))
@@ -53,7 +54,7 @@ def test_shares_of_a_batch_add_up_to_the_whole() -> None:
     states, others = torch.randn(5, 4), torch.randn(5, 4)
     teacher = Teacher(teacher_rows(torch.randn(5, 7)), [others])
     counts = term_counts(weights, whole)
-    total = sum(loss_terms(weights, whole, Reader(LOGITS_NV, [states]), teacher, counts).values())
+    total = sum(loss_terms(weights, whole, Reader(LOGITS_NV, torch.clone, [states]), teacher, counts).values())
     parts = []
     for index in (slice(0, 3), slice(3, 5)):
         part = batch_of(whole.offset_N[index].tolist())
@@ -62,8 +63,42 @@ def test_shares_of_a_batch_add_up_to_the_whole() -> None:
         mask_N[index] = True
         assert teacher.rows is not None
         share = Teacher(teacher.rows.at(mask_N), [others[index]])
-        parts += loss_terms(weights, part, Reader(LOGITS_NV[index], [states[index]]), share, counts).values()
+        parts += loss_terms(
+            weights, part, Reader(LOGITS_NV[index], torch.clone, [states[index]]), share, counts
+        ).values()
     assert float(sum(parts)) == pytest.approx(float(total), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 5])
+def test_chunks_give_the_same_terms_and_gradient(rows_at_once: int) -> None:
+    """Every kind of term, with another task's tokens between the answers' for the teacher's rows to step over."""
+    config = LossConfig(
+        answer_ce_weight=1.0, first_token_ce_weight=0.5, kd_weight=0.5, hidden_kd_weight=0.5, k=2,
+        reconstruction_ce_weight=2.0,
+    )  # fmt: skip
+    weights, batch = weights_at(config, 0), batch_of([0, 1, 2, 0, 1], control=[-1, -1, 0, -1, -1])
+    head, hidden_ND = torch.nn.Linear(6, 7).requires_grad_(False), torch.randn(5, 6, requires_grad=True)
+    teacher = Teacher(teacher_rows(torch.randn(4, 7), top_k=3), [torch.randn(4, 6)])
+    counts = term_counts(weights, batch)
+
+    def terms(rows: int | None) -> tuple[dict[str, float], torch.Tensor]:
+        found = loss_terms(weights, batch, Reader(hidden_ND, head, [hidden_ND]), teacher, counts, rows)
+        (gradient_ND,) = torch.autograd.grad(3 * torch.stack(list(found.values())).sum(), hidden_ND)
+        return {name: float(value.detach()) for name, value in found.items()}, gradient_ND
+
+    (whole, gradient_ND), (chunked, chunked_ND) = terms(None), terms(rows_at_once)
+    assert chunked == pytest.approx(whole) and all(value > 0 for value in whole.values())
+    torch.testing.assert_close(chunked_ND, gradient_ND)
+    with torch.no_grad():
+        quiet = loss_terms(weights, batch, Reader(hidden_ND, head, [hidden_ND]), teacher, counts, rows_at_once)
+    assert {name: float(value) for name, value in quiet.items()} == pytest.approx(whole)
+
+
+def test_chunks_refuse_gradients_that_differ_between_terms() -> None:
+    hidden_ND = torch.randn(4, 3, requires_grad=True)
+    sums_T = sum_by_chunks(lambda rows, part_ND: part_ND.square().sum(0), hidden_ND, 2)
+    with pytest.raises(RuntimeError, match="must be summed"):
+        sums_T[0].backward()
 
 
 def test_schedules_move_weights_and_k() -> None:

@@ -78,7 +78,14 @@ def gradients(run: RunConfig, table: pa.Table) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "values",
-    [{"training.sequential_models": True}, {"training.accumulation": 2}, {"training.accumulation": 3}],
+    [
+        {"training.sequential_models": True},
+        {"training.accumulation": 2},
+        {"training.accumulation": 3},
+        {"training.logit_rows": 3},
+        {"training.gradient_checkpointing": True},
+        {"training.gradient_checkpointing": True, "training.sequential_models": True},
+    ],
     ids=str,
 )
 def test_other_orders_of_work_give_the_joint_gradient(run: RunConfig, table: pa.Table, values: dict) -> None:
@@ -108,7 +115,7 @@ def test_a_head_read_beforehand_leaves_the_gradient(
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_sequential_models_hold_one_receivers_graph_at_a_time(run: RunConfig, table: pa.Table) -> None:
+def test_sequential_models_and_checkpointing_keep_less_for_the_backward_pass(run: RunConfig, table: pa.Table) -> None:
     """Bytes that autograd keeps at once: the largest receiver's share, and not the sum."""
 
     def peak(values: dict) -> int:
@@ -133,6 +140,7 @@ def test_sequential_models_hold_one_receivers_graph_at_a_time(run: RunConfig, ta
 
     both = peak({})
     assert peak({"training.sequential_models": True}) < 0.75 * both
+    assert peak({"training.gradient_checkpointing": True}) < 0.75 * both
 
 
 class Box:

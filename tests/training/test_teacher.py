@@ -69,9 +69,9 @@ def test_kd_is_zero_for_the_oracle_soft_prompt(trainer: Trainer, batch: Training
 
         def terms(tokens: list[int], name=name, lm=lm, latent=latent, teacher=teacher) -> dict[str, float]:
             with torch.no_grad():
-                reader = Reader(
-                    *lm.supervised_states(latent, lm.embed_tokens(torch.tensor(tokens)), losses.hidden_kd_depths)
-                )
+                soft_ND = lm.embed_tokens(torch.tensor(tokens))
+                hidden_ND, states = lm.supervised_states(latent, soft_ND, losses.hidden_kd_depths)
+                reader = Reader(hidden_ND, lm.logits, states)
                 found = loss_terms(weights, latent, reader, teacher, term_counts(weights, latent))
             return {term: float(value) for term, value in found.items()}
 

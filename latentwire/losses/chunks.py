@@ -1,0 +1,54 @@
+"""Losses over large vocabularies without all their logits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Sums = Callable[[slice, torch.Tensor], torch.Tensor]
+"""Some rows, and their states ``[n, D]`` → a vector ``[T]`` that adds up over rows."""
+
+
+def sum_by_chunks(sums: Sums, hidden_ND: torch.Tensor, rows: int | None) -> torch.Tensor:
+    """``sums`` over all rows of ``hidden_ND``: whole, or ``rows`` of them at a time.
+
+    By chunks, the gradient with respect to the states is computed in the forward pass, while a chunk's logits are there
+    (as Liger's fused linear cross-entropy does, arXiv 2410.10989): nothing is computed twice, and the peak is one chunk's.
+    Then every entry of the vector must be given the same gradient, as their plain sum does.
+    """
+    if rows is None or len(hidden_ND) <= rows:
+        return sums(slice(None), hidden_ND)
+    if not (torch.is_grad_enabled() and hidden_ND.requires_grad):
+        return torch.stack([sums(part, hidden_ND[part]) for part in _parts(len(hidden_ND), rows)]).sum(0)
+    return _ByChunks.apply(hidden_ND, sums, rows)
+
+
+def _parts(count: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+class _ByChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, sums: Sums, rows: int) -> torch.Tensor:
+        gradient_ND = torch.empty_like(hidden_ND)
+        total_T = torch.zeros(())
+        for part in _parts(len(hidden_ND), rows):
+            own_ND = hidden_ND[part].detach().requires_grad_()
+            with torch.enable_grad():
+                sums_T = sums(part, own_ND)
+                (gradient_ND[part],) = torch.autograd.grad(sums_T.sum(), own_ND)
+            total_T = total_T.to(sums_T.device) + sums_T.detach()
+        ctx.save_for_backward(gradient_ND)
+        return total_T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient_T,) = grad_outputs
+        if not bool((gradient_T == gradient_T[0]).all()):
+            raise RuntimeError(
+                f"chunked losses must be summed before the backward pass, got gradients {gradient_T.tolist()}"
+            )
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradient_T[0], None, None
