@@ -109,7 +109,7 @@ def with_home(space: SpaceFile) -> SpaceFile:
     tree = space.model_dump(mode="json")
     set_path(tree, "run.data.shard_dir", str(home() / space.run.data.shard_dir))
     set_path(tree, "tune.storage_path", str(home() / space.tune.storage_path))
-    if space.run.data.data_dir is not None:
+    if space.run.data.data_dir is not None and "://" not in space.run.data.data_dir:
         set_path(tree, "run.data.data_dir", str(Path(space.run.data.data_dir).absolute()))
     if space.run.training.init_from is not None:
         set_path(tree, "run.training.init_from", str(Path(space.run.training.init_from).absolute()))

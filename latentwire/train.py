@@ -18,10 +18,10 @@ from pathlib import Path
 
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import ConfigError
-from latentwire.data import shards
+from latentwire.data import shards, streams
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.training.local import train_here, training_rows
+from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
 from latentwire.tuning import planner, report, results
 
@@ -45,11 +45,8 @@ def main() -> int:
         print(planner.plan(space, here, planner.node_memory()), flush=True)
         paths = planner.local_shards(space.run)
         if options.profile:
-            print(
-                profile_steps(
-                    LatentWire(space.run), training_rows(space.run, paths), options.profile, output / "profile"
-                )
-            )
+            rows = streams.training_table(space.run, paths["train"])
+            print(profile_steps(LatentWire(space.run), rows, options.profile, output / "profile"))
             return 0
         best = train_here(LatentWire(space.run), paths, output)
         export = output / "best"

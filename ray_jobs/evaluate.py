@@ -10,7 +10,7 @@ import sys
 import ray
 
 from latentwire.config import SpaceFile
-from latentwire.data import shards
+from latentwire.data import pipeline
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluate import finish, parser
 from latentwire.options import override_run, with_home
@@ -30,7 +30,7 @@ def main() -> int:
         plan = planner.plan(
             SpaceFile(run=run), ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         )
-        path = shards.ensure_shards(run, options.split)
+        path = pipeline.ensure_shards(run, options.split)
         scores, _ = results.on_cluster(
             run, plan.gpus_per_worker, results.score, checkpoint, path, tuple(options.modes), run
         )

@@ -41,7 +41,8 @@ def main() -> int:
         metric, mode = trial.metric_of(run)
         result = trial.make_trainer(
             run,
-            sweep.load_datasets(files),
+            sweep.load_datasets(files, run.data.in_memory),
+            files.train_rows,
             name=output.name,
             storage_path=str(output.parent),
             gpus_per_worker=plan.gpus_per_worker,

@@ -62,6 +62,7 @@ def shard_table(run: RunConfig, count: int, seed: int = 7) -> pa.Table:
     for name, builder in builders(run).items():
         ids = builder.tokenize(columns["context"], columns["question"], [golds[0] for golds in columns["answers"]])
         columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
+    columns["sender_bytes"] = [len(context.encode()) for context in columns["context"]]
     return pa.table(columns)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentwire.config.section import Section
 
@@ -17,7 +17,8 @@ class DataConfig(Section):
     jsonl/parquet with a ``text`` or ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without
     questions; a text that stands in several rows of a file is read once."""
     data_dir: str | None = None
-    """Directory with ``train.*`` and ``validation.*`` (parquet in the Hub's schema, official JSON, or jsonl).
+    """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with ``train.*`` and ``validation.*`` (parquet in the
+    Hub's schema, official JSON, or jsonl).
     ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
     samples: int = Field(20_000, ge=0)
     """Training rows, drawn by seed after the development split is taken out. 0: all."""
@@ -33,13 +34,27 @@ class DataConfig(Section):
     """What is compressed: the context alone (the question travels as text), or context and question."""
     max_context_bytes: int = Field(4_096, ge=16)
     """Longest sender text in UTF-8 bytes; longer rows follow ``overflow``."""
-    overflow: Literal["reject", "truncate"] = "reject"
-    """What happens to a longer row: into the rejects file, or cut at the end (counted)."""
+    overflow: Literal["reject", "truncate", "chunk"] = "reject"
+    """What happens to a longer row: into the rejects file, cut at the end (counted), or, with ``dataset: text``, parted
+    into rows that fit."""
     toy_people: int = Field(3, ge=1, le=4)
     """People in a toy context."""
     toy_kinds: int = Field(2, ge=1, le=4)
     """Facts about each of them."""
-    shard_rows: int = Field(4_096, ge=1)
-    """Rows per Parquet shard."""
+    shard_mib: float = Field(16.0, gt=0, le=4_096)
+    """Size of the rows in one Parquet shard, in MiB, before they are tokenised and compressed."""
+    in_memory: bool = True
+    """Ray only: training rows are held in the object store, once for all trials. False: they are streamed from their
+    shards in every epoch, however many there are; each trial then has ``stream_cpus`` for that."""
+    stream_cpus: float = Field(1.0, gt=0)
+    """CPUs kept free for each trial's reading tasks where rows are streamed."""
     shard_dir: str = "shards"
     """Where shards live, in directories named by the hash of what made them."""
+
+    @model_validator(mode="after")
+    def _chunks_are_texts(self) -> DataConfig:
+        if self.overflow == "chunk" and self.dataset != "text":
+            raise ValueError(
+                f"overflow chunk needs dataset text, got {self.dataset}: an answer may lie in another chunk; use truncate"
+            )
+        return self

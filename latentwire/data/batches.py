@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 
 from latentwire.config import RunConfig
 from latentwire.data.layout import Batch, Sequence, SequenceBuilder, collate, sender_text
@@ -43,11 +42,10 @@ class TrainingCollator:
     """Turns a table of shard rows into one step's micro-batches."""
 
     def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder], encoder: Any) -> None:
-        """``encoder``: its ``tokenize`` and ``slots`` are used, its weights are not."""
+        """``encoder``: its tokenizer and its count of slots are used, its weights are not."""
         self.send, self.builders = run.data.send, dict(builders)
         self.training, self.losses = run.training, run.losses
-        self.tokenize: Callable[[list[str], Coarsening | None], Any] = encoder.tokenize
-        self.slots: Callable[[Any, str], list[int]] = encoder.slots
+        self.encoder = encoder
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
         self.stretch, self.cue = run.losses.reconstruction_tokens, run.losses.reconstruction_cue
         self.continue_ = run.losses.continuation_ce_weight > 0
@@ -72,9 +70,9 @@ class TrainingCollator:
     def _micro(self, table: pa.Table, coarsening: Coarsening | None, step: int) -> TrainingBatch:
         rows = table.to_pydict()
         cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
-        whole = sender_texts(self.send, rows)
         parted = [pieces for pieces in cuts if pieces is not None]
-        tokens = self.tokenize(whole + [before for before, _ in parted], coarsening)
+        whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
+        tokens = self.encoder.tokens_of(whole + self.encoder.token_ids([before for before, _ in parted]), coarsening)
         return TrainingBatch(
             tokens=tokens,
             sequences={
@@ -89,7 +87,7 @@ class TrainingCollator:
         )  # fmt: skip
 
     def _sequences(self, name: str, rows: Mapping[str, list], tokens: Any, following: list[str], step: int) -> Batch:
-        builder, slots = self.builders[name], self.slots(tokens, name)
+        builder, slots = self.builders[name], self.encoder.slots(tokens, name)
         count = len(rows["id"])
         question, answer = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
         asked = range(count if self.asks else 0)  # pretraining on texts alone asks nothing
@@ -140,13 +138,8 @@ def cut(text: str, row: str) -> tuple[str, str] | None:
     return text[:place], text[place:]
 
 
-def shuffled_batches(
-    table: pa.Table, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
-) -> Iterator[pa.Table]:
-    """One epoch of whole batches in an order told by (seed, epoch); each worker takes its share of every batch.
-
-    ``batch_size`` counts all workers. A last batch that is not full is left out, unless it is the only one.
-    """
-    order = torch.randperm(table.num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    for start in range(0, max(1, table.num_rows - batch_size + 1), batch_size):
-        yield table.take(pa.array(order[start : start + batch_size][rank::world].tolist()))
+def padding(batches: Iterable[TrainingBatch]) -> tuple[int, int]:
+    """Positions of the receivers' rows that hold nothing, because another row of the batch is longer; and all positions."""
+    attention = [sequences.attention_BS for batch in batches for sequences in batch.sequences.values()]
+    positions = sum(a.numel() for a in attention)
+    return positions - sum(int(a.sum()) for a in attention), positions

@@ -1,5 +1,8 @@
 """Where question-answering rows come from, and what a good row is.
 
+A data directory is a local path or a URI that pyarrow knows (``s3://…``, ``gs://…``); files are read through its file
+systems, in pieces of a few thousand rows that tasks can share out.
+
 Every source ends in the same columns: ``id``, ``document`` (rows of one document never straddle a split), ``context``,
 ``question``, ``answers``. What cannot be brought into that form is a reject with a reason, never a silent drop.
 """
@@ -7,20 +10,26 @@ Every source ends in the same columns: ``id``, ``document`` (rows of one documen
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from latentwire.config import DataConfig
 from latentwire.data.toy import toy_rows
 
 Split = Literal["train", "validation"]
 HUB_IDS = {"squad": ("rajpurkar/squad", None), "hotpotqa": ("hotpotqa/hotpot_qa", "distractor")}
-BLOCK_ROWS = 2_048
+PIECE_ROWS = 4_096
+PIECE_BYTES = 1 << 24
+Row = dict[str, Any] | bytes
+"""One raw row: columns, or the bytes of a line of JSON."""
 
 
 class DataError(RuntimeError):
@@ -31,18 +40,38 @@ class RowError(ValueError):
     """One row that cannot be used; the message is its reason in the rejects file."""
 
 
-def pieces(config: DataConfig, split: Split) -> list[str]:
-    """What one task each can read: file names of a data directory, else the one generator or Hub stream."""
-    return [str(file) for file in _files(config, split)] if config.data_dir is not None else [config.dataset]
+@dataclass(frozen=True)
+class Piece:
+    """What one task reads: rows ``start`` to ``stop`` of a Parquet file, bytes of a file of lines, or all there is."""
+
+    name: str
+    """The file's path in its file system; the dataset's name where there is no file."""
+    start: int = 0
+    stop: int | None = None
 
 
-def read(config: DataConfig, split: Split, piece: str) -> Iterator[bytes]:
-    """The raw rows of one piece as JSON in bytes, streamed."""
+def pieces(config: DataConfig, split: Split) -> list[Piece]:
+    """What tasks can read side by side. Raises :class:`DataError` for files that hold no such data."""
+    if config.data_dir is None:
+        return [Piece(config.dataset)]
+    system, files = _files(config, split)
+    found = []
+    for file in files:
+        size, step = {
+            ".parquet": lambda file: (_parquet(system, file.path, config.dataset).metadata.num_rows, PIECE_ROWS),
+            ".jsonl": lambda file: (file.size, PIECE_BYTES),
+            ".json": lambda file: (file.size, file.size),  # one document: it is parsed as a whole
+        }[f".{file.extension}"](file)
+        found += [Piece(file.path, start, min(start + step, size)) for start in range(0, size, max(1, step))]
+    return found
+
+
+def read(config: DataConfig, split: Split, piece: Piece) -> Iterator[Row]:
+    """The raw rows of one piece, streamed."""
     if config.data_dir is not None:
-        yield from _read(Path(piece), config.dataset)
+        yield from _read(config, piece)
     elif config.dataset == "toy":
-        for row in _toy(config, split):
-            yield json.dumps(row).encode()
+        yield from _toy(config, split)
     elif config.dataset in HUB_IDS:
         yield from _hub_rows(config.dataset, split)
     else:
@@ -52,27 +81,34 @@ def read(config: DataConfig, split: Split, piece: str) -> Iterator[bytes]:
 
 
 def fingerprint(config: DataConfig, split: Split) -> str:
-    """Hash of what a source holds: file names, sizes and bytes for files; ids and seeds for the Hub and the toy."""
+    """Hash of what a source holds: names and bytes of local files, names, sizes and times of remote ones, ids and seeds
+    for the Hub and the toy."""
     digest = hashlib.sha256(f"{config.dataset} {split}".encode())
     if config.data_dir is None:
         digest.update(json.dumps([config.toy_people, config.toy_kinds, config.seed]).encode())
         return digest.hexdigest()
-    for file in _files(config, split):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
+    system, files = _files(config, split)
+    for file in files:
+        digest.update(file.base_name.encode())
+        if not isinstance(system, fs.LocalFileSystem):  # reading it all would cost as much as the work that it saves
+            digest.update(f"{file.size} {file.mtime_ns}".encode())
+            continue
+        with open(file.path, "rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def clean(raw: bytes, dataset: str) -> dict[str, Any]:
+def clean(raw: Row, dataset: str) -> dict[str, Any]:
     """One raw row in the common columns. Raises :class:`RowError` with the reason."""
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(f"row must be UTF-8, {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise RowError(f"row must be JSON, {error}") from None
+    row = raw
+    if isinstance(raw, bytes):
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RowError(f"row must be UTF-8, {error.reason} at byte {error.start}") from None
+        except json.JSONDecodeError as error:
+            raise RowError(f"row must be JSON, {error}") from None
     if not isinstance(row, dict):
         raise RowError(f"row must be a mapping, got {type(row).__name__}")
     return {"hotpotqa": _hotpotqa, "text": _unlabelled}.get(dataset, _squad)(row)
@@ -152,6 +188,11 @@ def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         raise RowError(f"{key} is missing")
+    if isinstance(value, bytes):  # a column of bytes is text if it is UTF-8
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RowError(f"{key} must be UTF-8, {error.reason} at byte {error.start}") from None
     if not isinstance(value, str):
         raise RowError(f"{key} must be text, got {type(value).__name__}")
     if not value.strip():
@@ -180,66 +221,113 @@ def _toy(config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
     return toy_rows(count, seed=seed, people=config.toy_people, kinds=config.toy_kinds)
 
 
-def _files(config: DataConfig, split: Split) -> list[Path]:
+def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
     """``<split>*.parquet``/``.jsonl``/``.json`` of the data directory; the official names (``train-v1.1.json``) fit."""
-    root = Path(config.data_dir or "")
-    if not root.is_dir():
-        raise DataError(f"data_dir must be an existing directory, got {root}")
+    system, root = _system(config)
+    if system.get_file_info(root).type != fs.FileType.Directory:
+        raise DataError(f"data_dir must be an existing directory, got {config.data_dir}")
     names = {"train": ("train",), "validation": ("validation", "dev")}[split]
+    there = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix in (".parquet", ".jsonl", ".json") and any(name in file.stem for name in names)
+        (
+            info
+            for info in there
+            if info.extension in ("parquet", "jsonl", "json") and any(name in info.base_name for name in names)
+        ),
+        key=lambda info: info.path,
     )
     if not files:
-        there = ", ".join(sorted(file.name for file in root.iterdir())) or "nothing"
-        raise DataError(f"{root} must hold {' or '.join(names)} files as parquet, jsonl or json, it holds {there}")
-    return files
+        listed = ", ".join(sorted(PurePosixPath(info.path).name for info in there)) or "nothing"
+        raise DataError(
+            f"{config.data_dir} must hold {' or '.join(names)} files as parquet, jsonl or json, it holds {listed}"
+        )
+    return system, files
 
 
-def _read(file: Path, dataset: str) -> Iterator[bytes]:
-    if file.suffix == ".parquet":
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{file} must be Parquet: {error}") from error
-        columns = set(parquet.schema_arrow.names)
-        if dataset == "text":
-            good, wanted = bool(columns & {"text", "context"}), "a column text or context"
-        else:
-            good = {"context", "question"} <= columns and bool(columns & {"answers", "answer"})
-            wanted = "columns context, question and answers"
-        if not good:
-            raise DataError(f"{file} must have {wanted}, it has {', '.join(sorted(columns))}")
-        for batch in parquet.iter_batches(batch_size=BLOCK_ROWS):
-            yield from _table_rows(batch)
-    elif file.suffix == ".jsonl":
-        with file.open("rb") as stream:
-            yield from (line for line in stream if line.strip())
+def _system(config: DataConfig) -> tuple[fs.FileSystem, str]:
+    """The file system of the data directory, and its path there."""
+    place = config.data_dir or ""
+    if "://" not in place:
+        return fs.LocalFileSystem(), place
+    try:
+        return fs.FileSystem.from_uri(place)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"data_dir must be a directory or a URI that pyarrow reads, got {place}: {error}") from error
+
+
+def _parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFile:
+    try:
+        parquet = pq.ParquetFile(system.open_input_file(path))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} must be Parquet: {error}") from error
+    columns = set(parquet.schema_arrow.names)
+    if dataset == "text":
+        good, wanted = bool(columns & {"text", "context"}), "a column text or context"
+    else:
+        good = {"context", "question"} <= columns and bool(columns & {"answers", "answer"})
+        wanted = "columns context, question and answers"
+    if not good:
+        raise DataError(f"{path} must have {wanted}, it has {', '.join(sorted(columns))}")
+    return parquet
+
+
+def _read(config: DataConfig, piece: Piece) -> Iterator[Row]:
+    system, _ = _system(config)
+    if piece.name.endswith(".parquet"):
+        yield from _table_rows(_slice(_parquet(system, piece.name, config.dataset), piece))
+    elif piece.name.endswith(".jsonl"):
+        yield from _lines(system, piece)
     else:
         try:
-            document = json.loads(file.read_bytes())
+            document = json.loads(system.open_input_file(piece.name).readall())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{file} must be JSON in UTF-8: {error}") from error
-        yield from (json.dumps(row).encode() for row in _official(document, file))
+            raise DataError(f"{piece.name} must be JSON in UTF-8: {error}") from error
+        yield from _official(document, piece.name)
 
 
-def _table_rows(batch: pa.RecordBatch) -> Iterator[bytes]:
-    """Rows as JSON. A text column may hold bytes that are no UTF-8: such a row is passed on raw, to be rejected."""
-    for index in range(batch.num_rows):
-        one = batch.slice(index, 1)
-        try:
-            yield json.dumps(one.to_pylist()[0], default=_plain).encode()
-        except UnicodeDecodeError as error:
+def _slice(parquet: pq.ParquetFile, piece: Piece) -> pa.Table:
+    """The piece's rows; of the row groups, only those that hold some of them are read."""
+    start, groups, first = 0, [], None
+    stop = parquet.metadata.num_rows if piece.stop is None else piece.stop
+    for group in range(parquet.num_row_groups):
+        end = start + parquet.metadata.row_group(group).num_rows
+        if start < stop and end > piece.start:
+            groups.append(group)
+            first = start if first is None else first
+        start = end
+    return parquet.read_row_groups(groups).slice(piece.start - (first or 0), stop - piece.start)
+
+
+def _lines(system: fs.FileSystem, piece: Piece) -> Iterator[bytes]:
+    """The lines that begin in the piece's bytes."""
+    with io.BufferedReader(system.open_input_file(piece.name)) as stream:
+        place = piece.start
+        if place:
+            stream.seek(place - 1)
+            place += len(stream.readline()) - 1  # to the first line that begins here
+        while piece.stop is None or place < piece.stop:
+            line = stream.readline()
+            if not line:
+                return
+            place += len(line)
+            if line.strip():
+                yield line
+
+
+def _table_rows(table: pa.Table) -> Iterator[Row]:
+    """Rows as columns. A text column may hold bytes that are no UTF-8: such a row is passed on raw, to be rejected."""
+    try:
+        yield from table.to_pylist()
+    except UnicodeDecodeError as error:
+        if table.num_rows == 1:
             yield bytes(error.object)
+        else:
+            half = table.num_rows // 2
+            yield from _table_rows(table.slice(0, half))
+            yield from _table_rows(table.slice(half))
 
 
-def _plain(value: Any) -> Any:
-    """Parquet types that JSON lacks: bytes are text if they are UTF-8; the rest keeps its type's name."""
-    return value.decode("utf-8") if isinstance(value, bytes) else {type(value).__name__: str(value)}
-
-
-def _official(document: Any, file: Path) -> Iterable[dict[str, Any]]:
+def _official(document: Any, file: str) -> Iterable[dict[str, Any]]:
     """SQuAD's nested articles, HotpotQA's flat list, or a plain list of rows."""
     if isinstance(document, list):
         return document
@@ -254,13 +342,13 @@ def _official(document: Any, file: Path) -> Iterable[dict[str, Any]]:
     raise DataError(f"{file} must be SQuAD's or HotpotQA's official JSON, or a list of rows")
 
 
-def _hub_rows(dataset: str, split: Split) -> Iterator[bytes]:
+def _hub_rows(dataset: str, split: Split) -> Iterator[Row]:
     import datasets
 
     name, subset = HUB_IDS[dataset]
     try:
         rows = datasets.load_dataset(name, subset, split=split, streaming=True)
-        yield from (json.dumps(row).encode() for row in rows)
+        yield from rows
     except (ConnectionError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(

@@ -25,6 +25,7 @@ import torch
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.data import shards
 from latentwire.data.layout import SequenceBuilder, collate
+from latentwire.data.pipeline import quiet_ray_data
 from latentwire.losses.bundles import Teacher
 from latentwire.losses.terms import TeacherRows, teacher_rows
 from latentwire.models.lm import LMWrapper
@@ -75,11 +76,15 @@ def _weights(receiver: ReceiverConfig) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
+def paths(run: RunConfig, train: Path) -> dict[str, Path]:
+    """Receiver → where its columns are, or will be; empty where the run needs none."""
+    return {r.name: teacher_path(run, r, train) for r in run.receivers} if needed(run.losses) else {}
+
+
 def complete(run: RunConfig, train: Path) -> bool:
     """Whether every column that the run needs is there."""
     files = shards.read_manifest(train)["files"]
-    paths = [teacher_path(run, receiver, train) for receiver in run.receivers] if needed(run.losses) else []
-    return all((path / name).exists() for path in paths for name in files)
+    return all((path / name).exists() for path in paths(run, train).values() for name in files)
 
 
 def ensure_teachers(run: RunConfig, train: Path, gpus: float = 0.0) -> dict[str, Path]:
@@ -87,12 +92,10 @@ def ensure_teachers(run: RunConfig, train: Path, gpus: float = 0.0) -> dict[str,
 
     Nothing where the run needs none. Needs Ray initialised to make them; ``gpus``: what one reader asks for.
     """
-    if not needed(run.losses):
-        return {}
+    made = paths(run, train)
     files = shards.read_manifest(train)["files"]
-    made = {}
-    for receiver in run.receivers:
-        path = made[receiver.name] = teacher_path(run, receiver, train)
+    for receiver in run.receivers if made else ():
+        path = made[receiver.name]
         missing = [name for name in files if not (path / name).exists()]
         if missing:
             path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def _make(run: RunConfig, receiver: ReceiverConfig, train: Path, path: Path, mis
     import ray
     import ray.data
 
-    shards.quiet_ray_data()
+    quiet_ray_data()
     cpus = run.training.cpus_per_worker
     room = ray.cluster_resources().get("GPU", 0.0) / gpus if gpus else ray.cluster_resources().get("CPU", 1.0) / cpus
     readers = max(1, min(len(missing), int(room)))
@@ -182,18 +185,6 @@ def _said(
     if states:
         said["states"] = torch.stack(states, 1).half()
     return {name: tensor.cpu() for name, tensor in said.items()}
-
-
-def joined(train: pa.Table, run: RunConfig, path: Path) -> pa.Table:
-    """Training rows with the columns of all teachers that :func:`ensure_teachers` made."""
-    if not needed(run.losses):
-        return train
-    files = shards.read_manifest(path)["files"]
-    for receiver in run.receivers:
-        said = pa.concat_tables([pq.read_table(teacher_path(run, receiver, path) / name) for name in files])
-        for name in said.column_names:
-            train = train.append_column(name, said[name])
-    return train
 
 
 def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None:

@@ -30,7 +30,7 @@ class PretrainedStates(nn.Module):
         """Raises :class:`~latentwire.models.weights.ReceiverError` for a backbone that cannot be had or read."""
         super().__init__()
         self.kind, self.tuned = config.kind, config.tune
-        source = _source(config, receivers)
+        source = backbone_source(config, receivers)
         self.tokenizer = load_tokenizer(source)
         self.backbone = _load(source, load_weights)
         _keep_layers(self.backbone, config.model_layers)
@@ -57,9 +57,8 @@ class PretrainedStates(nn.Module):
         """SHA-256 of the backbone's weights where they are not trained (a checkpoint leaves them out), else ``None``."""
         return None if self.tuned == "full" else fingerprint(self.backbone)
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Windows ``[W, T]`` of ids, their attention, where they hold the text's own tokens; and each token's bytes."""
-        rows = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+    def collate(self, rows: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Rows of a text's own ids to windows ``[W, T]``, their attention, where they hold these; and each token's bytes."""
         windows, real = [], []
         for row in rows:
             for start in range(0, max(1, len(row)), self.window):
@@ -91,7 +90,8 @@ class PretrainedStates(nn.Module):
         return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT]).float()
 
 
-def _source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
+def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
+    """Where the encoder's backbone comes from, as a receiver's weights are found."""
     model = config.model or ""
     if model.startswith("receiver:"):
         return receivers[model.removeprefix("receiver:")]

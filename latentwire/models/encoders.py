@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.attention import Block, rotary_of
-from latentwire.models.backbones import PretrainedStates
+from latentwire.models.backbones import PretrainedStates, backbone_source
+from latentwire.models.lm import load_tokenizer
 from latentwire.models.message import Message
 from latentwire.models.pooling import Coarsening, SpanMeans, SpanQueries, even_spans
 from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer
@@ -68,18 +71,24 @@ class InterlinguaEncoder(nn.Module):
         self.project = nn.Linear(self.states.width, config.d_z)
         self.dropout = nn.Dropout(config.latent_dropout)
 
-    def tokenize(self, texts: Sequence[str], coarsening: Coarsening | None = None) -> EncoderTokens:
+    def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
+        """Each text as :meth:`tokens_of` takes it; shards of training rows hold it ready where it is a list of ids."""
+        tokenizer = self.states.tokenizer if isinstance(self.states, PretrainedStates) else None
+        return lines_of(texts, self.split) if tokenizer is None else token_rows(tokenizer, texts, self.split)
+
+    def tokens_of(self, rows: Sequence[Sequence[Any]], coarsening: Coarsening | None = None) -> EncoderTokens:
         """What :meth:`forward` takes; on the CPU. ``coarsening``: how far training has come; ``None``: to the end."""
-        parts = None
-        if self.split == "lines":
-            lines = [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
-            texts, parts = [line for text in lines for line in text], tuple(map(len, lines))
-        tensors, sizes = self.states.tokenize(texts)
+        parts = tuple(map(len, rows)) if self.split == "lines" else None
+        tensors, sizes = self.states.collate([line for row in rows for line in row])
         length_B = torch.tensor([len(size_S) for size_S in sizes])
         latents_B = self._latents(length_B)
         if coarsening is not None:
             latents_B = coarsening.latents(length_B, latents_B)
         return EncoderTokens(tensors, length_B, pad_sequence(sizes, batch_first=True), latents_B, parts)
+
+    def tokenize(self, texts: Sequence[str]) -> EncoderTokens:
+        """What :meth:`forward` takes of texts, with messages of their own length."""
+        return self.tokens_of(self.token_ids(texts))
 
     def _latents(self, length_B: torch.Tensor) -> torch.Tensor:
         """Shared latents of texts of so many states; at least one."""
@@ -135,6 +144,28 @@ def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tens
     return torch.stack([lengths.sum() for lengths in length_B.split(list(parts))])
 
 
+def encoder_tokenizer(config: EncoderConfig, receivers: Sequence[ReceiverConfig]) -> Any:
+    """The tokenizer of an encoder's backbone, without its weights; ``None`` for ``byte``, which reads the text itself."""
+    if config.kind == "byte":
+        return None
+    return load_tokenizer(backbone_source(config, {receiver.name: receiver for receiver in receivers}))
+
+
+def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list[str]]:
+    """What of each text is encoded by itself; a text has at least one such part."""
+    if split != "lines":
+        return [[text] for text in texts]
+    return [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str], split: Literal["none", "lines"]) -> list[list[list[int]]]:
+    """Ids of the parts of each text, without the special tokens that a backbone wraps around them."""
+    rows = lines_of(texts, split)
+    parts = [line for row in rows for line in row]
+    ids = iter(tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids if parts else ())
+    return [list(itertools.islice(ids, len(row))) for row in rows]
+
+
 class ByteStates(nn.Module):
     """From-scratch states over UTF-8 bytes.
 
@@ -155,7 +186,7 @@ class ByteStates(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(self.width, config.heads) for _ in range(config.layers))
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    def collate(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Byte ids in patches ``[B, P, bytes_per_patch]``, and the bytes of each text's patches."""
         ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
         return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]

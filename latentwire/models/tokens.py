@@ -56,6 +56,20 @@ def truncate_utf8(text: str, limit: int) -> str:
     return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
 
 
+def chunks_utf8(text: str, limit: int) -> list[str]:
+    """``text`` in chunks of at most ``limit`` bytes, cut after white space where a chunk has any; nothing is lost."""
+    chunks = []
+    while text:
+        chunk = truncate_utf8(text, limit)
+        if not chunk:
+            raise ValueError(f"a chunk must hold a character, got a limit of {limit} bytes")
+        if len(chunk) < len(text) and (space := max(chunk.rfind(mark) for mark in " \n\t")) > 0:
+            chunk = chunk[: space + 1]
+        chunks.append(chunk)
+        text = text[len(chunk) :]
+    return chunks
+
+
 def token_bytes(tokenizer: Any) -> torch.Tensor:
     """Bytes of text that each id of a Hugging Face tokenizer stands for, fp32 ``[V]``; at least 1.
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from latentwire.assembly import LatentWire
-from latentwire.config import RunConfig, TrainingConfig
-from latentwire.data import shards, teachers
-from latentwire.data.batches import shuffled_batches
+from latentwire.config import TrainingConfig
+from latentwire.data import shards, streams
 from latentwire.training import checkpoints
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
@@ -21,14 +20,9 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
     """The batches of each epoch of a table, in an order that seed and epoch decide."""
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
-        return shuffled_batches(train, training.batch_size, seed=training.seed, epoch=epoch, rank=rank, world=world)
+        return streams.shuffled_batches(train, training, epoch, rank, world)
 
     return epochs
-
-
-def training_rows(run: RunConfig, paths: dict[shards.ShardSplit, Path]) -> pa.Table:
-    """The training shards with their teachers' columns, in memory."""
-    return teachers.joined(shards.read_table(paths["train"]), run, paths["train"])
 
 
 def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: Path) -> Path:
@@ -36,7 +30,7 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
 
     Keeps the best by development F1 and the last.
     """
-    train = training_rows(wire.run, paths)
+    train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
     trainer = Trainer(wire, max(1, train.num_rows // wire.run.training.batch_size))
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}

@@ -16,7 +16,7 @@ import torch
 from transformers import get_scheduler
 
 from latentwire.assembly import LatentWire
-from latentwire.data.batches import TrainingBatch, TrainingCollator
+from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.evaluation.evaluator import predict, summarise
 from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss, teacher_rows
@@ -54,6 +54,10 @@ class Progress:
     """Steps skipped because their gradient was not finite."""
     bad_in_a_row: int = 0
     """Of these, the ones since the last good step."""
+    positions: int = 0
+    """Positions that this worker's receivers were given in all steps."""
+    padded: int = 0
+    """Of these, the ones that hold nothing."""
     seconds: float = 0.0
     """Time spent in steps, evaluation left out."""
     loss: float = float("nan")
@@ -160,6 +164,9 @@ class Trainer:
         interlingua = self.wire.interlingua.train()
         with part("collate"):
             batches = self.collate(table, self.progress.step)
+        padded, positions = padding(batches)
+        self.progress.padded += padded
+        self.progress.positions += positions
         self.optimizer.zero_grad(set_to_none=True)
         aligning = self.progress.step < self.config.alignment_steps
         values = self.align(batches) if aligning else self.backward(batches)
@@ -345,6 +352,7 @@ class Trainer:
             "train_loss": progress.loss,
             "first_train_loss": progress.first_loss if progress.first_loss is not None else progress.loss,
             "examples_per_s": rate,
+            "padding_share": progress.padded / max(1, progress.positions),
             "bad_steps": progress.bad_steps,
             **{name: value for name, value in self.last_values.items() if name != "loss"},
         }

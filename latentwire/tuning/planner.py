@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.data import shards, teachers
+from latentwire.data import pipeline, shards, teachers
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
@@ -90,8 +90,9 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     steps = [r.bytes_step for r in receivers]
     step = max(steps) if training.sequential_models else sum(steps)
     needed = sum(r.bytes_weights for r in receivers) + step + 16 * trainable + WORKER_BASE_BYTES
+    reading = 0.0 if run.data.in_memory else run.data.stream_cpus  # or the trials' workers would starve what feeds them
     fits = [
-        _share("CPUs", resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers),
+        _share("CPUs", resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading),
         _share("GPUs", gpus, gpus_per_worker * training.num_workers),
     ]
     if needed > memory_bytes:
@@ -141,7 +142,7 @@ def local_shards(
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
-        paths = {split: shards.ensure_shards(run, split) for split in splits}
+        paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:
             teachers.ensure_teachers(run, paths["train"], gpus_each(run, ray.cluster_resources()))
         return paths
@@ -169,8 +170,8 @@ def _share(what: str, have: float, need: float) -> float:
         return math.inf
     if have < need:
         raise PlanError(
-            f"one trial needs {need:g} {what} and the cluster has {have:g}: lower training.num_workers, cpus_per_worker "
-            f"or gpus_per_worker, or add nodes"
+            f"one trial needs {need:g} {what} and the cluster has {have:g}: lower training.num_workers, cpus_per_worker, "
+            f"gpus_per_worker or data.stream_cpus, or add nodes"
         )
     return have // need
 

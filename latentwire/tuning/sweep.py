@@ -18,10 +18,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
-from latentwire.data import shards, teachers
+from latentwire.data import pipeline, shards, streams, teachers
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
-from latentwire.tuning.space import data_variants, distributions
+from latentwire.tuning.space import data_variants, distributions, largest_run
 from latentwire.tuning.trial import make_trainer
 
 SHARDS_AT_ONCE = 3
@@ -47,6 +47,13 @@ class Files:
     shards: dict[shards.ShardSplit, Path]
     teachers: dict[str, Path]
     """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
+    columns: tuple[str, ...]
+    """Of the training shards, those that some trial reads."""
+
+    @property
+    def train_rows(self) -> int:
+        """Rows to train on."""
+        return shards.read_manifest(self.shards["train"])["rows"]
 
 
 def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
@@ -57,18 +64,19 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
     variants = list(data_variants(space))
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         waiting = {
-            (variant_key(run), split): pool.submit(shards.ensure_shards, run, split)
+            (variant_key(run), split): pool.submit(pipeline.ensure_shards, run, split)
             for run in variants
             for split in shards.SPLITS
         }
         paths = {key: future.result() for key, future in waiting.items()}
+    continued = any(run.losses.continuation_ce_weight for run in (*variants, largest_run(space)))
     files: dict[str, Files] = {}
     for run in variants:
         key = variant_key(run)
         own = {split: paths[key, split] for split in shards.SPLITS}
         said = teachers.ensure_teachers(run, own["train"], gpus_per_worker)
         if key not in files or said:  # of two bundles with the same shards, one may need a teacher
-            files[key] = Files(own, said)
+            files[key] = Files(own, said, tuple(streams.training_columns(run, continued=continued)))
     return files
 
 
@@ -76,26 +84,19 @@ def variant_key(run: RunConfig) -> str:
     """Names the files of a run within one sweep."""
     losses = run.losses
     said = [losses.kd_temperature, losses.kd_top_k, losses.hidden_kd_depths]
-    tree = {"data": run.data.model_dump(), "prompt": run.prompt.model_dump(), "teachers": said}
+    encoder = [run.encoder.kind, run.encoder.model, run.encoder.split]
+    tree = {"data": run.data.model_dump(), "prompt": run.prompt.model_dump(), "encoder": encoder, "teachers": said}
     return json.dumps(tree, sort_keys=True)
 
 
-def load_datasets(files: Files) -> dict[str, ray.data.Dataset]:
-    """Train and development shards in the object store, once for all trials; train with the teachers' columns.
-
-    Materialised on purpose: a pipeline inside a trial would run again every epoch, and waits for ever for CPUs that the
-    trials hold.
-    """
-    shards.quiet_ray_data()
-    names = {split: shards.read_manifest(files.shards[split])["files"] for split in ("train", "dev")}
-
-    def read(folder: Path, split: str) -> ray.data.Dataset:
-        return ray.data.read_parquet([str(folder / name) for name in names[split]])
-
-    train = read(files.shards["train"], "train")
-    if files.teachers:
-        train = train.zip(*(read(folder, "train") for folder in files.teachers.values()))
-    return {"train": train.materialize(), "dev": read(files.shards["dev"], "dev").materialize()}
+def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
+    """Training rows, in the object store once for all trials or to be streamed, and development rows, which are few."""
+    dev = files.shards["dev"]
+    names = [str(dev / name) for name in shards.read_manifest(dev)["files"]]
+    return {
+        "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
+        "dev": ray.data.read_parquet(names).materialize(),
+    }
 
 
 def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]:
@@ -121,6 +122,7 @@ def drive_trial(
     make_trainer(
         run,
         datasets[key],
+        files[key].train_rows,
         name=f"train-{tune.get_context().get_trial_id()}",
         storage_path=storage_path,
         gpus_per_worker=plan.gpus_per_worker,
@@ -139,9 +141,8 @@ def total_steps(run: RunConfig, train_rows: int) -> int:
 def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> tune.ResultGrid:
     """Search the space; everything is written under ``output``. Trials that fail are reported, not raised."""
     config = space.tune
-    datasets = {key: load_datasets(own) for key, own in files.items()}
-    rows = min(splits["train"].count() for splits in datasets.values())
-    steps = total_steps(space.run, rows)
+    datasets = {key: load_datasets(own, space.run.data.in_memory) for key, own in files.items()}
+    steps = total_steps(space.run, min(own.train_rows for own in files.values()))
     scheduler: Any = FIFOScheduler()
     if config.scheduler == "asha":
         scheduler = ASHAScheduler(

@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
+from latentwire.data import streams
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
@@ -49,15 +50,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
-        return iter(
-            rows.iter_batches(
-                batch_size=batch_size,
-                batch_format="pyarrow",
-                drop_last=settings["train_rows"] >= run.training.batch_size,
-                local_shuffle_buffer_size=max(batch_size, 2_048),
-                local_shuffle_seed=run.training.seed * 1_000_003 + epoch,
-            )
-        )
+        only = settings["train_rows"] < run.training.batch_size
+        return streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only)
 
     def report() -> None:
         metrics: dict[str, Any] = trainer.evaluate(dev)
@@ -83,6 +77,7 @@ def metric_of(run: RunConfig) -> tuple[str, str]:
 def make_trainer(
     run: RunConfig,
     datasets: dict[str, ray.data.Dataset],
+    train_rows: int,
     *,
     name: str,
     storage_path: str,
@@ -94,7 +89,7 @@ def make_trainer(
 ) -> TorchTrainer:
     """A TorchTrainer for one run. ``name`` must be stable: Ray resumes a run whose directory exists under that name.
 
-    ``datasets``: materialised ``train`` and ``dev`` shards. The best checkpoint by ``metric`` and the last one are kept.
+    ``datasets``: ``train``, of so many rows, and ``dev``. The best checkpoint by ``metric`` and the last one are kept.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
     resources = {"CPU": run.training.cpus_per_worker}
@@ -103,7 +98,7 @@ def make_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={
-            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": datasets["train"].count(),
+            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data.batches import CONTINUE, RECONSTRUCT, TrainingCollator, cut, shuffled_batches
+from latentwire.data.batches import CONTINUE, RECONSTRUCT, TrainingCollator, cut, padding
 
 
 def collator(wire: LatentWire, values: dict) -> TrainingCollator:
@@ -86,9 +87,25 @@ def test_texts_are_cut_before_a_word_and_nothing_is_lost(text: str) -> None:
     assert cut("too short", "7") is None
 
 
-def test_an_epoch_is_every_row_once_and_workers_share_it(table: pa.Table) -> None:
-    ids = [row for part in shuffled_batches(table, 4, seed=1, epoch=0) for row in part["id"].to_pylist()]
-    assert sorted(ids) == sorted(table["id"].to_pylist())
-    shares = [list(shuffled_batches(table, 4, seed=1, epoch=0, rank=rank, world=2)) for rank in range(2)]
-    joined = [sorted(a["id"].to_pylist() + b["id"].to_pylist()) for a, b in zip(*shares, strict=True)]
-    assert joined == [sorted(ids[start : start + 4]) for start in range(0, len(ids), 4)]
+def test_padding_is_counted(wire: LatentWire, table: pa.Table) -> None:
+    batches = collator(wire, {})(table.slice(0, 8), step=0)
+    padded, positions = padding(batches)
+    rows = [batch.attention_BS for batch in batches[0].sequences.values()]
+    assert positions == sum(row.numel() for row in rows)
+    assert padded == sum(int((row == 0).sum()) for row in rows) > 0
+    assert padding(collator(wire, {})(table.slice(0, 1), step=0))[0] == 0
+
+
+def test_ids_of_shards_are_those_of_the_texts(run: RunConfig, table: pa.Table) -> None:
+    """An encoder with a vocabulary reads ``encoder_ids`` where they are, and the same messages come out."""
+    for split in ("none", "lines"):
+        values = {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.split": split,
+                  "encoder.pooling": "spans", "encoder.tokens_per_latent": 4}  # fmt: skip
+        encoder = LatentWire(with_values(run, values)).interlingua.encoder
+        ids = encoder.token_ids(table["context"].to_pylist())
+        told, texts = encoder.tokens_of(ids), encoder.tokenize(table["context"].to_pylist())
+        assert all(torch.equal(told.tensors[name], texts.tensors[name]) for name in texts.tensors)
+        collate = TrainingCollator(with_values(run, values), LatentWire(run).builders, encoder)
+        columns = table.drop_columns(["context"]).append_column("encoder_ids", pa.array(ids))
+        read = collate(columns, step=0)[0].tokens
+        assert torch.equal(read.tensors["ids_WT"], texts.tensors["ids_WT"]) and read.parts == texts.parts

@@ -1,5 +1,6 @@
 """Shards through Ray Data: whole or absent, split by document, with a reason for every row left out."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import shards
+from latentwire.data import pipeline, shards, streams
 from latentwire.data.sources import DataError
 
 pytestmark = pytest.mark.slow
@@ -47,13 +48,13 @@ def own(tmp_path: Path) -> RunConfig:
     (folder / "validation.jsonl").write_bytes(b"\n".join(lines[:10]))
     values = {
         "data.dataset": "custom", "data.data_dir": str(folder), "data.shard_dir": str(tmp_path / "shards"),
-        "data.samples": 0, "data.dev_fraction": 0.2, "data.shard_rows": 64,
+        "data.samples": 0, "data.dev_fraction": 0.2, "data.shard_mib": 0.005,
     }  # fmt: skip
     return with_values(RunConfig(), values)
 
 
 def test_rows_are_split_by_document_and_bad_ones_kept_aside(own: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
-    train, dev = (shards.ensure_shards(own, split) for split in ("train", "dev"))
+    train, dev = (pipeline.ensure_shards(own, split) for split in ("train", "dev"))
     rows, held_out = shards.read_table(train).to_pylist(), shards.read_table(dev).to_pylist()
     assert len(rows) + len(held_out) == 200 and held_out
     assert {row["document"] for row in rows}.isdisjoint(row["document"] for row in held_out)
@@ -75,7 +76,7 @@ def test_rows_are_split_by_document_and_bad_ones_kept_aside(own: RunConfig, capf
 
 def test_long_rows_are_cut_and_counted_where_that_is_asked_for(own: RunConfig) -> None:
     cut = with_values(own, {"data.overflow": "truncate", "data.max_context_bytes": 21})
-    path = shards.ensure_shards(cut, "train")
+    path = pipeline.ensure_shards(cut, "train")
     contexts = shards.read_table(path).column("context").to_pylist()
     assert max(len(context.encode()) for context in contexts) == 21
     original = [good(number)["context"] for number in range(200)]
@@ -88,25 +89,75 @@ def test_a_text_that_several_rows_hold_is_one_row(own: RunConfig, tmp_path: Path
     rows = [{"context": f"text {number % 7}", "question": f"q{number}?", "answers": ["a"]} for number in range(30)]
     (tmp_path / "data" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     texts = with_values(own, {"data.dataset": "text", "losses.bundle": "pretrain"})
-    table = shards.read_table(shards.ensure_shards(texts, "validation"))
+    table = shards.read_table(pipeline.ensure_shards(texts, "validation"))
     assert sorted(table["context"].to_pylist()) == [f"text {number}" for number in range(7)]
 
 
 def test_complete_shards_are_reused_and_half_written_ones_never(
     own: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = shards.ensure_shards(own, "validation")
+    path = pipeline.ensure_shards(own, "validation")
     stamp = (path / "manifest.json").stat().st_mtime_ns
-    assert shards.ensure_shards(own, "validation") == path
+    assert pipeline.ensure_shards(own, "validation") == path
     assert (path / "manifest.json").stat().st_mtime_ns == stamp
     assert "reused" in capfd.readouterr().out
     # A crash before the manifest leaves a directory that nobody trusts.
-    half = path.parent / f".{path.name}.part-dead"
-    path.rename(half)
-    (half / "manifest.json").unlink()
+    (path / "manifest.json").unlink()
     with pytest.raises(DataError, match="must be complete"):
         shards.read_manifest(path)
-    assert shards.read_table(shards.ensure_shards(own, "validation")).num_rows == 10
+    assert shards.read_table(pipeline.ensure_shards(own, "validation")).num_rows == 10
+
+
+def test_a_run_that_was_killed_goes_on_with_the_next_file(own: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    path = pipeline.ensure_shards(own, "train")
+    manifest, rejects = shards.read_manifest(path), (path / "rejects.jsonl").read_text()
+    assert manifest["sha256"] == [hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]]
+    kept, lost = manifest["files"][0], manifest["files"][1]
+    stamp = (path / kept).stat().st_mtime_ns
+    for name in ("manifest.json", "rejects.jsonl", lost):
+        (path / name).unlink()
+    (path / f".{lost}.part-dead").write_bytes(b"half")
+    pipeline.ensure_shards(own, "train")
+    assert shards.read_manifest(path) == manifest and (path / "rejects.jsonl").read_text() == rejects
+    assert (path / kept).stat().st_mtime_ns == stamp
+    count = len(manifest["files"])
+    assert f"{count - 1} of {count} files were there, going on" in capfd.readouterr().out
+
+
+def test_a_manifest_tells_lengths(own: RunConfig) -> None:
+    path = pipeline.ensure_shards(own, "train")
+    manifest, table = shards.read_manifest(path), shards.read_table(path)
+    assert sum(manifest["file_rows"]) == manifest["rows"] == table.num_rows
+    edges, lengths = manifest["lengths"]["edges"], table["llama_context_ids"].to_pylist()
+    for start, end, count in zip(edges, [*edges[1:], 2**40], manifest["lengths"]["llama_context_ids"], strict=True):
+        assert count == sum(start <= len(row) < end for row in lengths)
+
+
+def test_training_shards_hold_the_encoders_ids(own: RunConfig) -> None:
+    lm = with_values(own, {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.split": "lines"})
+    table = shards.read_table(pipeline.ensure_shards(lm, "train"))
+    expected = [[ids] for ids in table["llama_context_ids"].to_pylist()]
+    assert table["encoder_ids"].to_pylist() == expected
+    assert "encoder_ids" not in shards.read_table(pipeline.ensure_shards(lm, "dev")).column_names
+    assert "context" not in streams.training_columns(lm) and "context" in streams.training_columns(own)
+
+
+def test_long_texts_are_parted_where_that_is_asked_for(own: RunConfig, tmp_path: Path) -> None:
+    text = " ".join(f"word{number}" for number in range(40))
+    (tmp_path / "data" / "validation.jsonl").write_text(
+        json.dumps({"text": text}) + "\n" + json.dumps({"text": "short"})
+    )
+    values = {
+        "data.dataset": "text",
+        "losses.bundle": "pretrain",
+        "data.overflow": "chunk",
+        "data.max_context_bytes": 50,
+    }
+    rows = shards.read_table(pipeline.ensure_shards(with_values(own, values), "validation")).to_pylist()
+    long = sorted((row for row in rows if row["context"] != "short"), key=lambda row: int(row["id"].split("-")[1]))
+    assert "".join(row["context"] for row in long) == text and max(len(row["context"]) for row in long) <= 50
+    with pytest.raises(ValueError, match="overflow chunk needs dataset text"):
+        with_values(own, {"data.overflow": "chunk"})
 
 
 def test_the_name_changes_with_what_made_the_shards(own: RunConfig) -> None:
@@ -120,8 +171,8 @@ def test_the_name_changes_with_what_made_the_shards(own: RunConfig) -> None:
 def test_a_source_of_bad_rows_only_is_an_error(own: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "data" / "validation.jsonl").write_bytes(b"{broken\n")
     with pytest.raises(DataError, match=r"must leave at least one row, got none \(1 × row must be JSON"):
-        shards.ensure_shards(own, "validation")
-    assert not shards.shard_path(own, "validation").exists()
+        pipeline.ensure_shards(own, "validation")
+    assert not shards.complete(shards.shard_path(own, "validation"))
 
 
 @pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
@@ -131,6 +182,6 @@ def test_real_data(real_data: Path, tmp_path: Path, dataset: str) -> None:
         "data.validation_samples": 50, "data.max_context_bytes": 20_000,
     }  # fmt: skip
     run = with_values(RunConfig(), values)
-    rows = shards.read_table(shards.ensure_shards(run, "validation"))
+    rows = shards.read_table(pipeline.ensure_shards(run, "validation"))
     assert rows.num_rows == 50
     assert all(rows.column("llama_context_ids").to_pylist())

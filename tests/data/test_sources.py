@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentwire.config import DataConfig
-from latentwire.data.sources import DataError, RowError, clean, pieces, read
+from latentwire.data import sources
+from latentwire.data.sources import DataError, Row, RowError, clean, pieces, read
 
 GOOD = {
     "id": "1",
@@ -74,7 +75,7 @@ def test_hotpotqa_joins_titled_paragraphs_in_both_schemas() -> None:
     assert clean(json.dumps(official).encode(), "hotpotqa") == row
 
 
-def rows_of(folder: Path, dataset: str = "squad") -> list[bytes]:
+def rows_of(folder: Path, dataset: str = "squad") -> list[Row]:
     config = DataConfig(dataset=dataset, data_dir=str(folder))
     return [raw for piece in pieces(config, "train") for raw in read(config, "train", piece)]
 
@@ -89,6 +90,27 @@ def test_official_json(tmp_path: Path) -> None:
 def test_jsonl_keeps_bad_lines_for_the_rejects(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\n\n")
     assert len(rows_of(tmp_path)) == 2
+
+
+def test_files_are_read_in_pieces_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces end in the middle of lines and row groups; every row belongs to one of them."""
+    monkeypatch.setattr(sources, "PIECE_ROWS", 7)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 100)
+    rows = [GOOD | {"id": str(number), "context": "c" * (number % 40 + 1)} for number in range(50)]
+    (tmp_path / "train.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=20)
+    found = [clean(row, "squad")["id"] for row in rows_of(tmp_path)]
+    assert len(pieces(DataConfig(dataset="squad", data_dir=str(tmp_path)), "train")) > 20
+    assert found == [row["id"] for row in rows] * 2
+
+
+def test_a_uri_names_a_file_system(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "train.parquet")
+    config = DataConfig(dataset="squad", data_dir=f"file://{tmp_path}")
+    (piece,) = pieces(config, "train")
+    assert [clean(row, "squad")["id"] for row in read(config, "train", piece)] == ["1"]
+    with pytest.raises(DataError, match="must be a directory or a URI that pyarrow reads, got ftp://x"):
+        pieces(DataConfig(dataset="squad", data_dir="ftp://x"), "train")
 
 
 def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from latentwire.assembly import LatentWire
 from latentwire.config import LossConfig, RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import shards, teachers
+from latentwire.data import shards, streams, teachers
 from latentwire.training.loop import Trainer
 from latentwire.tuning import planner
 from tests.conftest import shard_table
@@ -72,13 +72,13 @@ def test_what_is_needed_and_how_far() -> None:
 def test_files_are_made_once_and_missing_ones_again(
     run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = {"data.samples": 70, "data.shard_rows": 32, "data.shard_dir": str(tmp_path)}
+    sizes = {"data.samples": 70, "data.shard_mib": 0.006, "data.shard_dir": str(tmp_path)}
     run = with_values(run, KD | sizes | {"data.dev_samples": 4, "data.validation_samples": 4})
     train = planner.local_shards(run)["train"]
     files = shards.read_manifest(train)["files"]
     first = {r.name: teachers.teacher_path(run, r, train) for r in run.receivers}
     assert len(files) == 2 and teachers.complete(run, train) and "MB per 1,000 rows, made in" in capsys.readouterr().out
-    joined = teachers.joined(shards.read_table(train), run, train)
+    joined = streams.training_table(run, train)
     assert joined.num_rows == 70 and teachers.teacher_of(joined, "qwen", run.losses) is not None
     kept, lost = (first["llama"] / name for name in files)
     time, whole = kept.stat().st_mtime_ns, lost.read_bytes()

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
 from latentwire.models.adapter import Adapter
 from latentwire.models.backbones import PretrainedStates
-from latentwire.models.encoders import InterlinguaEncoder
+from latentwire.models.encoders import InterlinguaEncoder, token_rows
 from latentwire.models.lm import load_tokenizer
 from latentwire.models.message import Message
 from latentwire.models.weights import ReceiverError
@@ -127,9 +127,13 @@ def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None
     torch.testing.assert_close(read(message, 2, "qwen"), alone[2], atol=1e-5, rtol=1e-4)
 
 
+def own_ids(states: PretrainedStates, texts: list[str]) -> list[list[int]]:
+    return [row[0] for row in token_rows(states.tokenizer, texts, "none")]
+
+
 def test_a_causal_lm_is_made_bidirectional() -> None:
     states = PretrainedStates(EncoderConfig(kind="lm", model="receiver:llama"), RECEIVERS, load_weights=True).eval()
-    tensors, sizes = states.tokenize([TEXTS[0], TEXTS[0].replace("Oslo", "Rome")])
+    tensors, sizes = states.collate(own_ids(states, [TEXTS[0], TEXTS[0].replace("Oslo", "Rome")]))
     one, other = states(**tensors, length_B=torch.tensor([len(size_S) for size_S in sizes]))
     assert not torch.allclose(one[0], other[0], atol=1e-3)  # the first token sees the last
 
@@ -138,8 +142,8 @@ def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> No
     config = EncoderConfig(kind="st", model=sentence_encoder(tmp_path / "st"))
     states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
     text = " ".join(TEXTS)
-    tensors, sizes = states.tokenize([text])
-    own = states.tokenizer(text, add_special_tokens=False).input_ids
+    (own,) = own_ids(states, [text])
+    tensors, sizes = states.collate([own])
     assert len(own) > states.window and tensors["ids_WT"].shape[0] > 1
     assert tensors["ids_WT"][tensors["real_WT"]].tolist() == own and len(sizes[0]) == len(own)
     assert states(**tensors, length_B=torch.tensor([len(own)])).shape == (1, len(own), 32)
@@ -149,7 +153,7 @@ def test_a_real_sentence_encoder_reads_what_a_text_is_about(real_receivers: Path
     config = EncoderConfig(kind="st", model=str(real_receivers / "minilm"), tune="frozen")
     states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
     texts = ["A cat sleeps on the sofa.", "The kitten is napping on a couch.", "Interest rates rose again. " * 200]
-    tensors, sizes = states.tokenize(texts)
+    tensors, sizes = states.collate(own_ids(states, texts))
     assert len(sizes[2]) > states.window  # read in windows
     lengths = [len(size_S) for size_S in sizes]
     x_BSM = states(**tensors, length_B=torch.tensor(lengths))

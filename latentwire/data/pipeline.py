@@ -1,0 +1,360 @@
+"""Rows to shards with Ray Data: read → clean → chunk → tokenise for every receiver and the encoder → Parquet.
+
+Two passes. The first reads the source in pieces and keeps good rows in the object store, each with a seeded hash that
+shuffles and samples at once. The second sorts them by that hash into one block per shard, tokenises each block and writes
+its file: aside, then renamed. A run that was killed finds the files that it left and makes the others; what a file holds
+is told in its own footer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentwire.config import DataConfig, RunConfig
+from latentwire.data import shards, sources
+from latentwire.data.layout import SequenceBuilder, sender_text
+from latentwire.models.encoders import encoder_tokenizer, token_rows
+from latentwire.models.tokens import chunks_utf8, truncate_utf8
+
+BLOCK_ROWS = 1_024
+"""Rows that a task hands on at once."""
+ROW_GROUP = 512
+"""Rows of a Parquet row group: what a reader of a stream holds at least."""
+LENGTH_EDGES = (0, *(2**power for power in range(3, 21)), 2**40)
+"""Edges of the histograms in the manifest, in tokens or bytes."""
+HASH_BITS = 52
+"""Bits of the hash that orders rows: Ray's sort takes its boundaries for floats."""
+FOOTER = b"latentwire"
+"""Key of a shard's own counts in its Parquet metadata."""
+
+CLEAN = pa.schema(
+    [
+        ("order", pa.int64()), ("reason", pa.string()), ("truncated", pa.bool_()), ("id", pa.string()),
+        ("document", pa.string()), ("context", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())),
+    ]
+)  # fmt: skip
+
+
+def ensure_shards(run: RunConfig, split: shards.ShardSplit) -> Path:
+    """Make a split's shards unless complete ones are there; returns their directory. Needs Ray initialised to make them.
+
+    Raises :class:`~latentwire.data.sources.DataError` for a source that cannot be read or leaves no row.
+    """
+    path = shards.shard_path(run, split)
+    if shards.complete(path):
+        manifest = shards.read_manifest(path)
+        print(f"shards {split}: {manifest['rows']:,} rows, reused from {path}", flush=True)
+        return path
+    manifest = _make(run, split, path)
+    rejected = ", ".join(f"{count:,} × {reason}" for reason, count in manifest["rejects"].items())
+    print(f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
+          f"{sum(manifest['rejects'].values()):,} rejected "
+          f"({rejected or 'none'}; see rejects.jsonl), {path}", flush=True)  # fmt: skip
+    return path
+
+
+def quiet_ray_data() -> None:
+    """Keep progress bars to terminals: in a log file they are a page a second."""
+    from ray.data.context import DataContext, ShuffleStrategy
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    # The newer shuffle has an environment of its own: processes that know ours are stopped for it and start again.
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _make(run: RunConfig, split: shards.ShardSplit, path: Path) -> dict[str, Any]:
+    import ray.data
+
+    quiet_ray_data()
+    source: sources.Split = "validation" if split == "validation" else "train"
+    pieces = sources.pieces(run.data, source)
+    cleaned = (
+        ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
+        .map_batches(functools.partial(_read_and_clean, run=run, split=split), batch_size=1)
+        .materialize()
+    )
+    # One pass over the blocks here: each further Ray Data execution costs seconds on a small machine.
+    rejects: list[dict[str, Any]] = []
+    orders, size = [np.empty(0, np.int64)], 0
+    for table in cleaned.iter_batches(batch_size=None, batch_format="pyarrow"):
+        good = pc.equal(table["reason"], "")
+        rejects += table.filter(pc.invert(good)).select(["reason", "id", "context"]).to_pylist()
+        kept = table.filter(good)
+        orders.append(kept["order"].to_numpy())
+        size += kept.nbytes
+    every = np.concatenate(orders)
+    order = np.unique(every)
+    wanted = {"train": run.data.samples, "dev": run.data.dev_samples, "validation": run.data.validation_samples}[split]
+    mean_bytes = size / max(1, len(every))
+    order = order[: wanted or None]
+    if len(order) == 0:
+        raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told(rejects)})")
+    count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
+    first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
+    last = int(order[-1])
+    held = np.bincount(_shard_of(every[every <= last], first), minlength=count)
+    path.mkdir(parents=True, exist_ok=True)
+    names = [f"{shard:05d}.parquet" for shard in range(count)]
+    missing = {shard for shard, name in enumerate(names) if not (path / name).exists()}
+    if missing:
+        if len(missing) < count:
+            print(f"shards {split}: {count - len(missing)} of {count} files were there, going on", flush=True)
+        written = (
+            cleaned.map_batches(
+                functools.partial(_choose, first=first, last=last, missing=missing), batch_format="pyarrow"
+            )
+            .sort("order", boundaries=[int(value) for value in first])  # the block before the first shard is empty
+            .map_batches(
+                functools.partial(_write, run=run, split=split, path=path, first=first, held=held),
+                batch_format="pyarrow",
+                batch_size=None,
+            )
+        )
+        done = count - len(missing)
+        for row in written.iter_rows():
+            done += 1
+            if count > 1:
+                print(f"shards {split}: {done}/{count} files, {row['rows']:,} rows in the last", flush=True)
+    manifest = _manifest(run, split, path, names, rejects)
+    if manifest["rows"] == 0:
+        raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told(rejects)})")
+    _put(path / shards.MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=1, ensure_ascii=False)))
+    return manifest
+
+
+def _told(rejects: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
+
+
+def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(row["reason"].split(":")[0] for row in rejects).most_common())
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file aside and rename it: it is whole or absent, whoever else writes the same one."""
+    aside = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
+    try:
+        write(aside)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- first pass
+
+
+def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit) -> Iterator[pa.Table]:
+    """One piece's rows of this split in common columns, or with a reason."""
+    piece = sources.Piece(*(batch[name][0] for name in ("name", "start", "stop")))
+    source: sources.Split = "validation" if split == "validation" else "train"
+    block: list[dict[str, Any]] = []
+    for row in _cleaned(run, source, piece):
+        if _belongs(row, run, split):
+            block.append(row)
+        if len(block) == BLOCK_ROWS:
+            yield pa.Table.from_pylist(block, CLEAN)
+            block = []
+    yield pa.Table.from_pylist(block, CLEAN)
+
+
+def _cleaned(run: RunConfig, source: sources.Split, piece: sources.Piece) -> Iterator[dict[str, Any]]:
+    data, file = run.data, Path(piece.name).name
+    for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
+        order = _hash(f"{data.seed} {number} {file}")
+        try:
+            row = sources.clean(raw, data.dataset)
+            if data.dataset == "text":  # a paragraph that several rows hold has one place, where it is kept once
+                order = _hash(f"{data.seed} {row['id']}")
+            yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))
+        except sources.RowError as error:
+            shown = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+            yield {"order": order, "reason": str(error), "id": f"{file} row {number}", "context": shown[:500]}
+
+
+def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
+    """The row where its text fits the encoder's bytes, else what ``overflow`` makes of it."""
+    size = len(sender_text(data.send, row["context"], row["question"]).encode())
+    if size <= data.max_context_bytes:
+        yield row | {"truncated": False}
+    elif data.overflow == "reject":
+        raise sources.RowError(f"sender text must be ≤ {data.max_context_bytes} bytes: got {size}")
+    elif data.overflow == "chunk":
+        for number, chunk in enumerate(chunks_utf8(row["context"], data.max_context_bytes)):
+            yield row | {"context": chunk, "id": f"{row['id']}-{number}", "truncated": False}
+    else:
+        spare = data.max_context_bytes - (size - len(row["context"].encode()))
+        if spare < 1:
+            raise sources.RowError(f"question must fit {data.max_context_bytes} bytes: got {size}")
+        yield row | {"context": truncate_utf8(row["context"], spare), "truncated": True}
+
+
+def _belongs(row: dict[str, Any], run: RunConfig, split: shards.ShardSplit) -> bool:
+    """Development rows are those of the documents whose seeded hash falls under ``dev_fraction``."""
+    if split == "validation":
+        return True
+    if row["reason"]:  # a rejected row of the training source is reported with train
+        return split == "train"
+    share = _hash(f"dev {run.data.seed} {row['document']}") / 2**HASH_BITS
+    return (share < run.data.dev_fraction) == (split == "dev")
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[: HASH_BITS // 4], 16)
+
+
+# --------------------------------------------------------------------------------------------------------- second pass
+
+
+def _shard_of(order: np.ndarray, first: np.ndarray) -> np.ndarray:
+    return np.searchsorted(first, order, side="right") - 1
+
+
+def _choose(table: pa.Table, first: np.ndarray, last: int, missing: set[int]) -> pa.Table:
+    """The good rows of shards that are not there yet."""
+    order = table["order"].to_numpy()
+    keep = (
+        (order <= last)
+        & np.isin(_shard_of(order, first), list(missing))
+        & (np.asarray(table["reason"].to_pylist()) == "")
+    )
+    return table.filter(pa.array(keep)).drop_columns(["reason"])
+
+
+def _write(
+    table: pa.Table, run: RunConfig, split: shards.ShardSplit, path: Path, first: np.ndarray, held: np.ndarray
+) -> pa.Table:
+    """Tokenise one shard's rows and leave its file; returns how many rows it holds."""
+    if table.num_rows == 0:
+        return pa.table({"rows": pa.array([], pa.int64())})
+    shard = int(_shard_of(table["order"].to_numpy(), first)[0])
+    if table.num_rows != held[shard]:
+        raise RuntimeError(
+            f"a block must hold one shard's rows, got {table.num_rows} for shard {shard} of {held[shard]}"
+        )
+    table = table.sort_by("order")
+    if run.data.dataset == "text":
+        table = _once(table)
+    truncated = table["truncated"]
+    table, reason = _tokenise(table.drop_columns(["order", "truncated"]), run, split)
+    good = pc.equal(reason, "")
+    rejects = table.append_column("reason", reason).filter(pc.invert(good)).select(["reason", "id", "context"])
+    table = table.filter(good)
+    told = {
+        "rows": table.num_rows,
+        "truncated": pc.sum(truncated.filter(good)).as_py() or 0,
+        "rejects": rejects.to_pylist(),
+        "lengths": _lengths(table),
+    }
+    table = table.replace_schema_metadata({FOOTER: json.dumps(told)})
+    _put(path / f"{shard:05d}.parquet", lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
+    return pa.table({"rows": [table.num_rows]})
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """The first of the rows with the same id."""
+    _, places = np.unique(np.asarray(table["id"].to_pylist()), return_index=True)
+    return table.take(np.sort(places))
+
+
+def _tokenise(table: pa.Table, run: RunConfig, split: shards.ShardSplit) -> tuple[pa.Table, pa.Array]:
+    """Adds each receiver's ids of context, question and first gold answer, and in training those that the encoder reads.
+
+    Also returns each row's reason not to be used, empty where there is none.
+    """
+    context, question, golds = (table[name].to_pylist() for name in ("context", "question", "answers"))
+    answers = [found[0] if found else "" for found in golds]
+    reasons = [""] * table.num_rows
+    columns: dict[str, pa.Array] = {}
+    for name, builder in _builders(run.model_dump_json()).items():
+        ids = builder.tokenize(context, question, answers)
+        good = builder.check_boundaries(answers, ids["answer_ids"])
+        for row in np.flatnonzero(~np.asarray(good)):
+            if golds[row] and not reasons[row]:
+                reasons[row] = f"anchor and answer must not merge into one token for {name}"
+        columns |= {f"{name}_{piece}": id_lists(values) for piece, values in ids.items()}
+    sent = [sender_text(run.data.send, *pair) for pair in zip(context, question, strict=True)]
+    columns["sender_bytes"] = pa.array([len(text.encode()) for text in sent], pa.int32())
+    if split == "train" and (tokenizer := _encoder_tokenizer(run.model_dump_json())) is not None:
+        columns["encoder_ids"] = pa.array(
+            token_rows(tokenizer, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))
+        )
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table, pa.array(reasons, pa.string())
+
+
+def id_lists(rows: list[list[int]]) -> pa.Array:
+    """Lists of ids as an Arrow column; by way of one flat array, which is ten times as fast as pyarrow's own way."""
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+def _lengths(table: pa.Table) -> dict[str, list[int]]:
+    """Rows per bin of :data:`LENGTH_EDGES`, for every column of ids and the sender's bytes."""
+    sizes = {"sender_bytes": table["sender_bytes"].to_numpy()}
+    for name in table.column_names:
+        if name.endswith("_ids") and name != "encoder_ids":
+            sizes[name] = pc.list_value_length(table[name]).to_numpy()
+    return {name: np.histogram(size, LENGTH_EDGES)[0].tolist() for name, size in sizes.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _builders(run_json: str) -> dict[str, SequenceBuilder]:
+    return shards.builders(RunConfig.model_validate_json(run_json))
+
+
+@functools.lru_cache(maxsize=8)
+def _encoder_tokenizer(run_json: str) -> Any:
+    run = RunConfig.model_validate_json(run_json)
+    return encoder_tokenizer(run.encoder, run.receivers)
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def _manifest(
+    run: RunConfig, split: shards.ShardSplit, path: Path, names: list[str], rejects: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Counts, hashes and lengths of all files, and the rejects of both passes beside them."""
+    key, spec = shards.shard_key(run, split)
+    told = [json.loads(pq.read_schema(path / name).metadata[FOOTER]) for name in names]
+    rejects = [*rejects, *(row for one in told for row in one["rejects"])]
+    lines = [
+        json.dumps({"reason": row["reason"], "id": row["id"], "row": (row["context"] or "")[:500]}) for row in rejects
+    ]
+    _put(path / "rejects.jsonl", lambda file: file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+    lengths = {name: np.sum([one["lengths"][name] for one in told], axis=0).tolist() for name in told[0]["lengths"]}
+    return {
+        "key": key,
+        "rows": sum(one["rows"] for one in told),
+        "truncated": sum(one["truncated"] for one in told),
+        "rejects": _reasons(rejects),
+        "files": names,
+        "file_rows": [one["rows"] for one in told],
+        "sha256": [_sha256(path / name) for name in names],
+        "lengths": {"edges": LENGTH_EDGES[:-1], **lengths},
+        "spec": spec,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

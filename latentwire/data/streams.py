@@ -1,0 +1,141 @@
+"""Shards on their way to a training loop: which columns, joined with the teachers', in which order, in which batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from latentwire.config import RunConfig, TrainingConfig
+from latentwire.data import shards, sources, teachers
+from latentwire.data.pipeline import ROW_GROUP, quiet_ray_data
+from latentwire.models.encoders import encoder_tokenizer
+
+SHUFFLE_ROWS = 2_048
+"""Rows, at least, that a worker's stream is shuffled within. The shards themselves are in an order drawn by seed."""
+
+
+def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
+    """What training steps read: ids, and text only where the encoder's ids are its bytes or texts are cut between words.
+
+    ``continued``: another trial on the same rows has a continuation loss.
+    """
+    pieces = ("context", "question", "answer")
+    columns = ["id", "sender_bytes", *(f"{r.name}_{piece}_ids" for r in run.receivers for piece in pieces)]
+    if encoder_tokenizer(run.encoder, run.receivers) is not None:
+        columns.append("encoder_ids")
+        if not (continued or run.losses.continuation_ce_weight):
+            return columns
+    return [*columns, "context", "question"]
+
+
+def read_joined(
+    name: str, train: Path, told: Mapping[str, Path], columns: Sequence[str], rows: int | None = None
+) -> Iterator[pa.Table]:
+    """One shard file's rows with the columns of all teachers, ``rows`` at a time (``None``: all at once)."""
+    table = pq.read_table(train / name, columns=list(columns))
+    for path in told.values():
+        said = pq.read_table(path / name)
+        for column in said.column_names:
+            table = table.append_column(column, said[column])
+    for start in range(0, table.num_rows, rows or max(1, table.num_rows)):
+        yield table.slice(start, rows)
+
+
+def training_table(run: RunConfig, train: Path) -> pa.Table:
+    """All training rows in memory."""
+    names, told = shards.read_manifest(train)["files"], teachers.paths(run, train)
+    return pa.concat_tables(table for name in names for table in read_joined(name, train, told, training_columns(run)))
+
+
+def ray_dataset(train: Path, told: Mapping[str, Path], columns: Sequence[str], *, in_memory: bool) -> Any:
+    """Training rows as a Ray Dataset; Ray must be running.
+
+    ``in_memory``: held in the object store, once for all trials. Else read anew in every epoch, block by block, by tasks
+    whose CPUs the planner reserves. Raises :class:`~latentwire.data.sources.DataError` for rows that the store cannot hold.
+    """
+    import ray
+    import ray.data
+
+    quiet_ray_data()
+    names = shards.read_manifest(train)["files"]
+    if in_memory:
+        footers = [pq.read_metadata(train / name) for name in names]
+        size = sum(
+            footer.row_group(group).total_byte_size for footer in footers for group in range(footer.num_row_groups)
+        )
+        room = ray.cluster_resources().get("object_store_memory", 0.0)
+        if size > room:
+            raise sources.DataError(
+                f"training rows in memory must fit the object store, got {size / 1e9:.1f} GB for {room / 1e9:.1f} GB; "
+                f"set data.in_memory false to stream them from {train}, or add nodes"
+            )
+    read = functools.partial(_read_file, train=train, told=dict(told), columns=list(columns))
+    files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names))
+    dataset = files.map_batches(read, batch_size=1)
+    return dataset.materialize() if in_memory else dataset
+
+
+def _read_file(batch: Mapping[str, np.ndarray], **options: Any) -> Iterator[pa.Table]:
+    for name in batch["file"]:
+        yield from read_joined(str(name), rows=ROW_GROUP, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def shuffled_batches(
+    table: pa.Table, training: TrainingConfig, epoch: int, rank: int = 0, world: int = 1
+) -> Iterator[pa.Table]:
+    """One epoch of whole batches in an order told by (seed, epoch); each worker takes its share of every batch.
+
+    A last batch that is not full is left out, unless it is the only one.
+    """
+    seed = epoch_seed(training, epoch)
+    order = torch.randperm(table.num_rows, generator=torch.Generator().manual_seed(seed)).numpy()
+    drawn = training.batch_size * training.bucket_batches
+    for start in range(0, table.num_rows, drawn):
+        part = table.take(order[start : start + drawn])
+        only = table.num_rows < training.batch_size
+        for batch in length_buckets(part, training.batch_size, seed + start, keep_short=only):
+            yield batch.take(np.arange(rank, batch.num_rows, world))
+
+
+def streamed_batches(
+    stream: Any, training: TrainingConfig, epoch: int, size: int, *, keep_short: bool
+) -> Iterator[pa.Table]:
+    """One epoch of a worker's own Ray stream in batches of ``size`` rows, shuffled within a buffer by (seed, epoch)."""
+    seed, drawn = epoch_seed(training, epoch), size * training.bucket_batches
+    parts = stream.iter_batches(
+        batch_size=drawn,
+        batch_format="pyarrow",
+        local_shuffle_buffer_size=max(drawn, SHUFFLE_ROWS),
+        local_shuffle_seed=seed,
+    )
+    for number, part in enumerate(parts):
+        yield from length_buckets(part, size, seed + number, keep_short=keep_short)
+
+
+def length_buckets(table: pa.Table, size: int, seed: int, *, keep_short: bool = False) -> Iterator[pa.Table]:
+    """Whole batches of ``size`` rows whose sender texts are about as long, in an order told by ``seed``.
+
+    Rows that fill no batch are left out, before the sorting so that no length is favoured; ``keep_short`` keeps them
+    where there is no whole batch at all.
+    """
+    whole = table.num_rows - table.num_rows % size
+    if whole == 0 and keep_short:
+        yield table
+    by_length = np.argsort(table.column("sender_bytes").slice(0, whole).to_numpy(), kind="stable")
+    for place in np.random.default_rng(seed).permutation(whole // size):
+        yield table.take(by_length[place * size : (place + 1) * size])
+
+
+def epoch_seed(training: TrainingConfig, epoch: int) -> int:
+    """The seed of an epoch's order of rows."""
+    return training.seed * 1_000_003 + epoch

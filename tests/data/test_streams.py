@@ -1,0 +1,92 @@
+"""Rows on their way to a loop: every one once, batches of about one length, the same in memory and streamed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentwire.config import RunConfig, TrainingConfig
+from latentwire.config.resolve import with_values
+from latentwire.data import shards, streams
+from latentwire.data.sources import DataError
+
+
+def ids_of(batches: Iterator[pa.Table]) -> list[str]:
+    return [row for batch in batches for row in batch["id"].to_pylist()]
+
+
+def test_an_epoch_is_every_row_once_and_workers_share_it(table: pa.Table) -> None:
+    training = TrainingConfig(batch_size=4, seed=1)
+    ids = ids_of(streams.shuffled_batches(table, training, epoch=0))
+    assert sorted(ids) == sorted(table["id"].to_pylist())
+    assert ids != ids_of(streams.shuffled_batches(table, training, epoch=1))
+    shares = [list(streams.shuffled_batches(table, training, 0, rank, 2)) for rank in range(2)]
+    joined = [sorted(a["id"].to_pylist() + b["id"].to_pylist()) for a, b in zip(*shares, strict=True)]
+    assert joined == [sorted(ids[start : start + 4]) for start in range(0, len(ids), 4)]
+
+
+def lengths(count: int) -> pa.Table:
+    return pa.table({"sender_bytes": np.random.default_rng(0).integers(1, 1000, count), "id": np.arange(count)})
+
+
+def test_buckets_hold_rows_of_about_one_length() -> None:
+    """Whole batches, every row once, in no order of length; and much less spread within a batch than as drawn."""
+    table = lengths(67)
+    batches = list(streams.length_buckets(table, 8, seed=3))
+    assert [batch.num_rows for batch in batches] == [8] * 8
+    ids = sorted(ids_of(iter(batches)))
+    assert ids == list(range(64))  # the first 64 as drawn: what is left out has nothing to do with length
+    means = [np.mean(batch["sender_bytes"].to_numpy()) for batch in batches]
+    assert means != sorted(means)
+    spread = np.mean([np.ptp(batch["sender_bytes"].to_numpy()) for batch in batches])
+    drawn = np.mean([np.ptp(table["sender_bytes"].slice(start, 8).to_numpy()) for start in range(0, 64, 8)])
+    assert spread < 0.3 * drawn
+    assert ids_of(streams.length_buckets(table, 8, seed=3)) == ids_of(iter(batches))
+    assert not list(streams.length_buckets(lengths(5), 8, seed=0))
+    assert [batch.num_rows for batch in streams.length_buckets(lengths(5), 8, seed=0, keep_short=True)] == [5]
+
+
+def written(run: RunConfig, folder: Path, texts: int, size: int, files: int) -> Path:
+    """Shards of made-up rows, as preprocessing leaves them."""
+    path = shards.shard_path(with_values(run, {"data.shard_dir": str(folder)}), "train")
+    path.mkdir(parents=True)
+    names = [f"{number:05d}.parquet" for number in range(files)]
+    for number, name in enumerate(names):
+        rows = range(number * texts // files, (number + 1) * texts // files)
+        noise = np.random.default_rng(number).integers(0, 2**31, (len(rows), size // 4), dtype=np.int32)
+        columns = {"id": [str(row) for row in rows], "sender_bytes": pa.array([size] * len(rows), pa.int32())}
+        columns["payload"] = pa.FixedSizeListArray.from_arrays(pa.array(noise.ravel()), size // 4)
+        pq.write_table(pa.table(columns), path / name, row_group_size=64)
+    (path / shards.MANIFEST).write_text(f'{{"key": "k", "rows": {texts}, "files": {names}}}'.replace("'", '"'))
+    return path
+
+
+@pytest.mark.slow
+def test_rows_beyond_the_object_store_are_streamed(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """240 MB of rows through a store of 80 MB, twice, each epoch in an order of its own; in memory they are refused."""
+    import ray
+
+    monkeypatch.setattr(streams, "SHUFFLE_ROWS", 64)  # these rows are a hundred times as large as ours
+    train = written(run, tmp_path, texts=1_200, size=200_000, files=24)
+    columns = ["id", "sender_bytes", "payload"]
+    ray.init(num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
+    try:
+        with pytest.raises(
+            DataError, match=r"must fit the object store, got 0\.\d GB for 0\.1 GB; set data\.in_memory"
+        ):
+            streams.ray_dataset(train, {}, columns, in_memory=True)
+        dataset = streams.ray_dataset(train, {}, columns, in_memory=False)
+        training = TrainingConfig(batch_size=8, bucket_batches=2)
+        epochs = [
+            ids_of(streams.streamed_batches(dataset.iterator(), training, epoch, 8, keep_short=False))
+            for epoch in (0, 1)
+        ]
+    finally:
+        ray.shutdown()
+    assert [sorted(map(int, ids)) for ids in epochs] == [list(range(1_200))] * 2
+    assert epochs[0] != epochs[1]
