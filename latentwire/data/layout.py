@@ -284,8 +284,15 @@ class SequenceBuilder:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def _text_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of a user's text: what looks like a special token stays plain text."""
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+        """Ids of a user's text: what looks like a special token stays plain text. Equal texts are read once."""
+        different = list(dict.fromkeys(texts))
+        if not different:
+            return []
+        ids = self.tokenizer(
+            different, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )
+        known = dict(zip(different, ids.input_ids, strict=True))
+        return [known[text] for text in texts]
 
 
 def collate(
