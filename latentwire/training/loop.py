@@ -59,7 +59,9 @@ class Progress:
     padded: int = 0
     """Of these, the ones that hold nothing."""
     seconds: float = 0.0
-    """Time spent in steps, evaluation left out."""
+    """Time spent in steps and in waiting for their rows; evaluation and start-up left out."""
+    first_step_seconds: float = 0.0
+    """Of that, the first step's: rows must arrive, and kernels be chosen."""
     loss: float = float("nan")
     """Training loss, averaged since the last progress line."""
     first_loss: float | None = None
@@ -129,16 +131,17 @@ class Trainer:
         running: list[float] = []
         evaluated_at = progress.step
         while progress.step < self.total_steps and not self.stop_asked:
-            used = 0
+            used, began = 0, time.perf_counter()
             for used, table in enumerate(epochs(progress.epoch), start=1):
                 if used <= progress.batch:
                     continue  # a resumed epoch: these were trained on before
-                began = time.perf_counter()
                 if progress.step == config.alignment_steps:
                     running.clear()  # another loss from here on
                 self.last_values = self.step(table)
                 running.append(self.last_values["loss"])
-                progress.batch, progress.seconds = used, progress.seconds + time.perf_counter() - began
+                now = time.perf_counter()
+                progress.batch, progress.seconds, began = used, progress.seconds + now - began, now
+                progress.first_step_seconds = progress.first_step_seconds or progress.seconds
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
                     progress.loss = sum(running) / len(running)
                     if progress.first_loss is None and progress.step > config.alignment_steps:
@@ -147,7 +150,7 @@ class Trainer:
                     self._print_line()
                 if progress.step % config.evaluate_every == 0:
                     at_evaluation()
-                    evaluated_at = progress.step
+                    evaluated_at, began = progress.step, time.perf_counter()
                 if progress.step >= self.total_steps or self.stop_asked:
                     break
             else:
@@ -352,6 +355,8 @@ class Trainer:
             "train_loss": progress.loss,
             "first_train_loss": progress.first_loss if progress.first_loss is not None else progress.loss,
             "examples_per_s": rate,
+            "train_seconds": progress.seconds,
+            "first_step_s": progress.first_step_seconds,
             "padding_share": progress.padded / max(1, progress.positions),
             "bad_steps": progress.bad_steps,
             **{name: value for name, value in self.last_values.items() if name != "loss"},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import ray.data
 import ray.train
@@ -29,8 +31,9 @@ has refused what could never start."""
 def train_worker(settings: dict[str, Any]) -> None:
     """What every worker of a trial runs; continues from the trial's last checkpoint where there is one.
 
-    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``.
+    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did).
     """
+    entered = time.time()
     run = RunConfig.model_validate(settings["run"])
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
     workers = Workers()
@@ -46,6 +49,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
     elif run.training.init_from is not None:
         checkpoints.initialise(Path(run.training.init_from), wire)
+    started = start_times(settings["began"], entered)
+    print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
 
@@ -54,7 +59,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         return streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only)
 
     def report() -> None:
-        metrics: dict[str, Any] = trainer.evaluate(dev)
+        metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}
         if trainer.progress.step >= trainer.total_steps:
             changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
             if changed:
@@ -67,6 +72,12 @@ def train_worker(settings: dict[str, Any]) -> None:
             ray.train.report(metrics)
 
     trainer.train(epochs, report)
+
+
+def start_times(began: float, entered: float) -> dict[str, float]:
+    """Seconds from a trial's start to this process (Ray's part), to its own code (imports), and to here (loading)."""
+    here = psutil.Process().create_time()
+    return {"process": here - began, "code": entered - here, "loading": time.time() - entered}
 
 
 def metric_of(run: RunConfig) -> tuple[str, str]:
@@ -98,7 +109,7 @@ def make_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={
-            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows,
+            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources

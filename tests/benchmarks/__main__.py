@@ -10,13 +10,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import ray
 import torch
 
+from latentwire.assembly import LatentWire
 from latentwire.config.resolve import with_values
-from latentwire.data import shards
+from latentwire.data import shards, streams
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import planner
-from tests.benchmarks import steps
+from latentwire.tuning import planner, sweep
+from tests.benchmarks import data, decoding, steps, trials
 
 DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
 
@@ -25,14 +27,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--repeats", type=int, default=15, help="measured turns of each side")
+    parser.add_argument("--steps", type=int, default=100, help="measured steps of the trial under Ray")
     options = parser.parse_args()
-    run = with_home(read_space(options, DEFAULT_SPACE)).run
-    run = with_values(run, {"training.alignment_steps": 0, "training.coarsening_steps": 0})
+    space = with_home(read_space(options, DEFAULT_SPACE))
+    run = with_values(space.run, {"training.alignment_steps": 0, "training.coarsening_steps": 0})
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))
-    table = shards.read_table(planner.local_shards(run)["train"])
-    found = steps.rows(run, table, options.repeats)
+    paths = planner.local_shards(run)
+    sweep.start_ray()
+    table, dev = streams.training_table(run, paths["train"]), shards.read_table(paths["dev"])
+    found = [data.preprocessing(run), *trials.rows(space.model_copy(update={"run": run}), table, options.steps)]
+    ray.shutdown()  # what it keeps running would slow the others
+    wire = LatentWire(run)
+    found += [data.padding_shares(wire, table), *steps.rows(run, table, options.repeats)]
+    found.append(decoding.beside_generate(wire, dev, max(1, options.repeats // 5)))
     for vocabulary in (49_152, 262_144):
         found += steps.supervised_logits(options.repeats, vocabulary)
+    found += steps.chunked_logits(options.repeats)
     print("| what | ratio | goal | measured |\n|---|---|---|---|")
     print("\n".join(map(str, found)))
     return 0

@@ -9,6 +9,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import teachers
+from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import token_ce
 from latentwire.training.loop import Trainer
 from tests.benchmarks.measure import Row, in_turns, peak_bytes
@@ -103,3 +104,30 @@ def supervised_logits(
         Row("logits where supervised ÷ everywhere: time", ours / theirs, "report", f"{shape}: {time}"),
         Row("logits where supervised ÷ everywhere: peak memory", size / whole, "report", f"{shape}: {memory}"),
     ]
+
+
+def chunked_logits(repeats: int, vocabulary: int = 262_144, width: int = 640, targets: int = 2_048) -> list[Row]:
+    """Losses by chunks of 256 tokens over all logits at once, forward and backward: time and memory."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    state_ND, target_N = torch.randn(targets, width, requires_grad=True), torch.randint(vocabulary, (targets,))
+
+    def sums(rows: slice, part_ND: torch.Tensor) -> torch.Tensor:
+        return token_ce(head(part_ND), target_N[rows]).sum()[None]
+
+    def whole() -> None:
+        sum_by_chunks(sums, state_ND, None).sum().backward()
+
+    def chunked() -> None:
+        sum_by_chunks(sums, state_ND, 256).sum().backward()
+
+    ours, theirs = in_turns(chunked, whole, max(1, repeats // 5))
+    size, all_at_once = peak_bytes(chunked), peak_bytes(whole)
+    shape = f"{vocabulary:,} tokens, {targets:,} targets"
+    return [
+        Row("losses by chunks ÷ at once: time", ours / theirs, "report", f"{shape}: {ours:.1f} / {theirs:.1f} s"),
+        Row(
+            "losses by chunks ÷ at once: peak memory", size / all_at_once, "report",
+            f"{shape}: {size / 1e6:,.0f} / {all_at_once / 1e6:,.0f} MB",
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,74 @@
+"""What preparing and batching rows costs."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
+from latentwire.data import pipeline, shards, sources, streams
+from latentwire.data.batches import TrainingCollator, padding
+from tests.benchmarks.measure import Row
+
+
+def preprocessing(run: RunConfig) -> Row:
+    """Rows/s of the training shards over ``datasets.map`` on as many processes: read, clean, tokenise, write Parquet.
+
+    Ray is up and its workers have imported what they need, as datasets' processes are forked from one that has.
+    """
+    cores = int(ray.cluster_resources()["CPU"])
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = with_values(run, {"data.shard_dir": folder})
+        pipeline.ensure_shards(with_values(fresh, {"data.dev_samples": 8}), "dev")
+        began = time.perf_counter()
+        rows = shards.read_manifest(pipeline.ensure_shards(fresh, "train"))["rows"]
+        ours = rows / (time.perf_counter() - began)
+        began = time.perf_counter()
+        theirs = _by_datasets(fresh, Path(folder), cores) / (time.perf_counter() - began)
+    detail = f"{run.data.dataset}, {cores} cores: {ours:,.0f} / {theirs:,.0f} rows/s"
+    return Row("preprocessing ÷ `datasets.map`", ours / theirs, "≥ 1.5", detail)
+
+
+def _by_datasets(run: RunConfig, folder: Path, cores: int) -> int:
+    import datasets
+
+    datasets.disable_progress_bars()
+    split: sources.Split = "train"
+
+    def rows() -> object:
+        for piece in sources.pieces(run.data, split):
+            for raw in sources.read(run.data, split, piece):
+                yield sources.clean(raw, run.data.dataset)
+
+    def tokenised(batch: dict[str, list]) -> dict[str, list]:
+        answers = [golds[0] for golds in batch["answers"]]
+        columns: dict[str, list] = {}
+        for name, builder in shards.builders(run).items():
+            ids = builder.tokenize(batch["context"], batch["question"], answers)
+            builder.check_boundaries(answers, ids["answer_ids"])
+            columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
+        return columns
+
+    made = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"))
+    made = made.train_test_split(run.data.dev_fraction, seed=run.data.seed)["train"]  # shuffled, as ours are
+    made = made.map(tokenised, batched=True, num_proc=cores)
+    made.to_parquet(str(folder / "datasets.parquet"))
+    return made.num_rows
+
+
+def padding_shares(wire: LatentWire, table: pa.Table) -> Row:
+    """Padding of the batches of an epoch, sorted by length in buckets and as drawn."""
+    shares = []
+    for buckets in (8, 1):
+        training = with_values(wire.run, {"training.bucket_batches": buckets}).training
+        collator = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
+        counted = [padding(collator(batch, 10**9)) for batch in streams.shuffled_batches(table, training, 0)]
+        shares.append(sum(padded for padded, _ in counted) / sum(positions for _, positions in counted))
+    detail = f"{wire.run.data.dataset}, batches of {wire.run.training.batch_size}: {shares[0]:.1%} / {shares[1]:.1%}"
+    return Row("padding share with length buckets ÷ without", shares[0] / shares[1], "report", detail)

@@ -1,0 +1,58 @@
+"""What Ray adds to a run, and how soon a trial trains."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+
+from latentwire.assembly import LatentWire
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import with_values
+from latentwire.config.space import TuneConfig
+from latentwire.training.local import table_epochs
+from latentwire.training.loop import Trainer
+from latentwire.tuning import planner, sweep
+from tests.benchmarks.measure import Row
+
+
+def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
+    """One trial of ``2 · steps`` steps through Data, Train and Tune, the second half beside the same steps of the bare loop."""
+    values = {"training.max_steps": 2 * steps, "training.evaluate_every": steps, "training.epochs": 10**6}
+    run = with_values(space.run, values)
+    space = SpaceFile(run=run, tune=TuneConfig(trials=1, scheduler="none"))
+    plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
+    with tempfile.TemporaryDirectory() as folder:
+        files = sweep.prepare(space, plan.gpus_per_worker)
+        (result,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep")
+        assert result.metrics_dataframe is not None
+        half, end = (result.metrics_dataframe.iloc[place] for place in (0, -1))
+    trainer = Trainer(LatentWire(run), 10**6)
+    seconds: list[float] = []
+    trainer.train(table_epochs(run.training, table), lambda: seconds.append(trainer.progress.seconds))
+    examples = steps * run.training.batch_size
+    under_ray = examples / (end["train_seconds"] - half["train_seconds"])
+    bare = examples / (seconds[1] - seconds[0])
+    parts = {part: float(end[f"start_{part}_s"]) for part in ("process", "code", "loading")}
+    first = float(half["first_step_s"])
+    total = sum(parts.values()) + first
+    detail = (
+        f"Ray until the process {parts['process']:.1f} s, until our code {parts['code']:.1f} s (of which imports "
+        f"{_imports():.1f} s), loading {parts['loading']:.1f} s, first step with its rows {first:.1f} s"
+    )
+    return [
+        Row("examples/s under Ray ÷ the bare loop", under_ray / bare, "≥ 0.95", f"{under_ray:.0f} / {bare:.0f} examples/s"),
+        Row("trial start to first step, in seconds", total, "≤ 10", detail),
+    ]  # fmt: skip
+
+
+def _imports() -> float:
+    """Seconds that a fresh interpreter takes for what a worker imports."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import latentwire.tuning.trial"], check=True)
+    return time.perf_counter() - began
