@@ -85,6 +85,8 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Path) -> dict[str, Any
     quiet_ray_data()
     source: sources.Split = "validation" if split == "validation" else "train"
     pieces = sources.pieces(run.data, source)
+    if not pieces:
+        raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told([])})")
     cleaned = (
         ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
         .map_batches(functools.partial(_read_and_clean, run=run, split=split), batch_size=1)

@@ -173,6 +173,9 @@ def test_a_source_of_bad_rows_only_is_an_error(own: RunConfig, tmp_path: Path) -
     with pytest.raises(DataError, match=r"must leave at least one row, got none \(1 × row must be JSON"):
         pipeline.ensure_shards(own, "validation")
     assert not shards.complete(shards.shard_path(own, "validation"))
+    (tmp_path / "data" / "validation.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"must leave at least one row, got none \(the source is empty\)"):
+        pipeline.ensure_shards(own, "validation")
 
 
 @pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
