@@ -19,6 +19,7 @@ VALUES = {
     "encoder.d_model": 128,
     "encoder.layers": 2,
     "training.epochs": 9,
+    "training.bucket_batches": 1,
     "training.alignment_steps": 300,
     "training.max_steps": 500,
     "training.encoder_lr": 2e-3,

@@ -18,8 +18,10 @@ class TrainingConfig(Section):
     """Optimiser steps after which training ends, whatever the epochs say. ``None``: the epochs decide."""
     batch_size: int = Field(32, ge=1)
     """Examples per optimiser step, over all workers and micro-batches together."""
-    bucket_batches: int = Field(8, ge=1)
-    """Batches that are drawn together, sorted by the length of their texts and then parted: less padding. 1: as drawn."""
+    bucket_batches: int = Field(2, ge=1)
+    """Batches that are drawn together, sorted by the length of their texts and then parted: less padding, but also
+    batches that are less of a random sample. Where length tells what a text is about, many cost learning
+    (docs/findings.md). 1: as drawn."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
     encoder_lr: float = Field(1e-3, gt=0, le=1)

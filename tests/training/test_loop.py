@@ -199,8 +199,7 @@ def test_alignment_runs_no_receiver_and_brings_the_prompt_to_the_text(
     batches = table_epochs(trainer.config, table)
     for epoch in range(50):
         losses += [trainer.step(batch)["loss"] for batch in batches(epoch)]
-    assert losses[0] > 1
-    assert losses[-1] < 0.5
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
     with pytest.raises(AssertionError, match="a receiver ran"):
         trainer.step(next(batches(0)))
 
