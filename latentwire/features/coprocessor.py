@@ -12,7 +12,7 @@ from torch import nn
 from latentwire.config import CoprocessorFeature, RunConfig
 from latentwire.features.base import Feature, Reading
 from latentwire.features.slot_kv import SlotKeyValues
-from latentwire.models.attention import Block, rotary_of
+from latentwire.models.attention import Block, rotary_at
 from latentwire.models.interlingua import ReceiverShape
 
 
@@ -43,7 +43,8 @@ class Coprocessor(Feature):
         x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
         x_RSM = torch.cat((x_RLM, x_RQM), 1)
         keep_RS = torch.cat((reading.keep_RL, reading.question_keep_RQ.to(x_RLM.device)), 1)
-        rotary = rotary_of(x_RSM.shape[1], self.head_width, x_RSM.device)
+        # Counted over what is kept: how far the question is from the latents must not hang on another row's length.
+        rotary = rotary_at(keep_RS.cumsum(1) - 1, self.head_width)
         blocks: Any = self.blocks[receiver]
         for block in blocks:
             x_RSM = block(x_RSM, keep_RS, rotary)

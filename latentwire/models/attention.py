@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines ``[S, E/2]`` of the positions (RoFormer, arXiv 2104.09864)."""
+"""Cosines and sines of the positions (RoFormer, arXiv 2104.09864): ``[S, E/2]``, or ``[B, 1, S, E/2]`` where rows differ."""
 
 
 class Block(nn.Module):
@@ -55,9 +55,16 @@ def merge(x_BHSE: torch.Tensor) -> torch.Tensor:
 
 def rotary_of(positions: int, width: int, device: torch.device) -> Rotary:
     """Rotary tables for positions 0, 1, …; ``width`` is one head's."""
-    rate = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angle_SE = torch.arange(positions, device=device)[:, None] * rate[None]
-    return angle_SE.cos(), angle_SE.sin()
+    return rotary_at(torch.arange(positions, device=device), width)
+
+
+def rotary_at(place: torch.Tensor, width: int) -> Rotary:
+    """Rotary tables for the positions ``place``: ``[S]``, or ``[B, S]`` for rows with positions of their own."""
+    rate = 10_000.0 ** (-torch.arange(0, width, 2, device=place.device) / width)
+    angle = place[..., None] * rate
+    if place.dim() == 2:
+        angle = angle[:, None]  # the same for all heads
+    return angle.cos(), angle.sin()
 
 
 def rotate(x_BHSE: torch.Tensor, rotary: Rotary) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,6 +59,21 @@ def test_it_starts_as_nothing_and_then_acts(featured: LatentWire, wire: LatentWi
     shake(featured)
     assert (logits(featured, table) - plain).abs().max() > 1e-2
     assert not featured.receivers["llama"].lm.base_model.layers[0]._forward_hooks  # nothing stays attached
+
+
+def test_a_batch_of_unequal_messages_gives_what_each_row_gives_alone(
+    run: RunConfig, name: str, table: pa.Table
+) -> None:
+    growing = {"encoder.pooling": "spans", "encoder.tokens_per_latent": 3}
+    featured = LatentWire(with_values(run, growing | {f"features.{name}": {}}))
+    shake(featured)
+    order = pc.sort_indices(table.column("sender_bytes")).to_pylist()
+    rows = [table.slice(order[place], 1) for place in (0, -1)]
+    tokens = featured.interlingua.encoder.tokenize([row["context"][0].as_py() for row in rows])
+    assert len(set(featured.interlingua.encoder.slots(tokens, "qwen"))) == 2
+    for receiver in featured.receivers:
+        alone = torch.cat([logits(featured, row, receiver) for row in rows])
+        torch.testing.assert_close(logits(featured, pa.concat_tables(rows), receiver), alone, atol=1e-4, rtol=1e-3)
 
 
 def test_every_parameter_is_in_the_optimiser_and_learns(featured: LatentWire, table: pa.Table) -> None:
