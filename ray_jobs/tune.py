@@ -23,7 +23,7 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, report, results, sweep
-from latentwire.tuning.space import check_metric
+from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
-        check_metric(space)
+        check_searchable(space)
         output = options.output_dir or Path(space.tune.storage_path) / time.strftime("tune-%Y%m%d-%H%M%S")
         if output.exists():
             raise ConfigError(f"output_dir must not exist yet, got {output}; name another one")
@@ -55,23 +55,25 @@ def main() -> int:
 def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     """The sweep itself, after everything that could be refused has been."""
     files = sweep.prepare(space, plan.gpus_per_worker)
-    grid = sweep.run_sweep(space, plan, files, output)
-    metric, mode = space.tune.metric, space.tune.mode
-    best = results.find_best(grid, metric, mode)
+    grid, study = sweep.run_sweep(space, plan, files, output)
+    best = results.find_best(grid, space.tune)
     run = with_values(space.run, best.values)
     validation = files[sweep.variant_key(run)].shards["validation"]
     scores = results.on_cluster(
         run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
     )
-    rows = results.trial_rows(grid, metric, mode)
+    rows = results.trial_rows(grid, space.tune)
     grids = [
-        report.trials_table(rows, metric),
+        report.trials_table(rows, space.tune),
         report.scores_table(scores, f"{run.data.dataset} validation, best trial {best.trial}", run),
     ]
+    if space.tune.objectives:
+        unbeaten = results.front(study)
+        grids.insert(1, report.front_table([row for row in rows if row["trial"] in unbeaten], space.tune))
     command = shlex.join(["python", *sys.argv])
     results.write_results(output, {"command": command, "best": vars(best), "validation": scores, "trials": rows})
     report.show(grids)
-    print(f"best: trial {best.trial}, step {best.step}, development {metric} {best.score:.4f}")
+    print(f"best: trial {best.trial}, step {best.step}, development {space.tune.metric} {best.score:.4f}")
     print(f"exported: {output / 'best'}")
     print(f"report: {report.write_report(output, best, grids, command)}")
     failed = [row for row in rows if row["state"] == "failed"]

@@ -17,7 +17,15 @@ from latentwire.config.features import (
 from latentwire.config.losses import LOSS_BUNDLES, LossConfig, Schedule
 from latentwire.config.run import RunConfig
 from latentwire.config.section import Section
-from latentwire.config.space import CategoricalDimension, Dimension, FloatDimension, IntDimension, SpaceFile, TuneConfig
+from latentwire.config.space import (
+    CategoricalDimension,
+    Dimension,
+    FloatDimension,
+    IntDimension,
+    SamplerConfig,
+    SpaceFile,
+    TuneConfig,
+)
 from latentwire.config.training import EvaluationConfig, TrainingConfig
 from latentwire.config.wire import AdapterConfig, EncoderConfig, PromptConfig, ReceiverConfig, default_receivers
 
@@ -41,6 +49,7 @@ __all__ = [
     "ReceiverConfig",
     "RefinerFeature",
     "RunConfig",
+    "SamplerConfig",
     "Schedule",
     "Section",
     "SpaceFile",

@@ -7,6 +7,7 @@ there is one, the file and the path inside it.
 from __future__ import annotations
 
 import difflib
+import graphlib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from latentwire.config import LOSS_BUNDLES, CategoricalDimension, RunConfig, Section, SpaceFile, default_receivers
+from latentwire.config import (
+    LOSS_BUNDLES,
+    CategoricalDimension,
+    Dimension,
+    RunConfig,
+    Section,
+    SpaceFile,
+    default_receivers,
+)
 
 
 class ConfigError(ValueError):
@@ -93,7 +102,11 @@ def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def check_search(space: SpaceFile, where: str) -> None:
-    """Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are tried."""
+    """Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are tried.
+
+    Conditions and starting points must name dimensions of the space and values that these can take.
+    """
+    _check_conditions(space.search, where)
     known = dict(knobs())
     for dotted, dimension in space.search.items():
         place = f"{where}: search.{dotted}"
@@ -111,16 +124,62 @@ def check_search(space: SpaceFile, where: str) -> None:
             ends = [("low", dimension.low), ("high", dimension.high)]
         for end, value in ends:
             # Only the section is validated, so that dimensions which need each other (d_model and heads) can pass.
-            tree: dict[str, Any] = {}
-            set_path(tree, dotted, value)
             section, _, rest = dotted.partition(".")
             base = getattr(space.run, section).model_dump(mode="json")
+            for path, wanted in dimension.when.items():
+                if path.startswith(f"{section}."):
+                    set_path(base, path.removeprefix(f"{section}."), wanted[0])
             set_path(base, rest, value)
             try:
                 type(getattr(space.run, section)).model_validate(base)
             except ValidationError as error:
                 problem = error.errors()[0]
                 raise ConfigError(f"{_rule(dotted.split('.')[-1], problem)} ({place}.{end})") from error
+    for number, point in enumerate(space.tune.start_with):
+        for path, value in point.items():
+            place = f"{where}: tune.start_with[{number}]"
+            if path not in space.search:
+                raise ConfigError(
+                    f"a starting point must name dimensions of the space, got {path} ({place}){_nearest(path, space.search)}"
+                )
+            _check_point(space.search[path], value, f"{place}.{path}")
+
+
+def _check_conditions(search: dict[str, Dimension], where: str) -> None:
+    for dotted, dimension in search.items():
+        for path, wanted in dimension.when.items():
+            condition = search.get(path)
+            if not isinstance(condition, CategoricalDimension):
+                raise ConfigError(
+                    f"a condition must name a categorical dimension of the space, got {path} ({where}: search.{dotted}.when)"
+                    f"{_nearest(path, search)}"
+                )
+            strange = [value for value in wanted if value not in condition.choices]
+            if strange:
+                raise ConfigError(
+                    f"a condition's values must be among the choices {list(condition.choices)}, got {strange[0]!r} "
+                    f"({where}: search.{dotted}.when.{path})"
+                )
+    search_order(search, where)
+
+
+def search_order(search: dict[str, Dimension], where: str = "search") -> list[str]:
+    """The searched paths, each after those that its conditions name. Raises :class:`ConfigError` for a circle."""
+    try:
+        return list(graphlib.TopologicalSorter({path: list(dim.when) for path, dim in search.items()}).static_order())
+    except graphlib.CycleError as error:
+        circle = " → ".join(error.args[1])
+        raise ConfigError(f"conditions must not go round in a circle, got {circle} ({where}: search)") from error
+
+
+def _check_point(dimension: Dimension, value: Any, place: str) -> None:
+    if isinstance(dimension, CategoricalDimension):
+        if value not in dimension.choices:
+            raise ConfigError(f"a starting point must be among {list(dimension.choices)}, got {value!r} ({place})")
+    elif isinstance(value, bool | str) or not dimension.low <= value <= dimension.high:
+        raise ConfigError(
+            f"a starting point must be a number from {dimension.low} to {dimension.high}, got {value!r} ({place})"
+        )
 
 
 def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

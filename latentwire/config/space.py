@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from latentwire.config.run import RunConfig
 from latentwire.config.section import Section
 
+Choice = bool | int | float | str
 
-class FloatDimension(Section):
+
+class SearchedKnob(Section):
+    """What all kinds of dimensions share."""
+
+    when: dict[str, tuple[Choice, ...]] = Field(default_factory=dict)
+    """Other searched paths and some of their choices: the dimension is drawn only in trials that have one of these in
+    each. In other trials ``run:`` decides."""
+
+    @field_validator("when", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {path: wanted if isinstance(wanted, list | tuple) else (wanted,) for path, wanted in value.items()}
+
+
+class FloatDimension(SearchedKnob):
     """A real number, in the terms of ``optuna.distributions.FloatDistribution``."""
 
     type: Literal["float"]
@@ -25,7 +42,7 @@ class FloatDimension(Section):
     """Grid width."""
 
 
-class IntDimension(Section):
+class IntDimension(SearchedKnob):
     """A whole number, in the terms of ``optuna.distributions.IntDistribution``."""
 
     type: Literal["int"]
@@ -40,16 +57,32 @@ class IntDimension(Section):
     """Grid width."""
 
 
-class CategoricalDimension(Section):
+class CategoricalDimension(SearchedKnob):
     """One of a list, in the terms of ``optuna.distributions.CategoricalDistribution``."""
 
     type: Literal["categorical"]
     """Kind of dimension."""
-    choices: tuple[bool | int | float | str, ...] = Field(min_length=1)
+    choices: tuple[Choice, ...] = Field(min_length=1)
     """The values."""
 
 
 Dimension = Annotated[FloatDimension | IntDimension | CategoricalDimension, Field(discriminator="type")]
+
+
+class SamplerConfig(Section):
+    """Which of Optuna's samplers draws the trials' values."""
+
+    name: Literal["tpe", "gp", "cmaes", "nsgaii", "nsgaiii", "qmc", "random", "grid"] = "tpe"
+    """``tpe`` takes dimensions together and by condition (multivariate, group); ``grid`` visits every combination."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that sampler's class, laid over ours."""
+
+
+class Limit(Section):
+    """What a metric of a trial may be at most."""
+
+    max: float = Field(ge=0)
+    """Largest value that counts as feasible, in the metric's unit."""
 
 
 class TuneConfig(Section):
@@ -59,16 +92,30 @@ class TuneConfig(Section):
     """Trials in the sweep."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Upper limit of trials at once. ``None``: as many as the cluster's CPUs and GPUs hold."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """``asha`` stops trials that lag at the rungs; ``none`` runs all to the end."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How values are drawn."""
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """``asha`` stops trials that lag at the rungs, ``median`` those below the median of the others' means so far; ``none``
+    runs all to the end."""
     grace_steps: int = Field(200, ge=1)
-    """ASHA's first rung, in training steps."""
+    """Training steps before a trial can be stopped: ASHA's first rung."""
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one of this many at each rung."""
     metric: str = "dev_f1"
     """Metric to search by: ``dev_f1`` (mean over receivers), ``dev_em``, ``dev_loss``, or one receiver's, ``dev_f1_<name>``."""
     mode: Literal["max", "min"] = "max"
     """Whether more or less of the metric is better."""
+    objectives: dict[str, Literal["max", "min"]] = Field(default_factory=dict)
+    """Further metrics to search by, besides ``metric``, and which way, e.g. ``wire_bytes: min``. Their values are those of
+    the evaluation that is best by ``metric``; the scheduler looks at ``metric`` alone."""
+    constraints: dict[str, Limit] = Field(default_factory=dict)
+    """Metrics that must not pass a limit, e.g. ``wire_bytes: {max: 2048}``: trials beyond it cannot win, and samplers that
+    know constraints (``tpe``, ``gp``, ``nsgaii``, ``nsgaiii``) avoid them."""
+    start_with: tuple[dict[str, Choice], ...] = ()
+    """Values by path for the first trials; what one leaves out is drawn."""
+    warm_start: str | None = None
+    """Directory (or ``study.journal``) of an earlier sweep whose trials the sampler learns from, where their values lie in
+    this space. They are not counted as trials of this sweep."""
     seed: int = Field(0, ge=0)
     """Seed of Optuna's sampler."""
     time_budget_minutes: float | None = Field(None, gt=0)

@@ -339,7 +339,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
-        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each.
+        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each;
+        ``wire_bytes``, the mean size of a message in bytes as fp16.
 
         Texts without questions have ``dev_loss`` alone, and each of its terms.
         """
@@ -365,10 +366,11 @@ class Trainer:
     def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
         predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])
         metrics: dict[str, float] = {}
-        for name, row in summarise(predictions).items():
+        scores = summarise(predictions)
+        for name, row in scores.items():
             suffix = "" if name == "mean" else f"_{name}"
             metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}
-        return metrics
+        return metrics | {"wire_bytes": scores["mean"]["bytes"]}
 
     @torch.no_grad()
     def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from latentwire.config import RunConfig
+from latentwire.config import RunConfig, TuneConfig
 from latentwire.evaluation.baselines import MESSAGE_MODES, MODE_NAMES
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.tuning.results import Best
@@ -17,9 +17,10 @@ Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""
 
 
-def trials_table(rows: list[dict[str, Any]], metric: str) -> Grid:
+def trials_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     """All trials, best first."""
-    columns = ("step", metric, "first_train_loss", "train_loss", "examples_per_s", "seconds")
+    measured = dict.fromkeys((config.metric, *config.objectives, *config.constraints))
+    columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "seconds")
     knobs = list(dict.fromkeys(name for row in rows for name in row["values"]))
     body = [
         [row["trial"], row["state"], *(_number(row.get(column)) for column in columns)]
@@ -27,6 +28,15 @@ def trials_table(rows: list[dict[str, Any]], metric: str) -> Grid:
         for row in rows
     ]
     return f"{len(rows)} trials", ["trial", "state", *columns, *(knob.split(".")[-1] for knob in knobs)], body
+
+
+def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
+    """Of the trials ``rows``, those that no other beats in every objective, by the further objectives."""
+    names = [*config.objectives, config.metric]
+    body = [
+        [row["trial"], *(_number(row[name]) for name in names)] for row in sorted(rows, key=lambda row: row[names[0]])
+    ]
+    return f"Pareto front: {len(rows)} trials that none beats in everything", ["trial", *names], body
 
 
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -14,12 +17,13 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
-from latentwire.config import RunConfig
+from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES, Mode
 from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
 from latentwire.training import checkpoints
+from latentwire.tuning.study import TRIAL_ID
 
 
 class SweepError(RuntimeError):
@@ -37,12 +41,13 @@ class Best:
     values: dict[str, Any]
 
 
-def find_best(grid: tune.ResultGrid, metric: str, mode: str) -> Best:
-    """The best row over all trials' evaluations. Under Train V2 a trial's result names no checkpoint: its rows do.
+def find_best(grid: tune.ResultGrid, config: TuneConfig) -> Best:
+    """The best row over all trials' evaluations that keep to ``tune.constraints``. Under Train V2 a trial's result names no
+    checkpoint: its rows do.
 
-    Raises :class:`SweepError` where no trial left a checkpoint.
+    Raises :class:`SweepError` where no trial left a checkpoint, or none within the limits.
     """
-    found = []
+    metric, found, beyond = config.metric, [], 0
     for result in grid:
         frame = result.metrics_dataframe
         if frame is None or CHECKPOINT_PATH_KEY not in frame or metric not in frame:
@@ -50,31 +55,52 @@ def find_best(grid: tune.ResultGrid, metric: str, mode: str) -> Best:
         for row in frame.to_dict("records"):
             path = row[CHECKPOINT_PATH_KEY]
             if isinstance(path, str) and Path(path).exists():
+                if not within_limits(row, config):
+                    beyond += 1
+                    continue
                 found.append(
                     Best(_trial_id(result), int(row["step"]), float(row[metric]), Path(path), dict(result.config or {}))
                 )
+    if not found and beyond:
+        limits = ", ".join(f"{name} ≤ {limit.max:g}" for name, limit in config.constraints.items())
+        raise SweepError(
+            f"a winner must keep to tune.constraints ({limits}), all {beyond} evaluations of {len(grid)} trials go beyond; "
+            f"widen the limit or the space"
+        )
     if not found:
         errors = "; ".join(str(e).strip().splitlines()[-1] for e in grid.errors[:3]) or "none reported one"
         raise SweepError(f"a sweep needs at least one trial with a checkpoint, got none of {len(grid)} ({errors})")
-    return (max if mode == "max" else min)(found, key=lambda best: best.score)
+    return (max if config.mode == "max" else min)(found, key=lambda best: best.score)
+
+
+def within_limits(row: Mapping[str, Any], config: TuneConfig) -> bool:
+    """Whether an evaluation keeps to ``tune.constraints``."""
+    return all(row.get(name, math.inf) <= limit.max for name, limit in config.constraints.items())
+
+
+def front(study: optuna.Study) -> set[str]:
+    """Ids of the trials that no other beats in every objective (those beyond a limit are left out)."""
+    return {trial.user_attrs[TRIAL_ID] for trial in study.best_trials if TRIAL_ID in trial.user_attrs}
 
 
 def _trial_id(result: Any) -> str:
     return Path(result.path).name
 
 
-def trial_rows(grid: tune.ResultGrid, metric: str, mode: str) -> list[dict[str, Any]]:
-    """One row per trial: id, state (done, stopped by the scheduler, failed), step, best score, losses, values drawn."""
-    rows = []
+def trial_rows(grid: tune.ResultGrid, config: TuneConfig) -> list[dict[str, Any]]:
+    """One row per trial, best first: id, state (done, stopped by the scheduler, beyond a limit, failed), step, best score,
+    other objectives, losses, values drawn."""
+    rows, (metric, mode) = [], (config.metric, config.mode)
     for result in grid:
         frame = result.metrics_dataframe
         row: dict[str, Any] = {"trial": _trial_id(result), "state": "failed" if result.error else "done"}
         if frame is not None and metric in frame:
-            last = frame.iloc[-1]
+            last, best = frame.iloc[-1], frame.sort_values(metric).iloc[-1 if mode == "max" else 0]
+            state = "done" if last["step"] >= last["total_steps"] else "stopped"
             row |= {
-                "state": "failed" if result.error else "done" if last["step"] >= last["total_steps"] else "stopped",
+                "state": "failed" if result.error else state if within_limits(last, config) else "beyond",
                 "step": int(last["step"]),
-                metric: float(frame[metric].max() if mode == "max" else frame[metric].min()),
+                **{name: float(best[name]) for name in (metric, *config.objectives, *config.constraints)},
                 "first_train_loss": float(last["first_train_loss"]),
                 "train_loss": float(last["train_loss"]),
                 "examples_per_s": float(last["examples_per_s"]),

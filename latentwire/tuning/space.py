@@ -6,34 +6,65 @@ import itertools
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 
-from latentwire.config import CategoricalDimension, FloatDimension, RunConfig, SpaceFile
-from latentwire.config.resolve import ConfigError, with_values
+from latentwire.config import CategoricalDimension, Dimension, FloatDimension, RunConfig, SpaceFile
+from latentwire.config.resolve import ConfigError, search_order, with_values
 from latentwire.data.shards import SHARD_KNOBS
 from latentwire.data.teachers import TEACHER_KNOBS, TEACHER_SIZES
 
 
-def distributions(space: SpaceFile) -> dict[str, BaseDistribution]:
-    """Dotted path → Optuna distribution."""
-    table: dict[str, BaseDistribution] = {}
-    for dotted, dim in space.search.items():
+def distribution(dim: Dimension) -> BaseDistribution:
+    """A dimension in Optuna's terms."""
+    if isinstance(dim, CategoricalDimension):
+        return CategoricalDistribution(dim.choices)
+    if isinstance(dim, FloatDimension):
+        return FloatDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+    return IntDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+
+
+def draw(trial: Trial, search: dict[str, Dimension]) -> dict[str, Any]:
+    """Values for a trial, by dotted path, of the dimensions whose conditions hold.
+
+    What the trial has drawn before stays as it is, so that a trial whose driver died half-way can be drawn to its end.
+    """
+    values: dict[str, Any] = {}
+    for path in search_order(search):
+        dim = search[path]
+        if any(values.get(other) not in wanted for other, wanted in dim.when.items()):
+            continue
         if isinstance(dim, CategoricalDimension):
-            table[dotted] = CategoricalDistribution(dim.choices)
+            values[path] = trial.suggest_categorical(path, dim.choices)
         elif isinstance(dim, FloatDimension):
-            table[dotted] = FloatDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+            values[path] = trial.suggest_float(path, dim.low, dim.high, log=dim.log, step=dim.step)
         else:
-            table[dotted] = IntDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
-    return table
+            values[path] = trial.suggest_int(path, dim.low, dim.high, log=dim.log, step=dim.step)
+    return values
 
 
-def check_metric(space: SpaceFile) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that its rows cannot give."""
-    metric, mode = space.tune.metric, space.tune.mode
-    if space.run.data.dataset == "text" and not (metric.startswith("dev_loss") and mode == "min"):
+def check_metrics(space: SpaceFile) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that its trials do not report."""
+    tune, texts = space.tune, space.run.data.dataset == "text"
+    if texts and not (tune.metric.startswith("dev_loss") and tune.mode == "min"):
         raise ConfigError(
             f"tune.metric must be dev_loss and tune.mode min for dataset text, which has no answers to score; "
-            f"got {metric} and {mode}"
+            f"got {tune.metric} and {tune.mode}"
         )
+    names = ["", *(f"_{receiver.name}" for receiver in space.run.receivers)]
+    kinds = ("dev_loss",) if texts else ("dev_f1", "dev_em", "dev_loss")
+    known = [f"{kind}{name}" for kind in kinds for name in names] + ([] if texts else ["wire_bytes"])
+    for place, named in (
+        ("metric", (tune.metric,)),
+        ("objectives", tune.objectives),
+        ("constraints", tune.constraints),
+    ):
+        for metric in named:
+            if metric not in known:
+                raise ConfigError(
+                    f"tune.{place} must name a reported metric, got {metric}; there are {', '.join(known)}"
+                )
+    if tune.metric in tune.objectives:
+        raise ConfigError(f"tune.objectives are those besides tune.metric, got {tune.metric} in both")
 
 
 def data_variants(space: SpaceFile) -> list[RunConfig]:

@@ -14,14 +14,15 @@ import ray.data
 import ray.train
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import pipeline, shards, streams, teachers
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
-from latentwire.tuning.space import data_variants, distributions, largest_run
+from latentwire.tuning.space import data_variants, largest_run
+from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.trial import make_trainer
 
 SHARDS_AT_ONCE = 3
@@ -138,25 +139,28 @@ def total_steps(run: RunConfig, train_rows: int) -> int:
     return min(run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12)
 
 
-def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> tune.ResultGrid:
-    """Search the space; everything is written under ``output``. Trials that fail are reported, not raised."""
+def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
+    """What stops trials early, by training steps. All are compared on the same development rows."""
+    compared: dict[str, Any] = {"time_attr": "step", "metric": config.metric, "mode": config.mode}
+    grace = min(config.grace_steps, steps)
+    if config.scheduler == "asha":
+        return ASHAScheduler(max_t=steps, grace_period=grace, reduction_factor=config.reduction_factor, **compared)
+    if config.scheduler == "median":
+        return MedianStoppingRule(grace_period=grace, **compared)
+    return FIFOScheduler()
+
+
+def run_sweep(
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path
+) -> tuple[tune.ResultGrid, optuna.Study]:
+    """Search the space; everything is written under ``output``. Trials that fail are reported, not raised.
+
+    Returns Tune's results and the study, which was told the same.
+    """
     config = space.tune
     datasets = {key: load_datasets(own, space.run.data.in_memory) for key, own in files.items()}
     steps = total_steps(space.run, min(own.train_rows for own in files.values()))
-    scheduler: Any = FIFOScheduler()
-    if config.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            time_attr="step", max_t=steps, grace_period=min(config.grace_steps, steps),
-            reduction_factor=config.reduction_factor, metric=config.metric, mode=config.mode,
-        )  # fmt: skip
-    search = StudySearch(
-        distributions(space),
-        metric=config.metric,
-        mode=config.mode,
-        journal=output / "study.journal",
-        name=output.name,
-        sampler=optuna.samplers.TPESampler(seed=config.seed, multivariate=True, group=True, n_startup_trials=5),
-    )
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name)
     driver = tune.with_parameters(
         drive_trial, space=space, plan=plan, datasets=datasets, files=files, storage_path=str(output / "trials")
     )
@@ -164,7 +168,7 @@ def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Pat
         tune.with_resources(driver, DRIVER_RESOURCES),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=scheduler,
+            scheduler=make_scheduler(config, steps),
             num_samples=config.trials,
             max_concurrent_trials=plan.max_concurrent_trials,
             time_budget_s=None if config.time_budget_minutes is None else 60 * config.time_budget_minutes,
@@ -179,4 +183,4 @@ def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Pat
     )
     grid = tuner.fit()
     search.close({Path(result.path).name for result in grid})
-    return grid
+    return grid, search.study

@@ -11,7 +11,7 @@ from latentwire.config.resolve import load_space
 from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.training import checkpoints
 from latentwire.tuning import results
-from latentwire.tuning.searcher import TRIAL_ID, open_study
+from latentwire.tuning.study import JOURNAL, TRIAL_ID, open_study
 from tests.conftest import untimed
 from tests.ray_jobs.conftest import TINY, Job, log_of
 
@@ -26,7 +26,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     document = json.loads((output / "results.json").read_text())
     assert len(document["trials"]) == 3
     assert all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in document["trials"])
-    study = open_study(output / "study.journal", output.name, "max")
+    study = open_study(output / JOURNAL, output.name, {"dev_f1": "max"})
     told = {t.user_attrs[TRIAL_ID]: (t.state.name, t.value) for t in study.trials}
     assert told == {
         row["trial"]: ("COMPLETE" if row["state"] == "done" else "PRUNED", row["dev_f1"]) for row in document["trials"]

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -9,17 +10,24 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from latentwire.tuning.searcher import CAUSE, TRIAL_ID, StudySearch
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import ConfigError
+from latentwire.tuning.samplers import CLASSES, make_sampler
+from latentwire.tuning.searcher import StudySearch, check_searchable
+from latentwire.tuning.study import CAUSE, JOURNAL, TRIAL_ID, own_trials
 
-SPACE = {"training.encoder_lr": FloatDistribution(1e-4, 1e-2, log=True)}
+RATE = "training.encoder_lr"
+SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
+
+
+def search_over(folder: Path, search: dict[str, Any] = SPACE, **tune: Any) -> StudySearch:
+    space = SpaceFile.model_validate({"search": search, "tune": tune})
+    return StudySearch(space, journal=folder / JOURNAL, name=folder.name)
 
 
 @pytest.fixture
 def search(tmp_path: Path) -> StudySearch:
-    return StudySearch(
-        SPACE, metric="dev_f1", mode="max", journal=tmp_path / "study.journal", name="sweep",
-        sampler=optuna.samplers.TPESampler(seed=0),
-    )  # fmt: skip
+    return search_over(tmp_path)
 
 
 def report(step: int, value: float | None) -> dict:
@@ -34,10 +42,10 @@ def run(search: object, values: list[float | None], trial_id: str = "a", error: 
     search.on_trial_complete(trial_id, last, error)  # type: ignore[attr-defined]
 
 
-def stock() -> OptunaSearch:
-    return OptunaSearch(
-        SPACE, metric="dev_f1", mode="max", study_name="stock", sampler=optuna.samplers.TPESampler(seed=0)
-    )
+def stock(**options: Any) -> OptunaSearch:
+    space = {RATE: FloatDistribution(1e-4, 1e-2, log=True)}
+    sampler = optuna.samplers.TPESampler(seed=0)
+    return OptunaSearch(space, metric="dev_f1", mode="max", study_name="stock", sampler=sampler, **options)
 
 
 def only(study: optuna.Study) -> optuna.trial.FrozenTrial:
@@ -65,7 +73,7 @@ def test_a_stopped_trial_is_pruned(search: StudySearch) -> None:
 def test_a_trial_without_a_usable_metric_fails_with_its_cause(search: StudySearch, last: float | None) -> None:
     run(search, [0.1, last])
     assert only(search.study).state == TrialState.FAIL
-    assert "a finite dev_f1 is needed, got dev_f1 = " in only(search.study).user_attrs[CAUSE]
+    assert "finite dev_f1 needed, got {'dev_f1': " in only(search.study).user_attrs[CAUSE]
 
 
 def test_the_stock_class_leaves_nan_running_for_ever() -> None:
@@ -112,7 +120,107 @@ def test_a_restart_finds_its_trials_and_leaves_no_orphan(search: StudySearch, tm
 def test_the_sampler_learns_from_what_was_told(search: StudySearch) -> None:
     for number in range(30):
         trial_id = str(number)
-        rate = search.suggest(trial_id)["training.encoder_lr"]
+        rate = search.suggest(trial_id)[RATE]
         search.on_trial_complete(trial_id, report(3, -abs(rate - 1e-3)))
-    late = [search.study.trials[i].params["training.encoder_lr"] for i in range(20, 30)]
+    late = [search.study.trials[i].params[RATE] for i in range(20, 30)]
     assert sum(abs(rate - 1e-3) for rate in late) / 10 < 2e-3
+
+
+def test_a_trial_that_was_never_named_is_taken_over(search: StudySearch) -> None:
+    """A driver that dies between asking the study and telling Tune leaves no extra trial."""
+    search.study.ask()
+    search.suggest("a")
+    assert only(search.study).user_attrs[TRIAL_ID] == "a"
+
+
+def test_starting_points_are_drawn_once(tmp_path: Path) -> None:
+    points = [{RATE: 2e-3}, {RATE: 5e-3}]
+    search = search_over(tmp_path, start_with=points)
+    assert search.suggest("a")[RATE] == 2e-3
+    again = search_over(tmp_path, start_with=points)
+    assert again.suggest("b")[RATE] == 5e-3
+    assert again.suggest("c")[RATE] not in (2e-3, 5e-3)
+    assert len(again.study.trials) == 3
+
+
+def test_the_stock_class_enqueues_its_starting_points_again(tmp_path: Path) -> None:
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal")))
+    for _ in range(2):
+        search = stock(storage=storage, points_to_evaluate=[{RATE: 2e-3}])
+        assert search.suggest(str(_))[RATE] == 2e-3
+
+
+def test_an_earlier_sweep_warms_a_new_one(tmp_path: Path) -> None:
+    earlier = search_over(tmp_path / "earlier")
+    for number in range(12):
+        rate = earlier.suggest(str(number))[RATE]
+        earlier.on_trial_complete(str(number), report(3, -abs(rate - 1e-3)))
+    run(earlier, [0.1, float("nan")], "nan")
+    narrow = {RATE: SPACE[RATE] | {"low": 5e-4}}
+    for _ in range(2):  # the second opens the same study again
+        warm = search_over(tmp_path / "warm", narrow, warm_start=str(tmp_path / "earlier"))
+        inside = [trial for trial in earlier.study.trials if trial.params[RATE] >= 5e-4 and trial.state.name != "FAIL"]
+        assert 0 < len(inside) < 12 and len(warm.study.trials) == len(inside)
+        assert own_trials(warm.study) == []
+    with pytest.raises(
+        ConfigError, match=r"must have the objectives \[\['dev_em', 'max'\]\], got \[\['dev_f1', 'max'\]\]"
+    ):
+        check_searchable(search_over(tmp_path / "other", metric="dev_em", warm_start=str(tmp_path / "earlier")).space)
+    with pytest.raises(ConfigError, match=r"must be a sweep's directory or its study\.journal, got nowhere"):
+        check_searchable(search_over(tmp_path / "other", warm_start="nowhere").space)
+
+
+def test_several_objectives_and_a_limit(tmp_path: Path) -> None:
+    """Values are those of the evaluation that is best by the first; a trial beyond the limit is told so."""
+    search = search_over(tmp_path, objectives={"wire_bytes": "min"}, constraints={"wire_bytes": {"max": 100}})
+    for trial_id, size in (("a", 60.0), ("b", 140.0)):
+        search.suggest(trial_id)
+        search.on_trial_result(trial_id, report(1, 0.5) | {"wire_bytes": size})
+        search.on_trial_complete(trial_id, report(3, 0.4) | {"wire_bytes": size})
+    run(search, [0.9, 0.9, 0.9], "c")
+    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
+    assert search.study.trials[0].values == [0.5, 60.0]
+    assert [trial.constraints for trial in search.study.trials[:2]] == [{"wire_bytes": -40}, {"wire_bytes": 40}]
+    assert [trial.number for trial in search.study.best_trials] == [0]
+    assert "finite dev_f1, wire_bytes needed" in search.study.trials[2].user_attrs[CAUSE]
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "grid"])
+def test_every_sampler_searches(tmp_path: Path, name: str) -> None:
+    latents = {"encoder.latent_len": {"type": "int", "low": 4, "high": 16, "step": 4}}
+    search = search_over(tmp_path, SPACE | latents, sampler={"name": name})
+    for number in range(8):
+        values = search.suggest(str(number))
+        assert 1e-4 <= values[RATE] <= 1e-2 and values["encoder.latent_len"] in (4, 8, 12, 16)
+        search.on_trial_complete(str(number), report(3, -values[RATE]))
+    assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE}
+
+
+def test_the_grid_visits_every_combination(tmp_path: Path) -> None:
+    latents = {"encoder.latent_len": {"type": "int", "low": 4, "high": 12, "step": 4}}
+    anchors = {"prompt.anchor": {"type": "categorical", "choices": ["A: ", ""]}}
+    search = search_over(tmp_path, latents | anchors, sampler={"name": "grid"}, trials=6)
+    drawn = set()
+    for number in range(6):
+        drawn.add(tuple(search.suggest(str(number)).values()))
+        search.on_trial_complete(str(number), report(3, 0.1))
+    assert len(drawn) == 6
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"sampler": {"name": "tpe", "options": {"n_startup_trial": 3}}}, r"n_startup_trial of sampler tpe .* mean n_startup_trials"),
+        ({"sampler": {"name": "cmaes"}, "objectives": {"wire_bytes": "min"}}, "cmaes takes one objective, got 2"),
+        ({"sampler": {"name": "grid"}}, r"needs choices or a step, without log, for search\.training\.encoder_lr"),
+    ],
+)  # fmt: skip
+def test_a_sampler_that_cannot_serve_is_refused(tmp_path: Path, tune: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_sampler(search_over(tmp_path, **tune).space)
+
+
+def test_a_grid_smaller_than_the_sweep_is_refused(tmp_path: Path) -> None:
+    anchors = {"prompt.anchor": {"type": "categorical", "choices": ["A: ", ""]}}
+    with pytest.raises(ConfigError, match=r"has 2 combinations here, tune\.trials must be ≤ that, got 6"):
+        make_sampler(search_over(tmp_path, anchors, sampler={"name": "grid"}, trials=6).space)

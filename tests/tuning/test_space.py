@@ -6,7 +6,7 @@ import optuna
 import pytest
 
 from latentwire.config.resolve import ConfigError, load_space
-from latentwire.tuning.space import check_metric, data_variants, distributions, largest_run
+from latentwire.tuning.space import check_metrics, data_variants, distribution, draw, largest_run
 
 TEXT = """
 search:
@@ -19,11 +19,83 @@ search:
 def test_distributions_and_variants(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(TEXT)
     space = load_space(tmp_path / "s.yaml")
-    table = distributions(space)
+    table = {path: distribution(dim) for path, dim in space.search.items()}
     assert table["encoder.latent_len"] == optuna.distributions.IntDistribution(4, 16, step=4)
     assert table["training.encoder_lr"] == optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
     assert [run.prompt.anchor for run in data_variants(space)] == ["Answer: ", "A: "]
     assert largest_run(space).encoder.latent_len == 16
+
+
+CONDITIONS = """
+run: {encoder: {model: "receiver:llama"}}
+search:
+  encoder.lora_rank: {type: int, low: 2, high: 8, when: {encoder.kind: lm, encoder.tune: lora}}
+  encoder.tune: {type: categorical, choices: [frozen, lora], when: {encoder.kind: [lm, st]}}
+  encoder.kind: {type: categorical, choices: [byte, lm, st]}
+"""
+
+
+def test_a_dimension_with_a_condition_is_drawn_where_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(CONDITIONS)
+    search = load_space(tmp_path / "s.yaml").search
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [draw(study.ask(), search) for _ in range(60)]
+    shapes = {(v["encoder.kind"], v.get("encoder.tune"), "encoder.lora_rank" in v) for v in drawn}
+    assert shapes == {
+        ("byte", None, False),
+        ("lm", "frozen", False),
+        ("lm", "lora", True),
+        ("st", "frozen", False),
+        ("st", "lora", False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("encoder.kind: [lm, st]", "encoder.kidn: lm"), r"got encoder\.kidn .*encoder\.tune\.when.*encoder\.kind\?"),
+        (("encoder.kind: [lm, st]", "encoder.kind: gpt"), r"among the choices \['byte', 'lm', 'st'\], got 'gpt'"),
+        (("[byte, lm, st]}", "[byte, lm, st], when: {encoder.tune: lora}}"), "must not go round in a circle"),
+    ],
+)
+def test_conditions_name_dimensions_and_their_choices(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    (tmp_path / "s.yaml").write_text(CONDITIONS.replace(*change))
+    with pytest.raises(ConfigError, match=message):
+        load_space(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        (
+            "{start_with: [{encoder.latent_le: 4}]}",
+            r"got encoder\.latent_le \(.*start_with\[0\].*encoder\.latent_len\?",
+        ),
+        ("{start_with: [{encoder.latent_len: 40}]}", r"a number from 4 to 16, got 40"),
+        ('{start_with: [{}, {prompt.anchor: "X"}]}', r"among \['Answer: ', 'A: '\], got 'X' .*start_with\[1\]"),
+    ],
+)
+def test_starting_points_lie_in_the_space(tmp_path: Path, tune: str, message: str) -> None:
+    (tmp_path / "s.yaml").write_text(f"{TEXT}tune: {tune}")
+    with pytest.raises(ConfigError, match=message):
+        load_space(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ("{metric: dev_f2}", r"tune\.metric must name a reported metric, got dev_f2"),
+        ("{objectives: {bytes: min}}", r"tune\.objectives must name a reported metric, got bytes"),
+        ("{constraints: {wire: {max: 2}}}", r"tune\.constraints must name a reported metric, got wire"),
+        ("{objectives: {dev_f1: max}}", "got dev_f1 in both"),
+    ],
+)
+def test_trials_are_compared_by_what_they_report(tmp_path: Path, tune: str, message: str) -> None:
+    (tmp_path / "s.yaml").write_text(f"tune: {tune}")
+    with pytest.raises(ConfigError, match=message):
+        check_metrics(load_space(tmp_path / "s.yaml"))
+    (tmp_path / "s.yaml").write_text("tune: {metric: dev_em_llama, objectives: {wire_bytes: min}}")
+    check_metrics(load_space(tmp_path / "s.yaml"))
 
 
 def test_shards_cannot_follow_a_number(tmp_path: Path) -> None:
@@ -37,9 +109,9 @@ def test_texts_are_searched_by_their_loss(tmp_path: Path, chosen: str) -> None:
     texts = f"run: {{data: {{dataset: text}}, losses: {{bundle: pretrain}}}}\ntune: {chosen}"
     (tmp_path / "s.yaml").write_text(texts)
     with pytest.raises(ConfigError, match=r"tune\.metric must be dev_loss and tune\.mode min"):
-        check_metric(load_space(tmp_path / "s.yaml"))
+        check_metrics(load_space(tmp_path / "s.yaml"))
     (tmp_path / "s.yaml").write_text(texts.replace(chosen, "{metric: dev_loss, mode: min}"))
-    check_metric(load_space(tmp_path / "s.yaml"))
+    check_metrics(load_space(tmp_path / "s.yaml"))
 
 
 def test_teachers_columns_serve_every_trial(tmp_path: Path) -> None:

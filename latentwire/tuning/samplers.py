@@ -1,0 +1,104 @@
+"""Optuna's samplers by name, with our defaults and the user's options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from optuna import samplers
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from latentwire.config import CategoricalDimension, Dimension, FloatDimension, SpaceFile
+from latentwire.config.resolve import ConfigError
+
+
+class Grid(samplers.GridSampler):
+    """Every combination once, in an order told by the seed; Tune, not the sampler, ends the sweep."""
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """Nothing: the original stops a loop that is not there, which raises."""
+
+
+CLASSES: dict[str, type[samplers.BaseSampler]] = {
+    "tpe": samplers.TPESampler,
+    "gp": samplers.GPSampler,
+    "cmaes": samplers.CmaEsSampler,
+    "nsgaii": samplers.NSGAIISampler,
+    "nsgaiii": samplers.NSGAIIISampler,
+    "qmc": samplers.QMCSampler,
+    "random": samplers.RandomSampler,
+    "grid": Grid,
+}
+
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tpe": {"multivariate": True, "group": True, "n_startup_trials": 5},
+    "gp": {"n_startup_trials": 5, "warn_independent_sampling": False},
+    "cmaes": {"warn_independent_sampling": False},
+    "qmc": {"warn_independent_sampling": False},
+}
+
+ONE_OBJECTIVE = ("cmaes",)
+
+
+def make_sampler(space: SpaceFile) -> samplers.BaseSampler:
+    """The sampler that ``tune.sampler`` names.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for options that the class does not take, and for spaces or
+    objectives that it cannot search.
+    """
+    name, options = space.tune.sampler.name, space.tune.sampler.options
+    if name in ONE_OBJECTIVE and space.tune.objectives:
+        raise ConfigError(
+            f"sampler {name} takes one objective, got {1 + len(space.tune.objectives)}; try nsgaii or tpe"
+        )
+    known = [
+        parameter
+        for parameter in inspect.signature(CLASSES[name].__init__).parameters
+        if parameter not in ("self", "seed", "search_space")
+    ]
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known) or 'none'}"
+            raise ConfigError(f"unknown option {option} of sampler {name} (tune.sampler.options); {hint}")
+    arguments = OWN_DEFAULTS.get(name, {}) | options | {"seed": space.tune.seed}
+    if name == "grid":
+        arguments["search_space"] = grid(space)
+    try:
+        return CLASSES[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"sampler {name} refuses its options {options}: {error}") from error
+
+
+def grid(space: SpaceFile) -> dict[str, list[Any]]:
+    """Path → values, for a space of choices and steps without conditions.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for other spaces, and where there are fewer combinations than
+    trials: the rest would be repetitions.
+    """
+    values = {path: _grid_values(path, dim) for path, dim in space.search.items()}
+    size = len(list(itertools.product(*values.values())))
+    if size < space.tune.trials:
+        raise ConfigError(
+            f"sampler grid has {size} combinations here, tune.trials must be ≤ that, got {space.tune.trials}"
+        )
+    if space.tune.start_with:
+        raise ConfigError("sampler grid visits every combination; leave tune.start_with out")
+    return values
+
+
+def _grid_values(path: str, dim: Dimension) -> list[Any]:
+    if dim.when:
+        raise ConfigError(f"sampler grid takes no conditions, got search.{path}.when")
+    if isinstance(dim, CategoricalDimension):
+        return list(dim.choices)
+    if dim.step is None or dim.log:
+        raise ConfigError(f"sampler grid needs choices or a step, without log, for search.{path}")
+    count = int(np.floor((dim.high - dim.low) / dim.step + 1e-9)) + 1
+    drawn = [dim.low + number * dim.step for number in range(count)]
+    return [float(value) for value in drawn] if isinstance(dim, FloatDimension) else drawn

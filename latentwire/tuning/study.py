@@ -1,0 +1,104 @@
+"""One Optuna study in a journal file: made, given its starting points and earlier trials, opened again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from latentwire.config import Dimension
+from latentwire.config.resolve import ConfigError
+from latentwire.tuning.space import distribution
+
+JOURNAL = "study.journal"
+"""Name of the journal in a sweep's directory."""
+TRIAL_ID, CAUSE, EVALUATIONS, WARM = "tune_trial_id", "cause", "evaluations", "warm_start"
+"""User attributes of the study's trials: Tune's id; why a trial failed; step → objectives; where a trial was taken from."""
+OBJECTIVES = "objectives"
+"""User attribute of the study: its objectives with their directions."""
+
+
+def open_study(
+    journal: Path, name: str, objectives: Mapping[str, str], sampler: optuna.samplers.BaseSampler | None = None
+) -> optuna.Study:
+    """The study ``name`` of a journal file, made where it is not there yet. ``objectives``: metric → max or min.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where it is there with other objectives.
+    """
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        study_name=name,
+        directions=[{"max": "maximize", "min": "minimize"}[mode] for mode in objectives.values()],
+        sampler=sampler,
+        load_if_exists=True,
+    )
+    wanted = [list(item) for item in objectives.items()]
+    if study.user_attrs.setdefault(OBJECTIVES, wanted) != wanted:
+        raise ConfigError(f"study {name} of {journal} has objectives {study.user_attrs[OBJECTIVES]}, got {wanted}")
+    study.set_user_attr(OBJECTIVES, wanted)
+    return study
+
+
+def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
+    """Starting points, each once however often the study is opened."""
+    for point in points:
+        study.enqueue_trial(dict(point), skip_if_exists=True)
+
+
+def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
+    """The study's trials without those that a warm start brought."""
+    trials = study.get_trials(deepcopy=False, states=None if states is None else tuple(states))
+    return [trial for trial in trials if WARM not in trial.user_attrs]
+
+
+def read_earlier(source: str | Path, objectives: Mapping[str, str]) -> list[FrozenTrial]:
+    """Finished trials of an earlier sweep (its directory, or its journal).
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no study, or one with other objectives: values of
+    another metric would mislead the sampler.
+    """
+    journal = Path(source) / JOURNAL if Path(source).is_dir() else Path(source)
+    if not journal.is_file():
+        raise ConfigError(f"tune.warm_start must be a sweep's directory or its {JOURNAL}, got {source}")
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    found = []
+    for summary in optuna.get_all_study_summaries(storage):
+        earlier = optuna.load_study(study_name=summary.study_name, storage=storage)
+        stated = earlier.user_attrs.get(OBJECTIVES)
+        wanted = [list(item) for item in objectives.items()]
+        if stated != wanted:
+            raise ConfigError(f"tune.warm_start must have the objectives {wanted}, got {stated} ({journal})")
+        found += own_trials(earlier, (TrialState.COMPLETE, TrialState.PRUNED))
+    return found
+
+
+def warm_start(study: optuna.Study, earlier: Sequence[FrozenTrial], search: Mapping[str, Dimension]) -> int:
+    """Add the ``earlier`` trials whose values lie in this space, once; returns how many the study has now.
+
+    What lies outside it is left out trial by trial, since a trial's score belongs to all of its values.
+    """
+    there = {trial.user_attrs[WARM] for trial in study.get_trials(deepcopy=False) if WARM in trial.user_attrs}
+    for trial in earlier:
+        label = str(trial.user_attrs.get(TRIAL_ID, trial.number))
+        if label in there or not trial.params or not set(trial.params) <= set(search):
+            continue
+        try:
+            copied = create_trial(
+                state=trial.state,
+                values=trial.values,
+                params=trial.params,
+                distributions={path: distribution(search[path]) for path in trial.params},
+                user_attrs={WARM: label},
+                intermediate_values=trial.intermediate_values,
+            )
+        except ValueError:  # create_trial's word for a value outside its distribution
+            continue
+        study.add_trial(copied)
+        there.add(label)
+    return len(there)
