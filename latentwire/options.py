@@ -56,8 +56,8 @@ def read_space(options: argparse.Namespace, default: Path | None = None) -> Spac
     for flag, path in FLAGS.items():
         if (value := getattr(options, flag)) is not None:
             overrides[f"run.{path}"] = value if isinstance(value, bool) else _typed(path, value)
-    for assignment in options.assignments:
-        path, value = _assignment(assignment)
+    for text in options.assignments:
+        path, value = assignment(text)
         overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = value
     # A receiver that the flags replace is not the toy any more: what the default said about the toy goes with it.
     for index, flag in enumerate(("llama_id", "qwen_id")):
@@ -68,11 +68,12 @@ def read_space(options: argparse.Namespace, default: Path | None = None) -> Spac
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
     """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
-    values = dict(_assignment(text) for text in assignments)
+    values = dict(assignment(text) for text in assignments)
     return with_values(run, {path.removeprefix("run."): value for path, value in values.items()}, "--set")
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """``PATH=VALUE`` as path and value. Raises :class:`~latentwire.config.resolve.ConfigError` without the sign."""
     path, sign, value = text.partition("=")
     if not sign:
         raise ConfigError(f"--set takes PATH=VALUE, got {text}")

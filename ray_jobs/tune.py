@@ -2,6 +2,7 @@
 
     python ray_jobs/tune.py                                              # the embedded toy pair, two cores
     python ray_jobs/tune.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
+    python ray_jobs/tune.py --resume runs/tune-<time>                    # after any death; --set tune.trials=20: more
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
 Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), ``predictions.parquet``,
@@ -22,7 +23,7 @@ from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import planner, report, results, sweep
+from latentwire.tuning import planner, report, results, resume, sweep
 from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -33,21 +34,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--output_dir", type=Path, help="where results go; must not exist yet")
+    parser.add_argument(
+        "--resume", type=Path, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
     options = parser.parse_args()
     try:
-        space = with_home(read_space(options, DEFAULT_SPACE))
+        if options.resume:
+            output = options.resume.absolute()
+            space = resume.read_space(output, options.assignments)
+            if resume.is_finished(space, output):
+                print(f"{output} has its {space.tune.trials} trials; add some by --set tune.trials=<more>")
+                return 0
+        else:
+            space = with_home(read_space(options, DEFAULT_SPACE))
+            name = time.strftime("tune-%Y%m%d-%H%M%S")
+            output = (options.output_dir or Path(space.tune.storage_path) / name).absolute()
+            if output.exists():
+                raise ConfigError(
+                    f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
+                )
         check_searchable(space)
-        output = options.output_dir or Path(space.tune.storage_path) / time.strftime("tune-%Y%m%d-%H%M%S")
-        if output.exists():
-            raise ConfigError(f"output_dir must not exist yet, got {output}; name another one")
         sweep.start_ray()
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(space.run.training.gpus_per_worker))
         print(plan, flush=True)
         if options.dry_run:
             print(space.model_dump_json(indent=1))
             return 0
-        return search(space, plan, output.absolute())
+        resume.write_space(space, output)
+        return search(space, plan, output)
     except USER_ERRORS as error:
         return fail(error)
 
@@ -55,21 +70,16 @@ def main() -> int:
 def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     """The sweep itself, after everything that could be refused has been."""
     files = sweep.prepare(space, plan.gpus_per_worker)
-    grid, study = sweep.run_sweep(space, plan, files, output)
-    best = results.find_best(grid, space.tune)
+    study = sweep.run_sweep(space, plan, files, output)
+    best = results.find_best(study, space.tune)
     run = with_values(space.run, best.values)
     validation = files[sweep.variant_key(run)].shards["validation"]
+    resume.set_aside(output / "best")
     scores = results.on_cluster(
         run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
     )
-    rows = results.trial_rows(grid, space.tune)
-    grids = [
-        report.trials_table(rows, space.tune),
-        report.scores_table(scores, f"{run.data.dataset} validation, best trial {best.trial}", run),
-    ]
-    if space.tune.objectives:
-        unbeaten = results.front(study)
-        grids.insert(1, report.front_table([row for row in rows if row["trial"] in unbeaten], space.tune))
+    rows = results.trial_rows(study, space.tune)
+    grids = report.sweep_tables(rows, scores, best, run, space.tune)
     command = shlex.join(["python", *sys.argv])
     results.write_results(output, {"command": command, "best": vars(best), "validation": scores, "trials": rows})
     report.show(grids)

@@ -101,6 +101,8 @@ class TuneConfig(Section):
     """Training steps before a trial can be stopped: ASHA's first rung."""
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one of this many at each rung."""
+    max_failures: int = Field(1, ge=0)
+    """How often a trial whose driver or workers died for good is started again, from its last checkpoint."""
     metric: str = "dev_f1"
     """Metric to search by: ``dev_f1`` (mean over receivers), ``dev_em``, ``dev_loss``, or one receiver's, ``dev_f1_<name>``."""
     mode: Literal["max", "min"] = "max"

@@ -20,10 +20,10 @@ Grid = tuple[str, list[str], list[list[str]]]
 def trials_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     """All trials, best first."""
     measured = dict.fromkeys((config.metric, *config.objectives, *config.constraints))
-    columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "seconds")
+    columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
     knobs = list(dict.fromkeys(name for row in rows for name in row["values"]))
     body = [
-        [row["trial"], row["state"], *(_number(row.get(column)) for column in columns)]
+        [str(row["trial"]), row["state"], *(_number(row.get(column)) for column in columns)]
         + [_number(row["values"].get(knob)) for knob in knobs]
         for row in rows
     ]
@@ -31,10 +31,11 @@ def trials_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
 
 
 def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
-    """Of the trials ``rows``, those that no other beats in every objective, by the further objectives."""
-    names = [*config.objectives, config.metric]
+    """The trials that no other beats in every objective, by the further objectives."""
+    rows, names = [row for row in rows if row["front"]], [*config.objectives, config.metric]
     body = [
-        [row["trial"], *(_number(row[name]) for name in names)] for row in sorted(rows, key=lambda row: row[names[0]])
+        [str(row["trial"]), *(_number(row[name]) for name in names)]
+        for row in sorted(rows, key=lambda row: row[names[0]])
     ]
     return f"Pareto front: {len(rows)} trials that none beats in everything", ["trial", *names], body
 
@@ -59,6 +60,15 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
         if receiver != "mean"
     ]  # fmt: skip
     return title, header, body
+
+
+def sweep_tables(
+    rows: list[dict[str, Any]], scores: dict[str, Any], best: Best, run: RunConfig, config: TuneConfig
+) -> list[Grid]:
+    """What a sweep ends with: its trials, the Pareto front where there are several objectives, the winner's scores."""
+    front = [front_table(rows, config)] if config.objectives else []
+    title = f"{run.data.dataset} validation, best trial {best.trial}"
+    return [trials_table(rows, config), *front, scores_table(scores, title, run)]
 
 
 def show(grids: list[Grid]) -> None:

@@ -13,7 +13,7 @@ import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray import tune
+from optuna.trial import TrialState
 from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
@@ -23,7 +23,7 @@ from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES, Mode
 from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
 from latentwire.training import checkpoints
-from latentwire.tuning.study import TRIAL_ID
+from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
 
 class SweepError(RuntimeError):
@@ -34,81 +34,75 @@ class SweepError(RuntimeError):
 class Best:
     """The best evaluation of a sweep whose checkpoint still exists."""
 
-    trial: str
+    trial: int
     step: int
     score: float
     checkpoint: Path
     values: dict[str, Any]
 
 
-def find_best(grid: tune.ResultGrid, config: TuneConfig) -> Best:
-    """The best row over all trials' evaluations that keep to ``tune.constraints``. Under Train V2 a trial's result names no
-    checkpoint: its rows do.
+STATES = {
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "unfinished",
+}
+
+
+def find_best(study: optuna.Study, config: TuneConfig) -> Best:
+    """The best evaluation of all trials that keeps to ``tune.constraints`` and whose checkpoint still exists.
 
     Raises :class:`SweepError` where no trial left a checkpoint, or none within the limits.
     """
-    metric, found, beyond = config.metric, [], 0
-    for result in grid:
-        frame = result.metrics_dataframe
-        if frame is None or CHECKPOINT_PATH_KEY not in frame or metric not in frame:
-            continue
-        for row in frame.to_dict("records"):
-            path = row[CHECKPOINT_PATH_KEY]
-            if isinstance(path, str) and Path(path).exists():
-                if not within_limits(row, config):
-                    beyond += 1
-                    continue
-                found.append(
-                    Best(_trial_id(result), int(row["step"]), float(row[metric]), Path(path), dict(result.config or {}))
-                )
+    trials, found, beyond = own_trials(study), [], 0
+    for trial in trials:
+        for report in evaluations(trial):
+            path = Path(report[CHECKPOINT_PATH_KEY])
+            if not path.exists():
+                continue
+            if within_limits(report, config):
+                found.append(Best(trial.number, report["step"], report[config.metric], path, dict(trial.params)))
+            else:
+                beyond += 1
     if not found and beyond:
         limits = ", ".join(f"{name} ≤ {limit.max:g}" for name, limit in config.constraints.items())
         raise SweepError(
-            f"a winner must keep to tune.constraints ({limits}), all {beyond} evaluations of {len(grid)} trials go beyond; "
-            f"widen the limit or the space"
+            f"a winner must keep to tune.constraints ({limits}), all {beyond} evaluations kept of {len(trials)} trials go "
+            f"beyond; widen the limit or the space"
         )
     if not found:
-        errors = "; ".join(str(e).strip().splitlines()[-1] for e in grid.errors[:3]) or "none reported one"
-        raise SweepError(f"a sweep needs at least one trial with a checkpoint, got none of {len(grid)} ({errors})")
+        causes = "; ".join(trial.user_attrs[CAUSE] for trial in trials if CAUSE in trial.user_attrs) or "none failed"
+        raise SweepError(f"a sweep needs at least one trial with a checkpoint, got none of {len(trials)} ({causes})")
     return (max if config.mode == "max" else min)(found, key=lambda best: best.score)
 
 
-def within_limits(row: Mapping[str, Any], config: TuneConfig) -> bool:
+def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
     """Whether an evaluation keeps to ``tune.constraints``."""
-    return all(row.get(name, math.inf) <= limit.max for name, limit in config.constraints.items())
+    return all(report.get(name, math.inf) <= limit.max for name, limit in config.constraints.items())
 
 
-def front(study: optuna.Study) -> set[str]:
-    """Ids of the trials that no other beats in every objective (those beyond a limit are left out)."""
-    return {trial.user_attrs[TRIAL_ID] for trial in study.best_trials if TRIAL_ID in trial.user_attrs}
+def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
+    """One row per trial, best first: its number, state (done, stopped by the scheduler, failed, unfinished; beyond a limit),
+    step, objectives at its best evaluation, losses, values drawn, cause of failure."""
+    rows, front = [], {trial.number for trial in study.best_trials} if config.objectives else set()
+    pick = max if config.mode == "max" else min
+    for trial in own_trials(study):
+        row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state], "values": dict(trial.params)}
+        row |= {"error": trial.user_attrs.get(CAUSE, ""), "front": trial.number in front}
+        reports = evaluations(trial)
+        if reports:
+            best, last = pick(reports, key=lambda report: report[config.metric]), reports[-1]
+            if row["state"] in ("done", "stopped") and not within_limits(last, config):
+                row["state"] = "beyond"
+            measured = {name: best[name] for name in (config.metric, *config.objectives, *config.constraints)}
+            row |= measured | {name: last[name] for name in REPORTED}
+        rows.append(row)
+    worst = float("-inf") if config.mode == "max" else float("inf")
+    return sorted(rows, key=lambda row: row.get(config.metric, worst), reverse=config.mode == "max")
 
 
-def _trial_id(result: Any) -> str:
-    return Path(result.path).name
-
-
-def trial_rows(grid: tune.ResultGrid, config: TuneConfig) -> list[dict[str, Any]]:
-    """One row per trial, best first: id, state (done, stopped by the scheduler, beyond a limit, failed), step, best score,
-    other objectives, losses, values drawn."""
-    rows, (metric, mode) = [], (config.metric, config.mode)
-    for result in grid:
-        frame = result.metrics_dataframe
-        row: dict[str, Any] = {"trial": _trial_id(result), "state": "failed" if result.error else "done"}
-        if frame is not None and metric in frame:
-            last, best = frame.iloc[-1], frame.sort_values(metric).iloc[-1 if mode == "max" else 0]
-            state = "done" if last["step"] >= last["total_steps"] else "stopped"
-            row |= {
-                "state": "failed" if result.error else state if within_limits(last, config) else "beyond",
-                "step": int(last["step"]),
-                **{name: float(best[name]) for name in (metric, *config.objectives, *config.constraints)},
-                "first_train_loss": float(last["first_train_loss"]),
-                "train_loss": float(last["train_loss"]),
-                "examples_per_s": float(last["examples_per_s"]),
-                "seconds": float(last["time_total_s"]),
-            }
-        rows.append(row | {"values": dict(result.config or {}), "error": str(result.error or "")})
-    order = sorted(rows, key=lambda r: r.get(metric, float("-inf") if mode == "max" else float("inf")))
-    return order[::-1] if mode == "max" else order
+REPORTED = ("step", "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
+"""What a trial's row takes from its last evaluation."""
 
 
 def check_questions(run: RunConfig) -> None:

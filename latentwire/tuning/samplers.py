@@ -45,8 +45,9 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 ONE_OBJECTIVE = ("cmaes",)
 
 
-def make_sampler(space: SpaceFile) -> samplers.BaseSampler:
-    """The sampler that ``tune.sampler`` names.
+def make_sampler(space: SpaceFile, number: int = 0) -> samplers.BaseSampler:
+    """The sampler that ``tune.sampler`` names, for the study's trial ``number``: all it draws hangs on the seed, that
+    number and the study, so that a sweep in pieces draws what it would draw in one.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for options that the class does not take, and for spaces or
     objectives that it cannot search.
@@ -66,7 +67,9 @@ def make_sampler(space: SpaceFile) -> samplers.BaseSampler:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known) or 'none'}"
             raise ConfigError(f"unknown option {option} of sampler {name} (tune.sampler.options); {hint}")
-    arguments = OWN_DEFAULTS.get(name, {}) | options | {"seed": space.tune.seed}
+    arguments = OWN_DEFAULTS.get(name, {}) | options | {"seed": space.tune.seed * 1_000_003 + number}
+    if name in ("grid", "qmc"):  # one sequence for the whole study, which they walk by the trials' numbers
+        arguments["seed"] = space.tune.seed
     if name == "grid":
         arguments["search_space"] = grid(space)
     try:

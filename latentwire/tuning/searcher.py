@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,22 @@ from latentwire.config import SpaceFile
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics, draw
-from latentwire.tuning.study import CAUSE, EVALUATIONS, TRIAL_ID
+from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION
+
+NUMBER = "study_trial"
+"""Key of a trial's number among the values that Tune gets."""
+ERROR_FILE = "error.txt"
+"""Where a trial's driver leaves the cause of a failure."""
 
 
 def objectives(space: SpaceFile) -> dict[str, str]:
     """What a space is searched by: metric → max or min, the scheduler's first."""
     return {space.tune.metric: space.tune.mode, **space.tune.objectives}
+
+
+def trial_path(trial_dir: Path, number: int) -> Path:
+    """Where a trial keeps its checkpoints, whichever driver runs it."""
+    return trial_dir / f"trial-{number}"
 
 
 def check_searchable(space: SpaceFile) -> None:
@@ -42,18 +53,23 @@ def check_searchable(space: SpaceFile) -> None:
 class StudySearch(Searcher):
     """Suggests by the space's sampler and tells the study what really happened to each trial.
 
+    The study is the one record of a sweep: a new driver on the same journal hands out the trials that the one before left
+    unfinished, then draws new ones. Trials are known by their number there; Tune's ids last as long as one driver.
+
     Reports must carry ``step`` and ``total_steps``: a trial that ends before its last step was stopped. A trial's values
     are those of its best evaluation by ``tune.metric``, since that is the checkpoint which is kept.
     """
 
-    def __init__(self, space: SpaceFile, *, journal: Path, name: str) -> None:
+    def __init__(self, space: SpaceFile, *, journal: Path, name: str, trial_dir: Path) -> None:
+        """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there."""
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
-        self.space, self.journal, self.name = space, journal, name
+        self.space, self.journal, self.name, self.trial_dir = space, journal, name, trial_dir
+        self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
-        self._trials: dict[int, Trial] = {}
+        self._trials: dict[str, Trial] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher for a restart; the study is opened again from its journal."""
+        """Tune pickles its searcher; the study is opened again from its journal."""
         return self.__dict__ | {"_study": None, "_trials": {}}
 
     @property
@@ -62,7 +78,7 @@ class StudySearch(Searcher):
         if self._study is None:
             tune, directed = self.space.tune, objectives(self.space)
             earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed)
-            study = studies.open_study(self.journal, self.name, directed, make_sampler(self.space))
+            study = studies.open_study(self.journal, self.name, directed)
             studies.enqueue(study, tune.start_with)
             studies.warm_start(study, earlier, self.space.search)
             self._study = study
@@ -71,58 +87,49 @@ class StudySearch(Searcher):
     # ----------------------------------------------------------------------------------------------- Tune's interface
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Values for a new trial, by dotted path; the same ones when a restarted sweep asks again.
+        """A trial that a driver which is gone left unfinished, else a new one: its values by dotted path, and its number.
 
-        A trial that was asked for by a driver which died before naming it is taken over: none is drawn in vain.
+        What is drawn depends on the seed, the trial's number and the study alone, not on how often a driver died.
         """
-        known = self._find(trial_id) or self._nameless()
-        if known is not None and known.state.is_finished():
-            return dict(known.params)
-        if known is None:
-            trial = self.study.ask()
-            self._trials[trial.number] = trial
-        else:
-            trial = self._trial(known)
-        values = draw(trial, self.space.search)
-        trial.set_user_attr(TRIAL_ID, trial_id)
-        return values
+        left = next((t for t in self._running() if t.user_attrs.get(SESSION) != self.session), None)
+        number = len(self.study.get_trials(deepcopy=False)) if left is None else left.number
+        self.study.sampler = make_sampler(self.space, number)
+        trial = self.study.ask() if left is None else Trial(self.study, left._trial_id)
+        trial.set_user_attr(SESSION, self.session)
+        self._trials[trial_id] = trial
+        return draw(trial, self.space.search) | {NUMBER: trial.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep an evaluation; one without finite objectives is left out."""
-        values, frozen = self._values(result), self._find(trial_id)
-        if values is None or frozen is None or frozen.state.is_finished():
+        trial, values = self._trials[trial_id], self._values(result)
+        if values is None or self._frozen(trial).state.is_finished():
             return
-        told, step = frozen.user_attrs.get(EVALUATIONS, {}), int(result["step"])
+        told, step = self._frozen(trial).user_attrs.get(EVALUATIONS, {}), int(result["step"])
         if str(step) in told:
             return
-        trial = self._trial(frozen)
         if len(values) == 1:  # Optuna keeps intermediate values for one objective only
             trial.report(values[0], step)
-        trial.set_user_attr(EVALUATIONS, told | {str(step): values})
+        kept = {name: value for name, value in result.items() if isinstance(value, int | float | str)}
+        trial.set_user_attr(EVALUATIONS, told | {str(step): kept})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """PRUNED where the trial was stopped early, FAIL where it raised or has no usable metric, else COMPLETE."""
+        trial = self._trials[trial_id]
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
-        frozen = self._find(trial_id)
-        if frozen is None or frozen.state.is_finished():
+        if self._frozen(trial).state.is_finished():
             return
+        reports = studies.evaluations(self._frozen(trial))
+        last = reports[-1] if reports else None
         if error:
-            self._fail(frozen, "the trial raised an error; see error.txt in its directory")
-        elif result is None or self._values(result) is None:
-            wanted = ", ".join(objectives(self.space))
+            self._fail(trial, self._cause(trial.number))
+        elif last is None or (result is not None and self._values(result) is None):
             found = "no result" if result is None else {name: result.get(name) for name in objectives(self.space)}
-            self._fail(frozen, f"finite {wanted} needed, got {found}")
-        elif missing := [name for name in self.space.tune.constraints if self._number(result, name) is None]:
-            self._fail(frozen, f"finite {', '.join(missing)} needed for tune.constraints, got {result.get(missing[0])}")
+            self._fail(trial, f"finite {', '.join(objectives(self.space))} needed, got {found}")
+        elif missing := [name for name in self.space.tune.constraints if self._number(last, name) is None]:
+            self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {last.get(missing[0])}")
         else:
-            self._tell(frozen, result)
-
-    def close(self, known: set[str]) -> None:
-        """End of the sweep: what still runs in the study but not in Tune (``known`` trial ids) has failed."""
-        for frozen in studies.own_trials(self.study, (TrialState.RUNNING,)):
-            if frozen.user_attrs.get(TRIAL_ID) not in known:
-                self._fail(frozen, "the driver ended before the trial started")
+            self._tell(trial, reports)
 
     def save(self, checkpoint_path: str) -> None:
         """The journal holds everything; what Tune keeps is where it is."""
@@ -136,31 +143,24 @@ class StudySearch(Searcher):
 
     # ------------------------------------------------------------------------------------------------------ internals
 
-    def _trial(self, frozen: FrozenTrial) -> Trial:
-        """The study's handle of a trial; making one has the sampler start the trial, so it is made once."""
-        if frozen.number not in self._trials:
-            self._trials[frozen.number] = Trial(self.study, frozen._trial_id)
-        return self._trials[frozen.number]
-
-    def _tell(self, frozen: FrozenTrial, result: Mapping[str, Any]) -> None:
-        trial = self._trial(frozen)
+    def _tell(self, trial: Trial, reports: list[dict[str, Any]]) -> None:
         for name, limit in self.space.tune.constraints.items():
-            trial.set_constraint(name, float(result[name]) - limit.max)
-        if result["step"] < result["total_steps"]:
-            self.study.tell(frozen.number, state=TrialState.PRUNED)
+            trial.set_constraint(name, float(reports[-1][name]) - limit.max)
+        if reports[-1]["step"] < reports[-1]["total_steps"]:
+            self.study.tell(trial.number, state=TrialState.PRUNED)
             return
-        best = (max if self.mode == "max" else min)(
-            frozen.user_attrs[EVALUATIONS].values(), key=lambda values: values[0]
-        )
-        self.study.tell(frozen.number, best)
+        best = (max if self.mode == "max" else min)(reports, key=lambda report: report[str(self.metric)])
+        self.study.tell(trial.number, self._values(best))
 
-    def _find(self, trial_id: str) -> FrozenTrial | None:
-        trials = reversed(self.study.get_trials(deepcopy=False))
-        return next((trial for trial in trials if trial.user_attrs.get(TRIAL_ID) == trial_id), None)
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[trial.number]
 
-    def _nameless(self) -> FrozenTrial | None:
-        running = studies.own_trials(self.study, (TrialState.RUNNING,))
-        return next((trial for trial in running if TRIAL_ID not in trial.user_attrs), None)
+    def _running(self) -> list[FrozenTrial]:
+        return studies.own_trials(self.study, (TrialState.RUNNING,))
+
+    def _cause(self, number: int) -> str:
+        path = trial_path(self.trial_dir, number) / ERROR_FILE
+        return path.read_text() if path.exists() else "the trial's driver died; see Tune's log"
 
     def _values(self, result: Mapping[str, Any]) -> list[float] | None:
         values = [self._number(result, name) for name in objectives(self.space)]
@@ -172,6 +172,6 @@ class StudySearch(Searcher):
         value = result.get(name)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
-    def _fail(self, frozen: FrozenTrial, cause: str) -> None:
-        self._trial(frozen).set_user_attr(CAUSE, cause)
-        self.study.tell(frozen.number, state=TrialState.FAIL)
+    def _fail(self, trial: Trial, cause: str) -> None:
+        trial.set_user_attr(CAUSE, cause)
+        self.study.tell(trial.number, state=TrialState.FAIL)

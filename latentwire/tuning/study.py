@@ -17,8 +17,9 @@ from latentwire.tuning.space import distribution
 
 JOURNAL = "study.journal"
 """Name of the journal in a sweep's directory."""
-TRIAL_ID, CAUSE, EVALUATIONS, WARM = "tune_trial_id", "cause", "evaluations", "warm_start"
-"""User attributes of the study's trials: Tune's id; why a trial failed; step → objectives; where a trial was taken from."""
+SESSION, CAUSE, EVALUATIONS, WARM = "session", "cause", "evaluations", "warm_start"
+"""User attributes of the study's trials: the driver that runs it; why it failed; step → what was reported; where a trial
+was taken from."""
 OBJECTIVES = "objectives"
 """User attribute of the study: its objectives with their directions."""
 
@@ -57,6 +58,11 @@ def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) 
     return [trial for trial in trials if WARM not in trial.user_attrs]
 
 
+def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:
+    """What a trial reported, in the order of its steps."""
+    return sorted(trial.user_attrs.get(EVALUATIONS, {}).values(), key=lambda report: report["step"])
+
+
 def read_earlier(source: str | Path, objectives: Mapping[str, str]) -> list[FrozenTrial]:
     """Finished trials of an earlier sweep (its directory, or its journal).
 
@@ -85,7 +91,7 @@ def warm_start(study: optuna.Study, earlier: Sequence[FrozenTrial], search: Mapp
     """
     there = {trial.user_attrs[WARM] for trial in study.get_trials(deepcopy=False) if WARM in trial.user_attrs}
     for trial in earlier:
-        label = str(trial.user_attrs.get(TRIAL_ID, trial.number))
+        label = str(trial.number)
         if label in there or not trial.params or not set(trial.params) <= set(search):
             continue
         try:

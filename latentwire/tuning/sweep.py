@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import optuna
 import ray
 import ray.data
 import ray.train
+from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -20,9 +23,9 @@ from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import pipeline, shards, streams, teachers
 from latentwire.tuning.planner import Plan
-from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.searcher import ERROR_FILE, NUMBER, StudySearch, trial_path
 from latentwire.tuning.space import data_variants, largest_run
-from latentwire.tuning.study import JOURNAL
+from latentwire.tuning.study import JOURNAL, evaluations, own_trials
 from latentwire.tuning.trial import make_trainer
 
 SHARDS_AT_ONCE = 3
@@ -108,6 +111,22 @@ def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]
     }
 
 
+class Earlier:
+    """Stands for a trial of a driver that is gone, before a scheduler."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id, self.status = f"earlier-{number}", "TERMINATED"
+
+
+def replay(scheduler: TrialScheduler, ended: Iterable[FrozenTrial]) -> None:
+    """Show a fresh scheduler what ended trials reported: it compares the trials to come with them too."""
+    for trial in ended:
+        stand_in: Any = Earlier(trial.number)
+        scheduler.on_trial_add(None, stand_in)
+        for report in evaluations(trial):
+            scheduler.on_trial_result(None, stand_in, report)
+
+
 def drive_trial(
     values: dict[str, Any],
     *,
@@ -115,23 +134,30 @@ def drive_trial(
     plan: Plan,
     datasets: dict[str, dict[str, ray.data.Dataset]],
     files: dict[str, Files],
-    storage_path: str,
+    trial_dir: Path,
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer under a name that a restart finds again."""
-    run = with_values(space.run, values)
-    key = variant_key(run)
-    make_trainer(
+    number = values[NUMBER]
+    run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
+    key, path = variant_key(run), trial_path(trial_dir, number)
+    trainer = make_trainer(
         run,
         datasets[key],
         files[key].train_rows,
-        name=f"train-{tune.get_context().get_trial_id()}",
-        storage_path=storage_path,
+        name=path.name,
+        storage_path=str(trial_dir),
         gpus_per_worker=plan.gpus_per_worker,
         pins=pins(files[key].shards, run),
         metric=space.tune.metric,
         mode=space.tune.mode,
         callbacks=[TuneReportCallback()],
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ERROR_FILE).write_text(str(error).strip().splitlines()[-1])
+        raise
 
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
@@ -150,37 +176,40 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def run_sweep(
-    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path
-) -> tuple[tune.ResultGrid, optuna.Study]:
-    """Search the space; everything is written under ``output``. Trials that fail are reported, not raised.
+def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> optuna.Study:
+    """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
-    Returns Tune's results and the study, which was told the same.
+    What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
+    Trials that fail are told to the study, not raised.
     """
-    config = space.tune
+    config, trial_dir = space.tune, output / "trials"
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir)
+    ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
+    missing = config.trials - len(ended)
+    if missing <= 0:
+        return search.study
     datasets = {key: load_datasets(own, space.run.data.in_memory) for key, own in files.items()}
-    steps = total_steps(space.run, min(own.train_rows for own in files.values()))
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name)
+    scheduler = make_scheduler(config, total_steps(space.run, min(own.train_rows for own in files.values())))
+    replay(scheduler, ended)
     driver = tune.with_parameters(
-        drive_trial, space=space, plan=plan, datasets=datasets, files=files, storage_path=str(output / "trials")
+        drive_trial, space=space, plan=plan, datasets=datasets, files=files, trial_dir=trial_dir
     )
-    tuner = tune.Tuner(
+    tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=make_scheduler(config, steps),
-            num_samples=config.trials,
+            scheduler=scheduler,
+            num_samples=missing,
             max_concurrent_trials=plan.max_concurrent_trials,
             time_budget_s=None if config.time_budget_minutes is None else 60 * config.time_budget_minutes,
-            trial_dirname_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
+            trial_name_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
         ),
         run_config=tune.RunConfig(
-            name=output.name,
-            storage_path=str(output.parent),
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(output / "tune"),
             verbose=1,
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
-    )
-    grid = tuner.fit()
-    search.close({Path(result.path).name for result in grid})
-    return grid, search.study
+    ).fit()
+    return search.study

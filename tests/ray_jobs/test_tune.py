@@ -1,6 +1,8 @@
 """The main job through real Ray workers, and a trial that survives the death of its worker."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from latentwire.config.resolve import load_space
 from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.training import checkpoints
 from latentwire.tuning import results
-from latentwire.tuning.study import JOURNAL, TRIAL_ID, open_study
+from latentwire.tuning.study import JOURNAL, open_study
 from tests.conftest import untimed
-from tests.ray_jobs.conftest import TINY, Job, log_of
+from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert len(document["trials"]) == 3
     assert all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in document["trials"])
     study = open_study(output / JOURNAL, output.name, {"dev_f1": "max"})
-    told = {t.user_attrs[TRIAL_ID]: (t.state.name, t.value) for t in study.trials}
+    told = {t.number: (t.state.name, t.value) for t in study.trials}
     assert told == {
         row["trial"]: ("COMPLETE" if row["state"] == "done" else "PRUNED", row["dev_f1"]) for row in document["trials"]
     }
@@ -74,6 +76,58 @@ def test_a_killed_worker_is_replaced_and_the_trial_finishes_from_its_checkpoint(
     assert "resumed at step" in log_of(tmp_path)
     (row,) = json.loads((output / "results.json").read_text())["trials"]
     assert (row["state"], row["step"]) == ("done", 400)
+
+
+def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, tmp_path: Path) -> None:
+    """Finished trials are not run again, the running one goes on from its checkpoint, and none counts twice."""
+    output = tmp_path / "sweep"
+    steps = ("--max_steps=120", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
+    more = ("--set", "tune.max_concurrent_trials=1", "--set", "tune.trials=2")
+    process = job("ray_jobs/tune.py", *TINY, *steps, *more, "--output_dir", str(output))
+    wait_for(lambda: len(list(output.glob("trials/trial-1/checkpoint*/manifest.json"))) >= 2, process, tmp_path)
+    kill_all(process)
+    before = states(output)
+    assert before[0] == "COMPLETE" and before[1] == "RUNNING"
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json")}
+    process = resumed(tmp_path, str(output))
+    assert process.wait(600) == 0, log_of(tmp_path)
+    assert "resumed at step" in log_of(tmp_path)
+    assert states(output) == ["COMPLETE"] * 2
+    first = checkpoints.read_manifest(output / "best")
+
+    process = resumed(tmp_path, str(output), "--set", "tune.trials=3")
+    assert process.wait(600) == 0, log_of(tmp_path)
+    assert states(output) == ["COMPLETE"] * 3
+    rows = json.loads((output / "results.json").read_text())["trials"]
+    assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 120), (1, 120), (2, 120)]
+    assert kept == {path: path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json")}
+    (aside,) = output.glob("best-until-*")
+    assert checkpoints.read_manifest(aside) == first and (output / "best").exists()
+
+    process = resumed(tmp_path, str(output))
+    assert process.wait(120) == 0 and "has its 3 trials" in log_of(tmp_path)
+    process = resumed(tmp_path, str(output), "--set", "training.encoder_lr=1e-3")
+    assert process.wait(120) == 2 and "error: a resumed sweep keeps its space" in log_of(tmp_path)
+
+
+def resumed(tmp_path: Path, *flags: str) -> subprocess.Popen:
+    """``tune.py --resume``, which knows from the first command where its shards are."""
+    log = (tmp_path / "log").open("w")
+    return subprocess.Popen(
+        [sys.executable, "ray_jobs/tune.py", "--resume", *flags], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+def states(output: Path) -> list[str]:
+    return [trial.state.name for trial in open_study(output / JOURNAL, output.name, {"dev_f1": "max"}).trials]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """As when the machine goes: the driver and all of Ray's processes at once, with kill -9."""
+    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    for member in family:
+        member.kill()
+    process.wait()
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -1,17 +1,18 @@
 """The winner keeps to the limits, and what fails on a worker reads as it would have read here."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pandas
+import optuna
 import pytest
 import ray
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
-from latentwire.config import RunConfig, TuneConfig
+from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.tuning import results
+from latentwire.tuning.report import front_table
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import JOURNAL
 
 
 def test_an_error_on_a_worker_is_the_users_error() -> None:
@@ -24,34 +25,45 @@ def test_an_error_on_a_worker_is_the_users_error() -> None:
         ray.shutdown()
 
 
-def result(folder: Path, name: str, scores: list[float], size: float, error: Any = None) -> SimpleNamespace:
-    """A trial's result as Tune gives it: one row for each evaluation, of six steps."""
-    rows = [
-        {
-            "step": 3 * number, "total_steps": 6, "dev_f1": score, "wire_bytes": size, "first_train_loss": 2.0,
-            "train_loss": 1.0, "examples_per_s": 9.0, "time_total_s": 1.0, CHECKPOINT_PATH_KEY: str(folder),
-        }
-        for number, score in enumerate(scores, start=1)
-    ]  # fmt: skip
-    return SimpleNamespace(path=f"x/{name}", metrics_dataframe=pandas.DataFrame(rows), config={"a": 1}, error=error)
+def told(folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig) -> optuna.Study:
+    """A study with trials of six steps: their scores every third step, and the size of their messages."""
+    search = StudySearch(SpaceFile(tune=config), journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+    for number, (scores, size) in enumerate(trials):
+        search.suggest(str(number))
+        for place, score in enumerate(scores, start=1):
+            report = {
+                "step": 3 * place, "total_steps": 6, "dev_f1": score, "wire_bytes": size, "first_train_loss": 2.0,
+                "train_loss": 1.0, "examples_per_s": 9.0, "train_seconds": 1.0, CHECKPOINT_PATH_KEY: str(folder),
+            }  # fmt: skip
+            search.on_trial_result(str(number), report)
+        search.on_trial_complete(str(number), report)
+    return search.study
 
 
 def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
-    grid: Any = [
-        result(tmp_path, "large", [0.5, 0.9], 512),
-        result(tmp_path, "small", [0.6, 0.4], 64),
-        result(tmp_path, "early", [0.1], 64),
-    ]
+    trials: list[tuple[list[float], float]] = [([0.5, 0.9], 512), ([0.6, 0.4], 64), ([0.1], 64)]
     config = TuneConfig.model_validate(
         {"objectives": {"wire_bytes": "min"}, "constraints": {"wire_bytes": {"max": 100}}}
     )
-    best = results.find_best(grid, config)
-    assert (best.trial, best.step, best.score) == ("small", 3, 0.6)
-    rows = results.trial_rows(grid, config)
-    assert [(row["trial"], row["state"], row["dev_f1"], row["wire_bytes"]) for row in rows] == [
-        ("large", "beyond", 0.9, 512), ("small", "done", 0.6, 64), ("early", "stopped", 0.1, 64),
+    study = told(tmp_path / "a", trials, config)
+    best = results.find_best(study, config)
+    assert (best.trial, best.step, best.score) == (1, 3, 0.6)
+    rows = results.trial_rows(study, config)
+    assert [(row["trial"], row["state"], row["dev_f1"], row["wire_bytes"], row["front"]) for row in rows] == [
+        (0, "beyond", 0.9, 512, False), (1, "done", 0.6, 64, True), (2, "stopped", 0.1, 64, False),
     ]  # fmt: skip
-    assert results.find_best(grid, TuneConfig()).trial == "large"
+    assert front_table(rows, config)[2] == [["1", "64", "0.6"]]
+    assert results.find_best(told(tmp_path / "b", trials, TuneConfig()), TuneConfig()).trial == 0
     tight = TuneConfig.model_validate({"constraints": {"wire_bytes": {"max": 10}}})
-    with pytest.raises(results.SweepError, match=r"wire_bytes ≤ 10\), all 5 evaluations of 3 trials go beyond"):
-        results.find_best(grid, tight)
+    with pytest.raises(results.SweepError, match=r"wire_bytes ≤ 10\), all 5 evaluations kept of 3 trials go beyond"):
+        results.find_best(told(tmp_path / "c", trials, tight), tight)
+
+
+def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:
+    search = StudySearch(SpaceFile(), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    with pytest.raises(results.SweepError, match=r"got none of 1 \(the trial's driver died"):
+        results.find_best(search.study, TuneConfig())
+    (row,) = results.trial_rows(search.study, TuneConfig())
+    assert (row["state"], row["error"]) == ("failed", "the trial's driver died; see Tune's log")

@@ -1,0 +1,58 @@
+"""A sweep's own record of what it searches, and how it goes on after its driver died or is given more trials."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import ConfigError, load_space
+from latentwire.options import assignment
+from latentwire.tuning.searcher import objectives
+from latentwire.tuning.study import JOURNAL, open_study, own_trials
+
+SPACE_FILE = "space.json"
+"""The resolved space in a sweep's directory."""
+CHANGEABLE = ("tune.trials", "tune.max_concurrent_trials", "tune.time_budget_minutes", "tune.max_failures")
+"""What a resumed sweep may change: not what its trials are compared by."""
+
+
+def write_space(space: SpaceFile, output: Path) -> None:
+    """Keep the resolved space in the sweep's directory, written aside and renamed."""
+    output.mkdir(parents=True, exist_ok=True)
+    aside = output / f".{SPACE_FILE}.part"
+    aside.write_text(space.model_dump_json(indent=1))
+    aside.rename(output / SPACE_FILE)
+
+
+def read_space(output: Path, assignments: list[str]) -> SpaceFile:
+    """The space of a sweep that is to go on, with ``PATH=VALUE`` assignments laid over it.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep, and for assignments that would make its
+    trials incomparable.
+    """
+    path = output / SPACE_FILE
+    if not path.is_file():
+        raise ConfigError(f"resume must name a sweep's directory (one with {SPACE_FILE}), got {output}")
+    overrides = dict(assignment(text) for text in assignments)
+    for name in overrides:
+        if name not in CHANGEABLE:
+            raise ConfigError(
+                f"a resumed sweep keeps its space; only {', '.join(CHANGEABLE)} can change, got {name}. For another space "
+                f"start a new sweep with --set tune.warm_start={output}"
+            )
+    return load_space(path, overrides)
+
+
+def is_finished(space: SpaceFile, output: Path) -> bool:
+    """Whether a sweep has all its trials and its results."""
+    if not (output / "results.json").exists():
+        return False
+    study = open_study(output / JOURNAL, output.name, objectives(space))
+    return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials
+
+
+def set_aside(export: Path) -> None:
+    """Give an earlier winner's export another name: with more trials there may be a better one, and nothing is lost."""
+    if export.exists():
+        export.rename(export.with_name(time.strftime(f"{export.name}-until-%Y%m%d-%H%M%S")))
