@@ -23,7 +23,7 @@ from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import planner, report, results, resume, sweep
+from latentwire.tuning import finals, planner, report, results, resume, sweep
 from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -71,7 +71,7 @@ def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     """The sweep itself, after everything that could be refused has been."""
     files = sweep.prepare(space, plan.gpus_per_worker)
     study = sweep.run_sweep(space, plan, files, output)
-    best = results.find_best(study, space.tune)
+    best, finalists = finals.run_finals(space, plan, files, output, study)
     run = with_values(space.run, best.values)
     validation = files[sweep.variant_key(run)].shards["validation"]
     resume.set_aside(output / "best")
@@ -79,13 +79,15 @@ def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
         run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
     )
     rows = results.trial_rows(study, space.tune)
-    grids = report.sweep_tables(rows, scores, best, run, space.tune)
+    grids = report.sweep_tables(rows, finalists, scores, best, run, space.tune)
     command = shlex.join(["python", *sys.argv])
-    results.write_results(output, {"command": command, "best": vars(best), "validation": scores, "trials": rows})
+    gap = results.selection_gap(best, scores, space.tune.metric)
+    document = {"command": command, "best": vars(best), "selection": gap, "validation": scores, "trials": rows}
+    results.write_results(output, document | {"finalists": [vars(finalist) for finalist in finalists]})
     report.show(grids)
-    print(f"best: trial {best.trial}, step {best.step}, development {space.tune.metric} {best.score:.4f}")
+    print(line := report.verdict(best, gap, space.tune.metric))
     print(f"exported: {output / 'best'}")
-    print(f"report: {report.write_report(output, best, grids, command)}")
+    print(f"report: {report.write_report(output, line, grids, command)}")
     failed = [row for row in rows if row["state"] == "failed"]
     for row in failed:
         print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)

@@ -118,6 +118,11 @@ class TuneConfig(Section):
     warm_start: str | None = None
     """Directory (or ``study.journal``) of an earlier sweep whose trials the sampler learns from, where their values lie in
     this space. They are not counted as trials of this sweep."""
+    finalists: int = Field(0, ge=0)
+    """Best trials that are trained again with ``final_seeds`` fresh seeds each; the best mean wins. The best of many noisy
+    scores is partly luck, and luck does not come twice. 0: the best trial wins as it is."""
+    final_seeds: int = Field(2, ge=1)
+    """Fresh seeds for each finalist."""
     seed: int = Field(0, ge=0)
     """Seed of Optuna's sampler."""
     time_budget_minutes: float | None = Field(None, gt=0)

@@ -11,6 +11,7 @@ from rich.table import Table
 from latentwire.config import RunConfig, TuneConfig
 from latentwire.evaluation.baselines import MESSAGE_MODES, MODE_NAMES
 from latentwire.features.registry import keeps_receivers_frozen
+from latentwire.tuning.finals import Finalist
 from latentwire.tuning.results import Best
 
 Grid = tuple[str, list[str], list[list[str]]]
@@ -62,13 +63,35 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
     return title, header, body
 
 
+def finals_table(finalists: list[Finalist], metric: str) -> Grid:
+    """The best trials' scores in the search and with fresh seeds: how much of the first was luck."""
+    body = [
+        [
+            str(f.trial),
+            _number(f.score),
+            ", ".join(map(_number, f.fresh)) or "–",
+            _number(f.mean),
+            _number(f.score - f.mean),
+        ]
+        for f in finalists
+    ]
+    return f"finals: {metric} with fresh seeds", ["trial", "search", "fresh seeds", "mean", "search − mean"], body
+
+
 def sweep_tables(
-    rows: list[dict[str, Any]], scores: dict[str, Any], best: Best, run: RunConfig, config: TuneConfig
+    rows: list[dict[str, Any]],
+    finalists: list[Finalist],
+    scores: dict[str, Any],
+    best: Best,
+    run: RunConfig,
+    config: TuneConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, the Pareto front where there are several objectives, the winner's scores."""
+    """What a sweep ends with: its trials, the Pareto front where there are several objectives, the finals where there are
+    finalists, the winner's scores."""
     front = [front_table(rows, config)] if config.objectives else []
+    finals = [finals_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [trials_table(rows, config), *front, scores_table(scores, title, run)]
+    return [trials_table(rows, config), *front, *finals, scores_table(scores, title, run)]
 
 
 def show(grids: list[Grid]) -> None:
@@ -82,12 +105,15 @@ def show(grids: list[Grid]) -> None:
         Console(width=40 * len(header)).print(table)
 
 
-def write_report(output: Path, best: Best, grids: list[Grid], command: str) -> Path:
-    """``report.md``: the tables, where the winner is, and the command that made them."""
-    lines = [
-        f"# {output.name}", "", f"Command: `{command}`", "",
-        f"Best: trial {best.trial} at step {best.step}, development score {best.score:.4f}; exported to `{output / 'best'}`.",
-    ]  # fmt: skip
+def verdict(best: Best, gap: dict[str, float], metric: str) -> str:
+    """The winner in a line: its development score beside the same on the untouched split."""
+    line = f"best: trial {best.trial}, step {best.step}, development {metric} {best.score:.4f}"
+    return f"{line}, validation {gap['validation']:.4f}, gap {gap['gap']:+.4f}" if gap else line
+
+
+def write_report(output: Path, line: str, grids: list[Grid], command: str) -> Path:
+    """``report.md``: the verdict ``line``, the tables, and the command that made them."""
+    lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}; exported to `{output / 'best'}`."]
     for title, header, body in grids:
         lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         lines += [f"| {' | '.join(row)} |" for row in body]

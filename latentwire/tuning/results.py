@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,12 @@ STATES = {
 }
 
 
-def find_best(study: optuna.Study, config: TuneConfig) -> Best:
-    """The best evaluation of all trials that keeps to ``tune.constraints`` and whose checkpoint still exists.
+def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] | None = None) -> Best:
+    """The best evaluation of all trials (``numbers``: of these) that keeps to ``tune.constraints`` and whose checkpoint still exists.
 
     Raises :class:`SweepError` where no trial left a checkpoint, or none within the limits.
     """
-    trials, found, beyond = own_trials(study), [], 0
+    trials, found, beyond = [t for t in own_trials(study) if numbers is None or t.number in numbers], [], 0
     for trial in trials:
         for report in evaluations(trial):
             path = Path(report[CHECKPOINT_PATH_KEY])
@@ -103,6 +103,18 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
 
 REPORTED = ("step", "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
 """What a trial's row takes from its last evaluation."""
+
+
+def selection_gap(best: Best, scores: dict[str, Any], metric: str) -> dict[str, float]:
+    """The winner's development score, the same metric on the untouched split, and how much the choice flattered it.
+
+    Empty where there are no scores, or none of that kind (``wire_bytes``).
+    """
+    if not scores or not metric.startswith("dev_"):
+        return {}
+    kind, _, receiver = metric.removeprefix("dev_").partition("_")
+    untouched = scores["latent"][receiver or "mean"][{"loss": "nll"}.get(kind, kind)]
+    return {"development": best.score, "validation": untouched, "gap": best.score - untouched}
 
 
 def check_questions(run: RunConfig) -> None:

@@ -63,6 +63,10 @@ def check_metrics(space: SpaceFile) -> None:
                 raise ConfigError(
                     f"tune.{place} must name a reported metric, got {metric}; there are {', '.join(known)}"
                 )
+    if tune.finalists and "training.seed" in space.search:
+        raise ConfigError(
+            "tune.finalists are trained with fresh seeds, so training.seed cannot be searched; leave it out"
+        )
     if tune.metric in tune.objectives:
         raise ConfigError(f"tune.objectives are those besides tune.metric, got {tune.metric} in both")
 

@@ -1,0 +1,93 @@
+"""The winner by fresh seeds: a sweep's best trials are trained again, and the best mean wins."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from latentwire.config import IntDimension, SamplerConfig, SpaceFile
+from latentwire.tuning.planner import Plan
+from latentwire.tuning.results import Best, find_best, within_limits
+from latentwire.tuning.study import evaluations, own_trials
+from latentwire.tuning.sweep import Files, run_sweep
+
+SEED = "training.seed"
+FINALS = "finals"
+"""Directory of the finals in a sweep's."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One of a sweep's best trials: its score in the search, and those of its fresh seeds (failed ones are missing)."""
+
+    trial: int
+    score: float
+    fresh: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the fresh seeds; not a number where all have failed."""
+        return statistics.mean(self.fresh) if self.fresh else float("nan")
+
+
+def run_finals(
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path, study: optuna.Study
+) -> tuple[Best, list[Finalist]]:
+    """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
+
+    The winner's checkpoint is the best of its fresh runs. Where there are no finalists (none asked for, or no trial ran to
+    its end) the best trial wins as it is. Raises :class:`~latentwire.tuning.results.SweepError` where no checkpoint is left.
+    """
+    chosen = best_trials(study, space)
+    if not chosen:
+        return find_best(study, space.tune), []
+    finals = run_sweep(finals_space(space, chosen), plan, files, output / FINALS)
+    best_of = max if space.tune.mode == "max" else min
+    held = []
+    for trial in chosen:
+        own = [t for t in own_trials(finals, (TrialState.COMPLETE,)) if _without_seed(t.params) == trial.params]
+        held.append((Finalist(trial.number, float(trial.values[0]), tuple(float(t.values[0]) for t in own)), own))
+    standing = [(finalist, own) for finalist, own in held if own]
+    if not standing:
+        return find_best(finals, space.tune), [finalist for finalist, _ in held]
+    winner, own = best_of(standing, key=lambda item: item[0].mean)
+    best = find_best(finals, space.tune, {trial.number for trial in own})
+    return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), [finalist for finalist, _ in held]
+
+
+def best_trials(study: optuna.Study, space: SpaceFile) -> list[FrozenTrial]:
+    """The ``tune.finalists`` best complete trials within the limits, best first."""
+    complete = [
+        trial
+        for trial in own_trials(study, (TrialState.COMPLETE,))
+        if within_limits(evaluations(trial)[-1], space.tune)
+    ]
+    complete.sort(key=lambda trial: trial.values[0], reverse=space.tune.mode == "max")
+    return complete[: space.tune.finalists]
+
+
+def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:
+    """The space of the finals: the chosen trials' values as starting points with fresh seeds, none stopped early."""
+    first = space.run.training.seed + 1
+    points = [trial.params | {SEED: seed} for trial in chosen for seed in range(first, first + space.tune.final_seeds)]
+    tune = space.tune.model_copy(
+        update={
+            "trials": len(points),
+            "start_with": tuple(points),
+            "sampler": SamplerConfig(name="random"),
+            "scheduler": "none",
+            "objectives": {},
+            "warm_start": None,
+        }
+    )
+    seeds = IntDimension(type="int", low=0, high=first + space.tune.final_seeds)
+    return space.model_copy(update={"tune": tune, "search": space.search | {SEED: seeds}})
+
+
+def _without_seed(params: dict[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in params.items() if path != SEED}

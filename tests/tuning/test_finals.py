@@ -1,0 +1,70 @@
+"""The best trials run again with fresh seeds, and the best mean wins."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import ConfigError
+from latentwire.tuning import finals, results
+from latentwire.tuning.report import finals_table, verdict
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space import check_metrics
+from latentwire.tuning.study import JOURNAL
+
+SPACE = {
+    "search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 16}},
+    "tune": {"trials": 4, "finalists": 2, "final_seeds": 2, "start_with": [{"encoder.latent_len": n} for n in (4, 6, 8, 10)]},
+}  # fmt: skip
+SCORES = {4: 0.3, 6: 0.9, 8: 0.8, 10: 0.95}  # the best one is stopped early
+FRESH = {(6, 1): 0.5, (6, 2): 0.7, (8, 1): 0.75, (8, 2): 0.81}
+
+
+def search_all(space: SpaceFile, output: Path) -> Any:
+    """What a sweep does, with scores from the tables above instead of training."""
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+    for number in range(space.tune.trials):
+        values = search.suggest(str(number))
+        length, seed = values["encoder.latent_len"], values.get(finals.SEED)
+        path = output / f"checkpoint-{number}"
+        path.mkdir(parents=True)
+        report = {
+            "step": 3 if length == 10 else 6, "total_steps": 6, "wire_bytes": 64, CHECKPOINT_PATH_KEY: str(path),
+            "dev_f1": SCORES[length] if seed is None else FRESH[length, seed],
+        }  # fmt: skip
+        search.on_trial_complete(str(number), report)
+    return search.study
+
+
+def test_the_best_mean_over_fresh_seeds_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = SpaceFile.model_validate(SPACE)
+    study = search_all(space, tmp_path / "sweep")
+    assert results.find_best(study, space.tune).score == 0.95
+    monkeypatch.setattr(finals, "run_sweep", lambda space, plan, files, output: search_all(space, output))
+    plan: Any = None
+    best, finalists = finals.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    assert [(f.trial, f.score, f.fresh) for f in finalists] == [(1, 0.9, (0.5, 0.7)), (2, 0.8, (0.75, 0.81))]
+    assert (best.trial, best.step, best.score) == (2, 6, pytest.approx(0.78))
+    assert best.values == {"encoder.latent_len": 8, finals.SEED: 2}
+    assert best.checkpoint == tmp_path / "sweep" / "finals" / "checkpoint-3"
+    assert finals_table(finalists, "dev_f1")[2][0] == ["1", "0.9", "0.5, 0.7", "0.6", "0.3"]
+    gap = results.selection_gap(best, {"latent": {"mean": {"f1": 0.7}}}, "dev_f1")
+    assert (
+        verdict(best, gap, "dev_f1")
+        == "best: trial 2, step 6, development dev_f1 0.7800, validation 0.7000, gap +0.0800"
+    )
+
+
+def test_without_finalists_the_best_trial_wins_as_it_is(tmp_path: Path) -> None:
+    space = SpaceFile.model_validate(SPACE | {"tune": SPACE["tune"] | {"finalists": 0}})
+    plan: Any = None
+    best, finalists = finals.run_finals(space, plan, {}, tmp_path, search_all(space, tmp_path / "sweep"))
+    assert (best.trial, best.score, finalists) == (3, 0.95, [])
+
+
+def test_a_seed_cannot_be_searched_and_varied(tmp_path: Path) -> None:
+    seeds = {"training.seed": {"type": "int", "low": 0, "high": 9}}
+    with pytest.raises(ConfigError, match=r"training\.seed cannot be searched"):
+        check_metrics(SpaceFile.model_validate(SPACE | {"search": seeds, "tune": {"finalists": 1}}))
