@@ -18,6 +18,7 @@ from latentwire.config.space import TuneConfig
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from latentwire.tuning import planner, sweep
+from latentwire.tuning.study import evaluations
 from tests.benchmarks.measure import Row
 
 
@@ -29,9 +30,8 @@ def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
     plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
     with tempfile.TemporaryDirectory() as folder:
         files = sweep.prepare(space, plan.gpus_per_worker)
-        (result,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep")
-        assert result.metrics_dataframe is not None
-        half, end = (result.metrics_dataframe.iloc[place] for place in (0, -1))
+        (trial,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep").trials
+        half, end = evaluations(trial)
     trainer = Trainer(LatentWire(run), 10**6)
     seconds: list[float] = []
     trainer.train(table_epochs(run.training, table), lambda: seconds.append(trainer.progress.seconds))
