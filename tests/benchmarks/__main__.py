@@ -18,7 +18,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, sweep
-from tests.benchmarks import data, decoding, steps, trials
+from tests.benchmarks import data, decoding, searching, steps, trials
 
 DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
 
@@ -28,6 +28,7 @@ def main() -> int:
     add_flags(parser)
     parser.add_argument("--repeats", type=int, default=15, help="measured turns of each side")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of the trial under Ray")
+    parser.add_argument("--finished", type=int, nargs="+", default=[10, 100, 1000], help="trials before a suggestion")
     options = parser.parse_args()
     space = with_home(read_space(options, DEFAULT_SPACE))
     run = with_values(space.run, {"training.alignment_steps": 0, "training.coarsening_steps": 0})
@@ -43,6 +44,7 @@ def main() -> int:
     for vocabulary in (49_152, 262_144):
         found += steps.supervised_logits(options.repeats, vocabulary)
     found += steps.chunked_logits(options.repeats)
+    found += [searching.suggestion(finished) for finished in options.finished]
     print("| what | ratio | goal | measured |\n|---|---|---|---|")
     print("\n".join(map(str, found)))
     return 0

@@ -9,11 +9,20 @@ import pytest
 
 @pytest.mark.slow
 def test_every_row_is_measured(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.benchmarks", "--repeats=1", "--steps=2", "--samples=64", "--batch_size=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks",
+        "--repeats=1",
+        "--steps=2",
+        "--samples=64",
+        "--batch_size=4",
+        "--finished=5",
+    ]
     done = subprocess.run([*command, "--set", f"data.shard_dir={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert table[0] == ["| what", "ratio", "goal", "measured |"] and len(table) == 15
+    assert table[0] == ["| what", "ratio", "goal", "measured |"] and len(table) == 16
     assert all(float(row[1]) > 0 for row in table[1:])
 
 
