@@ -80,7 +80,7 @@ def data_variants(space: SpaceFile) -> list[RunConfig]:
     """
     varied: dict[str, tuple[Any, ...]] = {}
     for dotted, dim in space.search.items():
-        if dotted.startswith((*SHARD_KNOBS, *TEACHER_KNOBS)):
+        if _needs_files(dotted):
             if not isinstance(dim, CategoricalDimension):
                 raise ConfigError(
                     f"search.{dotted} must be categorical, got {dim.type}: each value needs files of its own"
@@ -91,6 +91,13 @@ def data_variants(space: SpaceFile) -> list[RunConfig]:
         with_values(space.run, largest | dict(zip(varied, choice, strict=True)))
         for choice in itertools.product(*varied.values())
     ]
+
+
+def _needs_files(dotted: str) -> bool:
+    """Whether a knob is one, or lies in a section, that shards or teachers' columns hang on."""
+    return any(
+        dotted.startswith(knob) if knob.endswith(".") else dotted == knob for knob in (*SHARD_KNOBS, *TEACHER_KNOBS)
+    )
 
 
 def largest_run(space: SpaceFile) -> RunConfig:

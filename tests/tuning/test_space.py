@@ -5,9 +5,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from latentwire.config.resolve import ConfigError, load_space
+from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.tuning.searcher import check_searchable
 from latentwire.tuning.space import check_metrics, data_variants, distribution, draw, largest_run
 
+SPACES = Path(__file__).parents[2] / "search_spaces"
 TEXT = """
 search:
   encoder.latent_len: {type: int, low: 4, high: 16, step: 4}
@@ -33,6 +35,15 @@ search:
   encoder.tune: {type: categorical, choices: [frozen, lora], when: {encoder.kind: [lm, st]}}
   encoder.kind: {type: categorical, choices: [byte, lm, st]}
 """
+
+
+@pytest.mark.parametrize("file", sorted(SPACES.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_spaces_can_be_searched(file: Path) -> None:
+    space = load_space(file)
+    check_searchable(space)
+    assert data_variants(space) and largest_run(space)
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask()
+    assert with_values(space.run, draw(trial, space.search))
 
 
 def test_a_dimension_with_a_condition_is_drawn_where_it_holds(tmp_path: Path) -> None:
