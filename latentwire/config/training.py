@@ -39,6 +39,9 @@ class TrainingConfig(Section):
     own length from the start."""
     coarsening_from: float = Field(1.0, ge=1, le=1024)
     """Encoder tokens per latent where the coarsening starts (``byte``: patches). The alignment has this length too."""
+    tokens_per_latent: tuple[int, ...] = ()
+    """Each step draws one of these lengths for its messages in place of ``encoder.tokens_per_latent``, by seed and step:
+    one wire whose sender chooses how short a message is. Empty: the encoder's own."""
     init_from: str | None = None
     """Directory of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
     stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""

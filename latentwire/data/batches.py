@@ -67,12 +67,17 @@ class TrainingCollator:
         done = max(0, step - self.training.alignment_steps)
         return Coarsening(self.training.coarsening_from, done / steps) if done < steps else None
 
+    def _tokens_per_latent(self, step: int) -> int | None:
+        choices = self.training.tokens_per_latent
+        return random.Random(f"{self.training.seed} length {step}").choice(choices) if choices else None
+
     def _micro(self, table: pa.Table, coarsening: Coarsening | None, step: int) -> TrainingBatch:
         rows = table.to_pydict()
         cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
         parted = [pieces for pieces in cuts if pieces is not None]
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
-        tokens = self.encoder.tokens_of(whole + self.encoder.token_ids([before for before, _ in parted]), coarsening)
+        ids = whole + self.encoder.token_ids([before for before, _ in parted])
+        tokens = self.encoder.tokens_of(ids, coarsening, self._tokens_per_latent(step))
         return TrainingBatch(
             tokens=tokens,
             sequences={

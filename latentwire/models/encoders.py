@@ -76,12 +76,17 @@ class InterlinguaEncoder(nn.Module):
         tokenizer = self.states.tokenizer if isinstance(self.states, PretrainedStates) else None
         return lines_of(texts, self.split) if tokenizer is None else token_rows(tokenizer, texts, self.split)
 
-    def tokens_of(self, rows: Sequence[Sequence[Any]], coarsening: Coarsening | None = None) -> EncoderTokens:
-        """What :meth:`forward` takes; on the CPU. ``coarsening``: how far training has come; ``None``: to the end."""
+    def tokens_of(
+        self, rows: Sequence[Sequence[Any]], coarsening: Coarsening | None = None, tokens_per_latent: int | None = None
+    ) -> EncoderTokens:
+        """What :meth:`forward` takes; on the CPU. ``coarsening``: how far training has come; ``None``: to the end.
+
+        ``tokens_per_latent``: another length of message than the configured one.
+        """
         parts = tuple(map(len, rows)) if self.split == "lines" else None
         tensors, sizes = self.states.collate([line for row in rows for line in row])
         length_B = torch.tensor([len(size_S) for size_S in sizes])
-        latents_B = self._latents(length_B)
+        latents_B = self._latents(length_B, tokens_per_latent or self.tokens_per_latent)
         if coarsening is not None:
             latents_B = coarsening.latents(length_B, latents_B)
         return EncoderTokens(tensors, length_B, pad_sequence(sizes, batch_first=True), latents_B, parts)
@@ -90,11 +95,11 @@ class InterlinguaEncoder(nn.Module):
         """What :meth:`forward` takes of texts, with messages of their own length."""
         return self.tokens_of(self.token_ids(texts))
 
-    def _latents(self, length_B: torch.Tensor) -> torch.Tensor:
+    def _latents(self, length_B: torch.Tensor, tokens_per_latent: int | None) -> torch.Tensor:
         """Shared latents of texts of so many states; at least one."""
-        if self.tokens_per_latent is None:
+        if tokens_per_latent is None:
             return torch.full_like(length_B, self.latent_len)
-        return ((length_B + self.tokens_per_latent - 1) // self.tokens_per_latent).clamp(min=1)
+        return ((length_B + tokens_per_latent - 1) // tokens_per_latent).clamp(min=1)
 
     def backbone_fingerprint(self) -> str | None:
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""

@@ -8,6 +8,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import CONTINUE, RECONSTRUCT, TrainingCollator, cut, padding
+from latentwire.models.encoders import InterlinguaEncoder
 
 
 def collator(wire: LatentWire, values: dict) -> TrainingCollator:
@@ -70,6 +71,28 @@ def test_messages_shrink_to_their_own_length(wire: LatentWire, table: pa.Table) 
     assert slots(0) == slots(5) == words
     assert all(3 < now < before for now, before in zip(slots(10), slots(5), strict=True))
     assert slots(15) == slots(99) == [3, 3]
+
+
+def test_each_step_draws_its_messages_length(wire: LatentWire, run: RunConfig, table: pa.Table) -> None:
+    sized = with_values(run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 4, 8)})
+    encoder = InterlinguaEncoder(sized.encoder, {})
+    collate = TrainingCollator(sized, wire.builders, encoder)
+    plain = {size: encoder.tokens_of(encoder.token_ids(["x" * 64]), None, size).latents_B for size in (2, 4, 8)}
+    assert plain[2] > plain[4] > plain[8]
+    found = set()
+    for step in range(20):
+        (batch,), (again,) = collate(table.slice(0, 3), step), collate(table.slice(0, 3), step)
+        assert torch.equal(batch.tokens.latents_B, again.tokens.latents_B)
+        found.add(tuple(batch.tokens.latents_B.tolist()))
+    lengths = batch.tokens.length_B
+    assert found == {tuple((-(-lengths // size)).tolist()) for size in (2, 4, 8)}
+
+
+def test_drawn_lengths_need_messages_that_grow(run: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"tokens_per_latent \(2, 4\) needs messages that grow"):
+        with_values(run, {"training.tokens_per_latent": (2, 4)})
+    with pytest.raises(ValueError, match="must be 1 or more each"):
+        with_values(run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (0, 4)})
 
 
 def test_micro_batches_share_out_all_rows(wire: LatentWire, table: pa.Table) -> None:
