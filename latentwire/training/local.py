@@ -11,6 +11,7 @@ import pyarrow as pa
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, streams
+from latentwire.evaluation.pin import evaluation_pin
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
@@ -36,6 +37,7 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
     pins = {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
         "evaluation": wire.run.evaluation.model_dump(),
+        "evaluation_pin": evaluation_pin(paths["dev"], wire.run),
         "receivers": frozen,
     }
     folder = output / "checkpoints"

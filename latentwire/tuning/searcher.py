@@ -51,10 +51,12 @@ class StudySearch(Searcher):
     are those of its best evaluation by ``tune.metric``, since that is the checkpoint which is kept.
     """
 
-    def __init__(self, space: SpaceFile, *, journal: Path, name: str, trial_dir: Path) -> None:
-        """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there."""
+    def __init__(self, space: SpaceFile, *, journal: Path, name: str, trial_dir: Path, pin: str | None = None) -> None:
+        """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there. ``pin``: the
+        evaluation pin of every score, where it is known; earlier scores must have the same."""
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
         self.space, self.journal, self.name, self.trial_dir = space, journal, name, trial_dir
+        self.pin = pin
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
@@ -68,8 +70,10 @@ class StudySearch(Searcher):
         """The study, opened at first use, with its starting points and what it was warmed with."""
         if self._study is None:
             tune, directed = self.space.tune, objectives(self.space)
-            earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed)
+            earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed, self.pin)
             study = studies.open_study(self.journal, self.name, directed)
+            if self.pin is not None:
+                studies.pin_study(study, self.pin)
             studies.enqueue(study, tune.start_with)
             studies.warm_start(study, earlier, self.space.search)
             self._study = study

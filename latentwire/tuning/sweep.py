@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
+from latentwire.config.resolve import ConfigError
 from latentwire.data import pipeline, shards, streams, teachers
+from latentwire.evaluation.pin import evaluation_pin
 from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
@@ -50,6 +52,12 @@ class Files:
     """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
     columns: tuple[str, ...]
     """Of the training shards, those that some trial reads."""
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """What the files are named by: split → key of its shards, and receiver → its teacher's columns."""
+        named = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
+        return named | {f"teacher {name}": path.name for name, path in self.teachers.items()}
 
     @property
     def train_rows(self) -> int:
@@ -96,7 +104,24 @@ def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]
     return {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
         "evaluation": run.evaluation.model_dump(),
+        "evaluation_pin": evaluation_pin(paths["dev"], run),
     }
+
+
+def common_pin(space: SpaceFile, files: Mapping[str, Files]) -> str:
+    """The evaluation pin that all trials share.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the development rows: scores on
+    different rows say nothing about the wires.
+    """
+    found = {evaluation_pin(own.shards["dev"], space.run) for own in files.values()}
+    if len(found) > 1:
+        searched = ", ".join(path for path in space.search if path.startswith("data."))
+        raise ConfigError(
+            f"all trials must be scored on the same development rows, got {len(found)} different sets; search something "
+            f"else than {searched}"
+        )
+    return found.pop()
 
 
 class Earlier:
@@ -131,14 +156,17 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> optuna.Study:
+def run_sweep(
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path, receivers: Mapping[str, str] | None = None
+) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
     What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
-    Trials that fail are told to the study, not raised.
+    Trials that fail are told to the study, not raised. ``receivers``: hashes that their weights must have.
     """
     config, trial_dir = space.tune, output / "trials"
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir)
+    pin = common_pin(space, files)
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin)
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     janitor = Janitor(search)
     clear_debris(trial_dir)
@@ -146,7 +174,11 @@ def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Pat
     if missing <= 0:
         return search.study
     variants = {
-        key: Variant(load_datasets(own, space.run.data.in_memory), own.train_rows, pins(own.shards, space.run))
+        key: Variant(
+            load_datasets(own, space.run.data.in_memory),
+            own.train_rows,
+            pins(own.shards, space.run) | ({} if receivers is None else {"receivers": dict(receivers)}),
+        )
         for key, own in files.items()
     }
     scheduler = make_scheduler(config, total_steps(space.run, min(own.train_rows for own in files.values())))

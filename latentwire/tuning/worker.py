@@ -37,7 +37,9 @@ def train(settings: dict[str, Any]) -> None:
     try:
         _train(run, settings)
     except (RuntimeError, MemoryError) as error:
-        if run.training.num_workers > 1 or not (isinstance(error, TrainingError) or is_out_of_memory(error)):
+        if run.training.num_workers > 1 or not (
+            isinstance(error, TrainingError | checkpoints.CheckpointError) or is_out_of_memory(error)
+        ):
             raise  # of several workers the others would wait for this one
         leave_cause(Path(settings["folder"]), run, error)
         print(f"error: {error}", flush=True)
@@ -49,6 +51,8 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     workers = Workers()
     wire = LatentWire(run)
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
+    if (expected := settings["pins"].get("receivers", frozen)) != frozen:
+        raise checkpoints.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
     pins = settings["pins"] | {"receivers": frozen}
     batch_size = run.training.batch_size // workers.size
     trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
