@@ -21,7 +21,8 @@ from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES, Mode
-from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
+from latentwire.evaluation.evaluator import Prediction, predict, summarise
+from latentwire.evaluation.pin import evaluation_pin
 from latentwire.training import checkpoints
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
@@ -148,7 +149,10 @@ def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[s
     texts = wire.run.data.dataset == "text"
     table, predictions = ({}, []) if texts else score(checkpoint, validation)
     pins = manifest["pins"] | {
-        "validation": {"shards": shards.read_manifest(validation)["key"], "metric_version": METRIC_VERSION}
+        "validation": {
+            "shards": shards.read_manifest(validation)["key"],
+            "evaluation_pin": evaluation_pin(validation, wire.run),
+        }
     }
     checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
     if predictions:
