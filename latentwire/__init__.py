@@ -1,7 +1,31 @@
 """LatentWire: one text, compressed once into a few latent vectors, read by several frozen LLMs.
 
-The package's parts are imported from where they are (``latentwire.assembly.LatentWire``,
-``latentwire.training.checkpoints.load_wire``), so that the command lines start without loading what they do not need.
+    from latentwire import LatentWire
+
+    wire = LatentWire.from_pretrained("runs/x/best")
+    packet = wire.encode(contexts).to_bytes(bits=8)
+    answers = wire.answer(packet, questions, receiver="qwen")
+
+What stands here is loaded when it is used, so that the command lines start without what they do not need.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentwire.assembly import LatentWire
+    from latentwire.models.message import Message
+    from latentwire.wire import WireError
+
+__all__ = ["LatentWire", "Message", "WireError"]
 __version__ = "0.1.0"
+
+_HOMES = {"LatentWire": "latentwire.assembly", "Message": "latentwire.models.message", "WireError": "latentwire.wire"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module latentwire has no attribute {name}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
 
+from latentwire import exports
 from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.data import layout
 from latentwire.data.layout import Batch, SequenceBuilder, collate, sender_text
 from latentwire.features import registry
 from latentwire.features.base import Reading
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import LMWrapper
 from latentwire.models.message import Message
+from latentwire.models.weights import fingerprint
+from latentwire.wire import WireError, from_bytes
+
+LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
+"""Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever they come from."""
 
 
-class LatentWire:
+class LatentWire(ModelHubMixin, library_name="latentwire"):
     """Text → one message → answers from every receiver.
 
-    ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a configuration, or
-    load an export with :func:`latentwire.training.checkpoints.load_wire`.
+    ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a configuration, or load an
+    export with :meth:`from_pretrained`; :meth:`save_pretrained` and :meth:`push_to_hub` write one.
     """
+
+    manifest: dict[str, Any] | None = None
+    """What came with a loaded export: metrics, hashes, versions."""
 
     def __init__(self, run: RunConfig) -> None:
         """Loads the receivers and draws fresh trainable weights from ``run.training.seed``.
@@ -38,26 +53,157 @@ class LatentWire:
         torch.manual_seed(run.training.seed)
         shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.lm) for name, lm in self.receivers.items()}
         self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
+        self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
+
+    # ------------------------------------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        receivers: Sequence[str] | Mapping[str, str] | None = None,
+        trust_remote_code: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> LatentWire:
+        """The wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
+
+        ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the same weights where they
+        lie elsewhere than when the wire was trained. ``trust_remote_code``: whether receivers may run code that comes with
+        their weights where the export asks for it; a stranger's export could. Raises
+        :class:`~latentwire.exports.CheckpointError` for a place that holds no wire, or one that its manifest does not fit,
+        :class:`~latentwire.config.resolve.ConfigError` and :class:`~latentwire.models.weights.ReceiverError`.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir():
+            try:
+                path = Path(
+                    snapshot_download(
+                        str(pretrained_model_name_or_path),
+                        revision=revision,
+                        token=token,
+                        cache_dir=cache_dir,
+                        local_files_only=local_files_only,
+                        force_download=force_download,
+                        allow_patterns=exports.FILES,
+                    )
+                )
+            except (OSError, ValueError) as error:
+                raise exports.CheckpointError(
+                    f"a wire must be a directory or a Hub id, got {pretrained_model_name_or_path} "
+                    f"({str(error).strip().splitlines()[0]}); name its best/ directory, or log in with `hf auth login`"
+                ) from error
+        exports.read_manifest(path)
+        run = exports.choose_receivers(exports.read_run(path), receivers)
+        if asking := [r.name for r in run.receivers if r.trust_remote_code and not trust_remote_code]:
+            raise exports.CheckpointError(
+                f"{path} lets {', '.join(asking)} run code that comes with their weights; read that code, then say "
+                f"trust_remote_code=True"
+            )
+        wire = cls(run)
+        wire.manifest = exports.load_weights(path, wire)
+        return wire
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write an export with its model card to a directory that holds nothing yet; ``push_to_hub=True``: to the Hub too.
+
+        Metrics and pins are those of the export it was loaded from. Raises :class:`~latentwire.exports.CheckpointError`.
+        """
+        exports.check_free(Path(save_directory))  # the mixin removes a config.json that is there
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        known = self.manifest or {"metrics": {}, "pins": {}}
+        pins = known["pins"] | {"receivers": {name: lm.fingerprint() for name, lm in self.receivers.items()}}
+        metrics = (
+            known["metrics"] if known.get("encoder_id") == self.encoder_id else {}
+        )  # another encoder's say nothing
+        exports.save(save_directory, self, metrics, pins)
+
+    @property
+    def encoder_id(self) -> str:
+        """Names the encoder in every packet: 32 hex digits of the hash of its weights, with what refines its messages.
+
+        Computed again only after the weights have changed.
+        """
+        parts = torch.nn.ModuleList([self.interlingua.encoder])
+        feature: Any
+        for feature in self.interlingua.features.values():
+            if feature.acts_on_message:
+                parts.append(feature)
+        state = [(id(tensor), tensor._version) for tensor in (*parts.parameters(), *parts.buffers())]
+        if self._encoder_id[0] != state:
+            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES)
+            digest = hashlib.sha256(f"{fingerprint(parts)} {knobs} {self.run.data.send}".encode()).hexdigest()
+            self._encoder_id = state, digest[:32]
+        return self._encoder_id[1]
+
+    # ------------------------------------------------------------------------------------------- sending and reading
 
     @torch.no_grad()
     def encode(self, contexts: Sequence[str], questions: Sequence[str] | None = None) -> Message:
-        """One message a context; ``questions`` are part of it with ``send: prompt`` only."""
+        """One message a context, to be sent by its ``to_bytes``; ``questions`` are part of it with ``send: prompt`` only."""
         self.interlingua.eval()
         questions = questions if questions is not None else [""] * len(contexts)
-        return self.interlingua.encode(
-            [sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)]
-        )
+        texts = [sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)]
+        return replace(self.interlingua.encode(texts), encoder=self.encoder_id)
+
+    def receive(self, packet: bytes) -> Message:
+        """The message of a packet that this wire's encoder made. Raises :class:`~latentwire.wire.WireError`."""
+        message = from_bytes(packet, expect=self.encoder_id)
+        if (d_z := message.z_BLZ.shape[2]) != self.run.encoder.d_z:
+            raise WireError(
+                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender must check them"
+            )
+        return message
 
     @torch.no_grad()
-    def answer(self, message: Message, questions: Sequence[str], receiver: str) -> list[str]:
-        """Greedy answers of one receiver to one question per message."""
-        if receiver not in self.receivers:
-            raise KeyError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}")
-        builder = self.builders[receiver]
-        question_ids = builder.tokenize([], list(questions), [])["question_ids"]
-        slots = message.slots(receiver)
-        prompts = [builder.latent(slots[row], ids) for row, ids in enumerate(question_ids)]
+    def answer(self, message: Message | bytes, questions: Sequence[str], receiver: str) -> list[str]:
+        """Greedy answers of one receiver to one question per message; a packet is received first.
+
+        Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of questions.
+        """
+        message, prompts = self._asked(message, questions, receiver)
         return self.decode(receiver, prompts, message)
+
+    @torch.no_grad()
+    def prompt_embeds(self, message: Message | bytes, questions: Sequence[str], receiver: str) -> list[torch.Tensor]:
+        """One receiver's whole prompt to each question as input embeddings ``[positions, D]``, in its type, on the CPU.
+
+        For engines that take embeddings in place of tokens: ``model.generate(inputs_embeds=…)``, vLLM's ``prompt_embeds``.
+        ``builders[receiver].stop_ids`` end the answer. Raises :class:`~latentwire.config.resolve.ConfigError` as
+        :meth:`answer` does, and where a feature acts inside the receiver, which no embedding can carry.
+        """
+        features: Any = self.interlingua.features.items()
+        if acting := [name for name, feature in features if feature.acts_inside]:
+            raise ConfigError(
+                f"prompt_embeds needs a wire whose features end before the receiver, got {', '.join(acting)}; "
+                f"use answer, or train one without features.{acting[0]}"
+            )
+        message, prompts = self._asked(message, questions, receiver)
+        lm, batch = self.receivers[receiver], collate(prompts, side="left")
+        e_BSD = lm.embed(batch, self.interlingua.soft_rows(receiver, message, batch)).cpu()
+        return [e_SD[-len(prompt.ids) :] for e_SD, prompt in zip(e_BSD, prompts, strict=True)]
+
+    def _asked(
+        self, message: Message | bytes, questions: Sequence[str], receiver: str
+    ) -> tuple[Message, list[layout.Sequence]]:
+        """A message on this wire's device, and the prompt of each question to it."""
+        if receiver not in self.receivers:
+            raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")
+        message = (message if isinstance(message, Message) else self.receive(message)).to(self.interlingua.device)
+        self.interlingua.eval()
+        builder, slots = self.builders[receiver], message.slots(receiver)
+        if len(questions) != len(slots):
+            raise ConfigError(
+                f"each message takes one question, got {len(slots)} messages and {len(questions)} questions"
+            )
+        question_ids = builder.tokenize([], list(questions), [])["question_ids"]
+        return message, [builder.latent(count, ids) for count, ids in zip(slots, question_ids, strict=True)]
 
     @property
     def reads_heads_alike(self) -> bool:

@@ -12,9 +12,10 @@ from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import TrainingError
 from latentwire.tuning.planner import PlanError
 from latentwire.tuning.results import SweepError
+from latentwire.wire import WireError
 
 USER_ERRORS = (
-    ConfigError, LayoutError, DataError, ReceiverError, CheckpointError, TrainingError, PlanError, SweepError,
+    ConfigError, LayoutError, DataError, ReceiverError, WireError, CheckpointError, TrainingError, PlanError, SweepError,
 )  # fmt: skip
 
 

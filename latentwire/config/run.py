@@ -41,6 +41,7 @@ class RunConfig(Section):
             raise ValueError(f"receiver names must differ, got {', '.join(names)}")
         coarsening = self.training.coarsening_steps > 0
         fixed = self.encoder.tokens_per_latent is None and self.encoder.split == "none" and not coarsening
+        self._check_train_only(names)
         if self.adapter.slot_positions and not fixed:
             raise ValueError(
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
@@ -63,3 +64,22 @@ class RunConfig(Section):
         if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
             raise ValueError(f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}")
         return self
+
+    def _check_train_only(self, names: list[str]) -> None:
+        training = self.training
+        if not training.train_only:
+            return
+        if strange := [name for name in training.train_only if name not in (*names, "encoder")]:
+            raise ValueError(
+                f"train_only must name receivers ({', '.join(names)}) or encoder, got {', '.join(strange)}; name one of them"
+            )
+        if training.init_from is None:
+            raise ValueError(
+                f"train_only {', '.join(training.train_only)} keeps the other parts as they are, got init_from null; "
+                f"name the wire that they come from"
+            )
+        if "encoder" not in training.train_only and (training.log_gradient_norms or training.coarsening_steps):
+            raise ValueError(
+                "an encoder that train_only leaves as it is has no gradient and one length of message, got "
+                f"log_gradient_norms {training.log_gradient_norms}, coarsening_steps {training.coarsening_steps}; unset them"
+            )

@@ -45,6 +45,9 @@ class TrainingConfig(Section):
     init_from: str | None = None
     """Directory of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
     stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""
+    train_only: tuple[str, ...] = ()
+    """Parts that are trained: receivers' names (adapter, control embeddings, parts of features) and ``encoder`` (with what
+    refines its message). The others stay as ``init_from`` has them, to the last bit. Empty: all."""
     warmup_steps: int = Field(50, ge=0)
     """Steps over which the rates rise from 0."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)

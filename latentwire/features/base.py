@@ -45,8 +45,22 @@ class Feature(nn.Module):
     steps."""
 
     def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
-        """``options``: the feature's own section of the configuration."""
+        """``options``: the feature's own section of the configuration.
+
+        What is made for each receiver goes into a ``ModuleDict`` by their names, right in the feature: a receiver that
+        joins later then trains its own part alone.
+        """
         super().__init__()
+
+    @property
+    def acts_inside(self) -> bool:
+        """Whether a receiver computes otherwise while it reads: its prompt is then more than embeddings."""
+        return type(self).attached is not Feature.attached
+
+    @property
+    def acts_on_message(self) -> bool:
+        """Whether the sender needs it: what travels is the refined message."""
+        return type(self).refine is not Feature.refine
 
     def refine(self, message: Message) -> Message:
         """The message as the adapters get it."""

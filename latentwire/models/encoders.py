@@ -105,6 +105,13 @@ class InterlinguaEncoder(nn.Module):
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""
         return self.states.fingerprint() if isinstance(self.states, PretrainedStates) else None
 
+    def pinned_parameters(self) -> frozenset[str]:
+        """Names of the parameters of a backbone that is not trained: its hash stands for them, they are never saved."""
+        states = self.states
+        if not isinstance(states, PretrainedStates) or states.tuned == "full":
+            return frozenset()
+        return frozenset(f"states.backbone.{name}" for name, _ in states.backbone.named_parameters())
+
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
         """Soft-prompt positions that each text's message will take at one receiver, known before encoding."""
         own = len(self.private.get(receiver, range(0)))

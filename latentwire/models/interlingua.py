@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,15 @@ class ReceiverShape:
     """The model itself, whose layers' shapes features read; on the meta device where only sizes are wanted."""
 
 
+def owner(module: nn.Module, name: str) -> str | None:
+    """The receiver that a parameter is for, by the name it has in ``module``: a feature, say. ``None``: all of them.
+
+    What is made for each receiver lies in a ``ModuleDict`` by their names, right in the module.
+    """
+    child, *rest = name.split(".")
+    return rest[0] if isinstance(getattr(module, child, None), nn.ModuleDict) else None
+
+
 class Interlingua(nn.Module):
     """The trainable wire: text → message → soft prompt of each receiver."""
 
@@ -45,6 +54,7 @@ class Interlingua(nn.Module):
         """
         super().__init__()
         self.autocast = run.training.autocast
+        self.trained: frozenset[str] = frozenset()
         names = {receiver.name: receiver for receiver in run.receivers}
         self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
         fixed = (
@@ -76,6 +86,32 @@ class Interlingua(nn.Module):
             for feature in self.features.values():
                 message = feature.refine(message)
         return message.with_latents(message.z_BLZ.float())
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Leave all parts as they are but those named: receivers (their adapters and parts of features), or ``encoder``.
+        None named: all are trained.
+
+        ``encoder`` stands for everything that is no single receiver's, which is the encoder and what refines its message.
+        """
+        self.trained = frozenset(names)
+        for name, parameter in self.named_parameters() if names else ():
+            kind, _, rest = name.partition(".")
+            feature, _, own = rest.partition(".")
+            found = owner(self, name) if kind != "features" else owner(self.features[feature], own)
+            if (found or "encoder") not in names:
+                parameter.requires_grad_(False)
+
+    def taught_by(self) -> list[str]:
+        """Receivers whose reading teaches something: all where the encoder learns, else those that are trained."""
+        learns = not self.trained or "encoder" in self.trained
+        return [name for name in self.adapters if learns or name in self.trained]
+
+    def train(self, mode: bool = True) -> Interlingua:
+        """An encoder that is not trained stays in evaluation mode: its messages are those that a new receiver will get."""
+        super().train(mode)
+        if self.trained and "encoder" not in self.trained:
+            self.encoder.eval()
+        return self
 
     def prompt(self, receiver: str, message: Message) -> tuple[torch.Tensor, torch.Tensor]:
         """Soft prompt ``[B, L, D]`` of one receiver, and which of its positions are real ``[B, L]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,8 @@ class Message:
     """Shared latents of each row; the shared columns after them are padding."""
     private: Mapping[str, range] = field(default_factory=dict)
     """Receiver → the columns that only it reads, where there are any."""
+    encoder: str = ""
+    """Id of the encoder that made it (``LatentWire.encoder_id``); empty where nobody asked for it."""
 
     def __len__(self) -> int:
         return len(self.z_BLZ)
@@ -48,3 +51,31 @@ class Message:
     def roll(self, rows: int) -> Message:
         """Each row with the message of the row ``rows`` before it."""
         return replace(self, z_BLZ=self.z_BLZ.roll(rows, 0), length_B=self.length_B.roll(rows, 0))
+
+    def row(self, index: int) -> Message:
+        """One row as a message of its own, without padding."""
+        z_BLZ, length_B = self.z_BLZ[index : index + 1], self.length_B[index : index + 1]
+        padding = self.shared - int(length_B)
+        z_BLZ = torch.cat((z_BLZ[:, : int(length_B)], z_BLZ[:, self.shared :]), 1)
+        private = {name: range(own.start - padding, own.stop - padding) for name, own in self.private.items()}
+        return replace(self, z_BLZ=z_BLZ, length_B=length_B, private=private)
+
+    def to(self, device: torch.device | str) -> Message:
+        """The same message on ``device``."""
+        return replace(self, z_BLZ=self.z_BLZ.to(device), length_B=self.length_B.to(device))
+
+    def to_bytes(self, bits: Literal[16, 8, 4] = 16, compress: bool = False) -> bytes:
+        """One packet for :func:`latentwire.wire.from_bytes`: fp16, or integers with scales; ``compress``: by zstd too.
+
+        Raises :class:`~latentwire.wire.WireError` for latents that cannot be sent.
+        """
+        from latentwire import wire  # the format knows messages, which know nothing of it until they are sent
+
+        return wire.to_bytes(self, bits, compress)
+
+    def packed_size(self, bits: Literal[16, 8, 4] = 16) -> int:
+        """Bytes of :meth:`to_bytes`, scales counted and zstd not; :func:`latentwire.wire.packed_size` needs no message."""
+        from latentwire import wire
+
+        private = {name: len(columns) for name, columns in self.private.items()}
+        return wire.packed_size(self.length_B.tolist(), self.z_BLZ.shape[2], bits, private)

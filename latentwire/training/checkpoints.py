@@ -1,41 +1,38 @@
-"""Checkpoints and exports: safetensors and JSON, never pickle; written aside, then renamed.
+"""Checkpoints: a wire's directory (``latentwire/exports.py``) with what training needs to go on exactly where it stopped.
 
-A directory holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not trained),
-``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on,
-``manifest.json`` (format, hashes, parameter counts, package versions, pins, metrics) and, in a checkpoint but not in an
-export, ``training_state.safetensors`` and ``training_state.json`` for an exact resume. No receiver weight is in it.
+``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser, schedule, progress and random
+state. An export is the same directory without them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import shutil
 import uuid
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.config.resolve import ConfigError, validate
-from latentwire.features.registry import keeps_receivers_frozen
+from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.training.loop import Progress, Trainer
 
-FORMAT_VERSION = 1
-PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be trusted or does not fit; the message says what was expected and what was found."""
-
+__all__ = [
+    "CheckpointError",
+    "initialise",
+    "load_training",
+    "load_weights",
+    "load_wire",
+    "read_manifest",
+    "read_run",
+    "remove",
+    "save",
+]
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
@@ -43,58 +40,14 @@ class CheckpointError(RuntimeError):
 def save(
     path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, Any], trainer: Trainer | None = None
 ) -> Path:
-    """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not exist yet.
+    """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not hold anything yet.
 
     ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings).
     """
-    path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.part-{uuid.uuid4().hex[:8]}"
-    aside.mkdir()
-    try:
-        (aside / "config.json").write_text(wire.run.model_dump_json(indent=1))
-        for name, module in _parts(wire).items():
-            (aside / name).parent.mkdir(exist_ok=True)
-            save_file(_trained(module), aside / name)
-        if trainer is not None:
-            _save_training(aside, trainer)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "files": {str(f.relative_to(aside)): _sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
-            "parameters": {
-                name: sum(t.numel() for t in _trained(part).values()) for name, part in _parts(wire).items()
-            },
-            "receivers_frozen": keeps_receivers_frozen(wire.run),
-            "backbone": wire.interlingua.encoder.backbone_fingerprint(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "python": platform.python_version(),
-            "pins": pins,
-            "metrics": metrics,
-        }
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.rename(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return path
+    return exports.save(path, wire, metrics, pins, partial(_save_training, trainer=trainer) if trainer else None)
 
 
-def _parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
-    """File → the module whose weights it holds."""
-    interlingua = wire.interlingua
-    parts: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
-    parts |= {f"adapters/{name}.safetensors": adapter for name, adapter in interlingua.adapters.items()}
-    return parts | {f"features/{name}.safetensors": feature for name, feature in interlingua.features.items()}
-
-
-def _trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's weights, without those of a pretrained backbone that is not trained: the manifest holds their hash."""
-    fixed = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
-
-
-def _save_training(path: Path, trainer: Trainer) -> None:
+def _save_training(path: Path, *, trainer: Trainer) -> None:
     tensors = {"rng": torch.get_rng_state()}
     state = trainer.optimizer.state_dict()
     for index, slots in state["state"].items():
@@ -112,103 +65,27 @@ def _save_training(path: Path, trainer: Trainer) -> None:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after every file it names has been hashed. Raises :class:`CheckpointError`."""
-    file = Path(path) / "manifest.json"
-    if not file.exists():
-        raise CheckpointError(
-            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
-        )
-    try:
-        manifest = json.loads(file.read_text())
-        version, files = manifest["format_version"], dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
-        )
-    for name, expected in files.items():
-        part = (Path(path) / name).resolve()
-        if not part.is_relative_to(Path(path).resolve()):
-            raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
-        if not part.exists():
-            raise CheckpointError(
-                f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
-            )
-        found = _sha256(part)
-        if found != expected:
-            raise CheckpointError(
-                f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; it was changed or cut off"
-            )
-    return manifest
-
-
-def read_run(path: Path) -> RunConfig:
-    """The configuration a checkpoint was made with. Raises :class:`CheckpointError`."""
-    try:
-        return validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
-
-
-def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
-    """Put a checkpoint's encoder and adapters into ``wire``; returns the manifest.
-
-    Raises :class:`CheckpointError` for changed files, other shapes or keys, or receivers whose weights hash differently
-    from those it was trained with.
-    """
-    path = Path(path)
-    manifest = read_manifest(path)
-    for name, module in _parts(wire).items():
-        if name not in manifest["files"]:
-            raise CheckpointError(f"{path} must hold {name} for this configuration, it does not")
-        _fill(path / name, module)
-    backbone = wire.interlingua.encoder.backbone_fingerprint()
-    if backbone != manifest["backbone"]:
-        raise CheckpointError(
-            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} ({wire.run.encoder.model}); "
-            f"load the same weights"
-        )
-    for name, expected in manifest["pins"].get("receivers", {}).items():
-        if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
-            raise CheckpointError(
-                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got {found[:12]}… "
-                f"({wire.receivers[name].config.model}); load the same weights and dtype"
-            )
-    return manifest
-
-
 def initialise(path: Path, wire: LatentWire) -> None:
     """Start a fresh wire from an earlier one: every part that both have; what is new keeps its fresh weights.
 
-    Raises :class:`CheckpointError` for a part of another shape, or a checkpoint that has nothing in common.
+    Of a feature, the part for a receiver that the earlier wire did not have is new. Raises :class:`CheckpointError` for a
+    part of another shape, a checkpoint that has nothing in common, or a part that ``training.train_only`` keeps as it is
+    and that is not there.
     """
-    manifest = read_manifest(Path(path))
-    parts = _parts(wire)
+    manifest, known = read_manifest(Path(path)), {receiver.name for receiver in read_run(Path(path)).receivers}
+    parts = exports.parts(wire)
     common = [name for name in parts if name in manifest["files"]]
     if not common:
         raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {path} holds none")
     for name in common:
-        _fill(Path(path) / name, parts[name])
-    fresh = ", ".join(name for name in parts if name not in common) or "nothing"
-    print(f"started from {path}: {', '.join(common)}; fresh: {fresh}", flush=True)
-
-
-def _fill(file: Path, module: torch.nn.Module) -> None:
-    """Put a file's weights into a module. Raises :class:`CheckpointError` where keys or shapes differ."""
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
-    if differing := tensors.keys() ^ _trained(module).keys():
-        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
-    try:
-        module.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{file} must fit the configuration: {error}") from error
+        exports.fill(Path(path) / name, parts[name], left_out=wire.receivers.keys() ^ known)
+    missing = [name for name in parts if name not in common]
+    frozen = [name for name in missing if not all(p.requires_grad for p in parts[name].parameters())]
+    if wire.run.training.train_only and frozen:
+        raise CheckpointError(
+            f"init_from must hold what train_only keeps as it is, {path} has no {', '.join(frozen)}; train it too"
+        )
+    print(f"started from {path}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
 
 
 def load_training(path: Path, trainer: Trainer) -> None:
@@ -241,10 +118,10 @@ def remove(path: Path) -> None:
 
 def written_names(path: Path) -> list[str]:
     """Files of a checkpoint: those its manifest names, the manifest last. Without one, those that every checkpoint may have."""
-    file = path / "manifest.json"
+    file = path / exports.MANIFEST
     if file.exists():
-        return [*json.loads(file.read_text())["files"], file.name]
-    fixed = ("config.json", "manifest.json", "training_state.json")
+        return [*json.loads(file.read_text())["files"], exports.CARD, exports.MANIFEST]
+    fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
     return [str(f.relative_to(path)) for f in path.rglob("*") if f.name in fixed or f.suffix == ".safetensors"]
 
 
@@ -263,11 +140,3 @@ def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dic
     read_manifest(path)
     wire = LatentWire(run or read_run(path))
     return wire, load_weights(path, wire)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -82,6 +82,7 @@ class Trainer:
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
         self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
+        wire.interlingua.train_only(self.config.train_only)
         for lm in wire.receivers.values():
             if self.config.gradient_checkpointing:
                 lm.recompute_activations()
@@ -239,14 +240,14 @@ class Trainer:
                 if not self.config.sequential_models:
                     with part("backward"):
                         total.backward()
-            if self.config.sequential_models:
+            if self.config.sequential_models and message.z_BLZ.requires_grad:
                 with part("backward"):
                     message.z_BLZ.backward(held.z_BLZ.grad)
         return values
 
     def _receivers_of(self, step: int) -> list[str]:
         """The receivers that this step trains through; the same on every worker."""
-        names = list(self.wire.receivers)
+        names = self.wire.interlingua.taught_by()
         if self.config.receivers_per_step == "all":
             return names
         return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
@@ -310,17 +311,18 @@ class Trainer:
 
         Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut it differently.
         """
-        total = 0.0
+        total, names = 0.0, self.wire.interlingua.taught_by()
         for batch in batches:
             message = self.wire.interlingua.encode(batch.tokens)
             messages = self.workers.size * len(message) * len(batches)  # equal parts, to the rounding of the last one
             loss = message.z_BLZ.new_zeros(())
-            for name, lm in self.wire.receivers.items():
+            for name in names:
+                lm = self.wire.receivers[name]
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
                 e_BTD, bytes_BT = lm.text_embeddings(batch.message_ids[name])
                 span_BL2 = self.wire.interlingua.encoder.spans(batch.tokens, name)
                 target_BLD = overlap_means(e_BTD, bytes_BT, span_BL2.to(e_BTD.device)).to(p_BLD.device)
-                loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(self.wire.receivers))
+                loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(names))
             loss.backward()
             total += float(loss.detach())
         return {"loss": total}

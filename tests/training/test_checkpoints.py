@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
@@ -34,7 +35,7 @@ def saved(wire: LatentWire, tmp_path: Path) -> Path:
 def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
     assert {str(f.relative_to(saved)) for f in saved.rglob("*") if f.is_file()} == {
         "config.json", "manifest.json", "interlingua.safetensors", "adapters/llama.safetensors",
-        "adapters/qwen.safetensors", "training_state.safetensors", "training_state.json",
+        "adapters/qwen.safetensors", "training_state.safetensors", "training_state.json", "README.md",
     }  # fmt: skip
     adapter = {"norm.weight", "norm.bias", "skip.weight", "up.weight", "up.bias", "down.weight", "down.bias", "gain"}
     for name in ("llama", "qwen"):
@@ -187,7 +188,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
     def full_disk(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(exports, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         checkpoints.save(saved.parent / "other", wire, {}, {})
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]

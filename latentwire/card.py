@@ -1,0 +1,142 @@
+"""The model card of an export, written from its manifest and configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from latentwire.config import RunConfig
+
+SOURCES = {
+    "squad": "SQuAD v1.1 (Rajpurkar et al., 2016), CC BY-SA 4.0",
+    "hotpotqa": "HotpotQA (Yang et al., 2018), CC BY-SA 4.0",
+    "toy": "LatentWire's synthetic reading task: facts about people, drawn anew for every context",
+    "custom": "files of its trainer's own, with questions",
+    "text": "texts without questions",
+}
+MODES = {
+    "text": "the full text",
+    "latent": "**the message**",
+    "embeddings": "the text's token embeddings, by the message's way",
+    "truncated": "the text cut to as many positions",
+    "window": "as many tokens from anywhere in the text",
+    "selected": "as many tokens, the most surprising ones",
+    "shuffled": "another row's message",
+    "closed_book": "nothing",
+}
+COLUMNS = {"em": "EM", "f1": "F1", "nll": "NLL", "positions": "positions", "bytes": "bytes", "rows": "rows"}
+USAGE = """```python
+from latentwire import LatentWire
+
+wire = LatentWire.from_pretrained("{place}")  # this directory, or its Hub id
+packet = wire.encode([context]).to_bytes(bits=8)
+answers = wire.answer(packet, [question], receiver="{receiver}")
+```"""
+
+
+def write(run: RunConfig, manifest: dict[str, Any], place: str = "path/to/export") -> str:
+    """``README.md`` of an export: what it is, for which receivers, from what, how good beside the baselines."""
+    tags = ["latentwire", "soft-prompt", "context-compression"]
+    data = ModelCardData(library_name="latentwire", tags=tags, language=None)
+    frozen = manifest["receivers_frozen"]
+    size = _message_size(run)
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        "# A LatentWire",
+        "An encoder compresses a text into one message of latent vectors; an adapter per receiver turns it into a soft prompt, "
+        f"and {_listed([r.name for r in run.receivers])} {'answer' if len(run.receivers) > 1 else 'answers'} from it. The "
+        f"encoder is `{run.encoder.kind}`, a message {size} of width {run.encoder.d_z}. "
+        "Encoder and adapters are in this directory, as safetensors; no weight of a receiver is.",
+        f"Encoder id: `{manifest['encoder_id']}`. Packets of another encoder are refused.",
+        "## Receivers",
+        ("The receivers are **frozen**: not one of their weights changes."
+         if frozen
+         else "The receivers are **not frozen**: low-rank updates of their weights act while they read a message."),
+        _receivers(run, manifest),
+        "## Data",
+        f"{SOURCES.get(run.data.dataset, run.data.dataset)}. {_rows(run)} The encoder reads the {_sent(run)}.",
+        "## Scores",
+        _scores(manifest["metrics"].get("validation") or {}),
+        "## Use",
+        USAGE.format(place=place, receiver=run.receivers[0].name),
+        "## Licence",
+        "LatentWire's code is Apache-2.0. These weights were trained through the receivers above and on the data above, and "
+        "each of those has its own licence, which may bind what is derived from it: look there before you pass them on.",
+        "## How it was made",
+        _made(run, manifest),
+    ]  # fmt: skip
+    return "\n\n".join(sections) + "\n"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _message_size(run: RunConfig) -> str:
+    encoder = run.encoder
+    if encoder.tokens_per_latent is not None:
+        return f"one latent for every {encoder.tokens_per_latent} of its tokens,"
+    parts = "a line" if encoder.split == "lines" else "a text"
+    private = f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    return f"{encoder.latent_len} latents {parts}{private},"
+
+
+def _receivers(run: RunConfig, manifest: dict[str, Any]) -> str:
+    hashes = manifest["pins"].get("receivers", {})
+    lines = ["| name | model | revision | SHA-256 of its weights |", "|---|---|---|---|"]
+    for receiver in run.receivers:
+        found = f"`{hashes[receiver.name]}`" if receiver.name in hashes else "not recorded"
+        lines.append(f"| {receiver.name} | `{receiver.model}` | {receiver.revision or '–'} | {found} |")
+    return "\n".join(lines)
+
+
+def _rows(run: RunConfig) -> str:
+    samples = run.data.samples
+    return f"At most {samples:,} training rows." if samples else "All training rows."
+
+
+def _sent(run: RunConfig) -> str:
+    return "context alone; the question goes to the receiver" if run.data.send == "context" else "context and question"
+
+
+def _scores(validation: dict[str, Any]) -> str:
+    if not validation:
+        return "None: this wire was not scored on questions."
+    present = [name for name in COLUMNS if any(name in row for rows in validation.values() for row in rows.values())]
+    lines = [
+        "On the validation split, once; in brackets 95 % bootstrap intervals; NLL in nats per token of the gold answer; bytes of "
+        "text or of the message as fp16.",
+        "",
+        f"| the receiver reads | receiver | {' | '.join(COLUMNS[name] for name in present)} |",
+        f"|{'---|' * (2 + len(present))}",
+    ]
+    for mode, rows in validation.items():
+        for receiver, row in rows.items():
+            if receiver != "mean":
+                cells = " | ".join(_cell(row, name) for name in present)
+                lines.append(f"| {MODES.get(mode, mode)} | {receiver} | {cells} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        return "–"
+    if name in ("em", "f1"):
+        value = f"{100 * row[name]:.1f}"
+        return f"{value} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
+    return f"{row[name]:.3g}" if name == "nll" else f"{row[name]:.0f}"
+
+
+def _made(run: RunConfig, manifest: dict[str, Any]) -> str:
+    step = manifest["metrics"].get("development", manifest["metrics"]).get("step")
+    total = sum(manifest["parameters"].values())
+    lines = [
+        f"- {total:,} trained parameters" + (f", {step:,} steps of {run.training.batch_size} rows" if step else ""),
+        f"- seed {run.training.seed}; the whole configuration is in `config.json`",
+        "- " + ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
+        "- `manifest.json` has the hash of every file; a directory that does not fit it is refused",
+    ]
+    if run.training.train_only:
+        lines.insert(1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was")
+    return "\n".join(lines)

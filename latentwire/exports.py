@@ -1,0 +1,234 @@
+"""A wire as a directory: safetensors and JSON, never pickle; written aside, then renamed, and checked when read.
+
+It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not trained),
+``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on, ``manifest.json``
+(format, hashes, parameter counts, package versions, pins, metrics) and ``README.md``, the model card. No receiver weight
+is in it. What training adds to go on from is in ``training/checkpoints.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from latentwire import card
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, validate, with_values
+from latentwire.features.registry import keeps_receivers_frozen
+from latentwire.models.encoders import InterlinguaEncoder
+from latentwire.models.interlingua import owner
+
+if TYPE_CHECKING:
+    from latentwire.assembly import LatentWire
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CARD = "README.md"
+FILES = ["config.json", MANIFEST, CARD, "interlingua.safetensors", "adapters/*.safetensors", "features/*.safetensors"]
+"""What an export consists of, as patterns."""
+PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be trusted or does not fit; the message says what was expected and what was found."""
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    path: Path,
+    wire: LatentWire,
+    metrics: dict[str, Any],
+    pins: dict[str, Any],
+    add: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a wire to ``path``, which must be empty or not there yet.
+
+    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add`` writes further files
+    into the directory that it is given, before everything is hashed.
+    """
+    path = Path(path)
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.part-{uuid.uuid4().hex[:8]}"
+    aside.mkdir()
+    try:
+        (aside / "config.json").write_text(wire.run.model_dump_json(indent=1))
+        for name, module in parts(wire).items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            save_file(saved_tensors(module), aside / name)
+        if add is not None:
+            add(aside)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "files": {str(f.relative_to(aside)): _sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
+            "parameters": {
+                name: sum(t.numel() for t in saved_tensors(part).values()) for name, part in parts(wire).items()
+            },
+            "receivers_frozen": keeps_receivers_frozen(wire.run),
+            "backbone": wire.interlingua.encoder.backbone_fingerprint(),
+            "encoder_id": wire.encoder_id,
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "pins": pins,
+            "metrics": metrics,
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (aside / CARD).write_text(card.write(wire.run, manifest), encoding="utf-8")
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def check_free(path: Path) -> None:
+    """Raise :class:`CheckpointError` where a wire would overwrite something."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
+
+
+def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
+    """File → the module whose weights it holds."""
+    interlingua = wire.interlingua
+    found: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
+    found |= {f"adapters/{name}.safetensors": adapter for name, adapter in interlingua.adapters.items()}
+    return found | {f"features/{name}.safetensors": feature for name, feature in interlingua.features.items()}
+
+
+def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's weights, without those of a pretrained backbone that is not trained: the manifest holds their hash."""
+    fixed = module.pinned_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
+    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, after every file it names has been hashed. Raises :class:`CheckpointError`."""
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        raise CheckpointError(
+            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        version, files = manifest["format_version"], dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
+        )
+    for name, expected in files.items():
+        part = (Path(path) / name).resolve()
+        if not part.is_relative_to(Path(path).resolve()):
+            raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
+        if not part.exists():
+            raise CheckpointError(
+                f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
+            )
+        found = _sha256(part)
+        if found != expected:
+            raise CheckpointError(
+                f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; it was changed or cut off"
+            )
+    return manifest
+
+
+def read_run(path: Path) -> RunConfig:
+    """The configuration a checkpoint was made with. Raises :class:`CheckpointError`."""
+    try:
+        return validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
+
+
+def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] | None) -> RunConfig:
+    """``run`` with the receivers of those names alone (``None``: all), from other places where a mapping names them.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder needs all of them.
+    """
+    if chosen is None:
+        return run
+    known = {receiver.name: receiver for receiver in run.receivers}
+    if strange := [name for name in chosen if name not in known]:
+        raise ConfigError(f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them")
+    if run.encoder.private_len and len(chosen) < len(known):
+        raise ConfigError(
+            f"encoder.private_len {run.encoder.private_len} makes latents for each of {', '.join(known)}, got only "
+            f"{', '.join(chosen)}; name all of them"
+        )
+    places = dict(chosen) if isinstance(chosen, Mapping) else {}
+    kept = [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
+    return with_values(run, {"receivers": kept}, "receivers")
+
+
+def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
+    """Put a checkpoint's encoder and adapters into ``wire``; returns the manifest.
+
+    Raises :class:`CheckpointError` for changed files, other shapes or keys, or receivers whose weights hash differently
+    from those it was trained with.
+    """
+    path = Path(path)
+    manifest, run = read_manifest(path), read_run(path)
+    others = {receiver.name for receiver in run.receivers} - wire.receivers.keys()
+    for name, module in parts(wire).items():
+        if name not in manifest["files"]:
+            raise CheckpointError(f"{path} must hold {name} for this configuration, it does not")
+        fill(path / name, module, left_out=others)
+    backbone = wire.interlingua.encoder.backbone_fingerprint()
+    if backbone != manifest["backbone"]:
+        raise CheckpointError(
+            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} ({wire.run.encoder.model}); "
+            f"load the same weights"
+        )
+    for name, expected in manifest["pins"].get("receivers", {}).items():
+        if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
+            raise CheckpointError(
+                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got {found[:12]}… "
+                f"({wire.receivers[name].config.model}); load the same weights and dtype"
+            )
+    return manifest
+
+
+def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> None:
+    """Put a file's weights into a module. ``left_out``: receivers that only one of the two knows, whose part is passed over.
+
+    Raises :class:`CheckpointError` where keys or shapes differ.
+    """
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
+    tensors = {name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out}
+    wanted = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
+    if differing := tensors.keys() ^ wanted:
+        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
+    try:
+        module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} must fit the configuration: {error}") from error
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""The public API: what a user of an export does from Python."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import GenerationConfig
+
+import latentwire
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, with_values
+from latentwire.data.toy import toy_rows
+from latentwire.exports import CheckpointError
+from latentwire.training import checkpoints
+from latentwire.wire import WireError, join
+
+README = Path(__file__).parent.parent / "README.md"
+ROWS = list(toy_rows(5, seed=3))
+CONTEXTS = [row["context"] for row in ROWS]
+QUESTIONS = [row["question"] for row in ROWS]
+
+
+def shaken(wire: LatentWire) -> LatentWire:
+    """Other weights than the fresh ones, so that rows differ in what is answered."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in wire.interlingua.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wire
+
+
+@pytest.fixture
+def export(wire: LatentWire, tmp_path: Path) -> Path:
+    """An export of an untrained wire with scores that somebody could have measured."""
+    row = {
+        "em": 0.5,
+        "em_low": 0.4,
+        "em_high": 0.6,
+        "f1": 0.625,
+        "f1_low": 0.5,
+        "f1_high": 0.75,
+        "nll": 1.25,
+        "bytes": 384,
+    }
+    scores = {
+        "latent": {"llama": row, "qwen": row, "mean": row},
+        "closed_book": {"llama": row | {"em": 0.0, "em_low": 0.0}},
+    }
+    metrics = {"development": {"step": 900}, "validation": scores}
+    pins = {"receivers": {name: lm.fingerprint() for name, lm in wire.receivers.items()}}
+    return checkpoints.save(tmp_path / "runs" / "x" / "best", shaken(wire), metrics, pins)
+
+
+@pytest.mark.parametrize("receiver", ["llama", "qwen"])
+@pytest.mark.parametrize(
+    "values", [{}, {"features.refiner": {}}, {"encoder.tokens_per_latent": 4}, {"data.send": "prompt"}]
+)
+def test_whole_prompts_as_embeddings_give_our_own_answers(run: RunConfig, receiver: str, values: dict) -> None:
+    wire = shaken(LatentWire(with_values(run, values)))
+    message = wire.encode(CONTEXTS, QUESTIONS)
+    expected = wire.answer(message, QUESTIONS, receiver)
+    assert (
+        len(set(expected)) > 1 or "data.send" in values
+    )  # where no text follows the message, an untrained one decides
+    lm, stops = wire.receivers[receiver], wire.builders[receiver].stop_ids
+    embeds = wire.prompt_embeds(message, QUESTIONS, receiver)
+    assert [len(e_SD) for e_SD in embeds] == [len(p.ids) for p in wire._asked(message, QUESTIONS, receiver)[1]]
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=run.evaluation.max_answer_tokens,
+        eos_token_id=list(stops),
+        pad_token_id=stops[0],
+    )
+    for e_SD, answer in zip(embeds, expected, strict=True):  # one at a time: no padding, no mask
+        ids = lm.lm.generate(inputs_embeds=e_SD[None], generation_config=settings)[0]
+        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
+        assert text.strip().split("\n")[0].strip() == answer
+
+
+@pytest.mark.parametrize("feature", ["deep_prefix", "coprocessor", "latent_adapters", "lora"])
+def test_what_acts_inside_a_receiver_is_no_embedding(run: RunConfig, feature: str) -> None:
+    wire = LatentWire(with_values(run, {f"features.{feature}": {}}))
+    with pytest.raises(ConfigError, match=f"prompt_embeds needs a wire .* got {feature}"):
+        wire.prompt_embeds(wire.encode(CONTEXTS), QUESTIONS, "llama")
+
+
+def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(wire: LatentWire, run: RunConfig) -> None:
+    message = shaken(wire).encode(CONTEXTS)
+    packet = message.to_bytes(bits=16)
+    assert wire.answer(packet, QUESTIONS, "qwen") == wire.answer(wire.receive(packet), QUESTIONS, receiver="qwen")
+    assert wire.receive(packet).encoder == message.encoder == wire.encoder_id and len(wire.encoder_id) == 32
+    other = LatentWire(with_values(run, {"training.seed": 9}))
+    with pytest.raises(WireError, match="must come from encoder"):
+        other.answer(packet, QUESTIONS, "qwen")
+    with pytest.raises(ConfigError, match="receiver must be one of llama, qwen, got gpt"):
+        wire.answer(packet, QUESTIONS, "gpt")
+    with pytest.raises(ConfigError, match="each message takes one question, got 5 messages and 2 questions"):
+        wire.answer(packet, QUESTIONS[:2], "qwen")
+
+
+def test_the_encoders_id_hangs_on_what_a_latent_means_and_on_nothing_else(wire: LatentWire, run: RunConfig) -> None:
+    first = wire.encoder_id
+    same = {"encoder.latent_dropout": 0.5, "receivers": [run.receivers[1].model_dump()], "features.deep_prefix": {}}
+    assert LatentWire(with_values(run, same)).encoder_id == first
+    assert LatentWire(with_values(run, {"features.refiner": {}})).encoder_id != first
+    with torch.no_grad():
+        wire.interlingua.encoder.project.bias += 1
+    assert wire.encoder_id != first
+
+
+def test_paragraphs_sent_apart_are_the_message_of_all_lines(run: RunConfig) -> None:
+    wire = LatentWire(with_values(run, {"encoder.split": "lines"}))
+    whole = wire.encode(["\n".join(CONTEXTS[:3])])
+    joined = join([wire.receive(wire.encode([text]).to_bytes()) for text in CONTEXTS[:3]])
+    torch.testing.assert_close(joined.z_BLZ, whole.z_BLZ, atol=2e-3, rtol=2e-3)
+    assert joined.length_B.tolist() == whole.length_B.tolist()
+
+
+def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path) -> None:
+    wire = LatentWire.from_pretrained(export)
+    wire.save_pretrained(tmp_path / "again")
+    names = ("config.json", "interlingua.safetensors", "adapters/qwen.safetensors")
+    assert all((tmp_path / "again" / name).read_bytes() == (export / name).read_bytes() for name in names)
+    again = LatentWire.from_pretrained(tmp_path / "again")
+    assert again.manifest and wire.manifest and again.manifest["metrics"] == wire.manifest["metrics"]
+    with pytest.raises(CheckpointError, match="must not overwrite anything"):
+        wire.save_pretrained(export)
+    assert (export / "config.json").exists()
+    with pytest.raises(CheckpointError, match=r"must be a directory or a Hub id, got runs/none/best \("):
+        LatentWire.from_pretrained("runs/none/best")
+
+
+def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(run: RunConfig, tmp_path: Path) -> None:
+    featured = shaken(LatentWire(with_values(run, {"features.deep_prefix": {}, "features.lora": {}})))
+    path = checkpoints.save(tmp_path / "featured", featured, {}, {})
+    packet, expected = featured.encode(CONTEXTS).to_bytes(), {}
+    for name in featured.receivers:
+        expected[name] = featured.answer(packet, QUESTIONS, name)
+    alone = LatentWire.from_pretrained(path, receivers=["qwen"])
+    assert list(alone.receivers) == ["qwen"] and alone.answer(packet, QUESTIONS, "qwen") == expected["qwen"]
+    folder = featured.receivers["llama"].lm.config.name_or_path
+    moved = LatentWire.from_pretrained(path, receivers={"llama": folder})
+    assert moved.run.receivers[0].model == folder and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
+    with pytest.raises(ConfigError, match="receivers must be among llama, qwen, got gpt"):
+        LatentWire.from_pretrained(path, receivers=["gpt"])
+
+
+def test_a_strangers_export_runs_no_code_unless_told(run: RunConfig, tmp_path: Path, wire: LatentWire) -> None:
+    trusting = [receiver.model_dump() | {"trust_remote_code": True} for receiver in run.receivers]
+    wire.run = with_values(run, {"receivers": trusting})
+    path = checkpoints.save(tmp_path / "best", wire, {}, {})
+    with pytest.raises(CheckpointError, match=r"lets llama, qwen run code .* say trust_remote_code=True"):
+        LatentWire.from_pretrained(path)
+    assert LatentWire.from_pretrained(path, trust_remote_code=True).receivers
+
+
+def test_the_hub_gets_the_whole_directory_and_gives_it_back(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub on this disk: what the mixin uploads is what ``snapshot_download`` brings."""
+    store = tmp_path / "hub"
+
+    class Repo:
+        repo_id = "me/wire"
+
+    def upload(self: HfApi, *, folder_path: Path, **_: object) -> str:
+        folder_path.rename(store)
+        return "commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, **_: Repo())
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    asked: dict = {}
+
+    def download(repo_id: str, **options: object) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(store)
+
+    monkeypatch.setattr("latentwire.assembly.snapshot_download", download)
+    wire = LatentWire.from_pretrained(export)
+    assert wire.push_to_hub("me/wire") == "commit"
+    assert {str(f.relative_to(store)) for f in store.rglob("*") if f.is_file()} == {
+        str(f.relative_to(export)) for f in export.rglob("*") if f.is_file()
+    }
+    back = LatentWire.from_pretrained("me/wire", revision="v1")
+    assert back.encoder_id == wire.encoder_id and asked["repo_id"] == "me/wire" and asked["revision"] == "v1"
+    assert not any("bin" in pattern or "pkl" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_the_card_says_what_it_is_for_whom_and_how_good(export: Path) -> None:
+    card = (export / "README.md").read_text()
+    manifest = json.loads((export / "manifest.json").read_text())
+    assert card.startswith("---\nlibrary_name: latentwire\n")
+    for fact in (
+        manifest["encoder_id"],
+        *manifest["pins"]["receivers"].values(),
+        "toy-qwen",
+        "**frozen**",
+        "900 steps of 4",
+    ):
+        assert fact in card
+    assert "| **the message** | qwen | 50.0 [40.0, 60.0] | 62.5 [50.0, 75.0] | 1.25 | 384 |" in card
+    assert "| nothing | llama | 0.0 [0.0, 60.0]" in card and "| mean |" not in card
+
+
+def test_the_card_says_not_frozen_and_not_scored(run: RunConfig, tmp_path: Path) -> None:
+    wire = LatentWire(with_values(run, {"features.lora": {}}))
+    card = (checkpoints.save(tmp_path / "best", wire, {}, {}) / "README.md").read_text()
+    assert "**not frozen**" in card and "was not scored" in card and "not recorded" in card
+
+
+def test_the_readmes_example_runs(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(export.parent.parent.parent)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert isinstance(names["wire"], latentwire.LatentWire)
+    assert len(names["packet"]) == names["message"].packed_size(8) and names["message"].packed_size(8) > 0
+    assert len(names["answers"]) == len(names["questions"]) and all(isinstance(a, str) for a in names["answers"])
+    assert names["embeds"][0].shape[1] == names["wire"].receivers["llama"].width
+
+
+def test_the_package_names_what_it_does_not_have() -> None:
+    with pytest.raises(AttributeError, match="latentwire has no attribute Nothing"):
+        latentwire.Nothing  # noqa: B018
