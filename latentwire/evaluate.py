@@ -2,6 +2,7 @@
 
     python latentwire/evaluate.py --checkpoint runs/test/best
     python latentwire/evaluate.py --checkpoint runs/test/best --split dev --modes latent text
+    python latentwire/evaluate.py --checkpoint runs/squad/best --tokens_per_latent 4 8 16
 
 The wire's own configuration says which data; ``--set data.…`` and the data flags override it.
 """
@@ -17,6 +18,7 @@ from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.baselines import MODES
+from latentwire.evaluation.settings import settings
 from latentwire.options import override_run
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, report, results
@@ -28,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of a checkpoint or export")
     parser.add_argument("--split", choices=shards.SPLITS, default="validation", help="rows to score")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what stands in for the context")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--tokens_per_latent", nargs="+", type=int, default=[], metavar="N",
+                         help="lengths of message to score, each beside text cut to as many tokens")  # fmt: skip
+    budgets.add_argument("--latent_len", nargs="+", type=int, default=[], metavar="L",
+                         help="the same for a wire whose messages have a fixed length")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100")  # fmt: skip
     parser.add_argument("--output", type=Path, help="also write the scores here, as JSON")
@@ -49,8 +56,9 @@ def main() -> int:
         checkpoints.read_manifest(options.checkpoint)
         run = override_run(checkpoints.read_run(options.checkpoint), options.assignments)
         results.check_questions(run)
+        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len)
         path = planner.local_shards(run, (options.split,))[options.split]
-        scores, _ = results.score(options.checkpoint, path, tuple(options.modes), run)
+        scores, _ = results.score(options.checkpoint, path, rows, run)
     except USER_ERRORS as error:
         return fail(error)
     return finish(options, scores, run)

@@ -13,6 +13,7 @@ from latentwire.config import SpaceFile
 from latentwire.data import pipeline
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluate import finish, parser
+from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, results, sweep
@@ -26,14 +27,13 @@ def main() -> int:
         checkpoints.read_manifest(checkpoint)
         run = with_home(SpaceFile(run=override_run(checkpoints.read_run(checkpoint), options.assignments))).run
         results.check_questions(run)
+        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len)
         sweep.start_ray()
         plan = planner.plan(
             SpaceFile(run=run), ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         )
         path = pipeline.ensure_shards(run, options.split)
-        scores, _ = results.on_cluster(
-            run, plan.gpus_per_worker, results.score, checkpoint, path, tuple(options.modes), run
-        )
+        scores, _ = results.on_cluster(run, plan.gpus_per_worker, results.score, checkpoint, path, rows, run)
     except USER_ERRORS as error:
         return fail(error)
     return finish(options, scores, run)

@@ -29,6 +29,8 @@ FINAL_MODES: tuple[Mode, ...] = ("text", "latent", "truncated", "shuffled", "clo
 """What a sweep scores at its end; ``evaluate.py`` scores all."""
 MESSAGE_MODES: tuple[Mode, ...] = ("latent", "shuffled")
 """Modes that read a message of the encoder."""
+BUDGET_MODES: tuple[Mode, ...] = ("latent", "truncated", "window", "selected", "shuffled")
+"""Modes whose prompt is as long as the message makes it."""
 
 
 @torch.no_grad()

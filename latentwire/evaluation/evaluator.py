@@ -15,6 +15,7 @@ from latentwire.data.batches import sender_texts
 from latentwire.data.layout import Sequence, collate
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.metrics import em_f1
+from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.statistics import interval
 from latentwire.losses.terms import token_ce
 from latentwire.models.message import Message
@@ -36,6 +37,8 @@ class Prediction:
     golds: list[str]
     em: float
     f1: float
+    budget: str
+    """Length of message that the prompt is as long as, where it is not the wire's own: ``4 tokens per latent``."""
     nll: float
     """Negative log-likelihood of the first gold answer and its stop token, nats per token."""
     positions: int
@@ -47,27 +50,32 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict(wire: LatentWire, table: pa.Table, mode: Mode) -> Iterator[Prediction]:
-    """Predictions of every receiver for every row of ``table`` (shard columns), batch by batch."""
+def predict(wire: LatentWire, table: pa.Table, setting: Setting | Mode) -> Iterator[Prediction]:
+    """Predictions of every receiver for every row of ``table`` (shard columns), batch by batch.
+
+    ``setting``: what the receivers read; a mode alone has messages of the wire's own length.
+    """
+    setting = setting if isinstance(setting, Setting) else Setting(setting)
+    mode = setting.mode
     wire.interlingua.eval()
     size = wire.run.evaluation.batch_size
     for start in range(0, table.num_rows, size):
         rows = table.slice(start, size).to_pydict()
         texts = sender_texts(wire.run.data.send, rows)
         encoder = wire.interlingua.encoder
-        tokens = encoder.tokenize(texts)
+        tokens = setting.tokenize(encoder, texts)
         message = wire.interlingua.encode(tokens) if mode in MESSAGE_MODES else None
         if message is not None and mode == "shuffled":
             message = message.roll(1)
         for name in wire.receivers:
             slots = encoder.slots(tokens, name) if message is None else message.slots(name)
-            yield from _predict_batch(wire, name, rows, mode, message, slots)
+            yield from _predict_batch(wire, name, rows, setting, message, slots)
 
 
 def _predict_batch(
-    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, message: Message | None, slots: list[int]
+    wire: LatentWire, name: str, rows: dict[str, list], setting: Setting, message: Message | None, slots: list[int]
 ) -> Iterator[Prediction]:
-    lm, count = wire.receivers[name], len(rows["id"])
+    lm, count, mode = wire.receivers[name], len(rows["id"]), setting.mode
     columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
     pieces = list(zip(rows["id"], *columns, slots, strict=True))
     shown = [] if message else [kept_context(wire, name, mode, row, c, q, slot) for row, c, q, _, slot in pieces]
@@ -91,7 +99,8 @@ def _predict_batch(
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
             id=rows["id"][i], receiver=name, mode=mode, text=answer, golds=rows["answers"][i], em=em, f1=f1,
-            nll=float(nll_B[i]), positions=len(asked[i].ids), bytes=sizes[i], forward_ms=1000 * seconds / count,
+            budget=str(setting.budget or ""), nll=float(nll_B[i]), positions=len(asked[i].ids), bytes=sizes[i],
+            forward_ms=1000 * seconds / count,
         )  # fmt: skip
 
 

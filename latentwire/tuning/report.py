@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from latentwire.config import RunConfig, TuneConfig
-from latentwire.evaluation.baselines import MESSAGE_MODES, MODE_NAMES
+from latentwire.evaluation.baselines import MESSAGE_MODES
+from latentwire.evaluation.settings import label
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.tuning.finals import Finalist
 from latentwire.tuning.results import Best
@@ -46,18 +47,18 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
 
     Latents that were read with changed receivers (a feature like ``lora``) are labelled so.
     """
-    label = "" if keeps_receivers_frozen(run) else ", not frozen"
+    changed = "" if keeps_receivers_frozen(run) else ", not frozen"
     header = ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "bytes", "ms", "rows"]
     body = [
         [
-            name + (label if mode in MESSAGE_MODES else ""),
+            label(key) + (changed if key.split()[0] in MESSAGE_MODES else ""),
             receiver,
             *(f"{100 * row[field]:.1f} [{100 * row[f'{field}_low']:.1f}, {100 * row[f'{field}_high']:.1f}]" for field in ("em", "f1")),
             *(_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")),
             str(int(row["rows"])),
         ]
-        for mode, name in MODE_NAMES.items()
-        for receiver, row in scores.get(mode, {}).items()
+        for key, receivers in scores.items()
+        for receiver, row in receivers.items()
         if receiver != "mean"
     ]  # fmt: skip
     return title, header, body

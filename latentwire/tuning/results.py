@@ -20,8 +20,10 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
-from latentwire.evaluation.baselines import FINAL_MODES, Mode
-from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
+from latentwire.evaluation.baselines import FINAL_MODES
+from latentwire.evaluation.evaluator import Prediction, predict, summarise
+from latentwire.evaluation.pin import evaluation_pin
+from latentwire.evaluation.settings import Setting
 from latentwire.training import checkpoints
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
@@ -126,17 +128,21 @@ def check_questions(run: RunConfig) -> None:
         )
 
 
+FINAL_SETTINGS = tuple(Setting(mode) for mode in FINAL_MODES)
+
+
 def score(
-    path: Path, validation: Path, modes: tuple[Mode, ...] = FINAL_MODES, run: RunConfig | None = None
+    path: Path, validation: Path, settings: tuple[Setting, ...] = FINAL_SETTINGS, run: RunConfig | None = None
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """Reload a checkpoint in this process and score it on complete shards: mode → receiver → metrics.
+    """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
 
     ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
     wire, _ = checkpoints.load_wire(path, run)
     table = shards.read_table(validation)
-    predictions = [p for mode in modes for p in predict(wire, table, mode)]
-    return {mode: summarise([p for p in predictions if p.mode == mode]) for mode in modes}, predictions
+    predictions = {setting.key: list(predict(wire, table, setting)) for setting in settings}
+    scores = {key: summarise(found) for key, found in predictions.items()}
+    return scores, [p for found in predictions.values() for p in found]
 
 
 def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[str, Any]:
@@ -148,7 +154,10 @@ def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[s
     texts = wire.run.data.dataset == "text"
     table, predictions = ({}, []) if texts else score(checkpoint, validation)
     pins = manifest["pins"] | {
-        "validation": {"shards": shards.read_manifest(validation)["key"], "metric_version": METRIC_VERSION}
+        "validation": {
+            "shards": shards.read_manifest(validation)["key"],
+            "evaluation_pin": evaluation_pin(validation, wire.run),
+        }
     }
     checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
     if predictions:

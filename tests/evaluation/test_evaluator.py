@@ -5,10 +5,12 @@ import pytest
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.evaluation.baselines import kept_context, self_information
+from latentwire.config.resolve import ConfigError, with_values
+from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, self_information
 from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.settings import label, settings
 from latentwire.evaluation.statistics import interval
-from tests.conftest import shard_table
+from tests.conftest import SMALL, shard_table
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,51 @@ def test_scores_come_with_their_intervals(wire: LatentWire, rows: pa.Table) -> N
         2 * 1.96 * (row["em"] * (1 - row["em"]) / 64) ** 0.5, rel=0.25
     )
     assert interval([1.0, 1.0]) == (1.0, 1.0) and interval([0.0, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])
+
+
+def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) -> None:
+    run = with_values(RunConfig(), SMALL | {"encoder.latent_len": 16, "encoder.tokens_per_latent": 4})
+    wire = LatentWire(run)
+    chosen = settings(run, MODES, [4, 8])
+    assert [s.key for s in chosen] == [
+        "text", *(f"{mode} at {n} tokens per latent" for n in (4, 8) for mode in BUDGET_MODES), "embeddings", "closed_book",
+    ]  # fmt: skip
+    positions = {s.key: [p.positions for p in predict(wire, rows.slice(0, 8), s)] for s in chosen}
+    for n in (4, 8):
+        own = positions[f"latent at {n} tokens per latent"]
+        assert all(positions[f"{mode} at {n} tokens per latent"] == own for mode in ("truncated", "window", "selected"))
+        assert sum(positions[f"shuffled at {n} tokens per latent"]) == sum(own)  # another row's, as long as that is
+    assert positions["latent at 4 tokens per latent"] == [
+        p.positions for p in predict(wire, rows.slice(0, 8), "latent")
+    ]
+    assert sum(positions["latent at 8 tokens per latent"]) < sum(positions["latent at 4 tokens per latent"])
+    assert label("latent at 4 tokens per latent") == "latents at 4 tokens per latent"
+
+
+def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, rows: pa.Table) -> None:
+    found = {}
+    for setting in settings(wire.run, ["latent", "truncated"], latent_len=[6, 3]):
+        found[setting.key] = list(predict(wire, rows.slice(0, 4), setting))
+    own, shorter = found["latent at 6 latents"], found["latent at 3 latents"]
+    assert [p.text for p in own] == [p.text for p in predict(wire, rows.slice(0, 4), "latent")]
+    assert [p.positions for p in shorter] == [p.positions - 3 for p in own]
+    assert [p.bytes for p in shorter] == [p.bytes // 2 for p in own]
+    assert [p.positions for p in shorter] == [p.positions for p in found["truncated at 3 latents"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "budgets", "message"),
+    [
+        ({}, {"tokens_per_latent": [4]}, "--tokens_per_latent needs an encoder whose message grows with the text"),
+        ({"encoder.tokens_per_latent": 4}, {"latent_len": [8]}, "--latent_len needs an encoder whose messages have a"),
+        (
+            {"adapter.slot_positions": True},
+            {"latent_len": [8]},
+            "--latent_len needs adapters without a vector per slot",
+        ),
+        ({}, {"latent_len": [0]}, "budgets must be ≥ 1, got 0"),
+    ],
+)
+def test_budgets_that_a_wire_does_not_have_are_refused(values: dict, budgets: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(with_values(RunConfig(), values), MODES, **budgets)

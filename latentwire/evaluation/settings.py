@@ -1,0 +1,88 @@
+"""One row of a table of scores: what stands in for the context, and in how many positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.evaluation.baselines import BUDGET_MODES, MODE_NAMES, MODES, Mode
+from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A length of message other than the wire's own."""
+
+    knob: Literal["tokens_per_latent", "latent_len"]
+    value: int
+
+    def __str__(self) -> str:
+        return f"{self.value} {'tokens per latent' if self.knob == 'tokens_per_latent' else 'latents'}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. ``budget``: ``None`` for the wire's own length, and for modes that have none."""
+
+    mode: Mode
+    budget: Budget | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the JSON: the mode, and the budget where there is one."""
+        return self.mode if self.budget is None else f"{self.mode} at {self.budget}"
+
+    def tokenize(self, encoder: InterlinguaEncoder, texts: Sequence[str]) -> EncoderTokens:
+        """What the encoder takes of sender texts, with messages of this length."""
+        ids = encoder.token_ids(texts)
+        if self.budget is None:
+            return encoder.tokens_of(ids)
+        if self.budget.knob == "tokens_per_latent":
+            return encoder.tokens_of(ids, tokens_per_latent=self.budget.value)
+        tokens = encoder.tokens_of(ids)
+        return replace(tokens, latents_B=torch.full_like(tokens.latents_B, self.budget.value))
+
+
+def label(key: str) -> str:
+    """What a row's key says in words."""
+    mode, _, rest = key.partition(" ")
+    return f"{next(name for known, name in MODE_NAMES.items() if known == mode)} {rest}".strip()
+
+
+def settings(
+    run: RunConfig, modes: Sequence[Mode], tokens_per_latent: Sequence[int] = (), latent_len: Sequence[int] = ()
+) -> tuple[Setting, ...]:
+    """The rows of a table in their order: text, then for every budget the messages and what is as short, then the rest.
+
+    Without budgets the wire's own length is the only one. Raises :class:`~latentwire.config.resolve.ConfigError` for
+    budgets that this wire's encoder does not have.
+    """
+    if tokens_per_latent and run.encoder.tokens_per_latent is None:
+        raise ConfigError(
+            f"--tokens_per_latent needs an encoder whose message grows with the text, got encoder.tokens_per_latent null "
+            f"(latent_len {run.encoder.latent_len}); use --latent_len"
+        )
+    if latent_len and run.encoder.tokens_per_latent is not None:
+        raise ConfigError(
+            f"--latent_len needs an encoder whose messages have a fixed length, got encoder.tokens_per_latent "
+            f"{run.encoder.tokens_per_latent}; use --tokens_per_latent"
+        )
+    if latent_len and run.adapter.slot_positions:
+        raise ConfigError("--latent_len needs adapters without a vector per slot, got adapter.slot_positions true")
+    if any(value < 1 for value in (*tokens_per_latent, *latent_len)):
+        raise ConfigError(f"budgets must be ≥ 1, got {', '.join(map(str, (*tokens_per_latent, *latent_len)))}")
+    budgets: list[Budget | None] = [
+        *(Budget("tokens_per_latent", value) for value in tokens_per_latent),
+        *(Budget("latent_len", value) for value in latent_len),
+    ]
+    chosen = [mode for mode in MODES if mode in modes]
+    if not budgets:
+        return tuple(Setting(mode) for mode in chosen)
+    first = [Setting(mode) for mode in chosen if mode == "text"]
+    bound = [Setting(mode, budget) for budget in budgets for mode in chosen if mode in BUDGET_MODES]
+    return (*first, *bound, *(Setting(mode) for mode in chosen if mode != "text" and mode not in BUDGET_MODES))
