@@ -21,6 +21,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.errors import USER_ERRORS, fail
+from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
 from latentwire.options import add_flags, add_joining, read_space, with_home
 from latentwire.training.local import train_here
@@ -48,7 +49,7 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began
     alone = choose_receivers(read_run(best), [name])
-    scores, _ = results.score(best, paths["validation"], ("text", "latent"), alone)
+    scores, _ = results.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
     text, latent = (scores[mode][name] for mode in ("text", "latent"))
     own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
     return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}
