@@ -53,6 +53,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         torch.manual_seed(run.training.seed)
         shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.lm) for name, lm in self.receivers.items()}
         self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
+        self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
 
     # ------------------------------------------------------------------------------------------- loading and saving
@@ -106,12 +107,13 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             )
         wire = cls(run)
         wire.manifest = exports.load_weights(path, wire)
+        wire._loaded = fingerprint(wire.interlingua)
         return wire
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write an export with its model card to a directory that holds nothing yet; ``push_to_hub=True``: to the Hub too.
 
-        Metrics and pins are those of the export it was loaded from. Raises :class:`~latentwire.exports.CheckpointError`.
+        Metrics are those of the export it was loaded from, as long as its weights are. Raises :class:`~latentwire.exports.CheckpointError`.
         """
         exports.check_free(Path(save_directory))  # the mixin removes a config.json that is there
         return super().save_pretrained(save_directory, **options)
@@ -120,8 +122,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         known = self.manifest or {"metrics": {}, "pins": {}}
         pins = known["pins"] | {"receivers": {name: lm.fingerprint() for name, lm in self.receivers.items()}}
         metrics = (
-            known["metrics"] if known.get("encoder_id") == self.encoder_id else {}
-        )  # another encoder's say nothing
+            known["metrics"] if fingerprint(self.interlingua) == self._loaded else {}
+        )  # changed since: not its own
         exports.save(save_directory, self, metrics, pins)
 
     @property

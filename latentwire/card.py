@@ -57,7 +57,7 @@ def write(run: RunConfig, manifest: dict[str, Any], place: str = "path/to/export
         "## Data",
         f"{SOURCES.get(run.data.dataset, run.data.dataset)}. {_rows(run)} The encoder reads the {_sent(run)}.",
         "## Scores",
-        _scores(manifest["metrics"].get("validation") or {}),
+        _scores(manifest["metrics"].get("validation") or {}, {receiver.name for receiver in run.receivers}),
         "## Use",
         USAGE.format(place=place, receiver=run.receivers[0].name),
         "## Licence",
@@ -100,7 +100,7 @@ def _sent(run: RunConfig) -> str:
     return "context alone; the question goes to the receiver" if run.data.send == "context" else "context and question"
 
 
-def _scores(validation: dict[str, Any]) -> str:
+def _scores(validation: dict[str, Any], receivers: set[str]) -> str:
     if not validation:
         return "None: this wire was not scored on questions."
     present = [name for name in COLUMNS if any(name in row for rows in validation.values() for row in rows.values())]
@@ -113,7 +113,7 @@ def _scores(validation: dict[str, Any]) -> str:
     ]
     for mode, rows in validation.items():
         for receiver, row in rows.items():
-            if receiver != "mean":
+            if receiver in receivers:
                 cells = " | ".join(_cell(row, name) for name in present)
                 lines.append(f"| {MODES.get(mode, mode)} | {receiver} | {cells} |")
     return "\n".join(lines)

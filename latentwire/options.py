@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, knobs, load_space, set_path, with_values
 
@@ -50,8 +51,52 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_joining(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a receiver that joins a trained wire."""
+    parser.add_argument("--add_receiver", metavar="NAME=MODEL", help="a further receiver (Hub id or directory) for the wire "
+                        "of --from: its adapter alone is trained, all else stays as it is")  # fmt: skip
+    parser.add_argument("--from", type=Path, dest="base", help="export or checkpoint that --add_receiver starts from")
+
+
 def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
-    """The space file with the flags laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
+    """The space file with the flags laid over it; with ``--add_receiver``, the configuration of ``--from`` instead of one.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.exports.CheckpointError` for ``--from``.
+    """
+    if getattr(options, "add_receiver", None):
+        return load_space(None, {"run": joining(options)} | _overrides(options, True))
+    return load_space(options.space or default, _overrides(options, options.space is not None or default is not None))
+
+
+def joining(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of ``--from`` with one more receiver, whose part alone is trained.
+
+    The messages have their own length from the first step: an encoder that stays as it is has learned that one.
+    """
+    name, sign, model = options.add_receiver.partition("=")
+    if not sign or options.base is None or options.space is not None:
+        raise ConfigError(
+            f"--add_receiver takes NAME=MODEL and --from <export>, whose configuration it keeps, and no --space; got "
+            f"{options.add_receiver}, --from {options.base}, --space {options.space}"
+        )
+    exports.read_manifest(options.base)
+    run = exports.read_run(options.base)
+    if run.encoder.private_len:
+        raise ConfigError(
+            f"a receiver can join a wire without private latents, got encoder.private_len {run.encoder.private_len}: its "
+            f"encoder would have to learn more of them; train a wire with private_len 0"
+        )
+    tree = run.model_dump(mode="json", exclude_unset=True)
+    tree["receivers"] = [receiver.model_dump(mode="json") for receiver in run.receivers] + [
+        {"name": name, "model": model}
+    ]
+    tree["training"] = tree.get("training", {}) | {
+        "init_from": str(options.base), "train_only": [name], "coarsening_steps": 0, "receivers_per_step": "all",
+    }  # fmt: skip
+    return tree
+
+
+def _overrides(options: argparse.Namespace, from_file: bool) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for flag, path in FLAGS.items():
         if (value := getattr(options, flag)) is not None:
@@ -61,9 +106,9 @@ def read_space(options: argparse.Namespace, default: Path | None = None) -> Spac
         overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = value
     # A receiver that the flags replace is not the toy any more: what the default said about the toy goes with it.
     for index, flag in enumerate(("llama_id", "qwen_id")):
-        if getattr(options, flag) is not None and options.space is None and default is None:
+        if getattr(options, flag) is not None and not from_file:
             overrides.setdefault(f"run.receivers.{index}.bos", "auto")
-    return load_space(options.space or default, overrides)
+    return overrides
 
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:

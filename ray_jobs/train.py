@@ -2,6 +2,7 @@
 
     python ray_jobs/train.py --samples 2000 --max_steps 200 --output_dir runs/one
     python ray_jobs/train.py --num_workers 2 --output_dir runs/two
+    python ray_jobs/train.py --add_receiver name=<Hub id or directory> --from runs/one/best --output_dir runs/three
 
 The same command continues an interrupted run from the last checkpoint in its output directory.
 """
@@ -17,7 +18,7 @@ from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
-from latentwire.options import add_flags, read_space, with_home
+from latentwire.options import add_flags, add_joining, read_space, with_home
 from latentwire.training import kept
 from latentwire.training.local import metric_of
 from latentwire.training.loop import TrainingError
@@ -30,6 +31,7 @@ def main() -> int:
     """Plan, prepare shards, train, score the best checkpoint once, export it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
+    add_joining(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:

@@ -1,6 +1,6 @@
-"""Make the embedded toy pair: two tiny causal LMs that can really read.
+"""Make the embedded toys: tiny causal LMs that can really read. Two are the pair; the third joins a trained wire.
 
-    python scripts/pretrain_toy_pair.py --model both
+    python scripts/pretrain_toy_pair.py --model all
 
 Tiny models learn at once which kind of value a question wants and then stand at chance among the candidates: binding a
 name to its fact is the hard part. What moves them is copying: part of every batch is a random token sequence that is
@@ -26,7 +26,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.data.layout import SequenceBuilder, collate
@@ -39,15 +47,27 @@ CHATML = (
 SHAPES: dict[str, dict[str, int]] = {
     "toy-llama": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
     "toy-qwen": {"hidden_size": 112, "intermediate_size": 336, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "toy-phi": {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
-VOCABULARY = {"toy-llama": 704, "toy-qwen": 640}
+VOCABULARY = {"toy-llama": 704, "toy-qwen": 640, "toy-phi": 576}
+SPECIAL = {
+    "toy-llama": ["<pad>", "<s>", "</s>"],
+    "toy-qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "toy-phi": ["<|endoftext|>", "<|pad|>"],
+}
+NAMES = {
+    "toy-llama": {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"},
+    "toy-qwen": {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+    "toy-phi": {"pad_token": "<|pad|>", "eos_token": "<|endoftext|>"},
+}
 RECEIVERS = {
     "toy-llama": ReceiverConfig(name="llama", model="toy-llama", bos="yes"),
     "toy-qwen": ReceiverConfig(name="qwen", model="toy-qwen"),
+    "toy-phi": ReceiverConfig(name="phi", model="toy-phi"),
 }
 ANCHORS = {"Answer: ": 0.7, "A: ": 0.15, "": 0.15}
-STEPS = {"toy-llama": 9400, "toy-qwen": 2500}
-LEARNING_RATE = {"toy-llama": 1.2e-3, "toy-qwen": 2e-3}
+STEPS = {"toy-llama": 9400, "toy-qwen": 2500, "toy-phi": 3300}
+LEARNING_RATE = {"toy-llama": 1.2e-3, "toy-qwen": 2e-3, "toy-phi": 2e-3}
 LEVELS = ((2, 1), (2, 2), (3, 2), (4, 2), (4, 3), (4, 4))
 """(people, kinds) of the curriculum."""
 JUDGED = (3, 2)
@@ -58,14 +78,13 @@ HELD_OUT_SEED = 2_000_000  # of the rows that progress and the record are measur
 
 def make_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the task's own text: any text tokenises, frequent words are one token."""
-    special = ["<pad>", "<s>", "</s>"] if model == "toy-llama" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE())
     # A newline ends plain answers: it is a token of its own, whatever stands beside it.
     newline = pre_tokenizers.Split("\n", "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([newline, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = VOCABULARY[model]
+    size, special = VOCABULARY[model], SPECIAL[model]
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet
     )
@@ -74,11 +93,7 @@ def make_tokenizer(model: str) -> PreTrainedTokenizerFast:
         for row in toy_rows(5_000, seed=1_000_000, people=4, kinds=4)
     )
     bpe.train_from_iterator(corpus, trainer)
-    if model == "toy-llama":
-        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    else:
-        names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, **NAMES[model])
     if model == "toy-qwen":
         tokenizer.chat_template = CHATML
     return tokenizer
@@ -94,6 +109,8 @@ def make_model(model: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     if model == "toy-llama":
         # A bias on queries and keys lets a head look one token back whatever stands there, which copying is made of.
         return LlamaForCausalLM(LlamaConfig(**common, attention_bias=True, initializer_range=0.02))
+    if model == "toy-phi":  # attention and MLP side by side, LayerNorm, half of each head rotary, no gate in the MLP
+        return PhiForCausalLM(PhiConfig(**common, initializer_range=0.05))
     return Qwen2ForCausalLM(Qwen2Config(**common, initializer_range=0.05))
 
 
@@ -216,7 +233,7 @@ def save(out: Path, net: Any, tokenizer: Any, record: dict[str, Any]) -> None:
 
 def pretrain(model: str, options: argparse.Namespace) -> None:
     """Train one model until its steps are done or the time is up, then write it with its record."""
-    torch.set_num_threads(1)  # one core per model: the two train side by side
+    torch.set_num_threads(1)  # one core per model: they train side by side
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer(model)
     net = make_model(model, tokenizer)
@@ -293,9 +310,9 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Train one model here, or both in a process each."""
+    """Train one model here, or all in a process each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("latentwire/toy_pair"), help="parent directory")
     parser.add_argument("--steps", type=int, help=f"training stops after so many steps; default: {STEPS}")
@@ -303,7 +320,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, help=f"peak learning rate; default: {LEARNING_RATE}")
     options = parser.parse_args()
-    if options.model != "both":
+    if options.model != "all":
         options.steps = options.steps or STEPS[options.model]
         options.lr = options.lr or LEARNING_RATE[options.model]
         pretrain(options.model, options)

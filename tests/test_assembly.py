@@ -126,6 +126,10 @@ def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path
     assert all((tmp_path / "again" / name).read_bytes() == (export / name).read_bytes() for name in names)
     again = LatentWire.from_pretrained(tmp_path / "again")
     assert again.manifest and wire.manifest and again.manifest["metrics"] == wire.manifest["metrics"]
+    with torch.no_grad():
+        again.interlingua.adapters["qwen"].gain.add_(1)
+    again.save_pretrained(tmp_path / "changed")  # what was measured was another wire
+    assert json.loads((tmp_path / "changed" / "manifest.json").read_text())["metrics"] == {}
     with pytest.raises(CheckpointError, match="must not overwrite anything"):
         wire.save_pretrained(export)
     assert (export / "config.json").exists()

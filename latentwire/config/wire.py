@@ -15,7 +15,8 @@ class ReceiverConfig(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Short name used in metrics, columns and file names, e.g. ``llama``."""
     model: str
-    """Hub id, local directory (safetensors, or one holding a ``.gguf`` file), or the embedded ``toy-llama``/``toy-qwen``."""
+    """Hub id, local directory (safetensors, or one holding a ``.gguf`` file), or an embedded one: ``toy-llama``,
+    ``toy-qwen``, ``toy-phi``."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). ``None``: the default branch."""
     template: Literal["auto", "chat", "plain"] = "auto"

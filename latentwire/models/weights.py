@@ -1,4 +1,4 @@
-"""Where a receiver's weights come from: the embedded pair, a local directory, a GGUF file, or the Hub."""
+"""Where a receiver's weights come from: the embedded toys, a local directory, a GGUF file, or the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from latentwire.config import ReceiverConfig
 
-TOY_MODELS = ("toy-llama", "toy-qwen")
+TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 
 
 class ReceiverError(RuntimeError):

@@ -200,4 +200,5 @@ def _trainable(run: RunConfig) -> int:
             lm = AutoModelForCausalLM.from_config(config)
             shapes[receiver.name] = ReceiverShape(config.get_text_config().hidden_size, 1.0, lm)
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
+        interlingua.train_only(run.training.train_only)
     return sum(p.numel() for p in interlingua.parameters() if p.requires_grad)

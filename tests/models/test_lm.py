@@ -12,6 +12,7 @@ from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper, pick_device, quantization_config
 from latentwire.models.weights import ReceiverError
 
+PHI = ReceiverConfig(name="phi", model="toy-phi")
 ROWS = [
     ("Ada lives in Oslo. Ben lives in Rome.", "Where is the home of Ada?", "Oslo"),
     ("Cleo owns a goat.", "Which animal belongs to Cleo?", "goat"),
@@ -25,7 +26,9 @@ def load(config: ReceiverConfig) -> tuple[LMWrapper, SequenceBuilder, list]:
     return lm, builder, list(zip(*columns.values(), strict=True))
 
 
-@pytest.fixture(params=[*RunConfig().receivers, "smollm2", "gemma3"], ids=["llama", "qwen", "smollm2", "gemma3"])
+@pytest.fixture(
+    params=[*RunConfig().receivers, PHI, "smollm2", "gemma3"], ids=["llama", "qwen", "phi", "smollm2", "gemma3"]
+)
 def receiver(request: pytest.FixtureRequest) -> tuple[LMWrapper, SequenceBuilder, list]:
     if isinstance(request.param, str):
         folder: Path = request.getfixturevalue("real_receivers")

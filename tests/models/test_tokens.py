@@ -45,7 +45,7 @@ def counted(model: str) -> float:
     return float(token_bytes(tokenizer)[torch.tensor(ids)].sum())
 
 
-@pytest.mark.parametrize("model", ["toy-llama", "toy-qwen"])
+@pytest.mark.parametrize("model", ["toy-llama", "toy-qwen", "toy-phi"])
 def test_tokens_add_up_to_the_texts_bytes(model: str) -> None:
     assert counted(model) == len(SENTENCE.encode())
 

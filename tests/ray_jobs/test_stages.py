@@ -35,6 +35,14 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     found = json.loads(scores.read_text())
     assert set(found) == set(MODES)
     assert untimed({mode: found[mode] for mode in trained}) == untimed(trained)
+    # A third receiver joins: the exported files of the other parts are the same, byte by byte.
+    third = tmp_path / "three"
+    joining = ("--add_receiver=phi=toy-phi", f"--from={output / 'best'}", f"--output_dir={third}", "--max_steps=4")
+    assert job("ray_jobs/train.py", *joining).wait(300) == 0, log_of(tmp_path)
+    for name in ("interlingua", "adapters/llama", "adapters/qwen"):
+        file = f"best/{name}.safetensors"
+        assert (third / file).read_bytes() == (output / file).read_bytes()
+    assert set(json.loads((third / "results.json").read_text())["validation"]["latent"]) >= {"llama", "qwen", "phi"}
 
 
 def test_texts_first_and_questions_after_them(job: Job, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What a further receiver costs: its retention against the steps spent, joined to a trained wire and from scratch.
+
+    python latentwire/train.py --space search_spaces/toy.yaml --output_dir runs/pair
+    python scripts/third_receiver.py --from runs/pair/best --add_receiver phi=toy-phi --steps 100 200 400 800
+
+``joined``: the wire's encoder stays as it is, the receiver's own part is trained. ``scratch``: encoder and adapter of a wire
+for that receiver alone. Both take the wire's configuration, with alignment and coarsening as the same shares of the steps;
+retention is the exact match of the message over that of the full text. Flags and ``--set`` override both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.resolve import with_values
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.evaluation.settings import Setting
+from latentwire.exports import choose_receivers, read_run
+from latentwire.options import add_flags, add_joining, read_space, with_home
+from latentwire.training.local import train_here
+from latentwire.tuning import planner, results
+
+
+def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
+    """``run`` for so many steps: what the wire spent a share of its own on takes the same share of these."""
+    total = base.training.max_steps or max(1, base.training.alignment_steps + base.training.coarsening_steps)
+    shares = {
+        name: getattr(base.training, name) / total for name in ("alignment_steps", "coarsening_steps", "warmup_steps")
+    }
+    if run.training.train_only:
+        shares["coarsening_steps"] = 0.0
+    values = {f"training.{name}": min(round(share * steps), steps) for name, share in shares.items()}
+    return with_values(
+        run, values | {"training.max_steps": steps, "training.epochs": 1000, "training.evaluate_every": steps}
+    )
+
+
+def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
+    """Train here and score the receiver ``name`` on the untouched rows."""
+    paths = planner.local_shards(run)
+    began = time.monotonic()
+    best = train_here(LatentWire(run), paths, output)
+    seconds = time.monotonic() - began
+    alone = choose_receivers(read_run(best), [name])
+    scores, _ = results.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
+    text, latent = (scores[mode][name] for mode in ("text", "latent"))
+    own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
+    return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}
+
+
+def main() -> int:
+    """Train at every number of steps, both ways; print the table and write it beside the runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    add_joining(parser)
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400, 800], help="steps to spend")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/third"), help="where the runs and table.json go")
+    options = parser.parse_args()
+    try:
+        run = with_home(read_space(options)).run
+        base = with_home(SpaceFile(run=read_run(options.base))).run
+        (name,) = run.training.train_only
+        own = {"receivers": [r.model_dump(mode="json") for r in run.receivers if r.name == name]}
+        scratch = with_values(run, own | {"training.train_only": [], "training.init_from": None})
+        rows = []
+        for steps in options.steps:
+            for way, config in (("joined", run), ("scratch", scratch)):
+                found = measure(spent(config, base, steps), name, (options.output_dir / f"{way}-{steps}").absolute())
+                rows.append({"steps": steps, "way": way} | found)
+                (options.output_dir / "table.json").write_text(json.dumps(rows, indent=1))
+    except USER_ERRORS as error:
+        return fail(error)
+    print(
+        "| steps | way | EM | F1 | NLL | EM of the full text | retention | seconds |\n|---|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        em = f"{100 * row['em']:.1f} [{100 * row['em_low']:.1f}, {100 * row['em_high']:.1f}]"
+        print(
+            f"| {row['steps']} | {row['way']} | {em} | {100 * row['f1']:.1f} | {row['nll']:.3g} | {100 * row['text_em']:.1f} "
+            f"| {100 * row['retention']:.0f} % | {row['seconds']:.0f} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A further receiver joins a trained wire: it learns to read, and what was there stays to the last bit."""
+
+import argparse
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, with_values
+from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.features.registry import FEATURES
+from latentwire.options import add_flags, add_joining, read_space
+from latentwire.training import checkpoints
+from latentwire.training.checkpoints import CheckpointError
+from latentwire.training.local import table_epochs
+from latentwire.training.loop import Trainer
+from tests.conftest import shard_table
+from tests.training.test_loop import EVERYTHING
+
+PHI = {"name": "phi", "model": "toy-phi"}
+LEARNING = {
+    "training.epochs": 120,
+    "training.encoder_lr": 5e-3,
+    "training.adapter_lr": 5e-3,
+    "training.batch_size": 8,
+    "training.evaluate_every": 1000,
+    "training.log_every": 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def table(run: RunConfig) -> pa.Table:
+    """Sixteen toy rows with columns for the old receiver and the new one."""
+    return shard_table(with_values(run, {"receivers": [run.receivers[0].model_dump(), PHI]}), 16)
+
+
+def saved(run: RunConfig, folder: Path, table: pa.Table | None = None) -> Path:
+    """A wire for llama alone, trained on the rows, as an export."""
+    run = with_values(run, {"receivers": [run.receivers[0].model_dump()]})
+    wire = LatentWire(run)
+    if table is not None:
+        Trainer(wire, 1).train(table_epochs(run.training, table), lambda: None)
+    pins = {"receivers": {name: lm.fingerprint() for name, lm in wire.receivers.items()}}
+    return checkpoints.save(folder / "base", wire, {}, pins)
+
+
+def joined(base: Path, *flags: str) -> RunConfig:
+    """The run of ``--add_receiver`` with flags."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    add_joining(parser)
+    return read_space(parser.parse_args(["--add_receiver", "phi=toy-phi", "--from", str(base), *flags])).run
+
+
+def training(run: RunConfig, rows: int) -> Trainer:
+    trainer = Trainer(LatentWire(run), max(1, rows // run.training.batch_size))
+    checkpoints.initialise(Path(str(run.training.init_from)), trainer.wire)
+    return trainer
+
+
+def test_the_new_receiver_learns_and_the_old_parts_stay_bit_equal(
+    run: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
+    run = with_values(run, LEARNING)
+    eight = table.slice(0, 8)
+    base = saved(run, tmp_path, eight)
+    trainer = training(joined(base, "--epochs=240"), 8)
+    before = summarise(list(predict(trainer.wire, eight, "latent")))
+    assert before["llama"]["em"] == 1 and before["phi"]["em"] < 0.5
+    trainer.train(table_epochs(trainer.config, eight), lambda: None)
+    after = summarise(list(predict(trainer.wire, eight, "latent")))
+    assert after["phi"]["em"] == 1 and after["llama"]["nll"] == pytest.approx(before["llama"]["nll"], abs=1e-6)
+    export = checkpoints.save(tmp_path / "joined", trainer.wire, {}, {})
+    for name in ("interlingua.safetensors", "adapters/llama.safetensors"):
+        assert (export / name).read_bytes() == (base / name).read_bytes()
+    assert "only phi trained" in (export / "README.md").read_text()
+    # What the first wire packed, the joined one reads, with either receiver.
+    packet = LatentWire.from_pretrained(base).encode(eight["context"].to_pylist()).to_bytes(8)
+    both = LatentWire.from_pretrained(export)
+    answers = both.answer(packet, eight["question"].to_pylist(), "phi")
+    assert sum(a in g for a, g in zip(answers, eight["answers"].to_pylist(), strict=True)) >= 7
+
+
+VARIANTS: dict[str, dict] = {
+    "everything": EVERYTHING,
+    "sequential": EVERYTHING | {"training.sequential_models": True, "training.accumulation": 2},
+    "checkpointing": EVERYTHING | {"training.gradient_checkpointing": True},
+    "aligned": {"training.alignment_steps": 2, "encoder.pooling": "spans"},
+    "lora": {"encoder.kind": "lm", "encoder.model": "toy-llama", "encoder.tune": "lora"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_new_receivers_part_changes(run: RunConfig, table: pa.Table, tmp_path: Path, variant: str) -> None:
+    base = saved(with_values(run, VARIANTS[variant]), tmp_path)
+    trainer = training(joined(base, "--set", "training.warmup_steps=0"), 16)
+    before = {name: t.clone() for name, t in trainer.wire.interlingua.state_dict().items()}
+    trainer.train(table_epochs(trainer.config, table), lambda: None)
+    changed = {name for name, t in trainer.wire.interlingua.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed and all("phi" in name.split(".") for name in changed)
+    own = {name for name, p in trainer.wire.interlingua.named_parameters() if p.requires_grad}
+    assert all("phi" in name.split(".") for name in own)
+    for name in FEATURES if variant == "everything" else ():
+        if name != "refiner":
+            assert any(key.startswith(f"features.{name}.") for key in changed), name
+    export = checkpoints.save(tmp_path / "joined", trainer.wire, {}, {})
+    for file in base.rglob("*.safetensors"):
+        both, old = load_file(export / file.relative_to(base)), load_file(file)
+        assert all(torch.equal(both[key], old[key]) for key in old), file
+    assert LatentWire.from_pretrained(export).encoder_id == LatentWire.from_pretrained(base).encoder_id
+
+
+def test_encoder_and_one_receiver_can_be_trained_while_another_stays(
+    run: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
+    base = saved(run, tmp_path)
+    trainer = training(joined(base, "--set", "training.train_only=[phi, encoder]"), 16)
+    before = {name: t.clone() for name, t in trainer.wire.interlingua.state_dict().items()}
+    trainer.train(table_epochs(trainer.config, table), lambda: None)
+    same = {name for name, t in trainer.wire.interlingua.state_dict().items() if torch.equal(t, before[name])}
+    assert {name for name in before if name.startswith("adapters.llama")} <= same
+    assert "encoder.project.weight" not in same and "adapters.phi.down.weight" not in same
+
+
+def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
+    base = saved(run, tmp_path)
+    for flags, rule in [
+        (("--set", "training.train_only=[gpt]"), r"train_only must name receivers \(llama, phi\) or encoder, got gpt"),
+        (("--set", "training.init_from=null"), "keeps the other parts as they are, got init_from null"),
+        (("--set", "training.log_gradient_norms=true"), "has no gradient and one length of message"),
+        (("--space", "search_spaces/toy.yaml"), "--add_receiver takes NAME=MODEL and --from <export>"),
+        (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL"),
+        (("--add_receiver", "llama=toy-phi"), "receiver names must differ"),
+    ]:
+        with pytest.raises(ConfigError, match=rule):
+            joined(base, *flags)
+    with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
+        joined(tmp_path)
+    private = saved(with_values(run, {"encoder.private_len": 2}), tmp_path / "private")
+    with pytest.raises(ConfigError, match=r"without private latents, got encoder\.private_len 2"):
+        joined(private)
+    missing = joined(base, "--set", "features.refiner={}")
+    with pytest.raises(CheckpointError, match=r"keeps as it is, .* has no features/refiner\.safetensors"):
+        training(missing, 16)
