@@ -24,7 +24,7 @@ import ray
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import job, manifest, planner, resume, sweep
+from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
 from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -64,7 +64,7 @@ def main() -> int:
         check_searchable(space)
         sweep.start_ray()
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(space.run.training.gpus_per_worker))
-        print(plan, flush=True)
+        plan = forecast.show(space, plan, output, measured=options.dry_run)
         if options.dry_run:
             print(space.model_dump_json(indent=1))
             return 0
