@@ -112,7 +112,7 @@ def forecast(space: SpaceFile, plan: Plan, output: Path) -> Forecast:
     files, columns_bytes, rows = _files(space)
     steps = None if rows is None else total_steps(run, rows)
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
-    held = max(tune.keep_checkpoints, finals) + 2 * plan.max_concurrent_trials + 1
+    held = tune.keep_checkpoints + finals + 2 * plan.max_concurrent_trials + 1
     where = next(folder for folder in (output, *output.parents) if folder.exists())
     found = Forecast(
         runs=tune.trials + finals,

@@ -45,7 +45,7 @@ def test_steps_runs_hours_and_disk(tmp_path: Path) -> None:
     found = forecast(found_space, made, tmp_path / "sweep")
     assert (found.runs, found.steps_per_run) == (11, 40)
     assert found.checkpoint_bytes == BYTES_PER_PARAMETER * made.trainable_parameters
-    assert found.disk_bytes == (6 + 2 * 2 + 1) * found.checkpoint_bytes
+    assert found.disk_bytes == (4 + 6 + 2 * 2 + 1) * found.checkpoint_bytes
     text = "\n".join(found.lines(made, 1e11))
     assert "to be made" in text and "at most 40 in a run, 440 in all" in text
     assert "CPU-hours: " in text and "100 GFLOP/s (a matrix product on one worker, just measured)" in text

@@ -56,7 +56,11 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_holds_what_repeats_a_run_and_no_secret(written: Path) -> None:
     text = (written / manifest.MANIFEST).read_text()
     document = json.loads(text)
-    assert "secret" not in text and document["command"].endswith("s3://bucket/rows")
+    assert "secret" not in text and document["commands"][0].endswith("s3://bucket/rows")
+    again = manifest.describe(
+        SpaceFile.model_validate(SPACE), FILES, "pin", written, "python ray_jobs/tune.py --resume x"
+    )
+    assert again["commands"] == [*document["commands"], "python ray_jobs/tune.py --resume x"]
     assert document["seeds"] == {"sampler": 5, "data": 0, "training": 7}
     assert document["data"] == [{"train": "aaa", "dev": "bbb"}] and document["receivers"] == {"llama": "123"}
     assert document["evaluation_pin"] == "pin" and {"torch", "ray", "optuna"} <= set(document["packages"])
