@@ -92,8 +92,8 @@ def sweep_tables(
     run: RunConfig,
     config: TuneConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, those that failed, the Pareto front where there are several objectives, the finals where there are
-    finalists, the winner's scores."""
+    """What a sweep ends with: its trials, those that failed, the Pareto front where there are several objectives, the finals
+    where there are finalists, the winner's scores."""
     front = [front_table(rows, config)] if config.objectives else []
     finals = [finals_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
