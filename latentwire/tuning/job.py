@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,4 @@ def search(space: SpaceFile, plan: Plan, output: Path, command: str, repeated: M
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")
     print(f"report: {report.write_report(output, line, grids, command)}")
-    failed = [row for row in rows if row["state"] == "failed"]
-    for row in failed:
-        print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)
-    return 1 if len(failed) == len(rows) else 0
+    return 1 if all(row["state"] == "failed" for row in rows) else 0

@@ -79,6 +79,12 @@ def finals_table(finalists: list[Finalist], metric: str) -> Grid:
     return f"finals: {metric} with fresh seeds", ["trial", "search", "fresh seeds", "mean", "search − mean"], body
 
 
+def failures_table(rows: list[dict[str, Any]]) -> Grid:
+    """What failed, and why."""
+    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in rows if row["state"] == "failed"]
+    return f"{len(body)} trials failed", ["trial", "cause"], body
+
+
 def sweep_tables(
     rows: list[dict[str, Any]],
     finalists: list[Finalist],
@@ -87,12 +93,13 @@ def sweep_tables(
     run: RunConfig,
     config: TuneConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, the Pareto front where there are several objectives, the finals where there are
-    finalists, the winner's scores."""
+    """What a sweep ends with: its trials, those that failed, the Pareto front where there are several objectives, the finals
+    where there are finalists, the winner's scores."""
     front = [front_table(rows, config)] if config.objectives else []
     finals = [finals_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [trials_table(rows, config), *front, *finals, scores_table(scores, title, run)]
+    failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
+    return [trials_table(rows, config), *failed, *front, *finals, scores_table(scores, title, run)]
 
 
 def show(grids: list[Grid]) -> None:
