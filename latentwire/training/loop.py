@@ -17,7 +17,8 @@ from transformers import get_scheduler
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss, teacher_rows
 from latentwire.models.message import Message
