@@ -6,7 +6,7 @@
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
 Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), ``predictions.parquet``,
-``results.json`` and ``report.md``.
+``results.json``, ``report.md`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import finals, planner, report, results, resume, sweep
+from latentwire.tuning import finals, planner, report, report_html, results, resume, sweep
 from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -87,7 +87,7 @@ def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
     report.show(grids)
     print(line := report.verdict(best, gap, space.tune.metric))
     print(f"exported: {output / 'best'}")
-    print(f"report: {report.write_report(output, line, grids, command)}")
+    print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
     failed = [row for row in rows if row["state"] == "failed"]
     for row in failed:
         print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)

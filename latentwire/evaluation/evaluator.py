@@ -39,6 +39,7 @@ class Prediction:
     mode: Mode
     text: str
     golds: list[str]
+    context: str
     question: str
     em: float
     f1: float
@@ -191,7 +192,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
             id=rows["id"][i], receiver=name, setting=batch.setting.key, mode=mode, text=answer, golds=rows["answers"][i],
-            question=rows["question"][i], em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1),
+            context=rows["context"][i], question=rows["question"][i], em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1),
             first_5=float(likelier_B[i] < 5), positions=len(asked[i].ids), message_positions=len(asked[i].message),
             bytes=sizes[i], context_bytes=len(rows["context"][i].encode()),
             context_tokens=len(rows[f"{name}_context_ids"][i]), forward_ms=1000 * seconds / count,
