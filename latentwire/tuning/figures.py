@@ -23,7 +23,9 @@ Figure = tuple[str, str, go.Figure | str]
 def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
     """History, learning curves, parallel coordinates, importances, contour and Pareto fronts."""
     done = own_trials(study, (TrialState.COMPLETE,))
-    told: dict[str, Any] = {"target": lambda trial: trial.values[0], "target_name": config.metric}
+    told: dict[str, Any] = {"target_name": config.metric}
+    if len(study.directions) > 1:
+        told["target"] = lambda trial: trial.values[0]
     figures: list[Figure] = [
         ("Optimisation history", f"Each finished trial's {config.metric}, and the best so far.",
          visualization.plot_optimization_history(study, **told) if done else "No trial has run to its end yet."),
@@ -42,7 +44,7 @@ def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
     figures.append(("Parallel coordinates", "A line per finished trial through the values that it drew.",
                     visualization.plot_parallel_coordinate(study, params=varied, **told)))  # fmt: skip
     if len(varied) > 1:
-        weights = optuna.importance.get_param_importances(study, params=varied, target=told["target"])
+        weights = optuna.importance.get_param_importances(study, params=varied, target=told.get("target"))
         two = list(weights)[:2]
         figures += [
             ("Parameter importances", "How much of the spread of scores each parameter explains (fANOVA).",

@@ -48,7 +48,7 @@ def write(output: Path) -> Path:
         selection=document.get("selection") or {},
         metric=space.tune.metric,
         scores=report.scores_table(scores, f"{run.data.dataset} validation", run) if scores else None,
-        together=report.together_table(scores) if scores else None,
+        together=report.together_table(scores) if any("agreement" in row["mean"] for row in scores.values()) else None,
         retention=_retention(scores),
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
@@ -78,10 +78,10 @@ def _draw(figure: go.Figure | str) -> str:
         return f"<p>{jinja2.filters.escape(figure)}</p>"
     figure.update_layout(
         title=None, template="plotly_white", colorway=COLOURS, height=380, autosize=True, width=None,
-        margin={"l": 60, "r": 20, "t": 30, "b": 60}, font={"family": "system-ui, sans-serif", "size": 12},
-        legend={"orientation": "h", "y": 1.12},
+        margin={"l": 60, "r": 20, "t": 48, "b": 60}, font={"family": "system-ui, sans-serif", "size": 12},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )  # fmt: skip
-    config = {"responsive": True, "displaylogo": False}
+    config = {"responsive": True, "displayModeBar": False}
     html: str = plotly.io.to_html(figure, config=config, include_plotlyjs=False, full_html=False, default_width="100%")
     return html
 
