@@ -7,7 +7,7 @@
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
 Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), ``predictions.parquet``,
-``manifest.json``, ``results.json`` and ``report.md``.
+``manifest.json``, ``results.json``, ``report.md`` and ``report.html``.
 """
 
 from __future__ import annotations

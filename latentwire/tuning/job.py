@@ -8,7 +8,7 @@ from typing import Any
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
-from latentwire.tuning import finals, janitor, manifest, report, results, resume, sweep
+from latentwire.tuning import finals, janitor, manifest, report, report_html, results, resume, sweep
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.trial import variant_key
 
@@ -48,5 +48,5 @@ def search(space: SpaceFile, plan: Plan, output: Path, command: str, repeated: M
     held = janitor.bytes_in([output / "trials", output / finals.FINALS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")
-    print(f"report: {report.write_report(output, line, grids, command)}")
+    print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
     return 1 if all(row["state"] == "failed" for row in rows) else 0

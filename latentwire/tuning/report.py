@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,41 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
         if receiver != "mean"
     ]  # fmt: skip
     return title, header, body
+
+
+def together_table(scores: dict[str, Any]) -> Grid:
+    """What the receivers are as one, and what a message costs and saves, for each row of the table."""
+    header = [
+        "the receivers read", "agreement", "oracle EM", "oracle F1", "joint EM", "joint F1", "first token @1", "@5",
+        "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "decode ms", "examples/s",
+    ]  # fmt: skip
+    names = (
+        "agreement", "oracle_em", "oracle_f1", "joint_em", "joint_f1", "first_1", "first_5", "compression_bytes",
+        "compression_tokens", "encode_ms", "prefill_ms", "decode_ms", "examples_per_s",
+    )  # fmt: skip
+    body = [
+        [label(key), *(_number(receivers["mean"].get(name)) for name in names)] for key, receivers in scores.items()
+    ]
+    return "the receivers together (means over them)", header, body
+
+
+def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
+    """Paired differences with their 95 % intervals, and how likely so large a one is by chance."""
+    body = [
+        [label(pair["first"]), label(pair["second"]), receiver]
+        + [
+            text
+            for field in ("em", "f1")
+            for d in [found[field]]
+            for text in (
+                f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
+                f"{d['p']:.2g}",
+            )
+        ]
+        for pair in comparisons
+        for receiver, found in pair["receivers"].items()
+    ]
+    return "paired differences", ["first", "minus second", "receiver", "EM", "p", "F1", "p"], body
 
 
 def finals_table(finalists: list[Finalist], metric: str) -> Grid:
