@@ -46,7 +46,7 @@ def write(run: RunConfig, manifest: dict[str, Any], place: str = "path/to/export
         "# A LatentWire",
         "An encoder compresses a text into one message of latent vectors; an adapter per receiver turns it into a soft prompt, "
         f"and {_listed([r.name for r in run.receivers])} {'answer' if len(run.receivers) > 1 else 'answers'} from it. The "
-        f"encoder is `{run.encoder.kind}`, a message {size} of width {run.encoder.d_z}. "
+        f"encoder is of kind `{run.encoder.kind}`; a message has {size} of width {run.encoder.d_z}. "
         "Encoder and adapters are in this directory, as safetensors; no weight of a receiver is.",
         f"Encoder id: `{manifest['encoder_id']}`. Packets of another encoder are refused.",
         "## Receivers",
