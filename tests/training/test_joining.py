@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.features.registry import FEATURES
 from latentwire.options import add_flags, add_joining, read_space
 from latentwire.training import checkpoints

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer
@@ -33,7 +34,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, where: list[tuple[Any, str]], after: 
         monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
-WRITES = [(checkpoints, "save_file"), (Path, "write_text"), (checkpoints.os, "rename")]
+WRITES = [(exports, "save_file"), (checkpoints, "save_file"), (Path, "write_text"), (exports.os, "rename")]
 DELETES = [(Path, "unlink"), (Path, "rmdir"), (Path, "rename")]
 
 
@@ -48,7 +49,7 @@ def test_a_death_at_any_moment_leaves_no_half_checkpoint(wire: LatentWire, tmp_p
                 kept.save_step(folder, wire, {"dev_f1": score}, {}, trainer)
             trainer.progress.step = 3  # saves step 3, deletes step 2
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # a dead process tidies nothing up
+                patch.setattr(exports.shutil, "rmtree", lambda *_, **__: None)  # a dead process tidies nothing up
                 dying(patch, where, after)
                 try:
                     kept.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer)
