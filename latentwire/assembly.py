@@ -252,14 +252,18 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         prompts: list[Any],
         message: Message | None = None,
         own_ND: torch.Tensor | None = None,
+        streamer: Any = None,
     ) -> list[str]:
-        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own."""
+        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own.
+
+        ``streamer``: as :meth:`~latentwire.models.lm.LMWrapper.generate` takes it.
+        """
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
         batch = collate(prompts, side="left").to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
             soft_ND = soft_ND if own_ND is None else own_ND
-            outputs = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
+            outputs = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND, streamer)
         texts = lm.tokenizer.batch_decode(outputs, skip_special_tokens=True)
         # A plain answer is one line; some tokenisers join its newline with a punctuation mark that is no stop token.
         return [text.strip().split("\n")[0].strip() for text in texts]

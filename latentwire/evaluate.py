@@ -1,10 +1,11 @@
-"""Score a checkpoint or export beside full text, closed book and shuffled messages.
+"""Score a checkpoint or export beside full text, closed book and shuffled messages; or a file of answers.
 
     python latentwire/evaluate.py --checkpoint runs/test/best
-    python latentwire/evaluate.py --checkpoint runs/test/best --split dev --modes latent text
-    python latentwire/evaluate.py --checkpoint runs/squad/best --tokens_per_latent 4 8 16
+    python latentwire/evaluate.py --checkpoint runs/test/best --split dev --modes latent text --output runs/test/scores
+    python latentwire/evaluate.py --checkpoint runs/squad/best --tokens_per_latent 4 8 16 --bits 8 4 --compare latent truncated
+    python latentwire/evaluate.py --predictions answers.json --dataset squad --data_dir <directory with SQuAD>
 
-The wire's own configuration says which data; ``--set data.…`` and the data flags override it.
+The wire's own configuration says which data; ``--set data.…`` overrides it. docs/evaluation.md explains every column.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ import json
 import sys
 from pathlib import Path
 
-from latentwire.config import RunConfig
+from latentwire.config import DataConfig
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.baselines import MODES
-from latentwire.evaluation.settings import settings
+from latentwire.evaluation.metrics import DATASETS, score_file
+from latentwire.evaluation.settings import WIDTHS, settings
 from latentwire.options import override_run
 from latentwire.training import checkpoints
-from latentwire.tuning import planner, report, results
+from latentwire.tuning import planner, results
+from latentwire.tuning.output import check_comparison, show_and_write
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags, shared with ``ray_jobs/evaluate.py``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="directory of a checkpoint or export")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="directory of a checkpoint or export")
+    what.add_argument("--predictions", type=Path, help="answers in the dataset's official format, as JSON")
+    parser.add_argument("--dataset", choices=DATASETS, default="squad", help="of --predictions")
+    parser.add_argument("--data_dir", help="of --predictions: directory with the dataset's files")
     parser.add_argument("--split", choices=shards.SPLITS, default="validation", help="rows to score")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what stands in for the context")
     budgets = parser.add_mutually_exclusive_group()
@@ -35,17 +42,27 @@ def parser() -> argparse.ArgumentParser:
                          help="lengths of message to score, each beside text cut to as many tokens")  # fmt: skip
     budgets.add_argument("--latent_len", nargs="+", type=int, default=[], metavar="L",
                          help="the same for a wire whose messages have a fixed length")  # fmt: skip
+    parser.add_argument("--bits", nargs="+", type=int, choices=WIDTHS, default=[],
+                        help="also send the latents in packets of these widths")  # fmt: skip
+    parser.add_argument("--compare", nargs=2, metavar=("FIRST", "SECOND"), default=[],
+                        help="two rows (modes, or keys of the JSON) whose paired difference is shown")  # fmt: skip
+    parser.add_argument("--diagnose", action="store_true", help="also probe the latents; see docs/evaluation.md")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100")  # fmt: skip
-    parser.add_argument("--output", type=Path, help="also write the scores here, as JSON")
+    parser.add_argument("--output", type=Path,
+                        help="also write the scores: <file>.json, or a directory for predictions.parquet and details too")  # fmt: skip
     return parser
 
 
-def finish(options: argparse.Namespace, scores: dict, run: RunConfig) -> int:
-    """Print the table and write the file."""
-    report.show([report.scores_table(scores, f"{options.checkpoint}, {options.split}", run)])
+def official(options: argparse.Namespace) -> int:
+    """Score a file of answers as the official script does, and print its names and digits."""
+    data = DataConfig(dataset=options.dataset, data_dir=options.data_dir)
+    scores, missing = score_file(options.predictions, data, "validation" if options.split == "validation" else "train")
+    if missing:
+        print(f"{missing} questions are not answered and score 0", file=sys.stderr)
+    print(json.dumps(scores))
     if options.output:
-        options.output.write_text(json.dumps(scores, indent=1))
+        options.output.write_text(json.dumps(scores))
     return 0
 
 
@@ -53,15 +70,19 @@ def main() -> int:
     """Make the split's shards where needed, load, score, print."""
     options = parser().parse_args()
     try:
+        if options.predictions:
+            return official(options)
         checkpoints.read_manifest(options.checkpoint)
         run = override_run(checkpoints.read_run(options.checkpoint), options.assignments)
         results.check_questions(run)
-        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len)
+        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
+        check_comparison(options, rows)
         path = planner.local_shards(run, (options.split,))[options.split]
-        scores, _ = results.score(options.checkpoint, path, rows, run)
+        _, predictions = results.score(options.checkpoint, path, rows, run)
+        probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
+        return show_and_write(options, rows, predictions, run, probes)
     except USER_ERRORS as error:
         return fail(error)
-    return finish(options, scores, run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Score a checkpoint or export in a Ray task, where the cluster's GPUs are.
+"""Score a checkpoint or export by a Ray Data actor pool: every GPU (or core) of the cluster takes part of the rows.
 
-python ray_jobs/evaluate.py --checkpoint runs/<sweep>/best --split validation
+    python ray_jobs/evaluate.py --checkpoint runs/<sweep>/best --split validation
+    python ray_jobs/evaluate.py --checkpoint runs/<sweep>/best --copies 2 --output runs/<sweep>/scores
+
+The flags are those of latentwire/evaluate.py, and so are the scores, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,31 +15,44 @@ import ray
 from latentwire.config import SpaceFile
 from latentwire.data import pipeline
 from latentwire.errors import USER_ERRORS, fail
-from latentwire.evaluate import finish, parser
+from latentwire.evaluate import official, parser
 from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
 from latentwire.training import checkpoints
-from latentwire.tuning import planner, results, sweep
+from latentwire.tuning import planner, pool, results, sweep
+from latentwire.tuning.output import check_comparison, show_and_write
 
 
 def main() -> int:
-    """Make the split's shards where needed, score on one worker's resources, print."""
-    options = parser().parse_args()
-    checkpoint = options.checkpoint.absolute()
+    """Make the split's shards where needed, share its rows out, print."""
+    flags = parser()
+    flags.add_argument("--copies", type=int, help="wires at once (default: as many as the cluster holds)")
+    options = flags.parse_args()
     try:
+        if options.predictions:
+            return official(options)
+        checkpoint = options.checkpoint.absolute()
         checkpoints.read_manifest(checkpoint)
         run = with_home(SpaceFile(run=override_run(checkpoints.read_run(checkpoint), options.assignments))).run
         results.check_questions(run)
-        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len)
+        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
+        check_comparison(options, rows)
         sweep.start_ray()
-        plan = planner.plan(
-            SpaceFile(run=run), ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
-        )
+        there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
+        plan = planner.plan(SpaceFile(run=run), there, memory)
         path = pipeline.ensure_shards(run, options.split)
-        scores, _ = results.on_cluster(run, plan.gpus_per_worker, results.score, checkpoint, path, rows, run)
+        copies = options.copies or pool.copies_at_once(there, plan, memory)
+        share = {"cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
+        found = pool.predict_pool(checkpoint, path, rows, run, copies=copies, **share)
+        predictions = [p for own in found.values() for p in own]
+        probes = (
+            results.on_cluster(run, plan.gpus_per_worker, results.diagnose_here, checkpoint, path, run)
+            if options.diagnose
+            else None
+        )
+        return show_and_write(options, rows, predictions, run, probes)
     except USER_ERRORS as error:
         return fail(error)
-    return finish(options, scores, run)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> int:
         sweep.start_ray()
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         print(plan, flush=True)
-        files = sweep.prepare(space, plan.gpus_per_worker)[sweep.variant_key(run)]
+        files = sweep.prepare(space, plan.gpus_per_worker)[trial.variant_key(run)]
         metric, mode = metric_of(run)
         trial.make_trainer(
             run,

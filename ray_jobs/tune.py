@@ -7,7 +7,7 @@
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
 Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), ``predictions.parquet``,
-``manifest.json``, ``results.json`` and ``report.md``.
+``manifest.json``, ``results.json``, ``report.md`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import ray
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import job, manifest, planner, resume, sweep
+from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
+from latentwire.tuning.progress import check_trackers
 from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -62,9 +63,10 @@ def main() -> int:
                     f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
                 )
         check_searchable(space)
+        check_trackers(space.tune)
         sweep.start_ray()
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(space.run.training.gpus_per_worker))
-        print(plan, flush=True)
+        plan = forecast.show(space, plan, output, measured=options.dry_run)
         if options.dry_run:
             print(space.model_dump_json(indent=1))
             return 0

@@ -25,7 +25,8 @@ from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.baselines import Mode
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.options import with_home
 from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here

@@ -66,6 +66,9 @@ NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc"}
 START_SECONDS = 180.0
 """How long a victim may take to appear, and what a kill leaves to go away."""
 
+NOTICE_SECONDS = 10.0
+"""How long a driver has to notice that the raylet is gone before it is killed too, as on a machine that dies."""
+
 
 @dataclass
 class Death:
@@ -159,7 +162,7 @@ class Chaos:
             return process.wait()
         self.cluster.head_node.kill_raylet()
         try:
-            code = process.wait(START_SECONDS)
+            code = process.wait(NOTICE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()

@@ -71,7 +71,7 @@ def untimed(scores: dict) -> dict:
     return {
         key: untimed(value) if isinstance(value, dict) else value
         for key, value in scores.items()
-        if key != "forward_ms"
+        if not key.endswith("_ms") and key != "examples_per_s"
     }
 
 

@@ -7,7 +7,8 @@ import pytest
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer

@@ -130,6 +130,9 @@ class TuneConfig(Section):
     """Seed of Optuna's sampler."""
     time_budget_minutes: float | None = Field(None, gt=0)
     """Wall-clock limit of the search in minutes. ``None``: none."""
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Experiment trackers that also get every evaluation, by Ray's callbacks (extra ``tracking``). TensorBoard's files are
+    always written."""
     storage_path: str = "runs"
     """Directory (local, NFS) that holds the sweep's output directories."""
 

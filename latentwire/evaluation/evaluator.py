@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
@@ -16,14 +18,14 @@ from latentwire.data.layout import Sequence, collate
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.settings import Setting
-from latentwire.evaluation.statistics import interval
 from latentwire.losses.terms import token_ce
 from latentwire.models.message import Message
+from latentwire.wire import from_bytes
 
-METRIC_VERSION = 1
-"""Raised whenever the same predictions would score differently; part of the evaluation pin."""
+METRIC_VERSION = 2
+"""Raised whenever the same wire would score differently; part of the evaluation pin."""
 
-LATENT_BYTES = 2  # of one entry of a latent on the wire, as fp16
+LATENT_BYTES = 2  # of one entry of a latent that no packet holds, as fp16
 
 
 @dataclass(frozen=True)
@@ -32,56 +34,149 @@ class Prediction:
 
     id: str
     receiver: str
+    setting: str
+    """Key of the row of the table: the mode, then budget and width where there are any."""
     mode: Mode
     text: str
     golds: list[str]
+    context: str
+    question: str
     em: float
     f1: float
-    budget: str
-    """Length of message that the prompt is as long as, where it is not the wire's own: ``4 tokens per latent``."""
     nll: float
     """Negative log-likelihood of the first gold answer and its stop token, nats per token."""
+    first_1: float
+    """Whether the gold answer's first token is the likeliest one."""
+    first_5: float
+    """Whether it is among the five likeliest."""
     positions: int
     """Positions of the prompt that the receiver reads."""
+    message_positions: int
+    """Those of them that stand for the context."""
     bytes: int
-    """What had to be sent: UTF-8 bytes of the text shown, or the latents as fp16."""
+    """What had to be sent: UTF-8 bytes of the text shown, or the latents as fp16, or the row's packet."""
+    context_bytes: int
+    """UTF-8 bytes of the whole context."""
+    context_tokens: int
+    """The whole context in this receiver's tokens."""
     forward_ms: float
-    """Time of one forward over prompt and gold answer, shared out over its batch."""
+    """Time of one forward over prompt and gold answer, shared out over its batch like all times."""
+    encode_ms: float
+    """Until the message is there; with ``bits``, packed and unpacked."""
+    prefill_ms: float
+    """From the prompt to the answer's first token."""
+    decode_ms: float
+    """From there to the answer's end."""
+    joint_logp: float | None = None
+    """Log-likelihood of this answer and its stop token, summed over all receivers; ``None`` where they were not asked."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A batch of rows and the message that stands for them, where one does."""
+
+    rows: dict[str, list]
+    setting: Setting
+    message: Message | None
+    slots: dict[str, list[int]]
+    bytes: list[int]
+    encode_ms: float
+
+
+class Stopwatch(BaseStreamer):
+    """When generation hands out tokens: first the prompt, then those of each step."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, and after each step."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called once at the end."""
+
+    def milliseconds(self, rows: int) -> tuple[float, float]:
+        """Prefill and decoding, shared out over ``rows``."""
+        start, _, first, *_ = self.times
+        return 1000 * (first - start) / rows, 1000 * (self.times[-1] - first) / rows
 
 
 @torch.no_grad()
-def predict(wire: LatentWire, table: pa.Table, setting: Setting | Mode) -> Iterator[Prediction]:
-    """Predictions of every receiver for every row of ``table`` (shard columns), batch by batch.
+def predict(
+    wire: LatentWire, table: pa.Table, setting: Setting | Mode, rows: range | None = None, *, joint: bool = False
+) -> Iterator[Prediction]:
+    """Predictions of every receiver for rows of ``table`` (shard columns; ``rows``: all), batch by batch.
 
-    ``setting``: what the receivers read; a mode alone has messages of the wire's own length.
+    ``setting``: what the receivers read; a mode alone has messages of the wire's own length. ``joint``: where receivers
+    disagree, each also says how likely it finds every one's answer. Batches begin at multiples of the batch size wherever
+    ``rows`` does, so that parts of a table give what the whole gives.
     """
     setting = setting if isinstance(setting, Setting) else Setting(setting)
-    mode = setting.mode
     wire.interlingua.eval()
-    size = wire.run.evaluation.batch_size
-    for start in range(0, table.num_rows, size):
-        rows = table.slice(start, size).to_pydict()
-        texts = sender_texts(wire.run.data.send, rows)
-        encoder = wire.interlingua.encoder
-        tokens = setting.tokenize(encoder, texts)
-        message = wire.interlingua.encode(tokens) if mode in MESSAGE_MODES else None
-        if message is not None and mode == "shuffled":
-            message = message.roll(1)
-        for name in wire.receivers:
-            slots = encoder.slots(tokens, name) if message is None else message.slots(name)
-            yield from _predict_batch(wire, name, rows, setting, message, slots)
+    size, rows = wire.run.evaluation.batch_size, rows if rows is not None else range(table.num_rows)
+    others = donors(table["context"].to_pylist()) if setting.mode == "shuffled" else None
+    for start in range(rows.start, rows.stop, size):
+        part = table.slice(start, min(size, rows.stop - start))
+        sent = part if others is None else table.take(others[start : start + part.num_rows])
+        batch = _encode(wire, part.to_pydict(), sent.select(["context", "question"]).to_pydict(), setting)
+        found = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
+        if joint and any(len({own.text for own in row}) > 1 for row in zip(*found, strict=True)):
+            found = [_judged(wire, batch, own) for own in found]
+        for own in found:
+            yield from own
 
 
-def _predict_batch(
-    wire: LatentWire, name: str, rows: dict[str, list], setting: Setting, message: Message | None, slots: list[int]
-) -> Iterator[Prediction]:
-    lm, count, mode = wire.receivers[name], len(rows["id"]), setting.mode
-    columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
-    pieces = list(zip(rows["id"], *columns, slots, strict=True))
-    shown = [] if message else [kept_context(wire, name, mode, row, c, q, slot) for row, c, q, _, slot in pieces]
-    asked, answered = (_prompts(wire, name, pieces, mode, shown, gold=gold) for gold in (False, True))
+def donors(contexts: list[str]) -> list[int]:
+    """For each row, the nearest one before it (from the end on, where there is none) that has another context."""
+    found = []
+    for row, context in enumerate(contexts):
+        other = row - 1
+        while contexts[other] == context and other > row - len(contexts):
+            other -= 1
+        found.append(other % len(contexts))
+    return found
+
+
+def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], setting: Setting) -> _Rows:
+    encoder, z_bytes = wire.interlingua.encoder, LATENT_BYTES * wire.run.encoder.d_z
+    tokens = setting.tokenize(encoder, sender_texts(wire.run.data.send, sent))
+    if setting.mode not in MESSAGE_MODES:
+        slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
+        return _Rows(rows, setting, None, slots, [], 0.0)
+    began = time.perf_counter()
+    message = wire.interlingua.encode(tokens)
+    if setting.bits is not None:
+        message = from_bytes(message.to_bytes(bits=setting.bits)).to(wire.interlingua.device)
+    seconds = _now(message.z_BLZ.device) - began
+    slots = {name: message.slots(name) for name in wire.receivers}
+    size = len(message)
+    private = sum(map(len, message.private.values()))
+    sizes = (
+        [z_bytes * (length + private) for length in message.length_B.tolist()]
+        if setting.bits is None
+        else [len(message.row(row).to_bytes(bits=setting.bits)) for row in range(size)]
+    )
+    return _Rows(rows, setting, message, slots, sizes, 1000 * seconds / size)
+
+
+def _now(device: torch.device) -> float:
+    """The time when ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Prediction]:
+    lm, rows, mode, message = wire.receivers[name], batch.rows, batch.setting.mode, batch.message
+    count = len(rows["id"])
+    pieces, shown = _pieces(wire, name, batch)
+    asked = _prompts(wire, name, pieces, mode, shown, [None] * count)
+    answered = _prompts(wire, name, pieces, mode, shown, rows[f"{name}_answer_ids"])
     own_ND = _embeddings(wire, name, pieces, shown) if mode == "embeddings" else None
-    answers = wire.decode(name, asked, message, own_ND)
+    watch = Stopwatch()
+    answers = wire.decode(name, asked, message, own_ND, watch)
+    prefill_ms, decode_ms = watch.milliseconds(count)
     gold = collate(answered).to(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
         began = time.perf_counter()
@@ -90,58 +185,63 @@ def _predict_batch(
         seconds = time.perf_counter() - began
     row_N = gold.row_N.cpu()
     nll_B = torch.zeros(count).index_add(0, row_N, ce_N) / torch.bincount(row_N, minlength=count)
-    sizes = (
-        [LATENT_BYTES * wire.run.encoder.d_z * slot for slot in slots]
-        if message
-        else [len(lm.tokenizer.decode(ids).encode()) for ids in shown]
-    )
+    first_BV = logits_NV[gold.offset_N == 0]
+    likelier_B = (first_BV > first_BV.gather(1, gold.target_N[gold.offset_N == 0][:, None])).sum(1).tolist()
+    sizes = batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in shown]
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
-            id=rows["id"][i], receiver=name, mode=mode, text=answer, golds=rows["answers"][i], em=em, f1=f1,
-            budget=str(setting.budget or ""), nll=float(nll_B[i]), positions=len(asked[i].ids), bytes=sizes[i],
-            forward_ms=1000 * seconds / count,
+            id=rows["id"][i], receiver=name, setting=batch.setting.key, mode=mode, text=answer, golds=rows["answers"][i],
+            context=rows["context"][i], question=rows["question"][i], em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1),
+            first_5=float(likelier_B[i] < 5), positions=len(asked[i].ids), message_positions=len(asked[i].message),
+            bytes=sizes[i], context_bytes=len(rows["context"][i].encode()),
+            context_tokens=len(rows[f"{name}_context_ids"][i]), forward_ms=1000 * seconds / count,
+            encode_ms=batch.encode_ms, prefill_ms=prefill_ms, decode_ms=decode_ms,
         )  # fmt: skip
 
 
+def _judged(wire: LatentWire, batch: _Rows, own: list[Prediction]) -> list[Prediction]:
+    """One receiver's predictions with the log-likelihood that all receivers together give to its answers."""
+    count = len(own)
+    total_B = torch.zeros(count, dtype=torch.float64)
+    for name, lm in wire.receivers.items():
+        pieces, shown = _pieces(wire, name, batch)
+        ids = wire.builders[name].tokenize([], [], [p.text for p in own])["answer_ids"]
+        said = collate(_prompts(wire, name, pieces, batch.setting.mode, shown, ids)).to(lm.device)
+        own_ND = _embeddings(wire, name, pieces, shown) if batch.setting.mode == "embeddings" else None
+        with wire.reading(name, said, batch.message) as soft_ND:
+            ce_N = token_ce(lm.supervised_logits(said, soft_ND if own_ND is None else own_ND), said.target_N).cpu()
+        total_B.index_add_(0, said.row_N.cpu(), -ce_N.double())
+    return [dataclasses.replace(p, joint_logp=float(logp)) for p, logp in zip(own, total_B, strict=True)]
+
+
+def _pieces(wire: LatentWire, name: str, batch: _Rows) -> tuple[list[tuple], list[list[int]]]:
+    """Each row's id, context, question and slots for one receiver, and what of the context a text mode shows."""
+    columns = (batch.rows[f"{name}_{piece}_ids"] for piece in ("context", "question"))
+    pieces = list(zip(batch.rows["id"], *columns, batch.slots[name], strict=True))
+    if batch.message is not None:
+        return pieces, []
+    return pieces, [kept_context(wire, name, batch.setting.mode, row, c, q, slot) for row, c, q, slot in pieces]
+
+
 def _prompts(
-    wire: LatentWire, name: str, pieces: list[tuple], mode: Mode, shown: list[list[int]], *, gold: bool
+    wire: LatentWire, name: str, pieces: list[tuple], mode: Mode, shown: list[list[int]], answers: list[Any]
 ) -> list[Sequence]:
+    """Prompts to be answered where ``answers`` are ``None``, else with those ids as targets."""
     builder = wire.builders[name]
     prompts = []
-    for place, (_, _, question, answer, slots) in enumerate(pieces):
-        target = answer if gold else None
+    for place, (_, _, question, slots) in enumerate(pieces):
         if mode in MESSAGE_MODES:
-            prompts.append(builder.latent(slots, question, target))
+            prompts.append(builder.latent(slots, question, answers[place]))
         elif mode == "embeddings":
-            prompts.append(builder.latent(len(builder.message_ids(shown[place], question)), question, target))
+            prompts.append(builder.latent(len(builder.message_ids(shown[place], question)), question, answers[place]))
         else:
-            prompts.append(builder.text(shown[place], question, target))
+            prompts.append(builder.text(shown[place], question, answers[place]))
     return prompts
 
 
 def _embeddings(wire: LatentWire, name: str, pieces: list[tuple], shown: list[list[int]]) -> torch.Tensor:
     """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
     builder, lm = wire.builders[name], wire.receivers[name]
-    rows = [builder.message_ids(shown[place], question) for place, (_, _, question, _, _) in enumerate(pieces)]
+    rows = [builder.message_ids(shown[place], question) for place, (_, _, question, _) in enumerate(pieces)]
     return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))
-
-
-def summarise(predictions: list[Prediction]) -> dict[str, dict[str, float]]:
-    """receiver → means, 95 % intervals (``em_low`` …) of EM and F1, and the number of ``rows``; ``mean`` is over receivers."""
-    table: dict[str, dict[str, float]] = {}
-    fields = ("em", "f1", "nll", "positions", "bytes", "forward_ms")
-    for name in dict.fromkeys(p.receiver for p in predictions):
-        own = [p for p in predictions if p.receiver == name]
-        table[name] = {field: _mean(own, field) for field in fields} | {"rows": len(own)}
-        for field in ("em", "f1"):
-            low, high = interval([getattr(p, field) for p in own])
-            table[name] |= {f"{field}_low": low, f"{field}_high": high}
-    names = list(table)
-    table["mean"] = {field: sum(table[name][field] for name in names) / len(names) for field in (*fields, "rows")}
-    return table
-
-
-def _mean(predictions: list[Prediction], field: str) -> float:
-    values: list[Any] = [getattr(p, field) for p in predictions]
-    return float(sum(values)) / len(values)

@@ -13,6 +13,9 @@ from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.baselines import BUDGET_MODES, MODE_NAMES, MODES, Mode
 from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
 
+WIDTHS = {16: "fp16", 8: "int8", 4: "int4"}
+"""Names of the widths that a packet can have."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -31,11 +34,14 @@ class Setting:
 
     mode: Mode
     budget: Budget | None = None
+    bits: Literal[16, 8, 4] | None = None
+    """Width of a latent's entries on the wire: messages go through real packets. ``None``: as the encoder made them."""
 
     @property
     def key(self) -> str:
-        """Its name in the JSON: the mode, and the budget where there is one."""
-        return self.mode if self.budget is None else f"{self.mode} at {self.budget}"
+        """Its name in the JSON: the mode, then budget and width where there are any."""
+        at = "" if self.budget is None else f" at {self.budget}"
+        return self.mode + at + ("" if self.bits is None else f" as {WIDTHS[self.bits]}")
 
     def tokenize(self, encoder: InterlinguaEncoder, texts: Sequence[str]) -> EncoderTokens:
         """What the encoder takes of sender texts, with messages of this length."""
@@ -55,12 +61,16 @@ def label(key: str) -> str:
 
 
 def settings(
-    run: RunConfig, modes: Sequence[Mode], tokens_per_latent: Sequence[int] = (), latent_len: Sequence[int] = ()
+    run: RunConfig,
+    modes: Sequence[Mode],
+    tokens_per_latent: Sequence[int] = (),
+    latent_len: Sequence[int] = (),
+    bits: Sequence[Literal[16, 8, 4]] = (),
 ) -> tuple[Setting, ...]:
     """The rows of a table in their order: text, then for every budget the messages and what is as short, then the rest.
 
-    Without budgets the wire's own length is the only one. Raises :class:`~latentwire.config.resolve.ConfigError` for
-    budgets that this wire's encoder does not have.
+    ``bits``: widths in which the messages are sent besides. Without budgets the wire's own length is the only one. Raises
+    :class:`~latentwire.config.resolve.ConfigError` for budgets that this wire's encoder does not have.
     """
     if tokens_per_latent and run.encoder.tokens_per_latent is None:
         raise ConfigError(
@@ -81,8 +91,12 @@ def settings(
         *(Budget("latent_len", value) for value in latent_len),
     ]
     chosen = [mode for mode in MODES if mode in modes]
-    if not budgets:
-        return tuple(Setting(mode) for mode in chosen)
     first = [Setting(mode) for mode in chosen if mode == "text"]
-    bound = [Setting(mode, budget) for budget in budgets for mode in chosen if mode in BUDGET_MODES]
+    bound = [
+        Setting(mode, budget, width)
+        for budget in budgets or [None]
+        for mode in chosen
+        if mode in BUDGET_MODES
+        for width in ((None, *bits) if mode == "latent" else (None,))
+    ]
     return (*first, *bound, *(Setting(mode) for mode in chosen if mode != "text" and mode not in BUDGET_MODES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, permutation_test
 
 RESAMPLES = 2_000
 SEED = 0  # of the resampling: the same scores have the same interval
@@ -20,3 +20,19 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
         method="percentile", rng=np.random.default_rng(SEED),
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Mean of ``first − second`` over rows that belong together, its 95 % interval (``low``, ``high``) and ``p``.
+
+    ``p``: how often so large a difference of either sign comes about where each row's two scores are swapped at random.
+    """
+    paired = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    low, high = interval(paired.tolist())
+    if not paired.any():
+        return {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    test = permutation_test(
+        (paired,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=200, vectorized=True,
+        rng=np.random.default_rng(SEED),
+    )  # fmt: skip
+    return {"difference": float(paired.mean()), "low": low, "high": high, "p": float(test.pvalue)}

@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     TorchAoConfig,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentwire.config import ReceiverConfig
@@ -244,9 +245,17 @@ class LMWrapper(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
+        self,
+        batch: Batch,
+        stop_ids: tuple[int, ...],
+        max_new_tokens: int,
+        soft_ND: torch.Tensor | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations of left-padded prompts, up to and without their stop token."""
+        """Greedy continuations of left-padded prompts, up to and without their stop token.
+
+        ``streamer`` is handed each step's tokens ``[B]`` as they come.
+        """
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         settings = GenerationConfig(
@@ -256,6 +265,7 @@ class LMWrapper(nn.Module):
             inputs_embeds=self.embed(batch, soft_ND),
             attention_mask=batch.attention_BS.to(self.device),
             generation_config=settings,
+            streamer=streamer,
         )
         return [_until(row, stop_ids) for row in output_BK.tolist()]
 

@@ -17,7 +17,8 @@ from transformers import get_scheduler
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss, teacher_rows
 from latentwire.models.message import Message
@@ -342,7 +343,7 @@ class Trainer:
 
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
         """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each;
-        ``wire_bytes``, the mean size of a message in bytes as fp16.
+        ``wire_bytes``, the mean size of a message in bytes as fp16; ``prompt_positions``, what a receiver reads in all.
 
         Texts without questions have ``dev_loss`` alone, and each of its terms.
         """
@@ -372,7 +373,7 @@ class Trainer:
         for name, row in scores.items():
             suffix = "" if name == "mean" else f"_{name}"
             metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}
-        return metrics | {"wire_bytes": scores["mean"]["bytes"]}
+        return metrics | {"wire_bytes": scores["mean"]["bytes"], "prompt_positions": scores["mean"]["positions"]}
 
     @torch.no_grad()
     def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
-from latentwire.tuning import finals, janitor, manifest, report, results, resume, sweep
+from latentwire.tuning import finals, janitor, manifest, report, report_html, results, resume, sweep
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.trial import variant_key
 
@@ -49,8 +48,5 @@ def search(space: SpaceFile, plan: Plan, output: Path, command: str, repeated: M
     held = janitor.bytes_in([output / "trials", output / finals.FINALS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")
-    print(f"report: {report.write_report(output, line, grids, command)}")
-    failed = [row for row in rows if row["state"] == "failed"]
-    for row in failed:
-        print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)
-    return 1 if len(failed) == len(rows) else 0
+    print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
+    return 1 if all(row["state"] == "failed" for row in rows) else 0

@@ -46,7 +46,7 @@ def describe(
     """The manifest of a sweep. ``study`` adds its trials: number → values and best score."""
     document = {
         "manifest_version": MANIFEST_VERSION,
-        "command": command,
+        "commands": _commands(output, command),
         "space": space.model_dump(mode="json"),
         "seeds": {"sampler": space.tune.seed, "data": space.run.data.seed, "training": space.run.training.seed},
         "evaluation_pin": pin,
@@ -60,6 +60,13 @@ def describe(
     }
     cleaned: dict[str, Any] = json.loads(CREDENTIALS.sub("", json.dumps(document)))
     return cleaned
+
+
+def _commands(output: Path, command: str) -> list[str]:
+    """The command that began the sweep, and those that went on with it."""
+    file = output / MANIFEST
+    before = json.loads(file.read_text())["commands"] if file.exists() else []
+    return before if before[-1:] == [CREDENTIALS.sub("", command)] else [*before, command]
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,41 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
     return title, header, body
 
 
+def together_table(scores: dict[str, Any]) -> Grid:
+    """What the receivers are as one, and what a message costs and saves, for each row of the table."""
+    header = [
+        "the receivers read", "agreement", "oracle EM", "oracle F1", "joint EM", "joint F1", "first token @1", "@5",
+        "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "decode ms", "examples/s",
+    ]  # fmt: skip
+    names = (
+        "agreement", "oracle_em", "oracle_f1", "joint_em", "joint_f1", "first_1", "first_5", "compression_bytes",
+        "compression_tokens", "encode_ms", "prefill_ms", "decode_ms", "examples_per_s",
+    )  # fmt: skip
+    body = [
+        [label(key), *(_number(receivers["mean"].get(name)) for name in names)] for key, receivers in scores.items()
+    ]
+    return "the receivers together (means over them)", header, body
+
+
+def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
+    """Paired differences with their 95 % intervals, and how likely so large a one is by chance."""
+    body = [
+        [label(pair["first"]), label(pair["second"]), receiver]
+        + [
+            text
+            for field in ("em", "f1")
+            for d in [found[field]]
+            for text in (
+                f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
+                f"{d['p']:.2g}",
+            )
+        ]
+        for pair in comparisons
+        for receiver, found in pair["receivers"].items()
+    ]
+    return "paired differences", ["first", "minus second", "receiver", "EM", "p", "F1", "p"], body
+
+
 def finals_table(finalists: list[Finalist], metric: str) -> Grid:
     """The best trials' scores in the search and with fresh seeds: how much of the first was luck."""
     body = [
@@ -79,6 +115,12 @@ def finals_table(finalists: list[Finalist], metric: str) -> Grid:
     return f"finals: {metric} with fresh seeds", ["trial", "search", "fresh seeds", "mean", "search − mean"], body
 
 
+def failures_table(rows: list[dict[str, Any]]) -> Grid:
+    """What failed, and why."""
+    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in rows if row["state"] == "failed"]
+    return f"{len(body)} trials failed", ["trial", "cause"], body
+
+
 def sweep_tables(
     rows: list[dict[str, Any]],
     finalists: list[Finalist],
@@ -87,12 +129,13 @@ def sweep_tables(
     run: RunConfig,
     config: TuneConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, the Pareto front where there are several objectives, the finals where there are
-    finalists, the winner's scores."""
+    """What a sweep ends with: its trials, those that failed, the Pareto front where there are several objectives, the finals
+    where there are finalists, the winner's scores."""
     front = [front_table(rows, config)] if config.objectives else []
     finals = [finals_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [trials_table(rows, config), *front, *finals, scores_table(scores, title, run)]
+    failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
+    return [trials_table(rows, config), *failed, *front, *finals, scores_table(scores, title, run)]
 
 
 def show(grids: list[Grid]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES
-from latentwire.evaluation.evaluator import Prediction, predict, summarise
+from latentwire.evaluation.diagnostics import diagnose
+from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.pin import evaluation_pin
 from latentwire.evaluation.settings import Setting
+from latentwire.evaluation.summary import summarise
 from latentwire.training import checkpoints
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
@@ -140,9 +142,15 @@ def score(
     """
     wire, _ = checkpoints.load_wire(path, run)
     table = shards.read_table(validation)
-    predictions = {setting.key: list(predict(wire, table, setting)) for setting in settings}
+    predictions = {setting.key: list(predict(wire, table, setting, joint=True)) for setting in settings}
     scores = {key: summarise(found) for key, found in predictions.items()}
     return scores, [p for found in predictions.values() for p in found]
+
+
+def diagnose_here(path: Path, validation: Path, run: RunConfig) -> dict[str, float]:
+    """Reload a checkpoint in this process and look into its messages."""
+    wire, _ = checkpoints.load_wire(path, run)
+    return diagnose(wire, shards.read_table(validation))
 
 
 def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[str, Any]:
@@ -161,9 +169,15 @@ def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[s
     }
     checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
     if predictions:
-        rows = pa.Table.from_pylist([asdict(p) for p in predictions])
-        pq.write_table(rows, export.parent / "predictions.parquet")
+        write_predictions(predictions, export.parent / "predictions.parquet")
     return table
+
+
+def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+    """One row per prediction, written aside and renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions]), aside)
+    aside.rename(path)
 
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:

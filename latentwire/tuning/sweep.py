@@ -20,6 +20,7 @@ from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import pipeline, shards, streams, teachers
 from latentwire.evaluation.pin import evaluation_pin
+from latentwire.tuning import progress
 from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
@@ -201,7 +202,8 @@ def run_sweep(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(output / "tune"),
             verbose=1,
-            callbacks=[janitor],
+            callbacks=[janitor, *progress.trackers(config, output)],
+            progress_reporter=progress.table(space),
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     ).fit()

@@ -26,7 +26,14 @@ NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
 ERROR_FILE = "error.txt"
 """Where a trial's driver or worker leaves the cause of a failure."""
-OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory", "due to memory pressure", "low on memory")
+OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "OUT_OF_MEMORY",
+    "MemoryError",
+    "out of memory",
+    "due to memory pressure",
+    "low on memory",
+)
 """Words of torch, Python and Ray's memory monitor for what is too large."""
 
 WORKER_START_SECONDS = "600"

@@ -87,7 +87,9 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
                 print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
 
     def send(metrics: dict[str, Any], path: Path) -> None:
-        ray.train.report(metrics | {CHECKPOINT_PATH_KEY: str(path)})
+        ray.train.report(
+            metrics | {CHECKPOINT_PATH_KEY: str(path), "timesteps_total": metrics["step"]}
+        )  # curves by step
 
     def report() -> None:
         metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}

@@ -1,7 +1,7 @@
 """Speed and memory as ratios in one run: a Markdown table.
 
 python -m tests.benchmarks                                # the embedded toy pair
-python -m tests.benchmarks --space search_spaces/small.yaml --data_dir <directory with SQuAD parquet>
+python -m tests.benchmarks --space presets/squad.yaml --data_dir <directory with SQuAD parquet> --only preprocessing
 """
 
 from __future__ import annotations
@@ -14,13 +14,33 @@ import ray
 import torch
 
 from latentwire.assembly import LatentWire
+from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, sweep
 from tests.benchmarks import data, decoding, searching, steps, trials
+from tests.benchmarks.measure import Row
 
+PARTS = ("preprocessing", "trial", "steps", "decoding", "logits", "searching")
 DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
+
+
+def on_rows(space: SpaceFile, options: argparse.Namespace) -> list[Row]:
+    """What needs the run's own shards: a trial under Ray, then, without Ray, steps and decoding."""
+    run, found = space.run, []
+    paths = planner.local_shards(run)
+    table, dev = streams.training_table(run, paths["train"]), shards.read_table(paths["dev"])
+    if "trial" in options.only:
+        sweep.start_ray()
+        found += trials.rows(space, table, options.steps)
+    ray.shutdown()  # what it keeps running would slow the others
+    wire = LatentWire(run)
+    if "steps" in options.only:
+        found += [data.padding_shares(wire, table), *steps.rows(run, table, options.repeats)]
+    if "decoding" in options.only:
+        found.append(decoding.beside_generate(wire, dev, max(1, options.repeats // 5)))
+    return found
 
 
 def main() -> int:
@@ -29,22 +49,24 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15, help="measured turns of each side")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of the trial under Ray")
     parser.add_argument("--finished", type=int, nargs="+", default=[10, 100, 1000], help="trials before a suggestion")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="leave the other measurements out")
     options = parser.parse_args()
     space = with_home(read_space(options, DEFAULT_SPACE))
     run = with_values(space.run, {"training.alignment_steps": 0, "training.coarsening_steps": 0})
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))
-    paths = planner.local_shards(run)
-    sweep.start_ray()
-    table, dev = streams.training_table(run, paths["train"]), shards.read_table(paths["dev"])
-    found = [data.preprocessing(run), *trials.rows(space.model_copy(update={"run": run}), table, options.steps)]
-    ray.shutdown()  # what it keeps running would slow the others
-    wire = LatentWire(run)
-    found += [data.padding_shares(wire, table), *steps.rows(run, table, options.repeats)]
-    found.append(decoding.beside_generate(wire, dev, max(1, options.repeats // 5)))
-    for vocabulary in (49_152, 262_144):
-        found += steps.supervised_logits(options.repeats, vocabulary)
-    found += steps.chunked_logits(options.repeats)
-    found += [searching.suggestion(finished) for finished in options.finished]
+    found: list[Row] = []
+    if "preprocessing" in options.only:
+        sweep.start_ray()
+        found.append(data.preprocessing(run))
+    if {"trial", "steps", "decoding"} & set(options.only):
+        found += on_rows(space.model_copy(update={"run": run}), options)
+    ray.shutdown()
+    if "logits" in options.only:
+        for vocabulary in (49_152, 262_144):
+            found += steps.supervised_logits(options.repeats, vocabulary)
+        found += steps.chunked_logits(options.repeats)
+    if "searching" in options.only:
+        found += [searching.suggestion(finished) for finished in options.finished]
     print("| what | ratio | goal | measured |\n|---|---|---|---|")
     print("\n".join(map(str, found)))
     return 0

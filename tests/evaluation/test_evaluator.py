@@ -2,15 +2,20 @@
 
 import pyarrow as pa
 import pytest
+import torch
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
+from latentwire.data.layout import collate
 from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, self_information
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.diagnostics import diagnose, probe
+from latentwire.evaluation.evaluator import donors, predict
 from latentwire.evaluation.settings import label, settings
 from latentwire.evaluation.statistics import interval
-from tests.conftest import SMALL, shard_table
+from latentwire.evaluation.summary import compare, details, summarise
+from latentwire.losses.terms import token_ce
+from tests.conftest import SMALL, shard_table, untimed
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,6 @@ def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) ->
     for n in (4, 8):
         own = positions[f"latent at {n} tokens per latent"]
         assert all(positions[f"{mode} at {n} tokens per latent"] == own for mode in ("truncated", "window", "selected"))
-        assert sum(positions[f"shuffled at {n} tokens per latent"]) == sum(own)  # another row's, as long as that is
     assert positions["latent at 4 tokens per latent"] == [
         p.positions for p in predict(wire, rows.slice(0, 8), "latent")
     ]
@@ -136,3 +140,87 @@ def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, r
 def test_budgets_that_a_wire_does_not_have_are_refused(values: dict, budgets: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(with_values(RunConfig(), values), MODES, **budgets)
+
+
+def test_parts_of_a_table_give_what_the_whole_gives(wire: LatentWire, rows: pa.Table) -> None:
+    for mode in ("latent", "shuffled", "window"):
+        whole = [untimed(vars(p)) for p in predict(wire, rows, mode, joint=True)]
+        parts = [untimed(vars(p)) for start in (0, 24) for p in
+                 predict(wire, rows, mode, range(start, min(start + 24, 48)), joint=True)]  # fmt: skip
+        assert parts == whole[: len(parts)]
+
+
+def test_shuffled_messages_are_of_another_context(wire: LatentWire, rows: pa.Table) -> None:
+    assert donors(["a", "a", "b", "b", "a"]) == [3, 3, 1, 1, 3]
+    assert donors(["a", "a"]) in ([0, 1], [1, 0])
+    swapped = rows.slice(0, 16)
+    others = donors(swapped["context"].to_pylist())
+    shuffled = list(predict(wire, swapped, "shuffled"))
+    moved = swapped.set_column(swapped.column_names.index("context"), "context", swapped["context"].take(others))
+    assert [p.text for p in shuffled] == [p.text for p in predict(wire, moved, "latent")]
+
+
+def test_a_width_costs_what_its_packet_has(wire: LatentWire, rows: pa.Table) -> None:
+    few, texts = rows.slice(0, 4), rows.slice(0, 4)["context"].to_pylist()
+    found = {s.key: list(predict(wire, few, s)) for s in settings(wire.run, ["latent"], bits=[16, 8, 4])}
+    for bits, key in ((16, "latent as fp16"), (8, "latent as int8"), (4, "latent as int4")):
+        packets = [wire.encode([text]).to_bytes(bits=bits) for text in texts]
+        assert [p.bytes for p in found[key]] == [len(packet) for packet in packets] * 2
+    assert [p.nll for p in found["latent as fp16"]] == pytest.approx([p.nll for p in found["latent"]], rel=1e-2)
+    assert [p.nll for p in found["latent as int4"]] != [p.nll for p in found["latent as int8"]]
+    assert label("latent as int4") == "latents as int4"
+
+
+def test_the_pair_chooses_the_answer_that_both_find_likeliest(wire: LatentWire, rows: pa.Table) -> None:
+    found = list(predict(wire, rows.slice(0, 16), "truncated", joint=True))
+    by_row = {p.id: [q for q in found if q.id == p.id] for p in found}
+    disagreeing = [own for own in by_row.values() if own[0].text != own[1].text]
+    assert disagreeing and all(p.joint_logp is not None and p.joint_logp < 0 for own in disagreeing for p in own)
+    row = summarise(found)["mean"]
+    assert row["oracle_em"] >= max(row["joint_em"], row["em"]) and row["joint_em_low"] <= row["joint_em"]
+    assert row["agreement"] == pytest.approx(1 - len(disagreeing) / len(by_row))
+    one = disagreeing[0][0]
+    ids = next(row for row in rows.to_pylist() if row["id"] == one.id)
+    total = 0.0
+    for name, lm in wire.receivers.items():
+        builder = wire.builders[name]
+        cut = ids[f"{name}_context_ids"][:6]
+        answer = builder.tokenize([], [], [one.text])["answer_ids"][0]
+        batch = collate([builder.text(cut, ids[f"{name}_question_ids"], answer)])
+        total -= float(token_ce(lm.supervised_logits(batch), batch.target_N).sum())
+    assert one.joint_logp == pytest.approx(total, rel=1e-4)
+
+
+def test_first_tokens_and_times_are_counted(wire: LatentWire, rows: pa.Table) -> None:
+    text = summarise(list(predict(wire, rows, "text")))["qwen"]
+    closed = summarise(list(predict(wire, rows, "closed_book")))["qwen"]
+    assert 0.95 <= text["em"] <= text["first_1"] <= text["first_5"] <= 1 and closed["first_1"] < text["first_1"]
+    assert text["compression_bytes"] == pytest.approx(1, abs=0.01) and text["compression_tokens"] == 1
+    assert "compression_bytes" not in closed
+    assert text["prefill_ms"] > 0 and text["decode_ms"] > 0 and text["encode_ms"] == 0
+    assert text["examples_per_s"] == pytest.approx(1000 / (text["prefill_ms"] + text["decode_ms"]))
+
+
+def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
+    chosen = settings(wire.run, ["text", "truncated", "closed_book"])
+    found = {s.key: list(predict(wire, rows, s)) for s in chosen}
+    (pair,) = details(chosen, found, ["text", "closed_book"])["comparisons"]
+    gap = pair["receivers"]["qwen"]["em"]
+    assert gap["low"] > 0.8 and gap["p"] < 0.01 and gap["difference"] == pytest.approx(
+        summarise(found["text"])["qwen"]["em"] - summarise(found["closed_book"])["qwen"]["em"]
+    )  # fmt: skip
+    same = compare(found["text"], found["text"])["mean"]["f1"]
+    assert (same["difference"], same["p"]) == (0.0, 1.0)
+    parts = details(chosen, found)["breakdown"]["text"]
+    for groups in parts.values():
+        assert sum(group["rows"] for group in groups.values()) == rows.num_rows
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else(wire: LatentWire, rows: pa.Table) -> None:
+    torch.manual_seed(0)
+    label_N = torch.arange(200) % 4
+    seen, _ = probe(torch.nn.functional.one_hot(label_N).double() + 0.1 * torch.randn(200, 4), label_N)
+    blind, majority = probe(torch.randn(200, 4).double(), label_N)
+    assert seen == 1.0 and blind < 0.5 and majority < 0.5
+    found = diagnose(wire, rows)
+    assert -1 <= found["cosine_centred"] <= found["cosine"] <= 1 and 0 <= found["probe_word"] <= 1

@@ -1,8 +1,15 @@
 """EM and F1 by the official rules."""
 
-import pytest
+import json
+import random
+from pathlib import Path
 
-from latentwire.evaluation.metrics import em_f1
+import pytest
+from torchmetrics.functional.text import squad
+
+from latentwire.config import DataConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.evaluation.metrics import em_f1, normalise, score_file
 
 
 @pytest.mark.parametrize(
@@ -25,3 +32,79 @@ def test_hotpotqa_gives_no_credit_for_half_a_yes() -> None:
     assert em_f1("Yes.", ["yes"], "hotpotqa") == (1.0, 1.0)
     assert em_f1("no", ["no smoking"], "hotpotqa") == (0.0, 0.0)
     assert em_f1("red", ["red house"], "hotpotqa")[1] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Cat's hat, an apple.", "cats hat apple"),
+        ("A-Team", "ateam"),  # punctuation goes before articles do: no article is left to take
+        ("theatre another", "theatre another"),
+        ("“Quoted” — dash", "“quoted” — dash"),  # only ASCII punctuation goes
+        ("ÉCOLE\u00a0x\ty", "école x y"),  # white space is Unicode's
+        ("a an the", ""),
+    ],
+)
+def test_normalisation_is_the_official_one(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+def test_torchmetrics_agrees_but_where_nothing_is_left() -> None:
+    draw, words = random.Random(0), "the a red house, Red blue 1912 “so” it's".split()
+    for _ in range(200):
+        said, gold = (" ".join(draw.choices(words, k=draw.randint(1, 5))) for _ in range(2))
+        theirs = squad(
+            [{"prediction_text": said, "id": "0"}], [{"answers": {"answer_start": [0], "text": [gold]}, "id": "0"}]
+        )
+        em, f1 = em_f1(said, [gold])
+        assert em == float(theirs["exact_match"]) / 100
+        if normalise(said) or normalise(gold):
+            assert f1 == pytest.approx(float(theirs["f1"]) / 100, rel=1e-6)
+    assert em_f1("The", ["a"]) == (1.0, 0.0)
+
+
+SQUAD = {
+    "version": "1.1",
+    "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [
+        {"id": "1", "question": "q", "answers": [{"text": "red house", "answer_start": 0}, {"text": "House", "answer_start": 0}]},
+        {"id": "2", "question": "q", "answers": [{"text": "in the year 1912", "answer_start": 0}]},
+        {"id": "3", "question": "q", "answers": [{"text": "blue", "answer_start": 0}]},
+    ]}]}],
+}  # fmt: skip
+
+
+def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps(SQUAD))
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({"1": "the house", "2": "year 1912 AD", "unasked": "x"}))
+    scores, missing = score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
+    # 1: exact by its second answer. 2: {year, 1912} of {year, 1912, ad} and {in, year, 1912}. 3: not answered.
+    assert scores == {"exact_match": 100.0 * 1 / 3, "f1": 100.0 * (1.0 + 2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3)) / 3}
+    assert missing == 1
+    answers.write_text(json.dumps(["red"]))
+    with pytest.raises(ConfigError, match="predictions for squad must be"):
+        score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
+
+
+def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
+    rows = [
+        {"_id": "a", "question": "q", "answer": "yes", "supporting_facts": [["T", 0], ["U", 1]], "context": [["T", ["x"]]]},
+        {"_id": "b", "question": "q", "answer": "red house", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
+        {"_id": "c", "question": "q", "answer": "no", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
+    ]  # fmt: skip
+    (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps(rows))
+    data, answers = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)), tmp_path / "answers.json"
+    said = {"answer": {"a": "Yes.", "b": "red", "c": "no way"}, "sp": {"a": [["T", 0]], "b": [["T", 0], ["V", 3]]}}
+    answers.write_text(json.dumps(said))
+    scores, missing = score_file(answers, data)
+    f1 = 2 * 1.0 * 0.5 / 1.5
+    assert missing == 0
+    assert {k: scores[k] for k in ("em", "f1", "prec", "recall")} == {
+        "em": 1 / 3, "f1": (1.0 + f1) / 3, "prec": 2.0 / 3, "recall": 1.5 / 3,
+    }  # fmt: skip
+    assert scores["sp_em"] == 0.0 and scores["sp_f1"] == (2 * 0.5 / 1.5 + 2 * 0.5 / 1.5) / 3
+    # a: 1 × 1 and 1 × ½; b: 1 × ½ and ½ × 1; c has no facts.
+    assert scores["joint_prec"] == 1.5 / 3 and scores["joint_recall"] == 1.0 / 3 and scores["joint_em"] == 0.0
+    assert scores["joint_f1"] == (2 * 0.5 / 1.5 + 2 * 0.5 * 0.5 / 1.0) / 3
+    answers.write_text(json.dumps({"answer": {"a": "yes"}}))
+    assert score_file(answers, data) == ({"em": 1 / 3, "f1": 1 / 3, "prec": 1 / 3, "recall": 1 / 3}, 2)

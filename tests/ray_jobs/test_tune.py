@@ -1,13 +1,18 @@
 """The main job through real Ray workers, and a trial that survives the death of its worker."""
 
 import json
+import re
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
+from tensorboardX.proto import event_pb2
 
 from latentwire.config.resolve import load_space
 from latentwire.evaluation.baselines import FINAL_MODES
@@ -23,9 +28,12 @@ pytestmark = pytest.mark.slow
 def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "sweep"
     steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "tune.grace_steps=3")
-    process = job("ray_jobs/tune.py", *TINY, *steps, "--set", "tune.trials=3", "--output_dir", str(output))
+    seen = ("--set", "tune.trackers=[mlflow]", "--set", "tune.keep_checkpoints=2", "--set", "tune.trials=3")
+    process = job("ray_jobs/tune.py", *TINY, *steps, *seen, "--output_dir", str(output))
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
+    assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(tmp_path)
+    check_progress(output, log_of(tmp_path))
     assert len(document["trials"]) == 3
     assert all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in document["trials"])
     study = open_study(output / JOURNAL, output.name, {"dev_f1": "max"})
@@ -51,6 +59,46 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert "full text" in report and "3 trials" in report
     assert (output / "predictions.parquet").exists()
 
+    # Its manifest repeats a trial to the last bit.
+    written = json.loads((output / "manifest.json").read_text())
+    assert written["evaluation_pin"] == document["evaluation_pin"] == manifest["pins"]["evaluation_pin"]
+    assert written["receivers"] == manifest["pins"]["receivers"]
+    beside = json.loads((output / "best" / "sweep.json").read_text())
+    assert beside == written | {"trial": document["best"]["trial"]}
+    number = next(int(key) for key, trial in written["trials"].items() if trial["state"] == "COMPLETE")
+    again = tmp_path / "again"
+    process = job("ray_jobs/tune.py", "--from_manifest", str(output), f"--trial={number}", "--output_dir", str(again))
+    assert process.wait(600) == 0, log_of(tmp_path)
+    score = written["trials"][str(number)]["score"]
+    assert f"repeated trial {number}: dev_f1 {score!r}, was {score!r}" in log_of(tmp_path)
+    (trial,) = json.loads((again / "manifest.json").read_text())["trials"].values()
+    assert trial == written["trials"][str(number)]
+
+
+def check_progress(output: Path, log: str) -> None:
+    """Tune's table, TensorBoard's files and MLflow's runs have what the trials reported."""
+    assert "| examples_per_s |" in " ".join(log.replace("|", " | ").split()) and "train_loss" in log
+    files = list(output.glob("tune/*/trial-*/events.out.tfevents*"))
+    assert len(files) == 3
+    for file in files:
+        events = [event_pb2.Event.FromString(record) for record in records(file.read_bytes())]
+        steps = [event.step for event in events for value in event.summary.value if value.tag == "ray/tune/dev_f1"]
+        assert steps in ([3], [3, 6])
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(output.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 3 and all("dev_f1" in run.data.metrics for run in runs)
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """The records of a TensorBoard file: length, checksum, bytes, checksum."""
+    place = 0
+    while place < len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        yield content[place + 12 : place + 12 + length]
+        place += 16 + length
+
 
 def wait_for(condition, process, tmp_path: Path, seconds: float = 240) -> None:
     end = time.time() + seconds
@@ -64,8 +112,7 @@ def test_a_killed_worker_is_replaced_and_the_trial_finishes_from_its_checkpoint(
     output = tmp_path / "sweep"
     steps = ("--max_steps=400", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
     process = job("ray_jobs/tune.py", *TINY, *steps, "--set", "tune.trials=1", "--output_dir", str(output))
-    # The second checkpoint is written after the first was taken over: that one cannot be lost any more.
-    wait_for(lambda: len(list(output.glob("trials/*/checkpoint*/manifest.json"))) >= 2, process, tmp_path)
+    wait_for(lambda: list(output.glob("trials/*/step-*/manifest.json")), process, tmp_path)
     workers = [
         p for p in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(_cmdline(p))
     ]
@@ -84,7 +131,7 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     steps = ("--max_steps=120", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
     more = ("--set", "tune.max_concurrent_trials=1", "--set", "tune.trials=2")
     process = job("ray_jobs/tune.py", *TINY, *steps, *more, "--output_dir", str(output))
-    wait_for(lambda: len(list(output.glob("trials/trial-1/checkpoint*/manifest.json"))) >= 2, process, tmp_path)
+    wait_for(lambda: len(list(output.glob("trials/trial-1/step-*/manifest.json"))) >= 2, process, tmp_path)
     kill_all(process)
     before = states(output)
     assert before[0] == "COMPLETE" and before[1] == "RUNNING"
@@ -100,7 +147,8 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     assert states(output) == ["COMPLETE"] * 3
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 120), (1, 120), (2, 120)]
-    assert kept == {path: path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json")}
+    # None was written again; with more trials than checkpoints to keep, some may be gone.
+    assert all(kept[path] == path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json"))
     (aside,) = output.glob("best-until-*")
     assert checkpoints.read_manifest(aside) == first and (output / "best").exists()
 
@@ -142,6 +190,14 @@ def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) ->
     assert process.wait(120) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
     assert "trials at once: " in log and "receiver llama: " in log and '"latent_len"' in log
+    for told in (
+        r"node [\d.]+ \(",
+        r"shards toy-dev-\w+: to be made",
+        "steps: at most 900 in a run",
+        "CPU-hours: ",
+        "disk: about",
+    ):
+        assert re.search(told, log), told
     assert not (tmp_path / "sweep").exists() and not (tmp_path / "shards").exists()
 
 

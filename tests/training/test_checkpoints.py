@@ -16,7 +16,8 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
 from latentwire.training.checkpoints import CheckpointError
@@ -73,7 +74,8 @@ RELOAD = """
 import json, sys
 from pathlib import Path
 import pyarrow.parquet as pq, torch
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.training.checkpoints import load_wire
 torch.set_num_threads(1)
 root = Path(sys.argv[1])

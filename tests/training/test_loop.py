@@ -11,7 +11,8 @@ import torch
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.evaluation.evaluator import predict, summarise
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
 from latentwire.features.registry import FEATURES
 from latentwire.models.lm import LMWrapper
 from latentwire.training import checkpoints

@@ -2,7 +2,7 @@
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.tuning.report import scores_table
+from latentwire.tuning.report import failures_table, scores_table
 
 ROW = {
     "em": 0.5, "em_low": 0.25, "em_high": 0.75, "f1": 0.5, "f1_low": 0.25, "f1_high": 0.75,
@@ -17,3 +17,12 @@ def test_results_with_changed_receivers_are_labelled() -> None:
     assert body[0][2:] == ["50.0 [25.0, 75.0]", "50.0 [25.0, 75.0]", "1", "9", "128", "1.5", "4"]
     _, _, body = scores_table(scores, "", with_values(RunConfig(), {"features.lora": {}}))
     assert [row[0] for row in body] == ["full text", "latents, not frozen"]
+
+
+def test_what_failed_stands_with_its_cause() -> None:
+    rows = [
+        {"trial": 3, "state": "failed", "error": "Traceback …\nout of memory with batch_size 64"},
+        {"trial": 1, "state": "done", "error": ""},
+    ]
+    title, _, body = failures_table(rows)
+    assert (title, body) == ("1 trials failed", [["3", "out of memory with batch_size 64"]])

@@ -2,19 +2,23 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
+from ray.tune import ExperimentAnalysis
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.search.optuna import OptunaSearch
 
 from latentwire.config import SpaceFile
-from latentwire.config.resolve import ConfigError
+from latentwire.config.resolve import ConfigError, load_space
+from latentwire.tuning.results import find_best
 from latentwire.tuning.samplers import CLASSES, make_sampler
 from latentwire.tuning.searcher import StudySearch, check_searchable
-from latentwire.tuning.study import CAUSE, JOURNAL, own_trials
+from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials
 from latentwire.tuning.trial import ERROR_FILE, NUMBER, trial_path
 
 RATE = "training.encoder_lr"
@@ -182,6 +186,91 @@ def test_an_earlier_sweep_warms_a_new_one(tmp_path: Path) -> None:
         check_searchable(search_over(tmp_path / "other", metric="dev_em", warm_start=str(tmp_path / "earlier")).space)
     with pytest.raises(ConfigError, match=r"must be a sweep's directory or its study\.journal, got nowhere"):
         check_searchable(search_over(tmp_path / "other", warm_start="nowhere").space)
+
+
+def test_scores_with_another_pin_are_not_compared(tmp_path: Path) -> None:
+    """An earlier sweep, a resumed one and its finals all open a study, which holds the pin of its scores."""
+    space = SpaceFile.model_validate({"search": SPACE})
+
+    def opened(name: str, pin: str, **tune: Any) -> StudySearch:
+        other = space.model_copy(update={"tune": space.tune.model_copy(update=tune)})
+        return StudySearch(other, journal=tmp_path / name / JOURNAL, name=name, trial_dir=tmp_path / name, pin=pin)
+
+    run(opened("first", "old"), [0.1, 0.2, 0.3])
+    run(opened("first", "old"), [0.1, 0.2, 0.3])
+    with pytest.raises(ConfigError, match="have the evaluation pin old, new ones would have new"):
+        assert opened("first", "new").study
+    warm = {"warm_start": str(tmp_path / "first")}
+    assert len(opened("same", "old", **warm).study.trials) == 2
+    with pytest.raises(ConfigError, match=r"tune\.warm_start must have the evaluation pin new, got old"):
+        assert opened("other", "new", **warm).study
+
+
+def test_earlier_scores_of_several_objectives_are_taken_over(tmp_path: Path) -> None:
+    sizes = {"objectives": {"wire_bytes": "min"}}
+    earlier = search_over(tmp_path / "earlier", **sizes)
+    earlier.suggest("a")
+    earlier.on_trial_complete("a", report(3, 0.5) | {"wire_bytes": 64})
+    warm = search_over(tmp_path / "warm", warm_start=str(tmp_path / "earlier"), **sizes)
+    assert [trial.values for trial in warm.study.trials] == [[0.5, 64.0]]
+    space = {RATE: FloatDistribution(1e-4, 1e-2, log=True)}
+    ray = OptunaSearch(space, metric=["dev_f1", "wire_bytes"], mode=["max", "min"], study_name="stock")
+    with pytest.raises(TypeError, match="must be real number"):
+        ray.add_evaluated_point({RATE: 1e-3}, [0.5, 64.0])  # type: ignore[arg-type]
+
+
+def test_a_conditional_space_can_be_pickled(tmp_path: Path) -> None:
+    kind = {"encoder.kind": {"type": "categorical", "choices": ["byte", "lm"]}}
+    rank = {"encoder.lora_rank": {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}}
+    space = {"run": {"encoder": {"model": "receiver:llama"}}, "search": kind | rank}
+    search = StudySearch(
+        SpaceFile.model_validate(space), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials"
+    )
+    values = [pickle.loads(pickle.dumps(search)).suggest(str(number)) for number in range(12)]
+    assert {"encoder.lora_rank" in value for value in values} == {True, False}
+    ray = OptunaSearch(lambda trial: {"rate": trial.suggest_float("rate", 0, 1)}, metric="dev_f1", mode="max")
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(ray)
+
+
+def test_sweeps_that_share_a_storage_stay_apart(tmp_path: Path) -> None:
+    journal = tmp_path / "shared" / JOURNAL
+    for name in ("one", "two"):
+        space = SpaceFile.model_validate({"search": SPACE})
+        run(StudySearch(space, journal=journal, name=name, trial_dir=tmp_path / name), [0.1, 0.2, 0.3])
+    assert len(open_study(journal, "one", {"dev_f1": "max"}).trials) == 1
+    storage = optuna.storages.InMemoryStorage()
+    space = {RATE: FloatDistribution(1e-4, 1e-2, log=True)}
+    for _ in range(2):
+        ray = OptunaSearch(space, metric="dev_f1", mode="max", storage=storage)
+        ray.suggest("a")
+    assert len(ray._ot_study.trials) == 2  # the default name mixes them
+
+
+def test_the_best_trial_is_the_one_with_the_best_evaluation(tmp_path: Path) -> None:
+    """Ray names the best last report, whose checkpoint may be worse than an earlier one of another trial."""
+    search = search_over(tmp_path)
+    stand_ins: list[Any] = []
+    for number, scores in enumerate(([0.9, 0.2, 0.3], [0.1, 0.4, 0.5])):
+        search.suggest(str(number))
+        for step, score in enumerate(scores, start=1):
+            path = {CHECKPOINT_PATH_KEY: str(tmp_path)}
+            search.on_trial_result(str(number), report(step, score) | path)
+        search.on_trial_complete(str(number), report(3, scores[-1]) | path)
+        measured = {"dev_f1": {"last": scores[-1], "max": max(scores), "min": min(scores)}}
+        stand_ins.append(SimpleNamespace(metric_analysis=measured, trial_id=str(number)))
+    best = find_best(search.study, search.space.tune)
+    assert (best.trial, best.step, best.score) == (0, 1, 0.9)
+    analysis = ExperimentAnalysis.__new__(ExperimentAnalysis)
+    analysis.trials = stand_ins
+    assert analysis.get_best_trial("dev_f1", "max", scope="last").trial_id == "1"
+
+
+def test_population_based_training_is_not_offered(tmp_path: Path) -> None:
+    """Under Train V2 Tune has no checkpoints of its trials, which PBT copies."""
+    (tmp_path / "space.yaml").write_text("tune: {scheduler: pbt}")
+    with pytest.raises(ConfigError, match="scheduler: input should be 'asha', 'median' or 'none', got 'pbt'"):
+        load_space(tmp_path / "space.yaml")
 
 
 def test_several_objectives_and_a_limit(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""Write ``report.html`` anew for a sweep that is there, finished or not.
+
+python latentwire/report.py runs/tune-<time>
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from latentwire.errors import USER_ERRORS, fail
+from latentwire.tuning import report_html
+
+
+def main() -> int:
+    """Read the sweep's files, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="directory of a sweep (one with space.json and study.journal)")
+    try:
+        print(report_html.write(parser.parse_args().sweep.absolute()))
+    except USER_ERRORS as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""What a whole sweep will take, from its nodes to its disk: what ``--dry_run`` prints, and what refuses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from latentwire.config import LossConfig, RunConfig, SpaceFile
+from latentwire.data import shards, teachers
+from latentwire.models.lm import load_hf_config
+from latentwire.tuning.planner import Plan, PlanError
+from latentwire.tuning.results import on_cluster
+from latentwire.tuning.space import data_variants, largest_run
+from latentwire.tuning.sweep import total_steps
+
+BYTES_PER_PARAMETER = 12
+"""Of a trained parameter in a checkpoint: the weight and AdamW's two moments, in fp32."""
+PROMPT_POSITIONS = 64
+"""Positions of template, question and answer beside the slots."""
+REACHED = (0.1, 0.5)
+"""Share of a plain matrix product's rate that training reaches: small models the lower end, large ones the upper."""
+START_SECONDS = 20.0
+"""From a trial's start to its first step on two cores (12 s alone, more where several start at once)."""
+
+
+def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]]:
+    """The plan with as many trials at once as the nodes really hold, and a line for every node that could host a worker.
+
+    ``nodes``: as ``ray.nodes()`` gives them. Raises :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough
+    in all, but no node enough for one worker, or the nodes together not enough for one trial's.
+    """
+    lines, places = [], 0
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        has = node["Resources"]
+        room = [has.get("CPU", 0.0) // plan.cpus_per_worker]
+        if plan.gpus_per_worker:
+            room.append(has.get("GPU", 0.0) // plan.gpus_per_worker)
+        else:
+            room.append(has.get("memory", float("inf")) // plan.bytes_per_worker)
+        workers = int(min(room))
+        places += workers
+        size = f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
+        lines.append(f"node {node['NodeManagerAddress']} ({size}): {workers} worker(s)")
+    if places < plan.num_workers:
+        need = f"{plan.cpus_per_worker:g} CPU, {plan.gpus_per_worker:g} GPU, {plan.bytes_per_worker / 1e9:.2f} GB"
+        raise PlanError(
+            f"one trial needs {plan.num_workers} worker(s) of {need}, each on one node, and there is room for {places} "
+            f"({'; '.join(lines)}): ask for less per worker, or add larger nodes"
+        )
+    at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
+    return dataclasses.replace(plan, max_concurrent_trials=at_once), lines
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Size of a sweep before it starts."""
+
+    runs: int
+    """Trials, and the finalists' fresh runs."""
+    files: tuple[str, ...]
+    """Shards and teachers' columns: there, or to be made."""
+    steps_per_run: int | None
+    """At most: a scheduler stops some earlier. ``None``: the rows are not counted before shards are made."""
+    flop_per_run: float | None
+    """Of training and evaluation together."""
+    checkpoint_bytes: int
+    disk_bytes: int
+    """Checkpoints kept at the busiest moment, and teachers' columns to be made."""
+    free_bytes: int
+
+    def lines(self, plan: Plan, rate: float | None) -> list[str]:
+        """For the terminal. ``rate``: FLOP/s of a matrix product on one worker, where it was measured."""
+        each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.gpus_per_worker:g} GPU)"
+        lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}", *self.files]
+        if self.steps_per_run is None:
+            lines.append("steps: known when the shards are made (data.samples is 0: all rows)")
+        else:
+            lines.append(f"steps: at most {self.steps_per_run:,} in a run, {self.runs * self.steps_per_run:,} in all")
+        if rate is not None and self.flop_per_run is not None:
+            kind = "GPU" if plan.gpus_per_worker else "CPU"
+            devices = plan.num_workers * (plan.gpus_per_worker or plan.cpus_per_worker)
+            low, high = (
+                self.runs * devices * (self.flop_per_run / plan.num_workers / (share * rate) + START_SECONDS) / 3600
+                for share in reversed(REACHED)
+            )
+            lines.append(
+                f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: {self.flop_per_run / 1e12:.3g} TFLOP a run at "
+                f"{REACHED[0]:.0%} to {REACHED[1]:.0%} of {rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, "
+                f"just measured), and {START_SECONDS:.0f} s to start"
+            )
+        lines.append(
+            f"disk: about {self.disk_bytes / 1e6:,.1f} MB at most (a checkpoint {self.checkpoint_bytes / 1e6:,.2f} MB), "
+            f"{self.free_bytes / 1e9:,.1f} GB free"
+        )
+        return lines
+
+
+def forecast(space: SpaceFile, plan: Plan, output: Path) -> Forecast:
+    """Estimate a sweep. Raises :class:`~latentwire.tuning.planner.PlanError` where its checkpoints would not fit the disk."""
+    tune, run = space.tune, largest_run(space)
+    finals = tune.finalists * tune.final_seeds
+    files, columns_bytes, rows = _files(space)
+    steps = None if rows is None else total_steps(run, rows)
+    checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
+    held = tune.keep_checkpoints + finals + 2 * plan.max_concurrent_trials + 1
+    where = next(folder for folder in (output, *output.parents) if folder.exists())
+    found = Forecast(
+        runs=tune.trials + finals,
+        files=tuple(files),
+        steps_per_run=steps,
+        flop_per_run=None if steps is None else _flop(run, plan, steps),
+        checkpoint_bytes=checkpoint,
+        disk_bytes=held * checkpoint + columns_bytes,
+        free_bytes=shutil.disk_usage(where).free,
+    )
+    if found.disk_bytes > found.free_bytes:
+        raise PlanError(
+            f"a sweep needs about {found.disk_bytes / 1e9:.2f} GB ({held} checkpoints of {checkpoint / 1e9:.2f} GB, teachers' "
+            f"columns {columns_bytes / 1e9:.2f} GB), {where} has {found.free_bytes / 1e9:.2f} GB free: lower "
+            f"tune.keep_checkpoints (now {tune.keep_checkpoints}), or set tune.storage_path"
+        )
+    return found
+
+
+def measure_rate(run: RunConfig, gpus: float) -> float:
+    """FLOP/s of a matrix product on one worker's resources, in a task of its own."""
+    return float(on_cluster(run, gpus, _matrix_product, int(max(1, run.training.cpus_per_worker))))
+
+
+def _matrix_product(threads: int) -> float:
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    size, kind = (4096, torch.bfloat16) if cuda else (768, torch.float32)
+    matrix = torch.randn(size, size, dtype=kind, device="cuda" if cuda else "cpu")
+    count, began = 0, 0.0
+    for count in range(-3, 20):
+        if count == 0:  # the first few warm up
+            began = _now(cuda)
+        matrix @ matrix
+    return (count + 1) * 2 * size**3 / (_now(cuda) - began)
+
+
+def _now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
+    """Two per parameter and position forward, as many backward to the inputs; three times two for what is trained."""
+    frozen = sum(receiver.parameters for receiver in plan.receivers)
+    positions = run.training.batch_size * (run.encoder.latent_len + PROMPT_POSITIONS)
+    step = positions * 4 * frozen + positions * 6 * plan.trainable_parameters
+    evaluated = run.data.dev_samples * (run.encoder.latent_len + PROMPT_POSITIONS + run.evaluation.max_answer_tokens)
+    evaluations = steps // run.training.evaluate_every + 1
+    return float(steps * step + evaluations * evaluated * 2 * (2 * frozen + plan.trainable_parameters))
+
+
+def _files(space: SpaceFile) -> tuple[list[str], int, int | None]:
+    """A line for all shards and columns, bytes of columns to be made, and the training rows where they are known."""
+    lines: dict[str, None] = {}
+    missing, rows = 0, space.run.data.samples or None
+    for run in data_variants(space):
+        for split in shards.SPLITS:
+            path = shards.shard_path(run, split)
+            there = shards.complete(path)
+            lines[f"shards {path.name}: {'there' if there else 'to be made'}"] = None
+            if split == "train" and there:
+                rows = shards.read_manifest(path)["rows"]
+        train = shards.shard_path(run, "train")
+        if not teachers.needed(run.losses):
+            continue
+        if not shards.complete(train):
+            made = sum(
+                _column_bytes(run.losses, load_hf_config(r).get_text_config().hidden_size) for r in run.receivers
+            )
+            missing += made * (rows or 0)
+            lines[f"teachers' columns for {train.name}: to be made, {len(run.receivers)} receivers"] = None
+        else:
+            for name, path in teachers.paths(run, train).items():
+                there = all((path / file).exists() for file in shards.read_manifest(train)["files"])
+                lines[f"teacher {name} {path.name}: {'there' if there else 'to be made'}"] = None
+    return list(lines), missing, rows
+
+
+def _column_bytes(losses: LossConfig, width: int) -> int:
+    """Of one row's columns for one receiver, uncompressed."""
+    words = losses.kd_top_k * 6 + 2 if losses.kd_weight > 0 and losses.kd_top_k > 0 else 0
+    states = 2 * width * len(losses.hidden_kd_depths) if losses.hidden_kd_weight > 0 else 0
+    return teachers.most_tokens(losses) * (words + states)
+
+
+def show(space: SpaceFile, plan: Plan, output: Path, *, measured: bool) -> Plan:
+    """Print plan and forecast, and return the plan that fits the cluster's nodes. Needs Ray.
+
+    ``measured``: also measure a worker's rate, which takes a task. Raises :class:`~latentwire.tuning.planner.PlanError` for
+    what cannot fit.
+    """
+    plan, hosts = fit(plan, ray.nodes())
+    rate = measure_rate(largest_run(space), plan.gpus_per_worker) if measured else None
+    print("\n".join([str(plan), *hosts, *forecast(space, plan, output).lines(plan, rate)]), flush=True)
+    return plan

@@ -1,0 +1,58 @@
+"""What an evaluation leaves: tables for the terminal, scores and details as JSON, predictions as Parquet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.evaluation.evaluator import Prediction
+from latentwire.evaluation.settings import Setting
+from latentwire.evaluation.summary import details, pairs, summarise
+from latentwire.tuning import report, results
+
+
+def check_comparison(options: argparse.Namespace, rows: Sequence[Setting]) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where ``--compare`` names no two rows of the table."""
+    if options.compare and not pairs(rows, *options.compare):
+        raise ConfigError(
+            f"--compare must name two different rows of the table ({', '.join(row.key for row in rows)}), got "
+            f"{' and '.join(options.compare)}"
+        )
+
+
+def show_and_write(
+    options: argparse.Namespace,
+    rows: Sequence[Setting],
+    predictions: Sequence[Prediction],
+    run: RunConfig,
+    probes: dict[str, float] | None = None,
+) -> int:
+    """Print the tables and write what ``--output`` asks for; returns the exit status."""
+    by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in rows}
+    scores = {key: summarise(found) for key, found in by_key.items()}
+    further = details(rows, by_key, options.compare)
+    grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
+    if options.compare:
+        grids.append(report.comparisons_table(further["comparisons"]))
+    report.show(grids)
+    if probes is not None:
+        further["diagnostics"] = probes
+        print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
+    if options.output and options.output.suffix == ".json":
+        _write(options.output, scores)
+    elif options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        _write(options.output / "scores.json", scores)
+        _write(options.output / "details.json", further)
+        results.write_predictions(predictions, options.output / "predictions.parquet")
+    return 0
+
+
+def _write(path: Path, document: object) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(document, indent=1))
+    aside.rename(path)

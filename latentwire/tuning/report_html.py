@@ -1,0 +1,150 @@
+"""``report.html``: a sweep in one file that opens offline. Everything in it that was text somewhere is escaped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import optuna
+import plotly.graph_objects as go
+import plotly.io
+import pyarrow.parquet as pq
+from plotly.offline import get_plotlyjs
+
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import with_values
+from latentwire.evaluation.settings import label
+from latentwire.tuning import figures, report, resume
+from latentwire.tuning.results import trial_rows
+from latentwire.tuning.searcher import objectives
+from latentwire.tuning.study import JOURNAL, open_study, own_trials
+
+FILE = "report.html"
+EXAMPLES = 12
+"""Rows whose answers stand side by side."""
+COLOURS = ["#2563a8", "#c2571a", "#3f8f4f", "#8a4fa3", "#a8873b", "#4b5563"]
+
+
+def write(output: Path) -> Path:
+    """Write a sweep's report from what lies in its directory; parts that are not there yet are left out.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where ``output`` holds no sweep.
+    """
+    space = resume.read_space(output, [])
+    study = open_study(output / JOURNAL, output.name, objectives(space))
+    document = _json(output / "results.json")
+    scores = document.get("validation") or {}
+    trials = trial_rows(study, space.tune)
+    best = document.get("best")
+    run = with_values(space.run, best["values"]) if best else space.run
+    pictures: list[figures.Figure] = figures.search_figures(study, space.tune)
+    page = _template().render(
+        title=output.name,
+        command=document.get("command"),
+        best=best,
+        selection=document.get("selection") or {},
+        metric=space.tune.metric,
+        scores=report.scores_table(scores, f"{run.data.dataset} validation", run) if scores else None,
+        together=report.together_table(scores) if any("agreement" in row["mean"] for row in scores.values()) else None,
+        retention=_retention(scores),
+        chart=_draw(figures.scores_figure(scores)) if scores else "",
+        pictures=[(name, about, _draw(what)) for name, about, what in pictures],
+        trials=report.trials_table(trials, space.tune),
+        finals=document.get("finalists") or [],
+        failures=[row for row in trials if row["state"] == "failed"],
+        examples=_examples(output / "predictions.parquet"),
+        costs=_costs(study, space, output),
+        manifest=_manifest(output / "manifest.json"),
+        plotly=get_plotlyjs() if scores or any(not isinstance(what, str) for *_, what in pictures) else "",
+    )
+    aside = output / f".{FILE}.part"
+    aside.write_text(page, encoding="utf-8")
+    return aside.rename(output / FILE)
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("latentwire.tuning", "")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "report.html.jinja"
+    )
+
+
+def _draw(figure: go.Figure | str) -> str:
+    """A picture as HTML; a text stays one. plotly escapes what could end its script."""
+    if isinstance(figure, str):
+        return f"<p>{jinja2.filters.escape(figure)}</p>"
+    figure.update_layout(
+        title=None, template="plotly_white", colorway=COLOURS, height=380, autosize=True, width=None,
+        margin={"l": 60, "r": 20, "t": 48, "b": 60}, font={"family": "system-ui, sans-serif", "size": 12},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )  # fmt: skip
+    config = {"responsive": True, "displayModeBar": False}
+    html: str = plotly.io.to_html(figure, config=config, include_plotlyjs=False, full_html=False, default_width="100%")
+    return html
+
+
+def _retention(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
+    """Each row of latents and receiver: EM and F1 as shares of full text's; ``None`` where that is 0."""
+    text = scores.get("text", {})
+    return [
+        (label(key), name, *(row[field] / text[name][field] if text[name][field] else None for field in ("em", "f1")))
+        for key, receivers in scores.items()
+        if key.split()[0] == "latent"
+        for name, row in receivers.items()
+        if name != "mean" and name in text
+    ]
+
+
+def _examples(file: Path) -> list[dict[str, Any]]:
+    """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
+    if not file.exists() or "context" not in pq.read_schema(file).names:
+        return []
+    columns = ["id", "receiver", "mode", "setting", "text", "golds", "em", "question", "context"]
+    rows: dict[str, dict[str, Any]] = {}
+    for p in pq.read_table(file, columns=columns).to_pylist():
+        row = rows.setdefault(
+            p["id"], {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
+        )
+        if p["mode"] in ("text", "latent"):
+            row["answers"].append((label(p["setting"]), p["receiver"], p["text"], p["em"] == 1, p["mode"]))
+    latent = {key: [right for *_, right, mode in row["answers"] if mode == "latent"] for key, row in rows.items()}
+    good = [rows[key] for key, right in latent.items() if right and all(right)]
+    bad = [rows[key] for key, right in latent.items() if not (right and all(right))]
+    turns = [row for pair in zip(good, bad, strict=False) for row in pair]
+    rest = [*good[len(bad) :], *bad[len(good) :]]
+    return [*turns, *rest][:EXAMPLES]
+
+
+def _costs(study: optuna.Study, space: SpaceFile, output: Path) -> list[tuple[str, str]]:
+    """What the search took: trials' wall-clock times the CPUs and GPUs that their workers hold, and disk."""
+    training = space.run.training
+    hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
+    gpus = training.gpus_per_worker
+    nodes = _json(output / "manifest.json").get("hardware", {}).get("nodes", [])
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    files = [file for file in output.rglob("*") if file.is_file() and not file.is_symlink()]
+    disk = sum(file.stat().st_size for file in files)
+    weights = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+    return [
+        ("trials, wall-clock", f"{hours:.2f} h"),
+        ("CPU-hours", f"{hours * training.cpus_per_worker * training.num_workers:.2f}"),
+        ("GPU-hours", f"{hours * gpus * training.num_workers:.2f}"),
+        ("disk", f"{disk / 1e6:,.1f} MB, of which checkpoints {weights / 1e6:,.1f} MB"),
+    ]
+
+
+def _manifest(file: Path) -> list[tuple[str, str]]:
+    """The manifest's entries as text, the long ones indented."""
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False))
+        for name, value in _json(file).items()
+    ]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found

@@ -1,0 +1,22 @@
+"""A sweep whose driver, workers, trial actors and machine are killed at random ends as if nobody had been."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_deaths_change_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "chaos"
+    flags = ("--deaths", "10", "--pause", "1", "9", "--output_dir", str(output))
+    done = subprocess.run([sys.executable, "scripts/chaos.py", *flags], cwd=REPOSITORY, capture_output=True, text=True)
+    log = (tmp_path / "chaos.log").read_text()[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:] + log
+    text = (output / "chaos.md").read_text()
+    assert "- deaths: 10 of 10" in text and "- trials: 12, all COMPLETE, none RUNNING" in text
+    assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet"))

@@ -1,0 +1,83 @@
+"""Over all trials the best checkpoints stay, and of each running trial the last."""
+
+import json
+from pathlib import Path
+
+from latentwire.config import SpaceFile
+from latentwire.training import kept
+from latentwire.tuning.janitor import Janitor, bytes_in, clear_debris
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import JOURNAL
+from latentwire.tuning.trial import trial_path
+
+
+def saved(folder: Path, number: int, step: int, score: float | None, size: float = 64) -> Path:
+    """A checkpoint with a file, as far as the janitor looks at it."""
+    path = trial_path(folder, number) / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "interlingua.safetensors").write_bytes(b"x" * 1000)
+    metrics = {} if score is None else {"dev_f1": score, "wire_bytes": size}
+    (path / "manifest.json").write_text(json.dumps({"files": {"interlingua.safetensors": ""}, "metrics": metrics}))
+    return path
+
+
+def left(folder: Path) -> dict[int, list[int]]:
+    """Trial → steps of its checkpoints."""
+    found = {int(path.name.removeprefix("trial-")): kept.finished(path) for path in sorted(folder.glob("trial-*"))}
+    return {
+        number: [int(path.name.removeprefix("step-")) for path in paths] for number, paths in found.items() if paths
+    }
+
+
+def sweep(folder: Path, trials: int, **tune: object) -> tuple[StudySearch, Janitor]:
+    space = SpaceFile.model_validate({"tune": tune})
+    search = StudySearch(space, journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+    for number in range(trials):
+        search.suggest(str(number))
+    return search, Janitor(search)
+
+
+def end(search: StudySearch, number: int) -> None:
+    report = {"step": 9, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64}
+    search.on_trial_complete(str(number), report)
+
+
+def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Path) -> None:
+    search, janitor = sweep(tmp_path, 4, keep_checkpoints=2)
+    trials = tmp_path / "trials"
+    for number, scores in enumerate(((0.1, 0.9), (0.8, 0.2), (0.3, 0.4), (0.7, None))):
+        for step, score in enumerate(scores, start=1):
+            saved(trials, number, step, score)
+    (trial_path(trials, 2) / "notes.txt").write_text("mine")
+    janitor.tidy()  # all of them run: what is neither among the best nor a trial's last goes
+    assert left(trials) == {0: [2], 1: [1, 2], 2: [2], 3: [2]}
+    for number in range(3):
+        end(search, number)
+    janitor.tidy()
+    assert left(trials) == {0: [2], 1: [1], 3: [2]}
+    assert janitor.ended == {2} and (trial_path(trials, 2) / "notes.txt").exists()
+    saved(trials, 3, 3, 0.95)
+    janitor.tidy()
+    assert left(trials) == {0: [2], 3: [3]}
+    assert 2000 < bytes_in([trials]) < 3000
+    again = Janitor(search)  # a new driver comes to the same
+    again.tidy()
+    assert left(trials) == {0: [2], 3: [3]}
+
+
+def test_those_within_the_limits_come_first(tmp_path: Path) -> None:
+    search, janitor = sweep(tmp_path, 2, keep_checkpoints=1, constraints={"wire_bytes": {"max": 100}})
+    saved(tmp_path / "trials", 0, 1, 0.9, size=200)
+    saved(tmp_path / "trials", 1, 1, 0.2, size=64)
+    for number in range(2):
+        end(search, number)
+    janitor.tidy()
+    assert left(tmp_path / "trials") == {1: [1]}
+
+
+def test_debris_of_dead_workers_is_cleared(tmp_path: Path) -> None:
+    (trial_path(tmp_path, 0) / ".step-00000004.part-0123abcd").mkdir(parents=True)
+    path = saved(tmp_path, 1, 2, 0.5)
+    path.rename(path.with_name(".step-00000002.removed-0123abcd"))
+    assert clear_debris(tmp_path) == 2
+    assert not [*trial_path(tmp_path, 0).iterdir(), *trial_path(tmp_path, 1).iterdir()]

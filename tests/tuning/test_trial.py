@@ -1,0 +1,146 @@
+"""What a trial's failure leaves behind, and what a worker does on its own: resume, save at a preemption, give up."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray.train
+import torch
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
+from latentwire.training import kept
+from latentwire.training.loop import Trainer, TrainingError
+from latentwire.tuning import worker
+from latentwire.tuning.trial import ERROR_FILE, cause_left, is_out_of_memory, leave_cause
+
+KILLED_BY_RAY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        KILLED_BY_RAY,
+        ray.train.WorkerGroupError("rank 0 died", {0: torch.OutOfMemoryError("CUDA out of memory")}),
+        ray.train.WorkerGroupError("rank 1 died", {1: KILLED_BY_RAY}),
+    ],
+)
+def test_out_of_memory_is_told_with_the_size(run: RunConfig, tmp_path: Path, error: BaseException) -> None:
+    assert is_out_of_memory(error)
+    leave_cause(tmp_path, run, error)
+    cause = cause_left(tmp_path)
+    assert cause is not None
+    assert "out of memory with batch_size 4 over 1 worker(s)" in cause and "latent_len 6, d_z 32, toy-llama" in cause
+    assert [file.name for file in tmp_path.iterdir()] == [ERROR_FILE]
+
+
+def test_other_failures_are_not_taken_for_it(run: RunConfig, tmp_path: Path) -> None:
+    error = ray.train.WorkerGroupError("rank 0 died", {0: ValueError("no such file")})
+    assert not is_out_of_memory(error)
+    leave_cause(tmp_path, run, error)
+    assert cause_left(tmp_path) == "rank 0 died"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), TrainingError("gradients must be finite")]
+)
+def test_what_would_fail_again_ends_the_run_at_once(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "_train", failing)
+    settings = {"run": run.model_dump(mode="json"), "folder": str(tmp_path)}
+    worker.train(settings)
+    assert cause_left(tmp_path)
+    two = {"run": with_values(run, {"training.num_workers": 2}).model_dump(mode="json"), "folder": str(tmp_path)}
+    with pytest.raises(type(error)):  # the other worker waits for this one until Ray ends both
+        worker.train(two)
+    error = ValueError("a network that may come back")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="network"):
+        worker.train(settings)
+
+
+class Stream:
+    """Rows as a worker's share of a Ray dataset gives them, in one order."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def iter_batches(self, batch_size: int | None, **_: Any) -> Iterator[pa.Table]:
+        size = batch_size or self.table.num_rows
+        for start in range(0, self.table.num_rows, size):
+            yield self.table.slice(start, size)
+
+
+class Process(BaseException):
+    """The worker's process, or its node, is gone."""
+
+
+def work(
+    run: RunConfig, table: pa.Table, folder: Path, patch: pytest.MonkeyPatch, *, notice_at: int = 99, dies_at: int = 99
+) -> list[dict[str, Any]]:
+    """Run a worker here; Ray gives notice at one step, and the process dies at another. Returns what it reported."""
+    reports: list[dict[str, Any]] = []
+    step = Trainer.step
+    seen = SimpleNamespace(step=0)
+
+    def stepping(self: Trainer, batches: pa.Table) -> dict[str, float]:
+        if self.progress.step >= dies_at:
+            raise Process
+        values = step(self, batches)
+        seen.step = self.progress.step
+        return values
+
+    notice = SimpleNamespace(preempted_node_ids=["abc"])
+    with patch.context() as ours:
+        ours.setattr(Trainer, "step", stepping)
+        ours.setattr(worker, "PREEMPTION_STEPS", 1)
+        ours.setattr(worker, "broadcast_from_rank_zero", lambda value: value)
+        ours.setattr(ray.train, "get_dataset_shard", lambda name: Stream(table))
+        ours.setattr(ray.train, "get_preemption_info", lambda: notice if seen.step >= notice_at else None)
+        ours.setattr(ray.train, "report", reports.append)
+        pins = {"shards": {}, "evaluation": {}}
+        settings = {"run": run.model_dump(mode="json"), "pins": pins, "train_rows": table.num_rows, "began": 0.0}
+        with contextlib.suppress(Process):
+            worker.train(settings | {"folder": str(folder), "metric": "dev_f1", "mode": "max"})
+    return reports
+
+
+def test_a_preempted_worker_saves_and_another_goes_on(
+    run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1})
+    (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
+    folder = tmp_path / "parted"
+    assert work(run, table, folder, monkeypatch, notice_at=2, dies_at=3) == []
+    assert [path.name for path in kept.finished(folder)] == ["step-00000002"]
+    reports = work(run, table, folder, monkeypatch, dies_at=6)
+    assert [report["step"] for report in reports] == [4]
+    (again, last) = work(
+        run, table, folder, monkeypatch
+    )  # whoever saved step 4 may have died before it could report it
+    assert (again["step"], last["step"], again["dev_loss"]) == (4, 8, reports[0]["dev_loss"])
+    assert last["dev_loss"] == whole["dev_loss"] and last["train_loss"] == whole["train_loss"]
+    assert Path(last[CHECKPOINT_PATH_KEY]) == folder / "step-00000008"
+    (only,) = work(run, table, folder, monkeypatch)  # died after its last checkpoint: told again, nothing is trained
+    assert only["dev_loss"] == last["dev_loss"]
+
+
+def test_receivers_of_other_weights_are_refused(
+    run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "run": run.model_dump(mode="json"), "pins": {"receivers": {"llama": "0" * 64}}, "train_rows": 16, "began": 0.0,
+        "folder": str(tmp_path), "metric": "dev_f1", "mode": "max",
+    }  # fmt: skip
+    worker.train(settings)
+    assert "receivers must hash to {'llama': '0000" in str(cause_left(tmp_path))
