@@ -61,6 +61,9 @@ def main() -> int:
     add_flags(parser)
     add_joining(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400, 800], help="steps to spend")
+    parser.add_argument(
+        "--ways", nargs="+", choices=["joined", "scratch"], default=["joined", "scratch"], help="which to train"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/third"), help="where the runs and table.json go")
     options = parser.parse_args()
     try:
@@ -71,7 +74,8 @@ def main() -> int:
         scratch = with_values(run, own | {"training.train_only": [], "training.init_from": None})
         rows = []
         for steps in options.steps:
-            for way, config in (("joined", run), ("scratch", scratch)):
+            for way in options.ways:
+                config = {"joined": run, "scratch": scratch}[way]
                 found = measure(spent(config, base, steps), name, (options.output_dir / f"{way}-{steps}").absolute())
                 rows.append({"steps": steps, "way": way} | found)
                 (options.output_dir / "table.json").write_text(json.dumps(rows, indent=1))
