@@ -43,16 +43,20 @@ def describe(
     command: str,
     study: optuna.Study | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a sweep. ``study`` adds its trials: number → values and best score."""
+    """The manifest of a sweep. ``study`` adds its trials: number → values and best score; without it those that an earlier
+    manifest there holds stay.
+    """
+    before = json.loads((output / MANIFEST).read_text()) if (output / MANIFEST).exists() else {}
+    commands = before.get("commands", [])
     document = {
         "manifest_version": MANIFEST_VERSION,
-        "commands": _commands(output, command),
+        "commands": commands if commands[-1:] == [CREDENTIALS.sub("", command)] else [*commands, command],
         "space": space.model_dump(mode="json"),
         "seeds": {"sampler": space.tune.seed, "data": space.run.data.seed, "training": space.run.training.seed},
         "evaluation_pin": pin,
         "data": [own.keys for own in files.values()],
         "receivers": receiver_hashes(output),
-        "trials": {} if study is None else trials(study, space),
+        "trials": before.get("trials", {}) if study is None else trials(study, space),
         "packages": packages(),
         "python": platform.python_version(),
         "git": git_state(Path(__file__).parent),
@@ -60,13 +64,6 @@ def describe(
     }
     cleaned: dict[str, Any] = json.loads(CREDENTIALS.sub("", json.dumps(document)))
     return cleaned
-
-
-def _commands(output: Path, command: str) -> list[str]:
-    """The command that began the sweep, and those that went on with it."""
-    file = output / MANIFEST
-    before = json.loads(file.read_text())["commands"] if file.exists() else []
-    return before if before[-1:] == [CREDENTIALS.sub("", command)] else [*before, command]
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:

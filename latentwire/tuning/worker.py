@@ -87,9 +87,8 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
                 print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
 
     def send(metrics: dict[str, Any], path: Path) -> None:
-        ray.train.report(
-            metrics | {CHECKPOINT_PATH_KEY: str(path), "timesteps_total": metrics["step"]}
-        )  # curves by step
+        by_step = {"timesteps_total": metrics["step"]}  # where TensorBoard puts a point
+        ray.train.report(metrics | by_step | {CHECKPOINT_PATH_KEY: str(path)})
 
     def report() -> None:
         metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}

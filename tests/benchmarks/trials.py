@@ -54,5 +54,5 @@ def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
 def _imports() -> float:
     """Seconds that a fresh interpreter takes for what a worker imports."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import latentwire.tuning.trial"], check=True)
+    subprocess.run([sys.executable, "-c", "import latentwire.tuning.worker"], check=True)
     return time.perf_counter() - began

@@ -61,6 +61,7 @@ def test_it_holds_what_repeats_a_run_and_no_secret(written: Path) -> None:
         SpaceFile.model_validate(SPACE), FILES, "pin", written, "python ray_jobs/tune.py --resume x"
     )
     assert again["commands"] == [*document["commands"], "python ray_jobs/tune.py --resume x"]
+    assert again["trials"] == document["trials"]
     assert document["seeds"] == {"sampler": 5, "data": 0, "training": 7}
     assert document["data"] == [{"train": "aaa", "dev": "bbb"}] and document["receivers"] == {"llama": "123"}
     assert document["evaluation_pin"] == "pin" and {"torch", "ray", "optuna"} <= set(document["packages"])
