@@ -3,7 +3,7 @@
     python ray_jobs/train.py --samples 2000 --max_steps 200 --output_dir runs/one
     python ray_jobs/train.py --num_workers 2 --output_dir runs/two
 
-The same command continues an interrupted run: Ray finds it by the name of its output directory.
+The same command continues an interrupted run from the last checkpoint in its output directory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from ray.train import TrainingFailedError
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.training import kept
+from latentwire.training.local import metric_of
+from latentwire.training.loop import TrainingError
 from latentwire.tuning import planner, report, results, sweep, trial
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -38,8 +41,8 @@ def main() -> int:
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[sweep.variant_key(run)]
-        metric, mode = trial.metric_of(run)
-        result = trial.make_trainer(
+        metric, mode = metric_of(run)
+        trial.make_trainer(
             run,
             sweep.load_datasets(files, run.data.in_memory),
             files.train_rows,
@@ -50,12 +53,14 @@ def main() -> int:
             metric=metric,
             mode=mode,
         ).fit()
-        best = {"max": max, "min": min}[mode](result.best_checkpoints, key=lambda kept: kept[1][metric])[0]
+        if cause := trial.cause_left(output):
+            raise TrainingError(cause)
+        best = kept.best_of(kept.finished(output), metric, mode)
         scores = results.on_cluster(
             run,
             plan.gpus_per_worker,
             results.score_and_export,
-            Path(best.path),
+            best,
             files.shards["validation"],
             output / "best",
         )
@@ -64,7 +69,7 @@ def main() -> int:
     except TrainingFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results.write_results(output, {"command": sys.argv, "best": best.path, "validation": scores})
+    results.write_results(output, {"command": sys.argv, "best": best, "validation": scores})
     report.show([report.scores_table(scores, f"{run.data.dataset} validation", run)])
     print(f"exported: {output / 'best'}")
     return 0

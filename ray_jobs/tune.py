@@ -3,10 +3,11 @@
     python ray_jobs/tune.py                                              # the embedded toy pair, two cores
     python ray_jobs/tune.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
     python ray_jobs/tune.py --resume runs/tune-<time>                    # after any death; --set tune.trials=20: more
+    python ray_jobs/tune.py --from_manifest runs/tune-<time>/manifest.json --trial 3     # one of its trials again
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
 Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), ``predictions.parquet``,
-``results.json``, ``report.md`` and ``report.html``.
+``manifest.json``, ``results.json``, ``report.md`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
-from latentwire.config import SpaceFile
-from latentwire.config.resolve import ConfigError, with_values
+from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import finals, planner, report, report_html, results, resume, sweep
+from latentwire.tuning import job, manifest, planner, resume, sweep
 from latentwire.tuning.searcher import check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -37,8 +38,11 @@ def main() -> int:
     parser.add_argument(
         "--resume", type=Path, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
     )
+    parser.add_argument("--from_manifest", type=Path, help="manifest of a sweep: run one of its trials again")
+    parser.add_argument("--trial", type=int, help="which one (default: the best)")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
     options = parser.parse_args()
+    repeated: dict[str, Any] | None = None
     try:
         if options.resume:
             output = options.resume.absolute()
@@ -47,7 +51,10 @@ def main() -> int:
                 print(f"{output} has its {space.tune.trials} trials; add some by --set tune.trials=<more>")
                 return 0
         else:
-            space = with_home(read_space(options, DEFAULT_SPACE))
+            if options.from_manifest:
+                space, repeated = manifest.one_trial(options.from_manifest, options.trial, options.assignments)
+            else:
+                space = with_home(read_space(options, DEFAULT_SPACE))
             name = time.strftime("tune-%Y%m%d-%H%M%S")
             output = (options.output_dir or Path(space.tune.storage_path) / name).absolute()
             if output.exists():
@@ -62,36 +69,9 @@ def main() -> int:
             print(space.model_dump_json(indent=1))
             return 0
         resume.write_space(space, output)
-        return search(space, plan, output)
+        return job.search(space, plan, output, shlex.join(["python", *sys.argv]), repeated)
     except USER_ERRORS as error:
         return fail(error)
-
-
-def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
-    """The sweep itself, after everything that could be refused has been."""
-    files = sweep.prepare(space, plan.gpus_per_worker)
-    study = sweep.run_sweep(space, plan, files, output)
-    best, finalists = finals.run_finals(space, plan, files, output, study)
-    run = with_values(space.run, best.values)
-    validation = files[sweep.variant_key(run)].shards["validation"]
-    resume.set_aside(output / "best")
-    scores = results.on_cluster(
-        run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
-    )
-    rows = results.trial_rows(study, space.tune)
-    grids = report.sweep_tables(rows, finalists, scores, best, run, space.tune)
-    command = shlex.join(["python", *sys.argv])
-    gap = results.selection_gap(best, scores, space.tune.metric)
-    document = {"command": command, "best": vars(best), "selection": gap, "validation": scores, "trials": rows}
-    results.write_results(output, document | {"finalists": [vars(finalist) for finalist in finalists]})
-    report.show(grids)
-    print(line := report.verdict(best, gap, space.tune.metric))
-    print(f"exported: {output / 'best'}")
-    print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
-    failed = [row for row in rows if row["state"] == "failed"]
-    for row in failed:
-        print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)
-    return 1 if len(failed) == len(rows) else 0
 
 
 if __name__ == "__main__":

@@ -48,10 +48,6 @@ class RunConfig(Section):
             )
         if coarsening and self.encoder.private_len:
             raise ValueError(f"coarsening_steps needs encoder.private_len 0, got {self.encoder.private_len}")
-        if any(size < 1 for size in self.training.tokens_per_latent):
-            raise ValueError(
-                f"training.tokens_per_latent must be 1 or more each, got {self.training.tokens_per_latent}"
-            )
         if self.training.tokens_per_latent and self.encoder.tokens_per_latent is None:
             raise ValueError(
                 f"training.tokens_per_latent {self.training.tokens_per_latent} needs messages that grow with the text, got "

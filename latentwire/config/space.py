@@ -103,6 +103,9 @@ class TuneConfig(Section):
     """ASHA keeps one of this many at each rung."""
     max_failures: int = Field(1, ge=0)
     """How often a trial whose driver or workers died for good is started again, from its last checkpoint."""
+    keep_checkpoints: int = Field(4, ge=1)
+    """Checkpoints kept of all trials together, the best by ``metric``; each running trial's last and its own best are kept
+    besides."""
     metric: str = "dev_f1"
     """Metric to search by: ``dev_f1`` (mean over receivers), ``dev_em``, ``dev_loss``, or one receiver's, ``dev_f1_<name>``."""
     mode: Literal["max", "min"] = "max"

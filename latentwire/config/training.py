@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,7 @@ class TrainingConfig(Section):
     own length from the start."""
     coarsening_from: float = Field(1.0, ge=1, le=1024)
     """Encoder tokens per latent where the coarsening starts (``byte``: patches). The alignment has this length too."""
-    tokens_per_latent: tuple[int, ...] = ()
+    tokens_per_latent: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((), max_length=64)
     """Each step draws one of these lengths for its messages in place of ``encoder.tokens_per_latent``, by seed and step:
     one wire whose sender chooses how short a message is. Empty: the encoder's own."""
     init_from: str | None = None

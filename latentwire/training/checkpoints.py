@@ -7,6 +7,7 @@ state. An export is the same directory without them.
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -104,9 +105,29 @@ def load_training(path: Path, trainer: Trainer) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there."""
-    manifest = json.loads((path / exports.MANIFEST).read_text())
-    for name in (*manifest["files"], exports.MANIFEST, exports.CARD):
+    """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there.
+
+    It is renamed first, so that no half of it is ever seen under its name.
+    """
+    aside = path.parent / f".{path.name}.removed-{uuid.uuid4().hex[:8]}"
+    path.rename(aside)
+    remove_files(aside, written_names(aside))
+    if aside.exists():  # another's files are in it: they go back to where they were
+        aside.rename(path)
+
+
+def written_names(path: Path) -> list[str]:
+    """Files of a checkpoint: those its manifest names, the manifest last. Without one, those that every checkpoint may have."""
+    file = path / exports.MANIFEST
+    if file.exists():
+        return [*json.loads(file.read_text())["files"], exports.CARD, exports.MANIFEST]
+    fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
+    return [str(f.relative_to(path)) for f in path.rglob("*") if f.name in fixed or f.suffix == ".safetensors"]
+
+
+def remove_files(path: Path, names: list[str]) -> None:
+    """Delete these files of a directory, and it and those below it where nothing else is left in them."""
+    for name in names:
         (path / name).unlink(missing_ok=True)
     folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)
     for folder in (*folders, path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from latentwire.assembly import LatentWire
-from latentwire.config import TrainingConfig
+from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, streams
-from latentwire.training import checkpoints
+from latentwire.evaluation.pin import evaluation_pin
+from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
 
@@ -37,11 +37,12 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
     pins = {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
         "evaluation": wire.run.evaluation.model_dump(),
+        "evaluation_pin": evaluation_pin(paths["dev"], wire.run),
         "receivers": frozen,
     }
     folder = output / "checkpoints"
     trainer.stop_when(signal.SIGTERM)
-    previous = finished(folder)
+    previous = kept.finished(folder)
     if previous:
         checkpoints.load_training(previous[-1], trainer)
         print(f"resumed at step {trainer.progress.step} from {previous[-1]}", flush=True)
@@ -51,39 +52,19 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)
         print("evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
-        target = folder / f"step-{trainer.progress.step:08d}"
-        if target.exists():
-            return  # resumed exactly at the end
-        checkpoints.save(target, wire, metrics, pins, trainer)
-        kept = finished(folder)
-        for path in set(kept) - {best_of(kept), kept[-1]}:
-            checkpoints.remove(path)
+        kept.save_step(folder, wire, metrics, pins, trainer, *metric_of(wire.run))
 
     trainer.train(table_epochs(wire.run.training, train), at_evaluation)
     if trainer.stop_asked:
+        kept.save_step(folder, wire, {}, pins, trainer, *metric_of(wire.run))
         step = trainer.progress.step
-        if not (target := folder / f"step-{step:08d}").exists():
-            checkpoints.save(target, wire, {}, pins, trainer)
         raise TrainingError(f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on")
     changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
     if changed:
         raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
-    return best_of(finished(folder))
+    return kept.best_of(kept.finished(folder), *metric_of(wire.run))
 
 
-def finished(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
-
-
-def best_of(paths: list[Path]) -> Path:
-    """The checkpoint with the highest development F1, the later one among equals; a stopped run's last has no score.
-
-    Where no question was asked, the one with the lowest loss.
-    """
-
-    def score(path: Path) -> float:
-        metrics = json.loads((path / "manifest.json").read_text())["metrics"]
-        return metrics.get("dev_f1", -metrics.get("dev_loss", float("inf")))
-
-    return max(paths, key=lambda path: (score(path), path))
+def metric_of(run: RunConfig) -> tuple[str, str]:
+    """The metric that chooses a single run's best checkpoint, and whether more or less of it is better."""
+    return ("dev_loss", "min") if run.data.dataset == "text" else ("dev_f1", "max")

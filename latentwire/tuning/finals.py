@@ -83,6 +83,7 @@ def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:
             "scheduler": "none",
             "objectives": {},
             "warm_start": None,
+            "keep_checkpoints": len(points),  # the best mean wins, whose own best may be no other's match
         }
     )
     seeds = IntDimension(type="int", low=0, high=first + space.tune.final_seeds)

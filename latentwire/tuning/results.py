@@ -22,7 +22,8 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.evaluation.diagnostics import diagnose
-from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict
+from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.pin import evaluation_pin
 from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.summary import summarise
 from latentwire.training import checkpoints
@@ -161,7 +162,10 @@ def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[s
     texts = wire.run.data.dataset == "text"
     table, predictions = ({}, []) if texts else score(checkpoint, validation)
     pins = manifest["pins"] | {
-        "validation": {"shards": shards.read_manifest(validation)["key"], "metric_version": METRIC_VERSION}
+        "validation": {
+            "shards": shards.read_manifest(validation)["key"],
+            "evaluation_pin": evaluation_pin(validation, wire.run),
+        }
     }
     checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
     if predictions:

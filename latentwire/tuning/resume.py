@@ -13,7 +13,13 @@ from latentwire.tuning.study import JOURNAL, open_study, own_trials
 
 SPACE_FILE = "space.json"
 """The resolved space in a sweep's directory."""
-CHANGEABLE = ("tune.trials", "tune.max_concurrent_trials", "tune.time_budget_minutes", "tune.max_failures")
+CHANGEABLE = (
+    "tune.trials",
+    "tune.max_concurrent_trials",
+    "tune.time_budget_minutes",
+    "tune.max_failures",
+    "tune.keep_checkpoints",
+)
 """What a resumed sweep may change: not what its trials are compared by."""
 
 

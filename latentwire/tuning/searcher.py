@@ -25,21 +25,12 @@ from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics, draw
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION
-
-NUMBER = "study_trial"
-"""Key of a trial's number among the values that Tune gets."""
-ERROR_FILE = "error.txt"
-"""Where a trial's driver leaves the cause of a failure."""
+from latentwire.tuning.trial import NUMBER, cause_left, trial_path
 
 
 def objectives(space: SpaceFile) -> dict[str, str]:
     """What a space is searched by: metric → max or min, the scheduler's first."""
     return {space.tune.metric: space.tune.mode, **space.tune.objectives}
-
-
-def trial_path(trial_dir: Path, number: int) -> Path:
-    """Where a trial keeps its checkpoints, whichever driver runs it."""
-    return trial_dir / f"trial-{number}"
 
 
 def check_searchable(space: SpaceFile) -> None:
@@ -60,10 +51,12 @@ class StudySearch(Searcher):
     are those of its best evaluation by ``tune.metric``, since that is the checkpoint which is kept.
     """
 
-    def __init__(self, space: SpaceFile, *, journal: Path, name: str, trial_dir: Path) -> None:
-        """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there."""
+    def __init__(self, space: SpaceFile, *, journal: Path, name: str, trial_dir: Path, pin: str | None = None) -> None:
+        """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there. ``pin``: the
+        evaluation pin of every score, where it is known; earlier scores must have the same."""
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
         self.space, self.journal, self.name, self.trial_dir = space, journal, name, trial_dir
+        self.pin = pin
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
@@ -77,8 +70,10 @@ class StudySearch(Searcher):
         """The study, opened at first use, with its starting points and what it was warmed with."""
         if self._study is None:
             tune, directed = self.space.tune, objectives(self.space)
-            earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed)
+            earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed, self.pin)
             study = studies.open_study(self.journal, self.name, directed)
+            if self.pin is not None:
+                studies.pin_study(study, self.pin)
             studies.enqueue(study, tune.start_with)
             studies.warm_start(study, earlier, self.space.search)
             self._study = study
@@ -121,8 +116,11 @@ class StudySearch(Searcher):
             return
         reports = studies.evaluations(self._frozen(trial))
         last = reports[-1] if reports else None
-        if error:
-            self._fail(trial, self._cause(trial.number))
+        left = cause_left(trial_path(self.trial_dir, trial.number))
+        if left is not None:
+            self._fail(trial, left)
+        elif error:
+            self._fail(trial, "the trial's driver died; see Tune's log")
         elif last is None or (result is not None and self._values(result) is None):
             found = "no result" if result is None else {name: result.get(name) for name in objectives(self.space)}
             self._fail(trial, f"finite {', '.join(objectives(self.space))} needed, got {found}")
@@ -157,10 +155,6 @@ class StudySearch(Searcher):
 
     def _running(self) -> list[FrozenTrial]:
         return studies.own_trials(self.study, (TrialState.RUNNING,))
-
-    def _cause(self, number: int) -> str:
-        path = trial_path(self.trial_dir, number) / ERROR_FILE
-        return path.read_text() if path.exists() else "the trial's driver died; see Tune's log"
 
     def _values(self, result: Mapping[str, Any]) -> list[float] | None:
         values = [self._number(result, name) for name in objectives(self.space)]

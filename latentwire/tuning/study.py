@@ -20,8 +20,8 @@ JOURNAL = "study.journal"
 SESSION, CAUSE, EVALUATIONS, WARM = "session", "cause", "evaluations", "warm_start"
 """User attributes of the study's trials: the driver that runs it; why it failed; step → what was reported; where a trial
 was taken from."""
-OBJECTIVES = "objectives"
-"""User attribute of the study: its objectives with their directions."""
+OBJECTIVES, PIN = "objectives", "evaluation_pin"
+"""User attributes of the study: its objectives with their directions; the evaluation pin that all of its scores have."""
 
 
 def open_study(
@@ -46,6 +46,20 @@ def open_study(
     return study
 
 
+def pin_study(study: optuna.Study, pin: str) -> None:
+    """Write the evaluation pin into a study.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where its scores have another: rows, layout, decoding or metrics
+    have changed since, and old and new scores cannot be compared.
+    """
+    if (found := study.user_attrs.get(PIN, pin)) != pin:
+        raise ConfigError(
+            f"scores of study {study.study_name} have the evaluation pin {found}, new ones would have {pin}: rows, layout, "
+            f"decoding or metrics differ; start a new sweep"
+        )
+    study.set_user_attr(PIN, pin)
+
+
 def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
     """Starting points, each once however often the study is opened."""
     for point in points:
@@ -63,11 +77,11 @@ def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:
     return sorted(trial.user_attrs.get(EVALUATIONS, {}).values(), key=lambda report: report["step"])
 
 
-def read_earlier(source: str | Path, objectives: Mapping[str, str]) -> list[FrozenTrial]:
+def read_earlier(source: str | Path, objectives: Mapping[str, str], pin: str | None = None) -> list[FrozenTrial]:
     """Finished trials of an earlier sweep (its directory, or its journal).
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no study, or one with other objectives: values of
-    another metric would mislead the sampler.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no study, or one with other objectives or another
+    evaluation ``pin`` (``None``: not looked at): other metrics, or scores on other rows, would mislead the sampler.
     """
     journal = Path(source) / JOURNAL if Path(source).is_dir() else Path(source)
     if not journal.is_file():
@@ -80,6 +94,10 @@ def read_earlier(source: str | Path, objectives: Mapping[str, str]) -> list[Froz
         wanted = [list(item) for item in objectives.items()]
         if stated != wanted:
             raise ConfigError(f"tune.warm_start must have the objectives {wanted}, got {stated} ({journal})")
+        if pin is not None and (other := earlier.user_attrs.get(PIN)) != pin:
+            raise ConfigError(
+                f"tune.warm_start must have the evaluation pin {pin}, got {other} ({journal}): its scores are not comparable"
+            )
         found += own_trials(earlier, (TrialState.COMPLETE, TrialState.PRUNED))
     return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,20 @@ from typing import Any
 import optuna
 import ray
 import ray.data
-import ray.train
 from optuna.trial import FrozenTrial
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError
 from latentwire.data import pipeline, shards, streams, teachers
+from latentwire.evaluation.pin import evaluation_pin
+from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
-from latentwire.tuning.searcher import ERROR_FILE, NUMBER, StudySearch, trial_path
+from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import data_variants, largest_run
 from latentwire.tuning.study import JOURNAL, evaluations, own_trials
-from latentwire.tuning.trial import make_trainer
+from latentwire.tuning.trial import NUMBER, Variant, drive_trial, variant_key
 
 SHARDS_AT_ONCE = 3
 """Splits that are sharded side by side."""
@@ -53,6 +52,12 @@ class Files:
     """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
     columns: tuple[str, ...]
     """Of the training shards, those that some trial reads."""
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """What the files are named by: split → key of its shards, and receiver → its teacher's columns."""
+        named = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
+        return named | {f"teacher {name}": path.name for name, path in self.teachers.items()}
 
     @property
     def train_rows(self) -> int:
@@ -84,15 +89,6 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
     return files
 
 
-def variant_key(run: RunConfig) -> str:
-    """Names the files of a run within one sweep."""
-    losses = run.losses
-    said = [losses.kd_temperature, losses.kd_top_k, losses.hidden_kd_depths]
-    encoder = [run.encoder.kind, run.encoder.model, run.encoder.split]
-    tree = {"data": run.data.model_dump(), "prompt": run.prompt.model_dump(), "encoder": encoder, "teachers": said}
-    return json.dumps(tree, sort_keys=True)
-
-
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     """Training rows, in the object store once for all trials or to be streamed, and development rows, which are few."""
     dev = files.shards["dev"]
@@ -108,7 +104,24 @@ def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]
     return {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
         "evaluation": run.evaluation.model_dump(),
+        "evaluation_pin": evaluation_pin(paths["dev"], run),
     }
+
+
+def common_pin(space: SpaceFile, files: Mapping[str, Files]) -> str:
+    """The evaluation pin that all trials share.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the development rows: scores on
+    different rows say nothing about the wires.
+    """
+    found = {evaluation_pin(own.shards["dev"], space.run) for own in files.values()}
+    if len(found) > 1:
+        searched = ", ".join(path for path in space.search if path.startswith("data."))
+        raise ConfigError(
+            f"all trials must be scored on the same development rows, got {len(found)} different sets; search something "
+            f"else than {searched}"
+        )
+    return found.pop()
 
 
 class Earlier:
@@ -127,39 +140,6 @@ def replay(scheduler: TrialScheduler, ended: Iterable[FrozenTrial]) -> None:
             scheduler.on_trial_result(None, stand_in, report)
 
 
-def drive_trial(
-    values: dict[str, Any],
-    *,
-    space: SpaceFile,
-    plan: Plan,
-    datasets: dict[str, dict[str, ray.data.Dataset]],
-    files: dict[str, Files],
-    trial_dir: Path,
-) -> None:
-    """One trial's driver: resolves the configuration and runs a TorchTrainer under a name that a restart finds again."""
-    number = values[NUMBER]
-    run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
-    key, path = variant_key(run), trial_path(trial_dir, number)
-    trainer = make_trainer(
-        run,
-        datasets[key],
-        files[key].train_rows,
-        name=path.name,
-        storage_path=str(trial_dir),
-        gpus_per_worker=plan.gpus_per_worker,
-        pins=pins(files[key].shards, run),
-        metric=space.tune.metric,
-        mode=space.tune.mode,
-        callbacks=[TuneReportCallback()],
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ERROR_FILE).write_text(str(error).strip().splitlines()[-1])
-        raise
-
-
 def total_steps(run: RunConfig, train_rows: int) -> int:
     """Optimiser steps of a run on that many rows."""
     return min(run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12)
@@ -176,23 +156,35 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> optuna.Study:
+def run_sweep(
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path, receivers: Mapping[str, str] | None = None
+) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
     What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
-    Trials that fail are told to the study, not raised.
+    Trials that fail are told to the study, not raised. ``receivers``: hashes that their weights must have.
     """
     config, trial_dir = space.tune, output / "trials"
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir)
+    pin = common_pin(space, files)
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin)
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
+    janitor = Janitor(search)
+    clear_debris(trial_dir)
     missing = config.trials - len(ended)
     if missing <= 0:
         return search.study
-    datasets = {key: load_datasets(own, space.run.data.in_memory) for key, own in files.items()}
+    variants = {
+        key: Variant(
+            load_datasets(own, space.run.data.in_memory),
+            own.train_rows,
+            pins(own.shards, space.run) | ({} if receivers is None else {"receivers": dict(receivers)}),
+        )
+        for key, own in files.items()
+    }
     scheduler = make_scheduler(config, total_steps(space.run, min(own.train_rows for own in files.values())))
     replay(scheduler, ended)
     driver = tune.with_parameters(
-        drive_trial, space=space, plan=plan, datasets=datasets, files=files, trial_dir=trial_dir
+        drive_trial, space=space, variants=variants, gpus_per_worker=plan.gpus_per_worker, trial_dir=trial_dir
     )
     tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),
@@ -209,7 +201,10 @@ def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Pat
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(output / "tune"),
             verbose=1,
+            callbacks=[janitor],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     ).fit()
+    clear_debris(trial_dir)
+    janitor.tidy()
     return search.study

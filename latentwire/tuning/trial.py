@@ -1,27 +1,33 @@
-"""One run on Ray: the worker's training loop, and the driver that starts a TorchTrainer for it."""
+"""One run on Ray: the trial's driver, and the TorchTrainer that it starts.
+
+Every trial has a driver and a controller, each a fresh process that imports this module: it is light on purpose, and what
+the workers run lies in :mod:`latentwire.tuning.worker`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pyarrow as pa
 import ray.data
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 
-from latentwire.assembly import LatentWire
-from latentwire.config import RunConfig
-from latentwire.data import streams
-from latentwire.training import checkpoints
-from latentwire.training.loop import Trainer
-from latentwire.training.workers import Workers
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.resolve import with_values
+
+NUMBER = "study_trial"
+"""Key of a trial's number among the values that Tune gets."""
+ERROR_FILE = "error.txt"
+"""Where a trial's driver or worker leaves the cause of a failure."""
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "out of memory", "due to memory pressure", "low on memory")
+"""Words of torch, Python and Ray's memory monitor for what is too large."""
 
 WORKER_START_SECONDS = "600"
 """Ray Train gives a worker one minute to start; a busy machine or a node that is being added takes longer. The planner
@@ -29,60 +35,107 @@ has refused what could never start."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What every worker of a trial runs; continues from the trial's last checkpoint where there is one.
+    """What every worker of a trial runs: :func:`latentwire.tuning.worker.train`."""
+    from latentwire.tuning import worker
 
-    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did).
+    worker.train(settings)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the trials of one data variant train on, and what their metrics hang on."""
+
+    datasets: dict[str, ray.data.Dataset]
+    """``train``, of ``train_rows``, and ``dev``."""
+    train_rows: int
+    pins: dict[str, Any]
+
+
+def trial_path(trial_dir: Path, number: int) -> Path:
+    """Where a trial keeps its checkpoints, whichever driver runs it."""
+    return trial_dir / f"trial-{number}"
+
+
+def variant_key(run: RunConfig) -> str:
+    """Names the files of a run within one sweep."""
+    losses = run.losses
+    said = [losses.kd_temperature, losses.kd_top_k, losses.hidden_kd_depths]
+    encoder = [run.encoder.kind, run.encoder.model, run.encoder.split]
+    tree = {"data": run.data.model_dump(), "prompt": run.prompt.model_dump(), "encoder": encoder, "teachers": said}
+    return json.dumps(tree, sort_keys=True)
+
+
+def drive_trial(
+    values: dict[str, Any],
+    *,
+    space: SpaceFile,
+    variants: Mapping[str, Variant],
+    gpus_per_worker: float,
+    trial_dir: Path,
+) -> None:
+    """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
+
+    The cause of a failure is left in :data:`ERROR_FILE`. A trial that would fail again in the same way (out of memory, no
+    finite gradients) leaves it and returns; any other is raised, for Tune to start the trial again.
     """
-    entered = time.time()
-    run = RunConfig.model_validate(settings["run"])
-    torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
-    workers = Workers()
-    wire = LatentWire(run)
-    frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
-    pins = settings["pins"] | {"receivers": frozen}
-    batch_size = run.training.batch_size // workers.size
-    trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
-    previous = ray.train.get_checkpoint()
-    if previous is not None:
-        with previous.as_directory() as path:
-            checkpoints.load_training(Path(path), trainer)
-        print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
-    elif run.training.init_from is not None:
-        checkpoints.initialise(Path(run.training.init_from), wire)
-    started = start_times(settings["began"], entered)
-    print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
-    rows = ray.train.get_dataset_shard("train")
-    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
-
-    def epochs(epoch: int) -> Iterator[pa.Table]:
-        only = settings["train_rows"] < run.training.batch_size
-        return streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only)
-
-    def report() -> None:
-        metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}
-        if trainer.progress.step >= trainer.total_steps:
-            changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
-            if changed:
-                raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
-        if workers.rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                path = checkpoints.save(Path(folder) / "checkpoint", wire, metrics, pins, trainer)
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
-        else:
-            ray.train.report(metrics)
-
-    trainer.train(epochs, report)
+    number = values[NUMBER]
+    run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
+    variant, path = variants[variant_key(run)], trial_path(trial_dir, number)
+    trainer = make_trainer(
+        run,
+        variant.datasets,
+        variant.train_rows,
+        name=path.name,
+        storage_path=str(trial_dir),
+        gpus_per_worker=gpus_per_worker,
+        pins=variant.pins,
+        metric=space.tune.metric,
+        mode=space.tune.mode,
+        callbacks=[TuneReportCallback()],
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        leave_cause(path, run, error)
+        if not is_out_of_memory(error):
+            raise
 
 
-def start_times(began: float, entered: float) -> dict[str, float]:
-    """Seconds from a trial's start to this process (Ray's part), to its own code (imports), and to here (loading)."""
-    here = psutil.Process().create_time()
-    return {"process": here - began, "code": entered - here, "loading": time.time() - entered}
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a trial, or one of its workers, was too large: for its GPU, its process, or the node."""
+    found = [error, *getattr(error, "worker_failures", {}).values()]
+    return any(word in f"{type(one).__name__} {one}" for one in found for word in OUT_OF_MEMORY)
 
 
-def metric_of(run: RunConfig) -> tuple[str, str]:
-    """The metric that chooses a single run's best checkpoint, and whether more or less of it is better."""
-    return ("dev_loss", "min") if run.data.dataset == "text" else ("dev_f1", "max")
+def leave_cause(path: Path, run: RunConfig, error: BaseException) -> None:
+    """Write why a trial failed, and how large it was where that is why, aside and renamed."""
+    cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    if is_out_of_memory(error):
+        cause = f"out of memory with {size_of(run)}: {cause}"
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".{ERROR_FILE}.part"
+    aside.write_text(cause)
+    aside.rename(path / ERROR_FILE)
+
+
+def cause_left(path: Path) -> str | None:
+    """Why the last attempt at a run failed, where one did."""
+    return (path / ERROR_FILE).read_text() if (path / ERROR_FILE).exists() else None
+
+
+def size_of(run: RunConfig) -> str:
+    """What a run's memory hangs on, in a line."""
+    training, encoder = run.training, run.encoder
+    length = (
+        f"{encoder.tokens_per_latent} tokens per latent"
+        if encoder.tokens_per_latent
+        else f"latent_len {encoder.latent_len}"
+    )
+    receivers = " and ".join(f"{receiver.model} ({receiver.dtype})" for receiver in run.receivers)
+    return (
+        f"batch_size {training.batch_size} over {training.num_workers} worker(s) in {training.accumulation} part(s), "
+        f"sequential_models {str(training.sequential_models).lower()}, {length}, d_z {encoder.d_z}, {receivers}"
+    )
 
 
 def make_trainer(
@@ -98,10 +151,13 @@ def make_trainer(
     mode: str,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
-    """A TorchTrainer for one run. ``name`` must be stable: Ray resumes a run whose directory exists under that name.
+    """A TorchTrainer for one run, which goes on from the last checkpoint in ``storage_path/name``.
 
     ``datasets``: ``train``, of so many rows, and ``dev``. The best checkpoint by ``metric`` and the last one are kept.
+    Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
+    died in that moment could never go on.
     """
+    (Path(storage_path) / name / ERROR_FILE).unlink(missing_ok=True)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
     resources = {"CPU": run.training.cpus_per_worker}
     if gpus_per_worker:
@@ -110,6 +166,7 @@ def make_trainer(
         train_worker,
         train_loop_config={
             "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
+            "folder": str(Path(storage_path) / name), "metric": metric, "mode": mode,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
@@ -119,9 +176,6 @@ def make_trainer(
             storage_path=storage_path,
             callbacks=callbacks,
             failure_config=ray.train.FailureConfig(max_failures=run.training.max_failures, controller_failure_limit=2),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=metric, checkpoint_score_order=mode
-            ),
         ),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),

@@ -91,7 +91,7 @@ def test_each_step_draws_its_messages_length(wire: LatentWire, run: RunConfig, t
 def test_drawn_lengths_need_messages_that_grow(run: RunConfig) -> None:
     with pytest.raises(ValueError, match=r"tokens_per_latent \(2, 4\) needs messages that grow"):
         with_values(run, {"training.tokens_per_latent": (2, 4)})
-    with pytest.raises(ValueError, match="must be 1 or more each"):
+    with pytest.raises(ValueError, match="must be ≥ 1, got 0"):
         with_values(run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (0, 4)})
 
 

@@ -12,7 +12,8 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards
 from latentwire.training import checkpoints
-from latentwire.training.local import best_of, finished, train_here
+from latentwire.training.kept import best_of, finished
+from latentwire.training.local import train_here
 from latentwire.training.loop import Trainer, TrainingError
 
 

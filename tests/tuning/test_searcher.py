@@ -13,8 +13,9 @@ from ray.tune.search.optuna import OptunaSearch
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError
 from latentwire.tuning.samplers import CLASSES, make_sampler
-from latentwire.tuning.searcher import ERROR_FILE, NUMBER, StudySearch, check_searchable, trial_path
+from latentwire.tuning.searcher import StudySearch, check_searchable
 from latentwire.tuning.study import CAUSE, JOURNAL, own_trials
+from latentwire.tuning.trial import ERROR_FILE, NUMBER, trial_path
 
 RATE = "training.encoder_lr"
 SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}

@@ -1,0 +1,36 @@
+"""The evaluation pin: one hash of everything, besides the wire, that a score hangs on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from latentwire.config import RunConfig
+from latentwire.data import shards
+from latentwire.data.layout import LAYOUT_VERSION
+from latentwire.evaluation.evaluator import METRIC_VERSION
+
+ROW_COLUMNS = ("id", "context", "question", "answers")
+
+
+def evaluation_pin(path: Path, run: RunConfig) -> str:
+    """Hash of the rows of complete shards (their content, in order), layout version, decoding limit, metric version and rules.
+
+    Tokenisers, anchor and receivers are not in it: they belong to what is compared. Scores with different pins must not be.
+    """
+    digest = hashlib.sha256()
+    for name in shards.read_manifest(path)["files"]:
+        columns = [column for column in pq.read_schema(path / name).names if column in ROW_COLUMNS]
+        for row in pq.read_table(path / name, columns=columns).to_pylist():
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    decides = {
+        "rows": digest.hexdigest(),
+        "layout_version": LAYOUT_VERSION,
+        "metric_version": METRIC_VERSION,
+        "rules": run.data.dataset,
+        "decoding": {"max_answer_tokens": run.evaluation.max_answer_tokens},
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

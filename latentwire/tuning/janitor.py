@@ -1,0 +1,94 @@
+"""The checkpoint budget of a sweep: over all of its trials the best few are kept, and each running trial's last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import TrialState
+from ray.tune import Callback
+
+from latentwire.config import TuneConfig
+from latentwire.training import checkpoints, kept
+from latentwire.tuning.results import within_limits
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import own_trials
+from latentwire.tuning.trial import trial_path
+
+
+class Janitor(Callback):
+    """Keeps the ``tune.keep_checkpoints`` best by ``tune.metric``, those within ``tune.constraints`` first.
+
+    A trial's own worker keeps its best and its last; what of these is not among the best of the sweep goes when the trial
+    has ended, and before that unless it is its last, from which it would go on. Scores are those in the checkpoints'
+    manifests, so a driver that was killed and started again keeps the same ones.
+    """
+
+    def __init__(self, search: StudySearch) -> None:
+        """``search``: whose study says which trials run."""
+        self.search = search
+        self.ended: set[int] = set()
+        """Trials that have nothing left to delete: a sweep of a thousand is not walked through at every report."""
+
+    def tidy(self) -> None:
+        """Delete what nothing needs any more."""
+        config, folder = self.search.space.tune, self.search.trial_dir
+        states = {trial.number: trial.state for trial in own_trials(self.search.study)}
+        open_trials = [number for number in states if number not in self.ended]
+        found = {number: kept.finished(trial_path(folder, number)) for number in open_trials}
+        every = [path for paths in found.values() for path in paths]
+        best = set(sorted(every, key=lambda path: _rank(path, config), reverse=True)[: config.keep_checkpoints])
+        for number, paths in found.items():
+            running = states[number] in (TrialState.RUNNING, TrialState.WAITING)
+            for path in paths[: -1 if running else None]:
+                if path not in best:
+                    _remove(path)
+            if not running and not best & set(paths):
+                self.ended.add(number)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """After every evaluation of a trial."""
+        self.tidy()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """After a trial's end."""
+        self.tidy()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """After a trial's failure."""
+        self.tidy()
+
+
+def clear_debris(trial_dir: Path) -> int:
+    """Delete what dead processes left half written or half deleted; returns how many. Only while no trial runs."""
+    return sum(kept.clear_debris(folder) for folder in trial_dir.glob("trial-*"))
+
+
+def bytes_in(folders: Iterable[Path]) -> int:
+    """Bytes of all files under some directories; a file that goes away meanwhile counts nothing."""
+    total = 0
+    for folder in folders:
+        for file in folder.rglob("*"):
+            try:
+                total += file.stat().st_size if file.is_file() else 0
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _rank(path: Path, config: TuneConfig) -> tuple[bool, float]:
+    try:
+        metrics = kept.metrics_of(path)
+    except FileNotFoundError:  # its own worker has just deleted it
+        return False, float("-inf")
+    return within_limits(metrics, config), kept.score(metrics, config.metric, config.mode)
+
+
+def _remove(path: Path) -> None:
+    try:
+        checkpoints.remove(path)
+    except FileNotFoundError:
+        return  # as above

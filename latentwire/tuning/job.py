@@ -1,0 +1,56 @@
+"""A sweep from its shards to its report: what ``ray_jobs/tune.py`` does once everything that could be refused has been."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import with_values
+from latentwire.tuning import finals, janitor, manifest, report, report_html, results, resume, sweep
+from latentwire.tuning.planner import Plan
+from latentwire.tuning.trial import variant_key
+
+
+def search(space: SpaceFile, plan: Plan, output: Path, command: str, repeated: Mapping[str, Any] | None = None) -> int:
+    """Shards, trials, finals, scores, export, report; returns the exit status: 1 where every trial has failed.
+
+    ``repeated``: the manifest whose trial this is, whose data and receivers must be the same.
+    """
+    files = sweep.prepare(space, plan.gpus_per_worker)
+    pin = sweep.common_pin(space, files)
+    if repeated is not None:
+        manifest.check_data(repeated, files, pin)
+    manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))
+    study = sweep.run_sweep(space, plan, files, output, None if repeated is None else repeated["receivers"])
+    document = manifest.describe(space, files, pin, output, command, study)
+    manifest.write(output / manifest.MANIFEST, document)
+    best, finalists = finals.run_finals(space, plan, files, output, study)
+    run = with_values(space.run, best.values)
+    validation = files[variant_key(run)].shards["validation"]
+    resume.set_aside(output / "best")
+    scores = results.on_cluster(
+        run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
+    )
+    manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
+    rows = results.trial_rows(study, space.tune)
+    grids = report.sweep_tables(rows, finalists, scores, best, run, space.tune)
+    gap = results.selection_gap(best, scores, space.tune.metric)
+    found = {"command": command, "best": vars(best), "selection": gap, "validation": scores, "trials": rows}
+    found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
+    results.write_results(output, found)
+    report.show(grids)
+    print(line := report.verdict(best, gap, space.tune.metric))
+    if repeated is not None:
+        was = repeated["trials"][str(repeated["trial"])]["score"]
+        print(f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}")
+    held = janitor.bytes_in([output / "trials", output / finals.FINALS])
+    print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
+    print(f"exported: {output / 'best'}")
+    print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
+    failed = [row for row in rows if row["state"] == "failed"]
+    for row in failed:
+        print(f"failed: trial {row['trial']}: {row['error'].strip().splitlines()[-1]}", file=sys.stderr)
+    return 1 if len(failed) == len(rows) else 0

@@ -1,0 +1,111 @@
+"""What every worker of a trial runs. Apart from :mod:`latentwire.tuning.trial`, whose importers need no receivers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import ray.data
+import ray.train
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.data import streams
+from latentwire.training import checkpoints, kept
+from latentwire.training.loop import Trainer, TrainingError
+from latentwire.training.workers import Workers
+from latentwire.tuning.trial import is_out_of_memory, leave_cause
+
+PREEMPTION_STEPS = 5
+"""Steps between two looks for a notice that this node goes away: all workers look together, which costs milliseconds."""
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Train; what would fail again in the same way leaves its cause and ends the run without another try.
+
+    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did), ``folder`` of
+    its checkpoints, ``metric`` and ``mode`` by which they are kept.
+    """
+    run = RunConfig.model_validate(settings["run"])
+    try:
+        _train(run, settings)
+    except (RuntimeError, MemoryError) as error:
+        if run.training.num_workers > 1 or not (
+            isinstance(error, TrainingError | checkpoints.CheckpointError) or is_out_of_memory(error)
+        ):
+            raise  # of several workers the others would wait for this one
+        leave_cause(Path(settings["folder"]), run, error)
+        print(f"error: {error}", flush=True)
+
+
+def _train(run: RunConfig, settings: dict[str, Any]) -> None:
+    entered = time.time()
+    torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
+    workers = Workers()
+    wire = LatentWire(run)
+    frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
+    if (expected := settings["pins"].get("receivers", frozen)) != frozen:
+        raise checkpoints.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
+    pins = settings["pins"] | {"receivers": frozen}
+    batch_size = run.training.batch_size // workers.size
+    trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
+    folder, chosen = Path(settings["folder"]), (settings["metric"], settings["mode"])
+    last = broadcast_from_rank_zero([path.name for path in kept.finished(folder)][-1:])
+    if last:
+        checkpoints.load_training(folder / last[0], trainer)
+        print(f"resumed at step {trainer.progress.step} from {folder / last[0]}", flush=True)
+    elif run.training.init_from is not None:
+        checkpoints.initialise(Path(run.training.init_from), wire)
+    started = start_times(settings["began"], entered)
+    print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
+    rows = ray.train.get_dataset_shard("train")
+    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
+
+    def epochs(epoch: int) -> Iterator[pa.Table]:
+        only = settings["train_rows"] < run.training.batch_size
+        for batch in streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only):
+            if trainer.progress.step % PREEMPTION_STEPS == 0:
+                save_if_preempted()
+            yield batch
+
+    told: list[Any] = []
+
+    def save_if_preempted() -> None:
+        """Save once when this node is about to go; Ray starts the run again elsewhere, which counts as no failure."""
+        notice = ray.train.get_preemption_info()
+        if notice is not None and not told:
+            told.append(notice)
+            if workers.rank == 0:
+                path = kept.save_step(folder, wire, {}, pins, trainer, *chosen)
+                print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
+
+    def send(metrics: dict[str, Any], path: Path) -> None:
+        ray.train.report(metrics | {CHECKPOINT_PATH_KEY: str(path)})
+
+    def report() -> None:
+        metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}
+        if trainer.progress.step >= trainer.total_steps:
+            changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
+            if changed:
+                raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
+        path = folder
+        if workers.rank == 0:
+            path = kept.save_step(folder, wire, metrics, pins, trainer, *chosen)
+        send(metrics, path)
+
+    if last and (scored := kept.metrics_of(folder / last[0])):
+        send(scored, folder / last[0])  # the process that saved it may have died before it could say so
+    trainer.train(epochs, report)
+
+
+def start_times(began: float, entered: float) -> dict[str, float]:
+    """Seconds from a trial's start to this process (Ray's part), to its own code (imports), and to here (loading)."""
+    here = psutil.Process().create_time()
+    return {"process": here - began, "code": entered - here, "loading": time.time() - entered}

@@ -1,0 +1,345 @@
+"""Kill a small sweep again and again, and check that nothing is lost and nothing counts twice.
+
+    python scripts/chaos.py --deaths 50 --seed 0 --output_dir runs/chaos
+
+A sweep of the toy pair runs on a cluster of its own, which outlives its driver. After delays drawn by the seed one of them is
+killed with -9: the sweep's driver, a Train worker, a trial's driver ("trial actor"), or the raylet, and with it the whole
+machine. ``ray_jobs/tune.py --resume`` goes on each time. In the end every trial's value must be what the same configuration
+gives in one process that nobody killed; the table of deaths and the checks are printed and kept in ``chaos.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import ray
+import ray.data
+from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors, list_placement_groups
+
+from latentwire.assembly import LatentWire
+from latentwire.config.resolve import load_space, with_values
+from latentwire.data import streams
+from latentwire.training import checkpoints
+from latentwire.training.loop import Trainer
+from latentwire.tuning import sweep
+from latentwire.tuning.resume import SPACE_FILE
+from latentwire.tuning.searcher import objectives
+from latentwire.tuning.study import JOURNAL, open_study, own_trials
+from latentwire.tuning.trial import variant_key
+
+REPOSITORY = Path(__file__).parent.parent
+TRIALS = 12
+SPACE = """
+run:
+  data: {dataset: toy, samples: 200, dev_samples: 8, validation_samples: 8, dev_fraction: 0.1}
+  encoder: {latent_len: 4, d_z: 16, d_model: 32, layers: 1, heads: 2}
+  training: {batch_size: 8, epochs: 4, max_steps: 24, evaluate_every: 3, alignment_steps: 2, log_every: 6, max_failures: 100}
+  evaluation: {max_answer_tokens: 4}
+search:
+  training.encoder_lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}
+tune:
+  trials: TRIALS
+  sampler: {name: random}
+  scheduler: none
+  metric: dev_loss
+  mode: min
+  max_failures: 100
+  max_concurrent_trials: 2
+"""
+VICTIMS = ("driver", "worker", "trial actor", "raylet")
+NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc"}
+"""What Ray calls the processes of a Train worker and of a trial's driver."""
+START_SECONDS = 180.0
+"""How long a victim may take to appear, and what a kill leaves to go away."""
+
+
+@dataclass
+class Death:
+    """One kill."""
+
+    victim: str
+    seconds: float
+    """Since the first command."""
+    finished: int
+    """Trials that had ended by then."""
+    steps: dict[int, int]
+    """Running trial → step of its last checkpoint."""
+
+
+@dataclass
+class Chaos:
+    """A sweep on a cluster of its own, and who was killed."""
+
+    output: Path
+    shards: Path
+    victims: list[str]
+    rng: random.Random
+    pause: tuple[float, float]
+    """Shortest and longest delay in seconds before a kill."""
+    deaths: list[Death] = field(default_factory=list)
+    began: float = field(default_factory=time.time)
+    cluster: Cluster | None = None
+
+    def run(self) -> None:
+        """Kill and resume until the sweep is through."""
+        process = self.start()
+        while True:
+            victim = self.victims[len(self.deaths)] if len(self.deaths) < len(self.victims) else None
+            if victim is None:
+                code = process.wait()
+            else:
+                code = self.wait(process, self.rng.uniform(*self.pause))
+                if code is None:
+                    code = self.kill(victim, process)
+            if code is None:
+                continue  # the sweep goes on by itself
+            if code == 0:
+                break
+            process = self.start()
+        self.connect()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Begin the sweep or go on with it, on a new cluster where the machine has died."""
+        if self.cluster is None:
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 2,
+                    "include_dashboard": True,
+                    "dashboard_port": 0,
+                    "object_store_memory": 2**28,
+                },
+            )
+        command = [sys.executable, "ray_jobs/tune.py"]
+        if (self.output / SPACE_FILE).exists():
+            command += ["--resume", str(self.output)]
+        else:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            file = self.output.parent / f"{self.output.name}.yaml"
+            file.write_text(SPACE.replace("TRIALS", str(TRIALS)))
+            command += [
+                "--space",
+                str(file),
+                "--output_dir",
+                str(self.output),
+                "--set",
+                f"data.shard_dir={self.shards}",
+            ]
+        environment = os.environ | {"RAY_ADDRESS": self.cluster.address, "RAY_DEDUP_LOGS": "0"}
+        with (self.output.parent / f"{self.output.name}.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def kill(self, victim: str, process: subprocess.Popen[bytes]) -> int | None:
+        """Kill one of them; returns the driver's exit status where it does not go on by itself."""
+        assert self.cluster is not None
+        if victim in NAMES:
+            found = self.wait_for(lambda: self.processes(NAMES[victim]), process)
+            if not found:
+                return process.poll()  # the sweep has ended meanwhile
+            self.note(victim)
+            self.rng.choice(found).kill()
+            return None
+        self.note(victim)
+        if victim == "driver":
+            process.kill()
+            return process.wait()
+        self.cluster.head_node.kill_raylet()
+        try:
+            code = process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        self.cluster.shutdown()
+        self.cluster = None
+        return code or 1
+
+    def note(self, victim: str) -> None:
+        """Write a death down as it happens."""
+        trials = self.trials()
+        running = [trial.number for trial in trials if not trial.state.is_finished()]
+        steps = {
+            number: max((_step(path) for path in _checkpoints(self.output, number)), default=0) for number in running
+        }
+        ended = len(trials) - len(running)
+        self.deaths.append(Death(victim, time.time() - self.began, ended, steps))
+        print(row(len(self.deaths), self.deaths[-1]), flush=True)
+
+    def trials(self) -> list[Any]:
+        """The study's own trials; none before there is a study."""
+        if not (self.output / JOURNAL).exists():
+            return []
+        space = load_space(self.output / SPACE_FILE)
+        return own_trials(open_study(self.output / JOURNAL, self.output.name, objectives(space)))
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The cluster's processes of that name."""
+        assert self.cluster is not None
+        found = []
+        for info in self.cluster.head_node.all_processes["raylet"]:
+            for child in psutil.Process(info.process.pid).children(recursive=True):
+                try:
+                    if child.cmdline()[0].startswith(name):
+                        found.append(child)
+                except (psutil.Error, IndexError):
+                    continue
+        return found
+
+    def wait(self, process: subprocess.Popen[bytes], seconds: float) -> int | None:
+        """The exit status of a driver that ends within so many seconds."""
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait_for(self, what: Callable[[], list[Any]], process: subprocess.Popen[bytes]) -> list[Any]:
+        """What appears while the driver runs; empty where it ends before. Raises where neither happens."""
+        end = time.time() + START_SECONDS
+        while process.poll() is None:
+            if found := what():
+                return found
+            if time.time() > end:
+                raise RuntimeError(f"a process to kill must appear within {START_SECONDS:.0f} s, none did")
+            time.sleep(0.1)
+        return []
+
+    def connect(self) -> None:
+        """Join the cluster on which the sweep has ended."""
+        assert self.cluster is not None
+        ray.init(address=self.cluster.address, log_to_driver=False)
+
+
+def row(number: int, death: Death) -> str:
+    """A death as a row of the table."""
+    steps = ", ".join(f"{trial} at step {step}" for trial, step in death.steps.items()) or "none"
+    return f"| {number} | {death.victim} | {death.seconds:.0f} | {death.finished} | {steps} |"
+
+
+def _checkpoints(output: Path, number: int) -> list[Path]:
+    return list((output / "trials" / f"trial-{number}").glob("step-*"))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def checks(chaos: Chaos) -> dict[str, str]:
+    """What must hold after the last resume → how it was found. Raises :class:`AssertionError` where one does not."""
+    trials = chaos.trials()
+    assert [trial.number for trial in trials] == list(range(TRIALS)), f"{len(trials)} trials, not {TRIALS}"
+    states = {trial.state for trial in trials}
+    assert states == {TrialState.COMPLETE}, f"states {states}"
+    wanted = undisturbed(chaos.output)
+    found = {trial.number: float(trial.value) for trial in trials}
+    assert found == wanted, f"values {found}, undisturbed {wanted}"
+    half = [path for path in chaos.output.rglob(".*") if path.is_dir()]
+    assert not half, f"half checkpoints {half}"
+    whole = [path for path in chaos.output.rglob("step-*") if checkpoints.read_manifest(path)]
+    checkpoints.read_manifest(chaos.output / "best")
+    groups, actors = leaked()
+    assert not groups, f"placement groups {groups}"
+    assert not actors, f"actors {actors}"
+    return {
+        "trials": f"{len(trials)}, all COMPLETE, none RUNNING",
+        "values": "those of the same configurations in one process, to the last bit",
+        "checkpoints": f"{len(whole)} and the export, each whole; nothing half written or half deleted",
+        "placement groups and Train actors left": "none",
+    }
+
+
+def leaked() -> tuple[list[str], list[str]]:
+    """Placement groups and Train's actors that are still there; Ray's own cleaner has a while to take them away."""
+    end = time.time() + START_SECONDS
+    while True:
+        groups = [group.placement_group_id for group in list_placement_groups() if group.state != "REMOVED"]
+        actors = [
+            actor.class_name
+            for actor in list_actors(filters=[("state", "=", "ALIVE")])
+            if actor.class_name in ("RayTrainWorker", "TrainController", "ImplicitFunc")
+        ]
+        if not (groups or actors) or time.time() > end:
+            return groups, actors
+        time.sleep(1)
+
+
+def undisturbed(output: Path) -> dict[int, float]:
+    """Trial → the value that its configuration gives in this process, on the same rows in the same order."""
+    space = load_space(output / SPACE_FILE)
+    files = sweep.prepare(space, 0.0)
+    study = open_study(output / JOURNAL, output.name, objectives(space))
+    values: dict[int, float] = {}
+    for trial in own_trials(study):
+        run = with_values(space.run, dict(trial.params))
+        own = files[variant_key(run)]
+        datasets = sweep.load_datasets(own, run.data.in_memory)
+        rows = datasets["train"].iterator()
+        dev = pa.concat_tables(datasets["dev"].iter_batches(batch_size=None, batch_format="pyarrow"))
+        trainer = Trainer(LatentWire(run), max(1, own.train_rows // run.training.batch_size))
+        scores: list[float] = []
+
+        def epochs(epoch: int, rows: Any = rows, run: Any = run) -> Iterator[pa.Table]:
+            return streams.streamed_batches(rows, run.training, epoch, run.training.batch_size, keep_short=False)
+
+        def keep(trainer: Trainer = trainer, dev: pa.Table = dev, scores: list[float] = scores) -> None:
+            scores.append(trainer.evaluate(dev)[space.tune.metric])
+
+        trainer.train(epochs, keep)
+        values[trial.number] = (min if space.tune.mode == "min" else max)(scores)
+    return values
+
+
+def main() -> int:
+    """Run, check, write ``chaos.md``; exit status 1 where a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deaths", type=int, default=10, help="kills, as many of each kind as possible")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the victims and of the delays")
+    parser.add_argument("--pause", type=float, nargs=2, default=(2.0, 12.0), help="shortest and longest delay, seconds")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
+    options = parser.parse_args()
+    output = options.output_dir.absolute()
+    if output.exists():
+        print(f"error: output_dir must not exist yet, got {output}; name another one", file=sys.stderr)
+        return 2
+    import torch
+
+    torch.set_num_threads(1)  # as a worker of one CPU has
+    rng = random.Random(options.seed)
+    victims = [VICTIMS[number % len(VICTIMS)] for number in range(options.deaths)]
+    rng.shuffle(victims)
+    chaos = Chaos(output, output.parent / "shards", victims, rng, tuple(options.pause))
+    header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
+    print("\n".join(header), flush=True)
+    try:
+        chaos.run()
+        found = checks(chaos)
+    except AssertionError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()
+        if chaos.cluster is not None:
+            chaos.cluster.shutdown()
+    lines = [*header, *(row(number, death) for number, death in enumerate(chaos.deaths, start=1)), ""]
+    lines += [f"- {what}: {how}" for what, how in found.items()]
+    lines.append(f"- deaths: {len(chaos.deaths)} of {options.deaths}, {time.time() - chaos.began:.0f} s in all")
+    (output / "chaos.md").write_text("\n".join(lines) + "\n")
+    (output / "chaos.json").write_text(json.dumps([vars(death) for death in chaos.deaths], indent=1))
+    print("\n".join(lines[len(chaos.deaths) + 2 :]))
+    return 0 if len(chaos.deaths) == options.deaths else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
