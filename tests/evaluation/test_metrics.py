@@ -88,7 +88,8 @@ def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
 
 def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
     rows = [
-        {"_id": "a", "question": "q", "answer": "yes", "type": "comparison", "supporting_facts": [["T", 0], ["U", 1]], "context": [["T", ["x"]]]},
+        {"_id": "a", "question": "q", "answer": "yes", "type": "comparison", "supporting_facts": [["T", 0], ["U", 1]],
+         "context": [["T", ["x"]]]},
         {"_id": "b", "question": "q", "answer": "red house", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
         {"_id": "c", "question": "q", "answer": "no", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
     ]  # fmt: skip
