@@ -66,8 +66,7 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
     if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
         wanted = '{"answer": {id: answer}, "sp": …}' if hotpot else "{id: answer}"
         raise ConfigError(f"predictions for {data.dataset} must be {wanted}, {file} is not")
-    golds = [row for piece in sources.pieces(data, split) for row in sources.read(data, split, piece)]
-    rows = [row if isinstance(row, dict) else json.loads(row) for row in golds]
+    rows = _rows(data, split)
     missing = sum(_identity(row) not in answers for row in rows)
     if hotpot:
         return _hotpotqa(rows, answers, document.get("sp") or {}), missing
@@ -77,6 +76,18 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
             em, f1 = em_f1(answer, _golds(row))
             totals = {"exact_match": totals["exact_match"] + em, "f1": totals["f1"] + f1}
     return {name: 100.0 * total / len(rows) for name, total in totals.items()}, missing
+
+
+def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
+    """id → HotpotQA's own type of question (``bridge``, ``comparison``); empty for other datasets."""
+    if data.dataset != "hotpotqa":
+        return {}
+    return {_identity(row): str(row["type"]) for row in _rows(data, split) if row.get("type")}
+
+
+def _rows(data: DataConfig, split: sources.Split) -> list[dict[str, Any]]:
+    found = (row for piece in sources.pieces(data, split) for row in sources.read(data, split, piece))
+    return [row if isinstance(row, dict) else json.loads(row) for row in found]
 
 
 def _hotpotqa(rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, float]:

@@ -110,7 +110,10 @@ def baseline_pairs(settings: Sequence[Setting]) -> list[tuple[str, str]]:
 
 
 def details(
-    settings: Sequence[Setting], predictions: Mapping[str, Sequence[Prediction]], asked: Sequence[str] = ()
+    settings: Sequence[Setting],
+    predictions: Mapping[str, Sequence[Prediction]],
+    asked: Sequence[str] = (),
+    types: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What goes beyond the table: ``comparisons`` of latents with every baseline (``asked``: of these two instead),
     ``breakdown`` and ``distinct`` (different answers over rows) of each row of the table.
@@ -120,7 +123,7 @@ def details(
         "comparisons": [
             {"first": a, "second": b, "receivers": compare(predictions[a], predictions[b])} for a, b in chosen
         ],
-        "breakdown": {key: breakdown(found) for key, found in predictions.items()},
+        "breakdown": {key: breakdown(found, types) for key, found in predictions.items()},
         "distinct": {
             key: {name: len({p.text for p in own}) / len(own) for name, own in _by_receiver(found).items()}
             for key, found in predictions.items()
@@ -128,8 +131,11 @@ def details(
     }
 
 
-def breakdown(predictions: Sequence[Prediction]) -> dict[str, dict[str, dict[str, float]]]:
-    """``length`` (thirds by the context's bytes) and ``question`` (its first word) → group → rows, EM and F1, mean over receivers."""
+def breakdown(
+    predictions: Sequence[Prediction], types: Mapping[str, str] | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """``length`` (thirds by the context's bytes), ``question`` (its first word) and, where ``types`` names any by the row's id,
+    ``type`` → group → rows, EM and F1, mean over receivers."""
     words = Counter(_kind(p.question) for p in predictions)
     common = {word for word, _ in words.most_common(KINDS)}
     edges = np.quantile([p.context_bytes for p in predictions], [0, 1 / 3, 2 / 3, 1])
@@ -140,11 +146,13 @@ def breakdown(predictions: Sequence[Prediction]) -> dict[str, dict[str, dict[str
         groups["length"][names[third]].append(p)
         kind = _kind(p.question)
         groups["question"].setdefault(kind if kind in common else "other", []).append(p)
+        if types:
+            groups.setdefault("type", {}).setdefault(types.get(p.id, "other"), []).append(p)
     receivers = len(_by_receiver(predictions))
     return {
         by: {
             name: {"rows": len(own) // receivers, "em": _mean(own, "em"), "f1": _mean(own, "f1")}
-            for name, own in sorted(parts.items(), key=lambda item: (by == "question") * -len(item[1]))
+            for name, own in sorted(parts.items(), key=lambda item: (by != "length") * -len(item[1]))
             if own
         }
         for by, parts in groups.items()

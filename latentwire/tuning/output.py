@@ -10,6 +10,7 @@ from pathlib import Path
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.evaluator import Prediction
+from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.summary import details, pairs, summarise
 from latentwire.tuning import report, results
@@ -34,7 +35,8 @@ def show_and_write(
     """Print the tables and write what ``--output`` asks for; returns the exit status."""
     by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in rows}
     scores = {key: summarise(found) for key, found in by_key.items()}
-    further = details(rows, by_key, options.compare)
+    types = question_types(run.data, "validation" if options.split == "validation" else "train")
+    further = details(rows, by_key, options.compare, types)
     grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
     if options.compare:
         grids.append(report.comparisons_table(further["comparisons"]))

@@ -33,6 +33,7 @@ def write(output: Path) -> Path:
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where ``output`` holds no sweep.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the fronts' studies are not news
     space = resume.read_space(output, [])
     study = open_study(output / JOURNAL, output.name, objectives(space))
     document = _json(output / "results.json")

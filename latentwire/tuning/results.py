@@ -130,7 +130,10 @@ def check_questions(run: RunConfig) -> None:
         )
 
 
-FINAL_SETTINGS = tuple(Setting(mode) for mode in FINAL_MODES)
+FINAL_SETTINGS = tuple(
+    Setting(mode, bits=bits) for mode in FINAL_MODES for bits in ((None, 8, 4) if mode == "latent" else (None,))
+)
+"""What a sweep's winner is scored with: every mode, and the latents also as they travel in fewer bits."""
 
 
 def score(

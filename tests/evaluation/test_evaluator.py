@@ -211,7 +211,9 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     )  # fmt: skip
     same = compare(found["text"], found["text"])["mean"]["f1"]
     assert (same["difference"], same["p"]) == (0.0, 1.0)
-    parts = details(chosen, found)["breakdown"]["text"]
+    first = rows["id"][0].as_py()
+    parts = details(chosen, found, types={first: "bridge"})["breakdown"]["text"]
+    assert {kind: group["rows"] for kind, group in parts["type"].items()} == {"other": 63, "bridge": 1}
     for groups in parts.values():
         assert sum(group["rows"] for group in groups.values()) == rows.num_rows
 

@@ -9,7 +9,7 @@ from torchmetrics.functional.text import squad
 
 from latentwire.config import DataConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.evaluation.metrics import em_f1, normalise, score_file
+from latentwire.evaluation.metrics import em_f1, normalise, question_types, score_file
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,8 @@ def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
 
 def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
     rows = [
-        {"_id": "a", "question": "q", "answer": "yes", "supporting_facts": [["T", 0], ["U", 1]], "context": [["T", ["x"]]]},
+        {"_id": "a", "question": "q", "answer": "yes", "type": "comparison", "supporting_facts": [["T", 0], ["U", 1]],
+         "context": [["T", ["x"]]]},
         {"_id": "b", "question": "q", "answer": "red house", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
         {"_id": "c", "question": "q", "answer": "no", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
     ]  # fmt: skip
@@ -106,5 +107,6 @@ def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> Non
     # a: 1 × 1 and 1 × ½; b: 1 × ½ and ½ × 1; c has no facts.
     assert scores["joint_prec"] == 1.5 / 3 and scores["joint_recall"] == 1.0 / 3 and scores["joint_em"] == 0.0
     assert scores["joint_f1"] == (2 * 0.5 / 1.5 + 2 * 0.5 * 0.5 / 1.0) / 3
+    assert question_types(data, "validation") == {"a": "comparison"}
     answers.write_text(json.dumps({"answer": {"a": "yes"}}))
     assert score_file(answers, data) == ({"em": 1 / 3, "f1": 1 / 3, "prec": 1 / 3, "recall": 1 / 3}, 2)

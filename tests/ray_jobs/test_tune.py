@@ -15,7 +15,6 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from latentwire.config.resolve import load_space
-from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.training import checkpoints
 from latentwire.tuning import results
 from latentwire.tuning.study import JOURNAL, open_study
@@ -53,11 +52,12 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
     scores, _ = results.score(output / "best", validation)
     assert untimed(scores) == untimed(document["validation"])
-    assert set(FINAL_MODES) == set(scores)
+    assert [setting.key for setting in results.FINAL_SETTINGS] == list(scores)
 
     report = (output / "report.md").read_text()
     assert "full text" in report and "3 trials" in report
     assert (output / "predictions.parquet").exists()
+    assert "llama keeps" in (output / "report.html").read_text()
 
     # Its manifest repeats a trial to the last bit.
     written = json.loads((output / "manifest.json").read_text())
