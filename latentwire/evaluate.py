@@ -18,6 +18,7 @@ from latentwire.data import shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.baselines import MODES
 from latentwire.options import override_run
+from latentwire.storage import local, place
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, report, results
 
@@ -25,7 +26,7 @@ from latentwire.tuning import planner, report, results
 def parser() -> argparse.ArgumentParser:
     """The flags, shared with ``ray_jobs/evaluate.py``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="directory of a checkpoint or export")
+    parser.add_argument("--checkpoint", type=place, required=True, help="directory or URI of a checkpoint or export")
     parser.add_argument("--split", choices=shards.SPLITS, default="validation", help="rows to score")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what stands in for the context")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
@@ -46,8 +47,9 @@ def main() -> int:
     """Make the split's shards where needed, load, score, print."""
     options = parser().parse_args()
     try:
-        checkpoints.read_manifest(options.checkpoint)
-        run = override_run(checkpoints.read_run(options.checkpoint), options.assignments)
+        with local(options.checkpoint) as folder:
+            checkpoints.read_manifest(folder)
+            run = override_run(checkpoints.read_run(folder), options.assignments)
         results.check_questions(run)
         path = planner.local_shards(run, (options.split,))[options.split]
         scores, _ = results.score(options.checkpoint, path, tuple(options.modes), run)

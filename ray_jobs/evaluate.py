@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import sys
 
-import ray
-
 from latentwire.config import SpaceFile
 from latentwire.data import pipeline
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluate import finish, parser
 from latentwire.options import override_run, with_home
+from latentwire.storage import local
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, results, sweep
 
@@ -23,13 +22,12 @@ def main() -> int:
     options = parser().parse_args()
     checkpoint = options.checkpoint.absolute()
     try:
-        checkpoints.read_manifest(checkpoint)
-        run = with_home(SpaceFile(run=override_run(checkpoints.read_run(checkpoint), options.assignments))).run
+        with local(checkpoint) as folder:
+            checkpoints.read_manifest(folder)
+            run = with_home(SpaceFile(run=override_run(checkpoints.read_run(folder), options.assignments))).run
         results.check_questions(run)
         sweep.start_ray()
-        plan = planner.plan(
-            SpaceFile(run=run), ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
-        )
+        plan = planner.plan_on_cluster(SpaceFile(run=run))
         path = pipeline.ensure_shards(run, options.split)
         scores, _ = results.on_cluster(
             run, plan.gpus_per_worker, results.score, checkpoint, path, tuple(options.modes), run

@@ -12,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import ray
 from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.storage import place
 from latentwire.tuning import planner, report, results, sweep, trial
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
@@ -27,7 +27,7 @@ def main() -> int:
     """Plan, prepare shards, train, score the best checkpoint once, export it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and the export go")
+    parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:
         space = with_home(read_space(options, DEFAULT_SPACE)).model_copy(update={"search": {}})
@@ -35,7 +35,7 @@ def main() -> int:
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
         sweep.start_ray()
-        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
+        plan = planner.plan_on_cluster(space)
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[sweep.variant_key(run)]
         metric, mode = trial.metric_of(run)
@@ -55,7 +55,7 @@ def main() -> int:
             run,
             plan.gpus_per_worker,
             results.score_and_export,
-            Path(best.path),
+            output / Path(best.path).name,
             files.shards["validation"],
             output / "best",
         )

@@ -17,12 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-import ray
-
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.storage import Place, place
 from latentwire.tuning import finals, planner, report, results, resume, sweep
 from latentwire.tuning.searcher import check_searchable
 
@@ -33,9 +32,9 @@ def main() -> int:
     """Plan, prepare shards, search, score, export, report. Exit status 2 for a plain error, 1 for a failed sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    parser.add_argument("--output_dir", type=Path, help="where results go; must not exist yet")
+    parser.add_argument("--output_dir", type=place, help="directory or URI where results go; must not exist yet")
     parser.add_argument(
-        "--resume", type=Path, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
+        "--resume", type=place, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
     )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
     options = parser.parse_args()
@@ -49,14 +48,14 @@ def main() -> int:
         else:
             space = with_home(read_space(options, DEFAULT_SPACE))
             name = time.strftime("tune-%Y%m%d-%H%M%S")
-            output = (options.output_dir or Path(space.tune.storage_path) / name).absolute()
+            output = (options.output_dir or place(space.tune.storage_path) / name).absolute()
             if output.exists():
                 raise ConfigError(
                     f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
                 )
         check_searchable(space)
         sweep.start_ray()
-        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(space.run.training.gpus_per_worker))
+        plan = planner.plan_on_cluster(space)
         print(plan, flush=True)
         if options.dry_run:
             print(space.model_dump_json(indent=1))
@@ -67,7 +66,7 @@ def main() -> int:
         return fail(error)
 
 
-def search(space: SpaceFile, plan: planner.Plan, output: Path) -> int:
+def search(space: SpaceFile, plan: planner.Plan, output: Place) -> int:
     """The sweep itself, after everything that could be refused has been."""
     files = sweep.prepare(space, plan.gpus_per_worker)
     study = sweep.run_sweep(space, plan, files, output)

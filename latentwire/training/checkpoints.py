@@ -27,9 +27,12 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, validate
 from latentwire.features.registry import keeps_receivers_frozen
+from latentwire.storage import Place, local, place
 from latentwire.training.loop import Progress, Trainer
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+"""Written last: a directory that has it is complete."""
 PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
 
 
@@ -73,7 +76,7 @@ def save(
             "pins": pins,
             "metrics": metrics,
         }
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         os.rename(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -114,7 +117,7 @@ def _save_training(path: Path, trainer: Trainer) -> None:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, after every file it names has been hashed. Raises :class:`CheckpointError`."""
-    file = Path(path) / "manifest.json"
+    file = Path(path) / MANIFEST
     if not file.exists():
         raise CheckpointError(
             f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
@@ -181,20 +184,22 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     return manifest
 
 
-def initialise(path: Path, wire: LatentWire) -> None:
+def initialise(source: str | Place, wire: LatentWire) -> None:
     """Start a fresh wire from an earlier one: every part that both have; what is new keeps its fresh weights.
+
+    ``source``: a directory or URI of a checkpoint or export.
 
     Raises :class:`CheckpointError` for a part of another shape, or a checkpoint that has nothing in common.
     """
-    manifest = read_manifest(Path(path))
-    parts = _parts(wire)
-    common = [name for name in parts if name in manifest["files"]]
-    if not common:
-        raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {path} holds none")
-    for name in common:
-        _fill(Path(path) / name, parts[name])
+    with local(place(source)) as path:
+        manifest, parts = read_manifest(path), _parts(wire)
+        common = [name for name in parts if name in manifest["files"]]
+        if not common:
+            raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none")
+        for name in common:
+            _fill(path / name, parts[name])
     fresh = ", ".join(name for name in parts if name not in common) or "nothing"
-    print(f"started from {path}: {', '.join(common)}; fresh: {fresh}", flush=True)
+    print(f"started from {source}: {', '.join(common)}; fresh: {fresh}", flush=True)
 
 
 def _fill(file: Path, module: torch.nn.Module) -> None:
@@ -229,8 +234,8 @@ def load_training(path: Path, trainer: Trainer) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name in (*manifest["files"], "manifest.json"):
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name in (*manifest["files"], MANIFEST):
         (path / name).unlink(missing_ok=True)
     folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)
     for folder in (*folders, path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow as pa
 from latentwire.assembly import LatentWire
 from latentwire.config import TrainingConfig
 from latentwire.data import shards, streams
+from latentwire.storage import Place
 from latentwire.training import checkpoints
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
@@ -25,7 +26,7 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
     return epochs
 
 
-def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: Path) -> Path:
+def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], output: Path) -> Path:
     """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
 
     Keeps the best by development F1 and the last.
@@ -46,7 +47,7 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
         checkpoints.load_training(previous[-1], trainer)
         print(f"resumed at step {trainer.progress.step} from {previous[-1]}", flush=True)
     elif wire.run.training.init_from is not None:
-        checkpoints.initialise(Path(wire.run.training.init_from), wire)
+        checkpoints.initialise(wire.run.training.init_from, wire)
 
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)

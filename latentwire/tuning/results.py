@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -22,6 +21,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation.baselines import FINAL_MODES, Mode
 from latentwire.evaluation.evaluator import METRIC_VERSION, Prediction, predict, summarise
+from latentwire.storage import Place, directory, local, place, write, write_text
 from latentwire.training import checkpoints
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
@@ -37,7 +37,7 @@ class Best:
     trial: int
     step: int
     score: float
-    checkpoint: Path
+    checkpoint: Place
     values: dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] |
     trials, found, beyond = [t for t in own_trials(study) if numbers is None or t.number in numbers], [], 0
     for trial in trials:
         for report in evaluations(trial):
-            path = Path(report[CHECKPOINT_PATH_KEY])
+            path = place(report[CHECKPOINT_PATH_KEY])
             if not path.exists():
                 continue
             if within_limits(report, config):
@@ -127,39 +127,45 @@ def check_questions(run: RunConfig) -> None:
 
 
 def score(
-    path: Path, validation: Path, modes: tuple[Mode, ...] = FINAL_MODES, run: RunConfig | None = None
+    path: Place, validation: Place, modes: tuple[Mode, ...] = FINAL_MODES, run: RunConfig | None = None
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Reload a checkpoint in this process and score it on complete shards: mode → receiver → metrics.
 
     ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
-    wire, _ = checkpoints.load_wire(path, run)
+    with local(path) as folder:
+        wire, _ = checkpoints.load_wire(folder, run)
     table = shards.read_table(validation)
     predictions = [p for mode in modes for p in predict(wire, table, mode)]
     return {mode: summarise([p for p in predictions if p.mode == mode]) for mode in modes}, predictions
 
 
-def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[str, Any]:
+def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dict[str, Any]:
     """Score the chosen checkpoint once on the validation split, and export it without its training state.
 
     A wire pretrained on texts alone has no scores: it is exported for a second stage.
     """
-    wire, manifest = checkpoints.load_wire(checkpoint)
+    if export.exists():
+        raise SweepError(f"an export must not overwrite anything, {export} exists; name another output_dir")
+    with local(checkpoint) as folder:
+        wire, manifest = checkpoints.load_wire(folder)
     texts = wire.run.data.dataset == "text"
     table, predictions = ({}, []) if texts else score(checkpoint, validation)
     pins = manifest["pins"] | {
         "validation": {"shards": shards.read_manifest(validation)["key"], "metric_version": METRIC_VERSION}
     }
-    checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
+    with directory(export, last=checkpoints.MANIFEST) as folder:
+        checkpoints.save(folder, wire, {"development": manifest["metrics"], "validation": table}, pins)
     if predictions:
         rows = pa.Table.from_pylist([asdict(p) for p in predictions])
-        pq.write_table(rows, export.parent / "predictions.parquet")
+        write(export.parent / "predictions.parquet", lambda file: pq.write_table(rows, file))
     return table
 
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
     """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
-    task = ray.remote(num_cpus=run.training.cpus_per_worker, num_gpus=gpus)(function)
+    wanted = run.training
+    task = ray.remote(num_cpus=wanted.cpus_per_worker, num_gpus=gpus, resources=wanted.worker_resources)(function)
     try:
         return ray.get(task.remote(*arguments))
     except RayTaskError as error:
@@ -167,8 +173,6 @@ def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> A
         raise error.cause from error
 
 
-def write_results(output: Path, document: dict[str, Any]) -> None:
-    """``results.json``, written aside and renamed."""
-    aside = output / ".results.json.part"
-    aside.write_text(json.dumps(document, indent=1, default=str))
-    aside.rename(output / "results.json")
+def write_results(output: Place, document: dict[str, Any]) -> None:
+    """``results.json``, whole or as it was."""
+    write_text(output / "results.json", json.dumps(document, indent=1, default=str))

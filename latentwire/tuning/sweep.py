@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -22,10 +21,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import pipeline, shards, streams, teachers
+from latentwire.storage import Place, write_text
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import ERROR_FILE, NUMBER, StudySearch, trial_path
 from latentwire.tuning.space import data_variants, largest_run
-from latentwire.tuning.study import JOURNAL, evaluations, own_trials
+from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
 from latentwire.tuning.trial import make_trainer
 
 SHARDS_AT_ONCE = 3
@@ -48,8 +48,8 @@ def start_ray() -> None:
 class Files:
     """What the trials of one data variant read."""
 
-    shards: dict[shards.ShardSplit, Path]
-    teachers: dict[str, Path]
+    shards: dict[shards.ShardSplit, Place]
+    teachers: dict[str, Place]
     """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
     columns: tuple[str, ...]
     """Of the training shards, those that some trial reads."""
@@ -96,14 +96,13 @@ def variant_key(run: RunConfig) -> str:
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     """Training rows, in the object store once for all trials or to be streamed, and development rows, which are few."""
     dev = files.shards["dev"]
-    names = [str(dev / name) for name in shards.read_manifest(dev)["files"]]
     return {
         "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
-        "dev": ray.data.read_parquet(names).materialize(),
+        "dev": ray.data.from_arrow(shards.read_table(dev)).materialize(),
     }
 
 
-def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]:
+def pins(paths: dict[shards.ShardSplit, Place], run: RunConfig) -> dict[str, Any]:
     """What a metric hangs on: the rows it was computed on and how they were decoded."""
     return {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
@@ -134,7 +133,7 @@ def drive_trial(
     plan: Plan,
     datasets: dict[str, dict[str, ray.data.Dataset]],
     files: dict[str, Files],
-    trial_dir: Path,
+    trial_dir: Place,
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer under a name that a restart finds again."""
     number = values[NUMBER]
@@ -155,8 +154,7 @@ def drive_trial(
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ERROR_FILE).write_text(str(error).strip().splitlines()[-1])
+        write_text(path / ERROR_FILE, str(error).strip().splitlines()[-1])
         raise
 
 
@@ -176,7 +174,7 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path) -> optuna.Study:
+def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
     What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
@@ -212,4 +210,5 @@ def run_sweep(space: SpaceFile, plan: Plan, files: dict[str, Files], output: Pat
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     ).fit()
+    keep_journal(output / JOURNAL)
     return search.study

@@ -48,7 +48,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             checkpoints.load_training(Path(path), trainer)
         print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
     elif run.training.init_from is not None:
-        checkpoints.initialise(Path(run.training.init_from), wire)
+        checkpoints.initialise(run.training.init_from, wire)
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
@@ -103,7 +103,7 @@ def make_trainer(
     ``datasets``: ``train``, of so many rows, and ``dev``. The best checkpoint by ``metric`` and the last one are kept.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
-    resources = {"CPU": run.training.cpus_per_worker}
+    resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
     return TorchTrainer(
