@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,6 +115,8 @@ def place(address: str | Place) -> Place:
     """A path on this machine, or in the object store that a URI names."""
     if isinstance(address, Path | Remote):
         return address
+    if address.startswith("file://"):
+        return Path(unquote(urlsplit(address).path))
     return Remote(address) if "://" in address else Path(address)
 
 

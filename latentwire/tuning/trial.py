@@ -22,6 +22,7 @@ from latentwire.data import streams
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
+from latentwire.tuning.gauges import Gauges
 
 WORKER_START_SECONDS = "600"
 """Ray Train gives a worker one minute to start; a busy machine or a node that is being added takes longer. The planner
@@ -31,11 +32,13 @@ has refused what could never start."""
 def train_worker(settings: dict[str, Any]) -> None:
     """What every worker of a trial runs; continues from the trial's last checkpoint where there is one.
 
-    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did).
+    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``gpus`` (of one
+    worker), ``began`` (when the trial did).
     """
     entered = time.time()
     run = RunConfig.model_validate(settings["run"])
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
+    cap_memory(settings["gpus"])
     workers = Workers()
     wire = LatentWire(run)
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
@@ -49,6 +52,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         print(f"resumed at step {trainer.progress.step} from {previous.path}", flush=True)
     elif run.training.init_from is not None:
         checkpoints.initialise(run.training.init_from, wire)
+    gauges = Gauges(ray.train.get_context().get_experiment_name())
+    held = sum(p.numel() * p.element_size() for lm in wire.receivers.values() for p in lm.lm.parameters())
+    notice = Notice(run.training.log_every)
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
@@ -56,7 +62,11 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
         only = settings["train_rows"] < run.training.batch_size
-        return streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only)
+        for batch in streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only):
+            if notice.given(trainer.progress.step):
+                print(f"node is being taken away: checkpoint at step {trainer.progress.step}", flush=True)
+                report()
+            yield batch
 
     def report() -> None:
         metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}
@@ -65,6 +75,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             if changed:
                 raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
         if workers.rank == 0:
+            read = (trainer.progress.positions - trainer.progress.padded) / max(trainer.progress.seconds, 1e-9)
+            gauges.show(metrics | {"tokens_per_s": read, "receiver_bytes": held})
             with tempfile.TemporaryDirectory() as folder:
                 path = checkpoints.save(Path(folder) / "checkpoint", wire, metrics, pins, trainer)
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
@@ -72,6 +84,27 @@ def train_worker(settings: dict[str, Any]) -> None:
             ray.train.report(metrics)
 
     trainer.train(epochs, report)
+
+
+def cap_memory(gpus: float) -> None:
+    """Keep a worker that has a share of a GPU to that share of its memory: Ray counts shares, but holds nobody to them."""
+    if 0 < gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+class Notice:
+    """Ray's word that a node of this trial is about to be taken away (a spot node, a drained one)."""
+
+    def __init__(self, every: int) -> None:
+        """``every``: steps between two questions; each one is a barrier of all workers."""
+        self.every, self.asked, self.told = every, -1, False
+
+    def given(self, step: int) -> bool:
+        """Whether the notice is there: true once, so that one checkpoint is written for it."""
+        if self.told or step == self.asked or step % self.every:
+            return False
+        self.asked, self.told = step, ray.train.get_preemption_info() is not None
+        return self.told
 
 
 def start_times(began: float, entered: float) -> dict[str, float]:
@@ -110,6 +143,7 @@ def make_trainer(
         train_worker,
         train_loop_config={
             "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
+            "gpus": gpus_per_worker,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
