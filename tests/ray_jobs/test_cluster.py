@@ -120,16 +120,14 @@ NODE_TYPES = {
     "max_workers": 2,
     "idle_timeout_minutes": 0.25,
     "provider": {"type": "fake_multinode"},
-    "head_node_type": "head",
-    "head_node": {},
-    "worker_nodes": {},
+    "head_node_type": "ray.head.default",
     "upscaling_speed": 1.0,
     "docker": {}, "auth": {}, "file_mounts": {}, "initialization_commands": [], "setup_commands": [],
     "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
     "worker_start_ray_commands": [], "cluster_synced_files": [], "file_mounts_sync_continuously": False,
     "rsync_exclude": [], "rsync_filter": [],
     "available_node_types": {
-        "head": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
         "worker": {"resources": {"CPU": 1, "trial_node": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
 }  # fmt: skip
@@ -183,7 +181,7 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     autoscaled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "sweep"
-    first = ["python", "ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=2",
+    first = [sys.executable, "ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=2",
              "--set", f"data.shard_dir={tmp_path / 'shards'}", "--output_dir", str(output)]  # fmt: skip
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}})
 
@@ -200,12 +198,12 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     assert nodes(autoscaled) >= 2  # a worker node beside the head
     ray_command("job", "stop", "one")
     assert "STOPPED" in ray_command("job", "status", "one")
-    submit("two", ["python", "ray_jobs/tune.py", "--resume", str(output)])
+    submit("two", [sys.executable, "ray_jobs/tune.py", "--resume", str(output)])
     wait_for(lambda: "SUCCEEDED" in ray_command("job", "status", "two"), 200, lambda: logs("two"))
     assert "resumed at step" in logs("two")
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["state"], row["step"]) for row in rows) == [("done", 300)] * 2
-    submit("three", ["python", "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")])
+    submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")])
     wait_for(lambda: "FAILED" in ray_command("job", "status", "three"), 60, lambda: logs("three"))
     wait_for(lambda: nodes(autoscaled) == 1, 60, lambda: ray_command("status", "--address", autoscaled))
 
