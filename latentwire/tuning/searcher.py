@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,8 @@ from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
+COPY_PAUSE = 20
+"""How many times as long as a copy of the journal took, none is made unless a trial ends."""
 ERROR_FILE = "error.txt"
 """Where a trial's driver leaves the cause of a failure."""
 
@@ -70,10 +73,11 @@ class StudySearch(Searcher):
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
+        self._copy_again = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher; the study is opened again from its journal."""
-        return self.__dict__ | {"_study": None, "_trials": {}}
+        return self.__dict__ | {"_study": None, "_trials": {}, "_copy_again": 0.0}
 
     @property
     def study(self) -> optuna.Study:
@@ -138,7 +142,7 @@ class StudySearch(Searcher):
             self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {last.get(missing[0])}")
         else:
             self._tell(trial, reports)
-        self._keep()
+        self._keep(ended=True)
 
     def save(self, checkpoint_path: str) -> None:
         """The journal holds everything; what Tune keeps is where it is."""
@@ -161,12 +165,18 @@ class StudySearch(Searcher):
         best = (max if self.mode == "max" else min)(reports, key=lambda report: report[str(self.metric)])
         self.study.tell(trial.number, self._values(best))
 
-    def _keep(self) -> None:
-        """Copy a journal whose place is an object store there; a copy that fails is made up for by the next one."""
+    def _keep(self, ended: bool = False) -> None:
+        """Copy a journal whose place is an object store there: whenever a trial has ended, and else in a small share of the
+        time, since large studies take a while. A copy that fails is made up for by the next one."""
+        began = time.monotonic()
+        if not ended and began < self._copy_again:
+            return
         try:
             studies.keep_journal(self.journal)
         except StorageError as error:
             print(f"study not copied this time: {error}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        self._copy_again = now + COPY_PAUSE * (now - began)
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[trial.number]
