@@ -8,6 +8,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data.layout import LayoutError
 from latentwire.data.sources import DataError
 from latentwire.models.weights import ReceiverError
+from latentwire.storage import StorageError
 from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import TrainingError
 from latentwire.tuning.planner import PlanError
@@ -16,6 +17,7 @@ from latentwire.wire import WireError
 
 USER_ERRORS = (
     ConfigError, LayoutError, DataError, ReceiverError, WireError, CheckpointError, TrainingError, PlanError, SweepError,
+    StorageError,
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from latentwire.evaluation.baselines import MODES
 from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS, settings
 from latentwire.options import override_run
+from latentwire.storage import local, place
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, results
 from latentwire.tuning.output import check_comparison, show_and_write
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags, shared with ``ray_jobs/evaluate.py``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, help="directory of a checkpoint or export")
+    what.add_argument("--checkpoint", type=place, help="directory or URI of a checkpoint or export")
     what.add_argument("--predictions", type=Path, help="answers in the dataset's official format, as JSON")
     parser.add_argument("--dataset", choices=DATASETS, default="squad", help="of --predictions")
     parser.add_argument("--data_dir", help="of --predictions: directory with the dataset's files")
@@ -72,8 +73,9 @@ def main() -> int:
     try:
         if options.predictions:
             return official(options)
-        checkpoints.read_manifest(options.checkpoint)
-        run = override_run(checkpoints.read_run(options.checkpoint), options.assignments)
+        with local(options.checkpoint) as folder:
+            checkpoints.read_manifest(folder)
+            run = override_run(checkpoints.read_run(folder), options.assignments)
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
         check_comparison(options, rows)

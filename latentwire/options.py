@@ -12,6 +12,7 @@ import yaml
 from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, knobs, load_space, set_path, with_values
+from latentwire.storage import Place, place
 
 FLAGS: dict[str, str] = {
     "samples": "data.samples",
@@ -136,14 +137,19 @@ def _typed(path: str, text: str) -> Any:
         return text
 
 
-def home() -> Path:
-    """Where relative outputs go: ``$LATENTWIRE_HOME``, else the current directory.
+def home() -> Place:
+    """Where relative outputs go: ``$LATENTWIRE_HOME`` (a directory or a URI), else the current directory.
 
     A submitted job runs in an unpacked copy of the project that Ray deletes later, so there it is ``~/latentwire``.
     """
     if chosen := os.environ.get("LATENTWIRE_HOME"):
-        return Path(chosen)
+        return place(chosen)
     return Path.home() / "latentwire" if "_ray_pkg_" in str(Path.cwd()) else Path.cwd()
+
+
+def at_home(address: str) -> str:
+    """An output's address, under :func:`home` where it is relative."""
+    return address if "://" in address or Path(address).is_absolute() else str(home() / address)
 
 
 def with_home(space: SpaceFile) -> SpaceFile:
@@ -153,12 +159,12 @@ def with_home(space: SpaceFile) -> SpaceFile:
     where the command was given.
     """
     tree = space.model_dump(mode="json")
-    set_path(tree, "run.data.shard_dir", str(home() / space.run.data.shard_dir))
-    set_path(tree, "tune.storage_path", str(home() / space.tune.storage_path))
-    if space.run.data.data_dir is not None and "://" not in space.run.data.data_dir:
-        set_path(tree, "run.data.data_dir", str(Path(space.run.data.data_dir).absolute()))
+    set_path(tree, "run.data.shard_dir", at_home(space.run.data.shard_dir))
+    set_path(tree, "tune.storage_path", at_home(space.tune.storage_path))
+    if space.run.data.data_dir is not None:
+        set_path(tree, "run.data.data_dir", str(place(space.run.data.data_dir).absolute()))
     if space.run.training.init_from is not None:
-        set_path(tree, "run.training.init_from", str(Path(space.run.training.init_from).absolute()))
+        set_path(tree, "run.training.init_from", str(place(space.run.training.init_from).absolute()))
     for receiver in tree["run"]["receivers"]:
         if Path(receiver["model"]).is_dir():
             receiver["model"] = str(Path(receiver["model"]).absolute())

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from latentwire.errors import USER_ERRORS, fail
+from latentwire.storage import place
 from latentwire.tuning import report_html
 
 
 def main() -> int:
     """Read the sweep's files, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="directory of a sweep (one with space.json and study.journal)")
+    parser.add_argument("sweep", type=place, help="directory or URI of a sweep (one with space.json and study.journal)")
     try:
         print(report_html.write(parser.parse_args().sweep.absolute()))
     except USER_ERRORS as error:

@@ -18,6 +18,7 @@ from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluate import official, parser
 from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
+from latentwire.storage import local
 from latentwire.training import checkpoints
 from latentwire.tuning import planner, pool, results, sweep
 from latentwire.tuning.output import check_comparison, show_and_write
@@ -32,14 +33,15 @@ def main() -> int:
         if options.predictions:
             return official(options)
         checkpoint = options.checkpoint.absolute()
-        checkpoints.read_manifest(checkpoint)
-        run = with_home(SpaceFile(run=override_run(checkpoints.read_run(checkpoint), options.assignments))).run
+        with local(checkpoint) as folder:
+            checkpoints.read_manifest(folder)
+            run = with_home(SpaceFile(run=override_run(checkpoints.read_run(folder), options.assignments))).run
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
         check_comparison(options, rows)
         sweep.start_ray()
+        plan = planner.plan_on_cluster(SpaceFile(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
-        plan = planner.plan(SpaceFile(run=run), there, memory)
         path = pipeline.ensure_shards(run, options.split)
         copies = options.copies or pool.copies_at_once(there, plan, memory)
         share = {"cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}

@@ -9,8 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import ray
-
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, sweep
@@ -26,7 +24,7 @@ def main() -> int:
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
         sweep.start_ray()
-        sweep.prepare(space, planner.gpus_each(space.run, ray.cluster_resources()))
+        sweep.prepare(space, planner.gpus_each(space.run, planner.cluster_resources()))
     except USER_ERRORS as error:
         return fail(error)
     return 0

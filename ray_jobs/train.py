@@ -13,12 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import ray
 from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, add_joining, read_space, with_home
+from latentwire.storage import place
 from latentwire.training import kept
 from latentwire.training.local import metric_of
 from latentwire.training.loop import TrainingError
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     add_joining(parser)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and the export go")
+    parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:
         space = with_home(read_space(options, DEFAULT_SPACE)).model_copy(update={"search": {}})
@@ -40,7 +40,7 @@ def main() -> int:
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
         sweep.start_ray()
-        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
+        plan = planner.plan_on_cluster(space)
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[trial.variant_key(run)]
         metric, mode = metric_of(run)

@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
+from latentwire.storage import place
 from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
 from latentwire.tuning.progress import check_trackers
 from latentwire.tuning.searcher import check_searchable
@@ -35,11 +34,11 @@ def main() -> int:
     """Plan, prepare shards, search, score, export, report. Exit status 2 for a plain error, 1 for a failed sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    parser.add_argument("--output_dir", type=Path, help="where results go; must not exist yet")
+    parser.add_argument("--output_dir", type=place, help="directory or URI where results go; must not exist yet")
     parser.add_argument(
-        "--resume", type=Path, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
+        "--resume", type=place, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
     )
-    parser.add_argument("--from_manifest", type=Path, help="manifest of a sweep: run one of its trials again")
+    parser.add_argument("--from_manifest", type=place, help="manifest of a sweep: run one of its trials again")
     parser.add_argument("--trial", type=int, help="which one (default: the best)")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
     options = parser.parse_args()
@@ -57,7 +56,7 @@ def main() -> int:
             else:
                 space = with_home(read_space(options, DEFAULT_SPACE))
             name = time.strftime("tune-%Y%m%d-%H%M%S")
-            output = (options.output_dir or Path(space.tune.storage_path) / name).absolute()
+            output = (options.output_dir or place(space.tune.storage_path) / name).absolute()
             if output.exists():
                 raise ConfigError(
                     f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
@@ -65,8 +64,7 @@ def main() -> int:
         check_searchable(space)
         check_trackers(space.tune)
         sweep.start_ray()
-        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(space.run.training.gpus_per_worker))
-        plan = forecast.show(space, plan, output, measured=options.dry_run)
+        plan = forecast.show(space, planner.plan_on_cluster(space), output, measured=options.dry_run)
         if options.dry_run:
             print(space.model_dump_json(indent=1))
             return 0

@@ -71,3 +71,13 @@ def test_the_cluster_is_closed(name: str) -> None:
     assert "RAY_AUTH_MODE=token" in "".join(config["docker"]["run_options"])
     assert not any(word in text for word in ("AWS_SECRET", "HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN="))
     assert {".env", ".git/", ".venv/"} <= set(config["rsync_exclude"])
+
+
+def test_the_rayjob_of_the_docs_is_yaml_of_the_same_versions() -> None:
+    text = (REPOSITORY / "docs" / "cluster.md").read_text()
+    job = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    cluster = job["spec"]["rayClusterSpec"]
+    assert (job["kind"], cluster["rayVersion"], cluster["authOptions"]) == ("RayJob", version("ray"), {"mode": "token"})
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0 and job["spec"]["backoffLimit"] == 0
+    assert f"rayproject/ray:{version('ray')}-py311-gpu" in text

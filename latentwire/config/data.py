@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from latentwire.config.section import Section
+from latentwire.config.section import Address, Section
 
 
 class DataConfig(Section):
@@ -16,7 +16,7 @@ class DataConfig(Section):
     """``toy``, ``squad``, ``hotpotqa``, ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``), or ``text``:
     jsonl/parquet with a ``text`` or ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without
     questions; a text that stands in several rows of a file is read once."""
-    data_dir: str | None = None
+    data_dir: Address | None = None
     """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with ``train.*`` and ``validation.*`` (parquet in the
     Hub's schema, official JSON, or jsonl).
     ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
@@ -48,8 +48,8 @@ class DataConfig(Section):
     shards in every epoch, however many there are; each trial then has ``stream_cpus`` for that."""
     stream_cpus: float = Field(1.0, gt=0)
     """CPUs kept free for each trial's reading tasks where rows are streamed."""
-    shard_dir: str = "shards"
-    """Where shards live, in directories named by the hash of what made them."""
+    shard_dir: Address = "shards"
+    """Directory or URI (``s3://…``, ``gs://…``) where shards live, in directories named by the hash of what made them."""
 
     @model_validator(mode="after")
     def _chunks_are_texts(self) -> DataConfig:

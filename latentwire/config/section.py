@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from latentwire.storage import refuse_secrets
+
+Address = Annotated[str, AfterValidator(refuse_secrets)]
+"""A directory, or a URI without credentials: configurations are written into results and reports."""
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from latentwire.config.run import RunConfig
-from latentwire.config.section import Section
+from latentwire.config.section import Address, Section
 
 Choice = bool | int | float | str
 
@@ -118,8 +118,8 @@ class TuneConfig(Section):
     know constraints (``tpe``, ``gp``, ``nsgaii``, ``nsgaiii``) avoid them."""
     start_with: tuple[dict[str, Choice], ...] = ()
     """Values by path for the first trials; what one leaves out is drawn."""
-    warm_start: str | None = None
-    """Directory (or ``study.journal``) of an earlier sweep whose trials the sampler learns from, where their values lie in
+    warm_start: Address | None = None
+    """Directory or URI (or ``study.journal``) of an earlier sweep whose trials the sampler learns from, where their values lie in
     this space. They are not counted as trials of this sweep."""
     finalists: int = Field(0, ge=0)
     """Best trials that are trained again with ``final_seeds`` fresh seeds each; the best mean wins. The best of many noisy
@@ -133,8 +133,8 @@ class TuneConfig(Section):
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
     """Experiment trackers that also get every evaluation, by Ray's callbacks (extra ``tracking``). TensorBoard's files are
     always written."""
-    storage_path: str = "runs"
-    """Directory (local, NFS) that holds the sweep's output directories."""
+    storage_path: Address = "runs"
+    """Directory (local, NFS) or URI (``s3://…``, ``gs://…``) that holds the sweep's output directories."""
 
 
 class SpaceFile(Section):

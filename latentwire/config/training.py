@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from latentwire.config.section import Section
+from latentwire.config.section import Address, Section
 
 
 class TrainingConfig(Section):
@@ -42,8 +42,8 @@ class TrainingConfig(Section):
     tokens_per_latent: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((), max_length=64)
     """Each step draws one of these lengths for its messages in place of ``encoder.tokens_per_latent``, by seed and step:
     one wire whose sender chooses how short a message is. Empty: the encoder's own."""
-    init_from: str | None = None
-    """Directory of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
+    init_from: Address | None = None
+    """Directory or URI of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
     stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""
     train_only: tuple[str, ...] = ()
     """Parts that are trained: receivers' names (adapter, control embeddings, parts of features) and ``encoder`` (with what
@@ -86,6 +86,9 @@ class TrainingConfig(Section):
     """CPUs that one worker asks Ray for; also its torch threads."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs that one worker asks Ray for. ``None``: 1 where the cluster has any, else 0."""
+    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Further resources that one worker asks Ray for, by name: a node type's own, e.g. ``{on_demand: 1}`` or
+    ``{"accelerator_type:L40S": 0.001}``."""
     max_failures: int = Field(2, ge=0)
     """Worker deaths that one trial survives, each time from its last checkpoint."""
 

@@ -14,9 +14,8 @@ import itertools
 import json
 import logging
 import sys
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from latentwire.data import shards, sources
 from latentwire.data.layout import SequenceBuilder, sender_text
 from latentwire.models.encoders import encoder_tokenizer, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
+from latentwire.storage import Place, opened, read_footer, write, write_text
 
 BLOCK_ROWS = 1_024
 """Rows that a task hands on at once."""
@@ -50,7 +50,7 @@ CLEAN = pa.schema(
 )  # fmt: skip
 
 
-def ensure_shards(run: RunConfig, split: shards.ShardSplit) -> Path:
+def ensure_shards(run: RunConfig, split: shards.ShardSplit) -> Place:
     """Make a split's shards unless complete ones are there; returns their directory. Needs Ray initialised to make them.
 
     Raises :class:`~latentwire.data.sources.DataError` for a source that cannot be read or leaves no row.
@@ -79,7 +79,7 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _make(run: RunConfig, split: shards.ShardSplit, path: Path) -> dict[str, Any]:
+def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, Any]:
     import ray.data
 
     quiet_ray_data()
@@ -137,7 +137,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Path) -> dict[str, Any
     manifest = _manifest(run, split, path, names, rejects)
     if manifest["rows"] == 0:
         raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told(rejects)})")
-    _put(path / shards.MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=1, ensure_ascii=False)))
+    write_text(path / shards.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
 
@@ -147,16 +147,6 @@ def _told(rejects: list[dict[str, Any]]) -> str:
 
 def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(row["reason"].split(":")[0] for row in rejects).most_common())
-
-
-def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside and rename it: it is whole or absent, whoever else writes the same one."""
-    aside = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        write(aside)
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- first pass
@@ -240,7 +230,7 @@ def _choose(table: pa.Table, first: np.ndarray, last: int, missing: set[int]) ->
 
 
 def _write(
-    table: pa.Table, run: RunConfig, split: shards.ShardSplit, path: Path, first: np.ndarray, held: np.ndarray
+    table: pa.Table, run: RunConfig, split: shards.ShardSplit, path: Place, first: np.ndarray, held: np.ndarray
 ) -> pa.Table:
     """Tokenise one shard's rows and leave its file; returns how many rows it holds."""
     if table.num_rows == 0:
@@ -265,7 +255,7 @@ def _write(
         "lengths": _lengths(table),
     }
     table = table.replace_schema_metadata({FOOTER: json.dumps(told)})
-    _put(path / f"{shard:05d}.parquet", lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
+    write(path / f"{shard:05d}.parquet", lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
     return pa.table({"rows": [table.num_rows]})
 
 
@@ -333,16 +323,16 @@ def _encoder_tokenizer(run_json: str) -> Any:
 
 
 def _manifest(
-    run: RunConfig, split: shards.ShardSplit, path: Path, names: list[str], rejects: list[dict[str, Any]]
+    run: RunConfig, split: shards.ShardSplit, path: Place, names: list[str], rejects: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Counts, hashes and lengths of all files, and the rejects of both passes beside them."""
     key, spec = shards.shard_key(run, split)
-    told = [json.loads(pq.read_schema(path / name).metadata[FOOTER]) for name in names]
+    told = [json.loads(read_footer(path / name).metadata[FOOTER]) for name in names]
     rejects = [*rejects, *(row for one in told for row in one["rejects"])]
     lines = [
         json.dumps({"reason": row["reason"], "id": row["id"], "row": (row["context"] or "")[:500]}) for row in rejects
     ]
-    _put(path / "rejects.jsonl", lambda file: file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+    write_text(path / "rejects.jsonl", "".join(f"{line}\n" for line in lines))
     lengths = {name: np.sum([one["lengths"][name] for one in told], axis=0).tolist() for name in told[0]["lengths"]}
     return {
         "key": key,
@@ -357,6 +347,6 @@ def _manifest(
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
+def _sha256(path: Place) -> str:
+    with opened(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,8 +1,8 @@
 """Shards: rows ready for training and evaluation, in Parquet files that all trials share.
 
-They live under ``<shard_dir>/<dataset>-<split>-<hash>``, where the hash covers everything that made them: source, splits,
-tokenisers, prompt and layout version. A directory with a ``manifest.json`` is complete; the manifest is written last, and
-nothing reads a directory without one. :mod:`latentwire.data.pipeline` makes what is missing.
+They live under ``<shard_dir>/<dataset>-<split>-<hash>``, on disk or in an object store. The hash covers everything that
+made them: source, splits, tokenisers, prompt and layout version. A directory with a ``manifest.json`` is complete; the
+manifest is written last, and nothing reads a directory without one. :mod:`latentwire.data.pipeline` makes what is missing.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latentwire.config import RunConfig
 from latentwire.data import sources
 from latentwire.data.layout import LAYOUT_VERSION, SequenceBuilder
 from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.lm import load_tokenizer
+from latentwire.storage import Place, place, read_parquet
 
 SHARD_VERSION = 2
 ShardSplit = Literal["train", "dev", "validation"]
@@ -67,12 +66,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def shard_path(run: RunConfig, split: ShardSplit) -> Path:
+def shard_path(run: RunConfig, split: ShardSplit) -> Place:
     """Where a split's shards are, or will be."""
-    return Path(run.data.shard_dir).absolute() / f"{run.data.dataset}-{split}-{shard_key(run, split)[0]}"
+    return place(run.data.shard_dir).absolute() / f"{run.data.dataset}-{split}-{shard_key(run, split)[0]}"
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Place) -> dict[str, Any]:
     """The manifest of complete shards. Raises :class:`~latentwire.data.sources.DataError` where there is none."""
     file = path / MANIFEST
     if not file.exists():
@@ -82,15 +81,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def complete(path: Path) -> bool:
+def complete(path: Place) -> bool:
     """Whether all shards of this directory are there."""
     return (path / MANIFEST).exists()
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of complete shards, in the order they were written. ``columns``: ``None`` for all."""
     names = read_manifest(path)["files"]
-    return pa.concat_tables([pq.read_table(path / name, columns=columns) for name in names])
+    return pa.concat_tables([read_parquet(path / name, columns) for name in names])
 
 
 def builders(run: RunConfig) -> dict[str, SequenceBuilder]:

@@ -23,6 +23,7 @@ from pyarrow import fs
 
 from latentwire.config import DataConfig
 from latentwire.data.toy import toy_rows
+from latentwire.storage import at, explained, place
 
 Split = Literal["train", "validation"]
 HUB_IDS = {"squad": ("rajpurkar/squad", None), "hotpotqa": ("hotpotqa/hotpot_qa", "distractor")}
@@ -224,10 +225,13 @@ def _toy(config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
 def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
     """``<split>*.parquet``/``.jsonl``/``.json`` of the data directory; the official names (``train-v1.1.json``) fit."""
     system, root = _system(config)
-    if system.get_file_info(root).type != fs.FileType.Directory:
+    with explained(config.data_dir):
+        found = system.get_file_info(root).type
+    if found != fs.FileType.Directory:
         raise DataError(f"data_dir must be an existing directory, got {config.data_dir}")
     names = {"train": ("train",), "validation": ("validation", "dev")}[split]
-    there = system.get_file_info(fs.FileSelector(root, recursive=True))
+    with explained(config.data_dir):
+        there = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(
         (
             info
@@ -246,13 +250,8 @@ def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.Fil
 
 def _system(config: DataConfig) -> tuple[fs.FileSystem, str]:
     """The file system of the data directory, and its path there."""
-    place = config.data_dir or ""
-    if "://" not in place:
-        return fs.LocalFileSystem(), place
-    try:
-        return fs.FileSystem.from_uri(place)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"data_dir must be a directory or a URI that pyarrow reads, got {place}: {error}") from error
+    with explained(f"data_dir {config.data_dir}"):
+        return at(place(config.data_dir or ""))
 
 
 def _parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFile:

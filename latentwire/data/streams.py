@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, sources, teachers
 from latentwire.data.pipeline import ROW_GROUP, quiet_ray_data
 from latentwire.models.encoders import encoder_tokenizer
+from latentwire.storage import Place, read_footer, read_parquet
 
 SHUFFLE_ROWS = 2_048
 """Rows, at least, that a worker's stream is shuffled within. The shards themselves are in an order drawn by seed."""
@@ -36,25 +35,25 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
 
 
 def read_joined(
-    name: str, train: Path, told: Mapping[str, Path], columns: Sequence[str], rows: int | None = None
+    name: str, train: Place, told: Mapping[str, Place], columns: Sequence[str], rows: int | None = None
 ) -> Iterator[pa.Table]:
     """One shard file's rows with the columns of all teachers, ``rows`` at a time (``None``: all at once)."""
-    table = pq.read_table(train / name, columns=list(columns))
+    table = read_parquet(train / name, columns)
     for path in told.values():
-        said = pq.read_table(path / name)
+        said = read_parquet(path / name)
         for column in said.column_names:
             table = table.append_column(column, said[column])
     for start in range(0, table.num_rows, rows or max(1, table.num_rows)):
         yield table.slice(start, rows)
 
 
-def training_table(run: RunConfig, train: Path) -> pa.Table:
+def training_table(run: RunConfig, train: Place) -> pa.Table:
     """All training rows in memory."""
     names, told = shards.read_manifest(train)["files"], teachers.paths(run, train)
     return pa.concat_tables(table for name in names for table in read_joined(name, train, told, training_columns(run)))
 
 
-def ray_dataset(train: Path, told: Mapping[str, Path], columns: Sequence[str], *, in_memory: bool) -> Any:
+def ray_dataset(train: Place, told: Mapping[str, Place], columns: Sequence[str], *, in_memory: bool) -> Any:
     """Training rows as a Ray Dataset; Ray must be running.
 
     ``in_memory``: held in the object store, once for all trials. Else read anew in every epoch, block by block, by tasks
@@ -66,7 +65,7 @@ def ray_dataset(train: Path, told: Mapping[str, Path], columns: Sequence[str], *
     quiet_ray_data()
     names = shards.read_manifest(train)["files"]
     if in_memory:
-        footers = [pq.read_metadata(train / name) for name in names]
+        footers = [read_footer(train / name) for name in names]
         size = sum(
             footer.row_group(group).total_byte_size for footer in footers for group in range(footer.num_row_groups)
         )

@@ -9,9 +9,9 @@ made by a Ray Data actor pool, so a run that was killed goes on where it stopped
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from latentwire.losses.bundles import Teacher
 from latentwire.losses.terms import TeacherRows, teacher_rows
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import resolve
+from latentwire.storage import Place, place, read_parquet, size, write
 
 TEACHER_VERSION = 1
 TEACHER_KNOBS = ("losses.bundle", "losses.kd_temperature", "losses.kd_top_k", "losses.hidden_kd_depths")
@@ -51,7 +52,7 @@ def most_tokens(losses: LossConfig) -> int:
     return max(1, round(losses.k * max((schedule.start, schedule.end) if schedule else (1.0,))))
 
 
-def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Path) -> Path:
+def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Place:
     """Where one receiver's columns for these training shards are, or will be."""
     losses = run.losses
     spec = {
@@ -76,18 +77,18 @@ def _weights(receiver: ReceiverConfig) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def paths(run: RunConfig, train: Path) -> dict[str, Path]:
+def paths(run: RunConfig, train: Place) -> dict[str, Place]:
     """Receiver → where its columns are, or will be; empty where the run needs none."""
     return {r.name: teacher_path(run, r, train) for r in run.receivers} if needed(run.losses) else {}
 
 
-def complete(run: RunConfig, train: Path) -> bool:
+def complete(run: RunConfig, train: Place) -> bool:
     """Whether every column that the run needs is there."""
     files = shards.read_manifest(train)["files"]
     return all((path / name).exists() for path in paths(run, train).values() for name in files)
 
 
-def ensure_teachers(run: RunConfig, train: Path, gpus: float = 0.0) -> dict[str, Path]:
+def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str, Place]:
     """Make every receiver's columns for complete training shards, unless they are there: receiver → directory.
 
     Nothing where the run needs none. Needs Ray initialised to make them; ``gpus``: what one reader asks for.
@@ -101,13 +102,13 @@ def ensure_teachers(run: RunConfig, train: Path, gpus: float = 0.0) -> dict[str,
             path.mkdir(parents=True, exist_ok=True)
             _make(run, receiver, train, path, missing, gpus)
         rows = shards.read_manifest(train)["rows"]
-        size = sum((path / name).stat().st_size for name in files)
-        print(f"teacher {receiver.name}: {rows:,} rows, {size / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
+        held = sum(size(path / name) for name in files)
+        print(f"teacher {receiver.name}: {rows:,} rows, {held / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
               f"{'made in' if missing else 'reused from'} {path}", flush=True)  # fmt: skip
     return made
 
 
-def _make(run: RunConfig, receiver: ReceiverConfig, train: Path, path: Path, missing: list[str], gpus: float) -> None:
+def _make(run: RunConfig, receiver: ReceiverConfig, train: Place, path: Place, missing: list[str], gpus: float) -> None:
     import ray
     import ray.data
 
@@ -131,7 +132,7 @@ class TeacherReader:
     """One actor of the pool: holds a receiver, reads a shard file, leaves its columns in a file of the same name."""
 
     def __init__(self, run: Mapping[str, Any], name: str, train: str, path: str) -> None:
-        self.run, self.train, self.path = RunConfig.model_validate(run), Path(train), Path(path)
+        self.run, self.train, self.path = RunConfig.model_validate(run), place(train), place(path)
         torch.set_num_threads(max(1, int(self.run.training.cpus_per_worker)))
         receiver = next(receiver for receiver in self.run.receivers if receiver.name == name)
         self.lm = LMWrapper(receiver)
@@ -140,10 +141,8 @@ class TeacherReader:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """``file``: names of shard files."""
         for name in batch["file"]:
-            table = read_columns(self.lm, self.builder, self.run, pq.read_table(self.train / name))
-            aside = self.path / f".{name}.part-{os.getpid()}"
-            pq.write_table(table, aside)
-            aside.rename(self.path / name)
+            table = read_columns(self.lm, self.builder, self.run, read_parquet(self.train / name))
+            write(self.path / name, functools.partial(pq.write_table, table))
         return batch
 
 
@@ -165,8 +164,8 @@ def read_columns(lm: LMWrapper, builder: SequenceBuilder, run: RunConfig, table:
         with torch.no_grad():
             hidden_ND, states = lm.supervised_states(lm.read_head(batch), None, depths)
             said = _said(lm, hidden_ND, states, losses)
-        for place, index in enumerate(chosen):
-            mine_N = (batch.row_N == place).cpu()
+        for number, index in enumerate(chosen):
+            mine_N = (batch.row_N == number).cpu()
             found[index] = {name: tensor[mine_N].flatten().numpy() for name, tensor in said.items()}
     types = {"ids": pa.int32(), "log_p": pa.float16(), "log_tail": pa.float16(), "states": pa.float16()}
     columns = {name: pa.array([row[name] for row in found], pa.list_(types[name])) for name in found[0]}

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.data.layout import LAYOUT_VERSION
 from latentwire.evaluation.evaluator import METRIC_VERSION
+from latentwire.storage import Place, read_footer, read_parquet
 
 ROW_COLUMNS = ("id", "context", "question", "answers")
 
 
-def evaluation_pin(path: Path, run: RunConfig) -> str:
+def evaluation_pin(path: Place, run: RunConfig) -> str:
     """Hash of the rows of complete shards (their content, in order), layout version, decoding limit, metric version and rules.
 
     Tokenisers, anchor and receivers are not in it: they belong to what is compared. Scores with different pins must not be.
     """
     digest = hashlib.sha256()
     for name in shards.read_manifest(path)["files"]:
-        columns = [column for column in pq.read_schema(path / name).names if column in ROW_COLUMNS]
-        for row in pq.read_table(path / name, columns=columns).to_pylist():
+        columns = [column for column in read_footer(path / name).schema.names if column in ROW_COLUMNS]
+        for row in read_parquet(path / name, columns).to_pylist():
             digest.update(json.dumps(row, sort_keys=True).encode())
     decides = {
         "rows": digest.hexdigest(),

@@ -20,6 +20,7 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
+from latentwire.storage import Place, delete, files_below, local, place
 from latentwire.training.loop import Progress, Trainer
 
 __all__ = [
@@ -67,27 +68,28 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def initialise(path: Path, wire: LatentWire) -> None:
+def initialise(source: str | Place, wire: LatentWire) -> None:
     """Start a fresh wire from an earlier one: every part that both have; what is new keeps its fresh weights.
 
-    Of a feature, the part for a receiver that the earlier wire did not have is new. Raises :class:`CheckpointError` for a
-    part of another shape, a checkpoint that has nothing in common, or a part that ``training.train_only`` keeps as it is
-    and that is not there.
+    ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver that the earlier wire did
+    not have is new. Raises :class:`CheckpointError` for a part of another shape, a checkpoint that has nothing in common, or a
+    part that ``training.train_only`` keeps as it is and that is not there.
     """
-    manifest, known = read_manifest(Path(path)), {receiver.name for receiver in read_run(Path(path)).receivers}
     parts = exports.parts(wire)
-    common = [name for name in parts if name in manifest["files"]]
-    if not common:
-        raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {path} holds none")
-    for name in common:
-        exports.fill(Path(path) / name, parts[name], left_out=wire.receivers.keys() ^ known)
+    with local(place(source)) as path:
+        manifest, known = read_manifest(path), {receiver.name for receiver in read_run(path).receivers}
+        common = [name for name in parts if name in manifest["files"]]
+        if not common:
+            raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none")
+        for name in common:
+            exports.fill(path / name, parts[name], left_out=wire.receivers.keys() ^ known)
     missing = [name for name in parts if name not in common]
     frozen = [name for name in missing if not all(p.requires_grad for p in parts[name].parameters())]
     if wire.run.training.train_only and frozen:
         raise CheckpointError(
-            f"init_from must hold what train_only keeps as it is, {path} has no {', '.join(frozen)}; train it too"
+            f"init_from must hold what train_only keeps as it is, {source} has no {', '.join(frozen)}; train it too"
         )
-    print(f"started from {path}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
+    print(f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
 
 
 def load_training(path: Path, trainer: Trainer) -> None:
@@ -106,11 +108,16 @@ def load_training(path: Path, trainer: Trainer) -> None:
     torch.set_rng_state(tensors["rng"])
 
 
-def remove(path: Path) -> None:
+def remove(path: Place) -> None:
     """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there.
 
-    It is renamed first, so that no half of it is ever seen under its name.
+    It is renamed first, so that no half of it is ever seen under its name. A store renames nothing at once: there the manifest,
+    which makes it whole, goes first.
     """
+    if not isinstance(path, Path):
+        for name in reversed(written_names(path)):
+            delete(path / name)
+        return
     aside = path.parent / f".{path.name}.removed-{uuid.uuid4().hex[:8]}"
     path.rename(aside)
     remove_files(aside, written_names(aside))
@@ -118,19 +125,19 @@ def remove(path: Path) -> None:
         aside.rename(path)
 
 
-def written_names(path: Path) -> list[str]:
+def written_names(path: Place) -> list[str]:
     """Files of a checkpoint: those its manifest names, the manifest last. Without one, those that every checkpoint may have."""
     file = path / exports.MANIFEST
     if file.exists():
         return [*json.loads(file.read_text())["files"], exports.CARD, exports.MANIFEST]
     fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
-    return [str(f.relative_to(path)) for f in path.rglob("*") if f.name in fixed or f.suffix == ".safetensors"]
+    return [name for name in files_below(path) if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")]
 
 
 def remove_files(path: Path, names: list[str]) -> None:
     """Delete these files of a directory, and it and those below it where nothing else is left in them."""
     for name in names:
-        (path / name).unlink(missing_ok=True)
+        delete(path / name)
     folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)
     for folder in (*folders, path):
         if not any(folder.iterdir()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, streams
 from latentwire.evaluation.pin import evaluation_pin
+from latentwire.storage import Place, local
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
@@ -25,7 +26,7 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
     return epochs
 
 
-def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: Path) -> Path:
+def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], output: Path) -> Place:
     """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
 
     Keeps the best by development F1 and the last.
@@ -44,10 +45,11 @@ def train_here(wire: LatentWire, paths: dict[shards.ShardSplit, Path], output: P
     trainer.stop_when(signal.SIGTERM)
     previous = kept.finished(folder)
     if previous:
-        checkpoints.load_training(previous[-1], trainer)
+        with local(previous[-1]) as last:
+            checkpoints.load_training(last, trainer)
         print(f"resumed at step {trainer.progress.step} from {previous[-1]}", flush=True)
     elif wire.run.training.init_from is not None:
-        checkpoints.initialise(Path(wire.run.training.init_from), wire)
+        checkpoints.initialise(wire.run.training.init_from, wire)
 
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from latentwire.config import IntDimension, SamplerConfig, SpaceFile
+from latentwire.storage import Place
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.results import Best, find_best, within_limits
 from latentwire.tuning.study import evaluations, own_trials
@@ -36,7 +36,7 @@ class Finalist:
 
 
 def run_finals(
-    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path, study: optuna.Study
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place, study: optuna.Study
 ) -> tuple[Best, list[Finalist]]:
     """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
 

@@ -16,6 +16,7 @@ import torch
 from latentwire.config import LossConfig, RunConfig, SpaceFile
 from latentwire.data import shards, teachers
 from latentwire.models.lm import load_hf_config
+from latentwire.storage import Place
 from latentwire.tuning.planner import Plan, PlanError
 from latentwire.tuning.results import on_cluster
 from latentwire.tuning.space import data_variants, largest_run
@@ -76,7 +77,7 @@ class Forecast:
     checkpoint_bytes: int
     disk_bytes: int
     """Checkpoints kept at the busiest moment, and teachers' columns to be made."""
-    free_bytes: int
+    free_bytes: int | None
 
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
         """For the terminal. ``rate``: FLOP/s of a matrix product on one worker, where it was measured."""
@@ -100,12 +101,12 @@ class Forecast:
             )
         lines.append(
             f"disk: about {self.disk_bytes / 1e6:,.1f} MB at most (a checkpoint {self.checkpoint_bytes / 1e6:,.2f} MB), "
-            f"{self.free_bytes / 1e9:,.1f} GB free"
+            + ("in an object store" if self.free_bytes is None else f"{self.free_bytes / 1e9:,.1f} GB free")
         )
         return lines
 
 
-def forecast(space: SpaceFile, plan: Plan, output: Path) -> Forecast:
+def forecast(space: SpaceFile, plan: Plan, output: Place) -> Forecast:
     """Estimate a sweep. Raises :class:`~latentwire.tuning.planner.PlanError` where its checkpoints would not fit the disk."""
     tune, run = space.tune, largest_run(space)
     finals = tune.finalists * tune.final_seeds
@@ -113,7 +114,11 @@ def forecast(space: SpaceFile, plan: Plan, output: Path) -> Forecast:
     steps = None if rows is None else total_steps(run, rows)
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
     held = tune.keep_checkpoints + finals + 2 * plan.max_concurrent_trials + 1
-    where = next(folder for folder in (output, *output.parents) if folder.exists())
+    where = (
+        next((folder for folder in (output, *output.parents) if folder.exists()), None)
+        if isinstance(output, Path)
+        else None
+    )
     found = Forecast(
         runs=tune.trials + finals,
         files=tuple(files),
@@ -121,9 +126,9 @@ def forecast(space: SpaceFile, plan: Plan, output: Path) -> Forecast:
         flop_per_run=None if steps is None else _flop(run, plan, steps),
         checkpoint_bytes=checkpoint,
         disk_bytes=held * checkpoint + columns_bytes,
-        free_bytes=shutil.disk_usage(where).free,
+        free_bytes=None if where is None else shutil.disk_usage(where).free,  # a bucket has no end
     )
-    if found.disk_bytes > found.free_bytes:
+    if found.free_bytes is not None and found.disk_bytes > found.free_bytes:
         raise PlanError(
             f"a sweep needs about {found.disk_bytes / 1e9:.2f} GB ({held} checkpoints of {checkpoint / 1e9:.2f} GB, teachers' "
             f"columns {columns_bytes / 1e9:.2f} GB), {where} has {found.free_bytes / 1e9:.2f} GB free: lower "
@@ -200,7 +205,7 @@ def _column_bytes(losses: LossConfig, width: int) -> int:
     return teachers.most_tokens(losses) * (words + states)
 
 
-def show(space: SpaceFile, plan: Plan, output: Path, *, measured: bool) -> Plan:
+def show(space: SpaceFile, plan: Plan, output: Place, *, measured: bool) -> Plan:
     """Print plan and forecast, and return the plan that fits the cluster's nodes. Needs Ray.
 
     ``measured``: also measure a worker's rate, which takes a task. Raises :class:`~latentwire.tuning.planner.PlanError` for

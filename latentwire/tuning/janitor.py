@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
 from ray.tune import Callback
 
 from latentwire.config import TuneConfig
+from latentwire.storage import Place, children, files_below
 from latentwire.training import checkpoints, kept
 from latentwire.tuning.results import within_limits
 from latentwire.tuning.searcher import StudySearch
@@ -62,24 +62,17 @@ class Janitor(Callback):
         self.tidy()
 
 
-def clear_debris(trial_dir: Path) -> int:
+def clear_debris(trial_dir: Place) -> int:
     """Delete what dead processes left half written or half deleted; returns how many. Only while no trial runs."""
-    return sum(kept.clear_debris(folder) for folder in trial_dir.glob("trial-*"))
+    return sum(kept.clear_debris(folder) for folder in children(trial_dir) if folder.name.startswith("trial-"))
 
 
-def bytes_in(folders: Iterable[Path]) -> int:
-    """Bytes of all files under some directories; a file that goes away meanwhile counts nothing."""
-    total = 0
-    for folder in folders:
-        for file in folder.rglob("*"):
-            try:
-                total += file.stat().st_size if file.is_file() else 0
-            except FileNotFoundError:
-                continue
-    return total
+def bytes_in(folders: Iterable[Place]) -> int:
+    """Bytes of all files under some directories."""
+    return sum(size for folder in folders for size in files_below(folder).values())
 
 
-def _rank(path: Path, config: TuneConfig) -> tuple[bool, float]:
+def _rank(path: Place, config: TuneConfig) -> tuple[bool, float]:
     try:
         metrics = kept.metrics_of(path)
     except FileNotFoundError:  # its own worker has just deleted it
@@ -87,7 +80,7 @@ def _rank(path: Path, config: TuneConfig) -> tuple[bool, float]:
     return within_limits(metrics, config), kept.score(metrics, config.metric, config.mode)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Place) -> None:
     try:
         checkpoints.remove(path)
     except FileNotFoundError:

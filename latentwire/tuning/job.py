@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.storage import Place
 from latentwire.tuning import finals, janitor, manifest, report, report_html, results, resume, sweep
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.trial import variant_key
 
 
-def search(space: SpaceFile, plan: Plan, output: Path, command: str, repeated: Mapping[str, Any] | None = None) -> int:
+def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: Mapping[str, Any] | None = None) -> int:
     """Shards, trials, finals, scores, export, report; returns the exit status: 1 where every trial has failed.
 
     ``repeated``: the manifest whose trial this is, whose data and receivers must be the same.

@@ -22,6 +22,7 @@ import torch
 from latentwire.config import SamplerConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, check_search, set_path, validate
 from latentwire.options import assignment
+from latentwire.storage import Place, children, write_text
 from latentwire.training import kept
 from latentwire.tuning.study import evaluations, own_trials
 from latentwire.tuning.sweep import Files
@@ -39,7 +40,7 @@ def describe(
     space: SpaceFile,
     files: Mapping[str, Files],
     pin: str,
-    output: Path,
+    output: Place,
     command: str,
     study: optuna.Study | None = None,
 ) -> dict[str, Any]:
@@ -66,12 +67,9 @@ def describe(
     return cleaned
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Place, document: Mapping[str, Any]) -> None:
     """Written aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(document, indent=1))
-    aside.rename(path)
+    write_text(path, json.dumps(document, indent=1))
 
 
 def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
@@ -87,9 +85,9 @@ def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
     }
 
 
-def receiver_hashes(output: Path) -> dict[str, str]:
+def receiver_hashes(output: Place) -> dict[str, str]:
     """Receiver → hash of its weights, as the sweep's workers found them; empty before the first checkpoint."""
-    for folder in sorted((output / "trials").glob("trial-*")):
+    for folder in children(output / "trials"):
         for path in kept.finished(folder):
             pins = json.loads((path / "manifest.json").read_text())["pins"]
             return dict(pins.get("receivers", {}))
@@ -142,7 +140,7 @@ def _cpu() -> str:
 # ---------------------------------------------------------------------------------------------------------- repeating
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Place) -> dict[str, Any]:
     """A manifest. Raises :class:`~latentwire.config.resolve.ConfigError` for anything else."""
     file = path / MANIFEST if path.is_dir() else path
     try:
@@ -157,7 +155,7 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def one_trial(path: Path, number: int | None, assignments: Iterable[str]) -> tuple[SpaceFile, dict[str, Any]]:
+def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tuple[SpaceFile, dict[str, Any]]:
     """A sweep of one trial, the manifest's ``number`` (``None``: the export's own, else the best), and the manifest.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for a trial that it does not know, for one whose receivers' hashes it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +16,7 @@ from latentwire.data import pipeline, shards, teachers
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
+from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints
 from latentwire.tuning.space import largest_run
 
@@ -80,7 +80,8 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     training = run.training
     gpus, gpus_per_worker = resources.get("GPU", 0.0), gpus_each(run, resources)
     if training.init_from is not None:
-        checkpoints.read_manifest(Path(training.init_from))
+        with local(place(training.init_from)) as start:
+            checkpoints.read_manifest(start)
     if training.batch_size % training.num_workers:
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
@@ -94,6 +95,10 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     fits = [
         _share("CPUs", resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading),
         _share("GPUs", gpus, gpus_per_worker * training.num_workers),
+        *(
+            _share(name, resources.get(name, 0.0), amount * training.num_workers)
+            for name, amount in training.worker_resources.items()
+        ),
     ]
     if needed > memory_bytes:
         where = "GPU" if gpus_per_worker else "node"
@@ -116,6 +121,25 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     )
 
 
+def cluster_resources() -> dict[str, float]:
+    """What the cluster can come to: of each resource, what is there, or what the autoscaler's node types may add up to.
+
+    A head without GPUs whose autoscaler may start GPU nodes can hold a sweep, though no such node is there yet.
+    """
+    import ray
+    from ray._private.state import state
+
+    there = ray.cluster_resources()
+    possible = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(there.get(name, 0.0), float(possible.get(name, 0))) for name in there | possible}
+
+
+def plan_on_cluster(space: SpaceFile) -> Plan:
+    """:func:`plan` for the cluster that Ray is connected to."""
+    resources = cluster_resources()
+    return plan(space, resources, node_memory(gpus_each(space.run, resources)))
+
+
 def gpus_each(run: RunConfig, resources: dict[str, float]) -> float:
     """GPUs that one worker of a run asks this cluster for."""
     wanted = run.training.gpus_per_worker
@@ -129,13 +153,13 @@ def on_cuda() -> bool:
 
 def local_shards(
     run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
-) -> dict[shards.ShardSplit, Path]:
+) -> dict[shards.ShardSplit, Place]:
     """Shards of a run that trains in this process, and with them the teachers' columns.
 
     Ray is started only where some are missing, and stopped again.
     """
     paths = {split: shards.shard_path(run, split) for split in splits}
-    complete = all((path / "manifest.json").exists() for path in paths.values())
+    complete = all(shards.complete(path) for path in paths.values())
     if complete and ("train" not in paths or teachers.complete(run, paths["train"])):
         return paths
     import ray
@@ -144,16 +168,21 @@ def local_shards(
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:
-            teachers.ensure_teachers(run, paths["train"], gpus_each(run, ray.cluster_resources()))
+            teachers.ensure_teachers(run, paths["train"], gpus_each(run, cluster_resources()))
         return paths
     finally:
         ray.shutdown()
 
 
 def node_memory(gpus_per_worker: float | None = None) -> float:
-    """Bytes that workers may use on this node: a GPU's memory where there is one, else nine tenths of what is free."""
+    """Bytes that workers may use on this node: a GPU's memory where there is one, else nine tenths of what is free.
+
+    Where workers use GPUs and this node has none, theirs is not known before they start: infinite.
+    """
     if gpus_per_worker != 0 and torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
+    if gpus_per_worker:
+        return math.inf
     return 0.9 * min(psutil.virtual_memory().available, _cgroup_limit())
 
 

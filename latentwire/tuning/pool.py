@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from latentwire.data import shards
 from latentwire.data.pipeline import quiet_ray_data
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.settings import Setting
+from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints
 from latentwire.tuning.planner import Plan
 
@@ -26,8 +26,9 @@ class Scorer:
 
     def __init__(self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.wire, _ = checkpoints.load_wire(Path(checkpoint), run)
-        self.table, self.settings = shards.read_table(Path(path)), settings
+        with local(place(checkpoint)) as folder:
+            self.wire, _ = checkpoints.load_wire(folder, run)
+        self.table, self.settings = shards.read_table(place(path)), settings
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """``setting``, ``start``, ``stop`` → the predictions of those rows, with their place."""
@@ -40,8 +41,8 @@ class Scorer:
 
 
 def predict_pool(
-    checkpoint: Path,
-    path: Path,
+    checkpoint: Place,
+    path: Place,
     settings: tuple[Setting, ...],
     run: RunConfig,
     *,

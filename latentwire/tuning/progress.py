@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, CLIReporter
 
 from latentwire.config import SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.storage import Place
 
 REPORT_SECONDS = 30
 """Between two tables in the terminal."""
@@ -47,7 +47,7 @@ def table(space: SpaceFile) -> CLIReporter:
     )
 
 
-def trackers(config: TuneConfig, output: Path) -> list[Callback]:
+def trackers(config: TuneConfig, output: Place) -> list[Callback]:
     """Ray's own callbacks for MLflow and Weights & Biases, a run per trial, grouped by the sweep's name.
 
     MLflow writes to ``MLFLOW_TRACKING_URI``, else to ``<output>/mlflow.db``; W&B follows its own variables (``WANDB_MODE``).

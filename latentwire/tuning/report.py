@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from latentwire.config import RunConfig, TuneConfig
 from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.settings import label
 from latentwire.features.registry import keeps_receivers_frozen
+from latentwire.storage import Place, write_text
 from latentwire.tuning.finals import Finalist
 from latentwire.tuning.results import Best
 
@@ -155,16 +155,14 @@ def verdict(best: Best, gap: dict[str, float], metric: str) -> str:
     return f"{line}, validation {gap['validation']:.4f}, gap {gap['gap']:+.4f}" if gap else line
 
 
-def write_report(output: Path, line: str, grids: list[Grid], command: str) -> Path:
+def write_report(output: Place, line: str, grids: list[Grid], command: str) -> Place:
     """``report.md``: the verdict ``line``, the tables, and the command that made them."""
     lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}; exported to `{output / 'best'}`."]
     for title, header, body in grids:
         lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         lines += [f"| {' | '.join(row)} |" for row in body]
     path = output / "report.md"
-    aside = output / ".report.md.part"
-    aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    aside.rename(path)
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

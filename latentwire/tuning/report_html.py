@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import optuna
 import plotly.graph_objects as go
 import plotly.io
-import pyarrow.parquet as pq
 from plotly.offline import get_plotlyjs
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.settings import label
+from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
 from latentwire.tuning import figures, report, resume
 from latentwire.tuning.results import trial_rows
 from latentwire.tuning.searcher import objectives
@@ -28,7 +27,7 @@ EXAMPLES = 12
 COLOURS = ["#2563a8", "#c2571a", "#3f8f4f", "#8a4fa3", "#a8873b", "#4b5563"]
 
 
-def write(output: Path) -> Path:
+def write(output: Place) -> Place:
     """Write a sweep's report from what lies in its directory; parts that are not there yet are left out.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where ``output`` holds no sweep.
@@ -61,9 +60,8 @@ def write(output: Path) -> Path:
         manifest=_manifest(output / "manifest.json"),
         plotly=get_plotlyjs() if scores or any(not isinstance(what, str) for *_, what in pictures) else "",
     )
-    aside = output / f".{FILE}.part"
-    aside.write_text(page, encoding="utf-8")
-    return aside.rename(output / FILE)
+    write_text(output / FILE, page)
+    return output / FILE
 
 
 def _template() -> jinja2.Template:
@@ -99,13 +97,13 @@ def _retention(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, 
     ]
 
 
-def _examples(file: Path) -> list[dict[str, Any]]:
+def _examples(file: Place) -> list[dict[str, Any]]:
     """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
-    if not file.exists() or "context" not in pq.read_schema(file).names:
+    if not file.exists() or "context" not in read_footer(file).schema.names:
         return []
     columns = ["id", "receiver", "mode", "setting", "text", "golds", "em", "question", "context"]
     rows: dict[str, dict[str, Any]] = {}
-    for p in pq.read_table(file, columns=columns).to_pylist():
+    for p in read_parquet(file, columns).to_pylist():
         row = rows.setdefault(
             p["id"], {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
         )
@@ -119,7 +117,7 @@ def _examples(file: Path) -> list[dict[str, Any]]:
     return [*turns, *rest][:EXAMPLES]
 
 
-def _costs(study: optuna.Study, space: SpaceFile, output: Path) -> list[tuple[str, str]]:
+def _costs(study: optuna.Study, space: SpaceFile, output: Place) -> list[tuple[str, str]]:
     """What the search took: trials' wall-clock times the CPUs and GPUs that their workers hold, and disk."""
     training = space.run.training
     hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
@@ -127,9 +125,9 @@ def _costs(study: optuna.Study, space: SpaceFile, output: Path) -> list[tuple[st
     nodes = _json(output / "manifest.json").get("hardware", {}).get("nodes", [])
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
-    files = [file for file in output.rglob("*") if file.is_file() and not file.is_symlink()]
-    disk = sum(file.stat().st_size for file in files)
-    weights = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+    files = files_below(output)
+    disk = sum(files.values())
+    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
     return [
         ("trials, wall-clock", f"{hours:.2f} h"),
         ("CPU-hours", f"{hours * training.cpus_per_worker * training.num_workers:.2f}"),
@@ -138,7 +136,7 @@ def _costs(study: optuna.Study, space: SpaceFile, output: Path) -> list[tuple[st
     ]
 
 
-def _manifest(file: Path) -> list[tuple[str, str]]:
+def _manifest(file: Place) -> list[tuple[str, str]]:
     """The manifest's entries as text, the long ones indented."""
     return [
         (name, value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False))
@@ -146,6 +144,6 @@ def _manifest(file: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Place) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -17,6 +16,7 @@ from optuna.trial import TrialState
 from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
+from latentwire import exports
 from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
@@ -26,6 +26,7 @@ from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.pin import evaluation_pin
 from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.summary import summarise
+from latentwire.storage import Place, directory, local, place, write, write_text
 from latentwire.training import checkpoints
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
@@ -41,7 +42,7 @@ class Best:
     trial: int
     step: int
     score: float
-    checkpoint: Path
+    checkpoint: Place
     values: dict[str, Any]
 
 
@@ -61,7 +62,7 @@ def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] |
     trials, found, beyond = [t for t in own_trials(study) if numbers is None or t.number in numbers], [], 0
     for trial in trials:
         for report in evaluations(trial):
-            path = Path(report[CHECKPOINT_PATH_KEY])
+            path = place(report[CHECKPOINT_PATH_KEY])
             if not path.exists():
                 continue
             if within_limits(report, config):
@@ -137,31 +138,36 @@ FINAL_SETTINGS = tuple(
 
 
 def score(
-    path: Path, validation: Path, settings: tuple[Setting, ...] = FINAL_SETTINGS, run: RunConfig | None = None
+    path: Place, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, run: RunConfig | None = None
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
 
     ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
-    wire, _ = checkpoints.load_wire(path, run)
+    with local(path) as folder:
+        wire, _ = checkpoints.load_wire(folder, run)
     table = shards.read_table(validation)
     predictions = {setting.key: list(predict(wire, table, setting, joint=True)) for setting in settings}
     scores = {key: summarise(found) for key, found in predictions.items()}
     return scores, [p for found in predictions.values() for p in found]
 
 
-def diagnose_here(path: Path, validation: Path, run: RunConfig) -> dict[str, float]:
+def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, float]:
     """Reload a checkpoint in this process and look into its messages."""
-    wire, _ = checkpoints.load_wire(path, run)
+    with local(path) as folder:
+        wire, _ = checkpoints.load_wire(folder, run)
     return diagnose(wire, shards.read_table(validation))
 
 
-def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[str, Any]:
+def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dict[str, Any]:
     """Score the chosen checkpoint once on the validation split, and export it without its training state.
 
     A wire pretrained on texts alone has no scores: it is exported for a second stage.
     """
-    wire, manifest = checkpoints.load_wire(checkpoint)
+    if export.exists():
+        raise SweepError(f"an export must not overwrite anything, {export} exists; name another output_dir")
+    with local(checkpoint) as folder:
+        wire, manifest = checkpoints.load_wire(folder)
     texts = wire.run.data.dataset == "text"
     table, predictions = ({}, []) if texts else score(checkpoint, validation)
     pins = manifest["pins"] | {
@@ -170,22 +176,23 @@ def score_and_export(checkpoint: Path, validation: Path, export: Path) -> dict[s
             "evaluation_pin": evaluation_pin(validation, wire.run),
         }
     }
-    checkpoints.save(export, wire, {"development": manifest["metrics"], "validation": table}, pins)
+    with directory(export, last=exports.MANIFEST) as folder:
+        checkpoints.save(folder, wire, {"development": manifest["metrics"], "validation": table}, pins)
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
     return table
 
 
-def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+def write_predictions(predictions: Sequence[Prediction], path: Place) -> None:
     """One row per prediction, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.Table.from_pylist([asdict(p) for p in predictions]), aside)
-    aside.rename(path)
+    rows = pa.Table.from_pylist([asdict(p) for p in predictions])
+    write(path, lambda file: pq.write_table(rows, file))
 
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
     """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
-    task = ray.remote(num_cpus=run.training.cpus_per_worker, num_gpus=gpus)(function)
+    wanted = run.training
+    task = ray.remote(num_cpus=wanted.cpus_per_worker, num_gpus=gpus, resources=wanted.worker_resources)(function)
     try:
         return ray.get(task.remote(*arguments))
     except RayTaskError as error:
@@ -193,8 +200,6 @@ def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> A
         raise error.cause from error
 
 
-def write_results(output: Path, document: dict[str, Any]) -> None:
-    """``results.json``, written aside and renamed."""
-    aside = output / ".results.json.part"
-    aside.write_text(json.dumps(document, indent=1, default=str))
-    aside.rename(output / "results.json")
+def write_results(output: Place, document: dict[str, Any]) -> None:
+    """``results.json``, whole or as it was."""
+    write_text(output / "results.json", json.dumps(document, indent=1, default=str))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.options import assignment
+from latentwire.storage import Place, local, rename, write_text
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
 
@@ -23,15 +23,12 @@ CHANGEABLE = (
 """What a resumed sweep may change: not what its trials are compared by."""
 
 
-def write_space(space: SpaceFile, output: Path) -> None:
-    """Keep the resolved space in the sweep's directory, written aside and renamed."""
-    output.mkdir(parents=True, exist_ok=True)
-    aside = output / f".{SPACE_FILE}.part"
-    aside.write_text(space.model_dump_json(indent=1))
-    aside.rename(output / SPACE_FILE)
+def write_space(space: SpaceFile, output: Place) -> None:
+    """Keep the resolved space in the sweep's directory, whole or as it was."""
+    write_text(output / SPACE_FILE, space.model_dump_json(indent=1))
 
 
-def read_space(output: Path, assignments: list[str]) -> SpaceFile:
+def read_space(output: Place, assignments: list[str]) -> SpaceFile:
     """The space of a sweep that is to go on, with ``PATH=VALUE`` assignments laid over it.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep, and for assignments that would make its
@@ -47,10 +44,11 @@ def read_space(output: Path, assignments: list[str]) -> SpaceFile:
                 f"a resumed sweep keeps its space; only {', '.join(CHANGEABLE)} can change, got {name}. For another space "
                 f"start a new sweep with --set tune.warm_start={output}"
             )
-    return load_space(path, overrides)
+    with local(path) as file:
+        return load_space(file, overrides)
 
 
-def is_finished(space: SpaceFile, output: Path) -> bool:
+def is_finished(space: SpaceFile, output: Place) -> bool:
     """Whether a sweep has all its trials and its results."""
     if not (output / "results.json").exists():
         return False
@@ -58,7 +56,7 @@ def is_finished(space: SpaceFile, output: Path) -> bool:
     return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials
 
 
-def set_aside(export: Path) -> None:
+def set_aside(export: Place) -> None:
     """Give an earlier winner's export another name: with more trials there may be a better one, and nothing is lost."""
     if export.exists():
-        export.rename(export.with_name(time.strftime(f"{export.name}-until-%Y%m%d-%H%M%S")))
+        rename(export, time.strftime(f"{export.name}-until-%Y%m%d-%H%M%S"))

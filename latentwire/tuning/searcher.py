@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.search.searcher import Searcher
 
 from latentwire.config import SpaceFile
+from latentwire.storage import Place, Remote, StorageError, place
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics, draw
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION
 from latentwire.tuning.trial import NUMBER, cause_left, trial_path
+
+COPY_PAUSE = 20
+"""How many times as long as a copy of the journal took, none is made unless a trial ends."""
 
 
 def objectives(space: SpaceFile) -> dict[str, str]:
@@ -51,7 +58,9 @@ class StudySearch(Searcher):
     are those of its best evaluation by ``tune.metric``, since that is the checkpoint which is kept.
     """
 
-    def __init__(self, space: SpaceFile, *, journal: Path, name: str, trial_dir: Path, pin: str | None = None) -> None:
+    def __init__(
+        self, space: SpaceFile, *, journal: Place, name: str, trial_dir: Place, pin: str | None = None
+    ) -> None:
         """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there. ``pin``: the
         evaluation pin of every score, where it is known; earlier scores must have the same."""
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
@@ -60,10 +69,11 @@ class StudySearch(Searcher):
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
+        self._copy_again = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher; the study is opened again from its journal."""
-        return self.__dict__ | {"_study": None, "_trials": {}}
+        return self.__dict__ | {"_study": None, "_trials": {}, "_copy_again": 0.0}
 
     @property
     def study(self) -> optuna.Study:
@@ -92,6 +102,7 @@ class StudySearch(Searcher):
         trial = self.study.ask() if left is None else Trial(self.study, left._trial_id)
         trial.set_user_attr(SESSION, self.session)
         self._trials[trial_id] = trial
+        self._keep()
         return draw(trial, self.space.search) | {NUMBER: trial.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -105,7 +116,11 @@ class StudySearch(Searcher):
         if len(values) == 1:  # Optuna keeps intermediate values for one objective only
             trial.report(values[0], step)
         kept = {name: value for name, value in result.items() if isinstance(value, int | float | str)}
+        if isinstance(self.trial_dir, Remote) and CHECKPOINT_PATH_KEY in kept:  # Ray's has lost the scheme
+            own = trial_path(self.trial_dir, trial.number)
+            kept[CHECKPOINT_PATH_KEY] = str(own / PurePosixPath(str(kept[CHECKPOINT_PATH_KEY])).name)
         trial.set_user_attr(EVALUATIONS, told | {str(step): kept})
+        self._keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """PRUNED where the trial was stopped early, FAIL where it raised or has no usable metric, else COMPLETE."""
@@ -128,6 +143,7 @@ class StudySearch(Searcher):
             self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {last.get(missing[0])}")
         else:
             self._tell(trial, reports)
+        self._keep(ended=True)
 
     def save(self, checkpoint_path: str) -> None:
         """The journal holds everything; what Tune keeps is where it is."""
@@ -136,7 +152,7 @@ class StudySearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Go on with the study of a saved sweep."""
         saved = json.loads(Path(checkpoint_path).read_text())
-        self.journal, self.name = Path(saved["journal"]), saved["study"]
+        self.journal, self.name = place(saved["journal"]), saved["study"]
         self._study, self._trials = None, {}
 
     # ------------------------------------------------------------------------------------------------------ internals
@@ -149,6 +165,19 @@ class StudySearch(Searcher):
             return
         best = (max if self.mode == "max" else min)(reports, key=lambda report: report[str(self.metric)])
         self.study.tell(trial.number, self._values(best))
+
+    def _keep(self, ended: bool = False) -> None:
+        """Copy a journal whose place is an object store there: whenever a trial has ended, and else in a small share of the
+        time, since large studies take a while. A copy that fails is made up for by the next one."""
+        began = time.monotonic()
+        if not ended and began < self._copy_again:
+            return
+        try:
+            studies.keep_journal(self.journal)
+        except StorageError as error:
+            print(f"study not copied this time: {error}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        self._copy_again = now + COPY_PAUSE * (now - began)
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[trial.number]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from latentwire.config import Dimension
 from latentwire.config.resolve import ConfigError
+from latentwire.models.weights import cache_dir
+from latentwire.storage import Place, Remote, local, place, upload, write
 from latentwire.tuning.space import distribution
 
 JOURNAL = "study.journal"
@@ -25,15 +29,16 @@ OBJECTIVES, PIN = "objectives", "evaluation_pin"
 
 
 def open_study(
-    journal: Path, name: str, objectives: Mapping[str, str], sampler: optuna.samplers.BaseSampler | None = None
+    journal: Place, name: str, objectives: Mapping[str, str], sampler: optuna.samplers.BaseSampler | None = None
 ) -> optuna.Study:
     """The study ``name`` of a journal file, made where it is not there yet. ``objectives``: metric → max or min.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where it is there with other objectives.
     """
-    journal.parent.mkdir(parents=True, exist_ok=True)
+    file = own_journal(journal)
+    file.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
+        storage=JournalStorage(JournalFileBackend(str(file))),
         study_name=name,
         directions=[{"max": "maximize", "min": "minimize"}[mode] for mode in objectives.values()],
         sampler=sampler,
@@ -60,6 +65,35 @@ def pin_study(study: optuna.Study, pin: str) -> None:
     study.set_user_attr(PIN, pin)
 
 
+def own_journal(journal: Place) -> Path:
+    """The journal as a file on this machine, which is what Optuna appends to: itself, or this machine's copy.
+
+    What the store holds is fetched unless this machine has the same and more. Should they differ, the store counts, and
+    what was here is kept under another name.
+    """
+    if isinstance(journal, Path):
+        return journal
+    file = _copy_of(journal)
+    if journal.exists():
+        stored = journal.read_bytes()
+        if not (file.exists() and file.read_bytes().startswith(stored)):
+            if file.exists():
+                file.rename(file.with_name(time.strftime(f"{JOURNAL}-until-%Y%m%d-%H%M%S")))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, lambda aside: aside.write_bytes(stored))
+    return file
+
+
+def keep_journal(journal: Place) -> None:
+    """Put this machine's copy of a journal into the store. Raises :class:`~latentwire.storage.StorageError`."""
+    if isinstance(journal, Remote):
+        upload(_copy_of(journal), journal)
+
+
+def _copy_of(journal: Remote) -> Path:
+    return cache_dir() / "studies" / hashlib.sha256(str(journal).encode()).hexdigest()[:16] / JOURNAL
+
+
 def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
     """Starting points, each once however often the study is opened."""
     for point in points:
@@ -77,28 +111,30 @@ def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:
     return sorted(trial.user_attrs.get(EVALUATIONS, {}).values(), key=lambda report: report["step"])
 
 
-def read_earlier(source: str | Path, objectives: Mapping[str, str], pin: str | None = None) -> list[FrozenTrial]:
+def read_earlier(source: str | Place, objectives: Mapping[str, str], pin: str | None = None) -> list[FrozenTrial]:
     """Finished trials of an earlier sweep (its directory, or its journal).
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where there is no study, or one with other objectives or another
     evaluation ``pin`` (``None``: not looked at): other metrics, or scores on other rows, would mislead the sampler.
     """
-    journal = Path(source) / JOURNAL if Path(source).is_dir() else Path(source)
+    given = place(source)
+    journal = given / JOURNAL if given.is_dir() else given
     if not journal.is_file():
         raise ConfigError(f"tune.warm_start must be a sweep's directory or its {JOURNAL}, got {source}")
-    storage = JournalStorage(JournalFileBackend(str(journal)))
     found = []
-    for summary in optuna.get_all_study_summaries(storage):
-        earlier = optuna.load_study(study_name=summary.study_name, storage=storage)
-        stated = earlier.user_attrs.get(OBJECTIVES)
-        wanted = [list(item) for item in objectives.items()]
-        if stated != wanted:
-            raise ConfigError(f"tune.warm_start must have the objectives {wanted}, got {stated} ({journal})")
-        if pin is not None and (other := earlier.user_attrs.get(PIN)) != pin:
-            raise ConfigError(
-                f"tune.warm_start must have the evaluation pin {pin}, got {other} ({journal}): its scores are not comparable"
-            )
-        found += own_trials(earlier, (TrialState.COMPLETE, TrialState.PRUNED))
+    with local(journal) as file:
+        storage = JournalStorage(JournalFileBackend(str(file)))
+        for summary in optuna.get_all_study_summaries(storage):
+            earlier = optuna.load_study(study_name=summary.study_name, storage=storage)
+            stated = earlier.user_attrs.get(OBJECTIVES)
+            wanted = [list(item) for item in objectives.items()]
+            if stated != wanted:
+                raise ConfigError(f"tune.warm_start must have the objectives {wanted}, got {stated} ({journal})")
+            if pin is not None and (other := earlier.user_attrs.get(PIN)) != pin:
+                raise ConfigError(
+                    f"tune.warm_start must have the evaluation pin {pin}, got {other} ({journal}): its scores are not comparable"
+                )
+            found += own_trials(earlier, (TrialState.COMPLETE, TrialState.PRUNED))
     return found
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -20,12 +19,13 @@ from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import pipeline, shards, streams, teachers
 from latentwire.evaluation.pin import evaluation_pin
+from latentwire.storage import Place
 from latentwire.tuning import progress
 from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import data_variants, largest_run
-from latentwire.tuning.study import JOURNAL, evaluations, own_trials
+from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
 from latentwire.tuning.trial import NUMBER, Variant, drive_trial, variant_key
 
 SHARDS_AT_ONCE = 3
@@ -48,8 +48,8 @@ def start_ray() -> None:
 class Files:
     """What the trials of one data variant read."""
 
-    shards: dict[shards.ShardSplit, Path]
-    teachers: dict[str, Path]
+    shards: dict[shards.ShardSplit, Place]
+    teachers: dict[str, Place]
     """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
     columns: tuple[str, ...]
     """Of the training shards, those that some trial reads."""
@@ -93,14 +93,13 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     """Training rows, in the object store once for all trials or to be streamed, and development rows, which are few."""
     dev = files.shards["dev"]
-    names = [str(dev / name) for name in shards.read_manifest(dev)["files"]]
     return {
         "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
-        "dev": ray.data.read_parquet(names).materialize(),
+        "dev": ray.data.from_arrow(shards.read_table(dev)).materialize(),
     }
 
 
-def pins(paths: dict[shards.ShardSplit, Path], run: RunConfig) -> dict[str, Any]:
+def pins(paths: dict[shards.ShardSplit, Place], run: RunConfig) -> dict[str, Any]:
     """What a metric hangs on: the rows it was computed on and how they were decoded."""
     return {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
@@ -158,7 +157,7 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
 
 
 def run_sweep(
-    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Path, receivers: Mapping[str, str] | None = None
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place, receivers: Mapping[str, str] | None = None
 ) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
@@ -209,4 +208,5 @@ def run_sweep(
     ).fit()
     clear_debris(trial_dir)
     janitor.tidy()
+    keep_journal(output / JOURNAL)
     return search.study

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.data
@@ -21,6 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.storage import Place, delete, place, write_text
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
@@ -58,7 +58,7 @@ class Variant:
     pins: dict[str, Any]
 
 
-def trial_path(trial_dir: Path, number: int) -> Path:
+def trial_path(trial_dir: Place, number: int) -> Place:
     """Where a trial keeps its checkpoints, whichever driver runs it."""
     return trial_dir / f"trial-{number}"
 
@@ -78,7 +78,7 @@ def drive_trial(
     space: SpaceFile,
     variants: Mapping[str, Variant],
     gpus_per_worker: float,
-    trial_dir: Path,
+    trial_dir: Place,
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
 
@@ -114,18 +114,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(word in f"{type(one).__name__} {one}" for one in found for word in OUT_OF_MEMORY)
 
 
-def leave_cause(path: Path, run: RunConfig, error: BaseException) -> None:
+def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
     """Write why a trial failed, and how large it was where that is why, aside and renamed."""
     cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     if is_out_of_memory(error):
         cause = f"out of memory with {size_of(run)}: {cause}"
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path / f".{ERROR_FILE}.part"
-    aside.write_text(cause)
-    aside.rename(path / ERROR_FILE)
+    write_text(path / ERROR_FILE, cause)
 
 
-def cause_left(path: Path) -> str | None:
+def cause_left(path: Place) -> str | None:
     """Why the last attempt at a run failed, where one did."""
     return (path / ERROR_FILE).read_text() if (path / ERROR_FILE).exists() else None
 
@@ -164,16 +161,16 @@ def make_trainer(
     Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
     died in that moment could never go on.
     """
-    (Path(storage_path) / name / ERROR_FILE).unlink(missing_ok=True)
+    delete(place(storage_path) / name / ERROR_FILE)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
-    resources = {"CPU": run.training.cpus_per_worker}
+    resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
     return TorchTrainer(
         train_worker,
         train_loop_config={
             "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
-            "folder": str(Path(storage_path) / name), "metric": metric, "mode": mode,
+            "folder": str(place(storage_path) / name), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources

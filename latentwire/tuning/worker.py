@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,9 +17,11 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data import streams
+from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.training.workers import Workers
+from latentwire.tuning.gauges import Gauges
 from latentwire.tuning.trial import is_out_of_memory, leave_cause
 
 PREEMPTION_STEPS = 5
@@ -31,7 +32,7 @@ def train(settings: dict[str, Any]) -> None:
     """Train; what would fail again in the same way leaves its cause and ends the run without another try.
 
     ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did), ``folder`` of
-    its checkpoints, ``metric`` and ``mode`` by which they are kept.
+    its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker.
     """
     run = RunConfig.model_validate(settings["run"])
     try:
@@ -41,13 +42,14 @@ def train(settings: dict[str, Any]) -> None:
             isinstance(error, TrainingError | checkpoints.CheckpointError) or is_out_of_memory(error)
         ):
             raise  # of several workers the others would wait for this one
-        leave_cause(Path(settings["folder"]), run, error)
+        leave_cause(place(settings["folder"]), run, error)
         print(f"error: {error}", flush=True)
 
 
 def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     entered = time.time()
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
+    cap_memory(settings["gpus"])
     workers = Workers()
     wire = LatentWire(run)
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
@@ -56,13 +58,16 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     pins = settings["pins"] | {"receivers": frozen}
     batch_size = run.training.batch_size // workers.size
     trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
-    folder, chosen = Path(settings["folder"]), (settings["metric"], settings["mode"])
+    folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
     last = broadcast_from_rank_zero([path.name for path in kept.finished(folder)][-1:])
     if last:
-        checkpoints.load_training(folder / last[0], trainer)
+        with local(folder / last[0]) as path:
+            checkpoints.load_training(path, trainer)
         print(f"resumed at step {trainer.progress.step} from {folder / last[0]}", flush=True)
     elif run.training.init_from is not None:
-        checkpoints.initialise(Path(run.training.init_from), wire)
+        checkpoints.initialise(run.training.init_from, wire)
+    gauges = Gauges(folder.name)
+    held = sum(p.numel() * p.element_size() for lm in wire.receivers.values() for p in lm.lm.parameters())
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
@@ -86,7 +91,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
                 path = kept.save_step(folder, wire, {}, pins, trainer, *chosen)
                 print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
 
-    def send(metrics: dict[str, Any], path: Path) -> None:
+    def send(metrics: dict[str, Any], path: Place) -> None:
         by_step = {"timesteps_total": metrics["step"]}  # where TensorBoard puts a point
         ray.train.report(metrics | by_step | {CHECKPOINT_PATH_KEY: str(path)})
 
@@ -98,12 +103,20 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
                 raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
         path = folder
         if workers.rank == 0:
+            read = (trainer.progress.positions - trainer.progress.padded) / max(trainer.progress.seconds, 1e-9)
+            gauges.show(metrics | {"tokens_per_s": read, "receiver_bytes": held})
             path = kept.save_step(folder, wire, metrics, pins, trainer, *chosen)
         send(metrics, path)
 
     if last and (scored := kept.metrics_of(folder / last[0])):
         send(scored, folder / last[0])  # the process that saved it may have died before it could say so
     trainer.train(epochs, report)
+
+
+def cap_memory(gpus: float) -> None:
+    """Keep a worker that has a share of a GPU to that share of its memory: Ray counts shares, but holds nobody to them."""
+    if 0 < gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)
 
 
 def start_times(began: float, entered: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ import pytest
 from latentwire.config import DataConfig
 from latentwire.data import sources
 from latentwire.data.sources import DataError, Row, RowError, clean, pieces, read
+from latentwire.storage import StorageError
 
 GOOD = {
     "id": "1",
@@ -109,7 +110,7 @@ def test_a_uri_names_a_file_system(tmp_path: Path) -> None:
     config = DataConfig(dataset="squad", data_dir=f"file://{tmp_path}")
     (piece,) = pieces(config, "train")
     assert [clean(row, "squad")["id"] for row in read(config, "train", piece)] == ["1"]
-    with pytest.raises(DataError, match="must be a directory or a URI that pyarrow reads, got ftp://x"):
+    with pytest.raises(StorageError, match="data_dir ftp://x cannot be read; pyarrow does not know such a URI"):
         pieces(DataConfig(dataset="squad", data_dir="ftp://x"), "train")
 
 

@@ -1,4 +1,4 @@
-"""Two workers on their shares of a batch do what one does on the whole."""
+"""Two and four workers on their shares of a batch do what one does on the whole."""
 
 import subprocess
 import sys
@@ -46,16 +46,17 @@ def train(variant: str, target: str) -> None:
     torch.save([gradients, trainer.evaluate(table)], target)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_workers_equal_one(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize(("variant", "world"), [("answers", 2), ("everything", 2), ("answers", 4)])
+def test_workers_equal_one(tmp_path: Path, variant: str, world: int) -> None:
     train(variant, str(tmp_path / "alone.pt"))
     started = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), "2", str(tmp_path), variant]) for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(world), str(tmp_path), variant])
+        for rank in range(world)
     ]
-    assert [process.wait(120) for process in started] == [0, 0]
+    assert [process.wait(120) for process in started] == [0] * world
     gradients, metrics = torch.load(tmp_path / "alone.pt", weights_only=True)
     assert len({name.split()[0] for name in gradients}) == 4
-    for rank in range(2):
+    for rank in range(world):
         shared, shared_metrics = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert shared_metrics["dev_loss"] == pytest.approx(metrics["dev_loss"], rel=1e-3)
         assert shared_metrics["dev_f1"] == pytest.approx(metrics["dev_f1"])

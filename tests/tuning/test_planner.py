@@ -5,6 +5,7 @@ import pytest
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.models.lm import LMWrapper
+from latentwire.tuning import planner
 from latentwire.tuning.planner import PlanError, plan
 
 ENOUGH = 64e9
@@ -51,3 +52,23 @@ def test_gpus_are_used_where_there_are_any() -> None:
 def test_what_cannot_fit_is_refused(values: dict, resources: dict, memory: float, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         plan(space(**values), resources, memory)
+
+
+def test_nodes_that_the_autoscaler_may_add_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray._private import state
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0, "node:__internal_head__": 1.0, "memory": 8e9})
+    possible = {"GPU": 4, "CPU": 32, "on_demand": 1}
+    monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: possible)
+    resources = planner.cluster_resources()
+    assert resources == {"CPU": 32.0, "GPU": 4.0, "on_demand": 1.0, "node:__internal_head__": 1.0, "memory": 8e9}
+    found = planner.plan_on_cluster(space())
+    assert (found.gpus_per_worker, found.max_concurrent_trials) == (1.0, 4)
+    one = space(training__worker_resources={"on_demand": 1})
+    assert planner.plan_on_cluster(one).max_concurrent_trials == 1
+    with pytest.raises(PlanError, match="one trial needs 1 A100 and the cluster has 0"):
+        planner.plan_on_cluster(space(training__worker_resources={"A100": 1}))
+    monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: None)  # no autoscaler
+    with pytest.raises(PlanError, match="one trial needs 1 CPUs and the cluster has 0"):
+        planner.plan_on_cluster(space())

@@ -1,0 +1,297 @@
+"""Places on this machine or in an object store, behind the few of pathlib's methods that the package needs.
+
+A place is a :class:`pathlib.Path` (local disk, NFS) or a :class:`Remote`: a URI that pyarrow reads (``s3://…``, ``gs://…``),
+with the credentials that pyarrow finds (a role, the environment, a profile). Nothing is ever seen half written: a local
+file is written aside and renamed, and an object is there once all of it has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+SECRETS = re.compile(r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|token|password|sig)=", re.IGNORECASE)
+"""What must not stand in a URI: configurations are written into results, logs and reports."""
+
+
+class StorageError(RuntimeError):
+    """A place that cannot be read or written; the message names it, the reason and the next move."""
+
+
+def refuse_secrets(uri: str) -> str:
+    """The URI, if it holds no credentials. Raises :class:`ValueError`, which does not quote them."""
+    if SECRETS.search(uri):
+        shown = re.sub(r"^(\w+://)[^/?]*@", r"\1…@", uri).partition("?")[0]
+        raise ValueError(
+            f"a URI must not hold credentials, they would stand in every manifest and report, got {shown}; give them by the "
+            f"node's role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in its environment"
+        )
+    return uri
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A path in an object store."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        refuse_secrets(self.uri)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> Remote:
+        address, mark, query = self.uri.partition("?")
+        return Remote(f"{address.rstrip('/')}/{name}{mark}{query}")
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self.uri.partition("?")[0]).name
+
+    @property
+    def parent(self) -> Remote:
+        """The path without its last part."""
+        address, mark, query = self.uri.partition("?")
+        return Remote(f"{address.rstrip('/').rpartition('/')[0]}{mark}{query}")
+
+    def with_name(self, name: str) -> Remote:
+        """A path beside this one."""
+        return self.parent / name
+
+    def absolute(self) -> Remote:
+        """Itself."""
+        return self
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        """Nothing: an object store has no directories of its own."""
+
+    def exists(self) -> bool:
+        """Whether there is a file, or anything below. Raises :class:`StorageError` where that cannot be told."""
+        return self._type() != fs.FileType.NotFound
+
+    def is_file(self) -> bool:
+        """Whether there is a file."""
+        return self._type() == fs.FileType.File
+
+    def is_dir(self) -> bool:
+        """Whether there is anything below."""
+        return self._type() == fs.FileType.Directory
+
+    def _type(self) -> fs.FileType:
+        with explained(self):
+            system, path = at(self)
+            return system.get_file_info(path).type
+
+    def read_bytes(self) -> bytes:
+        """The whole file. Raises :class:`StorageError`."""
+        with explained(self):
+            system, path = at(self)
+            with system.open_input_stream(path) as stream:
+                return stream.readall()
+
+    def read_text(self) -> str:
+        """The whole file as UTF-8. Raises :class:`StorageError`."""
+        return self.read_bytes().decode("utf-8")
+
+
+Place = Path | Remote
+
+
+def place(address: str | Place) -> Place:
+    """A path on this machine, or in the object store that a URI names."""
+    if isinstance(address, Path | Remote):
+        return address
+    if address.startswith("file://"):
+        return Path(unquote(urlsplit(address).path))
+    return Remote(address) if "://" in address else Path(address)
+
+
+def at(where: Place) -> tuple[fs.FileSystem, str]:
+    """pyarrow's file system for a place, and the path there."""
+    if isinstance(where, Path):
+        return fs.LocalFileSystem(), str(where)
+    scheme, _, rest = where.uri.partition("://")
+    address, _, query = rest.partition("?")
+    return _system(scheme, address.partition("/")[0], query), address
+
+
+@functools.lru_cache(maxsize=16)
+def _system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
+    """A file system keeps its connections; making one looks for credentials, which takes a second where there are none."""
+    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{'?' if query else ''}{query}")[0]
+
+
+REASONS = {
+    r"ACCESS_DENIED|HTTP status 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId": "access is denied: give every node's "
+    "role or AWS_ACCESS_KEY_ID the right to read, write and list there",
+    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": "there is no such bucket or file: make it, or name another",
+    r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": "it does not answer: check "
+    "the network and AWS_ENDPOINT_URL",
+    r"[Uu]nrecognized filesystem|Cannot parse URI": "pyarrow does not know such a URI: use s3://, gs:// or a directory",
+}
+"""What stands in pyarrow's messages, and what that means."""
+
+
+@contextlib.contextmanager
+def explained(where: object, doing: str = "read") -> Iterator[None]:
+    """Turn pyarrow's errors into a :class:`StorageError` that names the place, the reason and the next move."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        text = " ".join(str(error).split())
+        reason = next((said for pattern, said in REASONS.items() if re.search(pattern, text)), "see the reason")
+        raise StorageError(
+            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: --resume): what is "
+            f"complete is kept ({text[:300]})"
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def write(where: Place, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a local file and put it in its place: it is whole or absent, whoever else writes the same one."""
+    if isinstance(where, Path):
+        aside = where.with_name(f".{where.name}.part-{uuid.uuid4().hex[:8]}")
+        try:
+            fill(aside)
+            aside.rename(where)
+        finally:
+            aside.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / where.name
+        fill(file)
+        upload(file, where)
+
+
+def write_text(where: Place, text: str) -> None:
+    """A file of text, by :func:`write`; its directory is made."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    write(where, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def upload(file: Path, where: Remote) -> None:
+    """Put a local file into the store. Raises :class:`StorageError`; then nothing is there, or what was there before."""
+    with explained(where, "written"):
+        system, path = at(where)
+        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+
+
+@contextlib.contextmanager
+def local(where: Place) -> Iterator[Path]:
+    """A file or directory as one on this machine: itself, or a copy that lasts as long as the block."""
+    if isinstance(where, Path):
+        yield where
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / where.name
+        with explained(where):
+            system, path = at(where)
+            if where.is_dir():
+                target.mkdir()
+            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+        yield target
+
+
+@contextlib.contextmanager
+def directory(where: Place, last: str) -> Iterator[Path]:
+    """A directory that does not exist yet, to be made by the block; in a store its file ``last``, which makes it complete,
+    arrives last."""
+    if isinstance(where, Path):
+        yield where
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / where.name
+        yield target
+        files = sorted((file for file in target.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+        for file in files:
+            upload(file, where / file.relative_to(target).as_posix())
+
+
+def children(where: Place) -> list[Place]:
+    """What stands directly in a directory, by name; nothing where there is none. Raises :class:`StorageError`."""
+    if isinstance(where, Path):
+        return [*sorted(where.iterdir())] if where.is_dir() else []
+    with explained(where):
+        system, path = at(where)
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [where / name for name in sorted(info.base_name for info in found)]
+
+
+def files_below(where: Place) -> dict[str, int]:
+    """Bytes of every file in a directory, by its path below; a file that goes away meanwhile counts nothing."""
+    with explained(where):
+        system, path = at(where)
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    start = len(path.rstrip("/")) + 1
+    return {info.path[start:]: info.size or 0 for info in found if info.type == fs.FileType.File}
+
+
+def delete(where: Place) -> None:
+    """Delete a file; nothing where there is none. Raises :class:`StorageError`."""
+    if isinstance(where, Path):
+        where.unlink(missing_ok=True)
+    elif where.is_file():
+        with explained(where, "deleted"):
+            system, path = at(where)
+            system.delete_file(path)
+
+
+def rename(where: Place, name: str) -> None:
+    """Give a file or directory another name; in a store it is copied first."""
+    if isinstance(where, Path):
+        where.rename(where.with_name(name))
+        return
+    with explained(where, "renamed"):
+        system, path = at(where)
+        _, target = at(where.with_name(name))
+        fs.copy_files(path, target, source_filesystem=system, destination_filesystem=system)
+        (system.delete_dir if where.is_dir() else system.delete_file)(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@contextlib.contextmanager
+def opened(where: Place) -> Iterator[Any]:
+    """A file's bytes as a stream. Raises :class:`StorageError`."""
+    with explained(where):
+        system, path = at(where)
+        with system.open_input_stream(path) as stream:
+            yield stream
+
+
+def size(where: Place) -> int:
+    """Bytes of a file. Raises :class:`StorageError`."""
+    with explained(where):
+        system, path = at(where)
+        return int(system.get_file_info(path).size or 0)
+
+
+def read_parquet(where: Place, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file's rows. ``columns``: ``None`` for all. Raises :class:`StorageError`."""
+    with explained(where):
+        system, path = at(where)
+        return pq.read_table(path, columns=None if columns is None else list(columns), filesystem=system)
+
+
+def read_footer(where: Place) -> pq.FileMetaData:
+    """A Parquet file's metadata. Raises :class:`StorageError`."""
+    with explained(where):
+        system, path = at(where)
+        return pq.read_metadata(path, filesystem=system)

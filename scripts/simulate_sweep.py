@@ -1,0 +1,101 @@
+"""What orchestration costs: many trials that train nothing, through the real searcher, study and ASHA.
+
+    python scripts/simulate_sweep.py --trials 1000 --at_once 64
+
+Ray's own part (processes, placement, checkpoints) is left out: what is measured is what one driver must do for every
+suggestion, report and end of a trial, and how large its study grows. Trials' scores are drawn from their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray.tune.schedulers import TrialScheduler
+
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import load_space, set_path
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import JOURNAL
+from latentwire.tuning.sweep import make_scheduler
+
+SPACE = Path(__file__).parent.parent / "search_spaces" / "llama_qwen.yaml"
+EVALUATIONS = 8
+STEPS = 1_600
+
+
+class Simulated:
+    """A trial as a scheduler sees it, whose score rises to what its values are worth."""
+
+    def __init__(self, trial_id: str, values: dict[str, Any]) -> None:
+        self.trial_id, self.status, self.step = trial_id, "RUNNING", 0
+        self.worth = random.Random(repr(sorted(values.items()))).random()
+
+    def report(self) -> dict[str, Any]:
+        """The next evaluation, as large as a real one."""
+        self.step += STEPS // EVALUATIONS
+        score = self.worth * self.step / STEPS
+        real = {f"metric_{number}": score for number in range(40)}
+        return real | {"dev_f1": score, "step": self.step, "total_steps": STEPS, "training_iteration": self.step}
+
+
+def simulate(space: SpaceFile, at_once: int, folder: Path) -> dict[str, float]:
+    """Run the sweep; returns seconds by what they were spent on, and the study's size."""
+    search = StudySearch(space, journal=folder / JOURNAL, name="simulated", trial_dir=folder / "trials")
+    scheduler = make_scheduler(space.tune, STEPS)
+    spent = {"suggest": 0.0, "report": 0.0, "end": 0.0}
+    running: list[Simulated] = []
+    started = ended = 0
+
+    def timed(what: str, call: Any, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        found = call(*arguments)
+        spent[what] += time.perf_counter() - began
+        return found
+
+    while ended < space.tune.trials:
+        while len(running) < at_once and started < space.tune.trials:
+            trial = Simulated(f"t{started}", timed("suggest", search.suggest, f"t{started}"))
+            scheduler.on_trial_add(None, trial)
+            running.append(trial)
+            started += 1
+        trial = running.pop(0)
+        result = trial.report()
+        timed("report", search.on_trial_result, trial.trial_id, result)
+        decision = timed("report", scheduler.on_trial_result, None, trial, result)
+        if decision == TrialScheduler.STOP or trial.step >= STEPS:
+            timed("end", search.on_trial_complete, trial.trial_id, result)
+            scheduler.on_trial_complete(None, trial, result)
+            ended += 1
+            if ended % 100 == 0:
+                print(f"{ended} trials: {sum(spent.values()) / ended:.3f} s each so far", flush=True)
+        else:
+            running.append(trial)
+    return spent | {"journal_mb": (folder / JOURNAL).stat().st_size / 1e6}
+
+
+def main() -> None:
+    """Print seconds per trial and the study's size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1_000, help="trials of the sweep")
+    parser.add_argument("--at_once", type=int, default=64, help="trials that run at once")
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    tree = load_space(SPACE).model_dump(mode="json", exclude_unset=True)
+    set_path(tree, "tune.trials", options.trials)
+    set_path(tree, "tune.metric", "dev_f1")
+    with tempfile.TemporaryDirectory() as folder:
+        found = simulate(SpaceFile.model_validate(tree), options.at_once, Path(folder))
+    size = found.pop("journal_mb")
+    each = ", ".join(f"{what} {1000 * seconds / options.trials:.1f} ms" for what, seconds in found.items())
+    print(f"{options.trials} trials, {options.at_once} at once: {sum(found.values()):.1f} s of the driver; per trial: {each}; "
+          f"study {size:.1f} MB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Sweeps on clusters: outputs in a bucket, nodes that the autoscaler adds and takes away, nodes that are lost, submitted
+jobs that are stopped and submitted again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from latentwire import storage
+from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
+from tests.s3 import SECRET, bucket, point_to
+
+pytestmark = pytest.mark.slow
+STEPS = ("--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
+TRIAL_NODE = ("--set", "training.worker_resources={trial_node: 1}")
+
+
+def wait_for(condition: Callable[[], object], seconds: float, tell: Callable[[], str]) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, tell()
+        time.sleep(0.5)
+
+
+def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards, teachers' columns, checkpoints, study, results and export go to the store; no secret of the environment is in
+    any of it, nor in the log. The sweep goes on from the store alone."""
+    planted = {"HF_TOKEN": "planted-hf-token", "WANDB_API_KEY": "planted-wandb-key"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    with bucket() as port:
+        point_to(monkeypatch, port)
+        monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "cache"))
+        home = "s3://bucket/home"
+        flags = [
+            *TINY, *STEPS, "--max_steps=40", "--set", "tune.trials=1", "--set", f"data.shard_dir={home}/shards",
+            "--set", "losses.kd_weight=0.1",
+        ]  # fmt: skip
+        log = tmp_path / "log"
+
+        def run(*arguments: str) -> str:
+            with log.open("w") as stream:
+                done = subprocess.run(
+                    [sys.executable, "ray_jobs/tune.py", *arguments],
+                    cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, timeout=400, check=False,
+                )  # fmt: skip
+            assert done.returncode == 0, log.read_text()
+            return log.read_text()
+
+        said = run(*flags, "--output_dir", f"{home}/runs/sweep")
+        root = storage.place(f"{home}/runs/sweep")
+        with storage.local(root.parent.parent) as copy:
+            names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()}
+            for kind in (
+                "space.json",
+                "study.journal",
+                "results.json",
+                "report.md",
+                "predictions.parquet",
+                "best/manifest.json",
+            ):
+                assert f"runs/sweep/{kind}" in names, kind
+            assert any("trials/trial-0/checkpoint" in name for name in names)
+            assert any(name.startswith("shards/teacher-llama-") for name in names)
+            secrets = [SECRET, "planted-key", *planted.values()]
+            everything = [said.encode(), *(file.read_bytes() for file in copy.rglob("*") if file.is_file())]
+            assert not [secret for secret in secrets for held in everything if secret.encode() in held]
+
+        monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "another_machine"))
+        said = run("--resume", f"{home}/runs/sweep", "--set", "tune.trials=2")
+        rows = json.loads((root / "results.json").read_text())["trials"]
+        assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 40), (1, 40)]
+        assert "reused from s3://bucket/home/shards" in said
+
+
+def test_a_lost_node_costs_a_trial_nothing_but_time(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node that hosts a running trial's worker goes; the trial continues on another from its checkpoint."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    try:
+        first = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
+        cluster.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        output = tmp_path / "sweep"
+        process = job("ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=1",
+                      "--output_dir", str(output))  # fmt: skip
+        try:
+            wait_for(
+                lambda: process.poll() is not None or len(list(output.glob("trials/*/checkpoint*/manifest.json"))) >= 2,
+                150, lambda: log_of(tmp_path),
+            )  # fmt: skip
+            cluster.remove_node(first, allow_graceful=False)
+            cluster.add_node(num_cpus=1, resources={"trial_node": 1})
+            assert process.wait(240) == 0, log_of(tmp_path)
+        finally:
+            process.kill()
+        assert "resumed at step" in log_of(tmp_path)
+        (row,) = json.loads((output / "results.json").read_text())["trials"]
+        assert (row["state"], row["step"]) == ("done", 300)
+    finally:
+        cluster.shutdown()
+
+
+NODE_TYPES = {
+    "cluster_name": "fake",
+    "max_workers": 2,
+    "idle_timeout_minutes": 0.25,
+    "provider": {"type": "fake_multinode"},
+    "head_node_type": "ray.head.default",
+    "upscaling_speed": 1.0,
+    "docker": {}, "auth": {}, "file_mounts": {}, "initialization_commands": [], "setup_commands": [],
+    "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+    "worker_start_ray_commands": [], "cluster_synced_files": [], "file_mounts_sync_continuously": False,
+    "rsync_exclude": [], "rsync_filter": [],
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+        "worker": {"resources": {"CPU": 1, "trial_node": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head of one CPU whose autoscaler may start two fake nodes; the address of its job server."""
+    with socket.socket() as found:
+        if found.connect_ex(("127.0.0.1", 6379)) == 0:
+            pytest.skip("the fake provider needs port 6379, which another Ray has")
+    folder = Path(tmp_path_factory.mktemp("r"))
+    (folder / "types.yaml").write_text(yaml.safe_dump(NODE_TYPES))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    subprocess.run(
+        [Path(sys.executable).parent / "ray", "get-auth-token", "--generate"], check=True, capture_output=True
+    )
+    environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    temp = Path(f"/tmp/lw-{os.getpid()}")
+    log = (folder / "head.log").open("w")
+    head = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port=6379", "--num-cpus=1",
+         "--dashboard-port=8299", f"--temp-dir={temp}", f"--autoscaling-config={folder / 'types.yaml'}"],
+        env=environment, stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 60, lambda: "")
+        assert head.poll() is None, (folder / "head.log").read_text()
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8299")
+        yield "127.0.0.1:6379"
+    finally:
+        for process in psutil.process_iter(["cmdline"]):  # ours: those that name our own temporary directory
+            if str(temp) in " ".join(process.info["cmdline"] or []):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        head.kill()
+        head.wait()
+
+
+def ray_command(*arguments: str, seconds: float = 60) -> str:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ray", *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
+    autoscaled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "sweep"
+    first = [sys.executable, "ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=2",
+             "--set", f"data.shard_dir={tmp_path / 'shards'}", "--output_dir", str(output)]  # fmt: skip
+    environment = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}})
+
+    def submit(name: str, command: list[str]) -> None:
+        said = ray_command("job", "submit", "--no-wait", f"--submission-id={name}", "--working-dir", ".",
+                           "--runtime-env-json", environment, "--", *command)  # fmt: skip
+        assert "submitted successfully" in said, said
+
+    def logs(name: str) -> str:
+        return ray_command("job", "logs", name)
+
+    submit("one", first)
+    wait_for(lambda: len(list(output.glob("trials/*/checkpoint*/manifest.json"))) >= 2, 150, lambda: logs("one"))
+    assert nodes(autoscaled) >= 2  # a worker node beside the head
+    ray_command("job", "stop", "one")
+    assert "STOPPED" in ray_command("job", "status", "one")
+    submit("two", [sys.executable, "ray_jobs/tune.py", "--resume", str(output)])
+    wait_for(lambda: "SUCCEEDED" in ray_command("job", "status", "two"), 200, lambda: logs("two"))
+    assert "resumed at step" in logs("two")
+    rows = json.loads((output / "results.json").read_text())["trials"]
+    assert sorted((row["state"], row["step"]) for row in rows) == [("done", 300)] * 2
+    submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")])
+    wait_for(lambda: "FAILED" in ray_command("job", "status", "three"), 60, lambda: logs("three"))
+    wait_for(lambda: nodes(autoscaled) == 1, 60, lambda: ray_command("status", "--address", autoscaled))
+
+
+def nodes(address: str) -> int:
+    """Living nodes of a cluster."""
+    said = subprocess.run(
+        [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level=40); "
+         "print('nodes', sum(n['Alive'] for n in ray.nodes()))", address],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return int(said.stdout.split("nodes")[1])

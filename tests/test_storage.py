@@ -1,0 +1,137 @@
+"""Places: the same calls on a disk and on an S3, and what is said when the store goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentwire import storage
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.resolve import ConfigError, validate
+from latentwire.options import with_home
+from latentwire.storage import Place, Remote, StorageError
+from latentwire.tuning import study as studies
+from tests.s3 import answering, bucket, free_port, point_to
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with bucket() as running:
+        yield running
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param == "disk":
+        return tmp_path
+    point_to(monkeypatch, request.getfixturevalue("port"))
+    return storage.place(f"s3://bucket/{tmp_path.name}")
+
+
+def test_files_and_directories_on_a_disk_and_in_a_store(root: Place, tmp_path: Path) -> None:
+    place = root / "sweep" / "results.json"
+    assert not place.exists() and place.name == "results.json" and place.parent == root / "sweep"
+    storage.write_text(place, "ö")
+    assert place.read_text() == "ö" and place.is_file() and place.parent.is_dir() and storage.size(place) == 2
+
+    table = pa.table({"x": [1, 2, 3], "y": ["a", "b", "c"]})
+    storage.write(root / "rows.parquet", lambda file: pq.write_table(table, file))
+    assert storage.read_parquet(root / "rows.parquet", ["x"]).to_pydict() == {"x": [1, 2, 3]}
+    assert storage.read_footer(root / "rows.parquet").num_rows == 3
+
+    with storage.directory(root / "best", last="manifest.json") as folder:
+        (folder / "adapters").mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "adapters" / "llama").write_text("weights")
+    storage.rename(root / "best", "best-until")
+    assert not (root / "best").exists()
+    with storage.local(root / "best-until") as folder:
+        assert (folder / "adapters" / "llama").read_text() == "weights" and (folder / "manifest.json").exists()
+
+
+def test_a_writer_that_fails_leaves_nothing(root: Place) -> None:
+    def fail(file: Path) -> None:
+        file.write_text("half")
+        raise RuntimeError("planted")
+
+    storage.write_text(root / "kept", "before")
+    for name in ("new", "kept"):
+        with pytest.raises(RuntimeError, match="planted"):
+            storage.write(root / name, fail)
+    assert not (root / "new").exists() and (root / "kept").read_text() == "before"
+
+
+def test_a_query_stays_at_the_end() -> None:
+    place = storage.place("s3://bucket/runs?region=eu-west-1") / "sweep"
+    assert str(place) == "s3://bucket/runs/sweep?region=eu-west-1" and place.name == "sweep"
+    assert str(place.parent) == "s3://bucket/runs?region=eu-west-1"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(403, "access is denied: give every node's"), (404, "there is no such bucket or file: make it")],
+)
+def test_what_is_said_when_the_store_refuses(status: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(status) as port:
+        point_to(monkeypatch, port)
+        with pytest.raises(StorageError, match=message) as caught:
+            storage.place("s3://bucket/shards/manifest.json").read_text()
+    assert "s3://bucket/shards/manifest.json" in str(caught.value) and "--resume" in str(caught.value)
+
+
+def test_a_slow_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(200, b"text", delay=1.5) as port:
+        point_to(monkeypatch, port)
+        assert storage.place("s3://bucket/report.md").read_text() == "text"
+
+
+def test_a_server_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to(monkeypatch, free_port())
+    with pytest.raises(StorageError, match="it does not answer: check the network and AWS_ENDPOINT_URL"):
+        storage.write_text(storage.place("s3://bucket/report.md"), "text")
+
+
+def test_a_journal_goes_on_from_what_the_store_holds(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_to(monkeypatch, port)
+    monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "one"))
+    journal = storage.place("s3://bucket/sweep/study.journal")
+    first = studies.open_study(journal, "sweep", {"dev_f1": "max"})
+    first.tell(first.ask(), 0.5)
+    studies.keep_journal(journal)
+    first.tell(first.ask(), 0.6)  # not copied: the driver died
+
+    assert len(studies.open_study(journal, "sweep", {"dev_f1": "max"}).trials) == 2  # this machine knows more
+    monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "another"))
+    other = studies.open_study(journal, "sweep", {"dev_f1": "max"})
+    assert [trial.value for trial in other.trials] == [0.5]
+    other.tell(other.ask(), 0.7)
+    studies.keep_journal(journal)
+
+    monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "one"))
+    again = studies.open_study(journal, "sweep", {"dev_f1": "max"})
+    assert [trial.value for trial in again.trials] == [0.5, 0.7]  # what went on elsewhere counts
+    assert len(list((tmp_path / "one").rglob("study.journal-until-*"))) >= 1  # and nothing is thrown away
+
+
+def test_outputs_go_to_a_bucket_that_is_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTWIRE_HOME", "s3://bucket/latentwire")
+    space = with_home(SpaceFile())
+    assert space.run.data.shard_dir == "s3://bucket/latentwire/shards"
+    assert space.tune.storage_path == "s3://bucket/latentwire/runs"
+    assert with_home(space) == space
+
+
+@pytest.mark.parametrize("uri", ["s3://key:sesame@bucket/x", "s3://bucket/x?access_key=key&secret_key=sesame"])
+def test_credentials_in_an_address_are_refused_and_not_quoted(uri: str) -> None:
+    for tree in ({"data": {"data_dir": uri}}, {"data": {"shard_dir": uri}}, {"training": {"init_from": uri}}):
+        with pytest.raises(ConfigError, match="a URI must not hold credentials") as caught:
+            validate(RunConfig, tree, "test")
+        assert "sesame" not in str(caught.value)
+    with pytest.raises(ValueError, match="a URI must not hold credentials"):
+        Remote(uri)
