@@ -43,6 +43,7 @@ def table(space: SpaceFile) -> CLIReporter:
         mode=tune.mode,
         sort_by_metric=True,
         max_report_frequency=REPORT_SECONDS,
+        max_column_length=30,
     )
 
 

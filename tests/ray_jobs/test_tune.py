@@ -131,7 +131,7 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     steps = ("--max_steps=120", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
     more = ("--set", "tune.max_concurrent_trials=1", "--set", "tune.trials=2")
     process = job("ray_jobs/tune.py", *TINY, *steps, *more, "--output_dir", str(output))
-    wait_for(lambda: len(list(output.glob("trials/trial-1/step-*/manifest.json"))) >= 2, process, tmp_path)
+    wait_for(lambda: list(output.glob("trials/trial-1/step-*/manifest.json")), process, tmp_path)
     kill_all(process)
     before = states(output)
     assert before[0] == "COMPLETE" and before[1] == "RUNNING"
