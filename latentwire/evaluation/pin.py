@@ -21,7 +21,9 @@ def evaluation_pin(path: Place, run: RunConfig) -> str:
     """
     digest = hashlib.sha256()
     for name in shards.read_manifest(path)["files"]:
-        columns = [column for column in read_footer(path / name).schema.names if column in ROW_COLUMNS]
+        columns = [
+            column for column in read_footer(path / name).schema.to_arrow_schema().names if column in ROW_COLUMNS
+        ]
         for row in read_parquet(path / name, columns).to_pylist():
             digest.update(json.dumps(row, sort_keys=True).encode())
     decides = {

@@ -21,7 +21,8 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.storage import Place, delete, files_below, local, place
-from latentwire.training.loop import Progress, Trainer
+from latentwire.training.loop import Trainer
+from latentwire.training.progress import Progress
 
 __all__ = [
     "CheckpointError",

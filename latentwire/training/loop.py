@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_ter
 from latentwire.losses.terms import alignment_loss, teacher_rows
 from latentwire.models.message import Message
 from latentwire.models.pooling import overlap_means
+from latentwire.training.progress import Progress
 from latentwire.training.workers import Workers
 
 PART = "step: "
@@ -39,34 +39,6 @@ def part(name: str) -> torch.profiler.record_function:
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says why and what to change."""
-
-
-@dataclass
-class Progress:
-    """Where training stands; saved with every checkpoint."""
-
-    step: int = 0
-    """Optimiser steps done, skipped ones included."""
-    epoch: int = 0
-    """Epoch that the next batch belongs to."""
-    batch: int = 0
-    """Batches of that epoch already used."""
-    bad_steps: int = 0
-    """Steps skipped because their gradient was not finite."""
-    bad_in_a_row: int = 0
-    """Of these, the ones since the last good step."""
-    positions: int = 0
-    """Positions that this worker's receivers were given in all steps."""
-    padded: int = 0
-    """Of these, the ones that hold nothing."""
-    seconds: float = 0.0
-    """Time spent in steps and in waiting for their rows; evaluation and start-up left out."""
-    first_step_seconds: float = 0.0
-    """Of that, the first step's: rows must arrive, and kernels be chosen."""
-    loss: float = float("nan")
-    """Training loss, averaged since the last progress line."""
-    first_loss: float | None = None
-    """Training loss of the first progress line after the alignment."""
 
 
 class Trainer:

@@ -99,7 +99,7 @@ def _retention(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, 
 
 def _examples(file: Place) -> list[dict[str, Any]]:
     """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
-    if not file.exists() or "context" not in read_footer(file).schema.names:
+    if not file.exists() or "context" not in read_footer(file).schema.to_arrow_schema().names:
         return []
     columns = ["id", "receiver", "mode", "setting", "text", "golds", "em", "question", "context"]
     rows: dict[str, dict[str, Any]] = {}

@@ -15,16 +15,15 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
-from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.search.searcher import Searcher
 
 from latentwire.config import SpaceFile
-from latentwire.storage import Place, Remote, StorageError, place
+from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics, draw
@@ -116,9 +115,6 @@ class StudySearch(Searcher):
         if len(values) == 1:  # Optuna keeps intermediate values for one objective only
             trial.report(values[0], step)
         kept = {name: value for name, value in result.items() if isinstance(value, int | float | str)}
-        if isinstance(self.trial_dir, Remote) and CHECKPOINT_PATH_KEY in kept:  # Ray's has lost the scheme
-            own = trial_path(self.trial_dir, trial.number)
-            kept[CHECKPOINT_PATH_KEY] = str(own / PurePosixPath(str(kept[CHECKPOINT_PATH_KEY])).name)
         trial.set_user_attr(EVALUATIONS, told | {str(step): kept})
         self._keep()
 

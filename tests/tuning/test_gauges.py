@@ -1,11 +1,11 @@
-"""What a worker shows is at its node's metrics port; a notice of preemption asks for one checkpoint."""
+"""What a worker shows is at its node's metrics port, and its share of a GPU caps its memory."""
 
 import time
 import urllib.request
 
 import pytest
 
-from latentwire.tuning import trial
+from latentwire.tuning import worker
 from latentwire.tuning.gauges import SHOWN, Gauges
 
 
@@ -38,25 +38,10 @@ def test_gauges_are_at_the_prometheus_endpoint() -> None:
         ray.shutdown()
 
 
-def test_a_notice_is_acted_on_once_and_asked_for_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    known = {"info": None}
-
-    def info() -> object:
-        asked.append(1)
-        return known["info"]
-
-    monkeypatch.setattr(trial.ray.train, "get_preemption_info", info)
-    notice = trial.Notice(10)
-    assert not any(notice.given(step) for step in range(20)) and len(asked) == 2
-    known["info"] = object()
-    assert [step for step in range(20, 60) if notice.given(step)] == [20]
-
-
 def test_a_share_of_a_gpu_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     capped: list[float] = []
-    monkeypatch.setattr(trial.torch.cuda, "set_per_process_memory_fraction", capped.append)
-    monkeypatch.setattr(trial.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(worker.torch.cuda, "set_per_process_memory_fraction", capped.append)
+    monkeypatch.setattr(worker.torch.cuda, "is_available", lambda: True)
     for gpus in (0.0, 0.25, 1.0):
-        trial.cap_memory(gpus)
+        worker.cap_memory(gpus)
     assert capped == [0.25]

@@ -16,7 +16,7 @@ from latentwire.tuning.sweep import Files
 from latentwire.tuning.trial import trial_path
 
 SPACE = {
-    "run": {"data": {"dataset": "custom", "data_dir": "s3://key:secret@bucket/rows"}, "training": {"seed": 7}},
+    "run": {"data": {"dataset": "custom", "data_dir": "s3://bucket/rows"}, "training": {"seed": 7}},
     "search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 16}},
     "tune": {"trials": 3, "finalists": 2, "seed": 5, "warm_start": "runs/earlier"},
 }

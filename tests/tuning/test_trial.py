@@ -109,7 +109,13 @@ def work(
         ours.setattr(ray.train, "get_preemption_info", lambda: notice if seen.step >= notice_at else None)
         ours.setattr(ray.train, "report", reports.append)
         pins = {"shards": {}, "evaluation": {}}
-        settings = {"run": run.model_dump(mode="json"), "pins": pins, "train_rows": table.num_rows, "began": 0.0}
+        settings = {
+            "run": run.model_dump(mode="json"),
+            "pins": pins,
+            "train_rows": table.num_rows,
+            "began": 0.0,
+            "gpus": 0.0,
+        }
         with contextlib.suppress(Process):
             worker.train(settings | {"folder": str(folder), "metric": "dev_f1", "mode": "max"})
     return reports
@@ -139,7 +145,7 @@ def test_receivers_of_other_weights_are_refused(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
-        "run": run.model_dump(mode="json"), "pins": {"receivers": {"llama": "0" * 64}}, "train_rows": 16, "began": 0.0,
+        "run": run.model_dump(mode="json"), "pins": {"receivers": {"llama": "0" * 64}}, "train_rows": 16, "began": 0.0, "gpus": 0.0,
         "folder": str(tmp_path), "metric": "dev_f1", "mode": "max",
     }  # fmt: skip
     worker.train(settings)

@@ -1,0 +1,33 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Where training stands; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included."""
+    epoch: int = 0
+    """Epoch that the next batch belongs to."""
+    batch: int = 0
+    """Batches of that epoch already used."""
+    bad_steps: int = 0
+    """Steps skipped because their gradient was not finite."""
+    bad_in_a_row: int = 0
+    """Of these, the ones since the last good step."""
+    positions: int = 0
+    """Positions that this worker's receivers were given in all steps."""
+    padded: int = 0
+    """Of these, the ones that hold nothing."""
+    seconds: float = 0.0
+    """Time spent in steps and in waiting for their rows; evaluation and start-up left out."""
+    first_step_seconds: float = 0.0
+    """Of that, the first step's: rows must arrive, and kernels be chosen."""
+    loss: float = float("nan")
+    """Training loss, averaged since the last progress line."""
+    first_loss: float | None = None
+    """Training loss of the first progress line after the alignment."""
