@@ -24,6 +24,11 @@ def finished(folder: Place) -> list[Place]:
     return [path for path in children(folder) if path.name.startswith("step-") and (path / exports.MANIFEST).exists()]
 
 
+def step_name(step: int) -> str:
+    """Name of the checkpoint that was saved after so many steps."""
+    return f"step-{step:08d}"
+
+
 def metrics_of(path: Place) -> dict[str, Any]:
     """What a checkpoint scored when it was saved; nothing for one that was saved because its run was stopped."""
     return json.loads((path / "manifest.json").read_text())["metrics"]
@@ -50,7 +55,7 @@ def save_step(
     mode: str = "max",
 ) -> Place:
     """Save the trainer's step unless it is there already, then keep the run's best by ``metric`` and its last alone."""
-    path = folder / f"step-{trainer.progress.step:08d}"
+    path = folder / step_name(trainer.progress.step)
     if not path.exists():
         with directory(path, last=exports.MANIFEST) as target:
             checkpoints.save(target, wire, metrics, pins, trainer)

@@ -43,7 +43,9 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     space = load_space("search_spaces/toy.yaml")
     assert all(set(row["values"]) == set(space.search) for row in document["trials"])
     assert document["trials"][0]["dev_f1"] == max(row["dev_f1"] for row in document["trials"])
-    assert document["trials"][0]["dev_f1"] == document["best"]["score"]
+    # A stopped trial's worker may have replaced the checkpoint of its best before it heard: the next best wins then.
+    assert document["best"]["score"] in {row["dev_f1"] for row in document["trials"]}
+    assert document["best"]["score"] >= max(row["dev_f1"] for row in document["trials"] if row["state"] == "done")
 
     # The export holds no training state, is whole, and scores again what it scored.
     manifest = checkpoints.read_manifest(output / "best")

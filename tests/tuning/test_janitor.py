@@ -21,6 +21,15 @@ def saved(folder: Path, number: int, step: int, score: float | None, size: float
     return path
 
 
+def told(search: StudySearch, number: int, step: int, score: float | None, size: float = 64) -> Path:
+    """A checkpoint whose evaluation, if it has one, the study has heard of."""
+    path = saved(search.trial_dir, number, step, score, size)
+    if score is not None:
+        report = {"step": step, "total_steps": 9, "dev_f1": score, "wire_bytes": size}
+        search.on_trial_result(str(number), report)
+    return path
+
+
 def left(folder: Path) -> dict[int, list[int]]:
     """Trial → steps of its checkpoints."""
     found = {int(path.name.removeprefix("trial-")): kept.finished(path) for path in sorted(folder.glob("trial-*"))}
@@ -47,7 +56,7 @@ def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Pa
     trials = tmp_path / "trials"
     for number, scores in enumerate(((0.1, 0.9), (0.8, 0.2), (0.3, 0.4), (0.7, None))):
         for step, score in enumerate(scores, start=1):
-            saved(trials, number, step, score)
+            told(search, number, step, score)
     (trial_path(trials, 2) / "notes.txt").write_text("mine")
     janitor.tidy()  # all of them run: what is neither among the best nor a trial's last goes
     assert left(trials) == {0: [2], 1: [1, 2], 2: [2], 3: [2]}
@@ -56,23 +65,37 @@ def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Pa
     janitor.tidy()
     assert left(trials) == {0: [2], 1: [1], 3: [2]}
     assert janitor.ended == {2} and (trial_path(trials, 2) / "notes.txt").exists()
-    saved(trials, 3, 3, 0.95)
+    told(search, 3, 3, 0.95)
     janitor.tidy()
-    assert left(trials) == {0: [2], 3: [3]}
-    assert 2000 < bytes_in([trials]) < 3000
+    assert left(trials) == {0: [2], 3: [2, 3]}  # the study may yet hear of 2
+    assert 3000 < bytes_in([trials]) < 4000
     again = Janitor(search)  # a new driver comes to the same
     again.tidy()
-    assert left(trials) == {0: [2], 3: [3]}
+    assert left(trials) == {0: [2], 3: [2, 3]}
 
 
 def test_those_within_the_limits_come_first(tmp_path: Path) -> None:
     search, janitor = sweep(tmp_path, 2, keep_checkpoints=1, constraints={"wire_bytes": {"max": 100}})
-    saved(tmp_path / "trials", 0, 1, 0.9, size=200)
-    saved(tmp_path / "trials", 1, 1, 0.2, size=64)
+    told(search, 0, 1, 0.9, size=200)
+    told(search, 1, 1, 0.2, size=64)
     for number in range(2):
         end(search, number)
     janitor.tidy()
     assert left(tmp_path / "trials") == {1: [1]}
+
+
+def test_what_a_stopped_trials_worker_saved_too_late_counts_for_nothing(tmp_path: Path) -> None:
+    """Else it would take the place of checkpoints that can win, and could not win itself: a sweep ended without any."""
+    search, janitor = sweep(tmp_path, 3, keep_checkpoints=2)
+    trials = tmp_path / "trials"
+    told(search, 0, 3, 0.2)
+    end(search, 0)
+    for number in (1, 2):
+        search.on_trial_result(str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64})
+        search.on_trial_complete(str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64})
+        saved(trials, number, 6, 0.9)
+    janitor.tidy()
+    assert left(trials) == {0: [3]}
 
 
 def test_debris_of_dead_workers_is_cleared(tmp_path: Path) -> None:
