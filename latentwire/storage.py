@@ -252,6 +252,13 @@ def delete(where: Place) -> None:
             system.delete_file(path)
 
 
+def delete_directory(where: Remote) -> None:
+    """Delete the marker that a store keeps of a directory whose files are gone. Raises :class:`StorageError`."""
+    with explained(where, "deleted"):
+        system, path = at(where)
+        system.delete_dir(path)
+
+
 def rename(where: Place, name: str) -> None:
     """Give a file or directory another name; in a store it is copied first."""
     if isinstance(where, Path):

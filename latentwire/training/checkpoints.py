@@ -20,7 +20,7 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
-from latentwire.storage import Place, delete, files_below, local, place
+from latentwire.storage import Place, delete, delete_directory, files_below, local, place
 from latentwire.training.loop import Trainer
 from latentwire.training.progress import Progress
 
@@ -118,6 +118,8 @@ def remove(path: Place) -> None:
     if not isinstance(path, Path):
         for name in reversed(written_names(path)):
             delete(path / name)
+        if not files_below(path):
+            delete_directory(path)
         return
     aside = path.parent / f".{path.name}.removed-{uuid.uuid4().hex[:8]}"
     path.rename(aside)

@@ -63,7 +63,7 @@ def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] |
     for trial in trials:
         for report in evaluations(trial):
             path = place(report[CHECKPOINT_PATH_KEY])
-            if not path.exists():
+            if not (path / exports.MANIFEST).exists():
                 continue
             if within_limits(report, config):
                 found.append(Best(trial.number, report["step"], report[config.metric], path, dict(trial.params)))

@@ -73,7 +73,7 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
                 "best/manifest.json",
             ):
                 assert f"runs/sweep/{kind}" in names, kind
-            assert any("trials/trial-0/checkpoint" in name for name in names)
+            assert any("trials/trial-0/step-" in name for name in names)
             assert any(name.startswith("shards/teacher-llama-") for name in names)
             secrets = [SECRET, "planted-key", *planted.values()]
             everything = [said.encode(), *(file.read_bytes() for file in copy.rglob("*") if file.is_file())]
@@ -100,7 +100,7 @@ def test_a_lost_node_costs_a_trial_nothing_but_time(job: Job, tmp_path: Path, mo
                       "--output_dir", str(output))  # fmt: skip
         try:
             wait_for(
-                lambda: process.poll() is not None or len(list(output.glob("trials/*/checkpoint*/manifest.json"))) >= 2,
+                lambda: process.poll() is not None or len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1,
                 150, lambda: log_of(tmp_path),
             )  # fmt: skip
             cluster.remove_node(first, allow_graceful=False)
@@ -194,7 +194,7 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
         return ray_command("job", "logs", name)
 
     submit("one", first)
-    wait_for(lambda: len(list(output.glob("trials/*/checkpoint*/manifest.json"))) >= 2, 150, lambda: logs("one"))
+    wait_for(lambda: len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1, 150, lambda: logs("one"))
     assert nodes(autoscaled) >= 2  # a worker node beside the head
     ray_command("job", "stop", "one")
     assert "STOPPED" in ray_command("job", "status", "one")

@@ -30,6 +30,7 @@ def search_all(space: SpaceFile, output: Path) -> Any:
         length, seed = values["encoder.latent_len"], values.get(finals.SEED)
         path = output / f"checkpoint-{number}"
         path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
         report = {
             "step": 3 if length == 10 else 6, "total_steps": 6, "wire_bytes": 64, CHECKPOINT_PATH_KEY: str(path),
             "dev_f1": SCORES[length] if seed is None else FRESH[length, seed],

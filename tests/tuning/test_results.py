@@ -29,6 +29,8 @@ def test_an_error_on_a_worker_is_the_users_error() -> None:
 def told(folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig) -> optuna.Study:
     """A study with trials of six steps: their scores every third step, and the size of their messages."""
     search = StudySearch(SpaceFile(tune=config), journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text("{}")  # stands for that of every checkpoint
     for number, (scores, size) in enumerate(trials):
         search.suggest(str(number))
         for place, score in enumerate(scores, start=1):
