@@ -101,11 +101,11 @@ def test_a_lost_node_costs_a_trial_nothing_but_time(job: Job, tmp_path: Path, mo
         try:
             wait_for(
                 lambda: process.poll() is not None or len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1,
-                150, lambda: log_of(tmp_path),
+                400, lambda: log_of(tmp_path),
             )  # fmt: skip
             cluster.remove_node(first, allow_graceful=False)
             cluster.add_node(num_cpus=1, resources={"trial_node": 1})
-            assert process.wait(240) == 0, log_of(tmp_path)
+            assert process.wait(400) == 0, log_of(tmp_path)
         finally:
             process.kill()
         assert "resumed at step" in log_of(tmp_path)
@@ -194,18 +194,18 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
         return ray_command("job", "logs", name)
 
     submit("one", first)
-    wait_for(lambda: len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1, 150, lambda: logs("one"))
+    wait_for(lambda: len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1, 400, lambda: logs("one"))
     assert nodes(autoscaled) >= 2  # a worker node beside the head
     ray_command("job", "stop", "one")
     assert "STOPPED" in ray_command("job", "status", "one")
     submit("two", [sys.executable, "ray_jobs/tune.py", "--resume", str(output)])
-    wait_for(lambda: "SUCCEEDED" in ray_command("job", "status", "two"), 200, lambda: logs("two"))
+    wait_for(lambda: "SUCCEEDED" in ray_command("job", "status", "two"), 400, lambda: logs("two"))
     assert "resumed at step" in logs("two")
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["state"], row["step"]) for row in rows) == [("done", 300)] * 2
     submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")])
-    wait_for(lambda: "FAILED" in ray_command("job", "status", "three"), 60, lambda: logs("three"))
-    wait_for(lambda: nodes(autoscaled) == 1, 60, lambda: ray_command("status", "--address", autoscaled))
+    wait_for(lambda: "FAILED" in ray_command("job", "status", "three"), 120, lambda: logs("three"))
+    wait_for(lambda: nodes(autoscaled) == 1, 120, lambda: ray_command("status", "--address", autoscaled))
 
 
 def nodes(address: str) -> int:
