@@ -17,7 +17,7 @@ from latentwire.config import LossConfig, RunConfig, SpaceFile
 from latentwire.data import shards, teachers
 from latentwire.models.lm import load_hf_config
 from latentwire.storage import Place
-from latentwire.tuning.planner import Plan, PlanError
+from latentwire.tuning.planner import Plan, PlanError, addable_nodes
 from latentwire.tuning.results import on_cluster
 from latentwire.tuning.space import data_variants, largest_run
 from latentwire.tuning.sweep import total_steps
@@ -35,8 +35,9 @@ START_SECONDS = 20.0
 def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]]:
     """The plan with as many trials at once as the nodes really hold, and a line for every node that could host a worker.
 
-    ``nodes``: as ``ray.nodes()`` gives them. Raises :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough
-    in all, but no node enough for one worker, or the nodes together not enough for one trial's.
+    ``nodes``: as ``ray.nodes()`` and :func:`~latentwire.tuning.planner.addable_nodes` give them. Raises
+    :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough in all, but no node enough for one worker, or the
+    nodes together not enough for one trial's.
     """
     lines, places = [], 0
     for node in nodes:
@@ -49,7 +50,7 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
         else:
             room.append(has.get("memory", float("inf")) // plan.bytes_per_worker)
         workers = int(min(room))
-        places += workers
+        places += workers * node.get("Count", 1)
         size = f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
         lines.append(f"node {node['NodeManagerAddress']} ({size}): {workers} worker(s)")
     if places < plan.num_workers:
@@ -211,7 +212,7 @@ def show(space: SpaceFile, plan: Plan, output: Place, *, measured: bool) -> Plan
     ``measured``: also measure a worker's rate, which takes a task. Raises :class:`~latentwire.tuning.planner.PlanError` for
     what cannot fit.
     """
-    plan, hosts = fit(plan, ray.nodes())
+    plan, hosts = fit(plan, [*ray.nodes(), *addable_nodes()])
     rate = measure_rate(largest_run(space), plan.gpus_per_worker) if measured else None
     print("\n".join([str(plan), *hosts, *forecast(space, plan, output).lines(plan, rate)]), flush=True)
     return plan

@@ -5,7 +5,7 @@ import pytest
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.models.lm import LMWrapper
-from latentwire.tuning import planner
+from latentwire.tuning import forecast, planner
 from latentwire.tuning.planner import PlanError, plan
 
 ENOUGH = 64e9
@@ -72,3 +72,29 @@ def test_nodes_that_the_autoscaler_may_add_are_counted(monkeypatch: pytest.Monke
     monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: None)  # no autoscaler
     with pytest.raises(PlanError, match="one trial needs 1 CPUs and the cluster has 0"):
         planner.plan_on_cluster(space())
+
+
+def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import state
+
+    told = {
+        "max_workers": 5,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 2}},
+            "large": {"resources": {"CPU": 8, "GPU": 2}, "max_workers": 3},
+            "small": {"resources": {"CPU": 4}},
+        },
+    }
+    assert planner.most_resources(told) == {"CPU": 2.0 + 3 * 8 + 2 * 4, "GPU": 6.0}
+    assert planner.most_resources({}) == {}
+    monkeypatch.setattr(state.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(planner, "autoscaling_config", lambda: told)
+    assert [(node["Count"], node["Resources"]["CPU"]) for node in planner.addable_nodes()] == [(3, 8), (5, 4)]
+    one = planner.plan(space(), {"CPU": 64.0}, 1e12)
+    head = {"Alive": True, "NodeManagerAddress": "head", "Resources": {"CPU": 0.0}}
+    fitting, lines = forecast.fit(one, [head, *planner.addable_nodes()])
+    assert (
+        fitting.max_concurrent_trials == one.max_concurrent_trials
+        and "of type large, up to 3 when asked for" in lines[1]
+    )
