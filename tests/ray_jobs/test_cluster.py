@@ -197,14 +197,14 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     wait_for(lambda: len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1, 400, lambda: logs("one"))
     assert nodes(autoscaled) >= 2  # a worker node beside the head
     ray_command("job", "stop", "one")
-    assert "STOPPED" in ray_command("job", "status", "one")
+    assert "was stopped" in ray_command("job", "status", "one")
     submit("two", [sys.executable, "ray_jobs/tune.py", "--resume", str(output)])
-    wait_for(lambda: "SUCCEEDED" in ray_command("job", "status", "two"), 400, lambda: logs("two"))
+    wait_for(lambda: "succeeded" in ray_command("job", "status", "two"), 400, lambda: logs("two"))
     assert "resumed at step" in logs("two")
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["state"], row["step"]) for row in rows) == [("done", 300)] * 2
     submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")])
-    wait_for(lambda: "FAILED" in ray_command("job", "status", "three"), 120, lambda: logs("three"))
+    wait_for(lambda: "failed" in ray_command("job", "status", "three"), 120, lambda: logs("three"))
     wait_for(lambda: nodes(autoscaled) == 1, 120, lambda: ray_command("status", "--address", autoscaled))
 
 
