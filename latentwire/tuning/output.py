@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
@@ -13,6 +12,7 @@ from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.summary import details, pairs, summarise
+from latentwire.storage import write_text
 from latentwire.tuning import report, results
 
 
@@ -45,16 +45,9 @@ def show_and_write(
         further["diagnostics"] = probes
         print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
     if options.output and options.output.suffix == ".json":
-        _write(options.output, scores)
+        write_text(options.output, json.dumps(scores, indent=1))
     elif options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        _write(options.output / "scores.json", scores)
-        _write(options.output / "details.json", further)
+        write_text(options.output / "scores.json", json.dumps(scores, indent=1))
+        write_text(options.output / "details.json", json.dumps(further, indent=1))
         results.write_predictions(predictions, options.output / "predictions.parquet")
     return 0
-
-
-def _write(path: Path, document: object) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(document, indent=1))
-    aside.rename(path)
