@@ -222,7 +222,8 @@ class Chaos:
     def connect(self) -> None:
         """Join the cluster on which the sweep has ended."""
         assert self.cluster is not None
-        ray.init(address=self.cluster.address, log_to_driver=False)
+        os.environ["RAY_ADDRESS"] = self.cluster.address  # what the State API reads, whatever it is given
+        ray.init(log_to_driver=False)
 
 
 def row(number: int, death: Death) -> str:

@@ -32,17 +32,6 @@ SMALL = {
 """Knobs of a wire that builds and steps in milliseconds."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray run one after the other, in one of the workers: two Rays on a machine find each other's clusters.
-
-    These are the slow ones, but for those with a group of their own. Of the others, each file stays together.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            slow = item.get_closest_marker("slow") is not None
-            item.add_marker(pytest.mark.xdist_group("ray" if slow else item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

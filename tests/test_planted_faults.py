@@ -37,13 +37,11 @@ def test_every_fault_is_accounted_for() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("faults")
 def test_without_a_fault_all_of_them_pass() -> None:
     assert failing(None) == set()
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize("fault", CAUGHT_BY)
 def test_a_planted_fault_fails_at_least_its_tests(fault: str) -> None:
     assert failing(fault) >= CAUGHT_BY[fault]

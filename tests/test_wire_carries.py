@@ -32,7 +32,6 @@ VALUES = {
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("carries")
 def test_messages_carry_and_shuffled_ones_fall_to_closed_book() -> None:
     run = with_values(RunConfig(), VALUES)
     trainer = Trainer(LatentWire(run), 10_000 // run.training.batch_size)
@@ -48,7 +47,6 @@ def test_messages_carry_and_shuffled_ones_fall_to_closed_book() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("carries")
 def test_eight_examples_through_a_real_receiver(real_receivers: Path, tmp_path: Path) -> None:
     """SmolLM2 says all eight answers from their messages, none from another's, and again after a reload."""
     values = VALUES | {

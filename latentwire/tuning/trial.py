@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SpaceFile
@@ -142,6 +144,16 @@ def size_of(run: RunConfig) -> str:
     )
 
 
+def name_cluster() -> None:
+    """Tell the actors that Train starts which Ray they belong to, as it hands its own settings on.
+
+    Train's cleaner of placement groups asks the State API, which looks for a Ray on the machine. Where it finds several it
+    refuses, and the trial would never end.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+
+
 def make_trainer(
     run: RunConfig,
     datasets: dict[str, ray.data.Dataset],
@@ -162,6 +174,7 @@ def make_trainer(
     died in that moment could never go on.
     """
     delete(place(storage_path) / name / ERROR_FILE)
+    name_cluster()
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
     resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
     if gpus_per_worker:

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 from tensorboardX.proto import event_pb2
 
 from latentwire.config.resolve import load_space
@@ -24,6 +25,15 @@ from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture
+def another_ray() -> Iterator[None]:
+    """A second Ray on this machine, which Train's own actors must not take for theirs."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield
+    cluster.shutdown()
+
+
+@pytest.mark.usefixtures("another_ray")
 def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "sweep"
     steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "tune.grace_steps=3")
