@@ -17,7 +17,8 @@ from latentwire.config import LossConfig, RunConfig, SpaceFile
 from latentwire.data import shards, teachers
 from latentwire.models.lm import load_hf_config
 from latentwire.storage import Place
-from latentwire.tuning.planner import Plan, PlanError, addable_nodes
+from latentwire.tuning.autoscaler import addable_nodes
+from latentwire.tuning.planner import Plan, PlanError
 from latentwire.tuning.results import on_cluster
 from latentwire.tuning.space import data_variants, largest_run
 from latentwire.tuning.sweep import total_steps
@@ -35,7 +36,7 @@ START_SECONDS = 20.0
 def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]]:
     """The plan with as many trials at once as the nodes really hold, and a line for every node that could host a worker.
 
-    ``nodes``: as ``ray.nodes()`` and :func:`~latentwire.tuning.planner.addable_nodes` give them. Raises
+    ``nodes``: as ``ray.nodes()`` and :func:`~latentwire.tuning.autoscaler.addable_nodes` give them. Raises
     :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough in all, but no node enough for one worker, or the
     nodes together not enough for one trial's.
     """

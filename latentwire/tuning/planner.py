@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from latentwire.config import RunConfig, SpaceFile
@@ -21,6 +18,7 @@ from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
 from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints
+from latentwire.tuning.autoscaler import cluster_resources
 from latentwire.tuning.space import largest_run
 
 WORKER_BASE_BYTES = 700e6
@@ -122,82 +120,6 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
         num_workers=training.num_workers,
         max_concurrent_trials=int(max(1, min(*fits, limit, space.tune.trials))),
     )
-
-
-def cluster_resources() -> dict[str, float]:
-    """What the cluster can come to: of each resource, what is there, or what the autoscaler's node types may add up to.
-
-    A head without GPUs whose autoscaler may start GPU nodes can hold a sweep, though no such node is there yet.
-    """
-    import ray
-    from ray._private.state import state
-
-    there = ray.cluster_resources()
-    possible = state.get_max_resources_from_cluster_config()
-    if possible is None:  # only Ray's newer autoscaler tells
-        possible = most_resources(autoscaling_config())
-    return {name: max(there.get(name, 0.0), float(possible.get(name, 0))) for name in there | possible}
-
-
-def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
-    """The most of each resource that node types of an autoscaling configuration add up to, the head's included."""
-    head = config.get("head_node_type")
-    found: dict[str, float] = {}
-    types = config.get("available_node_types", {})
-    for resource in {name for kind in types.values() for name in kind.get("resources", {})}:
-        left, total = config.get("max_workers", 0), types.get(head, {}).get("resources", {}).get(resource, 0.0)
-        workers = [
-            (kind["resources"].get(resource, 0.0), kind.get("max_workers", config.get("max_workers", 0)))
-            for name, kind in types.items()
-            if name != head and "resources" in kind
-        ]
-        for amount, most in sorted(workers, reverse=True):
-            count = min(most, left)
-            left, total = left - count, total + count * amount
-        found[resource] = float(total)
-    return found
-
-
-def addable_nodes() -> list[dict[str, Any]]:
-    """The autoscaler's node types as ``ray.nodes()`` would show one of each, with how many there may be (``Count``)."""
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    if config is not None and config.node_group_configs:
-        types = [(kind.name, dict(kind.resources), kind.max_count) for kind in config.node_group_configs]
-    else:
-        told = autoscaling_config()
-        most = told.get("max_workers", 0)
-        types = [
-            (name, kind.get("resources", {}), min(kind.get("max_workers", most), most))
-            for name, kind in told.get("available_node_types", {}).items()
-            if name != told.get("head_node_type")
-        ]
-    return [
-        {
-            "Alive": True,
-            "NodeManagerAddress": f"of type {name}, up to {count} when asked for",
-            "Resources": has,
-            "Count": count,
-        }
-        for name, has, count in types
-        if count > 0
-    ]
-
-
-def autoscaling_config() -> dict[str, Any]:
-    """The configuration of the older autoscaler, which runs on the head, as drivers do; empty where there is none."""
-    import ray
-
-    if not ray.is_initialized():
-        return {}
-    gcs_address = ray.get_runtime_context().gcs_address
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        if options.get("--gcs-address") == gcs_address and "--autoscaling-config" in options:
-            return yaml.safe_load(Path(options["--autoscaling-config"]).read_text()) or {}
-    return {}
 
 
 def plan_on_cluster(space: SpaceFile) -> Plan:

@@ -19,10 +19,10 @@ from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, sweep
-from tests.benchmarks import data, decoding, searching, steps, trials
+from tests.benchmarks import data, decoding, searching, steps, trials, workers
 from tests.benchmarks.measure import Row
 
-PARTS = ("preprocessing", "trial", "steps", "decoding", "logits", "searching")
+PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching")
 DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
 
 
@@ -38,6 +38,8 @@ def on_rows(space: SpaceFile, options: argparse.Namespace) -> list[Row]:
     wire = LatentWire(run)
     if "steps" in options.only:
         found += [data.padding_shares(wire, table), *steps.rows(run, table, options.repeats)]
+    if "workers" in options.only:
+        found += workers.rows(run, table, options.steps)
     if "decoding" in options.only:
         found.append(decoding.beside_generate(wire, dev, max(1, options.repeats // 5)))
     return found
@@ -47,7 +49,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--repeats", type=int, default=15, help="measured turns of each side")
-    parser.add_argument("--steps", type=int, default=100, help="measured steps of the trial under Ray")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="measured steps of the trial under Ray, and of several workers"
+    )
     parser.add_argument("--finished", type=int, nargs="+", default=[10, 100, 1000], help="trials before a suggestion")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="leave the other measurements out")
     options = parser.parse_args()
@@ -58,7 +62,7 @@ def main() -> int:
     if "preprocessing" in options.only:
         sweep.start_ray()
         found.append(data.preprocessing(run))
-    if {"trial", "steps", "decoding"} & set(options.only):
+    if {"trial", "steps", "workers", "decoding"} & set(options.only):
         found += on_rows(space.model_copy(update={"run": run}), options)
     ray.shutdown()
     if "logits" in options.only:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -86,8 +87,11 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
         assert "reused from s3://bucket/home/shards" in said
 
 
-def test_a_lost_node_costs_a_trial_nothing_but_time(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The node that hosts a running trial's worker goes; the trial continues on another from its checkpoint."""
+def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node that hosts a running trial's worker is about to go, and the next one goes without notice; each time the trial
+    continues on another node: from the checkpoint that the notice made, then from its last one."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
@@ -96,21 +100,37 @@ def test_a_lost_node_costs_a_trial_nothing_but_time(job: Job, tmp_path: Path, mo
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         output = tmp_path / "sweep"
-        process = job("ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=1",
-                      "--output_dir", str(output))  # fmt: skip
+        process = job("ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--epochs=80", "--max_steps=1200",
+                      "--set", "tune.trials=1", "--output_dir", str(output))  # fmt: skip
+
+        def steps() -> list[int]:
+            """Steps of whole checkpoints that are there now; or an ended sweep's end."""
+            if process.poll() is not None:
+                return [1200]
+            return [
+                int(path.parent.name.removeprefix("step-")) for path in output.glob("trials/*/step-*/manifest.json")
+            ]
+
         try:
-            wait_for(
-                lambda: process.poll() is not None or len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1,
-                400, lambda: log_of(tmp_path),
+            wait_for(steps, 400, lambda: log_of(tmp_path))
+            second = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
+            ray_command(
+                "drain-node", "--address", cluster.address, "--node-id", first.node_id,
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--deadline-remaining-seconds", "60",
             )  # fmt: skip
-            cluster.remove_node(first, allow_graceful=False)
+            wait_for(lambda: "resumed at step" in log_of(tmp_path), 400, lambda: log_of(tmp_path))
+            (saved,) = re.findall(r"preemption: saved \S+/step-0*(\d+)", log_of(tmp_path))
+            assert f"resumed at step {saved} " in log_of(tmp_path)
+            wait_for(lambda: max(steps(), default=0) > int(saved), 400, lambda: log_of(tmp_path))
+            cluster.remove_node(second, allow_graceful=False)
             cluster.add_node(num_cpus=1, resources={"trial_node": 1})
             assert process.wait(400) == 0, log_of(tmp_path)
         finally:
             process.kill()
-        assert "resumed at step" in log_of(tmp_path)
+        resumed = [int(step) for step in re.findall(r"resumed at step (\d+) ", log_of(tmp_path))]
+        assert len(resumed) == 2 and int(saved) == resumed[0] < resumed[1]
         (row,) = json.loads((output / "results.json").read_text())["trials"]
-        assert (row["state"], row["step"]) == ("done", 300)
+        assert (row["state"], row["step"]) == ("done", 1200)
     finally:
         cluster.shutdown()
 
@@ -135,13 +155,7 @@ NODE_TYPES = {
 
 @pytest.fixture
 def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head of one CPU whose autoscaler may start two fake nodes; the address of its job server.
-
-    Fake nodes share one session directory, in which each unpacks a submitted job anew: a process that reads it in that moment
-    finds nothing. So this is run by hand, where a second try costs nobody anything.
-    """
-    if not os.environ.get("LATENTWIRE_TEST_AUTOSCALER"):
-        pytest.skip("LATENTWIRE_TEST_AUTOSCALER asks for it: fake nodes disturb each other's working directories")
+    """A head of one CPU whose autoscaler may start two fake nodes; the address of its job server."""
     with socket.socket() as found:
         if found.connect_ex(("127.0.0.1", 6379)) == 0:
             pytest.skip("the fake provider needs port 6379, which another Ray has")
@@ -186,13 +200,15 @@ def ray_command(*arguments: str, seconds: float = 60) -> str:
 def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     autoscaled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "sweep"
-    first = [sys.executable, "ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=2",
+    """Jobs find the code by ``PYTHONPATH``: fake nodes share one session directory, in which each would unpack an uploaded
+    working directory anew, under the feet of the others. The last job, which fails on the head, is uploaded."""
+    output, script = tmp_path / "sweep", str(REPOSITORY / "ray_jobs" / "tune.py")
+    first = [sys.executable, script, *TINY, *STEPS, *TRIAL_NODE, "--max_steps=300", "--set", "tune.trials=2",
              "--set", f"data.shard_dir={tmp_path / 'shards'}", "--output_dir", str(output)]  # fmt: skip
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}})
 
-    def submit(name: str, command: list[str]) -> None:
-        said = ray_command("job", "submit", "--no-wait", f"--submission-id={name}", "--working-dir", ".",
+    def submit(name: str, command: list[str], *upload: str) -> None:
+        said = ray_command("job", "submit", "--no-wait", f"--submission-id={name}", *upload,
                            "--runtime-env-json", environment, "--", *command)  # fmt: skip
         assert "submitted successfully" in said, said
 
@@ -204,12 +220,12 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     assert nodes(autoscaled) >= 2  # a worker node beside the head
     ray_command("job", "stop", "one")
     assert "was stopped" in ray_command("job", "status", "one")
-    submit("two", [sys.executable, "ray_jobs/tune.py", "--resume", str(output)])
+    submit("two", [sys.executable, script, "--resume", str(output)])
     wait_for(lambda: "succeeded" in ray_command("job", "status", "two"), 400, lambda: logs("two"))
     assert "resumed at step" in logs("two")
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["state"], row["step"]) for row in rows) == [("done", 300)] * 2
-    submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")])
+    submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")], "--working-dir", ".")
     wait_for(lambda: "failed" in ray_command("job", "status", "three"), 120, lambda: logs("three"))
     wait_for(lambda: nodes(autoscaled) == 1, 120, lambda: ray_command("status", "--address", autoscaled))
 

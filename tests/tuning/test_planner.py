@@ -5,7 +5,7 @@ import pytest
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.models.lm import LMWrapper
-from latentwire.tuning import forecast, planner
+from latentwire.tuning import autoscaler, forecast, planner
 from latentwire.tuning.planner import PlanError, plan
 
 ENOUGH = 64e9
@@ -61,7 +61,7 @@ def test_nodes_that_the_autoscaler_may_add_are_counted(monkeypatch: pytest.Monke
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0, "node:__internal_head__": 1.0, "memory": 8e9})
     possible = {"GPU": 4, "CPU": 32, "on_demand": 1}
     monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: possible)
-    resources = planner.cluster_resources()
+    resources = autoscaler.cluster_resources()
     assert resources == {"CPU": 32.0, "GPU": 4.0, "on_demand": 1.0, "node:__internal_head__": 1.0, "memory": 8e9}
     found = planner.plan_on_cluster(space())
     assert (found.gpus_per_worker, found.max_concurrent_trials) == (1.0, 4)
@@ -86,14 +86,14 @@ def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeyp
             "small": {"resources": {"CPU": 4}},
         },
     }
-    assert planner.most_resources(told) == {"CPU": 2.0 + 3 * 8 + 2 * 4, "GPU": 6.0}
-    assert planner.most_resources({}) == {}
+    assert autoscaler.most_resources(told) == {"CPU": 2.0 + 3 * 8 + 2 * 4, "GPU": 6.0}
+    assert autoscaler.most_resources({}) == {}
     monkeypatch.setattr(state.state, "get_cluster_config", lambda: None)
-    monkeypatch.setattr(planner, "autoscaling_config", lambda: told)
-    assert [(node["Count"], node["Resources"]["CPU"]) for node in planner.addable_nodes()] == [(3, 8), (5, 4)]
+    monkeypatch.setattr(autoscaler, "autoscaling_config", lambda: told)
+    assert [(node["Count"], node["Resources"]["CPU"]) for node in autoscaler.addable_nodes()] == [(3, 8), (5, 4)]
     one = planner.plan(space(), {"CPU": 64.0}, 1e12)
     head = {"Alive": True, "NodeManagerAddress": "head", "Resources": {"CPU": 0.0}}
-    fitting, lines = forecast.fit(one, [head, *planner.addable_nodes()])
+    fitting, lines = forecast.fit(one, [head, *autoscaler.addable_nodes()])
     assert (
         fitting.max_concurrent_trials == one.max_concurrent_trials
         and "of type large, up to 3 when asked for" in lines[1]

@@ -1,0 +1,62 @@
+"""What several workers of one run make of the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from latentwire.assembly import LatentWire
+from latentwire.config import RunConfig
+from latentwire.training.local import table_epochs
+from latentwire.training.loop import Trainer
+from tests.benchmarks.measure import Row
+
+COUNTS = (1, 2, 4)
+WARM_STEPS = 3
+
+
+def rows(run: RunConfig, table: pa.Table, steps: int) -> list[Row]:
+    """Each of ``COUNTS`` of gloo workers, one thread each, takes its share of every batch of the run."""
+    speeds = {count: _examples_per_s(run, table, steps, count) / count for count in COUNTS}
+    told = " / ".join(f"{speed:.0f}" for speed in speeds.values())
+    counts = ", ".join(map(str, COUNTS))
+    return [
+        Row(
+            f"examples/s per worker: {count} workers ÷ 1", speeds[count] / speeds[1], "report",
+            f"{os.cpu_count()} cores, batches of {run.training.batch_size} shared out; {counts} workers: {told} examples/s each",
+        )
+        for count in COUNTS[1:]
+    ]  # fmt: skip
+
+
+def _examples_per_s(run: RunConfig, table: pa.Table, steps: int, count: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        processes.spawn(_work, (run, table, steps, count, folder), nprocs=count)
+        seconds = max(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
+    return steps * run.training.batch_size / seconds
+
+
+def _work(rank: int, run: RunConfig, table: pa.Table, steps: int, count: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    trainer = Trainer(LatentWire(run), 10**6)
+    batches = table_epochs(run.training, table, rank, count)
+    epoch, done, began = 0, 0, 0.0
+    while done < WARM_STEPS + steps:
+        for batch in batches(epoch):
+            if done == WARM_STEPS:
+                began = time.perf_counter()
+            if done < WARM_STEPS + steps:
+                trainer.step(batch)
+                done += 1
+        epoch += 1
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(time.perf_counter() - began))
+    dist.destroy_process_group()
