@@ -1,6 +1,6 @@
 """Kill a small sweep again and again, and check that nothing is lost and nothing counts twice.
 
-    python scripts/chaos.py --deaths 50 --seed 0 --output_dir runs/chaos
+    python scripts/chaos.py --deaths 50 --seed 0 --pause 3 30 --steps 480 --output_dir runs/chaos
 
 A sweep of the toy pair runs on a cluster of its own, which outlives its driver. After delays drawn by the seed one of them is
 killed with -9: the sweep's driver, a Train worker, a trial's driver ("trial actor"), or the raylet, and with it the whole
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -43,11 +44,13 @@ from latentwire.tuning.trial import variant_key
 
 REPOSITORY = Path(__file__).parent.parent
 TRIALS = 12
+EVALUATIONS = 8
+"""Of each trial, with a checkpoint at each."""
 SPACE = """
 run:
   data: {dataset: toy, samples: 200, dev_samples: 8, validation_samples: 8, dev_fraction: 0.1}
   encoder: {latent_len: 4, d_z: 16, d_model: 32, layers: 1, heads: 2}
-  training: {batch_size: 8, epochs: 4, max_steps: 24, evaluate_every: 3, alignment_steps: 2, log_every: 6, max_failures: 100}
+  training: {batch_size: 8, epochs: STEPS, max_steps: STEPS, evaluate_every: EVERY, alignment_steps: 2, max_failures: 100}
   evaluation: {max_answer_tokens: 4}
 search:
   training.encoder_lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}
@@ -93,6 +96,8 @@ class Chaos:
     rng: random.Random
     pause: tuple[float, float]
     """Shortest and longest delay in seconds before a kill."""
+    steps: int
+    """Of each trial."""
     deaths: list[Death] = field(default_factory=list)
     began: float = field(default_factory=time.time)
     cluster: Cluster | None = None
@@ -133,7 +138,8 @@ class Chaos:
         else:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             file = self.output.parent / f"{self.output.name}.yaml"
-            file.write_text(SPACE.replace("TRIALS", str(TRIALS)))
+            values = {"TRIALS": TRIALS, "STEPS": self.steps, "EVERY": max(1, self.steps // EVALUATIONS)}
+            file.write_text(re.sub("|".join(values), lambda name: str(values[name[0]]), SPACE))
             command += [
                 "--space",
                 str(file),
@@ -311,6 +317,9 @@ def main() -> int:
     parser.add_argument("--deaths", type=int, default=10, help="kills, as many of each kind as possible")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the victims and of the delays")
     parser.add_argument("--pause", type=float, nargs=2, default=(2.0, 12.0), help="shortest and longest delay, seconds")
+    parser.add_argument(
+        "--steps", type=int, default=24, help="of each trial: more, where a sweep must outlive more deaths"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
     options = parser.parse_args()
     output = options.output_dir.absolute()
@@ -323,7 +332,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     victims = [VICTIMS[number % len(VICTIMS)] for number in range(options.deaths)]
     rng.shuffle(victims)
-    chaos = Chaos(output, output.parent / "shards", victims, rng, tuple(options.pause))
+    chaos = Chaos(output, output.parent / "shards", victims, rng, tuple(options.pause), options.steps)
     header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
     print("\n".join(header), flush=True)
     try:

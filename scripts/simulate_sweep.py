@@ -1,14 +1,15 @@
-"""What orchestration costs: many trials that train nothing, through the real searcher, study and ASHA.
+"""What orchestration costs: many trials that train nothing, through the real searcher, study, ASHA and janitor.
 
     python scripts/simulate_sweep.py --trials 1000 --at_once 64
 
-Ray's own part (processes, placement, checkpoints) is left out: what is measured is what one driver must do for every
-suggestion, report and end of a trial, and how large its study grows. Trials' scores are drawn from their values.
+Ray's own part (processes, placement) is left out: what is measured is what one driver must do for every suggestion, report and
+end of a trial, and how large its study grows. Trials' scores are drawn from their values; their checkpoints are manifests alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import tempfile
 import time
@@ -20,9 +21,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import load_space, set_path
+from latentwire.training import kept
+from latentwire.tuning.janitor import Janitor
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.sweep import make_scheduler
+from latentwire.tuning.trial import trial_path
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "llama_qwen.yaml"
 EVALUATIONS = 8
@@ -36,6 +40,13 @@ class Simulated:
         self.trial_id, self.status, self.step = trial_id, "RUNNING", 0
         self.worth = random.Random(repr(sorted(values.items()))).random()
 
+    def save(self, folder: Path, metrics: dict[str, Any]) -> None:
+        """What its worker would do: a checkpoint of no weights, and away with all but its best and its last."""
+        path = folder / kept.step_name(self.step)
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text(json.dumps({"files": {}, "metrics": metrics}))
+        kept.keep_best_and_last(folder, "dev_f1", "max")
+
     def report(self) -> dict[str, Any]:
         """The next evaluation, as large as a real one."""
         self.step += STEPS // EVALUATIONS
@@ -48,7 +59,8 @@ def simulate(space: SpaceFile, at_once: int, folder: Path) -> dict[str, float]:
     """Run the sweep; returns seconds by what they were spent on, and the study's size."""
     search = StudySearch(space, journal=folder / JOURNAL, name="simulated", trial_dir=folder / "trials")
     scheduler = make_scheduler(space.tune, STEPS)
-    spent = {"suggest": 0.0, "report": 0.0, "end": 0.0}
+    janitor = Janitor(search)
+    spent = {"suggest": 0.0, "report": 0.0, "end": 0.0, "tidy": 0.0}
     running: list[Simulated] = []
     started = ended = 0
 
@@ -66,15 +78,18 @@ def simulate(space: SpaceFile, at_once: int, folder: Path) -> dict[str, float]:
             started += 1
         trial = running.pop(0)
         result = trial.report()
+        trial.save(trial_path(search.trial_dir, int(trial.trial_id[1:])), result)
         timed("report", search.on_trial_result, trial.trial_id, result)
         decision = timed("report", scheduler.on_trial_result, None, trial, result)
         if decision == TrialScheduler.STOP or trial.step >= STEPS:
             timed("end", search.on_trial_complete, trial.trial_id, result)
             scheduler.on_trial_complete(None, trial, result)
+            timed("tidy", janitor.tidy)
             ended += 1
             if ended % 100 == 0:
                 print(f"{ended} trials: {sum(spent.values()) / ended:.3f} s each so far", flush=True)
         else:
+            timed("tidy", janitor.tidy)
             running.append(trial)
     return spent | {"journal_mb": (folder / JOURNAL).stat().st_size / 1e6}
 

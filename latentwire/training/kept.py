@@ -59,10 +59,15 @@ def save_step(
     if not path.exists():
         with directory(path, last=exports.MANIFEST) as target:
             checkpoints.save(target, wire, metrics, pins, trainer)
+    keep_best_and_last(folder, metric, mode)
+    return path
+
+
+def keep_best_and_last(folder: Place, metric: str, mode: str) -> None:
+    """Delete all of a run's checkpoints but these two."""
     kept = finished(folder)
     for other in set(kept) - {best_of(kept, metric, mode), kept[-1]}:
         checkpoints.remove(other)
-    return path
 
 
 def clear_debris(folder: Place) -> int:
