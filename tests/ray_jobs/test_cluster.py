@@ -91,22 +91,24 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The node that hosts a running trial's worker is about to go, and the next one goes without notice; each time the trial
-    continues on another node: from the checkpoint that the notice made, then from its last one."""
+    continues on another node: from the checkpoint that the notice made or a later one, then from its last one."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+    )
     try:
         first = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         output = tmp_path / "sweep"
-        process = job("ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--epochs=80", "--max_steps=1200",
+        process = job("ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=500", "--set", "training.log_every=50",
                       "--set", "tune.trials=1", "--output_dir", str(output))  # fmt: skip
 
         def steps() -> list[int]:
             """Steps of whole checkpoints that are there now; or an ended sweep's end."""
             if process.poll() is not None:
-                return [1200]
+                return [500]
             return [
                 int(path.parent.name.removeprefix("step-")) for path in output.glob("trials/*/step-*/manifest.json")
             ]
@@ -116,21 +118,22 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
             second = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
             ray_command(
                 "drain-node", "--address", cluster.address, "--node-id", first.node_id,
-                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--deadline-remaining-seconds", "60",
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--deadline-remaining-seconds", "20",
             )  # fmt: skip
             wait_for(lambda: "resumed at step" in log_of(tmp_path), 400, lambda: log_of(tmp_path))
-            (saved,) = re.findall(r"preemption: saved \S+/step-0*(\d+)", log_of(tmp_path))
-            assert f"resumed at step {saved} " in log_of(tmp_path)
-            wait_for(lambda: max(steps(), default=0) > int(saved), 400, lambda: log_of(tmp_path))
+            (saved,) = set(re.findall(r"preemption: saved \S+/step-0*(\d+)", log_of(tmp_path)))
+            (again,) = set(re.findall(r"resumed at step (\d+) ", log_of(tmp_path)))
+            assert int(again) >= int(saved) > 0  # until the deadline the worker trains on
+            wait_for(lambda: max(steps(), default=0) > int(again), 400, lambda: log_of(tmp_path))
             cluster.remove_node(second, allow_graceful=False)
             cluster.add_node(num_cpus=1, resources={"trial_node": 1})
             assert process.wait(400) == 0, log_of(tmp_path)
         finally:
             process.kill()
-        resumed = [int(step) for step in re.findall(r"resumed at step (\d+) ", log_of(tmp_path))]
-        assert len(resumed) == 2 and int(saved) == resumed[0] < resumed[1]
+        resumed = {int(step) for step in re.findall(r"resumed at step (\d+) ", log_of(tmp_path))}
+        assert len(resumed) == 2 and min(resumed) == int(again)
         (row,) = json.loads((output / "results.json").read_text())["trials"]
-        assert (row["state"], row["step"]) == ("done", 1200)
+        assert (row["state"], row["step"]) == ("done", 500)
     finally:
         cluster.shutdown()
 
