@@ -27,11 +27,12 @@ STEPS = ("--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.sc
 TRIAL_NODE = ("--set", "training.worker_resources={trial_node: 1}")
 
 
-def wait_for(condition: Callable[[], object], seconds: float, tell: Callable[[], str]) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, tell: Callable[[], str], pause: float = 0.5) -> None:
+    """``pause``: seconds between looks; more for those that cost a processor, as every ``ray`` command does."""
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, tell()
-        time.sleep(0.5)
+        time.sleep(pause)
 
 
 def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
@@ -142,7 +143,7 @@ NODE_TYPES = {
     "cluster_name": "fake",
     "max_workers": 2,
     "idle_timeout_minutes": 0.25,
-    "provider": {"type": "fake_multinode", "disable_node_updaters": True},
+    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True},  # all have one address: else none is ever known
     "head_node_type": "ray.head.default",
     "upscaling_speed": 1.0,
     "docker": {}, "auth": {}, "file_mounts": {}, "initialization_commands": [], "setup_commands": [],
@@ -158,7 +159,12 @@ NODE_TYPES = {
 
 @pytest.fixture
 def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head of one CPU whose autoscaler may start two fake nodes; the address of its job server."""
+    """A head of one CPU whose autoscaler may start two fake nodes; its address.
+
+    Minutes of both cores, and a fixed port: this is run by hand.
+    """
+    if not os.environ.get("LATENTWIRE_TEST_AUTOSCALER"):
+        pytest.skip("LATENTWIRE_TEST_AUTOSCALER=1 asks for it: it takes port 6379 and minutes of both cores")
     with socket.socket() as found:
         if found.connect_ex(("127.0.0.1", 6379)) == 0:
             pytest.skip("the fake provider needs port 6379, which another Ray has")
@@ -169,9 +175,7 @@ def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     subprocess.run(
         [Path(sys.executable).parent / "ray", "get-auth-token", "--generate"], check=True, capture_output=True
     )
-    # On a busy machine a node's heartbeat comes late, and the autoscaler would mend the node by ssh.
-    pace = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "600"}
-    environment = os.environ | {"RAY_FAKE_CLUSTER": "1"} | pace
+    environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     temp = Path(f"/tmp/lw-{os.getpid()}")
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(
@@ -232,13 +236,14 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     ray_command("job", "stop", "one")
     assert "was stopped" in ray_command("job", "status", "one")
     submit("two", [sys.executable, script, "--resume", str(output)])
-    wait_for(lambda: "succeeded" in ray_command("job", "status", "two"), 400, lambda: logs("two"))
+    wait_for((output / "best" / "manifest.json").exists, 400, lambda: logs("two"))
+    wait_for(lambda: "succeeded" in ray_command("job", "status", "two"), 120, lambda: logs("two"), pause=5)
     assert "resumed at step" in logs("two")
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["state"], row["step"]) for row in rows) == [("done", 200)] * 2
     submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")], "--working-dir", ".")
-    wait_for(lambda: "failed" in ray_command("job", "status", "three"), 120, lambda: logs("three"))
-    wait_for(lambda: nodes(autoscaled) == 1, 120, lambda: ray_command("status", "--address", autoscaled))
+    wait_for(lambda: "failed" in ray_command("job", "status", "three"), 120, lambda: logs("three"), pause=5)
+    wait_for(lambda: nodes(autoscaled) == 1, 120, lambda: ray_command("status", "--address", autoscaled), pause=5)
 
 
 def nodes(address: str) -> int:
