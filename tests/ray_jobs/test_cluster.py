@@ -159,12 +159,7 @@ NODE_TYPES = {
 
 @pytest.fixture
 def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head of one CPU whose autoscaler may start two fake nodes; its address.
-
-    Minutes of both cores, and a fixed port: this is run by hand.
-    """
-    if not os.environ.get("LATENTWIRE_TEST_AUTOSCALER"):
-        pytest.skip("LATENTWIRE_TEST_AUTOSCALER=1 asks for it: it takes port 6379 and minutes of both cores")
+    """A head of one CPU whose autoscaler may start two fake nodes; its address."""
     with socket.socket() as found:
         if found.connect_ex(("127.0.0.1", 6379)) == 0:
             pytest.skip("the fake provider needs port 6379, which another Ray has")
