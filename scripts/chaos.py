@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -50,12 +49,11 @@ SPACE = """
 run:
   data: {dataset: toy, samples: 200, dev_samples: 8, validation_samples: 8, dev_fraction: 0.1}
   encoder: {latent_len: 4, d_z: 16, d_model: 32, layers: 1, heads: 2}
-  training: {batch_size: 8, epochs: STEPS, max_steps: STEPS, evaluate_every: EVERY, alignment_steps: 2, max_failures: 100}
+  training: {batch_size: 8, alignment_steps: 2, max_failures: 100}
   evaluation: {max_answer_tokens: 4}
 search:
   training.encoder_lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}
 tune:
-  trials: TRIALS
   sampler: {name: random}
   scheduler: none
   metric: dev_loss
@@ -138,16 +136,17 @@ class Chaos:
         else:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             file = self.output.parent / f"{self.output.name}.yaml"
-            values = {"TRIALS": TRIALS, "STEPS": self.steps, "EVERY": max(1, self.steps // EVALUATIONS)}
-            file.write_text(re.sub("|".join(values), lambda name: str(values[name[0]]), SPACE))
-            command += [
-                "--space",
-                str(file),
-                "--output_dir",
-                str(self.output),
-                "--set",
-                f"data.shard_dir={self.shards}",
-            ]
+            file.write_text(SPACE)
+            values = {
+                "tune.trials": TRIALS,
+                "training.max_steps": self.steps,
+                "training.epochs": self.steps,
+                "training.evaluate_every": max(1, self.steps // EVALUATIONS),
+                "data.shard_dir": self.shards,
+            }
+            command += ["--space", str(file), "--output_dir", str(self.output)]
+            for path, value in values.items():
+                command += ["--set", f"{path}={value}"]
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address, "RAY_DEDUP_LOGS": "0"}
         with (self.output.parent / f"{self.output.name}.log").open("ab") as log:
             return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)

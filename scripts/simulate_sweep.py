@@ -84,13 +84,12 @@ def simulate(space: SpaceFile, at_once: int, folder: Path) -> dict[str, float]:
         if decision == TrialScheduler.STOP or trial.step >= STEPS:
             timed("end", search.on_trial_complete, trial.trial_id, result)
             scheduler.on_trial_complete(None, trial, result)
-            timed("tidy", janitor.tidy)
             ended += 1
             if ended % 100 == 0:
                 print(f"{ended} trials: {sum(spent.values()) / ended:.3f} s each so far", flush=True)
         else:
-            timed("tidy", janitor.tidy)
             running.append(trial)
+        timed("tidy", janitor.tidy)
     return spent | {"journal_mb": (folder / JOURNAL).stat().st_size / 1e6}
 
 

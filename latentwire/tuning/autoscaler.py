@@ -27,21 +27,26 @@ def cluster_resources() -> dict[str, float]:
 
 def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
     """The most of each resource that node types of an autoscaling configuration add up to, the head's included."""
-    head = config.get("head_node_type")
+    head = config.get("available_node_types", {}).get(config.get("head_node_type"), {}).get("resources", {})
+    workers = worker_types(config)
     found: dict[str, float] = {}
-    types = config.get("available_node_types", {})
-    for resource in {name for kind in types.values() for name in kind.get("resources", {})}:
-        left, total = config.get("max_workers", 0), types.get(head, {}).get("resources", {}).get(resource, 0.0)
-        workers = [
-            (kind["resources"].get(resource, 0.0), kind.get("max_workers", config.get("max_workers", 0)))
-            for name, kind in types.items()
-            if name != head and "resources" in kind
-        ]
-        for amount, most in sorted(workers, reverse=True):
+    for resource in {*head, *(name for _, has, _ in workers for name in has)}:
+        left, total = config.get("max_workers", 0), head.get(resource, 0.0)
+        for amount, most in sorted(((has.get(resource, 0.0), most) for _, has, most in workers), reverse=True):
             count = min(most, left)
             left, total = left - count, total + count * amount
         found[resource] = float(total)
     return found
+
+
+def worker_types(config: Mapping[str, Any]) -> list[tuple[str, dict[str, float], int]]:
+    """Node types of an autoscaling configuration without the head's: name, resources, and how many there may be."""
+    most = config.get("max_workers", 0)
+    return [
+        (name, kind.get("resources", {}), min(kind.get("max_workers", most), most))
+        for name, kind in config.get("available_node_types", {}).items()
+        if name != config.get("head_node_type")
+    ]
 
 
 def addable_nodes() -> list[dict[str, Any]]:
@@ -52,13 +57,7 @@ def addable_nodes() -> list[dict[str, Any]]:
     if config is not None and config.node_group_configs:
         types = [(kind.name, dict(kind.resources), kind.max_count) for kind in config.node_group_configs]
     else:
-        told = autoscaling_config()
-        most = told.get("max_workers", 0)
-        types = [
-            (name, kind.get("resources", {}), min(kind.get("max_workers", most), most))
-            for name, kind in told.get("available_node_types", {}).items()
-            if name != told.get("head_node_type")
-        ]
+        types = worker_types(autoscaling_config())
     return [
         {
             "Alive": True,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 
 from latentwire.assembly import LatentWire
-from latentwire.config import SpaceFile
+from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.config.space import TuneConfig
 from latentwire.training.local import table_epochs
@@ -24,20 +24,16 @@ from tests.benchmarks.measure import Row
 
 def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
     """One trial of ``2 · steps`` steps through Data, Train and Tune, the second half beside the same steps of the bare loop."""
-    values = {"training.max_steps": 2 * steps, "training.evaluate_every": steps, "training.epochs": 10**6}
-    run = with_values(space.run, values)
+    run = in_halves(space.run, steps)
     space = SpaceFile(run=run, tune=TuneConfig(trials=1, scheduler="none"))
     plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
     with tempfile.TemporaryDirectory() as folder:
         files = sweep.prepare(space, plan.gpus_per_worker)
         (trial,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep").trials
         half, end = evaluations(trial)
-    trainer = Trainer(LatentWire(run), 10**6)
-    seconds: list[float] = []
-    trainer.train(table_epochs(run.training, table), lambda: seconds.append(trainer.progress.seconds))
     examples = steps * run.training.batch_size
     under_ray = examples / (end["train_seconds"] - half["train_seconds"])
-    bare = examples / (seconds[1] - seconds[0])
+    bare = examples / second_half_seconds(run, table)
     parts = {part: float(end[f"start_{part}_s"]) for part in ("process", "code", "loading")}
     first = float(half["first_step_s"])
     total = sum(parts.values()) + first
@@ -49,6 +45,20 @@ def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
         Row("examples/s under Ray ÷ the bare loop", under_ray / bare, "≥ 0.95", f"{under_ray:.0f} / {bare:.0f} examples/s"),
         Row("trial start to first step, in seconds", total, "≤ 10", detail),
     ]  # fmt: skip
+
+
+def in_halves(run: RunConfig, steps: int) -> RunConfig:
+    """A run of ``2 · steps`` steps that is looked at half-way and at its end."""
+    values = {"training.max_steps": 2 * steps, "training.evaluate_every": steps, "training.epochs": 10**6}
+    return with_values(run, values)
+
+
+def second_half_seconds(run: RunConfig, table: pa.Table, rank: int = 0, world: int = 1) -> float:
+    """What the second half of :func:`in_halves` takes by the bare loop, on this worker's share of every batch."""
+    trainer = Trainer(LatentWire(run), 10**6)
+    seconds: list[float] = []
+    trainer.train(table_epochs(run.training, table, rank, world), lambda: seconds.append(trainer.progress.seconds))
+    return seconds[1] - seconds[0]
 
 
 def _imports() -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,14 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.training.local import table_epochs
-from latentwire.training.loop import Trainer
 from tests.benchmarks.measure import Row
+from tests.benchmarks.trials import in_halves, second_half_seconds
 
 COUNTS = (1, 2, 4)
-WARM_STEPS = 3
 
 
 def rows(run: RunConfig, table: pa.Table, steps: int) -> list[Row]:
@@ -39,24 +35,13 @@ def rows(run: RunConfig, table: pa.Table, steps: int) -> list[Row]:
 
 def _examples_per_s(run: RunConfig, table: pa.Table, steps: int, count: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(_work, (run, table, steps, count, folder), nprocs=count)
+        processes.spawn(_work, (in_halves(run, steps), table, count, folder), nprocs=count)
         seconds = max(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
     return steps * run.training.batch_size / seconds
 
 
-def _work(rank: int, run: RunConfig, table: pa.Table, steps: int, count: int, folder: str) -> None:
+def _work(rank: int, run: RunConfig, table: pa.Table, count: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    trainer = Trainer(LatentWire(run), 10**6)
-    batches = table_epochs(run.training, table, rank, count)
-    epoch, done, began = 0, 0, 0.0
-    while done < WARM_STEPS + steps:
-        for batch in batches(epoch):
-            if done == WARM_STEPS:
-                began = time.perf_counter()
-            if done < WARM_STEPS + steps:
-                trainer.step(batch)
-                done += 1
-        epoch += 1
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(time.perf_counter() - began))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(second_half_seconds(run, table, rank, count)))
     dist.destroy_process_group()

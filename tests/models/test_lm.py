@@ -163,6 +163,9 @@ def test_quantised_receivers_read_answer_and_stay_frozen(kind: str) -> None:
     lm, builder, rows = load(RunConfig().receivers[0].model_copy(update={"quantization": kind}))
     before = lm.fingerprint()
     assert before != LMWrapper(RunConfig().receivers[0]).fingerprint()
+    prompts = [builder.text(context, question) for context, question, _ in rows]
+    answers = lm.tokenizer.batch_decode(lm.generate(collate(prompts, side="left"), builder.stop_ids, 6))
+    assert [answer.strip() for answer in answers] == [answer for _, _, answer in ROWS]
     asked = list(toy_rows(64, seed=5, people=3, kinds=2))  # 0.97 in full precision; four bits cost a few more
     golds = [row["answers"][0] for row in asked]
     ids = builder.tokenize([row["context"] for row in asked], [row["question"] for row in asked], golds)
