@@ -8,7 +8,7 @@ from typing import Any
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.storage import Place
-from latentwire.tuning import finals, janitor, manifest, report, report_html, results, resume, sweep
+from latentwire.tuning import finals, janitor, manifest, orphans, report, report_html, results, resume, sweep
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.trial import variant_key
 
@@ -18,6 +18,8 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
 
     ``repeated``: the manifest whose trial this is, whose data and receivers must be the same.
     """
+    if left := orphans.remove_orphaned_groups():
+        print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
     files = sweep.prepare(space, plan.gpus_per_worker)
     pin = sweep.common_pin(space, files)
     if repeated is not None:
