@@ -20,9 +20,11 @@ from latentwire.data.layout import Batch, SequenceBuilder, collate, sender_text
 from latentwire.features import registry
 from latentwire.features.base import Reading
 from latentwire.models.interlingua import Interlingua, ReceiverShape
-from latentwire.models.lm import LMWrapper
+from latentwire.models.lm import Decoded
 from latentwire.models.message import Message
-from latentwire.models.weights import fingerprint
+from latentwire.models.weights import ReceiverError, fingerprint
+from latentwire.receivers.base import Receiver
+from latentwire.receivers.own import OwnReceiver
 from latentwire.wire import WireError, from_bytes
 
 LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
@@ -39,22 +41,38 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     manifest: dict[str, Any] | None = None
     """What came with a loaded export: metrics, hashes, versions."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, receivers: Mapping[str, Receiver] | None = None) -> None:
         """Loads the receivers and draws fresh trainable weights from ``run.training.seed``.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.data.layout.LayoutError`.
+        ``receivers``: those of the run, by name, where they are held elsewhere. Raises
+        :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.data.layout.LayoutError`.
         """
         self.run = run
-        self.receivers = {receiver.name: LMWrapper(receiver) for receiver in run.receivers}
+        self.receivers: dict[str, Receiver] = (
+            {receiver.name: OwnReceiver(receiver) for receiver in run.receivers} if receivers is None else {**receivers}
+        )
         self.builders = {
             name: SequenceBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send)
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
-        shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.lm) for name, lm in self.receivers.items()}
+        shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
         self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
+
+    def own(self, receiver: str) -> OwnReceiver:
+        """A receiver whose weights are in this process. Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one."""
+        found = self.receivers[receiver]
+        if not isinstance(found, OwnReceiver):
+            raise ReceiverError(
+                f"this needs the weights of receiver {receiver} in this process, they are shared; load it here"
+            )
+        return found
+
+    def own_receivers(self) -> list[OwnReceiver]:
+        """Those whose weights are in this process."""
+        return [receiver for receiver in self.receivers.values() if isinstance(receiver, OwnReceiver)]
 
     # ------------------------------------------------------------------------------------------- loading and saving
 
@@ -170,7 +188,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of questions.
         """
         message, prompts = self._asked(message, questions, receiver)
-        return self.decode(receiver, prompts, message)
+        return self.decode(receiver, prompts, message)[0]
 
     @torch.no_grad()
     def prompt_embeds(self, message: Message | bytes, questions: Sequence[str], receiver: str) -> list[torch.Tensor]:
@@ -187,7 +205,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 f"use answer, or train one without features.{acting[0]}"
             )
         message, prompts = self._asked(message, questions, receiver)
-        lm, batch = self.receivers[receiver], collate(prompts, side="left")
+        lm, batch = self.own(receiver), collate(prompts, side="left")
         e_BSD = lm.embed(batch, self.interlingua.soft_rows(receiver, message, batch)).cpu()
         return [e_SD[-len(prompt.ids) :] for e_SD, prompt in zip(e_BSD, prompts, strict=True)]
 
@@ -221,17 +239,16 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         if message is None:
             yield None
             return
-        lm, interlingua = self.receivers[receiver].lm, self.interlingua
+        features: Any = self.interlingua.features.values()
+        acting = [feature for feature in features if feature.acts_inside]
         with ExitStack() as stack:
-            if len(interlingua.features):
+            if acting:
                 reading = self._reading(receiver, batch, message)
-                feature: Any
-                for feature in interlingua.features.values():
-                    stack.enter_context(feature.attached(receiver, lm, reading))
-            yield interlingua.soft_rows(receiver, message, batch)
+                for feature in acting:
+                    stack.enter_context(feature.attached(receiver, self.receivers[receiver], reading))
+            yield self.interlingua.soft_rows(receiver, message, batch)
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
-        lm = self.receivers[receiver]
         z_BLZ, keep_BL = message.read_by(receiver)
         message_R = batch.message_R.to(z_BLZ.device)
         count_R = batch.question_BS.sum(1)
@@ -241,7 +258,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             z_RLZ=z_BLZ[message_R],
             keep_RL=keep_BL[message_R],
             latents_RS=batch.latents_BS,
-            question_RQD=lm.embed_tokens(ids_RQ.to(lm.device)),
+            embed=self.receivers[receiver].token_embeddings,
+            question_RQ=ids_RQ,
             question_keep_RQ=keep_RQ,
         )
 
@@ -252,18 +270,14 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         prompts: list[Any],
         message: Message | None = None,
         own_ND: torch.Tensor | None = None,
-        streamer: Any = None,
-    ) -> list[str]:
-        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own.
-
-        ``streamer``: as :meth:`~latentwire.models.lm.LMWrapper.generate` takes it.
-        """
+    ) -> tuple[list[str], Decoded]:
+        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own."""
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
         batch = collate(prompts, side="left").to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
             soft_ND = soft_ND if own_ND is None else own_ND
-            outputs = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND, streamer)
-        texts = lm.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+            decoded = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
+        texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         # A plain answer is one line; some tokenisers join its newline with a punctuation mark that is no stop token.
-        return [text.strip().split("\n")[0].strip() for text in texts]
+        return [text.strip().split("\n")[0].strip() for text in texts], decoded

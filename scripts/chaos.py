@@ -1,17 +1,20 @@
 """Kill a small sweep again and again, and check that nothing is lost and nothing counts twice.
 
     python scripts/chaos.py --deaths 50 --seed 0 --pause 3 30 --steps 480 --output_dir runs/chaos
+    python scripts/chaos.py --deaths 10 --receivers shared --output_dir runs/shared-chaos
 
 A sweep of the toy pair runs on a cluster of its own, which outlives its driver. After delays drawn by the seed one of them is
 killed with -9: the sweep's driver, a Train worker, a trial's driver ("trial actor"), or the raylet, and with it the whole
-machine. ``ray_jobs/tune.py --resume`` goes on each time. In the end every trial's value must be what the same configuration
-gives in one process that nobody killed; the table of deaths and the checks are printed and kept in ``chaos.md``.
+machine; where trials share their receivers, also a replica. ``ray_jobs/tune.py --resume`` goes on each time. In the end every
+trial's value must be what the same configuration gives in one process that nobody killed; the table of deaths and the checks
+are printed and kept in ``chaos.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -62,8 +65,10 @@ tune:
   max_concurrent_trials: 2
 """
 VICTIMS = ("driver", "worker", "trial actor", "raylet")
-NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc"}
-"""What Ray calls the processes of a Train worker and of a trial's driver."""
+NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc", "replica": "ray::ReplicaActor"}
+"""What Ray calls the processes of a Train worker, of a trial's driver and of a shared receiver."""
+SHARED_TOLERANCE = 1e-3
+"""Relative, of values where receivers are shared: a replica computes with all cores, a trial's worker with one, and sums differ."""
 START_SECONDS = 180.0
 """How long a victim may take to appear, and what a kill leaves to go away."""
 
@@ -96,6 +101,8 @@ class Chaos:
     """Shortest and longest delay in seconds before a kill."""
     steps: int
     """Of each trial."""
+    receivers: str = "own"
+    """Whether trials share them."""
     deaths: list[Death] = field(default_factory=list)
     began: float = field(default_factory=time.time)
     cluster: Cluster | None = None
@@ -139,6 +146,7 @@ class Chaos:
             file.write_text(SPACE)
             values = {
                 "tune.trials": TRIALS,
+                "tune.receivers": self.receivers,
                 "training.max_steps": self.steps,
                 "training.epochs": self.steps,
                 "training.evaluate_every": max(1, self.steps // EVALUATIONS),
@@ -253,7 +261,10 @@ def checks(chaos: Chaos) -> dict[str, str]:
     assert states == {TrialState.COMPLETE}, f"states {states}"
     wanted = undisturbed(chaos.output)
     found = {trial.number: float(trial.value) for trial in trials}
-    assert found == wanted, f"values {found}, undisturbed {wanted}"
+    shared = chaos.receivers == "shared"
+    near = all(math.isclose(found[number], wanted[number], rel_tol=SHARED_TOLERANCE) for number in wanted)
+    same = near if shared else found == wanted
+    assert same, f"values {found}, undisturbed {wanted}"
     half = [path for path in chaos.output.rglob(".*") if path.is_dir()]
     assert not half, f"half checkpoints {half}"
     whole = [path for path in chaos.output.rglob("step-*") if checkpoints.read_manifest(path)]
@@ -263,9 +274,11 @@ def checks(chaos: Chaos) -> dict[str, str]:
     assert not actors, f"actors {actors}"
     return {
         "trials": f"{len(trials)}, all COMPLETE, none RUNNING",
-        "values": "those of the same configurations in one process, to the last bit",
+        "values": f"those of the same configurations in one process, to {SHARED_TOLERANCE:g} of them"
+        if shared
+        else "those of the same configurations in one process, to the last bit",
         "checkpoints": f"{len(whole)} and the export, each whole; nothing half written or half deleted",
-        "placement groups and Train actors left": "none",
+        "placement groups and actors left": "none",
     }
 
 
@@ -277,7 +290,7 @@ def leaked() -> tuple[list[str], list[str]]:
         actors = [
             actor.class_name
             for actor in list_actors(filters=[("state", "=", "ALIVE")])
-            if actor.class_name in ("RayTrainWorker", "TrainController", "ImplicitFunc")
+            if actor.class_name in ("RayTrainWorker", "TrainController", "ImplicitFunc", "ReplicaActor")
         ]
         if not (groups or actors) or time.time() > end:
             return groups, actors
@@ -319,6 +332,7 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=24, help="of each trial: more, where a sweep must outlive more deaths"
     )
+    parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
     options = parser.parse_args()
     output = options.output_dir.absolute()
@@ -329,9 +343,12 @@ def main() -> int:
 
     torch.set_num_threads(1)  # as a worker of one CPU has
     rng = random.Random(options.seed)
-    victims = [VICTIMS[number % len(VICTIMS)] for number in range(options.deaths)]
+    kinds = VICTIMS + (("replica",) if options.receivers == "shared" else ())
+    victims = [kinds[number % len(kinds)] for number in range(options.deaths)]
     rng.shuffle(victims)
-    chaos = Chaos(output, output.parent / "shards", victims, rng, tuple(options.pause), options.steps)
+    chaos = Chaos(
+        output, output.parent / "shards", victims, rng, tuple(options.pause), options.steps, options.receivers
+    )
     header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
     print("\n".join(header), flush=True)
     try:

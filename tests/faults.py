@@ -14,7 +14,7 @@ import torch
 from latentwire.data import layout
 from latentwire.data.layout import Batch, SequenceBuilder
 from latentwire.models.lm import LMWrapper
-from latentwire.training.loop import Trainer
+from latentwire.receivers.own import OwnReceiver
 
 
 def bos_twice() -> None:
@@ -66,15 +66,15 @@ def padding_attended() -> None:
 
 def wrong_teacher_row() -> None:
     """Each position learns from its neighbour's teacher."""
-    teach = Trainer._teach
+    teach = OwnReceiver.teach
 
-    def broken(self: Trainer, *arguments: Any) -> Any:
+    def broken(self: OwnReceiver, *arguments: Any) -> Any:
         teacher = teach(self, *arguments)
         assert teacher.rows is not None
         rows = dataclasses.replace(teacher.rows, log_p_NK=teacher.rows.log_p_NK.roll(1, 0))
         return dataclasses.replace(teacher, rows=rows)
 
-    Trainer._teach = broken  # type: ignore[method-assign]
+    OwnReceiver.teach = broken  # type: ignore[method-assign]
 
 
 FAULTS = {

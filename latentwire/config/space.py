@@ -92,6 +92,17 @@ class TuneConfig(Section):
     """Trials in the sweep."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Upper limit of trials at once. ``None``: as many as the cluster's CPUs and GPUs hold."""
+    receivers: Literal["auto", "own", "shared"] = "auto"
+    """``own``: every trial loads the frozen receivers. ``shared``: trials ask replicas that hold them once (docs/sharing.md).
+    ``auto``: shared where more trials fit at once that way, and nothing stands against it."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of one GPU in GB, to plan with. ``None``: that of this machine's GPU; where it has none (a head without GPUs)
+    receivers are shared only if this says what its workers have."""
+    replicas: int | None = Field(None, ge=1)
+    """Copies of each shared receiver. ``None``: one per GPU, or one where there are none."""
+    joined_trials: int | None = Field(None, ge=1)
+    """Trials whose steps one pass of a shared receiver may answer together: faster on a GPU at small batches, and as many
+    times one step's activations in memory. ``None``: 4 on GPUs, 1 elsewhere."""
     sampler: SamplerConfig = SamplerConfig()
     """How values are drawn."""
     scheduler: Literal["asha", "median", "none"] = "asha"

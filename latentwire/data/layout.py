@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional as F
 
 from latentwire.config import PromptConfig, ReceiverConfig
 
@@ -338,3 +339,34 @@ def collate(
         if side == "right"
         else 0,
     )
+
+
+def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> Batch:
+    """Several batches as one, padded to the longest; rows, slots and targets stay in order. Heads must not be off yet.
+
+    ``side``: where the padding stands, as :func:`collate` was told for each of them.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.ids_BS.shape[1] for batch in batches)
+    names = ("ids_BS", "attention_BS", "latents_BS", "control_BS", "question_BS")
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*names, "message_R", "predict_N", "row_N")}
+    first_row = first_message = 0
+    for batch in batches:
+        missing = width - batch.ids_BS.shape[1]
+        shift = missing if side == "left" else 0
+        for name in names:
+            rows[name].append(F.pad(getattr(batch, name), (shift, missing - shift)))
+        row_N, place_N = batch.predict_N // batch.ids_BS.shape[1], batch.predict_N % batch.ids_BS.shape[1]
+        rows["predict_N"].append((first_row + row_N) * width + shift + place_N)
+        rows["row_N"].append(first_row + batch.row_N)
+        rows["message_R"].append(first_message + batch.message_R)
+        first_row += len(batch.ids_BS)
+        first_message += int(batch.message_R.max()) + 1
+    head = min(batch.head for batch in batches)
+    heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
+    as_they_are = {
+        name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("control_R", "target_N", "offset_N")
+    }
+    joined = {name: torch.cat(parts) for name, parts in rows.items()}
+    return Batch(**joined, **as_they_are, head=head if len(heads) == 1 else 0)

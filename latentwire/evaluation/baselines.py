@@ -10,7 +10,6 @@ import torch
 
 from latentwire.assembly import LatentWire
 from latentwire.data.layout import collate
-from latentwire.losses.terms import token_ce
 
 Mode = Literal["text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"]
 MODE_NAMES: dict[Mode, str] = {
@@ -62,4 +61,4 @@ def self_information(wire: LatentWire, receiver: str, context: list[int], questi
     prompt = wire.builders[receiver].text(context, question)
     start = prompt.message.start
     batch = collate([dataclasses.replace(prompt, supervised=range(start, start + len(context)))])
-    return token_ce(wire.receivers[receiver].supervised_logits(batch), batch.target_N)
+    return wire.receivers[receiver].judge(batch).ce_N

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
@@ -18,7 +17,6 @@ from latentwire.data.layout import Sequence, collate
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.settings import Setting
-from latentwire.losses.terms import token_ce
 from latentwire.models.message import Message
 from latentwire.wire import from_bytes
 
@@ -81,25 +79,6 @@ class _Rows:
     slots: dict[str, list[int]]
     bytes: list[int]
     encode_ms: float
-
-
-class Stopwatch(BaseStreamer):
-    """When generation hands out tokens: first the prompt, then those of each step."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, and after each step."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called once at the end."""
-
-    def milliseconds(self, rows: int) -> tuple[float, float]:
-        """Prefill and decoding, shared out over ``rows``."""
-        start, _, first, *_ = self.times
-        return 1000 * (first - start) / rows, 1000 * (self.times[-1] - first) / rows
 
 
 @torch.no_grad()
@@ -174,19 +153,15 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     asked = _prompts(wire, name, pieces, mode, shown, [None] * count)
     answered = _prompts(wire, name, pieces, mode, shown, rows[f"{name}_answer_ids"])
     own_ND = _embeddings(wire, name, pieces, shown) if mode == "embeddings" else None
-    watch = Stopwatch()
-    answers = wire.decode(name, asked, message, own_ND, watch)
-    prefill_ms, decode_ms = watch.milliseconds(count)
+    answers, decoded = wire.decode(name, asked, message, own_ND)
     gold = collate(answered).to(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
         began = time.perf_counter()
-        logits_NV = lm.supervised_logits(gold, soft_ND if own_ND is None else own_ND)
-        ce_N = token_ce(logits_NV, gold.target_N).cpu()
+        judged = lm.judge(gold, soft_ND if own_ND is None else own_ND)
         seconds = time.perf_counter() - began
     row_N = gold.row_N.cpu()
-    nll_B = torch.zeros(count).index_add(0, row_N, ce_N) / torch.bincount(row_N, minlength=count)
-    first_BV = logits_NV[gold.offset_N == 0]
-    likelier_B = (first_BV > first_BV.gather(1, gold.target_N[gold.offset_N == 0][:, None])).sum(1).tolist()
+    nll_B = torch.zeros(count).index_add(0, row_N, judged.ce_N) / torch.bincount(row_N, minlength=count)
+    likelier_B = judged.likelier_N[gold.offset_N.cpu() == 0].tolist()
     sizes = batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in shown]
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
@@ -196,7 +171,8 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
             first_5=float(likelier_B[i] < 5), positions=len(asked[i].ids), message_positions=len(asked[i].message),
             bytes=sizes[i], context_bytes=len(rows["context"][i].encode()),
             context_tokens=len(rows[f"{name}_context_ids"][i]), forward_ms=1000 * seconds / count,
-            encode_ms=batch.encode_ms, prefill_ms=prefill_ms, decode_ms=decode_ms,
+            encode_ms=batch.encode_ms, prefill_ms=decoded.prefill_ms / count,
+            decode_ms=decoded.decode_ms / count,
         )  # fmt: skip
 
 
@@ -210,8 +186,8 @@ def _judged(wire: LatentWire, batch: _Rows, own: list[Prediction]) -> list[Predi
         said = collate(_prompts(wire, name, pieces, batch.setting.mode, shown, ids)).to(lm.device)
         own_ND = _embeddings(wire, name, pieces, shown) if batch.setting.mode == "embeddings" else None
         with wire.reading(name, said, batch.message) as soft_ND:
-            ce_N = token_ce(lm.supervised_logits(said, soft_ND if own_ND is None else own_ND), said.target_N).cpu()
-        total_B.index_add_(0, said.row_N.cpu(), -ce_N.double())
+            judged = lm.judge(said, soft_ND if own_ND is None else own_ND)
+        total_B.index_add_(0, said.row_N.cpu(), -judged.ce_N.double())
     return [dataclasses.replace(p, joint_logp=float(logp)) for p, logp in zip(own, total_B, strict=True)]
 
 
@@ -242,6 +218,6 @@ def _prompts(
 
 def _embeddings(wire: LatentWire, name: str, pieces: list[tuple], shown: list[list[int]]) -> torch.Tensor:
     """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
-    builder, lm = wire.builders[name], wire.receivers[name]
+    builder, lm = wire.builders[name], wire.own(name)
     rows = [builder.message_ids(shown[place], question) for place, (_, _, question, _) in enumerate(pieces)]
     return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import nn
 from latentwire.config import RunConfig
 from latentwire.models.interlingua import ReceiverShape
 from latentwire.models.message import Message
-from latentwire.models.weights import ReceiverError
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,16 @@ class Reading:
     """The real latents of each sequence's message."""
     latents_RS: torch.Tensor
     """Where they stand in the sequences, padding included."""
-    question_RQD: torch.Tensor
-    """The receiver's embeddings of the question's tokens."""
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    """The receiver's embeddings ``[…, D]`` of token ids."""
+    question_RQ: torch.Tensor
+    """Ids of the question's tokens."""
     question_keep_RQ: torch.Tensor
+
+    @cached_property
+    def question_RQD(self) -> torch.Tensor:
+        """The receiver's embeddings of the question's tokens."""
+        return self.embed(self.question_RQ)
 
 
 class Feature(nn.Module):
@@ -43,6 +50,9 @@ class Feature(nn.Module):
     acts_on_text = False
     """Whether anything changes at positions before the message, whose keys and values are else computed once for all
     steps."""
+
+    needs_weights = False
+    """Whether it acts on layers of the receiver itself, which must then be in this process."""
 
     def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         """``options``: the feature's own section of the configuration.
@@ -67,16 +77,6 @@ class Feature(nn.Module):
         return message
 
     @contextmanager
-    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
-        """Act on ``lm`` while it reads, in training, prefill and every decode step."""
+    def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
+        """Act on ``lm``, a :class:`~latentwire.receivers.base.Receiver`, while it reads: in training, prefill and every decode step."""
         yield
-
-
-def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
-    """The receiver's decoder layers. Raises :class:`ReceiverError` for an architecture that keeps them elsewhere."""
-    layers = getattr(lm.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ReceiverError(
-            f"feature {feature} needs a receiver with base_model.layers, {type(lm).__name__} has none; switch it off"
-        )
-    return layers

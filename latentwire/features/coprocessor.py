@@ -37,7 +37,7 @@ class Coprocessor(Feature):
         )
 
     @contextmanager
-    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+    def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Adds to keys and values at the slots."""
         x_RLM = self.from_latents[receiver](reading.z_RLZ)
         x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
@@ -49,5 +49,5 @@ class Coprocessor(Feature):
         for block in blocks:
             x_RSM = block(x_RSM, keep_RS, rotary)
         state_NM = x_RSM[:, : x_RLM.shape[1]][reading.keep_RL]
-        with self.slots[receiver].added(lm, state_NM, reading.latents_RS):  # type: ignore[operator]
+        with lm.added_to_slots(self.slots[receiver](state_NM), reading.latents_RS):
             yield

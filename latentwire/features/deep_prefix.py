@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -27,8 +28,8 @@ class DeepPrefix(Feature):
         )
 
     @contextmanager
-    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+    def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Adds to keys and values at the slots."""
         state_NM = self.hidden[receiver](reading.z_RLZ[reading.keep_RL])
-        with self.slots[receiver].added(lm, state_NM, reading.latents_RS):  # type: ignore[operator]
+        with lm.added_to_slots(self.slots[receiver](state_NM), reading.latents_RS):
             yield

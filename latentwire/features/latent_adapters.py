@@ -11,15 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from latentwire.config import LatentAdaptersFeature, RunConfig
-from latentwire.features.base import Feature, Reading, decoder_layers
+from latentwire.features.base import Feature, Reading
 from latentwire.models.attention import merge, split
 from latentwire.models.interlingua import ReceiverShape
+from latentwire.models.slots import decoder_layers
 
 
 class LatentAdapters(Feature):
     """After chosen layers, every position of the receiver looks at the latents, in decode steps too; nothing at first."""
 
     acts_on_text = True
+    needs_weights = True
 
     def __init__(self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         super().__init__(options, run, receivers)
@@ -35,9 +37,9 @@ class LatentAdapters(Feature):
         )
 
     @contextmanager
-    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+    def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Adds to the outputs of the chosen layers, for as long as the receiver reads this batch."""
-        layers = decoder_layers(lm, "latent_adapters")
+        layers = decoder_layers(lm.lm, "latent_adapters")
         with ExitStack() as stack:
             attentions: Any = self.attention[receiver]
             for depth, attention in zip(self.depths, attentions, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +19,7 @@ class Lora(Feature):
 
     keeps_receivers_frozen = False
     acts_on_text = True
+    needs_weights = True
 
     def __init__(self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         super().__init__(options, run, receivers)
@@ -29,7 +31,7 @@ class Lora(Feature):
         )
 
     @contextmanager
-    def attached(self, receiver: str, lm: nn.Module, reading: Reading) -> Iterator[None]:
+    def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Adds to the outputs of the updated layers."""
-        with attached(lm, self.updates[receiver]):  # type: ignore[arg-type]
+        with attached(lm.lm, self.updates[receiver]):  # type: ignore[arg-type]
             yield

@@ -45,10 +45,12 @@ class _ByChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient_T,) = grad_outputs
-        if not bool((gradient_T == gradient_T[0]).all()):
-            raise RuntimeError(
-                f"chunked losses must be summed before the backward pass, got gradients {gradient_T.tolist()}"
-            )
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * gradient_T[0], None, None
+        return gradient_ND * common_gradient(grad_outputs[0]), None, None
+
+
+def common_gradient(gradient_T: torch.Tensor) -> torch.Tensor:
+    """The one gradient of all entries, where their sum's gradient is all that is known of them. Raises RuntimeError."""
+    if not bool((gradient_T == gradient_T[0]).all()):
+        raise RuntimeError(f"losses must be summed before the backward pass, got gradients {gradient_T.tolist()}")
+    return gradient_T[0]

@@ -24,7 +24,7 @@ class ReceiverShape:
     """D, of one soft-prompt vector."""
     embed_rms: float
     lm: nn.Module
-    """The model itself, whose layers' shapes features read; on the meta device where only sizes are wanted."""
+    """The model itself, whose layers' shapes features read; on the meta device where its weights are elsewhere."""
 
 
 def owner(module: nn.Module, name: str) -> str | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentwire.config import ReceiverConfig
 from latentwire.data.layout import Batch
+from latentwire.models.pooling import overlap_means
+from latentwire.models.slots import added_to_slots
 from latentwire.models.tokens import token_bytes
 from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
 
@@ -46,6 +51,12 @@ def load_hf_config(config: ReceiverConfig) -> Any:
         )
     except (OSError, ValueError) as error:
         raise hub_error(config, error) from error
+
+
+def skeleton(config: ReceiverConfig) -> nn.Module:
+    """The receiver's model without its weights, on the meta device. Raises :class:`ReceiverError`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_hf_config(config))
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -92,6 +103,32 @@ def keep_layout(lm: nn.Module) -> None:
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a receiver said, and how long it took over the whole batch."""
+
+    rows: list[list[int]]
+    """Token ids, up to and without the stop token."""
+    prefill_ms: float
+    """From the prompt to the first token."""
+    decode_ms: float
+    """From there to the end."""
+
+
+class Stopwatch(BaseStreamer):
+    """When generation hands out tokens: first the prompt, then those of each step."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, and after each step."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called once at the end."""
 
 
 class LMWrapper(nn.Module):
@@ -180,12 +217,26 @@ class LMWrapper(nn.Module):
             raise ValueError(f"a soft prompt must fill its slots, got {tuple(soft_ND.shape)} for {slots} slots")
         return e_BSD.masked_scatter(slots_BS[..., None], soft_ND.to(self.device, e_BSD.dtype))
 
+    def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[…, D]`` of token ids."""
+        return self.embed_tokens(ids.to(self.device))
+
+    def added_to_slots(self, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> AbstractContextManager[None]:
+        """Add to keys and values where latents stand, while it reads (:func:`~latentwire.models.slots.added_to_slots`)."""
+        return added_to_slots(self.lm, added_NE, latents_RS)
+
     def text_embeddings(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token embeddings ``[B, T, D]`` of rows of ids, and the bytes ``[B, T]`` that each stands for, 0 after their end."""
         rows = [torch.tensor(row, dtype=torch.long) for row in ids]
         ids_BT = pad_sequence(rows, batch_first=True).to(self.device)
         bytes_BT = pad_sequence([self.token_bytes[row] for row in rows], batch_first=True)
         return self.embed_tokens(ids_BT), bytes_BT.to(self.device)
+
+    @torch.no_grad()
+    def span_embeddings(self, ids: list[list[int]], span_BL2: torch.Tensor) -> torch.Tensor:
+        """Means ``[B, L, D]`` of the texts' token embeddings over spans of their bytes (:func:`overlap_means`)."""
+        e_BTD, bytes_BT = self.text_embeddings(ids)
+        return overlap_means(e_BTD, bytes_BT, span_BL2.to(e_BTD.device))
 
     def supervised_logits(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[N, V]`` that predict ``batch.target_N``; no other position meets the head."""
@@ -259,29 +310,24 @@ class LMWrapper(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        batch: Batch,
-        stop_ids: tuple[int, ...],
-        max_new_tokens: int,
-        soft_ND: torch.Tensor | None = None,
-        streamer: BaseStreamer | None = None,
-    ) -> list[list[int]]:
-        """Greedy continuations of left-padded prompts, up to and without their stop token.
-
-        ``streamer`` is handed each step's tokens ``[B]`` as they come.
-        """
+        self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
+    ) -> Decoded:
+        """Greedy continuations of left-padded prompts."""
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
         )
+        watch = Stopwatch()
         output_BK = self.lm.generate(
             inputs_embeds=self.embed(batch, soft_ND),
             attention_mask=batch.attention_BS.to(self.device),
             generation_config=settings,
-            streamer=streamer,
+            streamer=watch,
         )
-        return [_until(row, stop_ids) for row in output_BK.tolist()]
+        rows = [_until(row, stop_ids) for row in output_BK.tolist()]
+        start, _, first, *_ = watch.times
+        return Decoded(rows, 1000 * (first - start), 1000 * (watch.times[-1] - first))
 
     @torch.no_grad()
     def _check_head(self) -> None:

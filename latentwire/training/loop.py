@@ -6,7 +6,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,23 +18,15 @@ from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
-from latentwire.losses.bundles import Reader, Teacher, Weights, factor, loss_terms, term_counts, weights_at
-from latentwire.losses.terms import alignment_loss, teacher_rows
+from latentwire.losses.bundles import Weights, factor, term_counts, weights_at
+from latentwire.losses.terms import alignment_loss
 from latentwire.models.message import Message
-from latentwire.models.pooling import overlap_means
+from latentwire.receivers.base import LossTask, part
 from latentwire.training.progress import Progress
 from latentwire.training.workers import Workers
 
-PART = "step: "
-"""What the names of a step's parts begin with in a profile."""
-
 Epoch = Callable[[int], Iterator[pa.Table]]
 """The rows of each step of epoch number e, as shard columns, in an order that e alone decides."""
-
-
-def part(name: str) -> torch.profiler.record_function:
-    """A part of a step, by the name that profiles give it."""
-    return torch.profiler.record_function(f"{PART}{name}")
 
 
 class TrainingError(RuntimeError):
@@ -56,7 +48,7 @@ class Trainer:
         """Set from outside (a signal) to end training after the step that is running."""
         self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
         wire.interlingua.train_only(self.config.train_only)
-        for lm in wire.receivers.values():
+        for lm in wire.own_receivers():
             if self.config.gradient_checkpointing:
                 lm.recompute_activations()
             if self.config.compile:
@@ -75,10 +67,10 @@ class Trainer:
         groups = []
         parts = {"encoder": self.config.encoder_lr, "adapters": self.config.adapter_lr}
         parts["features"] = self.config.adapter_lr
-        for part, rate in parts.items():
+        for kind, rate in parts.items():
             named = [
                 (name, p) for name, p in self.wire.interlingua.named_parameters()
-                if p.requires_grad and name.startswith(part)
+                if p.requires_grad and name.startswith(kind)
             ]  # fmt: skip
             decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
             others = [p for name, p in named if p.ndim < 2 or "embed" in name]
@@ -250,28 +242,14 @@ class Trainer:
         sequences = batch.sequences[name].to(lm.device)
         if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:  # which allows no cache
             sequences = lm.read_head(sequences)
-        depths = losses.hidden_kd_depths if "hidden_kd" in weights.terms else ()
-        with part(f"teach {name}"):
-            teacher = self._teach(name, batch, depths) if weights.needs_teacher else None
-        with part(f"read {name}"):
-            soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
-            assert soft_ND is not None
-            hidden_ND, states = lm.supervised_states(sequences, soft_ND, depths)
-        scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
+        teacher = lm.teach(batch.teacher[name], losses) if weights.needs_teacher else None
         # One backward per term needs a graph per term, which chunks do not have.
         rows = None if self.config.log_gradient_norms else self.config.logit_rows
-        with part(f"loss {name}"):
-            return loss_terms(weights, sequences, Reader(hidden_ND, lm.logits, states), teacher, counts, rows), scale
-
-    @torch.no_grad()
-    def _teach(self, name: str, batch: TrainingBatch, depths: Sequence[float]) -> Teacher:
-        """What the receiver says on the full text, as it is: no feature acts on it."""
-        losses, lm = self.wire.run.losses, self.wire.receivers[name]
-        told = batch.teacher[name].to(lm.device)
-        if isinstance(told, Teacher):
-            return told
-        hidden_ND, states = lm.supervised_states(lm.read_head(told), None, depths)
-        return Teacher(teacher_rows(lm.logits(hidden_ND), losses.kd_temperature, losses.kd_top_k), states)
+        soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
+        assert soft_ND is not None
+        scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
+        shares_T = lm.losses(LossTask(sequences, weights, counts, teacher, losses, rows), soft_ND)
+        return dict(zip(weights.terms, shares_T, strict=True)), scale
 
     def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:
         return {
@@ -290,11 +268,10 @@ class Trainer:
             messages = self.workers.size * len(message) * len(batches)  # equal parts, to the rounding of the last one
             loss = message.z_BLZ.new_zeros(())
             for name in names:
-                lm = self.wire.receivers[name]
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
-                e_BTD, bytes_BT = lm.text_embeddings(batch.message_ids[name])
                 span_BL2 = self.wire.interlingua.encoder.spans(batch.tokens, name)
-                target_BLD = overlap_means(e_BTD, bytes_BT, span_BL2.to(e_BTD.device)).to(p_BLD.device)
+                target_BLD = self.wire.receivers[name].span_embeddings(batch.message_ids[name], span_BL2)
+                target_BLD = target_BLD.to(p_BLD.device)
                 loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(names))
             loss.backward()
             total += float(loss.detach())

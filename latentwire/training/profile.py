@@ -11,8 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from latentwire.assembly import LatentWire
+from latentwire.receivers.base import PART
 from latentwire.training.local import table_epochs
-from latentwire.training.loop import PART, Trainer, TrainingError
+from latentwire.training.loop import Trainer, TrainingError
 
 WARM_UP = 2
 """Steps before the measured ones: first calls fill caches and choose kernels."""

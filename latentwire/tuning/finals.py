@@ -36,7 +36,7 @@ class Finalist:
 
 
 def run_finals(
-    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place, study: optuna.Study
+    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place, study: optuna.Study, served: Any = None
 ) -> tuple[Best, list[Finalist]]:
     """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
 
@@ -46,7 +46,7 @@ def run_finals(
     chosen = best_trials(study, space)
     if not chosen:
         return find_best(study, space.tune), []
-    finals = run_sweep(finals_space(space, chosen), plan, files, output / FINALS)
+    finals = run_sweep(finals_space(space, chosen), plan, files, output / FINALS, served=served)
     best_of = max if space.tune.mode == "max" else min
     held = []
     for trial in chosen:

@@ -20,13 +20,12 @@ from latentwire.storage import Place
 from latentwire.tuning.autoscaler import addable_nodes
 from latentwire.tuning.planner import Plan, PlanError
 from latentwire.tuning.results import on_cluster
+from latentwire.tuning.sharing import PROMPT_POSITIONS
 from latentwire.tuning.space import data_variants, largest_run
 from latentwire.tuning.sweep import total_steps
 
 BYTES_PER_PARAMETER = 12
 """Of a trained parameter in a checkpoint: the weight and AdamW's two moments, in fp32."""
-PROMPT_POSITIONS = 64
-"""Positions of template, question and answer beside the slots."""
 REACHED = (0.1, 0.5)
 """Share of a plain matrix product's rate that training reaches: small models the lower end, large ones the upper."""
 START_SECONDS = 20.0
@@ -46,16 +45,18 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
             continue
         has = node["Resources"]
         room = [has.get("CPU", 0.0) // plan.cpus_per_worker]
-        if plan.gpus_per_worker:
-            room.append(has.get("GPU", 0.0) // plan.gpus_per_worker)
+        if plan.worker_gpus:
+            taken = sum(plan.sharing.gpus_per_replica.values()) if plan.sharing else 0.0  # of each GPU
+            room.append(has.get("GPU", 0.0) * (1 - taken) // plan.worker_gpus)
         else:
-            room.append(has.get("memory", float("inf")) // plan.bytes_per_worker)
+            taken = sum(plan.sharing.bytes_per_replica.values()) if plan.sharing else 0.0
+            room.append((has.get("memory", float("inf")) - taken) // plan.worker_bytes)
         workers = int(min(room))
         places += workers * node.get("Count", 1)
         size = f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
         lines.append(f"node {node['NodeManagerAddress']} ({size}): {workers} worker(s)")
     if places < plan.num_workers:
-        need = f"{plan.cpus_per_worker:g} CPU, {plan.gpus_per_worker:g} GPU, {plan.bytes_per_worker / 1e9:.2f} GB"
+        need = f"{plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU, {plan.worker_bytes / 1e9:.2f} GB"
         raise PlanError(
             f"one trial needs {plan.num_workers} worker(s) of {need}, each on one node, and there is room for {places} "
             f"({'; '.join(lines)}): ask for less per worker, or add larger nodes"
@@ -83,7 +84,7 @@ class Forecast:
 
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
         """For the terminal. ``rate``: FLOP/s of a matrix product on one worker, where it was measured."""
-        each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.gpus_per_worker:g} GPU)"
+        each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU)"
         lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}", *self.files]
         if self.steps_per_run is None:
             lines.append("steps: known when the shards are made (data.samples is 0: all rows)")

@@ -8,7 +8,7 @@ from typing import Any
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.storage import Place
-from latentwire.tuning import finals, janitor, manifest, orphans, report, report_html, results, resume, sweep
+from latentwire.tuning import finals, janitor, manifest, orphans, report, report_html, results, resume, service, sweep
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.trial import variant_key
 
@@ -25,10 +25,12 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     if repeated is not None:
         manifest.check_data(repeated, files, pin)
     manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))
-    study = sweep.run_sweep(space, plan, files, output, None if repeated is None else repeated["receivers"])
-    document = manifest.describe(space, files, pin, output, command, study)
-    manifest.write(output / manifest.MANIFEST, document)
-    best, finalists = finals.run_finals(space, plan, files, output, study)
+    expected = None if repeated is None else repeated["receivers"]
+    with service.serving(space, plan.sharing, expected) as served:
+        study = sweep.run_sweep(space, plan, files, output, expected, served)
+        document = manifest.describe(space, files, pin, output, command, study)
+        manifest.write(output / manifest.MANIFEST, document)
+        best, finalists = finals.run_finals(space, plan, files, output, study, served)
     run = with_values(space.run, best.values)
     validation = files[variant_key(run)].shards["validation"]
     resume.set_aside(output / "best")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.data import pipeline, shards, teachers
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
-from latentwire.models.lm import load_hf_config, pick_device, pick_dtype
+from latentwire.models.lm import pick_device, pick_dtype, skeleton
 from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints
 from latentwire.tuning.autoscaler import cluster_resources
+from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, share
 from latentwire.tuning.space import largest_run
 
 WORKER_BASE_BYTES = 700e6
@@ -54,6 +55,18 @@ class Plan:
     gpus_per_worker: float
     num_workers: int
     max_concurrent_trials: int
+    sharing: Sharing | None = None
+    """Where the trials share their receivers; ``None``: each worker holds its own."""
+
+    @property
+    def worker_bytes(self) -> int:
+        """Of one worker of a trial."""
+        return self.sharing.bytes_per_worker if self.sharing else self.bytes_per_worker
+
+    @property
+    def worker_gpus(self) -> float:
+        """Of one worker of a trial."""
+        return self.sharing.gpus_per_worker if self.sharing else self.gpus_per_worker
 
     def __str__(self) -> str:
         lines = [
@@ -65,6 +78,7 @@ class Plan:
             f"one trial: {self.trainable_parameters / 1e6:.2f} M trainable parameters at most, {self.num_workers} worker(s) "
             f"of {self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU, about {self.bytes_per_worker / 1e9:.2f} GB"
         )
+        lines.append(f"receivers: {f'shared, {self.sharing}' if self.sharing else 'own, in every worker'}")
         lines.append(f"trials at once: {self.max_concurrent_trials}")
         return "\n".join(lines)
 
@@ -93,39 +107,86 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     step = max(steps) if training.sequential_models else sum(steps)
     needed = sum(r.bytes_weights for r in receivers) + step + 16 * trainable + WORKER_BASE_BYTES
     reading = 0.0 if run.data.in_memory else run.data.stream_cpus  # or the trials' workers would starve what feeds them
-    fits = [
-        _share("CPUs", resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading),
-        _share("GPUs", gpus, gpus_per_worker * training.num_workers),
-        *(
-            _share(name, resources.get(name, 0.0), amount * training.num_workers)
-            for name, amount in training.worker_resources.items()
-        ),
+    cpus = resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading
+    limit = min(space.tune.max_concurrent_trials or math.inf, space.tune.trials)
+    fits = [_share("CPUs", *cpus)] + [
+        _share(name, resources.get(name, 0.0), amount * training.num_workers)
+        for name, amount in training.worker_resources.items()
     ]
-    if needed > memory_bytes:
-        where = "GPU" if gpus_per_worker else "node"
-        raise PlanError(
-            f"one worker needs about {needed / 1e9:.1f} GB and the {where} has {memory_bytes / 1e9:.1f} GB: lower "
-            f"training.batch_size (now {training.batch_size}), set training.sequential_models, receivers' dtype bfloat16, "
-            f"or use smaller receivers"
-        )
-    if not gpus_per_worker:
-        fits.append(max(1, int(memory_bytes / needed)) / training.num_workers)
-    limit = space.tune.max_concurrent_trials or math.inf
-    return Plan(
+    found = Plan(
         receivers=receivers,
         trainable_parameters=trainable,
         bytes_per_worker=int(needed),
         cpus_per_worker=training.cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         num_workers=training.num_workers,
-        max_concurrent_trials=int(max(1, min(*fits, limit, space.tune.trials))),
+        max_concurrent_trials=0,
     )
+    sharing = _sharing(space, run, found, resources, memory_bytes)
+    beside = 0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
+    shared = int(min(beside, limit, *fits))
+    if space.tune.receivers == "shared":
+        if shared < 1:
+            raise PlanError(
+                f"tune.receivers: shared needs room for one trial beside the replicas, got {memory_bytes / 1e9:.1f} GB for "
+                f"{sharing}; set tune.joined_trials: 1, lower training.batch_size, or set tune.receivers: own"
+            )
+        return dataclasses.replace(found, sharing=sharing, max_concurrent_trials=shared)
+    try:
+        own = _own_at_once(found, run, gpus, memory_bytes)
+    except PlanError:
+        if shared < 1:
+            raise
+        own = 0
+    own = int(max(1, min(*fits, own, limit))) if own else 0
+    if shared > own:
+        return dataclasses.replace(found, sharing=sharing, max_concurrent_trials=shared)
+    return dataclasses.replace(found, max_concurrent_trials=own)
+
+
+def _own_at_once(found: Plan, run: RunConfig, gpus: float, memory_bytes: float) -> float:
+    """Trials whose workers fit with receivers of their own. Raises :class:`PlanError` where not one does."""
+    by_gpus = _share("GPUs", gpus, found.gpus_per_worker * found.num_workers)
+    if found.bytes_per_worker > memory_bytes:
+        where = "GPU" if found.gpus_per_worker else "node"
+        raise PlanError(
+            f"one worker needs about {found.bytes_per_worker / 1e9:.1f} GB and the {where} has {memory_bytes / 1e9:.1f} GB: "
+            f"lower training.batch_size (now {run.training.batch_size}), set training.sequential_models, receivers' dtype "
+            f"bfloat16, or use smaller receivers"
+        )
+    if found.gpus_per_worker:
+        return by_gpus
+    return max(1, int(memory_bytes / found.bytes_per_worker)) / found.num_workers
+
+
+def _sharing(
+    space: SpaceFile, run: RunConfig, found: Plan, resources: dict[str, float], memory_bytes: float
+) -> Sharing | None:
+    """The replicas that the trials could share; ``None`` where they should not or cannot."""
+    wanted, against = space.tune.receivers, obstacles(space)
+    if wanted == "shared" and against:
+        raise PlanError(
+            f"tune.receivers: shared needs receivers that trials can reach from outside, but {'; '.join(against)}: change "
+            f"that, or set tune.receivers: own"
+        )
+    if wanted == "own" or against or (wanted == "auto" and space.tune.trials == 1):
+        return None
+    if math.isinf(memory_bytes):
+        if wanted == "auto":
+            return None
+        raise PlanError(
+            "tune.receivers: shared needs the memory of a GPU to plan with, and this machine has none to ask: set "
+            "tune.gpu_memory_gb, or tune.receivers: own"
+        )
+    sizes = {r.name: (r.bytes_weights, r.bytes_step) for r in found.receivers}
+    return share(space, run, sizes, found.trainable_parameters, resources, memory_bytes, WORKER_BASE_BYTES)
 
 
 def plan_on_cluster(space: SpaceFile) -> Plan:
     """:func:`plan` for the cluster that Ray is connected to."""
     resources = cluster_resources()
-    return plan(space, resources, node_memory(gpus_each(space.run, resources)))
+    gpus, told = gpus_each(space.run, resources), space.tune.gpu_memory_gb
+    return plan(space, resources, 1e9 * told if told is not None and gpus else node_memory(gpus))
 
 
 def gpus_each(run: RunConfig, resources: dict[str, float]) -> float:
@@ -195,14 +256,12 @@ def _share(what: str, have: float, need: float) -> float:
 
 def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
     receiver = run.receivers[index]
-    config = load_hf_config(receiver)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    lm: Any = skeleton(receiver)
+    parameters = sum(p.numel() for p in lm.parameters())
     device = torch.device("cuda") if on_gpu else pick_device(receiver.device)
     width_bytes = torch.empty((), dtype=pick_dtype(receiver.dtype, device)).element_size()
-    text: Any = config.get_text_config()
-    rows = run.training.batch_size // run.training.num_workers
-    positions = rows * (run.encoder.latent_len + 64)  # template, question and answer beside the slots
+    text: Any = lm.config.get_text_config()
+    rows, positions = run.training.batch_size // run.training.num_workers, positions_of(run)
     activations = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
     logits = rows * 8 * text.vocab_size * (width_bytes + 8)  # 8 supervised tokens; loss and gradient in fp32
     return ReceiverEstimate(receiver.name, parameters, parameters * width_bytes, activations + logits)
@@ -213,9 +272,8 @@ def _trainable(run: RunConfig) -> int:
     with torch.device("meta"):
         shapes = {}
         for receiver in run.receivers:
-            config = load_hf_config(receiver)
-            lm = AutoModelForCausalLM.from_config(config)
-            shapes[receiver.name] = ReceiverShape(config.get_text_config().hidden_size, 1.0, lm)
+            lm: Any = skeleton(receiver)
+            shapes[receiver.name] = ReceiverShape(lm.config.get_text_config().hidden_size, 1.0, lm)
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
         interlingua.train_only(run.training.train_only)
     return sum(p.numel() for p in interlingua.parameters() if p.requires_grad)

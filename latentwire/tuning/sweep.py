@@ -157,12 +157,18 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
 
 
 def run_sweep(
-    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place, receivers: Mapping[str, str] | None = None
+    space: SpaceFile,
+    plan: Plan,
+    files: dict[str, Files],
+    output: Place,
+    receivers: Mapping[str, str] | None = None,
+    served: Any = None,
 ) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
     What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
-    Trials that fail are told to the study, not raised. ``receivers``: hashes that their weights must have.
+    Trials that fail are told to the study, not raised. ``receivers``: hashes that their weights must have. ``served``: the
+    replicas that trials share, where they do.
     """
     config, trial_dir = space.tune, output / "trials"
     pin = common_pin(space, files)
@@ -184,7 +190,12 @@ def run_sweep(
     scheduler = make_scheduler(config, total_steps(space.run, min(own.train_rows for own in files.values())))
     replay(scheduler, ended)
     driver = tune.with_parameters(
-        drive_trial, space=space, variants=variants, gpus_per_worker=plan.gpus_per_worker, trial_dir=trial_dir
+        drive_trial,
+        space=space,
+        variants=variants,
+        gpus_per_worker=plan.worker_gpus,
+        trial_dir=trial_dir,
+        served=served,
     )
     tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),

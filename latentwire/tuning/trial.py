@@ -22,25 +22,21 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import Place, delete, place, write_text
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
 ERROR_FILE = "error.txt"
 """Where a trial's driver or worker leaves the cause of a failure."""
-OUT_OF_MEMORY = (
-    "OutOfMemoryError",
-    "OUT_OF_MEMORY",
-    "MemoryError",
-    "out of memory",
-    "due to memory pressure",
-    "low on memory",
-)
-"""Words of torch, Python and Ray's memory monitor for what is too large."""
 
 WORKER_START_SECONDS = "600"
 """Ray Train gives a worker one minute to start; a busy machine or a node that is being added takes longer. The planner
 has refused what could never start."""
+
+
+ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+"""Lets Ray put tensors into shared memory without another copy; set where a process starts."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -81,6 +77,7 @@ def drive_trial(
     variants: Mapping[str, Variant],
     gpus_per_worker: float,
     trial_dir: Place,
+    served: Any = None,
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
 
@@ -101,6 +98,7 @@ def drive_trial(
         metric=space.tune.metric,
         mode=space.tune.mode,
         callbacks=[TuneReportCallback()],
+        served=served,
     )
     try:
         trainer.fit()
@@ -108,12 +106,6 @@ def drive_trial(
         leave_cause(path, run, error)
         if not is_out_of_memory(error):
             raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a trial, or one of its workers, was too large: for its GPU, its process, or the node."""
-    found = [error, *getattr(error, "worker_failures", {}).values()]
-    return any(word in f"{type(one).__name__} {one}" for one in found for word in OUT_OF_MEMORY)
 
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
@@ -166,12 +158,13 @@ def make_trainer(
     metric: str,
     mode: str,
     callbacks: list[Any] | None = None,
+    served: Any = None,
 ) -> TorchTrainer:
     """A TorchTrainer for one run, which goes on from the last checkpoint in ``storage_path/name``.
 
     ``datasets``: ``train``, of so many rows, and ``dev``. The best checkpoint by ``metric`` and the last one are kept.
     Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
-    died in that moment could never go on.
+    died in that moment could never go on. ``served``: replicas of the receivers, where the workers hold none themselves.
     """
     delete(place(storage_path) / name / ERROR_FILE)
     name_cluster()
@@ -184,6 +177,7 @@ def make_trainer(
         train_loop_config={
             "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
             "folder": str(place(storage_path) / name), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
+            "served": served,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
@@ -192,6 +186,7 @@ def make_trainer(
             name=name,
             storage_path=storage_path,
             callbacks=callbacks,
+            worker_runtime_env={} if served is None else {"env_vars": ZERO_COPY},
             failure_config=ray.train.FailureConfig(max_failures=run.training.max_failures, controller_failure_limit=2),
         ),
         datasets=datasets,

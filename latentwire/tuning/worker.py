@@ -17,12 +17,14 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data import streams
+from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.training.workers import Workers
 from latentwire.tuning.gauges import Gauges
-from latentwire.tuning.trial import is_out_of_memory, leave_cause
+from latentwire.tuning.service import shared_receivers
+from latentwire.tuning.trial import leave_cause
 
 PREEMPTION_STEPS = 5
 """Steps between two looks for a notice that this node goes away: all workers look together, which costs milliseconds."""
@@ -32,7 +34,8 @@ def train(settings: dict[str, Any]) -> None:
     """Train; what would fail again in the same way leaves its cause and ends the run without another try.
 
     ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did), ``folder`` of
-    its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker.
+    its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker, ``served`` where its receivers are
+    shared.
     """
     run = RunConfig.model_validate(settings["run"])
     try:
@@ -51,7 +54,8 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
     cap_memory(settings["gpus"])
     workers = Workers()
-    wire = LatentWire(run)
+    served = settings["served"]
+    wire = LatentWire(run, None if served is None else shared_receivers(run, served, settings["folder"]))
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
     if (expected := settings["pins"].get("receivers", frozen)) != frozen:
         raise checkpoints.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
@@ -67,7 +71,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     elif run.training.init_from is not None:
         checkpoints.initialise(run.training.init_from, wire)
     gauges = Gauges(folder.name)
-    held = sum(p.numel() * p.element_size() for lm in wire.receivers.values() for p in lm.lm.parameters())
+    held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")

@@ -55,9 +55,9 @@ def test_no_receiver_reads_a_text_that_has_columns(trainer: Trainer, monkeypatch
     (batch,) = trainer.collate(with_columns(trainer, rows, {}), 0)
     for lm in trainer.wire.receivers.values():
         monkeypatch.setattr(lm, "supervised_states", None)
-    for name in trainer.wire.receivers:
+    for name, lm in trainer.wire.receivers.items():
         assert isinstance(batch.teacher[name], teachers.Teacher)
-        trainer._teach(name, batch, (0.5, 1.0))
+        lm.teach(batch.teacher[name], trainer.wire.run.losses)
 
 
 def test_what_is_needed_and_how_far() -> None:

@@ -113,7 +113,7 @@ def test_decoding_with_a_cache_is_what_one_forward_says(featured: LatentWire, ta
     questions = rows[f"{receiver}_question_ids"]
     prompts = collate([builder.latent(6, ids) for ids in questions], side="left")
     with torch.no_grad(), featured.reading(receiver, prompts, message) as soft_ND:
-        answers = lm.generate(prompts, (0,), 5, soft_ND)  # a token that is never said
+        answers = lm.generate(prompts, (0,), 5, soft_ND).rows  # a token that is never said
     full = collate([builder.latent(6, ids, answer) for ids, answer in zip(questions, answers, strict=True)])
     with torch.no_grad(), featured.reading(receiver, full, message) as soft_ND:
         said = lm.supervised_logits(full, soft_ND).argmax(-1)

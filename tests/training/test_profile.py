@@ -8,7 +8,8 @@ import pytest
 
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import with_values
-from latentwire.training.loop import PART, TrainingError
+from latentwire.receivers.base import PART
+from latentwire.training.loop import TrainingError
 from latentwire.training.profile import profile_steps
 
 

@@ -2,18 +2,21 @@
 
 import pytest
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import with_values
+from latentwire.config.space import IntDimension
 from latentwire.models.lm import LMWrapper
 from latentwire.tuning import autoscaler, forecast, planner
 from latentwire.tuning.planner import PlanError, plan
+from latentwire.tuning.sharing import obstacles
 
 ENOUGH = 64e9
 
 
 def space(**values: object) -> SpaceFile:
     named = {name.replace("__", "."): value for name, value in values.items()}
-    return SpaceFile(run=with_values(RunConfig(), named))
+    tune = {name.removeprefix("tune."): named.pop(name) for name in list(named) if name.startswith("tune.")}
+    return SpaceFile(run=with_values(RunConfig(), named), tune=TuneConfig.model_validate(tune))
 
 
 def test_parameters_are_counted_from_the_configuration() -> None:
@@ -31,8 +34,54 @@ def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
 
 
 def test_gpus_are_used_where_there_are_any() -> None:
-    on_gpu = plan(space(), {"CPU": 16, "GPU": 4}, ENOUGH)
+    on_gpu = plan(space(tune__receivers="own"), {"CPU": 16, "GPU": 4}, ENOUGH)
     assert (on_gpu.gpus_per_worker, on_gpu.max_concurrent_trials) == (1.0, 4)
+
+
+def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
+    eight = {"CPU": 16, "GPU": 4}
+    shared = plan(space(), eight, ENOUGH)
+    assert shared.sharing is not None and shared.max_concurrent_trials == 8  # the sweep has no more
+    assert shared.sharing.replicas == 4 and shared.sharing.most_positions == 4 * 32 * (shared_latents() + 64)
+    assert 0 < shared.worker_gpus < 0.1 and shared.gpus_per_worker == 1.0  # a finished wire is scored with its own
+    whole = shared.sharing.gpus_per_replica
+    assert all(0 < share < 0.2 for share in whole.values()) and set(whole) == {"llama", "qwen"}
+    on_cpus = plan(space(), {"CPU": 4}, ENOUGH)
+    assert on_cpus.sharing is None  # as many fit with their own
+    one = plan(space(tune__receivers="own"), {"CPU": 8}, ENOUGH).bytes_per_worker
+    tight = plan(space(), {"CPU": 8}, 4 * one)
+    assert (tight.sharing, tight.max_concurrent_trials) == (
+        None,
+        4,
+    )  # toy receivers are small: replicas would cost more
+    assert plan(space(tune__trials=1), eight, ENOUGH).sharing is None
+
+
+def shared_latents() -> int:
+    return RunConfig().encoder.latent_len
+
+
+@pytest.mark.parametrize(
+    ("values", "memory", "message"),
+    [
+        ({"features__lora": {}}, ENOUGH, r"but features\.lora acts on the receivers' own layers: change that, or set"),
+        ({"training__log_gradient_norms": True}, ENOUGH, "log_gradient_norms takes a backward pass per term"),
+        ({}, 1e9, r"needs room for one trial beside the replicas, got 1\.0 GB for 1 replica\(s\) each of llama 0\.8"),
+        ({}, float("inf"), "set tune.gpu_memory_gb, or tune.receivers: own"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(values: dict, memory: float, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan(space(tune__receivers="shared", **values), {"CPU": 2}, memory)
+    values.pop("memory", None)
+    assert plan(space(tune__receivers="own", **values), {"CPU": 2}, ENOUGH).sharing is None
+
+
+def test_a_searched_feature_that_needs_weights_stands_against_sharing() -> None:
+    found = space(tune__receivers="shared").model_copy(
+        update={"search": {"features.lora.rank": IntDimension(type="int", low=1, high=4)}}
+    )
+    assert obstacles(found) == ["features.lora acts on the receivers' own layers"]
 
 
 @pytest.mark.parametrize(

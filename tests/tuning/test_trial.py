@@ -14,10 +14,11 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.receivers.memory import is_out_of_memory
 from latentwire.training import kept
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning import worker
-from latentwire.tuning.trial import ERROR_FILE, cause_left, is_out_of_memory, leave_cause
+from latentwire.tuning.trial import ERROR_FILE, cause_left, leave_cause
 
 KILLED_BY_RAY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
 
@@ -115,6 +116,7 @@ def work(
             "train_rows": table.num_rows,
             "began": 0.0,
             "gpus": 0.0,
+            "served": None,
         }
         with contextlib.suppress(Process):
             worker.train(settings | {"folder": str(folder), "metric": "dev_f1", "mode": "max"})
@@ -145,7 +147,8 @@ def test_receivers_of_other_weights_are_refused(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
-        "run": run.model_dump(mode="json"), "pins": {"receivers": {"llama": "0" * 64}}, "train_rows": 16, "began": 0.0, "gpus": 0.0,
+        "run": run.model_dump(mode="json"), "pins": {"receivers": {"llama": "0" * 64}}, "train_rows": 16, "began": 0.0,
+        "gpus": 0.0, "served": None,
         "folder": str(tmp_path), "metric": "dev_f1", "mode": "max",
     }  # fmt: skip
     worker.train(settings)

@@ -1,0 +1,52 @@
+"""Adding to the keys and values of a receiver's soft slots, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentwire.models.weights import ReceiverError
+
+
+def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
+    """The receiver's decoder layers. Raises :class:`ReceiverError` for an architecture that keeps them elsewhere."""
+    base: Any = lm.base_model
+    layers = getattr(base, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ReceiverError(
+            f"feature {feature} needs a receiver with base_model.layers, {type(lm).__name__} has none; switch it off"
+        )
+    return layers
+
+
+def projections(lm: nn.Module, feature: str) -> list[nn.Linear]:
+    """The projections to keys and to values of every layer, in order."""
+    attentions: list[Any] = [layer.self_attn for layer in decoder_layers(lm, feature)]
+    return [projection for attention in attentions for projection in (attention.k_proj, attention.v_proj)]
+
+
+@contextmanager
+def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> Iterator[None]:
+    """While the receiver reads sequences whose latents stand at ``latents_RS``, add to their keys and values.
+
+    ``added_NE``: a vector for each latent, row by row, E being what :func:`projections` put out together. The slots' own cache
+    entries change in place, in the pass that holds the slots: no position comes on top, and later decode steps find them.
+    """
+    targets = projections(lm, "deep_prefix")
+    with ExitStack() as stack:
+        parts = added_NE.split([target.out_features for target in targets], dim=-1)
+        for target, part_NE in zip(targets, parts, strict=True):
+
+            def add(_: nn.Module, __: tuple, output: torch.Tensor, part_NE: torch.Tensor = part_NE) -> torch.Tensor:
+                if output.shape[:2] != latents_RS.shape:
+                    return output
+                mask_RS1 = latents_RS[..., None].to(output.device)
+                part_NE = part_NE.to(output.device, output.dtype)
+                return output + torch.zeros_like(output).masked_scatter(mask_RS1, part_NE)
+
+            stack.callback(target.register_forward_hook(add).remove)
+        yield

@@ -1,0 +1,20 @@
+"""What running out of memory looks like. Light: a trial's driver imports it without torch."""
+
+from __future__ import annotations
+
+OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "OUT_OF_MEMORY",
+    "MemoryError",
+    "out of memory",
+    "not enough memory",
+    "due to memory pressure",
+    "low on memory",
+)
+"""Words of torch, Python and Ray's memory monitor for what is too large."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something was too large: for its GPU, its process, or, as Ray Train tells of its workers, the node."""
+    found = [error, *getattr(error, "worker_failures", {}).values()]
+    return any(word in f"{type(one).__name__} {one}" for one in found for word in OUT_OF_MEMORY)

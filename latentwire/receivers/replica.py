@@ -1,0 +1,144 @@
+"""One copy of a frozen receiver that answers several trials: a queue, and what is taken from it together."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from latentwire.receivers.memory import is_out_of_memory
+from latentwire.receivers.own import OwnReceiver
+from latentwire.receivers.requests import Request
+
+
+@dataclass
+class Account:
+    """What one trial has had of a replica."""
+
+    requests: int = 0
+    joined: int = 0
+    """Of these, how many were answered together with another's."""
+    positions: int = 0
+    seconds: float = 0.0
+    """Of passes, shared out by positions."""
+    waited: float = 0.0
+    """Seconds in the queue."""
+
+
+@dataclass
+class _Waiting:
+    asker: str
+    request: Request
+    arrival: int
+    since: float = field(default_factory=time.perf_counter)
+    answer: Future[Any] = field(default_factory=Future)
+
+
+class Replica:
+    """Answers requests one pass after the other, those that are alike together.
+
+    Fair: the trial whose last answer is longest ago comes first, and what is alike and waits goes with it in the same order,
+    up to ``most_positions``. No trial waits for more passes than there are other trials. The queue is bounded: who asks while
+    ``most_waiting`` wait is held until there is room.
+    """
+
+    def __init__(self, lm: OwnReceiver, *, most_positions: int, most_waiting: int) -> None:
+        """``most_positions``: rows times positions that one pass may have; a larger request goes alone."""
+        self.lm, self.most_positions = lm, most_positions
+        self.accounts: dict[str, Account] = {}
+        self.passes = 0
+        self._room = threading.Semaphore(most_waiting)
+        self._waiting: list[_Waiting] = []
+        self._changed = threading.Condition()
+        self._arrivals = itertools.count()
+        self._served: dict[str, int] = {}  # the pass of each trial's last answer
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"replica {lm.name}", daemon=True)
+        self._thread.start()
+
+    def ask(self, asker: str, request: Request) -> Any:
+        """The answer to one request, when it comes. Raises what answering it alone raises."""
+        with self._room:
+            waiting = _Waiting(asker, request, next(self._arrivals))
+            with self._changed:
+                if self._closed:
+                    raise RuntimeError(f"replica of {self.lm.name} is closed")
+                self._waiting.append(waiting)
+                self._changed.notify()
+            return waiting.answer.result()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def told(self) -> dict[str, dict[str, float]]:
+        """Trial → its account."""
+        with self._changed:
+            return {asker: asdict(account) for asker, account in self.accounts.items()}
+
+    def close(self) -> None:
+        """End when the queue is empty."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (group := self._next()) is not None:
+            self._answer(group)
+
+    def _next(self) -> list[_Waiting] | None:
+        """What the next pass answers, taken off the queue; ``None`` at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            order = sorted(self._waiting, key=lambda w: (self._served.get(w.asker, -1), w.arrival))
+            group, positions = [order[0]], order[0].request.positions
+            for other in order[1:]:
+                more = other.request.positions
+                if other.request.alike == group[0].request.alike and positions + more <= self.most_positions:
+                    group.append(other)
+                    positions += more
+            self._waiting = [waiting for waiting in self._waiting if waiting not in group]
+            self.passes += 1
+            for waiting in group:
+                self._served[waiting.asker] = self.passes
+            return group
+
+    def _answer(self, group: list[_Waiting]) -> None:
+        """Answer a group in one pass; where that fails, its halves, so that one request's fault is nobody else's."""
+        began = time.perf_counter()
+        try:
+            answers = group[0].request.answer(self.lm, [waiting.request for waiting in group])
+        except Exception as error:
+            if len(group) == 1:
+                group[0].answer.set_exception(error)
+                return
+            if is_out_of_memory(error):
+                self.most_positions = sum(waiting.request.positions for waiting in group) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            half = len(group) // 2
+            del error  # its traceback holds the pass's tensors
+            self._answer(group[:half])
+            self._answer(group[half:])
+            return
+        seconds = time.perf_counter() - began
+        total = max(1, sum(waiting.request.positions for waiting in group))
+        with self._changed:
+            for waiting in group:
+                account = self.accounts.setdefault(waiting.asker, Account())
+                account.requests += 1
+                account.joined += len(group) > 1
+                account.positions += waiting.request.positions
+                account.seconds += seconds * (waiting.request.positions / total if len(group) > 1 else 1)
+                account.waited += began - waiting.since
+        for waiting, answer in zip(group, answers, strict=True):
+            waiting.answer.set_result(answer)

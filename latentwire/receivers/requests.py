@@ -1,0 +1,238 @@
+"""What is asked of shared weights, answered for several askers in one pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from latentwire.data.layout import Batch, join
+from latentwire.losses.bundles import Reader
+from latentwire.models.lm import Decoded
+from latentwire.receivers.base import Judgement, LossTask
+from latentwire.receivers.own import OwnReceiver
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a trial lays over the slots of its sequences."""
+
+    soft_ND: torch.Tensor | None
+    added_NE: torch.Tensor | None
+    """Added to keys and values where latents stand; ``None``: nothing."""
+
+
+@dataclass(frozen=True)
+class Request(ABC):
+    """One trial's question to a receiver."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """Rows times positions: what a pass over it costs."""
+
+    @property
+    @abstractmethod
+    def alike(self) -> Any:
+        """Requests with equal ones can be answered in one pass."""
+
+    @staticmethod
+    @abstractmethod
+    def answer(lm: OwnReceiver, requests: Sequence[Any]) -> list[Any]:
+        """An answer to each of several requests that are alike, as if it had been alone."""
+
+
+@dataclass(frozen=True)
+class LossRequest(Request):
+    """What a trial trains on, and where its soft prompt should go."""
+
+    task: LossTask
+    prompt: Prompt
+    gradient: bool
+    head_is_text: bool
+    """Whether what stands before the message may be read once and kept."""
+
+    @property
+    def positions(self) -> int:
+        """Rows times positions."""
+        return self.task.batch.ids_BS.numel()
+
+    @property
+    def alike(self) -> Any:
+        """Losses are read off the same layers; weights, K and lengths may differ."""
+        return LossRequest, self.task.depths, self.head_is_text, self.prompt.added_NE is None
+
+    @staticmethod
+    def answer(lm: OwnReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
+        """Shares of the loss, and their sum's gradient with respect to the prompt, of every request."""
+        tasks = [request.task for request in requests]
+        teachers = [None if t.teacher is None else lm.teach(t.teacher, t.settings) for t in tasks]
+        batch = join([task.batch for task in tasks]).to(lm.device)
+        if requests[0].head_is_text:
+            batch = lm.read_head(batch)
+        gradient = any(request.gradient for request in requests)
+        prompts = [_leaves(request.prompt, lm.device, gradient) for request in requests]
+        with torch.set_grad_enabled(gradient), ExitStack() as stack:
+            soft_ND = _read_into(lm, batch, prompts, stack)
+            hidden_ND, states = lm.supervised_states(batch, soft_ND, tasks[0].depths)
+            shares, start = [], 0
+            for task, teacher in zip(tasks, teachers, strict=True):
+                rows = slice(start, start + len(task.batch.target_N))
+                start = rows.stop
+                own = LossTask(
+                    task.batch.to(lm.device), task.weights, task.counts, teacher, task.settings, task.rows_at_once
+                )
+                shares.append(lm.shares(own, Reader(hidden_ND[rows], lm.logits, [state[rows] for state in states])))
+            leaves = [leaf for prompt in prompts for leaf in (prompt.soft_ND, prompt.added_NE) if leaf is not None]
+            gradients = iter(torch.autograd.grad(torch.cat(shares).sum(), leaves) if gradient else [None] * len(leaves))
+        return [
+            LossAnswer(
+                shares_T.detach().float().cpu(),
+                Prompt(*(None if leaf is None else _to_host(next(gradients)) for leaf in (p.soft_ND, p.added_NE))),
+            )
+            for shares_T, p in zip(shares, prompts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class LossAnswer:
+    """One request's losses."""
+
+    shares_T: torch.Tensor
+    gradient: Prompt
+    """Of the shares' sum with respect to the prompt; empty where none was asked for."""
+
+
+@dataclass(frozen=True)
+class JudgeRequest(Request):
+    """How likely are these answers?"""
+
+    batch: Batch
+    prompt: Prompt
+
+    @property
+    def positions(self) -> int:
+        """Rows times positions."""
+        return self.batch.ids_BS.numel()
+
+    @property
+    def alike(self) -> Any:
+        """All of them."""
+        return JudgeRequest, self.prompt.soft_ND is None, self.prompt.added_NE is None
+
+    @staticmethod
+    def answer(lm: OwnReceiver, requests: Sequence[JudgeRequest]) -> list[Judgement]:
+        """A judgement of each."""
+        batch = join([request.batch for request in requests]).to(lm.device)
+        with ExitStack() as stack:
+            found = lm.judge(batch, _read_into(lm, batch, [r.prompt for r in requests], stack))
+        sizes = [len(request.batch.target_N) for request in requests]
+        return [
+            Judgement(ce_N.clone(), likelier_N.clone())  # a slice would carry the others' with it
+            for ce_N, likelier_N in zip(found.ce_N.split(sizes), found.likelier_N.split(sizes), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class GenerateRequest(Request):
+    """What do you answer?"""
+
+    batch: Batch
+    prompt: Prompt
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def positions(self) -> int:
+        """Rows times positions, those to be decoded too."""
+        rows, width = self.batch.ids_BS.shape
+        return rows * (width + self.max_new_tokens)
+
+    @property
+    def alike(self) -> Any:
+        """Decoding ends in the same way."""
+        ends = self.stop_ids, self.max_new_tokens
+        return GenerateRequest, ends, self.prompt.soft_ND is None, self.prompt.added_NE is None
+
+    @staticmethod
+    def answer(lm: OwnReceiver, requests: Sequence[GenerateRequest]) -> list[Decoded]:
+        """Answers to each; the times are those of the whole pass."""
+        first = requests[0]
+        batch = join([request.batch for request in requests], side="left").to(lm.device)
+        with ExitStack() as stack:
+            soft_ND = _read_into(lm, batch, [r.prompt for r in requests], stack)
+            found = lm.generate(batch, first.stop_ids, first.max_new_tokens, soft_ND)
+        rows = iter(found.rows)
+        return [
+            Decoded([next(rows) for _ in request.batch.ids_BS], found.prefill_ms, found.decode_ms)
+            for request in requests
+        ]
+
+
+@dataclass(frozen=True)
+class EmbedRequest(Request):
+    """Embeddings of tokens."""
+
+    ids: torch.Tensor
+
+    @property
+    def positions(self) -> int:
+        """None is read."""
+        return 0
+
+    @property
+    def alike(self) -> Any:
+        """Answered one by one: a look into a table."""
+        return id(self)
+
+    @staticmethod
+    def answer(lm: OwnReceiver, requests: Sequence[EmbedRequest]) -> list[torch.Tensor]:
+        """``[…, D]`` of each."""
+        return [lm.token_embeddings(request.ids).cpu() for request in requests]
+
+
+@dataclass(frozen=True)
+class SpanRequest(Request):
+    """Mean embeddings of spans of texts."""
+
+    ids: list[list[int]]
+    span_BL2: torch.Tensor
+
+    @property
+    def positions(self) -> int:
+        """None is read."""
+        return 0
+
+    @property
+    def alike(self) -> Any:
+        """Answered one by one: a look into a table."""
+        return id(self)
+
+    @staticmethod
+    def answer(lm: OwnReceiver, requests: Sequence[SpanRequest]) -> list[torch.Tensor]:
+        """``[B, L, D]`` of each."""
+        return [lm.span_embeddings(request.ids, request.span_BL2).cpu() for request in requests]
+
+
+def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:
+    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(device).detach().requires_grad_(gradient)
+
+    return Prompt(leaf(prompt.soft_ND), leaf(prompt.added_NE))
+
+
+def _read_into(lm: OwnReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack) -> torch.Tensor | None:
+    """Lay all prompts over a joined batch; returns the soft vectors, or ``None`` for texts."""
+    added = [prompt.added_NE for prompt in prompts if prompt.added_NE is not None]
+    if added:
+        stack.enter_context(lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS))
+    soft = [prompt.soft_ND for prompt in prompts if prompt.soft_ND is not None]
+    return torch.cat([s.flatten(0, -2).to(lm.device) for s in soft]) if soft else None
+
+
+def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()

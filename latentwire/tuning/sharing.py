@@ -1,0 +1,124 @@
+"""Whether the trials of a sweep share frozen receivers, and what that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.features.registry import FEATURES
+
+PROMPT_POSITIONS = 64
+"""Positions of template, question and answer beside the slots."""
+CUDA_CONTEXT_BYTES = 600e6
+"""Of a process on a GPU before it holds anything."""
+ENCODER_WORDS = 40
+"""Numbers kept per position, layer and unit of width for the backward pass of an encoder that is trained."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Replicas of a sweep's receivers, and what is left for its trials."""
+
+    replicas: int
+    """Of each receiver."""
+    bytes_per_replica: dict[str, int]
+    """Receiver → weights, and the activations of its largest pass."""
+    gpus_per_replica: dict[str, float]
+    most_positions: int
+    """Rows times positions of one pass."""
+    threads: int
+    """Of a replica without a GPU."""
+    bytes_per_worker: int
+    gpus_per_worker: float
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {self.bytes_per_replica[name] / 1e9:.2f} GB"
+            + (f" ({gpus:g} GPU)" if (gpus := self.gpus_per_replica[name]) else "")
+            for name in self.bytes_per_replica
+        ]
+        return (
+            f"{self.replicas} replica(s) each of {', '.join(parts)}; a trial's worker then needs "
+            f"{self.bytes_per_worker / 1e9:.2f} GB"
+            + (f", {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else "")
+        )
+
+
+def obstacles(space: SpaceFile) -> list[str]:
+    """Knobs of a space that need the receivers' weights in each trial's own process."""
+    run, found = space.run, []
+    for name, feature in FEATURES.items():
+        searched = any(path.startswith(f"features.{name}") for path in space.search)
+        if feature.needs_weights and (getattr(run.features, name) is not None or searched):
+            found.append(f"features.{name} acts on the receivers' own layers")
+    if run.training.log_gradient_norms:
+        found.append("training.log_gradient_norms takes a backward pass per term")
+    found += [f"{receiver.name} lies on several devices" for receiver in run.receivers if receiver.device_map != "none"]
+    fixed = ("receivers", "training.gradient_checkpointing", "training.compile", "training.log_gradient_norms")
+    found += [f"{path} is searched" for path in space.search if path.startswith(fixed)]
+    return found
+
+
+def positions_of(run: RunConfig) -> int:
+    """Rows times positions of one trial's step on one worker, at most."""
+    return run.training.batch_size // run.training.num_workers * (run.encoder.latent_len + PROMPT_POSITIONS)
+
+
+def share(
+    space: SpaceFile,
+    run: RunConfig,
+    weights_and_steps: Mapping[str, tuple[int, int]],
+    trainable: int,
+    resources: Mapping[str, float],
+    memory_bytes: float,
+    base_bytes: float,
+) -> Sharing:
+    """The replicas that a sweep would have.
+
+    ``run``: the largest of the space. ``weights_and_steps``: receiver → bytes of its weights, and of one trial's step.
+    ``memory_bytes``: of a GPU where workers use GPUs, else of a node. ``base_bytes``: of a process that has imported everything.
+    """
+    gpus = resources.get("GPU", 0.0) if run.training.gpus_per_worker != 0 else 0.0
+    together = space.tune.joined_trials or (4 if gpus else 1)
+    context = CUDA_CONTEXT_BYTES if gpus else base_bytes
+    bytes_per_replica = {
+        name: int(weights + together * step + context) for name, (weights, step) in weights_and_steps.items()
+    }
+    positions = positions_of(run)
+    encoder = 4 * ENCODER_WORDS * positions * run.encoder.layers * run.encoder.d_model
+    worker = int(16 * trainable + encoder + context)
+
+    def share_of_gpu(size: float) -> float:
+        return math.ceil(100 * size / memory_bytes) / 100 if gpus else 0.0
+
+    return Sharing(
+        replicas=space.tune.replicas or max(1, int(gpus)),
+        bytes_per_replica=bytes_per_replica,
+        gpus_per_replica={name: share_of_gpu(size) for name, size in bytes_per_replica.items()},
+        most_positions=together * positions,
+        threads=psutil.cpu_count(logical=False) or 1,
+        bytes_per_worker=worker,
+        gpus_per_worker=run.training.gpus_per_worker or share_of_gpu(worker),
+    )
+
+
+def trials_in(memory_bytes: float, sharing: Sharing) -> int:
+    """Trials whose workers fit beside one replica of each receiver: on a GPU, or on a node without GPUs."""
+    return max(0, int((memory_bytes - sum(sharing.bytes_per_replica.values())) / sharing.bytes_per_worker))
+
+
+def at_once(
+    sharing: Sharing, cpus: float, cpus_per_trial: float, gpus: float, memory_bytes: float, workers: int
+) -> int:
+    """Trials of so many workers at once beside the replicas; 0 where there is no room."""
+    room = [cpus // cpus_per_trial]
+    if sharing.gpus_per_worker:
+        left = gpus - sharing.replicas * sum(sharing.gpus_per_replica.values())
+        room.append(left // (sharing.gpus_per_worker * workers))
+    else:
+        room.append(trials_in(memory_bytes, sharing) // workers)
+    return max(0, int(min(room)))
