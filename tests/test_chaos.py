@@ -9,14 +9,26 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 
+def chaos(folder: Path, *flags: str) -> str:
+    """What a run of the script wrote down."""
+    command = [sys.executable, "scripts/chaos.py", *flags, "--pause", "1", "9", "--output_dir", str(folder / "chaos")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    log = (folder / "chaos.log").read_text()[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:] + log
+    return (folder / "chaos" / "chaos.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ten_deaths_change_nothing(tmp_path: Path) -> None:
-    output = tmp_path / "chaos"
-    flags = ("--deaths", "10", "--pause", "1", "9", "--output_dir", str(output))
-    done = subprocess.run([sys.executable, "scripts/chaos.py", *flags], cwd=REPOSITORY, capture_output=True, text=True)
-    log = (tmp_path / "chaos.log").read_text()[-3000:]
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:] + log
-    text = (output / "chaos.md").read_text()
+    text = chaos(tmp_path, "--deaths", "10")
     assert "- deaths: 10 of 10" in text and "- trials: 12, all COMPLETE, none RUNNING" in text
     assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_trials_that_share_receivers_outlive_deaths_too(tmp_path: Path) -> None:
+    text = chaos(tmp_path, "--deaths", "5", "--receivers", "shared")
+    assert "- deaths: 5 of 5" in text and "- trials: 12, all COMPLETE, none RUNNING" in text
+    assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet", "replica"))

@@ -19,7 +19,7 @@ from latentwire.models.lm import pick_device, pick_dtype, skeleton
 from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints
 from latentwire.tuning.autoscaler import cluster_resources
-from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, share
+from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, rows_of, share
 from latentwire.tuning.space import largest_run
 
 WORKER_BASE_BYTES = 700e6
@@ -261,7 +261,7 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
     device = torch.device("cuda") if on_gpu else pick_device(receiver.device)
     width_bytes = torch.empty((), dtype=pick_dtype(receiver.dtype, device)).element_size()
     text: Any = lm.config.get_text_config()
-    rows, positions = run.training.batch_size // run.training.num_workers, positions_of(run)
+    rows, positions = rows_of(run), positions_of(run)
     activations = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
     logits = rows * 8 * text.vocab_size * (width_bytes + 8)  # 8 supervised tokens; loss and gradient in fp32
     return ReceiverEstimate(receiver.name, parameters, parameters * width_bytes, activations + logits)

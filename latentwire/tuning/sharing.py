@@ -10,13 +10,18 @@ import psutil
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.features.registry import FEATURES
+from latentwire.models.backbones import backbone_source
+from latentwire.models.lm import load_hf_config
 
 PROMPT_POSITIONS = 64
 """Positions of template, question and answer beside the slots."""
 CUDA_CONTEXT_BYTES = 600e6
 """Of a process on a GPU before it holds anything."""
-ENCODER_WORDS = 40
-"""Numbers kept per position, layer and unit of width for the backward pass of an encoder that is trained."""
+ENCODER_WORDS = 25
+"""Numbers kept per position, layer and unit of width for the backward pass of an encoder that is trained: autograd held 23
+for ``byte`` and 25 for a Llama of four layers."""
+BYTES_PER_TOKEN = 4
+"""Of the sender's text, about."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,25 @@ def obstacles(space: SpaceFile) -> list[str]:
     return found
 
 
+def rows_of(run: RunConfig) -> int:
+    """Rows that one worker of a trial has in hand at once."""
+    return max(1, run.training.batch_size // (run.training.num_workers * run.training.accumulation))
+
+
 def positions_of(run: RunConfig) -> int:
-    """Rows times positions of one trial's step on one worker, at most."""
-    return run.training.batch_size // run.training.num_workers * (run.encoder.latent_len + PROMPT_POSITIONS)
+    """Rows times positions that a receiver reads at once for one worker of a trial, at most."""
+    return rows_of(run) * (run.encoder.latent_len + PROMPT_POSITIONS)
+
+
+def encoder_bytes(run: RunConfig) -> int:
+    """Activations of the encoder for one step of the longest texts."""
+    encoder = run.encoder
+    layers, width = encoder.layers, encoder.d_model
+    if encoder.kind != "byte":
+        config = load_hf_config(backbone_source(encoder, {r.name: r for r in run.receivers})).get_text_config()
+        layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
+    positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
+    return 4 * ENCODER_WORDS * positions * layers * width
 
 
 def share(
@@ -89,11 +110,11 @@ def share(
         name: int(weights + together * step + context) for name, (weights, step) in weights_and_steps.items()
     }
     positions = positions_of(run)
-    encoder = 4 * ENCODER_WORDS * positions * run.encoder.layers * run.encoder.d_model
-    worker = int(16 * trainable + encoder + context)
+    worker = int(16 * trainable + encoder_bytes(run) + context)
+    given = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
 
     def share_of_gpu(size: float) -> float:
-        return math.ceil(100 * size / memory_bytes) / 100 if gpus else 0.0
+        return math.ceil(1000 * size / memory_bytes) / 1000 if gpus else 0.0
 
     return Sharing(
         replicas=space.tune.replicas or max(1, int(gpus)),
@@ -102,7 +123,7 @@ def share(
         most_positions=together * positions,
         threads=psutil.cpu_count(logical=False) or 1,
         bytes_per_worker=worker,
-        gpus_per_worker=run.training.gpus_per_worker or share_of_gpu(worker),
+        gpus_per_worker=given if gpus and given < 1 else share_of_gpu(worker),
     )
 
 

@@ -18,6 +18,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data import streams
 from latentwire.receivers.memory import is_out_of_memory
+from latentwire.receivers.shared import SharedReceiver
 from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer, TrainingError
@@ -99,8 +100,12 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
         by_step = {"timesteps_total": metrics["step"]}  # where TensorBoard puts a point
         ray.train.report(metrics | by_step | {CHECKPOINT_PATH_KEY: str(path)})
 
+    traffic = Traffic(wire, trainer)
+
     def report() -> None:
-        metrics: dict[str, Any] = trainer.evaluate(dev) | {f"start_{what}_s": value for what, value in started.items()}
+        metrics: dict[str, Any] = {f"start_{what}_s": value for what, value in started.items()} | traffic.since_last()
+        metrics |= trainer.evaluate(dev)
+        traffic.begin()
         if trainer.progress.step >= trainer.total_steps:
             changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
             if changed:
@@ -115,6 +120,24 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     if last and (scored := kept.metrics_of(folder / last[0])):
         send(scored, folder / last[0])  # the process that saved it may have died before it could say so
     trainer.train(epochs, report)
+
+
+class Traffic:
+    """What goes to shared receivers and back for training, from one evaluation's end to the next one's beginning."""
+
+    def __init__(self, wire: LatentWire, trainer: Trainer) -> None:
+        self.shared = [lm for lm in wire.receivers.values() if isinstance(lm, SharedReceiver)]
+        self.trainer = trainer
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.step, self.bytes = self.trainer.progress.step, sum(lm.bytes_sent for lm in self.shared)
+
+    def since_last(self) -> dict[str, float]:
+        """``shared_mb_per_step``; nothing where receivers are the worker's own."""
+        steps, sent = self.trainer.progress.step - self.step, sum(lm.bytes_sent for lm in self.shared) - self.bytes
+        return {"shared_mb_per_step": sent / 1e6 / max(1, steps)} if self.shared else {}
 
 
 def cap_memory(gpus: float) -> None:

@@ -2,6 +2,7 @@
 
 python -m tests.benchmarks                                # the embedded toy pair
 python -m tests.benchmarks --space presets/squad.yaml --data_dir <directory with SQuAD parquet> --only preprocessing
+python -m tests.benchmarks --space search_spaces/small.yaml --data_dir <directory with SQuAD parquet> --only sharing --steps 8
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import planner, sweep
-from tests.benchmarks import data, decoding, searching, steps, trials, workers
+from tests.benchmarks import data, decoding, searching, sharing, steps, trials, workers
 from tests.benchmarks.measure import Row
 
-PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching")
+PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing")
 DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
 
 
@@ -65,6 +66,11 @@ def main() -> int:
     if {"trial", "steps", "workers", "decoding"} & set(options.only):
         found += on_rows(space.model_copy(update={"run": run}), options)
     ray.shutdown()
+    if "sharing" in options.only:
+        found += [
+            *sharing.rows(space.model_copy(update={"run": run}), options.steps),
+            *map(sharing.trials_per_gpu, (1, 4)),
+        ]
     if "logits" in options.only:
         for vocabulary in (49_152, 262_144):
             found += steps.supervised_logits(options.repeats, vocabulary)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -34,8 +36,7 @@ def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
     examples = steps * run.training.batch_size
     under_ray = examples / (end["train_seconds"] - half["train_seconds"])
     bare = examples / second_half_seconds(run, table)
-    parts = {part: float(end[f"start_{part}_s"]) for part in ("process", "code", "loading")}
-    first = float(half["first_step_s"])
+    parts, first = start_parts(end), float(half["first_step_s"])
     total = sum(parts.values()) + first
     detail = (
         f"Ray until the process {parts['process']:.1f} s, until our code {parts['code']:.1f} s (of which imports "
@@ -45,6 +46,11 @@ def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
         Row("examples/s under Ray ÷ the bare loop", under_ray / bare, "≥ 0.95", f"{under_ray:.0f} / {bare:.0f} examples/s"),
         Row("trial start to first step, in seconds", total, "≤ 10", detail),
     ]  # fmt: skip
+
+
+def start_parts(report: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a trial's start, by what they went on."""
+    return {part: float(report[f"start_{part}_s"]) for part in ("process", "code", "loading")}
 
 
 def in_halves(run: RunConfig, steps: int) -> RunConfig:
