@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SPACE ?= search_spaces/toy.yaml
 ARGS ?=
 
-.PHONY: setup tune test lint format receivers quantization s3server clean
+.PHONY: setup tune test lint format bench receivers quantization s3server clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from latentwire.tuning.trial import ZERO_COPY
 
 ASKING = 64
 """Requests that a replica holds in its queue; who asks beyond that waits until there is room."""
+
+
+# Tensors that came through shared memory are read-only, and so they are used: nothing here writes into one.
+for told in ("Zero-copy tensor serialization is enabled", "The given NumPy array is not writable"):
+    warnings.filterwarnings("ignore", message=told)
 
 
 @dataclass(frozen=True)
