@@ -53,6 +53,7 @@ class Replica:
         self.accounts: dict[str, Account] = {}
         self.passes = 0
         self._room = threading.Semaphore(most_waiting)
+        self._looking = threading.Lock()  # a tokenizer is not to be used from two threads
         self._waiting: list[_Waiting] = []
         self._changed = threading.Condition()
         self._arrivals = itertools.count()
@@ -62,7 +63,11 @@ class Replica:
         self._thread.start()
 
     def ask(self, asker: str, request: Request) -> Any:
-        """The answer to one request, when it comes. Raises what answering it alone raises."""
+        """The answer to one request, when it comes; to a look-up, at once. Raises what answering it alone raises."""
+        if request.positions == 0:
+            with self._looking:
+                (found,) = request.answer(self.lm, [request])
+            return found
         with self._room:
             waiting = _Waiting(asker, request, next(self._arrivals))
             with self._changed:

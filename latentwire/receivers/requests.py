@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from transformers import BatchEncoding
 
 from latentwire.data.layout import Batch, join
 from latentwire.losses.bundles import Reader
@@ -33,7 +34,7 @@ class Request(ABC):
     @property
     @abstractmethod
     def positions(self) -> int:
-        """Rows times positions: what a pass over it costs."""
+        """Rows times positions: what a pass over it costs. 0: a look-up, answered at once and alone."""
 
     @property
     @abstractmethod
@@ -174,10 +175,8 @@ class GenerateRequest(Request):
 
 
 @dataclass(frozen=True)
-class EmbedRequest(Request):
-    """Embeddings of tokens."""
-
-    ids: torch.Tensor
+class LookUp(Request):
+    """Something that no pass is needed for."""
 
     @property
     def positions(self) -> int:
@@ -186,8 +185,15 @@ class EmbedRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Answered one by one: a look into a table."""
+        """Nothing is."""
         return id(self)
+
+
+@dataclass(frozen=True)
+class EmbedRequest(LookUp):
+    """Embeddings of tokens."""
+
+    ids: torch.Tensor
 
     @staticmethod
     def answer(lm: OwnReceiver, requests: Sequence[EmbedRequest]) -> list[torch.Tensor]:
@@ -196,26 +202,31 @@ class EmbedRequest(Request):
 
 
 @dataclass(frozen=True)
-class SpanRequest(Request):
+class SpanRequest(LookUp):
     """Mean embeddings of spans of texts."""
 
     ids: list[list[int]]
     span_BL2: torch.Tensor
 
-    @property
-    def positions(self) -> int:
-        """None is read."""
-        return 0
-
-    @property
-    def alike(self) -> Any:
-        """Answered one by one: a look into a table."""
-        return id(self)
-
     @staticmethod
     def answer(lm: OwnReceiver, requests: Sequence[SpanRequest]) -> list[torch.Tensor]:
         """``[B, L, D]`` of each."""
         return [lm.span_embeddings(request.ids, request.span_BL2).cpu() for request in requests]
+
+
+@dataclass(frozen=True)
+class TokenizerRequest(LookUp):
+    """What the receiver's tokenizer makes of something."""
+
+    method: Literal["__call__", "apply_chat_template", "batch_decode", "decode"]
+    argument: Any
+    options: dict[str, Any]
+
+    @staticmethod
+    def answer(lm: OwnReceiver, requests: Sequence[TokenizerRequest]) -> list[Any]:
+        """What each method returns; of encodings the ids alone, and what else was asked for."""
+        found = [getattr(lm.tokenizer, one.method)(one.argument, **one.options) for one in requests]
+        return [BatchEncoding(dict(one)) if isinstance(one, BatchEncoding) else one for one in found]
 
 
 def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:

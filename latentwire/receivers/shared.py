@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
@@ -14,8 +14,9 @@ from latentwire.config import LossConfig, ReceiverConfig
 from latentwire.data.layout import Batch
 from latentwire.losses.bundles import Teacher
 from latentwire.losses.chunks import common_gradient
-from latentwire.models.lm import Decoded, load_tokenizer, skeleton
+from latentwire.models.lm import Decoded, skeleton
 from latentwire.receivers.base import Judgement, LossTask
+from latentwire.receivers.own import OwnReceiver
 from latentwire.receivers.requests import (
     EmbedRequest,
     GenerateRequest,
@@ -24,7 +25,11 @@ from latentwire.receivers.requests import (
     Prompt,
     Request,
     SpanRequest,
+    TokenizerRequest,
 )
+
+SPECIAL = ("chat_template", "bos_token", "bos_token_id", "eos_token", "eos_token_id")
+"""Attributes of a tokenizer that prompts are built by."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class Facts:
     width: int
     embed_rms: float
     fingerprint: str
+    special: dict[str, Any]
+    """Attributes of its tokenizer."""
+
+    @classmethod
+    def of(cls, lm: OwnReceiver) -> Facts:
+        """Those of a receiver that is loaded."""
+        special = {name: getattr(lm.tokenizer, name, None) for name in SPECIAL}
+        return cls(lm.width, lm.embed_rms, lm.fingerprint(), special)
 
 
 class Channel(Protocol):
@@ -46,15 +59,41 @@ class Channel(Protocol):
         """The answer to a request; a replica that dies meanwhile is waited for."""
 
 
+class RemoteTokenizer:
+    """A replica's tokenizer, as far as prompts and answers need one: a large vocabulary takes seconds and hundreds of MB."""
+
+    def __init__(self, channel: Channel, special: Mapping[str, Any]) -> None:
+        self._channel = channel
+        self.chat_template = special["chat_template"]
+        self.bos_token, self.bos_token_id = special["bos_token"], special["bos_token_id"]
+        self.eos_token, self.eos_token_id = special["eos_token"], special["eos_token_id"]
+
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        """Token ids, as transformers gives them."""
+        return self._channel.ask(TokenizerRequest("__call__", text, options))
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        """A conversation as the receiver was trained to read it."""
+        return self._channel.ask(TokenizerRequest("apply_chat_template", conversation, options))
+
+    def batch_decode(self, rows: list[list[int]], **options: Any) -> list[str]:
+        """Texts of rows of ids."""
+        return self._channel.ask(TokenizerRequest("batch_decode", rows, options))
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        """Text of one row of ids."""
+        return self._channel.ask(TokenizerRequest("decode", ids, options))
+
+
 class SharedReceiver:
     """A :class:`~latentwire.receivers.base.Receiver` that asks a replica; its losses hand on the gradients that come back."""
 
     def __init__(self, config: ReceiverConfig, channel: Channel, device: torch.device, *, head_is_text: bool) -> None:
         """``device``: where the wire is trained. ``head_is_text``: whether what stands before the message may be read once."""
         self.config, self.name, self.device = config, config.name, device
-        self.tokenizer = load_tokenizer(config)
         self.channel, self.head_is_text = channel, head_is_text
         self.facts = channel.facts()
+        self.tokenizer = RemoteTokenizer(channel, self.facts.special)
         self.width, self.embed_rms = self.facts.width, self.facts.embed_rms
         self.held_bytes = 0
         self.skeleton: nn.Module = skeleton(config)

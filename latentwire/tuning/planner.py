@@ -122,6 +122,8 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
         num_workers=training.num_workers,
         max_concurrent_trials=0,
     )
+    if not gpus:
+        _share("GPUs", gpus, gpus_per_worker)
     sharing = _sharing(space, run, found, resources, memory_bytes)
     beside = 0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
     shared = int(min(beside, limit, *fits))
@@ -131,7 +133,7 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
                 f"tune.receivers: shared needs room for one trial beside the replicas, got {memory_bytes / 1e9:.1f} GB for "
                 f"{sharing}; set tune.joined_trials: 1, lower training.batch_size, or set tune.receivers: own"
             )
-        return dataclasses.replace(found, sharing=sharing, max_concurrent_trials=shared)
+        return _together(found, sharing, shared)
     try:
         own = _own_at_once(found, run, gpus, memory_bytes)
     except PlanError:
@@ -140,8 +142,15 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
         own = 0
     own = int(max(1, min(*fits, own, limit))) if own else 0
     if shared > own:
-        return dataclasses.replace(found, sharing=sharing, max_concurrent_trials=shared)
+        return _together(found, sharing, shared)
     return dataclasses.replace(found, max_concurrent_trials=own)
+
+
+def _together(found: Plan, sharing: Sharing | None, trials: int) -> Plan:
+    """The plan with so many trials at once beside replicas, which then work side by side."""
+    if sharing is not None and trials > 1:
+        sharing = dataclasses.replace(sharing, threads=max(1, sharing.threads // len(found.receivers)))
+    return dataclasses.replace(found, sharing=sharing, max_concurrent_trials=trials)
 
 
 def _own_at_once(found: Plan, run: RunConfig, gpus: float, memory_bytes: float) -> float:

@@ -53,7 +53,7 @@ class ReplicaActor:
             self.lm.recompute_activations()
         if training["compile"]:
             self.lm.fuse()
-        self.loaded = Facts(self.lm.width, self.lm.embed_rms, self.lm.fingerprint())
+        self.loaded = Facts.of(self.lm)
         self.replica = Replica(self.lm, most_positions=most_positions, most_waiting=ASKING)
 
     @ray.method(concurrency_group="asking")
@@ -169,5 +169,6 @@ def usage(name: str, told: Sequence[Mapping[str, Any]]) -> str:
     seconds, waited = (sum(account[what] for account in accounts) for what in ("seconds", "waited"))
     return (
         f"shared {name}: {requests:,} requests of {len(accounts)} trials in {sum(one['passes'] for one in told):,} passes, "
-        f"{joined:,} of them joined; {seconds:.1f} s of passes, {waited:.1f} s of waiting"
+        f"{joined:,} of them joined; {seconds:.1f} s of passes, {waited:.1f} s of waiting; "
+        f"{sum(one['waiting'] for one in told)} wait still"
     )

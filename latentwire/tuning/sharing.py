@@ -36,7 +36,7 @@ class Sharing:
     most_positions: int
     """Rows times positions of one pass."""
     threads: int
-    """Of a replica without a GPU."""
+    """Of a replica without a GPU: all cores where one trial runs at a time, else the replicas share them."""
     bytes_per_worker: int
     gpus_per_worker: float
 

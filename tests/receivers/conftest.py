@@ -23,8 +23,7 @@ class Direct:
         self.replica, self.asker = replica, asker
 
     def facts(self) -> Facts:
-        lm = self.replica.lm
-        return Facts(lm.width, lm.embed_rms, lm.fingerprint())
+        return Facts.of(self.replica.lm)
 
     def ask(self, request: Request) -> Any:
         return self.replica.ask(self.asker, request)
