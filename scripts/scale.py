@@ -12,8 +12,8 @@ import argparse
 
 OVERHEAD_S = 27.5
 """A trial's start and end beside its training, measured on two cores (25 to 30 s)."""
-DRIVER_S = 0.21
-"""The sweep's driver per trial: suggestion, eight reports, end (scripts/simulate_sweep.py with 1,000 trials)."""
+DRIVER_S = 0.086
+"""The sweep's driver per trial: suggestion, eight reports, end, checkpoints (scripts/simulate_sweep.py with 1,000 trials)."""
 DRIVER_GB = 0.79
 """Resident memory on the head for one running trial after its imports: its driver 0.60, its TrainController 0.18."""
 STUDY_MB = 0.035

@@ -32,6 +32,23 @@ SMALL = {
 """Knobs of a wire that builds and steps in milliseconds."""
 
 
+LONGEST_FIRST = (
+    "test_chaos.py",
+    "test_cluster.py",
+    "test_chaos_shared.py",
+    "test_tune.py",
+    "test_stages.py",
+    "test_wire_carries.py",
+)
+"""Files that take minutes: the others fill the time of the processes that end sooner."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

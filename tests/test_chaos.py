@@ -24,11 +24,3 @@ def test_ten_deaths_change_nothing(tmp_path: Path) -> None:
     text = chaos(tmp_path, "--deaths", "10")
     assert "- deaths: 10 of 10" in text and "- trials: 12, all COMPLETE, none RUNNING" in text
     assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet"))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_trials_that_share_receivers_outlive_deaths_too(tmp_path: Path) -> None:
-    text = chaos(tmp_path, "--deaths", "5", "--receivers", "shared")
-    assert "- deaths: 5 of 5" in text and "- trials: 12, all COMPLETE, none RUNNING" in text
-    assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet", "replica"))
