@@ -45,7 +45,6 @@ from latentwire.tuning.study import JOURNAL, open_study, own_trials
 from latentwire.tuning.trial import variant_key
 
 REPOSITORY = Path(__file__).parent.parent
-TRIALS = 12
 EVALUATIONS = 8
 """Of each trial, with a checkpoint at each."""
 SPACE = """
@@ -103,6 +102,7 @@ class Chaos:
     """Of each trial."""
     receivers: str = "own"
     """Whether trials share them."""
+    trials: int = 12
     deaths: list[Death] = field(default_factory=list)
     began: float = field(default_factory=time.time)
     cluster: Cluster | None = None
@@ -145,7 +145,7 @@ class Chaos:
             file = self.output.parent / f"{self.output.name}.yaml"
             file.write_text(SPACE)
             values = {
-                "tune.trials": TRIALS,
+                "tune.trials": self.trials,
                 "tune.receivers": self.receivers,
                 "training.max_steps": self.steps,
                 "training.epochs": self.steps,
@@ -185,7 +185,7 @@ class Chaos:
 
     def note(self, victim: str) -> None:
         """Write a death down as it happens."""
-        trials = self.trials()
+        trials = self.known()
         running = [trial.number for trial in trials if not trial.state.is_finished()]
         steps = {
             number: max((_step(path) for path in _checkpoints(self.output, number)), default=0) for number in running
@@ -194,7 +194,7 @@ class Chaos:
         self.deaths.append(Death(victim, time.time() - self.began, ended, steps))
         print(row(len(self.deaths), self.deaths[-1]), flush=True)
 
-    def trials(self) -> list[Any]:
+    def known(self) -> list[Any]:
         """The study's own trials; none before there is a study."""
         if not (self.output / JOURNAL).exists():
             return []
@@ -255,8 +255,8 @@ def _step(path: Path) -> int:
 
 def checks(chaos: Chaos) -> dict[str, str]:
     """What must hold after the last resume → how it was found. Raises :class:`AssertionError` where one does not."""
-    trials = chaos.trials()
-    assert [trial.number for trial in trials] == list(range(TRIALS)), f"{len(trials)} trials, not {TRIALS}"
+    trials = chaos.known()
+    assert [trial.number for trial in trials] == list(range(chaos.trials)), f"{len(trials)} trials, not {chaos.trials}"
     states = {trial.state for trial in trials}
     assert states == {TrialState.COMPLETE}, f"states {states}"
     wanted = undisturbed(chaos.output)
@@ -332,6 +332,7 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=24, help="of each trial: more, where a sweep must outlive more deaths"
     )
+    parser.add_argument("--trials", type=int, default=12, help="of the sweep")
     parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
     options = parser.parse_args()
@@ -347,7 +348,14 @@ def main() -> int:
     victims = [kinds[number % len(kinds)] for number in range(options.deaths)]
     rng.shuffle(victims)
     chaos = Chaos(
-        output, output.parent / "shards", victims, rng, tuple(options.pause), options.steps, options.receivers
+        output,
+        output.parent / "shards",
+        victims,
+        rng,
+        tuple(options.pause),
+        options.steps,
+        options.receivers,
+        options.trials,
     )
     header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
     print("\n".join(header), flush=True)
