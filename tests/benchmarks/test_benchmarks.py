@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.__main__ import PARTS
+from tests.benchmarks.sharing import trials_per_gpu
+
 
 @pytest.mark.slow
 def test_every_row_is_measured(tmp_path: Path) -> None:
@@ -18,6 +21,10 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
         "--samples=64",
         "--batch_size=4",
         "--finished=5",
+        "--only",
+        *(
+            part for part in PARTS if part != "sharing"
+        ),  # three sweeps more, whose way tests/ray_jobs/test_sharing.py goes
     ]
     done = subprocess.run([*command, "--set", f"data.shard_dir={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -25,6 +32,11 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
     table = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert table[0] == ["| what", "ratio", "goal", "measured |"] and len(table) == 18
     assert all(float(row[1]) > 0 for row in table[1:])
+
+
+def test_the_planner_holds_more_trials_that_share() -> None:
+    whole, parted = trials_per_gpu(1), trials_per_gpu(4)
+    assert parted.ratio > whole.ratio > 4
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_the_best_mean_over_fresh_seeds_wins(tmp_path: Path, monkeypatch: pytest
     space = SpaceFile.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
     assert results.find_best(study, space.tune).score == 0.95
-    monkeypatch.setattr(finals, "run_sweep", lambda space, plan, files, output: search_all(space, output))
+    monkeypatch.setattr(finals, "run_sweep", lambda space, plan, files, output, **_: search_all(space, output))
     plan: Any = None
     best, finalists = finals.run_finals(space, plan, {}, tmp_path / "sweep", study)
     assert [(f.trial, f.score, f.fresh) for f in finalists] == [(1, 0.9, (0.5, 0.7)), (2, 0.8, (0.75, 0.81))]
