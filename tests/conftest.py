@@ -35,6 +35,7 @@ SMALL = {
 LONGEST_FIRST = (
     "test_chaos.py",
     "test_cluster.py",
+    "test_benchmarks.py",
     "test_chaos_shared.py",
     "test_tune.py",
     "test_stages.py",
