@@ -7,9 +7,9 @@ import sys
 from latentwire.config.resolve import ConfigError
 from latentwire.data.layout import LayoutError
 from latentwire.data.sources import DataError
+from latentwire.exports import CheckpointError
 from latentwire.models.weights import ReceiverError
 from latentwire.storage import StorageError
-from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import TrainingError
 from latentwire.tuning.planner import PlanError
 from latentwire.tuning.results import SweepError

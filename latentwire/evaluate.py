@@ -15,16 +15,17 @@ import json
 import sys
 from pathlib import Path
 
+from latentwire import exports
 from latentwire.config import DataConfig
 from latentwire.data import shards
+from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.baselines import MODES
 from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS, settings
 from latentwire.options import override_run
 from latentwire.storage import local, place
-from latentwire.training import checkpoints
-from latentwire.tuning import planner, results
+from latentwire.tuning import results
 from latentwire.tuning.output import check_comparison, show_and_write
 
 
@@ -74,12 +75,12 @@ def main() -> int:
         if options.predictions:
             return official(options)
         with local(options.checkpoint) as folder:
-            checkpoints.read_manifest(folder)
-            run = override_run(checkpoints.read_run(folder), options.assignments)
+            exports.read_manifest(folder)
+            run = override_run(exports.read_run(folder), options.assignments)
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
         check_comparison(options, rows)
-        path = planner.local_shards(run, (options.split,))[options.split]
+        path = local_shards(run, (options.split,))[options.split]
         _, predictions = results.score(options.checkpoint, path, rows, run)
         probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
         return show_and_write(options, rows, predictions, run, probes)

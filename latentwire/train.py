@@ -19,6 +19,7 @@ from pathlib import Path
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
+from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, add_joining, read_space, with_home
 from latentwire.training.local import train_here
@@ -43,8 +44,8 @@ def main() -> int:
             raise ConfigError(f"output_dir must not exist yet, got {output}; name another one or add --resume")
         print(f"run: {space.run.model_dump_json()}", flush=True)
         here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
-        print(planner.plan(space, here, planner.node_memory()), flush=True)
-        paths = planner.local_shards(space.run)
+        print(planner.plan(planner.alone(space), here, planner.node_memory()), flush=True)
+        paths = local_shards(space.run)
         if options.profile:
             rows = streams.training_table(space.run, paths["train"])
             print(profile_steps(LatentWire(space.run), rows, options.profile, output / "profile"))

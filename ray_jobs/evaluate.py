@@ -12,6 +12,7 @@ import sys
 
 import ray
 
+from latentwire import exports
 from latentwire.config import SpaceFile
 from latentwire.data import pipeline
 from latentwire.errors import USER_ERRORS, fail
@@ -19,7 +20,6 @@ from latentwire.evaluate import official, parser
 from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
 from latentwire.storage import local
-from latentwire.training import checkpoints
 from latentwire.tuning import planner, pool, results, sweep
 from latentwire.tuning.output import check_comparison, show_and_write
 
@@ -34,8 +34,8 @@ def main() -> int:
             return official(options)
         checkpoint = options.checkpoint.absolute()
         with local(checkpoint) as folder:
-            checkpoints.read_manifest(folder)
-            run = with_home(SpaceFile(run=override_run(checkpoints.read_run(folder), options.assignments))).run
+            exports.read_manifest(folder)
+            run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
         check_comparison(options, rows)

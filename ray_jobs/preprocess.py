@@ -11,7 +11,7 @@ from pathlib import Path
 
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import autoscaler, planner, sweep
+from latentwire.tuning import autoscaler, sweep
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
         sweep.start_ray()
-        sweep.prepare(space, planner.gpus_each(space.run, autoscaler.cluster_resources()))
+        sweep.prepare(space, space.run.training.gpus_each(autoscaler.cluster_resources()))
     except USER_ERRORS as error:
         return fail(error)
     return 0

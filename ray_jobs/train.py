@@ -40,7 +40,7 @@ def main() -> int:
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
         sweep.start_ray()
-        plan = planner.plan_on_cluster(space)
+        plan = planner.plan_on_cluster(planner.alone(space))
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[trial.variant_key(run)]
         metric, mode = metric_of(run)

@@ -23,6 +23,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.data import shards
+from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
@@ -30,7 +31,6 @@ from latentwire.evaluation.summary import summarise
 from latentwire.options import with_home
 from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here
-from latentwire.tuning import planner
 
 MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
@@ -51,7 +51,7 @@ def runs(options: argparse.Namespace) -> dict[str, RunConfig]:
 def train_one(run: RunConfig, output: Path) -> None:
     """Train, score the best checkpoint on the validation split, write ``scores.json``."""
     torch.set_num_threads(1)
-    paths = planner.local_shards(run)
+    paths = local_shards(run)
     best = train_here(LatentWire(run), paths, output)
     wire, _ = load_wire(best)
     table = shards.read_table(paths["validation"])
@@ -95,7 +95,7 @@ def main() -> int:
             train_one(wanted[options.only], options.output_dir / options.only)
             return 0
         for run in {shards_key(run): run for run in wanted.values()}.values():
-            planner.local_shards(run)
+            local_shards(run)
     except USER_ERRORS as error:
         return fail(error)
     missing = [key for key in wanted if not (options.output_dir / key / "scores.json").exists()]

@@ -33,10 +33,10 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_placement_groups
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import streams
-from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.tuning import sweep
 from latentwire.tuning.resume import SPACE_FILE
@@ -267,8 +267,8 @@ def checks(chaos: Chaos) -> dict[str, str]:
     assert same, f"values {found}, undisturbed {wanted}"
     half = [path for path in chaos.output.rglob(".*") if path.is_dir()]
     assert not half, f"half checkpoints {half}"
-    whole = [path for path in chaos.output.rglob("step-*") if checkpoints.read_manifest(path)]
-    checkpoints.read_manifest(chaos.output / "best")
+    whole = [path for path in chaos.output.rglob("step-*") if exports.read_manifest(path)]
+    exports.read_manifest(chaos.output / "best")
     groups, actors = leaked()
     assert not groups, f"placement groups {groups}"
     assert not actors, f"actors {actors}"

@@ -22,11 +22,11 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SamplerConfig, SpaceFile
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
+from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.options import with_home
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
-from latentwire.tuning import planner
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL, own_trials
 from latentwire.tuning.trial import NUMBER
@@ -49,7 +49,7 @@ def sweep(space: SpaceFile, name: str, seed: int, output: Path) -> list[float]:
     space = space.model_copy(update={"tune": tune})
     folder = output / f"{name}-{seed}"
     search = StudySearch(space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials")
-    paths = planner.local_shards(space.run, ("train", "dev"))
+    paths = local_shards(space.run, ("train", "dev"))
     rows, dev = streams.training_table(space.run, paths["train"]), shards.read_table(paths["dev"])
     while len(done := [t for t in own_trials(search.study) if t.state.is_finished()]) < tune.trials:
         trial_id = str(len(done))

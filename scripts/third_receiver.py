@@ -20,12 +20,13 @@ from typing import Any
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
 from latentwire.options import add_flags, add_joining, read_space, with_home
 from latentwire.training.local import train_here
-from latentwire.tuning import planner, results
+from latentwire.tuning import results
 
 
 def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
@@ -44,7 +45,7 @@ def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
 
 def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     """Train here and score the receiver ``name`` on the untouched rows."""
-    paths = planner.local_shards(run)
+    paths = local_shards(run)
     began = time.monotonic()
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began

@@ -74,6 +74,8 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
         with_values(RunConfig(), {"encoder.private_len": 2, "training.coarsening_steps": 5})
     with pytest.raises(ConfigError, match="slot_positions needs a fixed number of slots"):
         with_values(RunConfig(), {"adapter.slot_positions": True, "training.coarsening_steps": 5})
+    with pytest.raises(ConfigError, match="span_ends sentences needs pooling spans, got queries"):
+        load_space(None, {"run.encoder.span_ends": "sentences"})
     with pytest.raises(ConfigError, match="private_len needs pooling queries"):
         with_values(RunConfig(), {"encoder.private_len": 2, "encoder.tokens_per_latent": 4})
 

@@ -1,7 +1,10 @@
-"""The README's annotated tree is the tree."""
+"""What README and docs name is there."""
 
 import re
 from pathlib import Path
+
+from latentwire.config import FeaturesConfig
+from latentwire.config.resolve import knobs
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = re.compile(r"[\w./]+\.(?:py|jinja|yaml)\b")
@@ -37,3 +40,24 @@ def test_the_annotated_tree_names_every_file_and_no_other() -> None:
         if file.name != "__init__.py" and "toy_pair" not in file.parts
     }
     assert told() == there
+
+
+def test_every_test_that_the_documents_name_is_there() -> None:
+    named = {
+        (document.name, path)
+        for document in (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"))
+        for path in re.findall(r"`(tests/[\w/.]+)", document.read_text())
+    }
+    assert len(named) > 20
+    assert not [(document, path) for document, path in named if not (REPOSITORY / path.rstrip(".")).exists()]
+
+
+def test_every_knob_that_the_parts_name_is_there() -> None:
+    switches = [
+        line.split(" | ")[1] for line in (REPOSITORY / "docs" / "parts.md").read_text().splitlines() if " | " in line
+    ]
+    sections = {name.split(".")[0] for name, _ in knobs()}
+    named = {path for cell in switches for path in re.findall(r"`([a-z_]+\.[a-z_0-9]+)[`:]", cell)}
+    known = {name for name, _ in knobs()} | {f"features.{name}" for name in FeaturesConfig.model_fields}
+    assert len(named) > 20
+    assert not [path for path in named if path.split(".")[0] in sections and path not in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +12,10 @@ from latentwire.config.section import Address, Section
 
 class TrainingConfig(Section):
     """The optimisation loop."""
+
+    def gpus_each(self, resources: Mapping[str, float]) -> float:
+        """GPUs that one worker asks a cluster with these resources for."""
+        return self.gpus_per_worker if self.gpus_per_worker is not None else (1.0 if resources.get("GPU") else 0.0)
 
     epochs: int = Field(1, ge=1)
     """Passes over the training rows."""

@@ -74,6 +74,10 @@ class EncoderConfig(Section):
     pooling: Literal["queries", "spans"] = "queries"
     """Token states to latents: ``latent_len`` learned queries, interpolated where a message has another length, or the mean
     over contiguous, evenly spaced spans (arXiv 2510.20535)."""
+    span_ends: Literal["even", "sentences"] = "even"
+    """Where spans end. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
+    sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
+    (docs/findings.md). Needs ``pooling: spans``."""
     split: Literal["none", "lines"] = "none"
     """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
@@ -98,6 +102,10 @@ class EncoderConfig(Section):
             raise ValueError(f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}")
         if self.kind != "byte" and self.model is None:
             raise ValueError(f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model")
+        if self.span_ends == "sentences" and self.pooling != "spans":
+            raise ValueError(
+                f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
+            )
         if self.private_len and (self.pooling != "queries" or self.split != "none" or self.tokens_per_latent):
             raise ValueError(
                 f"private_len needs pooling queries, split none and tokens_per_latent null, got {self.pooling}, "

@@ -24,6 +24,11 @@ from latentwire.config import PromptConfig, ReceiverConfig
 LAYOUT_VERSION = 1
 """Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
 
+ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
+"""What a row's targets are: the answer, or the text that a control embedding right after the message asks for (the message's
+own, said again, or what follows it). The place of a control among a receiver's control embeddings."""
+CONTROLS = (RECONSTRUCT, CONTINUE)
+
 SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
 
 _CONTEXT, _QUESTION = "⟦context⟧", "⟦question⟧"
@@ -51,9 +56,8 @@ class Sequence:
     """Positions that are targets: answer and stop, or the reconstructed message; empty in a prompt to be answered."""
     soft: bool
     """Whether ``message`` is to be filled with a soft prompt."""
-    control: int | None = None
-    """Which control embedding stands right after the message, where one does; the targets are then a text and not an
-    answer."""
+    control: int = ANSWER
+    """Which of :data:`CONTROLS` stands right after the message, where one does."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Batch:
     message_R: torch.Tensor
     """The message that each row reads."""
     control_R: torch.Tensor
-    """Each row's control embedding, −1 for none."""
+    """Each row's control embedding, or :data:`ANSWER`."""
     predict_N: torch.Tensor
     """Flat index into B × S of the position whose logits predict the target (the one before it)."""
     target_N: torch.Tensor
@@ -94,7 +98,7 @@ class Batch:
 
     @property
     def control_N(self) -> torch.Tensor:
-        """The control of each target's row, −1 where the target belongs to an answer."""
+        """The control of each target's row, :data:`ANSWER` where the target belongs to one."""
         return self.control_R[self.row_N]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -316,7 +320,7 @@ def collate(
         question_BS[index, shift + row.question.start : shift + row.question.stop] = True
         if row.soft:
             latents_BS[index, shift + row.message.start : shift + row.message.stop] = True
-        if row.control is not None:
+        if row.control != ANSWER:
             control_BS[index, shift + row.message.stop] = True
         for place, position in enumerate(row.supervised):
             predict.append(index * width + shift + position - 1)
@@ -330,7 +334,7 @@ def collate(
         control_BS=control_BS,
         question_BS=question_BS,
         message_R=torch.tensor(list(range(len(rows))) if messages is None else messages, dtype=torch.long),
-        control_R=torch.tensor([-1 if row.control is None else row.control for row in rows], dtype=torch.long),
+        control_R=torch.tensor([row.control for row in rows], dtype=torch.long),
         predict_N=torch.tensor(predict, dtype=torch.long),
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from latentwire.config import LossConfig, Schedule
-from latentwire.data.layout import Batch
+from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT, Batch
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import (
     TeacherRows,
@@ -18,9 +18,6 @@ from latentwire.losses.terms import (
     kd_hidden_states_first_k,
     token_ce,
 )
-
-ANSWER, RECONSTRUCTION, CONTINUATION = -1, 0, 1
-"""What a supervised token belongs to, as :attr:`Batch.control_N` says it."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ def term_masks(weights: Weights, batch: Batch) -> dict[str, torch.Tensor]:
         "first_token_ce": answer_N & first_k(batch.offset_N, 1),
         "kd": first_N,
         "hidden_kd": first_N,
-        "reconstruction_ce": batch.control_N == RECONSTRUCTION,
-        "continuation_ce": batch.control_N == CONTINUATION,
+        "reconstruction_ce": batch.control_N == RECONSTRUCT,
+        "continuation_ce": batch.control_N == CONTINUE,
     }
     return {name: masks[name] for name in weights.terms}
 

@@ -6,16 +6,14 @@ import torch
 from torch import nn
 
 from latentwire.config import AdapterConfig
-
-CONTROLS = ("reconstruct", "continue")
-"""What a control embedding after the message asks the receiver to do."""
+from latentwire.data.layout import CONTROLS
 
 
 class Adapter(nn.Module):
     """2-layer MLP with a linear skip, then the scale that ``calibration`` says.
 
     At initialisation the MLP's last layer is zero and the skip keeps unit RMS, so a calibrated prompt starts at the
-    receiver's embedding RMS. ``control_CD`` holds the receiver's learned control embeddings, one per :data:`CONTROLS`.
+    receiver's embedding RMS. ``control_CD`` holds the receiver's learned control embeddings, one for each of :data:`CONTROLS`.
     """
 
     def __init__(

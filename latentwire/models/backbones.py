@@ -13,7 +13,7 @@ from transformers import AutoModel
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.lm import load_hf_config, load_tokenizer
 from latentwire.models.low_rank import attached, updates_of
-from latentwire.models.tokens import token_bytes
+from latentwire.models.tokens import sentence_marks, token_bytes
 from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
 
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
@@ -40,6 +40,7 @@ class PretrainedStates(nn.Module):
         self.prefix, self.suffix = _wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.token_bytes = token_bytes(self.tokenizer)
+        self.token_ends, self.token_joins = sentence_marks(self.tokenizer)
         self.updates = nn.ModuleDict()
         if config.tune != "full":
             self.backbone.requires_grad_(False)
@@ -73,6 +74,12 @@ class PretrainedStates(nn.Module):
             {"ids_WT": ids_WT, "attention_WT": attention_WT, "real_WT": real_WT},
             [self.token_bytes[torch.tensor(row, dtype=torch.long)] for row in rows],
         )
+
+    def sentence_ends(self, row: Sequence[int]) -> list[bool]:
+        """Whether a sentence ends after each of a text's own tokens."""
+        ids = torch.tensor(row, dtype=torch.long)
+        ends_S, goes_on_S = self.token_ends[ids], self.token_joins[ids].roll(-1)
+        return (ends_S & ~goes_on_S).tolist()
 
     def forward(
         self, ids_WT: torch.Tensor, attention_WT: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tensor

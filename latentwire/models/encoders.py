@@ -16,8 +16,8 @@ from latentwire.models.attention import Block, rotary_of
 from latentwire.models.backbones import PretrainedStates, backbone_source
 from latentwire.models.lm import load_tokenizer
 from latentwire.models.message import Message
-from latentwire.models.pooling import Coarsening, SpanMeans, SpanQueries, even_spans
-from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer
+from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_spans
+from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, ends_sentence
 
 BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 
@@ -33,13 +33,22 @@ class EncoderTokens:
     """Bytes of text that each state stands for; 0 after a text's own states."""
     latents_B: torch.Tensor
     """Shared latents of each of these."""
+    ends_BS: torch.Tensor | None = None
+    """Whether a sentence ends after each state; ``None`` where spans do not ask."""
     parts: tuple[int, ...] | None = None
     """Lines of each text; ``None`` where texts are encoded whole."""
 
     def to(self, device: torch.device) -> EncoderTokens:
         """The same on ``device``."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, length_B=self.length_B.to(device), latents_B=self.latents_B.to(device))
+        ends_BS = None if self.ends_BS is None else self.ends_BS.to(device)
+        return replace(
+            self,
+            tensors=tensors,
+            length_B=self.length_B.to(device),
+            latents_B=self.latents_B.to(device),
+            ends_BS=ends_BS,
+        )
 
 
 class InterlinguaEncoder(nn.Module):
@@ -62,10 +71,11 @@ class InterlinguaEncoder(nn.Module):
         self.private = {
             name: range(start, start + config.private_len) for name, start in zip(receivers, starts, strict=False)
         }
-        self.pool: SpanQueries | SpanMeans = (
+        self.ends_at = config.span_ends
+        self.pool = (
             SpanQueries(config.latent_len, self.states.width, config.heads, groups)
             if config.pooling == "queries"
-            else SpanMeans()
+            else None
         )
         self.norm = nn.LayerNorm(self.states.width)
         self.project = nn.Linear(self.states.width, config.d_z)
@@ -84,12 +94,17 @@ class InterlinguaEncoder(nn.Module):
         ``tokens_per_latent``: another length of message than the configured one.
         """
         parts = tuple(map(len, rows)) if self.split == "lines" else None
-        tensors, sizes = self.states.collate([line for row in rows for line in row])
+        lines = [line for row in rows for line in row]
+        tensors, sizes = self.states.collate(lines)
         length_B = torch.tensor([len(size_S) for size_S in sizes])
         latents_B = self._latents(length_B, tokens_per_latent or self.tokens_per_latent)
         if coarsening is not None:
             latents_B = coarsening.latents(length_B, latents_B)
-        return EncoderTokens(tensors, length_B, pad_sequence(sizes, batch_first=True), latents_B, parts)
+        ends_BS = None
+        if self.ends_at == "sentences":
+            ends = [torch.tensor(self.states.sentence_ends(line), dtype=torch.bool) for line in lines]
+            ends_BS = pad_sequence(ends, batch_first=True)
+        return EncoderTokens(tensors, length_B, pad_sequence(sizes, batch_first=True), latents_B, ends_BS, parts)
 
     def tokenize(self, texts: Sequence[str]) -> EncoderTokens:
         """What :meth:`forward` takes of texts, with messages of their own length."""
@@ -120,9 +135,9 @@ class InterlinguaEncoder(nn.Module):
     def spans(self, tokens: EncoderTokens, receiver: str) -> torch.Tensor:
         """Start and end ``[B, L, 2]``, as shares of the text, of the stretch that each latent for one receiver begins
         with, in the order of :meth:`~latentwire.models.message.Message.read_by`. On the CPU."""
-        span_BL2 = even_spans(tokens.bytes_BS, tokens.length_B, tokens.latents_B)
+        span_BL2 = text_spans(tokens.bytes_BS, tokens.length_B, tokens.latents_B, tokens.ends_BS)
         if own := len(self.private.get(receiver, range(0))):
-            private_BP2 = even_spans(tokens.bytes_BS, tokens.length_B, torch.full_like(tokens.latents_B, own))
+            private_BP2 = text_spans(tokens.bytes_BS, tokens.length_B, torch.full_like(tokens.latents_B, own))
             return torch.cat((span_BL2, private_BP2), 1)
         if tokens.parts is None:
             return span_BL2
@@ -141,7 +156,12 @@ class InterlinguaEncoder(nn.Module):
         """Tokens on this module's device → one message a text."""
         x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
         length_B = tokens.latents_B
-        z_BLZ = self.dropout(self.project(self.norm(self.pool(x_BSM, tokens.length_B, length_B))))
+        pooled_BLM = (
+            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS)
+            if self.pool is None
+            else self.pool(x_BSM, tokens.length_B, length_B)
+        )
+        z_BLZ = self.dropout(self.project(self.norm(pooled_BLM)))
         if tokens.parts is None:
             return Message(z_BLZ, length_B, self.private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]
@@ -202,6 +222,10 @@ class ByteStates(nn.Module):
         """Byte ids in patches ``[B, P, bytes_per_patch]``, and the bytes of each text's patches."""
         ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
         return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]
+
+    def sentence_ends(self, text: str) -> list[bool]:
+        """Whether a sentence ends after each patch of a text."""
+        return [ends_sentence(patch) for patch in self.tokenizer.cut(text, self.bytes_per_patch)]
 
     def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
         """``[B, P, M]``."""

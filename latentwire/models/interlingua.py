@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentwire.config import RunConfig
-from latentwire.data.layout import Batch
+from latentwire.data.layout import ANSWER, Batch
 from latentwire.models.adapter import Adapter
 from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
 from latentwire.models.message import Message
@@ -128,7 +128,7 @@ class Interlingua(nn.Module):
         p_RLD, keep_RL = p_BLD[message_R], keep_BL[message_R]
         adapter: Any = self.adapters[receiver]
         control_R1D = adapter.control_CD[control_R.clamp(min=0)][:, None]
-        return torch.cat((p_RLD, control_R1D), 1)[torch.cat((keep_RL, (control_R >= 0)[:, None]), 1)]
+        return torch.cat((p_RLD, control_R1D), 1)[torch.cat((keep_RL, (control_R != ANSWER)[:, None]), 1)]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

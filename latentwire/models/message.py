@@ -48,10 +48,6 @@ class Message:
         """The same message layout around other latents."""
         return replace(self, z_BLZ=z_BLZ)
 
-    def roll(self, rows: int) -> Message:
-        """Each row with the message of the row ``rows`` before it."""
-        return replace(self, z_BLZ=self.z_BLZ.roll(rows, 0), length_B=self.length_B.roll(rows, 0))
-
     def row(self, index: int) -> Message:
         """One row as a message of its own, without padding."""
         z_BLZ, length_B = self.z_BLZ[index : index + 1], self.length_B[index : index + 1]

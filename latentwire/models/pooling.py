@@ -88,33 +88,49 @@ class Coarsening:
         return final_B + ((start_B - final_B).clamp(min=0) * (1 - self.share)).round().long()
 
 
-class SpanMeans(nn.Module):
-    """Means over contiguous, evenly spaced spans (ARC-Encoder, arXiv 2510.20535)."""
-
-    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor) -> torch.Tensor:
-        """``[B, S, M]`` → ``[B, L, M]``, L the largest of ``latents_B``; rows with fewer latents end in zeros."""
-        return span_means(x_BSM, length_B, latents_B)
-
-
-def span_means(x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor) -> torch.Tensor:
-    """Means ``[B, L, M]`` of ``spans_B`` evenly spaced spans of each row's first ``length_B`` vectors.
+def span_means(
+    x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Means ``[B, L, M]`` of ``spans_B`` contiguous spans (:func:`span_edges`) of each row's first ``length_B`` vectors
+    (ARC-Encoder, arXiv 2510.20535).
 
     Spans share a vector by how much of it they cover; with more spans than vectors, several take the same one. L is
     the largest of ``spans_B``; a row's entries after its own are zero, and so is a row without vectors.
     """
     size_BS = (torch.arange(x_BSM.shape[1], device=x_BSM.device) < length_B[:, None]).float()
-    return overlap_means(x_BSM, size_BS, even_spans(size_BS, length_B, spans_B))
+    return overlap_means(x_BSM, size_BS, text_spans(size_BS, length_B, spans_B, ends_BS))
 
 
-def even_spans(size_BS: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor) -> torch.Tensor:
-    """Start and end ``[B, L, 2]`` of ``spans_B`` spans, each of as many of a row's first ``length_B`` states.
+def span_edges(length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None) -> torch.Tensor:
+    """Edges ``[B, L + 1]`` of ``spans_B`` spans of each row's first ``length_B`` states, counted in states from 0.
+
+    They are evenly spaced. ``ends_BS``: whether a sentence ends after a state; in a row with no more spans than sentences
+    each span is then some whole sentences, as many as in the others, to the rounding. A row's entries after its own edges lie
+    at its end.
+    """
+    place_BE = torch.arange(int(spans_B.max()) + 1, device=spans_B.device).minimum(spans_B[:, None])
+    even_BE = place_BE * length_B[:, None] / spans_B[:, None]
+    if ends_BS is None:
+        return even_BE
+    state_S = torch.arange(ends_BS.shape[1], device=spans_B.device)
+    ended_BS = (ends_BS & (state_S + 1 < length_B[:, None])).cumsum(1)
+    sentences_B = ended_BS.amax(1) + 1 if ended_BS.shape[1] else torch.ones_like(length_B)
+    read_BE = (place_BE * sentences_B[:, None] / spans_B[:, None] + 0.5).floor()
+    end_BE = (ended_BS[:, None] < read_BE[..., None]).sum(2) + 1.0
+    inner_BE = (place_BE > 0) & (place_BE < spans_B[:, None])
+    return torch.where(inner_BE & (spans_B <= sentences_B)[:, None], end_BE, even_BE)
+
+
+def text_spans(
+    size_BS: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Start and end ``[B, L, 2]`` of the spans between :func:`span_edges` of each row's first ``length_B`` states.
 
     They come as shares of the row's whole size, where state s has ``size_BS`` of it: two tokenizers that cut the same
     text differently agree on them. A row's entries after its own spans are empty.
     """
     edge_BE = F.pad(size_BS.cumsum(1), (1, 0))
-    place_BE = torch.arange(int(spans_B.max()) + 1, device=size_BS.device).minimum(spans_B[:, None])
-    state_BE = place_BE * length_B[:, None] / spans_B[:, None]
+    state_BE = span_edges(length_B, spans_B, ends_BS)
     below_BE = state_BE.floor().long()
     above_BE = (below_BE + 1).clamp(max=size_BS.shape[1])
     at_BE = torch.lerp(edge_BE.gather(1, below_BE), edge_BE.gather(1, above_BE), state_BE - below_BE)
@@ -125,7 +141,7 @@ def even_spans(size_BS: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Ten
 def overlap_means(x_BSM: torch.Tensor, size_BS: torch.Tensor, span_BL2: torch.Tensor) -> torch.Tensor:
     """Means ``[B, L, M]`` of the vectors that each span meets, by how much of it they cover; zero for an empty span.
 
-    Vector s covers ``size_BS`` of its row, spans are shares of the row as :func:`even_spans` gives them.
+    Vector s covers ``size_BS`` of its row, spans are shares of the row as :func:`text_spans` gives them.
     """
     end_BS = size_BS.cumsum(1)
     end_BS = end_BS / end_BS[:, -1:].clamp(min=1e-9)

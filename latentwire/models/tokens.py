@@ -23,15 +23,18 @@ class ByteTokenizer:
         """The text of ``ids``; padding is skipped. Raises ``UnicodeDecodeError`` where the bytes are no UTF-8."""
         return bytes(i - 1 for i in ids if i != PAD_ID).decode("utf-8")
 
+    def cut(self, text: str, longest: int) -> list[bytes]:
+        """The patches of a text: up to ``longest`` bytes each, that end after white space."""
+        words = _WORD.findall(text.encode("utf-8"))
+        return [word[start : start + longest] for word in words for start in range(0, len(word), longest)]
+
     def patches(self, texts: Sequence[str], longest: int) -> torch.Tensor:
         """Ids ``[B, P, longest]`` in patches of up to ``longest`` bytes that end after white space, padded with 0.
 
         A word is then the same patch wherever it stands (SpaceByte, arXiv 2404.14408). Nothing is dropped: the ids of
         a row, padding left out, are its text's. P is the largest number of patches, at least 1.
         """
-        rows = [
-            [patch for word in _WORD.findall(text.encode("utf-8")) for patch in _cut(word, longest)] for text in texts
-        ]
+        rows = [self.cut(text, longest) for text in texts]
         ids_BPE = torch.zeros(len(rows), max(1, *map(len, rows)), longest, dtype=torch.long)
         for row, found in enumerate(rows):
             if found:
@@ -47,8 +50,12 @@ class ByteTokenizer:
 _WORD = re.compile(rb"[^ \n\t\r]*[ \n\t\r]+|[^ \n\t\r]+")
 
 
-def _cut(word: bytes, longest: int) -> list[bytes]:
-    return [word[start : start + longest] for start in range(0, len(word), longest)]
+_SENTENCE_END = re.compile(rb"""[.!?]["')\]]*\s|\n""")
+
+
+def ends_sentence(patch: bytes) -> bool:
+    """Whether a patch holds the white space after a sentence, or the end of a line."""
+    return _SENTENCE_END.search(patch) is not None
 
 
 def truncate_utf8(text: str, limit: int) -> str:
@@ -76,13 +83,7 @@ def token_bytes(tokenizer: Any) -> torch.Tensor:
     Byte-level BPE writes a byte as one character, SentencePiece a space as ``▁``; WordPiece leaves the space before a
     word out, which is counted with the word.
     """
-    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-    marks = (
-        "Ġ",
-        "▁",
-        "##",
-    )  # byte-level BPE, SentencePiece, WordPiece: a large vocabulary holds a few of the others too
-    mark = max(marks, key=lambda mark: sum(piece.startswith(mark) for piece in pieces))
+    pieces, mark = _pieces(tokenizer)
     if mark == "Ġ":
         sizes = [len(piece) for piece in pieces]
     elif mark == "##":
@@ -90,6 +91,27 @@ def token_bytes(tokenizer: Any) -> torch.Tensor:
     else:
         sizes = [1 if _BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode()) for piece in pieces]
     return torch.tensor(sizes, dtype=torch.float32).clamp(min=1)
+
+
+def sentence_marks(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each id of a Hugging Face tokenizer ``[V]``, whether its text can end a sentence, and whether it goes on without
+    white space where the token before it stopped. WordPiece tells of words' inner parts alone."""
+    pieces, mark = _pieces(tokenizer)
+    ends = [_PIECE_END.search(piece) is not None for piece in pieces]
+    joins = [piece.startswith(mark) == (mark == "##") and not _WHITE.match(piece) for piece in pieces]
+    return torch.tensor(ends), torch.tensor(joins)
+
+
+_PIECE_END = re.compile(r"""[.!?]["')\]]*$|[\nĊ]|^<0x0A>$""")  # Ċ: how byte-level BPE writes a line's end
+_WHITE = re.compile(r"[\sĊĉ]|<0x0[9A]>")
+
+
+def _pieces(tokenizer: Any) -> tuple[list[str], str]:
+    """All tokens as the vocabulary writes them, and its mark: byte-level BPE's or SentencePiece's for a space, WordPiece's
+    for the inside of a word."""
+    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    # A large vocabulary holds a few of the others' marks too.
+    return pieces, max(("Ġ", "▁", "##"), key=lambda mark: sum(piece.startswith(mark) for piece in pieces))
 
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")

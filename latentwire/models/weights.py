@@ -71,7 +71,8 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
 
         print(f"receiver {config.name}: converting {file.name} once into {target}", flush=True)
         try:
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            with torch.device("cpu"):  # planners ask for a model's shape under the meta device, which holds no weights
+                model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:
             raise ReceiverError(

@@ -24,20 +24,6 @@ from latentwire.storage import Place, delete, delete_directory, files_below, loc
 from latentwire.training.loop import Trainer
 from latentwire.training.progress import Progress
 
-__all__ = [
-    "CheckpointError",
-    "initialise",
-    "load_training",
-    "load_weights",
-    "load_wire",
-    "read_manifest",
-    "read_run",
-    "remove",
-    "remove_files",
-    "save",
-    "written_names",
-]
-
 # ------------------------------------------------------------------------------------------------------------- saving
 
 

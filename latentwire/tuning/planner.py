@@ -11,13 +11,12 @@ from typing import Any
 import psutil
 import torch
 
+from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.data import pipeline, shards, teachers
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import pick_device, pick_dtype, skeleton
-from latentwire.storage import Place, local, place
-from latentwire.training import checkpoints
+from latentwire.storage import local, place
 from latentwire.tuning.autoscaler import cluster_resources
 from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, rows_of, share
 from latentwire.tuning.space import largest_run
@@ -89,14 +88,14 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
     where workers use GPUs. Raises :class:`PlanError` where not even one trial fits, and
     :class:`~latentwire.models.weights.ReceiverError` for receivers whose configuration cannot be had, and
-    :class:`~latentwire.training.checkpoints.CheckpointError` for an ``init_from`` that is not whole.
+    :class:`~latentwire.exports.CheckpointError` for an ``init_from`` that is not whole.
     """
     run = largest_run(space)
     training = run.training
-    gpus, gpus_per_worker = resources.get("GPU", 0.0), gpus_each(run, resources)
+    gpus, gpus_per_worker = resources.get("GPU", 0.0), run.training.gpus_each(resources)
     if training.init_from is not None:
         with local(place(training.init_from)) as start:
-            checkpoints.read_manifest(start)
+            exports.read_manifest(start)
     if training.batch_size % training.num_workers:
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
@@ -191,45 +190,21 @@ def _sharing(
     return share(space, run, sizes, found.trainable_parameters, resources, memory_bytes, WORKER_BASE_BYTES)
 
 
+def alone(space: SpaceFile) -> SpaceFile:
+    """The space of a run that is no trial of a sweep: nobody is there to share its receivers with."""
+    return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": 1, "receivers": "own"})})
+
+
 def plan_on_cluster(space: SpaceFile) -> Plan:
     """:func:`plan` for the cluster that Ray is connected to."""
     resources = cluster_resources()
-    gpus, told = gpus_each(space.run, resources), space.tune.gpu_memory_gb
+    gpus, told = space.run.training.gpus_each(resources), space.tune.gpu_memory_gb
     return plan(space, resources, 1e9 * told if told is not None and gpus else node_memory(gpus))
-
-
-def gpus_each(run: RunConfig, resources: dict[str, float]) -> float:
-    """GPUs that one worker of a run asks this cluster for."""
-    wanted = run.training.gpus_per_worker
-    return wanted if wanted is not None else (1.0 if resources.get("GPU") else 0.0)
 
 
 def on_cuda() -> bool:
     """Whether this process has a CUDA device."""
     return torch.cuda.is_available()
-
-
-def local_shards(
-    run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
-) -> dict[shards.ShardSplit, Place]:
-    """Shards of a run that trains in this process, and with them the teachers' columns.
-
-    Ray is started only where some are missing, and stopped again.
-    """
-    paths = {split: shards.shard_path(run, split) for split in splits}
-    complete = all(shards.complete(path) for path in paths.values())
-    if complete and ("train" not in paths or teachers.complete(run, paths["train"])):
-        return paths
-    import ray
-
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    try:
-        paths = {split: pipeline.ensure_shards(run, split) for split in splits}
-        if "train" in paths:
-            teachers.ensure_teachers(run, paths["train"], gpus_each(run, cluster_resources()))
-        return paths
-    finally:
-        ray.shutdown()
 
 
 def node_memory(gpus_per_worker: float | None = None) -> float:

@@ -14,6 +14,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data import streams
@@ -43,7 +44,7 @@ def train(settings: dict[str, Any]) -> None:
         _train(run, settings)
     except (RuntimeError, MemoryError) as error:
         if run.training.num_workers > 1 or not (
-            isinstance(error, TrainingError | checkpoints.CheckpointError) or is_out_of_memory(error)
+            isinstance(error, TrainingError | exports.CheckpointError) or is_out_of_memory(error)
         ):
             raise  # of several workers the others would wait for this one
         leave_cause(place(settings["folder"]), run, error)
@@ -59,7 +60,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     wire = LatentWire(run, None if served is None else shared_receivers(run, served, settings["folder"]))
     frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
     if (expected := settings["pins"].get("receivers", frozen)) != frozen:
-        raise checkpoints.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
+        raise exports.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
     pins = settings["pins"] | {"receivers": frozen}
     batch_size = run.training.batch_size // workers.size
     trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)

@@ -18,8 +18,9 @@ from latentwire.assembly import LatentWire
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
+from latentwire.data.local import local_shards
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import planner, sweep
+from latentwire.tuning import sweep
 from tests.benchmarks import data, decoding, searching, sharing, steps, trials, workers
 from tests.benchmarks.measure import Row
 
@@ -30,7 +31,7 @@ DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
 def on_rows(space: SpaceFile, options: argparse.Namespace) -> list[Row]:
     """What needs the run's own shards: a trial under Ray, then, without Ray, steps and decoding."""
     run, found = space.run, []
-    paths = planner.local_shards(run)
+    paths = local_shards(run)
     table, dev = streams.training_table(run, paths["train"]), shards.read_table(paths["dev"])
     if "trial" in options.only:
         sweep.start_ray()

@@ -7,7 +7,8 @@ import torch
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data.batches import CONTINUE, RECONSTRUCT, TrainingCollator, cut, padding
+from latentwire.data.batches import TrainingCollator, cut, padding
+from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT
 from latentwire.models.encoders import InterlinguaEncoder
 
 
@@ -19,7 +20,7 @@ def test_answers_then_reconstructions_then_continuations(wire: LatentWire, table
     values = {"losses.reconstruction_ce_weight": 1.0, "losses.continuation_ce_weight": 1.0}
     (batch,) = collator(wire, values)(table.slice(0, 3), step=0)
     for name, sequences in batch.sequences.items():
-        assert sequences.control_R.tolist() == [-1] * 3 + [RECONSTRUCT] * 3 + [CONTINUE] * 3
+        assert sequences.control_R.tolist() == [ANSWER] * 3 + [RECONSTRUCT] * 3 + [CONTINUE] * 3
         assert sequences.message_R.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]
         assert len(batch.message_ids[name]) == 6
         # A continuation says exactly what its message leaves out.

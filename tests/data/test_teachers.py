@@ -10,8 +10,8 @@ from latentwire.assembly import LatentWire
 from latentwire.config import LossConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams, teachers
+from latentwire.data.local import local_shards
 from latentwire.training.loop import Trainer
-from latentwire.tuning import planner
 from tests.conftest import shard_table
 
 KD = {
@@ -74,7 +74,7 @@ def test_files_are_made_once_and_missing_ones_again(
 ) -> None:
     sizes = {"data.samples": 70, "data.shard_mib": 0.006, "data.shard_dir": str(tmp_path)}
     run = with_values(run, KD | sizes | {"data.dev_samples": 4, "data.validation_samples": 4})
-    train = planner.local_shards(run)["train"]
+    train = local_shards(run)["train"]
     files = shards.read_manifest(train)["files"]
     first = {r.name: teachers.teacher_path(run, r, train) for r in run.receivers}
     assert len(files) == 2 and teachers.complete(run, train) and "MB per 1,000 rows, made in" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_files_are_made_once_and_missing_ones_again(
     time, whole = kept.stat().st_mtime_ns, lost.read_bytes()
     lost.unlink()
     assert not teachers.complete(run, train)
-    planner.local_shards(run)
+    local_shards(run)
     assert kept.stat().st_mtime_ns == time and lost.read_bytes() == whole
     assert "teacher llama: 1/1 files" in capsys.readouterr().out
     # Other numbers need other columns, fewer tokens' weights do not.

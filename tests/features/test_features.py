@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import FeaturesConfig, RunConfig
 from latentwire.config.resolve import ConfigError, with_values
@@ -95,11 +96,11 @@ def test_it_is_saved_exported_and_loaded(featured: LatentWire, name: str, table:
     path = checkpoints.save(tmp_path / "best", featured, {}, {})
     saved = load_file(path / f"features/{name}.safetensors")
     assert saved.keys() == featured.interlingua.features[name].state_dict().keys()
-    assert checkpoints.read_manifest(path)["receivers_frozen"] == FEATURES[name].keeps_receivers_frozen
+    assert exports.read_manifest(path)["receivers_frozen"] == FEATURES[name].keeps_receivers_frozen
     again, _ = checkpoints.load_wire(path)
     assert torch.equal(logits(again, table), logits(featured, table))
     (path / f"features/{name}.safetensors").unlink()
-    with pytest.raises(checkpoints.CheckpointError, match=f"must hold features/{name}.safetensors"):
+    with pytest.raises(exports.CheckpointError, match=f"must hold features/{name}.safetensors"):
         checkpoints.load_wire(path)
 
 

@@ -37,6 +37,7 @@ KINDS: dict[str, dict] = {
     "byte": {},
     "byte-spans": {"pooling": "spans"},
     "byte-ratio": {"pooling": "spans", "tokens_per_latent": 3},
+    "byte-sentences": {"pooling": "spans", "span_ends": "sentences", "latent_len": 2},
     "byte-private": {"private_len": 2},
     "byte-lines": {"split": "lines"},
     "st": {"kind": "st"},
@@ -44,6 +45,7 @@ KINDS: dict[str, dict] = {
     "st-lora": {"kind": "st", "tune": "lora"},
     "lm": {"kind": "lm", "model": "receiver:llama", "model_layers": 2},
     "lm-ratio": {"kind": "lm", "model": "toy-qwen", "pooling": "spans", "tokens_per_latent": 4},
+    "lm-sentences": {"kind": "lm", "model": "toy-qwen", "pooling": "spans", "span_ends": "sentences", "latent_len": 2},
     "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
     "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
 }
@@ -125,6 +127,19 @@ def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None
     torch.testing.assert_close(read(message, 0, "qwen"), torch.cat(alone[:2]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(read(message, 1, "qwen"), alone[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(read(message, 2, "qwen"), alone[2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["byte-sentences", "lm-sentences"])
+def test_a_span_holds_whole_sentences_where_there_are_enough(kind: str) -> None:
+    encoder = InterlinguaEncoder(EncoderConfig(**SMALL | KINDS[kind]), RECEIVERS)
+    texts = ["Ada lives in Oslo. Ben has a very small cat.", "Ada lives in Oslo. Ben eats. Cleo works as pilot.", "Ada"]
+    span_BL2 = encoder.spans(encoder.tokenize(texts), "qwen")
+    ends = [texts[0].index("Ben"), texts[1].index("Cleo")]  # three sentences in two spans: two, then one
+    for span_L2, text, end in zip(span_BL2, texts, ends, strict=False):
+        (_, first), (second, stop) = (span_L2 * len(text)).tolist()
+        assert first == second == pytest.approx(end, abs=1.01)  # the space belongs to either word
+        assert stop == pytest.approx(len(text))
+    assert 0 < span_BL2[2, 0, 1] == span_BL2[2, 1, 0] < 1  # one sentence: it is parted evenly
 
 
 def own_ids(states: PretrainedStates, texts: list[str]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.data.toy import toy_rows
 from latentwire.losses.terms import token_ce
-from latentwire.models.lm import LMWrapper, pick_device, quantization_config
+from latentwire.models.lm import LMWrapper, pick_device, quantization_config, skeleton
 from latentwire.models.weights import ReceiverError
 
 PHI = ReceiverConfig(name="phi", model="toy-phi")
@@ -205,6 +205,17 @@ def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty")))
     with pytest.raises(ReceiverError, match="name its directory"):
         LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty" / "x.gguf")))
+
+
+@pytest.mark.slow
+def test_a_gguf_is_converted_whoever_asks_first(
+    real_receivers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path))
+    model = ReceiverConfig(name="a", model=str(real_receivers / "smollm2"))
+    with torch.device("meta"):  # where planners look at shapes, which cannot hold the weights that are converted
+        shape = skeleton(model)
+    assert sum(p.numel() for p in shape.parameters()) == sum(p.numel() for p in LMWrapper(model).lm.parameters())
 
 
 def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

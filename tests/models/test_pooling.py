@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentwire.models.pooling import SpanQueries, even_spans, overlap_means, span_means
+from latentwire.models.pooling import SpanQueries, overlap_means, span_edges, span_means, text_spans
 
 
 def means(x_BSM: torch.Tensor, length: int, spans: int) -> list[float]:
@@ -69,9 +69,39 @@ def test_queries_look_at_their_own_stretch_first() -> None:
         assert share[start:stop].sum() > 1.2 * (stop - start) / 40 * share.sum(), latent
 
 
+def edges(length: int, spans: int, ends: list[int], wide: int = 24) -> list[float]:
+    """Of a row of ``length`` states in which sentences end after so many of them."""
+    ends_BS = torch.tensor([[place + 1 in ends for place in range(wide)]])
+    return span_edges(torch.tensor([length]), torch.tensor([spans]), ends_BS)[0].tolist()
+
+
+def test_spans_are_whole_sentences_where_there_are_enough_of_them() -> None:
+    assert edges(24, 4, []) == [0, 6, 12, 18, 24]
+    assert edges(24, 4, [5, 8, 19]) == [0, 5, 8, 19, 24]
+    assert edges(24, 4, [5, 8]) == [0, 6, 12, 18, 24]  # three sentences
+    assert edges(24, 2, [5, 8, 10]) == [0, 8, 24]
+    assert edges(24, 4, [4, 8, 12, 16, 20]) == [0, 8, 12, 20, 24]
+    assert edges(20, 2, [10, 20, 24]) == [0, 10, 20]  # what ends with the row or after it is no border
+    assert edges(20, 1, [10]) == [0, 20]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_span_is_empty_wherever_sentences_end(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ends_BS = torch.rand(4, 30, generator=generator) < 0.4
+    length_B, spans_B = torch.tensor([30, 30, 17, 1]), torch.tensor([7, 29, 4, 3])
+    edge_BE = span_edges(length_B, spans_B, ends_BS)
+    for row, (length, spans) in enumerate(zip(length_B.tolist(), spans_B.tolist(), strict=True)):
+        own = edge_BE[row, : spans + 1]
+        assert own[0] == 0 and own[-1] == length and bool((own.diff() > 0).all())
+        assert bool((edge_BE[row, spans:] == length).all())
+        alone = span_edges(length_B[row : row + 1], spans_B[row : row + 1], ends_BS[row : row + 1])
+        torch.testing.assert_close(own, alone[0])
+
+
 def test_two_cuts_of_one_text_meet_at_the_same_places() -> None:
     # "Ada | lives | in Oslo" to the sender, "Ad | a lives in | Oslo" to the receiver: bytes 4, 6, 7 and 2, 11, 4.
-    span_BL2 = even_spans(torch.tensor([[4.0, 6.0, 7.0]]), torch.tensor([3]), torch.tensor([3]))
+    span_BL2 = text_spans(torch.tensor([[4.0, 6.0, 7.0]]), torch.tensor([3]), torch.tensor([3]))
     edges = [0, 4 / 17, 10 / 17, 1]
     assert span_BL2[0, :, 0].tolist() == pytest.approx(edges[:3]) and span_BL2[0, :, 1].tolist() == pytest.approx(
         edges[1:]

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentwire.config import ReceiverConfig
+from latentwire.config import EncoderConfig, ReceiverConfig
+from latentwire.models.backbones import PretrainedStates
+from latentwire.models.encoders import ByteStates
 from latentwire.models.lm import load_tokenizer
 from latentwire.models.tokens import ByteTokenizer, token_bytes, truncate_utf8
 
@@ -54,3 +56,34 @@ def test_tokens_add_up_to_the_texts_bytes(model: str) -> None:
 def test_real_tokens_add_up_to_the_texts_bytes(real_receivers: Path, model: str, off_by: int) -> None:
     # WordPiece drops accents and counts a space before punctuation too.
     assert abs(counted(str(real_receivers / model)) - len(SENTENCE.encode())) <= off_by
+
+
+SENTENCES = ["Ada lives in Oslo.", ' Ben paid 3.5 dollars to "Acme Inc."', " Why?\n", "Nobody knows! ", "The end"]
+
+
+def test_sentences_end_where_patches_do() -> None:
+    config = EncoderConfig()
+    states, text = ByteStates(config), "".join(SENTENCES)
+    patches, ends = states.tokenizer.cut(text, config.bytes_per_patch), states.sentence_ends(text)
+    after = [b"".join(patches[: place + 1]).decode().rstrip() for place, end in enumerate(ends) if end]
+    assert after == ["".join(SENTENCES[:count]).rstrip() for count in (1, 2, 3, 4)]
+
+
+def check_ends(model: str, sentences: list[str]) -> None:
+    """What a backbone's tokens say up to the end of each sentence is these sentences."""
+    states = PretrainedStates(EncoderConfig(kind="lm", model=model, model_layers=1), {}, load_weights=False)
+    ids = states.tokenizer("".join(sentences), add_special_tokens=False).input_ids
+    found = [states.tokenizer.decode(ids[: place + 1]) for place, end in enumerate(states.sentence_ends(ids)) if end]
+    expected = ["".join(sentences[:count]).rstrip() for count in range(1, len(sentences))]
+    assert [text.rstrip() for text in found] == expected
+
+
+@pytest.mark.parametrize("model", ["toy-llama", "toy-qwen", "toy-phi"])
+def test_sentences_end_where_tokens_do(model: str) -> None:
+    # A small vocabulary has no token for a stop and the quotation mark after it.
+    check_ends(model, [sentence.replace('"', "") for sentence in SENTENCES])
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma3"])
+def test_sentences_end_where_real_tokens_do(real_receivers: Path, model: str) -> None:
+    check_ends(str(real_receivers / model), SENTENCES)

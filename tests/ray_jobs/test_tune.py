@@ -15,8 +15,8 @@ import pytest
 from ray.cluster_utils import Cluster
 from tensorboardX.proto import event_pb2
 
+from latentwire import exports
 from latentwire.config.resolve import load_space
-from latentwire.training import checkpoints
 from latentwire.tuning import results
 from latentwire.tuning.study import JOURNAL, open_study
 from tests.conftest import untimed
@@ -58,7 +58,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert document["best"]["score"] >= max(row["dev_f1"] for row in document["trials"] if row["state"] == "done")
 
     # The export holds no training state, is whole, and scores again what it scored.
-    manifest = checkpoints.read_manifest(output / "best")
+    manifest = exports.read_manifest(output / "best")
     assert not any("training_state" in name for name in manifest["files"])
     (validation,) = [path for path in (tmp_path / "shards").glob("toy-validation-*")
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     assert process.wait(600) == 0, log_of(tmp_path)
     assert "resumed at step" in log_of(tmp_path)
     assert states(output) == ["COMPLETE"] * 2
-    first = checkpoints.read_manifest(output / "best")
+    first = exports.read_manifest(output / "best")
 
     process = resumed(tmp_path, str(output), "--set", "tune.trials=3")
     assert process.wait(600) == 0, log_of(tmp_path)
@@ -162,7 +162,7 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     # None was written again; with more trials than checkpoints to keep, some may be gone.
     assert all(kept[path] == path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json"))
     (aside,) = output.glob("best-until-*")
-    assert checkpoints.read_manifest(aside) == first and (output / "best").exists()
+    assert exports.read_manifest(aside) == first and (output / "best").exists()
 
     process = resumed(tmp_path, str(output))
     assert process.wait(120) == 0 and "has its 3 trials" in log_of(tmp_path)

@@ -18,9 +18,9 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
+from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
-from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.loop import Trainer
 from tests.conftest import untimed
 
@@ -117,7 +117,7 @@ def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, 
     assert not [key for key in keys if "backbone" in key] and any("updates" in key for key in keys)
     wire.interlingua.encoder.states.backbone.norm.weight.data += 1
     with pytest.raises(CheckpointError, match="the encoder's backbone must hash to"):
-        checkpoints.load_weights(path, wire)
+        exports.load_weights(path, wire)
 
 
 def test_a_wire_starts_from_what_an_earlier_one_has_in_common(
@@ -167,18 +167,18 @@ def test_a_manifest_of_another_kind_is_refused(saved: Path, change: object, mess
     file = saved / "manifest.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.read_manifest(saved)
+        exports.read_manifest(saved)
 
 
 def test_another_receiver_is_refused(saved: Path, run: RunConfig) -> None:
     swapped = with_values(run, {"receivers.0.dtype": "bfloat16"})
     with pytest.raises(CheckpointError, match="receiver llama must hash to"):
-        checkpoints.load_weights(saved, LatentWire(swapped))
+        exports.load_weights(saved, LatentWire(swapped))
 
 
 def test_another_shape_is_refused(saved: Path, run: RunConfig) -> None:
     with pytest.raises(CheckpointError, match="must fit the configuration"):
-        checkpoints.load_weights(saved, LatentWire(with_values(run, {"encoder.d_z": 8})))
+        exports.load_weights(saved, LatentWire(with_values(run, {"encoder.d_z": 8})))
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(

@@ -13,10 +13,10 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
+from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
 from latentwire.options import add_flags, add_joining, read_space
 from latentwire.training import checkpoints
-from latentwire.training.checkpoints import CheckpointError
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table

@@ -57,7 +57,7 @@ def test_a_death_at_any_moment_leaves_no_half_checkpoint(wire: LatentWire, tmp_p
                 except Killed:
                     survived = False
             whole = kept.finished(folder)
-            assert all(checkpoints.read_manifest(path) for path in whole) and folder / "step-00000001" in whole
+            assert all(exports.read_manifest(path) for path in whole) and folder / "step-00000001" in whole
             assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {p.name for p in whole}
             kept.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer)
             kept.clear_debris(folder)

@@ -55,6 +55,7 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
         4,
     )  # toy receivers are small: replicas would cost more
     assert plan(space(tune__trials=1), eight, ENOUGH).sharing is None
+    assert plan(planner.alone(space(tune__receivers="shared")), eight, ENOUGH).sharing is None
 
 
 def shared_latents() -> int:

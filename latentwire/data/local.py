@@ -1,0 +1,30 @@
+"""Shards for what runs in this process, without a cluster."""
+
+from __future__ import annotations
+
+from latentwire.config import RunConfig
+from latentwire.data import pipeline, shards, teachers
+from latentwire.storage import Place
+
+
+def local_shards(
+    run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
+) -> dict[shards.ShardSplit, Place]:
+    """Shards of a run that trains in this process, and with them the teachers' columns.
+
+    Ray is started only where some are missing, and stopped again.
+    """
+    paths = {split: shards.shard_path(run, split) for split in splits}
+    complete = all(shards.complete(path) for path in paths.values())
+    if complete and ("train" not in paths or teachers.complete(run, paths["train"])):
+        return paths
+    import ray
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    try:
+        paths = {split: pipeline.ensure_shards(run, split) for split in splits}
+        if "train" in paths:
+            teachers.ensure_teachers(run, paths["train"], run.training.gpus_each(ray.cluster_resources()))
+        return paths
+    finally:
+        ray.shutdown()
