@@ -76,6 +76,8 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
         with_values(RunConfig(), {"adapter.slot_positions": True, "training.coarsening_steps": 5})
     with pytest.raises(ConfigError, match="span_ends sentences needs pooling spans, got queries"):
         load_space(None, {"run.encoder.span_ends": "sentences"})
+    with pytest.raises(ConfigError, match="span_parts 2 needs pooling spans, got queries"):
+        load_space(None, {"run.encoder.span_parts": 2})
     with pytest.raises(ConfigError, match="private_len needs pooling queries"):
         with_values(RunConfig(), {"encoder.private_len": 2, "encoder.tokens_per_latent": 4})
 

@@ -78,6 +78,9 @@ class EncoderConfig(Section):
     """Where spans end. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
     sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
     (docs/findings.md). Needs ``pooling: spans``."""
+    span_parts: int = Field(1, ge=1, le=64)
+    """Even parts of each span whose means are put side by side, in their order, before the projection: the mean over a whole
+    span says what stands in it, and not what belongs together (docs/findings.md). More than 1 needs ``pooling: spans``."""
     split: Literal["none", "lines"] = "none"
     """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
@@ -105,6 +108,10 @@ class EncoderConfig(Section):
         if self.span_ends == "sentences" and self.pooling != "spans":
             raise ValueError(
                 f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
+            )
+        if self.span_parts > 1 and self.pooling != "spans":
+            raise ValueError(
+                f"span_parts {self.span_parts} needs pooling spans, got {self.pooling}; choose that, or span_parts 1"
             )
         if self.private_len and (self.pooling != "queries" or self.split != "none" or self.tokens_per_latent):
             raise ValueError(

@@ -78,7 +78,8 @@ class InterlinguaEncoder(nn.Module):
             else None
         )
         self.norm = nn.LayerNorm(self.states.width)
-        self.project = nn.Linear(self.states.width, config.d_z)
+        self.parts = config.span_parts
+        self.project = nn.Linear(self.parts * self.states.width, config.d_z)
         self.dropout = nn.Dropout(config.latent_dropout)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
@@ -157,11 +158,13 @@ class InterlinguaEncoder(nn.Module):
         x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
         length_B = tokens.latents_B
         pooled_BLM = (
-            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS)
+            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS, self.parts)
             if self.pool is None
             else self.pool(x_BSM, tokens.length_B, length_B)
         )
-        z_BLZ = self.dropout(self.project(self.norm(pooled_BLM)))
+        # By the parts' number, so that a step of the optimiser moves latents as far as with one part.
+        joined_BLM = self.norm(pooled_BLM).unflatten(1, (-1, self.parts)).flatten(2) / self.parts
+        z_BLZ = self.dropout(self.project(joined_BLM))
         if tokens.parts is None:
             return Message(z_BLZ, length_B, self.private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]

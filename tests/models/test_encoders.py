@@ -37,6 +37,7 @@ KINDS: dict[str, dict] = {
     "byte": {},
     "byte-spans": {"pooling": "spans"},
     "byte-ratio": {"pooling": "spans", "tokens_per_latent": 3},
+    "byte-parts": {"pooling": "spans", "span_parts": 3},
     "byte-sentences": {"pooling": "spans", "span_ends": "sentences", "latent_len": 2},
     "byte-private": {"private_len": 2},
     "byte-lines": {"split": "lines"},
