@@ -34,6 +34,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("search: {encoder.latentlen: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
         ("search: {latent_len: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
         ("search: {encoder.latent_len: {type: int, low: 0, high: 4}}", "latent_len must be ≥ 1, got 0"),
+        ("search: {encoder.latent_len: {type: float, low: 4, high: 16}}", "encoder.latent_len is no real number"),
         ("search: {encoder.latent_len: {type: int, low: 8, high: 4}}", "low must be ≤ high, got 8 > 4"),
         ("search: {encoder.kind: {type: categorical, choices: [byte, bite]}}", "search.encoder.kind.choices[1]"),
         ("search: {training.encoder_lr: {type: float, low: 0.1, high: 1, log: true, step: 0.1}}", "log needs low > 0"),
@@ -76,8 +77,6 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
         with_values(RunConfig(), {"adapter.slot_positions": True, "training.coarsening_steps": 5})
     with pytest.raises(ConfigError, match="span_ends sentences needs pooling spans, got queries"):
         load_space(None, {"run.encoder.span_ends": "sentences"})
-    with pytest.raises(ConfigError, match="span_parts 2 needs pooling spans, got queries"):
-        load_space(None, {"run.encoder.span_parts": 2})
     with pytest.raises(ConfigError, match="private_len needs pooling queries"):
         with_values(RunConfig(), {"encoder.private_len": 2, "encoder.tokens_per_latent": 4})
 

@@ -34,8 +34,6 @@ class LatentAdaptersFeature(Section):
     """Width of the attention; a multiple of ``heads``."""
     heads: int = Field(2, ge=1, le=64)
     """Attention heads."""
-    parts: int = Field(1, ge=1, le=64)
-    """Keys and values that each latent unfolds into: attention then chooses among what one latent holds."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LatentAdaptersFeature:
@@ -65,8 +63,6 @@ class CoprocessorFeature(Section):
     """Transformer layers."""
     heads: int = Field(2, ge=1, le=64)
     """Attention heads."""
-    parts: int = Field(1, ge=1, le=64)
-    """Tokens that it unfolds each latent into: attention then chooses among what one latent holds."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> CoprocessorFeature:

@@ -64,8 +64,8 @@ class LossConfig(Section):
     @property
     def asks(self) -> bool:
         """Whether any term reads answers to questions; the others read texts alone."""
-        answers = (self.answer_ce_weight, self.first_k_ce_weight, self.first_token_ce_weight)
-        return any((*answers, self.kd_weight, self.hidden_kd_weight))
+        weights = {name for name in type(self).model_fields if name.endswith("_weight")}
+        return any(getattr(self, name) for name in weights - {"reconstruction_ce_weight", "continuation_ce_weight"})
 
     bundle: str | None = None
     """A named set from ``losses/bundles.py``: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,

@@ -20,6 +20,7 @@ from latentwire.config import (
     LOSS_BUNDLES,
     CategoricalDimension,
     Dimension,
+    FloatDimension,
     RunConfig,
     Section,
     SpaceFile,
@@ -112,6 +113,10 @@ def check_search(space: SpaceFile, where: str) -> None:
         place = f"{where}: search.{dotted}"
         if dotted not in known:
             raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){_nearest(dotted, known)}")
+        if isinstance(dimension, FloatDimension) and float not in _leaves(known[dotted].annotation):
+            raise ConfigError(
+                f"{dotted} is no real number, got type {dimension.type} ({place}); use int or categorical"
+            )
         if isinstance(dimension, CategoricalDimension):
             ends: list[tuple[str, Any]] = [(f"choices[{i}]", choice) for i, choice in enumerate(dimension.choices)]
         else:
@@ -143,6 +148,15 @@ def check_search(space: SpaceFile, where: str) -> None:
                     f"a starting point must name dimensions of the space, got {path} ({place}){_nearest(path, space.search)}"
                 )
             _check_point(space.search[path], value, f"{place}.{path}")
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The plain types of a knob: itself, or the members of its union."""
+    return (
+        [annotation]
+        if not typing.get_args(annotation)
+        else [t for a in typing.get_args(annotation) for t in _leaves(a)]
+    )
 
 
 def _check_conditions(search: dict[str, Dimension], where: str) -> None:

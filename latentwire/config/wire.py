@@ -78,9 +78,6 @@ class EncoderConfig(Section):
     """Where spans end. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
     sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
     (docs/findings.md). Needs ``pooling: spans``."""
-    span_parts: int = Field(1, ge=1, le=64)
-    """Even parts of each span whose means are put side by side, in their order, before the projection: the mean over a whole
-    span says what stands in it, and not what belongs together (docs/findings.md). More than 1 needs ``pooling: spans``."""
     split: Literal["none", "lines"] = "none"
     """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
@@ -99,19 +96,20 @@ class EncoderConfig(Section):
     latent_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of latents' entries zeroed in training."""
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether it has a backbone with a tokenizer of its own; the other kinds read the text itself."""
+        return self.kind in ("st", "lm")
+
     @model_validator(mode="after")
     def _parts_fit(self) -> EncoderConfig:
         if self.d_model % (2 * self.heads):
             raise ValueError(f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}")
-        if self.kind != "byte" and self.model is None:
+        if self.pretrained and self.model is None:
             raise ValueError(f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model")
         if self.span_ends == "sentences" and self.pooling != "spans":
             raise ValueError(
                 f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
-            )
-        if self.span_parts > 1 and self.pooling != "spans":
-            raise ValueError(
-                f"span_parts {self.span_parts} needs pooling spans, got {self.pooling}; choose that, or span_parts 1"
             )
         if self.private_len and (self.pooling != "queries" or self.split != "none" or self.tokens_per_latent):
             raise ValueError(

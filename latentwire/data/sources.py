@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -77,7 +77,7 @@ def read(config: DataConfig, split: Split, piece: Piece) -> Iterator[Row]:
         yield from _hub_rows(config.dataset, split)
     else:
         raise DataError(
-            f"dataset must be toy, squad or hotpotqa, or come with --data_dir, got {config.dataset} without one"
+            f"dataset must be toy, {' or '.join(HUB_IDS)}, or come with --data_dir, got {config.dataset} without one"
         )
 
 
@@ -112,7 +112,7 @@ def clean(raw: Row, dataset: str) -> dict[str, Any]:
             raise RowError(f"row must be JSON, {error}") from None
     if not isinstance(row, dict):
         raise RowError(f"row must be a mapping, got {type(row).__name__}")
-    return {"hotpotqa": _hotpotqa, "text": _unlabelled}.get(dataset, _squad)(row)
+    return schema_of(dataset).clean(row)
 
 
 # ------------------------------------------------------------------------------------------------------------ schemas
@@ -209,6 +209,30 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Schema:
+    """How rows of one dataset are written."""
+
+    clean: Callable[[dict[str, Any]], dict[str, Any]]
+    """A row as it was written → the common columns. Raises :class:`RowError`."""
+    columns: tuple[frozenset[str], ...]
+    """What a Parquet file must have: a column of each of these sets."""
+
+
+_ASKING = (frozenset({"context"}), frozenset({"question"}), frozenset({"answers", "answer"}))
+SCHEMAS = {
+    "squad": Schema(_squad, _ASKING),
+    "hotpotqa": Schema(_hotpotqa, _ASKING),
+    "text": Schema(_unlabelled, (frozenset({"text", "context"}),)),
+}
+"""Datasets that are not written as SQuAD is, and SQuAD."""
+
+
+def schema_of(dataset: str) -> Schema:
+    """How a dataset's rows are written; your own files are written as SQuAD's are."""
+    return SCHEMAS.get(dataset, SCHEMAS["squad"])
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
@@ -260,13 +284,10 @@ def _parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFile:
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} must be Parquet: {error}") from error
     columns = set(parquet.schema_arrow.names)
-    if dataset == "text":
-        good, wanted = bool(columns & {"text", "context"}), "a column text or context"
-    else:
-        good = {"context", "question"} <= columns and bool(columns & {"answers", "answer"})
-        wanted = "columns context, question and answers"
-    if not good:
-        raise DataError(f"{path} must have {wanted}, it has {', '.join(sorted(columns))}")
+    wanted = schema_of(dataset).columns
+    if not all(columns & names for names in wanted):
+        told = ", ".join(" or ".join(sorted(names)) for names in wanted)
+        raise DataError(f"{path} must have columns {told}, it has {', '.join(sorted(columns))}")
     return parquet
 
 

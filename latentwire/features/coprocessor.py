@@ -17,12 +17,12 @@ from latentwire.models.interlingua import ReceiverShape
 
 
 class Coprocessor(Feature):
-    """Per receiver: a small transformer over latents (each as ``parts`` tokens) and question; its states there become keys and values."""
+    """Per receiver: a small transformer over latents and question; its states at the latents become keys and values."""
 
     def __init__(self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         super().__init__(options, run, receivers)
-        width, self.head_width, self.parts = options.width, options.width // options.heads, options.parts
-        self.from_latents = nn.ModuleDict({name: nn.Linear(run.encoder.d_z, self.parts * width) for name in receivers})
+        width, self.head_width = options.width, options.width // options.heads
+        self.from_latents = nn.ModuleDict({name: nn.Linear(run.encoder.d_z, width) for name in receivers})
         self.from_question = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, width))
@@ -39,17 +39,15 @@ class Coprocessor(Feature):
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Adds to keys and values at the slots."""
-        x_RPM = self.from_latents[receiver](reading.z_RLZ).unflatten(2, (self.parts, -1)).flatten(1, 2)
-        keep_RP = reading.keep_RL.repeat_interleave(self.parts, 1)
-        x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RPM.device, torch.float32))
-        x_RSM = torch.cat((x_RPM, x_RQM), 1)
-        keep_RS = torch.cat((keep_RP, reading.question_keep_RQ.to(x_RPM.device)), 1)
+        x_RLM = self.from_latents[receiver](reading.z_RLZ)
+        x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
+        x_RSM = torch.cat((x_RLM, x_RQM), 1)
+        keep_RS = torch.cat((reading.keep_RL, reading.question_keep_RQ.to(x_RLM.device)), 1)
         # Counted over what is kept: how far the question is from the latents must not hang on another row's length.
         rotary = rotary_at(keep_RS.cumsum(1) - 1, self.head_width)
         blocks: Any = self.blocks[receiver]
         for block in blocks:
             x_RSM = block(x_RSM, keep_RS, rotary)
-        state_RLM = x_RSM[:, : x_RPM.shape[1]].unflatten(1, (-1, self.parts)).mean(2)
-        state_NM = state_RLM[reading.keep_RL]
+        state_NM = x_RSM[:, : x_RLM.shape[1]][reading.keep_RL]
         with lm.added_to_slots(self.slots[receiver](state_NM), reading.latents_RS):
             yield

@@ -29,7 +29,7 @@ class LatentAdapters(Feature):
         self.attention = nn.ModuleDict(
             {
                 name: nn.ModuleList(
-                    GatedCrossAttention(shape.width, run.encoder.d_z, options.width, options.heads, options.parts)
+                    GatedCrossAttention(shape.width, run.encoder.d_z, options.width, options.heads)
                     for _ in options.depths
                 )
                 for name, shape in receivers.items()
@@ -58,20 +58,18 @@ class LatentAdapters(Feature):
 class GatedCrossAttention(nn.Module):
     """``tanh(gate) · attention(states → latents)`` with a gate that starts at 0."""
 
-    def __init__(self, d_model: int, d_z: int, width: int, heads: int, parts: int = 1) -> None:
+    def __init__(self, d_model: int, d_z: int, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.parts = heads, parts
+        self.heads = heads
         self.norm = nn.LayerNorm(d_model)
         self.query = nn.Linear(d_model, width)
-        self.key_value = nn.Linear(d_z, parts * 2 * width)
+        self.key_value = nn.Linear(d_z, 2 * width)
         self.out = nn.Linear(width, d_model)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor) -> torch.Tensor:
         """What is added to ``x_RSD``; ``keep_RL``: the real latents."""
-        key_value_RPM = self.key_value(z_RLZ).unflatten(2, (self.parts, -1)).flatten(1, 2)
-        keep_RP = keep_RL.repeat_interleave(self.parts, 1)
-        key, value = key_value_RPM.chunk(2, dim=-1)
+        key, value = self.key_value(z_RLZ).chunk(2, dim=-1)
         query, key, value = (split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value))
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RP[:, None, None])
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RL[:, None, None])
         return self.gate.tanh() * self.out(merge(read))

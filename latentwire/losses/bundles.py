@@ -135,7 +135,9 @@ def loss_terms(
     def sums(rows: slice, hidden_ND: torch.Tensor) -> torch.Tensor:
         logits_NV = reader.head(hidden_ND)
         ce_N = token_ce(logits_NV, batch.target_N[rows])
-        values = {name: kd(rows, logits_NV) if name == "kd" else ce_N for name in from_logits}
+        values = {name: ce_N for name in from_logits if name.endswith("_ce")}
+        if "kd" in from_logits:
+            values["kd"] = kd(rows, logits_NV)
         return torch.stack([scales[name] * (values[name] * masks[name][rows]).sum() for name in from_logits])
 
     shares = (

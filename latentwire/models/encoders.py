@@ -64,7 +64,7 @@ class InterlinguaEncoder(nn.Module):
         super().__init__()
         self.split, self.latent_len, self.tokens_per_latent = config.split, config.latent_len, config.tokens_per_latent
         self.states: ByteStates | PretrainedStates = (
-            ByteStates(config) if config.kind == "byte" else PretrainedStates(config, receivers, load_weights)
+            PretrainedStates(config, receivers, load_weights) if config.pretrained else ByteStates(config)
         )
         groups = (config.private_len,) * len(receivers) if config.private_len else ()
         starts = [config.latent_len + index * config.private_len for index in range(len(groups))]
@@ -78,8 +78,7 @@ class InterlinguaEncoder(nn.Module):
             else None
         )
         self.norm = nn.LayerNorm(self.states.width)
-        self.parts = config.span_parts
-        self.project = nn.Linear(self.parts * self.states.width, config.d_z)
+        self.project = nn.Linear(self.states.width, config.d_z)
         self.dropout = nn.Dropout(config.latent_dropout)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
@@ -158,13 +157,11 @@ class InterlinguaEncoder(nn.Module):
         x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
         length_B = tokens.latents_B
         pooled_BLM = (
-            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS, self.parts)
+            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS)
             if self.pool is None
             else self.pool(x_BSM, tokens.length_B, length_B)
         )
-        # By the parts' number, so that a step of the optimiser moves latents as far as with one part.
-        joined_BLM = self.norm(pooled_BLM).unflatten(1, (-1, self.parts)).flatten(2) / self.parts
-        z_BLZ = self.dropout(self.project(joined_BLM))
+        z_BLZ = self.dropout(self.project(self.norm(pooled_BLM)))
         if tokens.parts is None:
             return Message(z_BLZ, length_B, self.private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]
@@ -180,8 +177,8 @@ def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tens
 
 
 def encoder_tokenizer(config: EncoderConfig, receivers: Sequence[ReceiverConfig]) -> Any:
-    """The tokenizer of an encoder's backbone, without its weights; ``None`` for ``byte``, which reads the text itself."""
-    if config.kind == "byte":
+    """The tokenizer of an encoder's backbone, without its weights; ``None`` for kinds that read the text itself."""
+    if not config.pretrained:
         return None
     return load_tokenizer(backbone_source(config, {receiver.name: receiver for receiver in receivers}))
 

@@ -89,20 +89,16 @@ class Coarsening:
 
 
 def span_means(
-    x_BSM: torch.Tensor,
-    length_B: torch.Tensor,
-    spans_B: torch.Tensor,
-    ends_BS: torch.Tensor | None = None,
-    parts: int = 1,
+    x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Means ``[B, L × parts, M]`` of the even parts of ``spans_B`` contiguous spans (:func:`span_edges`) of each row's first
-    ``length_B`` vectors (ARC-Encoder, arXiv 2510.20535, whose spans are one part each).
+    """Means ``[B, L, M]`` of ``spans_B`` contiguous spans (:func:`span_edges`) of each row's first ``length_B`` vectors
+    (ARC-Encoder, arXiv 2510.20535).
 
     Spans share a vector by how much of it they cover; with more spans than vectors, several take the same one. L is
     the largest of ``spans_B``; a row's entries after its own are zero, and so is a row without vectors.
     """
     size_BS = (torch.arange(x_BSM.shape[1], device=x_BSM.device) < length_B[:, None]).float()
-    return overlap_means(x_BSM, size_BS, text_spans(size_BS, length_B, spans_B, ends_BS, parts))
+    return overlap_means(x_BSM, size_BS, text_spans(size_BS, length_B, spans_B, ends_BS))
 
 
 def span_edges(length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,24 +122,15 @@ def span_edges(length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Ten
 
 
 def text_spans(
-    size_BS: torch.Tensor,
-    length_B: torch.Tensor,
-    spans_B: torch.Tensor,
-    ends_BS: torch.Tensor | None = None,
-    parts: int = 1,
+    size_BS: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Start and end ``[B, L × parts, 2]`` of the even parts of the spans between :func:`span_edges` of each row's first
-    ``length_B`` states.
+    """Start and end ``[B, L, 2]`` of the spans between :func:`span_edges` of each row's first ``length_B`` states.
 
     They come as shares of the row's whole size, where state s has ``size_BS`` of it: two tokenizers that cut the same
     text differently agree on them. A row's entries after its own spans are empty.
     """
     edge_BE = F.pad(size_BS.cumsum(1), (1, 0))
     state_BE = span_edges(length_B, spans_B, ends_BS)
-    if parts > 1:
-        share_P = torch.arange(parts, device=state_BE.device) / parts
-        inner_BLP = torch.lerp(state_BE[:, :-1, None], state_BE[:, 1:, None], share_P)
-        state_BE = torch.cat((inner_BLP.flatten(1), state_BE[:, -1:]), 1)
     below_BE = state_BE.floor().long()
     above_BE = (below_BE + 1).clamp(max=size_BS.shape[1])
     at_BE = torch.lerp(edge_BE.gather(1, below_BE), edge_BE.gather(1, above_BE), state_BE - below_BE)

@@ -82,7 +82,7 @@ def encoder_bytes(run: RunConfig) -> int:
     """Activations of the encoder for one step of the longest texts."""
     encoder = run.encoder
     layers, width = encoder.layers, encoder.d_model
-    if encoder.kind != "byte":
+    if encoder.pretrained:
         config = load_hf_config(backbone_source(encoder, {r.name: r for r in run.receivers})).get_text_config()
         layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
     positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN

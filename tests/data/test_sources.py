@@ -128,7 +128,7 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 def test_parquet_without_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match="must have columns context, question and answers, it has text"):
+    with pytest.raises(DataError, match="must have columns context, question, answer or answers, it has text"):
         rows_of(tmp_path)
 
 

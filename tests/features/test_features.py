@@ -50,19 +50,6 @@ def logits(wire: LatentWire, table: pa.Table, receiver: str = "llama") -> torch.
             return wire.receivers[receiver].supervised_logits(sequences, soft_ND)
 
 
-@pytest.mark.parametrize("name", ["coprocessor", "latent_adapters"])
-def test_what_latents_unfold_into_is_their_own_rows(run: RunConfig, table: pa.Table, name: str) -> None:
-    lengths = {"encoder.pooling": "spans", "encoder.tokens_per_latent": 3}
-    wire = LatentWire(with_values(run, lengths | {f"features.{name}": {"parts": 3}}))
-    plain = logits(LatentWire(with_values(run, lengths)), table)
-    torch.testing.assert_close(logits(wire, table), plain, atol=1e-5, rtol=1e-4)
-    shake(wire)
-    together = logits(wire, table)
-    assert not torch.allclose(together, plain, atol=1e-2)
-    alone = torch.cat([logits(wire, table.slice(row, 1)) for row in range(table.num_rows)])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
-
-
 def test_the_registry_and_the_configuration_name_the_same_features() -> None:
     assert set(FEATURES) == set(FeaturesConfig.model_fields)
 

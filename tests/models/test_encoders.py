@@ -1,5 +1,6 @@
 """Every encoder reads its own text, all of it, and nothing of the batch around it."""
 
+import typing
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,6 @@ KINDS: dict[str, dict] = {
     "byte": {},
     "byte-spans": {"pooling": "spans"},
     "byte-ratio": {"pooling": "spans", "tokens_per_latent": 3},
-    "byte-parts": {"pooling": "spans", "span_parts": 3},
     "byte-sentences": {"pooling": "spans", "span_ends": "sentences", "latent_len": 2},
     "byte-private": {"private_len": 2},
     "byte-lines": {"split": "lines"},
@@ -50,6 +50,11 @@ KINDS: dict[str, dict] = {
     "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
     "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
 }
+
+
+def test_every_kind_is_tried() -> None:
+    tried = {values.get("kind", "byte") for values in KINDS.values()}
+    assert tried == set(typing.get_args(EncoderConfig.model_fields["kind"].annotation))
 
 
 @pytest.fixture(params=KINDS)

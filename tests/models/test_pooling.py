@@ -19,18 +19,6 @@ def test_spans_are_even_and_share_what_they_cut() -> None:
     assert means(x_BSM, 4, 8) == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_parts_of_spans_are_even_wherever_spans_end() -> None:
-    x_BSM, length_B = torch.randn(2, 12, 3), torch.tensor([12, 8])
-    spans_B = torch.tensor([3, 2])
-    parts = span_means(x_BSM, length_B, spans_B, parts=2)
-    torch.testing.assert_close(parts, span_means(x_BSM, length_B, 2 * spans_B))
-    ends_BS = torch.zeros(2, 12, dtype=torch.bool)
-    ends_BS[0, [1, 7]] = True  # spans of 2, 6 and 4 states
-    parts = span_means(x_BSM, length_B, spans_B, ends_BS, parts=2)[0]
-    expected = [x_BSM[0, start:stop].mean(0) for start, stop in [(0, 1), (1, 2), (2, 5), (5, 8), (8, 10), (10, 12)]]
-    torch.testing.assert_close(parts, torch.stack(expected))
-
-
 def test_padding_is_in_no_span_and_no_row_sees_another() -> None:
     x_BSM = torch.randn(2, 6, 3)
     changed = x_BSM.clone()

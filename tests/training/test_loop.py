@@ -1,5 +1,6 @@
 """The optimisation loop: it learns, it resumes exactly, and it stops when it cannot go on."""
 
+import typing
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from latentwire.assembly import LatentWire
-from latentwire.config import RunConfig
+from latentwire.config import EncoderConfig, LossConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
@@ -69,6 +70,13 @@ EVERYTHING = {
     "encoder.tokens_per_latent": 3,
 }  # fmt: skip
 """Every loss term and every feature at once, on messages of unequal lengths."""
+
+
+def test_everything_is_everything() -> None:
+    weights = {name for name in LossConfig.model_fields if name.endswith("_weight")}
+    assert weights == {name for name in EVERYTHING["losses"] if name.endswith("_weight")} | {"answer_ce_weight"}
+    tried = {values.get("encoder.kind", "byte") for values in OVERFIT.values()}
+    assert tried == set(typing.get_args(EncoderConfig.model_fields["kind"].annotation))
 
 
 def gradients(run: RunConfig, table: pa.Table) -> dict[str, torch.Tensor]:
