@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SPACE ?= search_spaces/toy.yaml
 ARGS ?=
 
-.PHONY: setup tune test lint format bench receivers quantization s3server clean
+.PHONY: setup tune test lint format bench coverage receivers quantization s3server clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+# Of what starts no Ray: lines that only Ray's own processes run do not count.
+coverage: setup
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --cov=latentwire --cov-report=term-missing:skip-covered $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .
