@@ -73,9 +73,21 @@ def rows_of(run: RunConfig) -> int:
     return max(1, run.training.batch_size // (run.training.num_workers * run.training.accumulation))
 
 
+def slots_of(run: RunConfig) -> int:
+    """Soft slots of the longest message of a training step: texts as long as they may be, at the shortest stride."""
+    encoder, training = run.encoder, run.training
+    tokens = run.data.max_context_bytes / BYTES_PER_TOKEN
+    latents = encoder.latent_len
+    if encoder.tokens_per_latent is not None:
+        latents = math.ceil(tokens / min(training.tokens_per_latent or (encoder.tokens_per_latent,)))
+    if training.coarsening_steps:
+        latents = max(latents, math.ceil(tokens / training.coarsening_from))
+    return latents + encoder.private_len
+
+
 def positions_of(run: RunConfig) -> int:
     """Rows times positions that a receiver reads at once for one worker of a trial, at most."""
-    return rows_of(run) * (run.encoder.latent_len + PROMPT_POSITIONS)
+    return rows_of(run) * (slots_of(run) + PROMPT_POSITIONS)
 
 
 def encoder_bytes(run: RunConfig) -> int:

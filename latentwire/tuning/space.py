@@ -100,8 +100,12 @@ def _needs_files(dotted: str) -> bool:
     )
 
 
+SMALLER_COSTS_MORE = ("encoder.tokens_per_latent", "training.accumulation", "training.coarsening_from")
+"""Knobs whose smaller values make longer messages or larger batches."""
+
+
 def largest_run(space: SpaceFile) -> RunConfig:
-    """The shared configuration with every searched number at its upper end: what a trial may cost at most."""
+    """The shared configuration with every searched number at the end that costs more: what a trial may cost at most."""
     return with_values(space.run, _largest(space), "largest trial of the space")
 
 
@@ -109,7 +113,7 @@ def _largest(space: SpaceFile) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for dotted, dim in space.search.items():
         if not isinstance(dim, CategoricalDimension):
-            values[dotted] = dim.high
+            values[dotted] = dim.low if dotted in SMALLER_COSTS_MORE else dim.high
         elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):
-            values[dotted] = max(dim.choices)
+            values[dotted] = (min if dotted in SMALLER_COSTS_MORE else max)(dim.choices)
     return values

@@ -8,7 +8,7 @@ from latentwire.config.space import IntDimension
 from latentwire.models.lm import LMWrapper
 from latentwire.tuning import autoscaler, forecast, planner
 from latentwire.tuning.planner import PlanError, plan
-from latentwire.tuning.sharing import obstacles
+from latentwire.tuning.sharing import obstacles, slots_of
 
 ENOUGH = 64e9
 
@@ -36,6 +36,20 @@ def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
 def test_gpus_are_used_where_there_are_any() -> None:
     on_gpu = plan(space(tune__receivers="own"), {"CPU": 16, "GPU": 4}, ENOUGH)
     assert (on_gpu.gpus_per_worker, on_gpu.max_concurrent_trials) == (1.0, 4)
+
+
+def test_messages_that_grow_or_shrink_are_planned_at_their_longest() -> None:
+    kib = {"data__max_context_bytes": 1024, "training__batch_size": 2}
+    assert slots_of(space(**kib).run) == shared_latents()
+    assert slots_of(space(**kib, encoder__tokens_per_latent=8).run) == 32
+    assert slots_of(space(**kib, encoder__tokens_per_latent=8, training__tokens_per_latent=[4, 8]).run) == 64
+    assert slots_of(space(**kib, training__coarsening_steps=9, training__coarsening_from=2.0).run) == 128
+    assert slots_of(space(**kib, encoder__private_len=3).run) == shared_latents() + 3
+    fixed, shrinking = (
+        plan(space(**kib, training__coarsening_steps=steps), {"CPU": 2}, ENOUGH).receivers[0].bytes_step
+        for steps in (0, 9)
+    )
+    assert shrinking > 2 * fixed
 
 
 def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
