@@ -73,16 +73,20 @@ def rows_of(run: RunConfig) -> int:
     return max(1, run.training.batch_size // (run.training.num_workers * run.training.accumulation))
 
 
+def final_slots(run: RunConfig) -> int:
+    """Soft slots of the longest message when the coarsening is over: of a text as long as it may be, at the shortest stride."""
+    encoder, strides = run.encoder, run.training.tokens_per_latent
+    if encoder.tokens_per_latent is None:
+        return encoder.latent_len + encoder.private_len
+    return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / min(strides or (encoder.tokens_per_latent,)))
+
+
 def slots_of(run: RunConfig) -> int:
-    """Soft slots of the longest message of a training step: texts as long as they may be, at the shortest stride."""
-    encoder, training = run.encoder, run.training
-    tokens = run.data.max_context_bytes / BYTES_PER_TOKEN
-    latents = encoder.latent_len
-    if encoder.tokens_per_latent is not None:
-        latents = math.ceil(tokens / min(training.tokens_per_latent or (encoder.tokens_per_latent,)))
-    if training.coarsening_steps:
-        latents = max(latents, math.ceil(tokens / training.coarsening_from))
-    return latents + encoder.private_len
+    """Soft slots of the longest message of any training step."""
+    if not run.training.coarsening_steps:
+        return final_slots(run)
+    first = math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / run.training.coarsening_from)
+    return max(first, final_slots(run))
 
 
 def positions_of(run: RunConfig) -> int:
@@ -121,7 +125,6 @@ def share(
     bytes_per_replica = {
         name: int(weights + together * step + context) for name, (weights, step) in weights_and_steps.items()
     }
-    positions = positions_of(run)
     worker = int(16 * trainable + encoder_bytes(run) + context)
     given = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
 
@@ -132,7 +135,8 @@ def share(
         replicas=space.tune.replicas or max(1, int(gpus)),
         bytes_per_replica=bytes_per_replica,
         gpus_per_replica={name: share_of_gpu(size) for name, size in bytes_per_replica.items()},
-        most_positions=together * positions,
+        # Not of the longer messages that a run begins with: so many short ones would be joined.
+        most_positions=together * rows_of(run) * (final_slots(run) + PROMPT_POSITIONS),
         threads=psutil.cpu_count(logical=False) or 1,
         bytes_per_worker=worker,
         gpus_per_worker=given if gpus and given < 1 else share_of_gpu(worker),
