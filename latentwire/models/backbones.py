@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,6 @@ class PretrainedStates(nn.Module):
         self.prefix, self.suffix = _wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.token_bytes = token_bytes(self.tokenizer)
-        self.token_ends, self.token_joins = sentence_marks(self.tokenizer)
         self.updates = nn.ModuleDict()
         if config.tune != "full":
             self.backbone.requires_grad_(False)
@@ -75,10 +75,16 @@ class PretrainedStates(nn.Module):
             [self.token_bytes[torch.tensor(row, dtype=torch.long)] for row in rows],
         )
 
+    @functools.cached_property
+    def _marks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Looked up when spans first ask: a large vocabulary takes a while."""
+        return sentence_marks(self.tokenizer)
+
     def sentence_ends(self, row: Sequence[int]) -> list[bool]:
         """Whether a sentence ends after each of a text's own tokens."""
         ids = torch.tensor(row, dtype=torch.long)
-        ends_S, goes_on_S = self.token_ends[ids], self.token_joins[ids].roll(-1)
+        ends_V, joins_V = self._marks
+        ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
         return (ends_S & ~goes_on_S).tolist()
 
     def forward(
