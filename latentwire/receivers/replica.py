@@ -48,7 +48,7 @@ class Replica:
     """
 
     def __init__(self, lm: OwnReceiver, *, most_positions: int, most_waiting: int) -> None:
-        """``most_positions``: rows times positions that one pass may have; a larger request goes alone."""
+        """``most_positions``: rows times positions that a pass over several requests may have."""
         self.lm, self.most_positions = lm, most_positions
         self.accounts: dict[str, Account] = {}
         self.passes = 0

@@ -34,7 +34,7 @@ class Sharing:
     """Receiver → weights, and the activations of its largest pass."""
     gpus_per_replica: dict[str, float]
     most_positions: int
-    """Rows times positions of one pass."""
+    """Rows times positions of a pass that answers several trials; 0: every trial is answered alone."""
     threads: int
     """Of a replica without a GPU: all cores where one trial runs at a time, else the replicas share them."""
     bytes_per_worker: int
@@ -136,7 +136,7 @@ def share(
         bytes_per_replica=bytes_per_replica,
         gpus_per_replica={name: share_of_gpu(size) for name, size in bytes_per_replica.items()},
         # Not of the longer messages that a run begins with: so many short ones would be joined.
-        most_positions=together * rows_of(run) * (final_slots(run) + PROMPT_POSITIONS),
+        most_positions=together * rows_of(run) * (final_slots(run) + PROMPT_POSITIONS) if together > 1 else 0,
         threads=psutil.cpu_count(logical=False) or 1,
         bytes_per_worker=worker,
         gpus_per_worker=given if gpus and given < 1 else share_of_gpu(worker),

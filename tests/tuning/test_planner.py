@@ -57,6 +57,8 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
     shared = plan(space(), eight, ENOUGH)
     assert shared.sharing is not None and shared.max_concurrent_trials == 8  # the sweep has no more
     assert shared.sharing.replicas == 4 and shared.sharing.most_positions == 4 * 32 * (shared_latents() + 64)
+    single = plan(space(tune__joined_trials=1), eight, ENOUGH).sharing
+    assert single is not None and single.most_positions == 0  # nothing is joined, however short
     assert 0 < shared.worker_gpus < 0.1 and shared.gpus_per_worker == 1.0  # a finished wire is scored with its own
     whole = shared.sharing.gpus_per_replica
     assert all(0 < share < 0.2 for share in whole.values()) and set(whole) == {"llama", "qwen"}
