@@ -53,7 +53,7 @@ class Trainer:
                 lm.recompute_activations()
             if self.config.compile:
                 lm.fuse()
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=True)
         self.scheduler = get_scheduler(
             "cosine_with_min_lr",
             self.optimizer,
