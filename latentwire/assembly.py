@@ -19,8 +19,8 @@ from latentwire.data import layout
 from latentwire.data.layout import Batch, SequenceBuilder, collate, sender_text
 from latentwire.features import registry
 from latentwire.features.base import Reading
+from latentwire.models.decoded import Decoded
 from latentwire.models.interlingua import Interlingua, ReceiverShape
-from latentwire.models.lm import Decoded
 from latentwire.models.message import Message
 from latentwire.models.weights import ReceiverError, fingerprint
 from latentwire.receivers.base import Receiver

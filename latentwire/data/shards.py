@@ -18,7 +18,7 @@ from latentwire.config import RunConfig
 from latentwire.data import sources
 from latentwire.data.layout import LAYOUT_VERSION, SequenceBuilder
 from latentwire.models.encoders import encoder_tokenizer
-from latentwire.models.lm import load_tokenizer
+from latentwire.models.weights import load_tokenizer
 from latentwire.storage import Place, place, read_parquet
 
 SHARD_VERSION = 2

@@ -1,11 +1,10 @@
-"""How sure a mean is."""
+"""How sure a mean is. scipy is imported by whoever asks: workers, which train, are without it sooner."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import bootstrap, permutation_test
 
 RESAMPLES = 2_000
 SEED = 0  # of the resampling: the same scores have the same interval
@@ -13,6 +12,8 @@ SEED = 0  # of the resampling: the same scores have the same interval
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over rows; the mean itself, twice, where all values are equal."""
+    from scipy.stats import bootstrap
+
     if len(set(values)) == 1:
         return float(values[0]), float(values[0])
     found = bootstrap(
@@ -27,6 +28,8 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, flo
 
     ``p``: how often so large a difference of either sign comes about where each row's two scores are swapped at random.
     """
+    from scipy.stats import permutation_test
+
     paired = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     low, high = interval(paired.tolist())
     if not paired.any():

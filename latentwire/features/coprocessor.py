@@ -33,7 +33,7 @@ class Coprocessor(Feature):
             {name: nn.ModuleList(Block(width, options.heads) for _ in range(options.layers)) for name in receivers}
         )
         self.slots = nn.ModuleDict(
-            {name: SlotKeyValues(shape.lm, width, "coprocessor") for name, shape in receivers.items()}
+            {name: SlotKeyValues(shape.skeleton(), width, "coprocessor") for name, shape in receivers.items()}
         )
 
     @contextmanager

@@ -24,7 +24,7 @@ class DeepPrefix(Feature):
             {name: nn.Sequential(nn.LayerNorm(d_z), nn.Linear(d_z, options.hidden), nn.GELU()) for name in receivers}
         )
         self.slots = nn.ModuleDict(
-            {name: SlotKeyValues(shape.lm, options.hidden, "deep_prefix") for name, shape in receivers.items()}
+            {name: SlotKeyValues(shape.skeleton(), options.hidden, "deep_prefix") for name, shape in receivers.items()}
         )
 
     @contextmanager

@@ -25,7 +25,7 @@ class Lora(Feature):
         super().__init__(options, run, receivers)
         self.updates = nn.ModuleDict(
             {
-                name: updates_of(shape.lm, options.targets, options.rank, options.alpha)
+                name: updates_of(shape.skeleton(), options.targets, options.rank, options.alpha)
                 for name, shape in receivers.items()
             }
         )

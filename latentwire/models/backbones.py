@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel
 
 from latentwire.config import EncoderConfig, ReceiverConfig
-from latentwire.models.lm import load_hf_config, load_tokenizer
 from latentwire.models.low_rank import attached, updates_of
 from latentwire.models.tokens import sentence_marks, token_bytes
-from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
+from latentwire.models.weights import (
+    ReceiverError,
+    backbone_source,
+    fingerprint,
+    hub_error,
+    load_hf_config,
+    load_tokenizer,
+    resolve,
+)
 
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
 
@@ -103,15 +109,9 @@ class PretrainedStates(nn.Module):
         return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT]).float()
 
 
-def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
-    """Where the encoder's backbone comes from, as a receiver's weights are found."""
-    model = config.model or ""
-    if model.startswith("receiver:"):
-        return receivers[model.removeprefix("receiver:")]
-    return ReceiverConfig(name="encoder", model=model)
-
-
 def _load(source: ReceiverConfig, load_weights: bool) -> Any:
+    from transformers import AutoModel
+
     if not load_weights:
         return AutoModel.from_config(load_hf_config(source))
     try:

@@ -13,11 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.attention import Block, rotary_of
-from latentwire.models.backbones import PretrainedStates, backbone_source
-from latentwire.models.lm import load_tokenizer
+from latentwire.models.backbones import PretrainedStates
 from latentwire.models.message import Message
 from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_spans
 from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, ends_sentence
+from latentwire.models.weights import backbone_source, load_tokenizer
 
 BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 

@@ -23,8 +23,8 @@ class ReceiverShape:
     width: int
     """D, of one soft-prompt vector."""
     embed_rms: float
-    lm: nn.Module
-    """The model itself, whose layers' shapes features read; on the meta device where its weights are elsewhere."""
+    skeleton: Callable[[], nn.Module]
+    """Gives the model itself, whose layers' shapes features read; on the meta device where its weights are elsewhere."""
 
 
 def owner(module: nn.Module, name: str) -> str | None:

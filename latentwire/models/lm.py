@@ -7,75 +7,31 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    Cache,
-    GenerationConfig,
-    TorchAoConfig,
-)
-from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentwire.config import ReceiverConfig
 from latentwire.data.layout import Batch
+from latentwire.models.decoded import Decoded
 from latentwire.models.pooling import overlap_means
 from latentwire.models.slots import added_to_slots
 from latentwire.models.tokens import token_bytes
-from latentwire.models.weights import ReceiverError, fingerprint, hub_error, resolve
+from latentwire.models.weights import (
+    ReceiverError,
+    fingerprint,
+    hub_error,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve,
+)
 
-
-def load_tokenizer(config: ReceiverConfig) -> Any:
-    """The receiver's tokenizer, without its weights. Raises :class:`ReceiverError`."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(config, error) from error
-
-
-def load_hf_config(config: ReceiverConfig) -> Any:
-    """The receiver's transformers configuration, without its weights. Raises :class:`ReceiverError`."""
-    try:
-        return AutoConfig.from_pretrained(
-            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(config, error) from error
-
-
-def skeleton(config: ReceiverConfig) -> nn.Module:
-    """The receiver's model without its weights, on the meta device. Raises :class:`ReceiverError`."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_hf_config(config))
-
-
-def pick_device(wanted: str = "auto") -> torch.device:
-    """``auto`` is CUDA, then MPS, then CPU."""
-    if wanted != "auto":
-        device = torch.device(wanted)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ReceiverError(f"device must exist on this machine, got {wanted} and no CUDA; use device: auto")
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on CUDA and float32 elsewhere."""
-    if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, wanted)
+if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
+    from transformers import Cache
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def quantization_config(config: ReceiverConfig) -> Any:
@@ -86,6 +42,8 @@ def quantization_config(config: ReceiverConfig) -> Any:
             f"receiver {config.name}: quantization {config.quantization} needs {package}, which is not installed; "
             f"pip install 'latentwire[quantization]', or set quantization: none"
         )
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
     if config.quantization == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     from torchao.quantization import Int8WeightOnlyConfig
@@ -105,20 +63,8 @@ def keep_layout(lm: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """What a receiver said, and how long it took over the whole batch."""
-
-    rows: list[list[int]]
-    """Token ids, up to and without the stop token."""
-    prefill_ms: float
-    """From the prompt to the first token."""
-    decode_ms: float
-    """From there to the end."""
-
-
-class Stopwatch(BaseStreamer):
-    """When generation hands out tokens: first the prompt, then those of each step."""
+class Stopwatch:
+    """A streamer of transformers: when generation hands out tokens: first the prompt, then those of each step."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
@@ -140,6 +86,8 @@ class LMWrapper(nn.Module):
 
     def __init__(self, config: ReceiverConfig) -> None:
         """Load weights and tokenizer. Raises :class:`ReceiverError` with the cause and the next move."""
+        from transformers import AutoModelForCausalLM
+
         super().__init__()
         self.config, self.name = config, config.name
         self.tokenizer = load_tokenizer(config)
@@ -273,6 +221,8 @@ class LMWrapper(nn.Module):
 
         Features must stay attached until then.
         """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
         self._recomputed = [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -313,6 +263,8 @@ class LMWrapper(nn.Module):
         self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
     ) -> Decoded:
         """Greedy continuations of left-padded prompts."""
+        from transformers import GenerationConfig
+
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         settings = GenerationConfig(

@@ -1,19 +1,24 @@
-"""Where a receiver's weights come from: the embedded toys, a local directory, a GGUF file, or the Hub."""
+"""Where a receiver's weights come from (the embedded toys, a local directory, a GGUF file, or the Hub), and where they go.
+
+transformers is imported where something is loaded: its models take seconds and 150 MB, and a trial that shares its receivers
+loads none.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import nn
 
-from latentwire.config import ReceiverConfig
+from latentwire.config import EncoderConfig, ReceiverConfig
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 
@@ -54,6 +59,65 @@ def resolve(config: ReceiverConfig) -> str:
             f"receiver {config.name}: {path} must hold config.json with safetensors, or exactly one .gguf file, got {found}"
         )
     return str(_convert_gguf(files[0], config))
+
+
+def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
+    """Where the encoder's backbone comes from, as a receiver's weights are found."""
+    model = config.model or ""
+    if model.startswith("receiver:"):
+        return receivers[model.removeprefix("receiver:")]
+    return ReceiverConfig(name="encoder", model=model)
+
+
+def load_tokenizer(config: ReceiverConfig) -> Any:
+    """The receiver's tokenizer, without its weights. Raises :class:`ReceiverError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(config, error) from error
+
+
+def load_hf_config(config: ReceiverConfig) -> Any:
+    """The receiver's transformers configuration, without its weights. Raises :class:`ReceiverError`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(config, error) from error
+
+
+def skeleton(config: ReceiverConfig) -> nn.Module:
+    """The receiver's model without its weights, on the meta device. Raises :class:`ReceiverError`."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_hf_config(config))
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """``auto`` is CUDA, then MPS, then CPU."""
+    if wanted != "auto":
+        device = torch.device(wanted)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ReceiverError(f"device must exist on this machine, got {wanted} and no CUDA; use device: auto")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, wanted)
 
 
 def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 from latentwire.config import LossConfig, ReceiverConfig
 from latentwire.data.layout import Batch
 from latentwire.losses.bundles import Teacher, Weights
-from latentwire.models.lm import Decoded
+from latentwire.models.decoded import Decoded
 
 PART = "step: "
 """What the names of a step's parts begin with in a profile."""
@@ -77,7 +77,6 @@ class Receiver(Protocol):
     def held_bytes(self) -> int:
         """Of frozen weights in this process."""
 
-    @property
     def skeleton(self) -> nn.Module:
         """The model, whose layers' shapes features read; on the meta device where its weights are elsewhere."""
 

@@ -21,7 +21,6 @@ class OwnReceiver(LMWrapper):
         """Of frozen weights."""
         return sum(p.numel() * p.element_size() for p in self.lm.parameters())
 
-    @property
     def skeleton(self) -> nn.Module:
         """The model itself."""
         return self.lm

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from transformers import BatchEncoding
 
 from latentwire.data.layout import Batch, join
 from latentwire.losses.bundles import Reader
-from latentwire.models.lm import Decoded
+from latentwire.models.decoded import Decoded
 from latentwire.receivers.base import Judgement, LossTask
 from latentwire.receivers.own import OwnReceiver
 
@@ -224,9 +224,9 @@ class TokenizerRequest(LookUp):
 
     @staticmethod
     def answer(lm: OwnReceiver, requests: Sequence[TokenizerRequest]) -> list[Any]:
-        """What each method returns; of encodings the ids alone, and what else was asked for."""
+        """What each method returns; of encodings the ids and what else was asked for, in a class that needs no transformers."""
         found = [getattr(lm.tokenizer, one.method)(one.argument, **one.options) for one in requests]
-        return [BatchEncoding(dict(one)) if isinstance(one, BatchEncoding) else one for one in found]
+        return [SimpleNamespace(**one) if isinstance(one, Mapping) else one for one in found]
 
 
 def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:

@@ -14,7 +14,8 @@ from latentwire.config import LossConfig, ReceiverConfig
 from latentwire.data.layout import Batch
 from latentwire.losses.bundles import Teacher
 from latentwire.losses.chunks import common_gradient
-from latentwire.models.lm import Decoded, skeleton
+from latentwire.models.decoded import Decoded
+from latentwire.models.weights import skeleton
 from latentwire.receivers.base import Judgement, LossTask
 from latentwire.receivers.own import OwnReceiver
 from latentwire.receivers.requests import (
@@ -96,10 +97,13 @@ class SharedReceiver:
         self.tokenizer = RemoteTokenizer(channel, self.facts.special)
         self.width, self.embed_rms = self.facts.width, self.facts.embed_rms
         self.held_bytes = 0
-        self.skeleton: nn.Module = skeleton(config)
         self.bytes_sent = 0
         """Of tensors, to the replica and back."""
         self._added: list[torch.Tensor] = []
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device."""
+        return skeleton(self.config)
 
     def fingerprint(self) -> str:
         """Of the weights when their replica had loaded them: whoever started it looks again at the end."""

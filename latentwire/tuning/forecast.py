@@ -15,7 +15,7 @@ import torch
 
 from latentwire.config import LossConfig, RunConfig, SpaceFile
 from latentwire.data import shards, teachers
-from latentwire.models.lm import load_hf_config
+from latentwire.models.weights import load_hf_config
 from latentwire.storage import Place
 from latentwire.tuning.autoscaler import addable_nodes
 from latentwire.tuning.planner import Plan, PlanError

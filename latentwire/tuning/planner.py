@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
-from latentwire.models.lm import pick_device, pick_dtype, skeleton
+from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.storage import local, place
 from latentwire.tuning.autoscaler import cluster_resources
 from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, rows_of, share
@@ -256,8 +257,8 @@ def _trainable(run: RunConfig) -> int:
     with torch.device("meta"):
         shapes = {}
         for receiver in run.receivers:
-            lm: Any = skeleton(receiver)
-            shapes[receiver.name] = ReceiverShape(lm.config.get_text_config().hidden_size, 1.0, lm)
+            width = load_hf_config(receiver).get_text_config().hidden_size
+            shapes[receiver.name] = ReceiverShape(width, 1.0, functools.partial(skeleton, receiver))
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
         interlingua.train_only(run.training.train_only)
     return sum(p.numel() for p in interlingua.parameters() if p.requires_grad)

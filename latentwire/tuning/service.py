@@ -14,8 +14,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from latentwire.config import ReceiverConfig, RunConfig, SpaceFile
-from latentwire.models.lm import pick_device
-from latentwire.models.weights import ReceiverError
+from latentwire.models.weights import ReceiverError, pick_device
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.own import OwnReceiver
 from latentwire.receivers.replica import Replica

@@ -10,8 +10,7 @@ import psutil
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.features.registry import FEATURES
-from latentwire.models.backbones import backbone_source
-from latentwire.models.lm import load_hf_config
+from latentwire.models.weights import backbone_source, load_hf_config
 
 PROMPT_POSITIONS = 64
 """Positions of template, question and answer beside the slots."""

@@ -21,7 +21,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
-from latentwire.models.lm import pick_device
+from latentwire.models.weights import pick_device
 from latentwire.training.loop import Trainer
 
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {

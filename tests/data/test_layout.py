@@ -7,7 +7,7 @@ from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data import layout
 from latentwire.data.layout import LayoutError, SequenceBuilder, collate, sender_text
 from latentwire.data.shards import builders
-from latentwire.models.lm import load_tokenizer
+from latentwire.models.weights import load_tokenizer
 
 CONTEXT, QUESTION, ANSWER = "Ada lives in Oslo.", "Where is the home of Ada?", "Oslo"
 

@@ -11,9 +11,8 @@ from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
 from latentwire.models.adapter import Adapter
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import InterlinguaEncoder, token_rows
-from latentwire.models.lm import load_tokenizer
 from latentwire.models.message import Message
-from latentwire.models.weights import ReceiverError
+from latentwire.models.weights import ReceiverError, load_tokenizer
 
 TEXTS = ["Ada lives in Oslo.", "", "Ben works as baker. Cleo owns an uncommonly-long-word. Ada eats rice."]
 RECEIVERS = {receiver.name: receiver for receiver in RunConfig().receivers}

@@ -10,8 +10,8 @@ from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.data.toy import toy_rows
 from latentwire.losses.terms import token_ce
-from latentwire.models.lm import LMWrapper, pick_device, quantization_config, skeleton
-from latentwire.models.weights import ReceiverError
+from latentwire.models.lm import LMWrapper, quantization_config
+from latentwire.models.weights import ReceiverError, pick_device, skeleton
 
 PHI = ReceiverConfig(name="phi", model="toy-phi")
 ROWS = [

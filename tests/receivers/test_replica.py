@@ -37,7 +37,7 @@ def loss_request(run: RunConfig, name: str, rows: int, seed: int, *, added: bool
     generator = torch.Generator().manual_seed(seed)
     lm = wire.receivers[name]
     soft_ND = torch.randn(int(sequences.slots_BS.sum()), lm.width, generator=generator) * lm.embed_rms
-    wide = sum(p.out_features for n, p in lm.skeleton.named_modules() if n.endswith(("k_proj", "v_proj")))
+    wide = sum(p.out_features for n, p in lm.skeleton().named_modules() if n.endswith(("k_proj", "v_proj")))
     added_NE = torch.randn(int(sequences.latents_BS.sum()), wide, generator=generator) * 0.1 if added else None
     return LossRequest(task, Prompt(soft_ND, added_NE), True, True)
 

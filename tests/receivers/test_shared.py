@@ -63,7 +63,7 @@ def test_it_holds_no_weights_and_counts_what_travels(run: RunConfig, sharing_wir
     wire = sharing_wire(run, "trial")
     Trainer(wire, 100).step(shard_table(run, 4))
     for receiver in wire.receivers.values():
-        assert receiver.held_bytes == 0 and all(p.is_meta for p in receiver.skeleton.parameters())
+        assert receiver.held_bytes == 0 and all(p.is_meta for p in receiver.skeleton().parameters())
         soft = 4 * run.encoder.latent_len * receiver.width * 4  # fp32, there and back
         assert 2 * soft < receiver.bytes_sent < 2 * soft + 20_000
 

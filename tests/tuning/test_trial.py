@@ -1,6 +1,8 @@
 """What a trial's failure leaves behind, and what a worker does on its own: resume, save at a preemption, give up."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,8 @@ from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning import worker
 from latentwire.tuning.trial import ERROR_FILE, cause_left, leave_cause
 
+HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
+"""What takes seconds to import, and is for whoever loads a model, scores, or searches."""
 KILLED_BY_RAY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
 
 
@@ -153,3 +157,10 @@ def test_receivers_of_other_weights_are_refused(
     }  # fmt: skip
     worker.train(settings)
     assert "receivers must hash to {'llama': '0000" in str(cause_left(tmp_path))
+
+
+@pytest.mark.parametrize("module", ["latentwire.tuning.trial", "latentwire.tuning.worker"])
+def test_a_trials_processes_import_no_more_than_they_must(module: str) -> None:
+    told = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
