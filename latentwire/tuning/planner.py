@@ -19,7 +19,7 @@ from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.storage import local, place
 from latentwire.tuning.autoscaler import cluster_resources
-from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, rows_of, share
+from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, rows_of, share, slots_of
 from latentwire.tuning.space import largest_run
 
 WORKER_BASE_BYTES = 700e6
@@ -246,7 +246,7 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
     device = torch.device("cuda") if on_gpu else pick_device(receiver.device)
     width_bytes = torch.empty((), dtype=pick_dtype(receiver.dtype, device)).element_size()
     text: Any = lm.config.get_text_config()
-    rows, positions = rows_of(run), positions_of(run)
+    rows, positions = rows_of(run), positions_of(run, slots_of(run))
     activations = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
     logits = rows * 8 * text.vocab_size * (width_bytes + 8)  # 8 supervised tokens; loss and gradient in fp32
     return ReceiverEstimate(receiver.name, parameters, parameters * width_bytes, activations + logits)

@@ -88,9 +88,9 @@ def slots_of(run: RunConfig) -> int:
     return max(first, final_slots(run))
 
 
-def positions_of(run: RunConfig) -> int:
-    """Rows times positions that a receiver reads at once for one worker of a trial, at most."""
-    return rows_of(run) * (slots_of(run) + PROMPT_POSITIONS)
+def positions_of(run: RunConfig, slots: int) -> int:
+    """Rows times positions that a receiver reads at once for one worker of a trial, with messages of so many slots."""
+    return rows_of(run) * (slots + PROMPT_POSITIONS)
 
 
 def encoder_bytes(run: RunConfig) -> int:
@@ -135,7 +135,7 @@ def share(
         bytes_per_replica=bytes_per_replica,
         gpus_per_replica={name: share_of_gpu(size) for name, size in bytes_per_replica.items()},
         # Not of the longer messages that a run begins with: so many short ones would be joined.
-        most_positions=together * rows_of(run) * (final_slots(run) + PROMPT_POSITIONS) if together > 1 else 0,
+        most_positions=together * positions_of(run, final_slots(run)) if together > 1 else 0,
         threads=psutil.cpu_count(logical=False) or 1,
         bytes_per_worker=worker,
         gpus_per_worker=given if gpus and given < 1 else share_of_gpu(worker),
