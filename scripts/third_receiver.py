@@ -4,8 +4,9 @@
     python scripts/third_receiver.py --from runs/pair/best --add_receiver phi=toy-phi --steps 100 200 400 800
 
 ``joined``: the wire's encoder stays as it is, the receiver's own part is trained. ``scratch``: encoder and adapter of a wire
-for that receiver alone. Both take the wire's configuration, with alignment and coarsening as the same shares of the steps;
-retention is the exact match of the message over that of the full text. Flags and ``--set`` override both.
+for that receiver alone. Both take the wire's configuration, with alignment, coarsening and warm-up as the same shares of the
+steps as in its own ``max_steps``; retention is the exact match of the message over that of the full text. Flags and ``--set``
+override both, ``--scratch`` what is trained from scratch, which knows no other receiver of the wire.
 """
 
 from __future__ import annotations
@@ -24,20 +25,16 @@ from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
-from latentwire.options import add_flags, add_joining, read_space, with_home
+from latentwire.options import add_flags, add_joining, assignment, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.tuning import results
 
 
 def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
-    """``run`` for so many steps: what the wire spent a share of its own on takes the same share of these."""
+    """``run`` for so many steps: what takes a share of the wire's own steps takes the same share of these."""
     total = base.training.max_steps or max(1, base.training.alignment_steps + base.training.coarsening_steps)
-    shares = {
-        name: getattr(base.training, name) / total for name in ("alignment_steps", "coarsening_steps", "warmup_steps")
-    }
-    if run.training.train_only:
-        shares["coarsening_steps"] = 0.0
-    values = {f"training.{name}": min(round(share * steps), steps) for name, share in shares.items()}
+    parts = ("alignment_steps", "coarsening_steps", "warmup_steps")
+    values = {f"training.{name}": min(round(getattr(run.training, name) * steps / total), steps) for name in parts}
     return with_values(
         run, values | {"training.max_steps": steps, "training.epochs": 1000, "training.evaluate_every": steps}
     )
@@ -65,14 +62,26 @@ def main() -> int:
     parser.add_argument(
         "--ways", nargs="+", choices=["joined", "scratch"], default=["joined", "scratch"], help="which to train"
     )
+    parser.add_argument(
+        "--scratch",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="a knob of what is trained from scratch alone",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/third"), help="where the runs and table.json go")
     options = parser.parse_args()
     try:
         run = with_home(read_space(options)).run
         base = with_home(SpaceFile(run=read_run(options.base))).run
         (name,) = run.training.train_only
-        own = {"receivers": [r.model_dump(mode="json") for r in run.receivers if r.name == name]}
-        scratch = with_values(run, own | {"training.train_only": [], "training.init_from": None})
+        alone: dict[str, Any] = {
+            "receivers": [r.model_dump(mode="json") for r in run.receivers if r.name == name],
+            "training.train_only": [],
+            "training.init_from": None,
+            "training.coarsening_steps": base.training.coarsening_steps,
+        }
+        scratch = with_values(run, alone | dict(map(assignment, options.scratch)))
         rows = []
         for steps in options.steps:
             for way in options.ways:
