@@ -8,6 +8,7 @@ python -m tests.benchmarks --space search_spaces/small.yaml --data_dir <director
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def main() -> int:
     if "sharing" in options.only:
         found += [
             *sharing.rows(space.model_copy(update={"run": run}), options.steps),
-            *map(sharing.trials_per_gpu, (1, 4)),
+            *itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4))),
         ]
     if "logits" in options.only:
         for vocabulary in (49_152, 262_144):

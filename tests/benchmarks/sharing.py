@@ -111,8 +111,8 @@ def _sweep(run: RunConfig, receivers: Any, trials: int) -> Sweep:
         ray.shutdown()
 
 
-def trials_per_gpu(accumulation: int) -> Row:
-    """By the planner, for the full-size pair in bf16 and the README's byte encoder: configurations alone, no weights.
+def on_one_gpu(accumulation: int) -> list[Row]:
+    """Memory and trials by the planner, for the full-size pair in bf16 and the README's byte encoder: configurations alone, no weights.
 
     Batches of eight texts of up to 2 KiB, in so many parts.
     """
@@ -135,6 +135,11 @@ def trials_per_gpu(accumulation: int) -> Row:
         found = planner.plan(SpaceFile(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES)
     assert found.sharing is not None
     shared, own = found.max_concurrent_trials, int(GPU_BYTES // found.bytes_per_worker)
-    detail = f"batches of 8 in {accumulation} part(s): own {found.bytes_per_worker / 1e9:.1f} GB each; {found.sharing}"
-    return Row("trials that fit one GPU of 141 GB: shared ÷ own", shared / max(1, own), "3 → ≥ 30",
-               f"{own} → {shared} by the planner, {detail}")  # fmt: skip
+    together = sum(found.sharing.bytes_per_replica.values()) + TOGETHER * found.sharing.bytes_per_worker
+    what = f"8B + 7B, by the planner, batches of 8 in {accumulation} part(s)"
+    return [
+        Row(f"memory of {TOGETHER} trials that share ÷ one with its own: {what}", together / found.bytes_per_worker, "≤ 1.3",
+            f"{together / 1e9:.1f} / {found.bytes_per_worker / 1e9:.1f} GB"),
+        Row(f"trials that fit one GPU of 141 GB, shared ÷ own: {what}", shared / max(1, own), "3 → ≥ 30",
+            f"{own} → {shared}; {found.sharing}"),
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.__main__ import PARTS
-from tests.benchmarks.sharing import trials_per_gpu
+from tests.benchmarks.sharing import on_one_gpu
 
 TAKES_LONG = {"sharing", "workers"}
 """Three sweeps, whose way tests/ray_jobs/test_sharing.py goes; seven processes, whose sums tests/training/test_workers.py does."""
@@ -36,8 +36,8 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
 
 
 def test_the_planner_holds_more_trials_that_share() -> None:
-    whole, parted = trials_per_gpu(1), trials_per_gpu(4)
-    assert parted.ratio > whole.ratio > 4
+    (memory, whole), (parted_memory, parted) = on_one_gpu(1), on_one_gpu(4)
+    assert parted.ratio > whole.ratio > 4 and parted_memory.ratio < memory.ratio < 4
 
 
 @pytest.mark.slow
