@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
     return with_values(
         run, values | {"training.max_steps": steps, "training.epochs": 1000, "training.evaluate_every": steps}
     )
+
+
+def from_scratch(run: RunConfig, base: RunConfig, name: str, knobs: Mapping[str, Any]) -> RunConfig:
+    """A run of the receiver ``name`` alone that starts from nothing and shortens its messages as the wire's own run did."""
+    alone: dict[str, Any] = {
+        "receivers": [r.model_dump(mode="json") for r in run.receivers if r.name == name],
+        "training.train_only": [],
+        "training.init_from": None,
+        "training.coarsening_steps": base.training.coarsening_steps,
+    }
+    return with_values(run, alone | dict(knobs))
 
 
 def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
@@ -75,18 +87,15 @@ def main() -> int:
         run = with_home(read_space(options)).run
         base = with_home(SpaceFile(run=read_run(options.base))).run
         (name,) = run.training.train_only
-        alone: dict[str, Any] = {
-            "receivers": [r.model_dump(mode="json") for r in run.receivers if r.name == name],
-            "training.train_only": [],
-            "training.init_from": None,
-            "training.coarsening_steps": base.training.coarsening_steps,
-        }
-        scratch = with_values(run, alone | dict(map(assignment, options.scratch)))
+        configs = {"joined": run}
+        if "scratch" in options.ways:
+            configs["scratch"] = from_scratch(run, base, name, dict(map(assignment, options.scratch)))
         rows = []
         for steps in options.steps:
             for way in options.ways:
-                config = {"joined": run, "scratch": scratch}[way]
-                found = measure(spent(config, base, steps), name, (options.output_dir / f"{way}-{steps}").absolute())
+                found = measure(
+                    spent(configs[way], base, steps), name, (options.output_dir / f"{way}-{steps}").absolute()
+                )
                 rows.append({"steps": steps, "way": way} | found)
                 (options.output_dir / "table.json").write_text(json.dumps(rows, indent=1))
     except USER_ERRORS as error:
