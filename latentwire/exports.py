@@ -175,8 +175,13 @@ def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] |
             f"{', '.join(chosen)}; name all of them"
         )
     places = dict(chosen) if isinstance(chosen, Mapping) else {}
-    kept = [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
-    return with_values(run, {"receivers": kept}, "receivers")
+    values: dict[str, Any] = {
+        "receivers": [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
+    }
+    lender = (run.encoder.model or "").removeprefix("receiver:")
+    if lender in known and lender not in chosen:  # the encoder is still built like the receiver that stays away
+        values["encoder.model"] = known[lender].model
+    return with_values(run, values, "receivers")
 
 
 def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:

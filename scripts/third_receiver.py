@@ -44,12 +44,11 @@ def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
 def from_scratch(run: RunConfig, base: RunConfig, name: str, knobs: Mapping[str, Any]) -> RunConfig:
     """A run of the receiver ``name`` alone that starts from nothing and shortens its messages as the wire's own run did."""
     alone: dict[str, Any] = {
-        "receivers": [r.model_dump(mode="json") for r in run.receivers if r.name == name],
         "training.train_only": [],
         "training.init_from": None,
         "training.coarsening_steps": base.training.coarsening_steps,
     }
-    return with_values(run, alone | dict(knobs))
+    return with_values(choose_receivers(run, [name]), alone | dict(knobs))
 
 
 def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:

@@ -152,6 +152,18 @@ def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(run: RunConfig, tmp
         LatentWire.from_pretrained(path, receivers=["gpt"])
 
 
+def test_an_encoder_made_from_a_receiver_does_without_it(run: RunConfig, tmp_path: Path) -> None:
+    values = {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 1}
+    wire = shaken(LatentWire(with_values(run, values)))
+    path = checkpoints.save(
+        tmp_path / "both", wire, {}, {"receivers": {n: r.fingerprint() for n, r in wire.receivers.items()}}
+    )
+    alone = LatentWire.from_pretrained(path, receivers=["qwen"])
+    assert alone.run.encoder.model == "toy-llama" and alone.encoder_id == wire.encoder_id
+    packet = wire.encode(CONTEXTS).to_bytes()
+    assert alone.answer(packet, QUESTIONS, "qwen") == wire.answer(packet, QUESTIONS, "qwen")
+
+
 def test_a_strangers_export_runs_no_code_unless_told(run: RunConfig, tmp_path: Path, wire: LatentWire) -> None:
     trusting = [receiver.model_dump() | {"trust_remote_code": True} for receiver in run.receivers]
     wire.run = with_values(run, {"receivers": trusting})
