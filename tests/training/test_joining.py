@@ -19,6 +19,7 @@ from latentwire.options import add_flags, add_joining, read_space
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
+from scripts.third_receiver import from_scratch, spent
 from tests.conftest import shard_table
 from tests.training.test_loop import EVERYTHING
 
@@ -148,3 +149,20 @@ def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
     missing = joined(base, "--set", "features.refiner={}")
     with pytest.raises(CheckpointError, match=r"keeps as it is, .* has no features/refiner\.safetensors"):
         training(missing, 16)
+
+
+def test_joined_and_from_scratch_spend_the_same_shares_of_their_steps(run: RunConfig) -> None:
+    steps = {"training.max_steps": 100, "training.alignment_steps": 40, "training.warmup_steps": 10}
+    borrowed = {"encoder.kind": "lm", "encoder.model": "receiver:llama", "training.coarsening_steps": 20}
+    base = with_values(run, steps | borrowed)
+    joining = {"receivers": [*(r.model_dump() for r in base.receivers), PHI], "training.coarsening_steps": 0}
+    joined = with_values(base, joining | {"training.init_from": "best", "training.train_only": ["phi"]})
+    scratch = from_scratch(joined, base, "phi", {"training.warmup_steps": 50})
+    assert [receiver.name for receiver in scratch.receivers] == ["phi"] and scratch.encoder.model == "toy-llama"
+    assert scratch.training.init_from is None and not scratch.training.train_only
+
+    def told(config: RunConfig) -> tuple[int | None, int, int, int]:
+        training = spent(config, base, 50).training
+        return training.max_steps, training.alignment_steps, training.coarsening_steps, training.warmup_steps
+
+    assert told(joined) == (50, 20, 0, 5) and told(scratch) == (50, 20, 10, 25)
