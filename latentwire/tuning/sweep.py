@@ -204,7 +204,6 @@ def run_sweep(
             scheduler=scheduler,
             num_samples=missing,
             max_concurrent_trials=plan.max_concurrent_trials,
-            reuse_actors=True,  # a fresh driver would import torch and Ray anew for every trial
             time_budget_s=None if config.time_budget_minutes is None else 60 * config.time_budget_minutes,
             trial_dirname_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
             trial_name_creator=lambda trial: f"trial-{trial.config[NUMBER]}",

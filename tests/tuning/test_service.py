@@ -60,8 +60,9 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
             @ray.remote(num_cpus=1)
             def ask_and_die() -> None:
                 mine = LatentWire(run, shared_receivers(run, served, "dying"))
-                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
                 trainer = Trainer(mine, 10_000)
+                trainer.step(table)  # what it imports may take a while
+                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
                 while True:
                     trainer.step(table)
 
