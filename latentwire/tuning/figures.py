@@ -29,7 +29,7 @@ def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
     figures: list[Figure] = [
         ("Optimisation history", f"Each finished trial's {config.metric}, and the best so far.",
          visualization.plot_optimization_history(study, **told) if done else "No trial has run to its end yet."),
-        ("Learning curves", f"{config.metric} on the development rows, of the {CURVES} best trials.",
+        ("Learning curves", f"{config.metric} on the development rows, of the best trials, {CURVES} at most.",
          _curves(study, config)),
     ]  # fmt: skip
     shared = set.intersection(*(set(trial.params) for trial in done)) if done else set()
