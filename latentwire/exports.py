@@ -178,8 +178,9 @@ def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] |
     values: dict[str, Any] = {
         "receivers": [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
     }
-    lender = (run.encoder.model or "").removeprefix("receiver:")
-    if lender in known and lender not in chosen:  # the encoder is still built like the receiver that stays away
+    if (
+        lender := run.encoder.lender
+    ) is not None and lender not in chosen:  # the encoder is still built like the receiver that stays away
         values["encoder.model"] = known[lender].model
     return with_values(run, values, "receivers")
 

@@ -14,7 +14,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.toy import toy_rows
-from latentwire.exports import CheckpointError
+from latentwire.exports import CheckpointError, choose_receivers
 from latentwire.training import checkpoints
 from latentwire.wire import WireError, join
 
@@ -160,6 +160,8 @@ def test_an_encoder_made_from_a_receiver_does_without_it(run: RunConfig, tmp_pat
     )
     alone = LatentWire.from_pretrained(path, receivers=["qwen"])
     assert alone.run.encoder.model == "toy-llama" and alone.encoder_id == wire.encoder_id
+    namesake = with_values(run, {"encoder.kind": "lm", "encoder.model": "llama"})  # a directory, not the receiver
+    assert choose_receivers(namesake, ["qwen"]).encoder.model == "llama"
     packet = wire.encode(CONTEXTS).to_bytes()
     assert alone.answer(packet, QUESTIONS, "qwen") == wire.answer(packet, QUESTIONS, "qwen")
 

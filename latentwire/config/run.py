@@ -53,8 +53,10 @@ class RunConfig(Section):
                 f"training.tokens_per_latent {self.training.tokens_per_latent} needs messages that grow with the text, got "
                 "encoder.tokens_per_latent null; set it to the length that evaluations use"
             )
-        if (model := self.encoder.model or "").startswith("receiver:") and model.split(":")[1] not in names:
-            raise ValueError(f"encoder.model must name one of the receivers {', '.join(names)}, got {model}")
+        if self.encoder.lender is not None and self.encoder.lender not in names:
+            raise ValueError(
+                f"encoder.model must name one of the receivers {', '.join(names)}, got {self.encoder.model}"
+            )
         if self.data.dataset == "text" and self.losses.asks:
             raise ValueError(
                 "dataset text has no questions, so the weights of answer, first_k and first_token CE and of KD must be 0; "

@@ -101,6 +101,12 @@ class EncoderConfig(Section):
         """Whether it has a backbone with a tokenizer of its own; the other kinds read the text itself."""
         return self.kind in ("st", "lm")
 
+    @property
+    def lender(self) -> str | None:
+        """The receiver of whose model it is a copy, where ``model`` says ``receiver:<name>``."""
+        model = self.model or ""
+        return model.removeprefix("receiver:") if model.startswith("receiver:") else None
+
     @model_validator(mode="after")
     def _parts_fit(self) -> EncoderConfig:
         if self.d_model % (2 * self.heads):

@@ -17,10 +17,9 @@ from latentwire.models.weights import (
     ReceiverError,
     backbone_source,
     fingerprint,
-    hub_error,
+    load_from,
     load_hf_config,
     load_tokenizer,
-    resolve,
 )
 
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
@@ -114,15 +113,7 @@ def _load(source: ReceiverConfig, load_weights: bool) -> Any:
 
     if not load_weights:
         return AutoModel.from_config(load_hf_config(source))
-    try:
-        return AutoModel.from_pretrained(
-            resolve(source),
-            revision=source.revision,
-            dtype=torch.float32,
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(source, error) from error
+    return load_from(AutoModel, source, dtype=torch.float32)
 
 
 def _keep_layers(backbone: Any, count: int | None) -> None:

@@ -22,11 +22,10 @@ from latentwire.models.tokens import token_bytes
 from latentwire.models.weights import (
     ReceiverError,
     fingerprint,
-    hub_error,
+    load_from,
     load_tokenizer,
     pick_device,
     pick_dtype,
-    resolve,
 )
 
 if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
@@ -64,7 +63,7 @@ def keep_layout(lm: nn.Module) -> None:
 
 
 class Stopwatch:
-    """A streamer of transformers: when generation hands out tokens: first the prompt, then those of each step."""
+    """A streamer for transformers that notes when generation hands out tokens: first the prompt, then those of each step."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
@@ -99,17 +98,13 @@ class LMWrapper(nn.Module):
             options["device_map"] = config.device_map
         elif options:
             options["device_map"] = {"": device}  # quantised weights are made on their device and stay there
-        try:
-            self.lm = AutoModelForCausalLM.from_pretrained(
-                resolve(config),
-                revision=config.revision,
-                dtype=pick_dtype(config.dtype, device),
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                **options,
-            )
-        except (OSError, ValueError) as error:
-            raise hub_error(config, error) from error
+        self.lm = load_from(
+            AutoModelForCausalLM,
+            config,
+            dtype=pick_dtype(config.dtype, device),
+            attn_implementation=config.attn_implementation,
+            **options,
+        )
         if not options:
             self.lm.to(device)
         self.lm.eval().requires_grad_(False)

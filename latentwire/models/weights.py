@@ -63,34 +63,35 @@ def resolve(config: ReceiverConfig) -> str:
 
 def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
     """Where the encoder's backbone comes from, as a receiver's weights are found."""
-    model = config.model or ""
-    if model.startswith("receiver:"):
-        return receivers[model.removeprefix("receiver:")]
-    return ReceiverConfig(name="encoder", model=model)
+    return (
+        receivers[config.lender]
+        if config.lender is not None
+        else ReceiverConfig(name="encoder", model=config.model or "")
+    )
+
+
+def load_from(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
+    """What a class of transformers (``AutoTokenizer``, ``AutoModel`` …) loads of a receiver. Raises :class:`ReceiverError`."""
+    try:
+        return kind.from_pretrained(
+            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error(config, error) from error
 
 
 def load_tokenizer(config: ReceiverConfig) -> Any:
     """The receiver's tokenizer, without its weights. Raises :class:`ReceiverError`."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(
-            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(config, error) from error
+    return load_from(AutoTokenizer, config)
 
 
 def load_hf_config(config: ReceiverConfig) -> Any:
     """The receiver's transformers configuration, without its weights. Raises :class:`ReceiverError`."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(
-            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise hub_error(config, error) from error
+    return load_from(AutoConfig, config)
 
 
 def skeleton(config: ReceiverConfig) -> nn.Module:
