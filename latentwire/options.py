@@ -52,48 +52,53 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_joining(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a receiver that joins a trained wire."""
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a run that begins with a trained wire."""
+    parser.add_argument("--from", type=Path, dest="base",
+                        help="export or checkpoint whose configuration and weights the run begins with")  # fmt: skip
     parser.add_argument("--add_receiver", metavar="NAME=MODEL", help="a further receiver (Hub id or directory) for the wire "
                         "of --from: its adapter alone is trained, all else stays as it is")  # fmt: skip
-    parser.add_argument("--from", type=Path, dest="base", help="export or checkpoint that --add_receiver starts from")
 
 
 def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
-    """The space file with the flags laid over it; with ``--add_receiver``, the configuration of ``--from`` instead of one.
+    """The space file with the flags laid over it; with ``--from``, that wire's configuration instead of one.
 
     Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.exports.CheckpointError` for ``--from``.
     """
-    if getattr(options, "add_receiver", None):
-        return load_space(None, {"run": joining(options)} | _overrides(options, True))
+    if getattr(options, "base", None) or getattr(options, "add_receiver", None):
+        tree, overrides = begun_with(options), _overrides(options, True)
+        if "run.losses.bundle" in overrides:  # it would be outvoted by the weights that the wire was trained with
+            tree.pop("losses", None)
+        return load_space(None, {"run": tree} | overrides)
     return load_space(options.space or default, _overrides(options, options.space is not None or default is not None))
 
 
-def joining(options: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of ``--from`` with one more receiver, whose part alone is trained.
+def begun_with(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of ``--from``, and one more receiver where ``--add_receiver`` names it, whose part alone is trained.
 
-    The messages have their own length from the first step: an encoder that stays as it is has learned that one.
+    The new one's messages shorten as they did for the others: the encoder, which stays as it is, has made such finer ones before.
     """
-    name, sign, model = options.add_receiver.partition("=")
-    if not sign or options.base is None or options.space is not None:
+    name, sign, model = (options.add_receiver or "").partition("=")
+    if options.base is None or options.space is not None or (options.add_receiver and not sign):
         raise ConfigError(
-            f"--add_receiver takes NAME=MODEL and --from <export>, whose configuration it keeps, and no --space; got "
-            f"{options.add_receiver}, --from {options.base}, --space {options.space}"
+            f"--from takes an export, whose configuration it keeps, and no --space; --add_receiver takes NAME=MODEL beside it; "
+            f"got --from {options.base}, --space {options.space}, --add_receiver {options.add_receiver}"
         )
     exports.read_manifest(options.base)
     run = exports.read_run(options.base)
+    tree = run.model_dump(mode="json", exclude_unset=True)
+    tree["training"] = tree.get("training", {}) | {"init_from": str(options.base)}
+    if not options.add_receiver:
+        return tree
     if run.encoder.private_len:
         raise ConfigError(
             f"a receiver can join a wire without private latents, got encoder.private_len {run.encoder.private_len}: its "
             f"encoder would have to learn more of them; train a wire with private_len 0"
         )
-    tree = run.model_dump(mode="json", exclude_unset=True)
     tree["receivers"] = [receiver.model_dump(mode="json") for receiver in run.receivers] + [
         {"name": name, "model": model}
     ]
-    tree["training"] = tree.get("training", {}) | {
-        "init_from": str(options.base), "train_only": [name], "coarsening_steps": 0, "receivers_per_step": "all",
-    }  # fmt: skip
+    tree["training"] |= {"train_only": [name], "receivers_per_step": "all"}
     return tree
 
 

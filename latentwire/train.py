@@ -21,7 +21,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
-from latentwire.options import add_flags, add_joining, read_space, with_home
+from latentwire.options import add_flags, add_start, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
 from latentwire.tuning import planner, report, results
@@ -31,7 +31,7 @@ def main() -> int:
     """Plan, make shards where needed, train, score the best checkpoint once, export it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    add_joining(parser)
+    add_start(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and results go")
     parser.add_argument("--resume", action="store_true", help="continue in an output_dir that exists")
     parser.add_argument("--profile", type=int, metavar="STEPS",

@@ -17,7 +17,7 @@ from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import USER_ERRORS, fail
-from latentwire.options import add_flags, add_joining, read_space, with_home
+from latentwire.options import add_flags, add_start, read_space, with_home
 from latentwire.storage import place
 from latentwire.training import kept
 from latentwire.training.local import metric_of
@@ -31,7 +31,7 @@ def main() -> int:
     """Plan, prepare shards, train, score the best checkpoint once, export it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    add_joining(parser)
+    add_start(parser)
     parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:

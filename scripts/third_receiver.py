@@ -21,12 +21,12 @@ from typing import Any
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.local import local_shards
 from latentwire.errors import USER_ERRORS, fail
 from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
-from latentwire.options import add_flags, add_joining, assignment, read_space, with_home
+from latentwire.options import add_flags, add_start, assignment, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.tuning import results
 
@@ -41,13 +41,9 @@ def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
     )
 
 
-def from_scratch(run: RunConfig, base: RunConfig, name: str, knobs: Mapping[str, Any]) -> RunConfig:
-    """A run of the receiver ``name`` alone that starts from nothing and shortens its messages as the wire's own run did."""
-    alone: dict[str, Any] = {
-        "training.train_only": [],
-        "training.init_from": None,
-        "training.coarsening_steps": base.training.coarsening_steps,
-    }
+def from_scratch(run: RunConfig, name: str, knobs: Mapping[str, Any]) -> RunConfig:
+    """A run of the receiver ``name`` alone that starts from nothing."""
+    alone: dict[str, Any] = {"training.train_only": [], "training.init_from": None}
     return with_values(choose_receivers(run, [name]), alone | dict(knobs))
 
 
@@ -68,7 +64,7 @@ def main() -> int:
     """Train at every number of steps, both ways; print the table and write it beside the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    add_joining(parser)
+    add_start(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400, 800], help="steps to spend")
     parser.add_argument(
         "--ways", nargs="+", choices=["joined", "scratch"], default=["joined", "scratch"], help="which to train"
@@ -83,12 +79,14 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/third"), help="where the runs and table.json go")
     options = parser.parse_args()
     try:
+        if options.add_receiver is None:
+            raise ConfigError("a receiver must join, got no --add_receiver; name it, and the wire by --from")
         run = with_home(read_space(options)).run
         base = with_home(SpaceFile(run=read_run(options.base))).run
         (name,) = run.training.train_only
         configs = {"joined": run}
         if "scratch" in options.ways:
-            configs["scratch"] = from_scratch(run, base, name, dict(map(assignment, options.scratch)))
+            configs["scratch"] = from_scratch(run, name, dict(map(assignment, options.scratch)))
         rows = []
         for steps in options.steps:
             for way in options.ways:

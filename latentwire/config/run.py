@@ -80,8 +80,8 @@ class RunConfig(Section):
                 f"train_only {', '.join(training.train_only)} keeps the other parts as they are, got init_from null; "
                 f"name the wire that they come from"
             )
-        if "encoder" not in training.train_only and (training.log_gradient_norms or training.coarsening_steps):
+        if "encoder" not in training.train_only and training.log_gradient_norms:
             raise ValueError(
-                "an encoder that train_only leaves as it is has no gradient and one length of message, got "
-                f"log_gradient_norms {training.log_gradient_norms}, coarsening_steps {training.coarsening_steps}; unset them"
+                f"log_gradient_norms needs an encoder that learns, got train_only {', '.join(training.train_only)}; add encoder "
+                f"to it, or unset log_gradient_norms"
             )

@@ -15,7 +15,7 @@ from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
-from latentwire.options import add_flags, add_joining, read_space
+from latentwire.options import add_flags, add_start, read_space
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
@@ -50,12 +50,17 @@ def saved(run: RunConfig, folder: Path, table: pa.Table | None = None) -> Path:
     return checkpoints.save(folder / "base", wire, {}, pins)
 
 
-def joined(base: Path, *flags: str) -> RunConfig:
-    """The run of ``--add_receiver`` with flags."""
+def begun(base: Path, *flags: str) -> RunConfig:
+    """The run of ``--from`` with flags."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    add_joining(parser)
-    return read_space(parser.parse_args(["--add_receiver", "phi=toy-phi", "--from", str(base), *flags])).run
+    add_start(parser)
+    return read_space(parser.parse_args(["--from", str(base), *flags])).run
+
+
+def joined(base: Path, *flags: str) -> RunConfig:
+    """The same with ``--add_receiver``."""
+    return begun(base, "--add_receiver", "phi=toy-phi", *flags)
 
 
 def training(run: RunConfig, rows: int) -> Trainer:
@@ -134,9 +139,12 @@ def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
     for flags, rule in [
         (("--set", "training.train_only=[gpt]"), r"train_only must name receivers \(llama, phi\) or encoder, got gpt"),
         (("--set", "training.init_from=null"), "keeps the other parts as they are, got init_from null"),
-        (("--set", "training.log_gradient_norms=true"), "has no gradient and one length of message"),
-        (("--space", "search_spaces/toy.yaml"), "--add_receiver takes NAME=MODEL and --from <export>"),
-        (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL"),
+        (
+            ("--set", "training.log_gradient_norms=true"),
+            "log_gradient_norms needs an encoder that learns, got train_only phi",
+        ),
+        (("--space", "search_spaces/toy.yaml"), "--from takes an export, whose configuration it keeps, and no --space"),
+        (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL beside it"),
         (("--add_receiver", "llama=toy-phi"), "receiver names must differ"),
     ]:
         with pytest.raises(ConfigError, match=rule):
@@ -151,13 +159,24 @@ def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
         training(missing, 16)
 
 
+def test_a_further_stage_keeps_the_configuration_and_begins_with_the_weights(run: RunConfig, tmp_path: Path) -> None:
+    base = saved(with_values(run, {"training.alignment_steps": 7}), tmp_path)
+    stage = begun(base, "--set", "losses.bundle=autoencode", "--epochs=3")
+    assert stage.losses.reconstruction_ce_weight == 1 and stage.training.epochs == 3
+    assert stage.training.alignment_steps == 7 and not stage.training.train_only
+    trainer, before = training(stage, 16), load_file(base / "adapters" / "llama.safetensors")
+    assert all(
+        torch.equal(before[name], t) for name, t in trainer.wire.interlingua.adapters["llama"].state_dict().items()
+    )
+
+
 def test_joined_and_from_scratch_spend_the_same_shares_of_their_steps(run: RunConfig) -> None:
-    steps = {"training.max_steps": 100, "training.alignment_steps": 40, "training.warmup_steps": 10}
-    borrowed = {"encoder.kind": "lm", "encoder.model": "receiver:llama", "training.coarsening_steps": 20}
-    base = with_values(run, steps | borrowed)
-    joining = {"receivers": [*(r.model_dump() for r in base.receivers), PHI], "training.coarsening_steps": 0}
+    parts = {"training.alignment_steps": 40, "training.coarsening_steps": 20, "training.warmup_steps": 10}
+    borrowed = {"encoder.kind": "lm", "encoder.model": "receiver:llama"}
+    base = with_values(run, parts | borrowed | {"training.max_steps": 100})
+    joining = {"receivers": [*(r.model_dump() for r in base.receivers), PHI]}
     joined = with_values(base, joining | {"training.init_from": "best", "training.train_only": ["phi"]})
-    scratch = from_scratch(joined, base, "phi", {"training.warmup_steps": 50})
+    scratch = from_scratch(joined, "phi", {"training.warmup_steps": 50})
     assert [receiver.name for receiver in scratch.receivers] == ["phi"] and scratch.encoder.model == "toy-llama"
     assert scratch.training.init_from is None and not scratch.training.train_only
 
@@ -165,4 +184,4 @@ def test_joined_and_from_scratch_spend_the_same_shares_of_their_steps(run: RunCo
         training = spent(config, base, 50).training
         return training.max_steps, training.alignment_steps, training.coarsening_steps, training.warmup_steps
 
-    assert told(joined) == (50, 20, 0, 5) and told(scratch) == (50, 20, 10, 25)
+    assert told(joined) == (50, 20, 10, 5) and told(scratch) == (50, 20, 10, 25)
