@@ -113,6 +113,7 @@ class LMWrapper(nn.Module):
         self.token_bytes = token_bytes(self.tokenizer)
         self.embed_tokens = self.lm.get_input_embeddings()
         self.head = self.lm.get_output_embeddings()
+        self.head.register_forward_pre_hook(_packed)
         self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         self._head: tuple[list[int], Cache] | None = None
         self._recomputed: list[GradientCheckpointingLayer] = []
@@ -287,6 +288,14 @@ class LMWrapper(nn.Module):
                 f"receiver {self.name}: {self.config.model} scales its logits in a way LMWrapper does not know "
                 f"(largest difference {float((own - ours).abs().max()):.3g}); its architecture needs a case in logits"
             )
+
+
+def _packed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The head's input side by side in memory.
+
+    transformers hands it a slice of the prompt's states, for which a CPU copies the head's weight once per row.
+    """
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _until(ids: list[int], stops: tuple[int, ...]) -> list[int]:
