@@ -8,7 +8,6 @@ is in it. What training adds to go on from is in ``training/checkpoints.py``.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,6 +28,7 @@ from latentwire.config.resolve import ConfigError, validate, with_values
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import owner
+from latentwire.storage import sha256
 
 if TYPE_CHECKING:
     from latentwire.assembly import LatentWire
@@ -74,7 +74,7 @@ def save(
             add(aside)
         manifest = {
             "format_version": FORMAT_VERSION,
-            "files": {str(f.relative_to(aside)): _sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
+            "files": {str(f.relative_to(aside)): sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
             "parameters": {
                 name: sum(t.numel() for t in saved_tensors(part).values()) for name, part in parts(wire).items()
             },
@@ -141,7 +141,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
             )
-        found = _sha256(part)
+        found = sha256(part)
         if found != expected:
             raise CheckpointError(
                 f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; it was changed or cut off"
@@ -230,11 +230,3 @@ def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> 
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{file} must fit the configuration: {error}") from error
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 import tempfile
 import uuid
@@ -288,6 +289,12 @@ def size(where: Place) -> int:
     with explained(where):
         system, path = at(where)
         return int(system.get_file_info(path).size or 0)
+
+
+def sha256(where: Place) -> str:
+    """Hash of a file's bytes, in hex. Raises :class:`StorageError`."""
+    with opened(where) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_parquet(where: Place, columns: Sequence[str] | None = None) -> pa.Table:

@@ -61,14 +61,8 @@ class LossConfig(Section):
     A ``bundle`` names a set of weights and schedules; every key given beside it wins over it.
     """
 
-    @property
-    def asks(self) -> bool:
-        """Whether any term reads answers to questions; the others read texts alone."""
-        weights = {name for name in type(self).model_fields if name.endswith("_weight")}
-        return any(getattr(self, name) for name in weights - {"reconstruction_ce_weight", "continuation_ce_weight"})
-
     bundle: str | None = None
-    """A named set from ``losses/bundles.py``: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,
+    """A named set of weights and schedules: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,
     ``autoencode``."""
     answer_ce_weight: float = Field(1.0, ge=0)
     """Whole answer and its stop token, mean over tokens."""
@@ -103,6 +97,12 @@ class LossConfig(Section):
     """Tokens that ``first_k_ce_weight`` and the ``kd`` terms weigh."""
     schedules: dict[str, Schedule] = Field(default_factory=dict)
     """Knob of this section (a weight, or ``k``), or ``latent_dropout``, to the factor on it over the steps."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether any term reads answers to questions; the others read texts alone."""
+        weights = {name for name in type(self).model_fields if name.endswith("_weight")}
+        return any(getattr(self, name) for name in weights - {"reconstruction_ce_weight", "continuation_ce_weight"})
 
     @model_validator(mode="before")
     @classmethod

@@ -29,7 +29,7 @@ from latentwire.data import shards, sources
 from latentwire.data.layout import SequenceBuilder, sender_text
 from latentwire.models.encoders import encoder_tokenizer, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
-from latentwire.storage import Place, opened, read_footer, write, write_text
+from latentwire.storage import Place, read_footer, sha256, write, write_text
 
 BLOCK_ROWS = 1_024
 """Rows that a task hands on at once."""
@@ -341,12 +341,7 @@ def _manifest(
         "rejects": _reasons(rejects),
         "files": names,
         "file_rows": [one["rows"] for one in told],
-        "sha256": [_sha256(path / name) for name in names],
+        "sha256": [sha256(path / name) for name in names],
         "lengths": {"edges": LENGTH_EDGES[:-1], **lengths},
         "spec": spec,
     }
-
-
-def _sha256(path: Place) -> str:
-    with opened(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from filelock import FileLock
 from torch import nn
 
 from latentwire.config import EncoderConfig, ReceiverConfig
+from latentwire.storage import sha256
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 
@@ -123,11 +124,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
     """Dequantise once into fp32 safetensors, in a cache directory named by the file's hash."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    target = cache_dir() / "gguf" / digest.hexdigest()[:16]
+    target = cache_dir() / "gguf" / sha256(file)[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.exists():
