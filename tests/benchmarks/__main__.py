@@ -56,6 +56,13 @@ def main() -> int:
         "--steps", type=int, default=100, help="measured steps of the trial under Ray, and of several workers"
     )
     parser.add_argument("--finished", type=int, nargs="+", default=[10, 100, 1000], help="trials before a suggestion")
+    parser.add_argument(
+        "--vocabularies",
+        type=int,
+        nargs="+",
+        default=[49_152, 262_144],
+        help="tokens that the logits are measured over",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="leave the other measurements out")
     options = parser.parse_args()
     space = with_home(read_space(options, DEFAULT_SPACE))
@@ -74,9 +81,9 @@ def main() -> int:
             *itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4))),
         ]
     if "logits" in options.only:
-        for vocabulary in (49_152, 262_144):
+        for vocabulary in options.vocabularies:
             found += steps.supervised_logits(options.repeats, vocabulary)
-        found += steps.chunked_logits(options.repeats)
+        found += steps.chunked_logits(options.repeats, max(options.vocabularies))
     if "searching" in options.only:
         found += [searching.suggestion(finished) for finished in options.finished]
     print("| what | ratio | goal | measured |\n|---|---|---|---|")

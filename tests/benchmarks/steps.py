@@ -106,7 +106,7 @@ def supervised_logits(
     ]
 
 
-def chunked_logits(repeats: int, vocabulary: int = 262_144, width: int = 640, targets: int = 2_048) -> list[Row]:
+def chunked_logits(repeats: int, vocabulary: int, width: int = 640, targets: int = 2_048) -> list[Row]:
     """Losses by chunks of 256 tokens over all logits at once, forward and backward: time and memory."""
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
