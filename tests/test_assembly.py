@@ -15,6 +15,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.toy import toy_rows
 from latentwire.exports import CheckpointError, choose_receivers
+from latentwire.models.message import Message
 from latentwire.training import checkpoints
 from latentwire.wire import WireError, join
 
@@ -95,6 +96,9 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(wir
     other = LatentWire(with_values(run, {"training.seed": 9}))
     with pytest.raises(WireError, match="must come from encoder"):
         other.answer(packet, QUESTIONS, "qwen")
+    wider = Message(torch.zeros(1, 2, 40), torch.tensor([2]), {}, wire.encoder_id)
+    with pytest.raises(WireError, match="latents must be 32 wide, got 40"):
+        wire.receive(wider.to_bytes())
     with pytest.raises(ConfigError, match="receiver must be one of llama, qwen, got gpt"):
         wire.answer(packet, QUESTIONS, "gpt")
     with pytest.raises(ConfigError, match="each message takes one question, got 5 messages and 2 questions"):
@@ -150,6 +154,8 @@ def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(run: RunConfig, tmp
     assert moved.run.receivers[0].model == folder and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
     with pytest.raises(ConfigError, match="receivers must be among llama, qwen, got gpt"):
         LatentWire.from_pretrained(path, receivers=["gpt"])
+    with pytest.raises(ConfigError, match=r"private_len 2 makes latents for each of llama, qwen, got only qwen"):
+        choose_receivers(with_values(run, {"encoder.private_len": 2}), ["qwen"])
 
 
 def test_an_encoder_made_from_a_receiver_does_without_it(run: RunConfig, tmp_path: Path) -> None:

@@ -42,6 +42,19 @@ def write(tmp_path: Path, text: str) -> Path:
         ("tune: [1]", "tune"),
         ("[1, 2]", "must hold a mapping"),
         ("run: {a: b: c}", "must be valid YAML"),
+        ("run: {data: {overflow: chunk}}", "overflow chunk needs dataset text, got toy"),
+        ("run: {encoder: {kind: lm}}", "encoder kind lm needs a backbone, got model null"),
+        (
+            "run: {encoder: {kind: lm, model: 'receiver:gpt'}}",
+            "must name one of the receivers llama, qwen, got receiver:gpt",
+        ),
+        ("run: {losses: {hidden_kd_depths: [1.5]}}", "hidden_kd_depths must lie in [0, 1]"),
+        ("run: {losses: {reconstruction_cue: 4}}", "reconstruction_cue needs a stretch to stand before"),
+        ("run: {training: {tokens_per_latent: [2]}}", "needs messages that grow with the text"),
+        (
+            "search: {encoder.latent_len: {type: int, low: 1, high: 4, when: byte}}",
+            "when: input should be a valid dictionary",
+        ),
     ],
 )
 def test_bad_space_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -115,6 +128,10 @@ def test_set_reaches_every_knob_and_refuses_unknown_ones() -> None:
         read_space(options("--set", "training.encoderlr=1"))
     with pytest.raises(ConfigError, match="PATH=VALUE"):
         read_space(options("--set", "training.encoder_lr"))
+    phi = read_space(options("--set", "receivers.1={name: phi, model: toy-phi}")).run.receivers
+    assert [receiver.name for receiver in phi] == ["llama", "phi"]
+    with pytest.raises(ConfigError, match=r"epochs: .*, got '\[3'"):  # no YAML: the text as it stands
+        read_space(options("--set", "training.epochs=[3"))
 
 
 def test_with_values_checks_again() -> None:

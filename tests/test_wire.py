@@ -128,6 +128,7 @@ def test_each_rule_has_its_own_clear_error() -> None:
         (forge(packet, 6, b"\2"), "flags must be 0 or 1, got 2"),
         (forge(packet, 6, b"\1"), "payload must be zstd of 80 bytes"),
         (forge(packet, 7, b"\1"), "private group must name a receiver"),
+        (forge(packet, 7, b"\xff"), "private group must name a receiver"),
         (forge(packet, 24, struct.pack("<I", 2**32 - 1)), "payload bytes must have 17,179,869,300 bytes, got 128"),
         (forge(packet, 24, struct.pack("<I", 0)), "must hold rows and latents, got 0 rows"),
         (forge(packet, 28, struct.pack("<I", 2**31)), "must unpack to at most 268,435,456 bytes"),
@@ -144,6 +145,8 @@ def test_each_rule_has_its_own_clear_error() -> None:
         from_bytes(Message(message.z_BLZ, message.length_B).to_bytes(), expect="cd" * 16)
     with pytest.raises(WireError, match="bits must be one of"):
         message.to_bytes(5)  # type: ignore[arg-type]
+    with pytest.raises(WireError, match="a message must hold a latent, got 2 rows without any"):
+        Message(message.z_BLZ, torch.zeros(2, dtype=torch.long)).to_bytes()
     with pytest.raises(WireError, match="must be finite and at most 65504, got nan"):
         message.with_latents(message.z_BLZ * float("nan")).to_bytes()
 

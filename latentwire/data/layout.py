@@ -139,11 +139,9 @@ class SequenceBuilder:
             raise LayoutError(
                 f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain"
             )
-        head, self._mid_text, self._tail_text = self._render(chat)
-        if self._mid_text.endswith(" "):  # the space belongs to the question's first word, as in running text
-            self._mid_text, self._question_lead = self._mid_text.rstrip(" "), " "
-        else:
-            self._question_lead = ""
+        head, mid, self._tail_text = self._render(chat)
+        self._mid_text = mid.rstrip(" ")
+        self._question_lead = mid[len(self._mid_text) :]  # it belongs to the question's first word, as in running text
         bos_id = tokenizer.bos_token_id
         self.head_ids = self._template_ids(head)
         self.bos: int | None = 0 if self._wants_bos(chat, head) else None

@@ -50,10 +50,8 @@ def kept_context(
     if mode == "window":
         start = random.Random(row).randint(0, len(context) - budget)
         return context[start : start + budget]
-    if mode == "selected":
-        surprise_T = self_information(wire, receiver, context, question)
-        return [context[place] for place in sorted(surprise_T.topk(budget).indices.tolist())]
-    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode}")
+    surprise_T = self_information(wire, receiver, context, question)
+    return [context[place] for place in sorted(surprise_T.topk(budget).indices.tolist())]
 
 
 def self_information(wire: LatentWire, receiver: str, context: list[int], question: list[int]) -> torch.Tensor:

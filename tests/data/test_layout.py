@@ -57,6 +57,24 @@ def test_bos_that_does_not_exist_is_refused() -> None:
         SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "context")
 
 
+@pytest.mark.parametrize(
+    ("change", "knobs", "message"),
+    [
+        ({"eos_token": None}, {}, "must have an EOS token, it has none"),
+        ({"chat_template": "{{ messages[0].content }} {{ messages[0].content }}"}, {"template": "chat"},
+         "must write the user's text once, unchanged"),
+        ({}, {"template": "plain", "bos": "yes", "instruction": "Read <s> this"}, "BOS must stand once, at position 0, got 2"),
+    ],
+)  # fmt: skip
+def test_tokenizers_that_cannot_be_read_from_are_refused(change: dict, knobs: dict, message: str) -> None:
+    receiver = ReceiverConfig(name="llama", model="toy-llama", **knobs)
+    tokenizer = load_tokenizer(receiver)
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    with pytest.raises(LayoutError, match=message):
+        SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
+
+
 def test_chat_without_a_template_is_refused() -> None:
     receiver = ReceiverConfig(name="llama", model="toy-llama", template="chat")
     with pytest.raises(LayoutError, match="needs a tokenizer with a chat template"):

@@ -76,6 +76,19 @@ def test_hotpotqa_joins_titled_paragraphs_in_both_schemas() -> None:
     assert clean(json.dumps(official).encode(), "hotpotqa") == row
 
 
+@pytest.mark.parametrize(
+    ("context", "reason"),
+    [
+        ("plain", "context must hold titles and sentences, got str"),
+        ([["A", "no list"]], "sentences must be lists of text"),
+        ([["A", [" "]]], "context must not be empty"),
+    ],
+)
+def test_bad_paragraphs_are_told_why(context: object, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        clean({"question": "q", "answer": "a", "context": context}, "hotpotqa")
+
+
 def rows_of(folder: Path, dataset: str = "squad") -> list[Row]:
     config = DataConfig(dataset=dataset, data_dir=str(folder))
     return [raw for piece in pieces(config, "train") for raw in read(config, "train", piece)]
@@ -129,6 +142,15 @@ def test_parquet_with_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_parquet_without_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="must have columns context, question, answer or answers, it has text"):
+        rows_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "must be JSON in UTF-8"), ('{"a": 1}', "official JSON, or a list of rows")]
+)
+def test_json_that_holds_no_rows(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(DataError, match=message):
         rows_of(tmp_path)
 
 

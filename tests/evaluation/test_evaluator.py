@@ -201,6 +201,14 @@ def test_first_tokens_and_times_are_counted(wire: LatentWire, rows: pa.Table) ->
     assert text["examples_per_s"] == pytest.approx(1000 / (text["prefill_ms"] + text["decode_ms"]))
 
 
+def test_one_receiver_is_together_with_nobody(wire: LatentWire, rows: pa.Table) -> None:
+    both = [list(predict(wire, rows.slice(start, 2), "closed_book")) for start in (0, 2)]
+    alone = [[p for p in found if p.receiver == "qwen"] for found in both]
+    assert "agreement" in summarise(both[0])["mean"] and "agreement" not in summarise(alone[0])["mean"]
+    with pytest.raises(ValueError, match="of the same rows in the same order"):
+        compare(*alone)
+
+
 def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     chosen = settings(wire.run, ["text", "truncated", "closed_book"])
     found = {s.key: list(predict(wire, rows, s)) for s in chosen}

@@ -81,6 +81,9 @@ def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
     # 1: exact by its second answer. 2: {year, 1912} of {year, 1912, ad} and {in, year, 1912}. 3: not answered.
     assert scores == {"exact_match": 100.0 * 1 / 3, "f1": 100.0 * (1.0 + 2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3)) / 3}
     assert missing == 1
+    answers.write_text("{")
+    with pytest.raises(ConfigError, match="--predictions must be a file of JSON"):
+        score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
     answers.write_text(json.dumps(["red"]))
     with pytest.raises(ConfigError, match="predictions for squad must be"):
         score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))

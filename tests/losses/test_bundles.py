@@ -44,6 +44,12 @@ def test_each_term_is_the_mean_over_its_own_tokens() -> None:
     assert terms["reconstruction_ce"].item() == pytest.approx(2 * float(ce_N[4]))
 
 
+def test_terms_of_a_teacher_that_is_not_there_are_an_error() -> None:
+    weights = weights_at(LossConfig(kd_weight=1.0), 0)
+    with pytest.raises(ValueError, match="kd need a teacher, got none"):
+        loss_terms(weights, batch_of([0]), Reader(LOGITS_NV[:1], torch.clone), None, {"answer_ce": 1.0, "kd": 1.0})
+
+
 def test_terms_without_weight_are_not_computed() -> None:
     assert set(term_counts(weights_at(LossConfig(), 0), batch_of([0, 1]))) == {"answer_ce"}
 

@@ -11,7 +11,9 @@ from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
 from latentwire.models.adapter import Adapter
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import InterlinguaEncoder, token_rows
+from latentwire.models.low_rank import updates_of
 from latentwire.models.message import Message
+from latentwire.models.slots import projections
 from latentwire.models.weights import ReceiverError, load_tokenizer
 
 TEXTS = ["Ada lives in Oslo.", "", "Ben works as baker. Cleo owns an uncommonly-long-word. Ada eats rice."]
@@ -182,9 +184,21 @@ def test_a_real_sentence_encoder_reads_what_a_text_is_about(real_receivers: Path
     assert cat @ kitten > 0.5 > cat @ rates
 
 
+class Tower(torch.nn.Module):
+    """A model that keeps its layers elsewhere."""
+
+    base_model = torch.nn.Linear(2, 2)
+
+
 def test_layers_and_backbones_that_are_not_there() -> None:
     with pytest.raises(ReceiverError, match="model_layers must be ≤ 4, the backbone's own, got 9"):
         PretrainedStates(EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True)
+    with pytest.raises(ReceiverError, match="targets must name linear layers of LlamaModel, got nobody"):
+        updates_of(
+            PretrainedStates(EncoderConfig(kind="lm", model="toy-llama"), RECEIVERS, True).backbone, ["nobody"], 2, 2.0
+        )
+    with pytest.raises(ReceiverError, match=r"deep_prefix needs a receiver with base_model\.layers, Tower has none"):
+        projections(Tower(), "deep_prefix")
     with pytest.raises(ReceiverError, match="receiver encoder: model must be a Hub id or an existing directory"):
         PretrainedStates(EncoderConfig(kind="lm", model="./nowhere"), RECEIVERS, load_weights=True)
 

@@ -1,5 +1,6 @@
 """Checkpoints hold what was trained and nothing else, load into the same wire, or say why not."""
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from latentwire import exports
 from latentwire.assembly import LatentWire
@@ -174,6 +175,35 @@ def test_another_receiver_is_refused(saved: Path, run: RunConfig) -> None:
     swapped = with_values(run, {"receivers.0.dtype": "bfloat16"})
     with pytest.raises(CheckpointError, match="receiver llama must hash to"):
         exports.load_weights(saved, LatentWire(swapped))
+
+
+def resealed(folder: Path, name: str, content: bytes) -> None:
+    """Change a file, and the manifest's hash of it."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_file_that_is_not_what_it_should_be_is_refused(saved: Path, wire: LatentWire, run: RunConfig) -> None:
+    with pytest.raises(CheckpointError, match=r"must hold features/refiner\.safetensors for this configuration"):
+        exports.load_weights(saved, LatentWire(with_values(run, {"features.refiner": {}})))
+    resealed(saved, "adapters/qwen.safetensors", save({"other": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"it differs in control_CD, "):
+        exports.load_weights(saved, wire)
+    resealed(saved, "adapters/qwen.safetensors", b"nothing")
+    with pytest.raises(CheckpointError, match=r"qwen\.safetensors must be readable safetensors"):
+        exports.load_weights(saved, wire)
+    resealed(saved, "config.json", b"{")
+    with pytest.raises(CheckpointError, match=r"config\.json must be readable JSON"):
+        exports.read_run(saved)
+
+
+def test_nothing_in_common_is_nothing_to_start_from(saved: Path, run: RunConfig) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    with pytest.raises(CheckpointError, match="init_from must hold a part of this wire"):
+        checkpoints.initialise(saved, LatentWire(run))
 
 
 def test_another_shape_is_refused(saved: Path, run: RunConfig) -> None:

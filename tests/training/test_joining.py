@@ -163,7 +163,8 @@ def test_a_further_stage_keeps_the_configuration_and_begins_with_the_weights(run
     base = saved(with_values(run, {"training.alignment_steps": 7}), tmp_path)
     stage = begun(base, "--set", "losses.bundle=autoencode", "--epochs=3")
     assert stage.losses.reconstruction_ce_weight == 1 and stage.training.epochs == 3
-    assert stage.training.alignment_steps == 7 and not stage.training.train_only
+    assert stage.encoder == run.encoder and stage.training.alignment_steps == 0 and not stage.training.train_only
+    assert begun(base, "--set", "training.alignment_steps=2").training.alignment_steps == 2
     trainer, before = training(stage, 16), load_file(base / "adapters" / "llama.safetensors")
     assert all(
         torch.equal(before[name], t) for name, t in trainer.wire.interlingua.adapters["llama"].state_dict().items()

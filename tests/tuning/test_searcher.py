@@ -317,6 +317,7 @@ def test_the_grid_visits_every_combination(tmp_path: Path) -> None:
     [
         ({"sampler": {"name": "tpe", "options": {"n_startup_trial": 3}}}, r"n_startup_trial of sampler tpe .* mean n_startup_trials"),
         ({"sampler": {"name": "cmaes"}, "objectives": {"wire_bytes": "min"}}, "cmaes takes one objective, got 2"),
+        ({"sampler": {"name": "qmc", "options": {"qmc_type": "cubic"}}}, "sampler qmc refuses its options"),
         ({"sampler": {"name": "grid"}}, r"needs choices or a step, without log, for search\.training\.encoder_lr"),
     ],
 )  # fmt: skip
@@ -329,3 +330,15 @@ def test_a_grid_smaller_than_the_sweep_is_refused(tmp_path: Path) -> None:
     anchors = {"prompt.anchor": {"type": "categorical", "choices": ["A: ", ""]}}
     with pytest.raises(ConfigError, match=r"has 2 combinations here, tune\.trials must be ≤ that, got 6"):
         make_sampler(search_over(tmp_path, anchors, sampler={"name": "grid"}, trials=6).space)
+    two: dict[str, Any] = {"sampler": {"name": "grid"}, "trials": 2}
+    with pytest.raises(ConfigError, match=r"visits every combination; leave tune\.start_with out"):
+        make_sampler(search_over(tmp_path, anchors, start_with=[{"prompt.anchor": ""}], **two).space)
+    conditional = anchors | {"encoder.latent_len": {"type": "int", "low": 4, "high": 8, "when": {"prompt.anchor": ""}}}
+    with pytest.raises(ConfigError, match=r"takes no conditions, got search\.encoder\.latent_len\.when"):
+        make_sampler(search_over(tmp_path, conditional, **two).space)
+
+
+def test_a_study_keeps_its_objectives(search: StudySearch) -> None:
+    assert search.study.user_attrs["objectives"] == [["dev_f1", "max"]]
+    with pytest.raises(ConfigError, match=r"has objectives \[\['dev_f1', 'max'\]\], got \[\['dev_em', 'max'\]\]"):
+        open_study(search.journal, search.name, {"dev_em": "max"})
