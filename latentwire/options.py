@@ -77,6 +77,7 @@ def begun_with(options: argparse.Namespace) -> dict[str, Any]:
     """The configuration of ``--from``, and one more receiver where ``--add_receiver`` names it, whose part alone is trained.
 
     The new one's messages shorten as they did for the others: the encoder, which stays as it is, has made such finer ones before.
+    Without a new one, what could be learned only with alignment and coarsening is there already: both are off unless flags say so.
     """
     name, sign, model = (options.add_receiver or "").partition("=")
     if options.base is None or options.space is not None or (options.add_receiver and not sign):
@@ -89,6 +90,7 @@ def begun_with(options: argparse.Namespace) -> dict[str, Any]:
     tree = run.model_dump(mode="json", exclude_unset=True)
     tree["training"] = tree.get("training", {}) | {"init_from": str(options.base)}
     if not options.add_receiver:
+        tree["training"] |= {"alignment_steps": 0, "coarsening_steps": 0}
         return tree
     if run.encoder.private_len:
         raise ConfigError(
