@@ -1,5 +1,6 @@
 """Replicas on Ray answer as receivers of one's own do, outlive their deaths, and forget who dies."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -20,12 +21,12 @@ from tests.conftest import shard_table
 
 def replica_processes() -> list[psutil.Process]:
     """Of this test's Ray."""
-    children = psutil.Process().children(recursive=True)
-    return [
-        child
-        for child in children
-        if child.is_running() and (child.cmdline() or [""])[0].startswith("ray::ReplicaActor")
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just died
+            if (child.cmdline() or [""])[0].startswith("ray::ReplicaActor"):
+                found.append(child)
+    return found
 
 
 @pytest.mark.slow
