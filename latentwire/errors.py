@@ -22,6 +22,11 @@ USER_ERRORS = (
 
 
 def fail(error: Exception) -> int:
-    """Print one clear error and return the exit status for it."""
+    """Print one clear error and return the exit status for it.
+
+    What a Ray task raised comes with the task's traceback for a text; its cause has the one line.
+    """
+    while isinstance(cause := getattr(error, "cause", None), Exception):
+        error = cause
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -260,7 +261,8 @@ def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.Fil
         (
             info
             for info in there
-            if info.extension in ("parquet", "jsonl", "json") and any(name in info.base_name for name in names)
+            if info.extension in ("parquet", "jsonl", "json")
+            and any(re.search(rf"(?<![a-z]){name}(?![a-z])", info.base_name) for name in names)
         ),
         key=lambda info: info.path,
     )

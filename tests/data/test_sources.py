@@ -160,6 +160,15 @@ def test_file_that_is_no_parquet(tmp_path: Path) -> None:
         rows_of(tmp_path)
 
 
+def test_a_split_is_a_word_of_a_files_name(tmp_path: Path) -> None:
+    """A run that was written below the data holds ``training_state.json``, which is no data."""
+    for name in ("train-v1.1.json", "hotpot_train_v1.1.json", "run/training_state.json", "constrain.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps([GOOD]))
+    found = {Path(piece.name).name for piece in pieces(DataConfig(dataset="squad", data_dir=str(tmp_path)), "train")}
+    assert found == {"train-v1.1.json", "hotpot_train_v1.1.json"}
+
+
 def test_directories(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold train files as parquet, jsonl or json, it holds nothing"):
         rows_of(tmp_path)
