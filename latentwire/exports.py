@@ -178,9 +178,8 @@ def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] |
     values: dict[str, Any] = {
         "receivers": [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
     }
-    if (
-        lender := run.encoder.lender
-    ) is not None and lender not in chosen:  # the encoder is still built like the receiver that stays away
+    lender = run.encoder.lender
+    if lender is not None and lender not in chosen:  # the encoder is still built like the receiver that stays away
         values["encoder.model"] = known[lender].model
     return with_values(run, values, "receivers")
 

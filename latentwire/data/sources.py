@@ -248,7 +248,7 @@ def _toy(config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
-    """``<split>*.parquet``/``.jsonl``/``.json`` of the data directory; the official names (``train-v1.1.json``) fit."""
+    """Parquet, jsonl and json files below the data directory whose name has the split for a word, as ``train-v1.1.json`` has."""
     system, root = _system(config)
     with explained(config.data_dir):
         found = system.get_file_info(root).type

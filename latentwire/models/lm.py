@@ -203,7 +203,6 @@ class LMWrapper(nn.Module):
             use_cache=False,
             output_hidden_states=bool(depths),
         )
-        # Flat rows: a 3-D slice makes the bf16 head copy its weight once per row on CPU.
         predict_N = batch.predict_N.to(output.last_hidden_state.device)
 
         def at_targets(state_BSD: torch.Tensor) -> torch.Tensor:
