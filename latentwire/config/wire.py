@@ -31,7 +31,8 @@ class ReceiverConfig(Section):
     device: str = "auto"
     """``auto`` (CUDA, then MPS, then CPU), or a torch device such as ``cuda:0``."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel that transformers uses."""
+    """Attention kernel that transformers uses, in an encoder that borrows this receiver's layers too (which has no
+    ``flash_attention_2``). On a CPU ``eager`` trains faster while prompts are short, and needs memory for every pair of positions."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Weights' storage: ``int8`` by torchao, ``nf4`` by bitsandbytes (both in the extra ``quantization``)."""
     device_map: Literal["none", "auto", "balanced", "sequential"] = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,9 @@ class PretrainedStates(nn.Module):
         mask = attention_WT
         if self.kind == "lm":  # a 4-D mask is taken as it is, so every token sees every other
             mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
+            if self.backbone.config.get_text_config()._attn_implementation == "eager":  # adds its mask to the scores
+                nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)  # 0 and −inf are exact in any type
+                mask = nothing.masked_fill(~mask, -math.inf)
         learning = torch.is_grad_enabled() and self.tuned != "frozen"
         with attached(self.backbone, self.updates), torch.set_grad_enabled(learning):
             state_WTM = self.backbone(input_ids=ids_WT, attention_mask=mask).last_hidden_state
@@ -111,9 +115,10 @@ class PretrainedStates(nn.Module):
 def _load(source: ReceiverConfig, load_weights: bool) -> Any:
     from transformers import AutoModel
 
+    kernel = "eager" if source.attn_implementation == "eager" else "sdpa"  # flash_attention_2 takes no 4-D mask
     if not load_weights:
-        return AutoModel.from_config(load_hf_config(source))
-    return load_from(AutoModel, source, dtype=torch.float32)
+        return AutoModel.from_config(load_hf_config(source), attn_implementation=kernel)
+    return load_from(AutoModel, source, dtype=torch.float32, attn_implementation=kernel)
 
 
 def _keep_layers(backbone: Any, count: int | None) -> None:

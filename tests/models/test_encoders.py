@@ -160,6 +160,17 @@ def test_a_causal_lm_is_made_bidirectional() -> None:
     assert not torch.allclose(one[0], other[0], atol=1e-3)  # the first token sees the last
 
 
+def test_eager_attention_gives_what_sdpa_gives() -> None:
+    receivers = {"llama": RECEIVERS["llama"].model_copy(update={"attn_implementation": "eager"})}
+    config = EncoderConfig(kind="lm", model="receiver:llama")
+    eager, sdpa = (PretrainedStates(config, lenders, load_weights=True).eval() for lenders in (receivers, RECEIVERS))
+    assert eager.backbone.config._attn_implementation == "eager"
+    rows = [sdpa.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    length_B = torch.tensor([len(row) for row in rows])
+    window = sdpa.collate(rows)[0]
+    torch.testing.assert_close(eager(**window, length_B=length_B), sdpa(**window, length_B=length_B), rtol=1e-4, atol=1e-5)
+
+
 def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> None:
     config = EncoderConfig(kind="st", model=sentence_encoder(tmp_path / "st"))
     states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
