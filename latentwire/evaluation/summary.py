@@ -68,7 +68,7 @@ def together(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[str, dict[str, dict[str, float]]]:
-    """receiver (and ``mean`` over them) → ``em`` and ``f1`` → paired ``difference`` with ``low``, ``high`` and ``p``.
+    """receiver (and ``mean`` over them) → ``em``, ``f1`` and ``nll`` → paired ``difference`` with ``low``, ``high`` and ``p``.
 
     Both must be of the same rows in the same order.
     """
@@ -76,7 +76,7 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[s
     if [p.id for p in first] != [p.id for p in second]:
         raise ValueError("predictions must be of the same rows in the same order to be compared")
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
-    for field in ("em", "f1"):
+    for field in ("em", "f1", "nll"):
         values = {
             name: np.array([[getattr(p, field) for p in side[name]] for side in (one, other)], np.float64)
             for name in one

@@ -87,17 +87,15 @@ def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
         [label(pair["first"]), label(pair["second"]), receiver]
         + [
             text
-            for field in ("em", "f1")
+            for field, factor, digits in (("em", 100, 1), ("f1", 100, 1), ("nll", 1, 2))
             for d in [found[field]]
-            for text in (
-                f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
-                f"{d['p']:.2g}",
-            )
+            for difference, low, high in [[f"{factor * d[end]:+.{digits}f}" for end in ("difference", "low", "high")]]
+            for text in (f"{difference} [{low}, {high}]", f"{d['p']:.2g}")
         ]
         for pair in comparisons
         for receiver, found in pair["receivers"].items()
     ]
-    return "paired differences", ["first", "minus second", "receiver", "EM", "p", "F1", "p"], body
+    return "paired differences", ["first", "minus second", "receiver", "EM", "p", "F1", "p", "NLL", "p"], body
 
 
 def finals_table(finalists: list[Finalist], metric: str) -> Grid:

@@ -15,6 +15,7 @@ from latentwire.evaluation.settings import label, settings
 from latentwire.evaluation.statistics import interval
 from latentwire.evaluation.summary import compare, details, summarise
 from latentwire.losses.terms import token_ce
+from latentwire.tuning import report
 from tests.conftest import SMALL, shard_table, untimed
 
 
@@ -217,6 +218,13 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     assert gap["low"] > 0.8 and gap["p"] < 0.01 and gap["difference"] == pytest.approx(
         summarise(found["text"])["qwen"]["em"] - summarise(found["closed_book"])["qwen"]["em"]
     )  # fmt: skip
+    assert pair["receivers"]["qwen"]["nll"]["high"] < 0  # the gold answers are likelier from the text
+    shown = report.comparisons_table([pair])[2][1]
+    assert (
+        shown[2] == "qwen"
+        and shown[3] == f"{100 * gap['difference']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
+    )
+    assert shown[7].startswith(f"{pair['receivers']['qwen']['nll']['difference']:+.2f} [-")
     same = compare(found["text"], found["text"])["mean"]["f1"]
     assert (same["difference"], same["p"]) == (0.0, 1.0)
     first = rows["id"][0].as_py()

@@ -168,7 +168,9 @@ def test_eager_attention_gives_what_sdpa_gives() -> None:
     rows = [sdpa.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     length_B = torch.tensor([len(row) for row in rows])
     window = sdpa.collate(rows)[0]
-    torch.testing.assert_close(eager(**window, length_B=length_B), sdpa(**window, length_B=length_B), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        eager(**window, length_B=length_B), sdpa(**window, length_B=length_B), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> None:
