@@ -24,7 +24,7 @@ from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.pin import evaluation_pin
-from latentwire.evaluation.settings import Setting
+from latentwire.evaluation.settings import Setting, label
 from latentwire.evaluation.summary import summarise
 from latentwire.storage import Place, directory, local, place, write, write_text
 from latentwire.training import checkpoints
@@ -147,7 +147,10 @@ def score(
     with local(path) as folder:
         wire, _ = checkpoints.load_wire(folder, run)
     table = shards.read_table(validation)
-    predictions = {setting.key: list(predict(wire, table, setting, joint=True)) for setting in settings}
+    predictions: dict[str, list[Prediction]] = {}
+    for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
+        predictions[setting.key] = list(predict(wire, table, setting, joint=True))
+        print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
     scores = {key: summarise(found) for key, found in predictions.items()}
     return scores, [p for found in predictions.values() for p in found]
 
