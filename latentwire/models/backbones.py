@@ -115,10 +115,11 @@ class PretrainedStates(nn.Module):
 def _load(source: ReceiverConfig, load_weights: bool) -> Any:
     from transformers import AutoModel
 
-    kernel = "eager" if source.attn_implementation == "eager" else "sdpa"  # flash_attention_2 takes no 4-D mask
+    # Anything else is left to transformers, which knows what the architecture has; flash_attention_2 takes no 4-D mask.
+    kernel = {"attn_implementation": "eager"} if source.attn_implementation == "eager" else {}
     if not load_weights:
-        return AutoModel.from_config(load_hf_config(source), attn_implementation=kernel)
-    return load_from(AutoModel, source, dtype=torch.float32, attn_implementation=kernel)
+        return AutoModel.from_config(load_hf_config(source), **kernel)
+    return load_from(AutoModel, source, dtype=torch.float32, **kernel)
 
 
 def _keep_layers(backbone: Any, count: int | None) -> None:
