@@ -84,18 +84,24 @@ def together_table(scores: dict[str, Any]) -> Grid:
 def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
     """Paired differences with their 95 % intervals, and how likely so large a one is by chance."""
     body = [
-        [label(pair["first"]), label(pair["second"]), receiver]
-        + [
-            text
-            for field, factor, digits in (("em", 100, 1), ("f1", 100, 1), ("nll", 1, 2))
-            for d in [found[field]]
-            for difference, low, high in [[f"{factor * d[end]:+.{digits}f}" for end in ("difference", "low", "high")]]
-            for text in (f"{difference} [{low}, {high}]", f"{d['p']:.2g}")
+        [
+            label(pair["first"]),
+            label(pair["second"]),
+            receiver,
+            *_paired(found["em"]),
+            *_paired(found["f1"]),
+            *_paired(found["nll"], factor=1, digits=2),
         ]
         for pair in comparisons
         for receiver, found in pair["receivers"].items()
     ]
     return "paired differences", ["first", "minus second", "receiver", "EM", "p", "F1", "p", "NLL", "p"], body
+
+
+def _paired(found: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
+    """A difference with its interval, and p."""
+    difference, low, high = (f"{factor * found[end]:+.{digits}f}" for end in ("difference", "low", "high"))
+    return [f"{difference} [{low}, {high}]", f"{found['p']:.2g}"]
 
 
 def finals_table(finalists: list[Finalist], metric: str) -> Grid:
