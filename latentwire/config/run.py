@@ -62,6 +62,10 @@ class RunConfig(Section):
                 "dataset text has no questions, so the weights of answer, first_k and first_token CE and of KD must be 0; "
                 "set losses.bundle: pretrain"
             )
+        if self.data.dataset == "text" and self.training.best_by == "dev_f1":
+            raise ValueError(
+                "training.best_by must be dev_loss for dataset text, which has no answers to score, got dev_f1; leave it out"
+            )
         refiner = self.features.refiner
         if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
             raise ValueError(f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}")

@@ -29,7 +29,7 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
 def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], output: Path) -> Place:
     """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
 
-    Keeps the best by development F1 and the last.
+    Keeps the best by ``training.best_by`` and the last.
     """
     train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
@@ -69,4 +69,5 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
 
 def metric_of(run: RunConfig) -> tuple[str, str]:
     """The metric that chooses a single run's best checkpoint, and whether more or less of it is better."""
-    return ("dev_loss", "min") if run.data.dataset == "text" else ("dev_f1", "max")
+    best_by = run.training.best_by or ("dev_loss" if run.data.dataset == "text" else "dev_f1")
+    return best_by, "min" if best_by == "dev_loss" else "max"

@@ -9,11 +9,11 @@ import pytest
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.training import checkpoints
 from latentwire.training.kept import best_of, finished
-from latentwire.training.local import train_here
+from latentwire.training.local import metric_of, train_here
 from latentwire.training.loop import Trainer, TrainingError
 
 
@@ -45,6 +45,23 @@ def test_best_and_last_are_kept_and_foreign_files_stay(
     assert [path.name for path in finished(folder)] == ["step-00000004", "step-00000008"]
     assert best == best_of(finished(folder)) == folder / "step-00000004"
     assert (folder / "step-00000001" / "notes.txt").exists() and (folder / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("best_by", "best"), [(None, 2), ("dev_f1", 2), ("dev_loss", 6)])
+def test_what_is_asked_for_chooses_the_best_checkpoint(
+    best_by: str | None, best: int, run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([(0.9, 3.0), (0.1, 2.0), (0.2, 1.0), (0.3, 2.5)])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, dev: dict(zip(("dev_f1", "dev_loss"), next(scores), strict=True)))
+    values = {"training.evaluate_every": 2, "training.epochs": 2, "training.best_by": best_by}
+    assert train_here(LatentWire(with_values(run, values)), paths, tmp_path / "run").name == f"step-{best:08d}"
+
+
+def test_texts_without_answers_have_only_a_loss(run: RunConfig) -> None:
+    texts = {"data.dataset": "text", "losses.bundle": "pretrain"}
+    assert metric_of(with_values(run, texts)) == ("dev_loss", "min")
+    with pytest.raises(ConfigError, match=r"training\.best_by must be dev_loss for dataset text"):
+        with_values(run, texts | {"training.best_by": "dev_f1"})
 
 
 def test_removing_a_checkpoint_leaves_what_it_did_not_write(wire: LatentWire, tmp_path: Path) -> None:
