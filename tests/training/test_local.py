@@ -52,7 +52,9 @@ def test_what_is_asked_for_chooses_the_best_checkpoint(
     best_by: str | None, best: int, run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([(0.9, 3.0), (0.1, 2.0), (0.2, 1.0), (0.3, 2.5)])
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, dev: dict(zip(("dev_f1", "dev_loss"), next(scores), strict=True)))
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self, dev: dict(zip(("dev_f1", "dev_loss"), next(scores), strict=True))
+    )
     values = {"training.evaluate_every": 2, "training.epochs": 2, "training.best_by": best_by}
     assert train_here(LatentWire(with_values(run, values)), paths, tmp_path / "run").name == f"step-{best:08d}"
 
