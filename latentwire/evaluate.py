@@ -26,7 +26,7 @@ from latentwire.evaluation.settings import WIDTHS, settings
 from latentwire.options import override_run
 from latentwire.storage import local, place
 from latentwire.tuning import results
-from latentwire.tuning.output import check_comparison, show_and_write
+from latentwire.tuning.output import compared, show_and_write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,8 +46,11 @@ def parser() -> argparse.ArgumentParser:
                          help="the same for a wire whose messages have a fixed length")  # fmt: skip
     parser.add_argument("--bits", nargs="+", type=int, choices=WIDTHS, default=[],
                         help="also send the latents in packets of these widths")  # fmt: skip
-    parser.add_argument("--compare", nargs=2, metavar=("FIRST", "SECOND"), default=[],
-                        help="two rows (modes, or keys of the JSON) whose paired difference is shown")  # fmt: skip
+    parser.add_argument("--compare", nargs="*", metavar="ROW",
+                        help="also print paired differences: of these two rows (modes, or keys of the JSON), or of the "
+                             "latents and each baseline where none is named")  # fmt: skip
+    parser.add_argument("--no_joint", action="store_true",
+                        help="leave out how likely receivers find each other's answers: about half the time")  # fmt: skip
     parser.add_argument("--diagnose", action="store_true", help="also probe the latents; see docs/evaluation.md")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100")  # fmt: skip
@@ -79,9 +82,9 @@ def main() -> int:
             run = override_run(exports.read_run(folder), options.assignments)
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-        check_comparison(options, rows)
+        compared(options.compare, rows)
         path = local_shards(run, (options.split,))[options.split]
-        _, predictions = results.score(options.checkpoint, path, rows, run)
+        _, predictions = results.score(options.checkpoint, path, rows, run, joint=not options.no_joint)
         probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
         return show_and_write(options, rows, predictions, run, probes)
     except USER_ERRORS as error:

@@ -21,7 +21,7 @@ from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
 from latentwire.storage import local
 from latentwire.tuning import planner, pool, results, sweep
-from latentwire.tuning.output import check_comparison, show_and_write
+from latentwire.tuning.output import compared, show_and_write
 
 
 def main() -> int:
@@ -38,14 +38,14 @@ def main() -> int:
             run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-        check_comparison(options, rows)
+        compared(options.compare, rows)
         sweep.start_ray()
         plan = planner.plan_on_cluster(SpaceFile(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         path = pipeline.ensure_shards(run, options.split)
         copies = options.copies or pool.copies_at_once(there, plan, memory)
-        share = {"cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
-        found = pool.predict_pool(checkpoint, path, rows, run, copies=copies, **share)
+        share = {"copies": copies, "cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
+        found = pool.predict_pool(checkpoint, path, rows, run, joint=not options.no_joint, **share)
         predictions = [p for own in found.values() for p in own]
         probes = (
             results.on_cluster(run, plan.gpus_per_worker, results.diagnose_here, checkpoint, path, run)

@@ -110,18 +110,16 @@ def baseline_pairs(settings: Sequence[Setting]) -> list[tuple[str, str]]:
 
 
 def details(
-    settings: Sequence[Setting],
     predictions: Mapping[str, Sequence[Prediction]],
-    asked: Sequence[str] = (),
+    compared: Sequence[tuple[str, str]] = (),
     types: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What goes beyond the table: ``comparisons`` of latents with every baseline (``asked``: of these two instead),
-    ``breakdown`` and ``distinct`` (different answers over rows) of each row of the table.
+    """What goes beyond the table: ``comparisons`` of the rows ``compared``, by their keys; ``breakdown`` and ``distinct``
+    (different answers over rows) of each row of the table.
     """
-    chosen = pairs(settings, *asked) if asked else baseline_pairs(settings)
     return {
         "comparisons": [
-            {"first": a, "second": b, "receivers": compare(predictions[a], predictions[b])} for a, b in chosen
+            {"first": a, "second": b, "receivers": compare(predictions[a], predictions[b])} for a, b in compared
         ],
         "breakdown": {key: breakdown(found, types) for key, found in predictions.items()},
         "distinct": {

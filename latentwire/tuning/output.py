@@ -11,18 +11,24 @@ from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting
-from latentwire.evaluation.summary import details, pairs, summarise
+from latentwire.evaluation.summary import baseline_pairs, details, pairs, summarise
 from latentwire.storage import write_text
 from latentwire.tuning import report, results
 
 
-def check_comparison(options: argparse.Namespace, rows: Sequence[Setting]) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where ``--compare`` names no two rows of the table."""
-    if options.compare and not pairs(rows, *options.compare):
+def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple[str, str]]:
+    """The rows of the table to set side by side, by their keys: the two that ``--compare`` names, or latents and each baseline.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
+    """
+    whole = baseline_pairs(rows) if not named else []
+    found = pairs(rows, *named) if named and len(named) == 2 else whole
+    if named is not None and not found:
         raise ConfigError(
-            f"--compare must name two different rows of the table ({', '.join(row.key for row in rows)}), got "
-            f"{' and '.join(options.compare)}"
+            f"--compare must name two different rows of the table ({', '.join(row.key for row in rows)}), or none where it "
+            f"has latents and a baseline, got {' and '.join(named) or 'none'}"
         )
+    return found
 
 
 def show_and_write(
@@ -36,9 +42,9 @@ def show_and_write(
     by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in rows}
     scores = {key: summarise(found) for key, found in by_key.items()}
     types = question_types(run.data, "validation" if options.split == "validation" else "train")
-    further = details(rows, by_key, options.compare, types)
+    further = details(by_key, compared(options.compare, rows), types)
     grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
-    if options.compare:
+    if options.compare is not None:
         grids.append(report.comparisons_table(further["comparisons"]))
     report.show(grids)
     if probes is not None:

@@ -24,18 +24,20 @@ PARTS = 4
 class Scorer:
     """One copy of a wire, and the split's rows; called with a part of the work."""
 
-    def __init__(self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, threads: int) -> None:
+    def __init__(
+        self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, joint: bool, threads: int
+    ) -> None:
         torch.set_num_threads(threads)
         with local(place(checkpoint)) as folder:
             self.wire, _ = checkpoints.load_wire(folder, run)
-        self.table, self.settings = shards.read_table(place(path)), settings
+        self.table, self.settings, self.joint = shards.read_table(place(path)), settings, joint
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """``setting``, ``start``, ``stop`` → the predictions of those rows, with their place."""
         found = []
         for index, start, stop in zip(batch["setting"], batch["start"], batch["stop"], strict=True):
             rows = range(int(start), int(stop))
-            predictions = predict(self.wire, self.table, self.settings[int(index)], rows, joint=True)
+            predictions = predict(self.wire, self.table, self.settings[int(index)], rows, joint=self.joint)
             found += [dataclasses.asdict(p) | {"place": [int(index), int(start), n]} for n, p in enumerate(predictions)]
         return pa.Table.from_pylist(found, _SCHEMA)
 
@@ -46,6 +48,7 @@ def predict_pool(
     settings: tuple[Setting, ...],
     run: RunConfig,
     *,
+    joint: bool = True,
     copies: int,
     cpus: float,
     gpus: float,
@@ -66,13 +69,18 @@ def predict_pool(
     ]
     scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         Scorer,
-        fn_constructor_args=(str(checkpoint), str(path), settings, run, max(1, int(cpus))),
+        fn_constructor_args=(str(checkpoint), str(path), settings, run, joint, max(1, int(cpus))),
         batch_size=1,
         concurrency=min(copies, len(parts)),
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    rows = sorted(scored.take_all(), key=lambda row: tuple(row["place"]))
+    rows: list[dict[str, Any]] = []
+    for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+        rows += part.to_pylist()
+        done = len(rows) // len(run.receivers)
+        print(f"scored {done:,}/{total * len(settings):,} rows of {len(settings)} settings", flush=True)
+    rows.sort(key=lambda row: tuple(row["place"]))
     found: dict[str, list[Prediction]] = {setting.key: [] for setting in settings}
     for row in rows:
         del row["place"]

@@ -138,18 +138,24 @@ FINAL_SETTINGS = tuple(
 
 
 def score(
-    path: Place, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, run: RunConfig | None = None
+    path: Place,
+    validation: Place,
+    settings: tuple[Setting, ...] = FINAL_SETTINGS,
+    run: RunConfig | None = None,
+    *,
+    joint: bool = True,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
 
-    ``run`` replaces the configuration it was saved with (other data, decoding or device).
+    ``run`` replaces the configuration it was saved with (other data, decoding or device). ``joint``: receivers also judge
+    each other's answers.
     """
     with local(path) as folder:
         wire, _ = checkpoints.load_wire(folder, run)
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
     for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
-        predictions[setting.key] = list(predict(wire, table, setting, joint=True))
+        predictions[setting.key] = list(predict(wire, table, setting, joint=joint))
         print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
     scores = {key: summarise(found) for key, found in predictions.items()}
     return scores, [p for found in predictions.values() for p in found]

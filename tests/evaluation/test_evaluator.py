@@ -213,7 +213,7 @@ def test_one_receiver_is_together_with_nobody(wire: LatentWire, rows: pa.Table) 
 def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     chosen = settings(wire.run, ["text", "truncated", "closed_book"])
     found = {s.key: list(predict(wire, rows, s)) for s in chosen}
-    (pair,) = details(chosen, found, ["text", "closed_book"])["comparisons"]
+    (pair,) = details(found, [("text", "closed_book")])["comparisons"]
     gap = pair["receivers"]["qwen"]["em"]
     assert gap["low"] > 0.8 and gap["p"] < 0.01 and gap["difference"] == pytest.approx(
         summarise(found["text"])["qwen"]["em"] - summarise(found["closed_book"])["qwen"]["em"]
@@ -228,7 +228,7 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     same = compare(found["text"], found["text"])["mean"]["f1"]
     assert (same["difference"], same["p"]) == (0.0, 1.0)
     first = rows["id"][0].as_py()
-    parts = details(chosen, found, types={first: "bridge"})["breakdown"]["text"]
+    parts = details(found, types={first: "bridge"})["breakdown"]["text"]
     assert {kind: group["rows"] for kind, group in parts["type"].items()} == {"other": 63, "bridge": 1}
     for groups in parts.values():
         assert sum(group["rows"] for group in groups.values()) == rows.num_rows

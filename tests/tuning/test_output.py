@@ -1,0 +1,39 @@
+"""What ``--compare`` sets side by side."""
+
+import pytest
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.evaluation.settings import settings
+from latentwire.tuning.output import compared
+
+ROWS = settings(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
+AT_8 = ("latent at 8 latents", "truncated at 8 latents")
+AT_4 = ("latent at 4 latents", "truncated at 4 latents")
+
+
+def test_two_modes_are_compared_where_their_budgets_meet() -> None:
+    assert compared(["latent", "truncated"], ROWS) == [AT_8, AT_4]
+    assert compared(["latent at 8 latents", "latent at 4 latents"], ROWS) == [(AT_8[0], AT_4[0])]
+
+
+@pytest.mark.parametrize("named", [None, []])
+def test_without_names_latents_are_compared_with_every_baseline(named: list[str] | None) -> None:
+    found = compared(named, ROWS)
+    assert [pair for pair in found if "truncated" in pair[1]] == [AT_8, AT_4]
+    assert {(a, b) for a, b in found if b == "text"} == {(AT_8[0], "text"), (AT_4[0], "text")}
+    assert len(set(found)) == len(found) and all(a.startswith("latent at") for a, _ in found)
+    assert {b.partition(" ")[0] for _, b in found} == {"text", "truncated", "shuffled"}
+
+
+@pytest.mark.parametrize("named", [["latent"], ["latent", "truncated", "text"], ["latent", "window"], ["text", "text"]])
+def test_rows_that_the_table_lacks_are_refused(named: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--compare must name two different rows of the table \(text, latent at 8"):
+        compared(named, ROWS)
+
+
+def test_a_table_with_nothing_to_compare_says_so_only_where_asked() -> None:
+    alone = settings(RunConfig(), ["text"])
+    assert compared(None, alone) == []
+    with pytest.raises(ConfigError, match="got none"):
+        compared([], alone)
