@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 
 from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
-from latentwire.data.layout import SequenceBuilder, sender_text
+from latentwire.data.layout import LayoutError, SequenceBuilder, sender_text
 from latentwire.models.encoders import encoder_tokenizer, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
-from latentwire.storage import Place, read_footer, sha256, write, write_text
+from latentwire.storage import Place, StorageError, read_footer, sha256, write, write_text
 
 BLOCK_ROWS = 1_024
 """Rows that a task hands on at once."""
@@ -69,7 +69,7 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit) -> Place:
 
 
 def quiet_ray_data() -> None:
-    """Keep progress bars to terminals: in a log file they are a page a second."""
+    """Keep progress bars to terminals (in a log file they are a page a second), and errors of ours to one line."""
     from ray.data.context import DataContext, ShuffleStrategy
 
     context = DataContext.get_current()
@@ -77,6 +77,18 @@ def quiet_ray_data() -> None:
     # The newer shuffle has an environment of its own: processes that know ours are stopped for it and start again.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context.raise_original_map_exception = True  # entry points know errors by their type
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data.{name}").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether the exception that is being logged is none of those that an entry point prints in one line.
+
+    Ray Data takes them for faults of its own: two tracebacks, and a request to report them to its makers.
+    """
+    error = (record.exc_info or sys.exc_info())[1]
+    return not isinstance(error, (sources.DataError, LayoutError, StorageError))
 
 
 def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, Any]:

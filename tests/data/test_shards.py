@@ -53,6 +53,14 @@ def own(tmp_path: Path) -> RunConfig:
     return with_values(RunConfig(), values)
 
 
+def test_a_file_that_cannot_be_read_is_told_in_one_line(own: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    (Path(own.data.data_dir) / "train.json").write_text("[{broken")
+    with pytest.raises(DataError, match=r"train\.json must be JSON in UTF-8"):
+        pipeline.ensure_shards(own, "train")
+    told = "".join(capfd.readouterr())
+    assert "Traceback" not in told and "internal code" not in told
+
+
 def test_rows_are_split_by_document_and_bad_ones_kept_aside(own: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
     train, dev = (pipeline.ensure_shards(own, split) for split in ("train", "dev"))
     rows, held_out = shards.read_table(train).to_pylist(), shards.read_table(dev).to_pylist()
