@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
                         help="also print paired differences: of these two rows (modes, or keys of the JSON), or of the "
                              "latents and each baseline where none is named")  # fmt: skip
     parser.add_argument("--no_joint", action="store_true",
-                        help="leave out how likely receivers find each other's answers: about half the time")  # fmt: skip
+                        help="leave out how likely receivers find each other's answers, which takes further passes")  # fmt: skip
     parser.add_argument("--diagnose", action="store_true", help="also probe the latents; see docs/evaluation.md")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100")  # fmt: skip
@@ -82,11 +82,11 @@ def main() -> int:
             run = override_run(exports.read_run(folder), options.assignments)
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-        compared(options.compare, rows)
+        sides = compared(options.compare, rows)
         path = local_shards(run, (options.split,))[options.split]
         _, predictions = results.score(options.checkpoint, path, rows, run, joint=not options.no_joint)
         probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
-        return show_and_write(options, rows, predictions, run, probes)
+        return show_and_write(options, rows, sides, predictions, run, probes)
     except USER_ERRORS as error:
         return fail(error)
 

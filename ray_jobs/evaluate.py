@@ -38,7 +38,7 @@ def main() -> int:
             run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
         results.check_questions(run)
         rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-        compared(options.compare, rows)
+        sides = compared(options.compare, rows)
         sweep.start_ray()
         plan = planner.plan_on_cluster(SpaceFile(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
@@ -52,7 +52,7 @@ def main() -> int:
             if options.diagnose
             else None
         )
-        return show_and_write(options, rows, predictions, run, probes)
+        return show_and_write(options, rows, sides, predictions, run, probes)
     except USER_ERRORS as error:
         return fail(error)
 

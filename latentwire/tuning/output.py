@@ -21,8 +21,13 @@ def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
     """
-    whole = baseline_pairs(rows) if not named else []
-    found = pairs(rows, *named) if named and len(named) == 2 else whole
+    match named:
+        case None | []:
+            found = baseline_pairs(rows)
+        case [first, second]:
+            found = pairs(rows, first, second)
+        case _:
+            found = []
     if named is not None and not found:
         raise ConfigError(
             f"--compare must name two different rows of the table ({', '.join(row.key for row in rows)}), or none where it "
@@ -34,15 +39,16 @@ def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple
 def show_and_write(
     options: argparse.Namespace,
     rows: Sequence[Setting],
+    sides: Sequence[tuple[str, str]],
     predictions: Sequence[Prediction],
     run: RunConfig,
     probes: dict[str, float] | None = None,
 ) -> int:
-    """Print the tables and write what ``--output`` asks for; returns the exit status."""
+    """Print the tables and write what ``--output`` asks for; returns the exit status. ``sides``: what :func:`compared` gives."""
     by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in rows}
     scores = {key: summarise(found) for key, found in by_key.items()}
     types = question_types(run.data, "validation" if options.split == "validation" else "train")
-    further = details(by_key, compared(options.compare, rows), types)
+    further = details(by_key, sides, types)
     grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
     if options.compare is not None:
         grids.append(report.comparisons_table(further["comparisons"]))
