@@ -1,24 +1,15 @@
-"""Every error that a user can cause, for the entry points to print as one line instead of a traceback."""
+"""What a user can cause, for the entry points to print as one line instead of a traceback."""
 
 from __future__ import annotations
 
 import sys
 
-from latentwire.config.resolve import ConfigError
-from latentwire.data.layout import LayoutError
-from latentwire.data.sources import DataError
-from latentwire.exports import CheckpointError
-from latentwire.models.weights import ReceiverError
-from latentwire.storage import StorageError
-from latentwire.training.loop import TrainingError
-from latentwire.tuning.planner import PlanError
-from latentwire.tuning.results import SweepError
-from latentwire.wire import WireError
 
-USER_ERRORS = (
-    ConfigError, LayoutError, DataError, ReceiverError, WireError, CheckpointError, TrainingError, PlanError, SweepError,
-    StorageError,
-)  # fmt: skip
+class UserError(Exception):
+    """What a user did wrong, or can put right: the message quotes the rule, the value and the next move.
+
+    Each room has its own kind; whoever wants them all catches this.
+    """
 
 
 def fail(error: Exception) -> int:

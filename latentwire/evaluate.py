@@ -19,7 +19,7 @@ from latentwire import exports
 from latentwire.config import DataConfig
 from latentwire.data import shards
 from latentwire.data.local import local_shards
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import MODES
 from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS, settings
@@ -87,7 +87,7 @@ def main() -> int:
         _, predictions = results.score(options.checkpoint, path, rows, run, joint=not options.no_joint)
         probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
         return show_and_write(options, rows, sides, predictions, run, probes)
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from latentwire import card
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, validate, with_values
+from latentwire.errors import UserError
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import owner
@@ -41,7 +42,7 @@ FILES = ["config.json", MANIFEST, CARD, "interlingua.safetensors", "adapters/*.s
 PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be trusted or does not fit; the message says what was expected and what was found."""
 
 
@@ -154,8 +155,6 @@ def read_run(path: Path) -> RunConfig:
     try:
         return validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.storage import place
 from latentwire.tuning import report_html
 
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("sweep", type=place, help="directory or URI of a sweep (one with space.json and study.journal)")
     try:
         print(report_html.write(parser.parse_args().sweep.absolute()))
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     return 0
 

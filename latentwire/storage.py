@@ -23,11 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from latentwire.errors import UserError
+
 SECRETS = re.compile(r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|token|password|sig)=", re.IGNORECASE)
 """What must not stand in a URI: configurations are written into results, logs and reports."""
 
 
-class StorageError(RuntimeError):
+class StorageError(UserError):
     """A place that cannot be read or written; the message names it, the reason and the next move."""
 
 

@@ -20,7 +20,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, add_start, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
@@ -55,7 +55,7 @@ def main() -> int:
         if export.exists():
             raise ConfigError(f"{export} exists: this run is finished; name another output_dir")
         scores = results.score_and_export(best, paths["validation"], export)
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     command = shlex.join(["python", *sys.argv])
     results.write_results(output, {"command": command, "best": best, "validation": scores})

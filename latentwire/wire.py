@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from latentwire.errors import UserError
 from latentwire.models.message import Message
 
 MAGIC = b"LTWR"
@@ -46,7 +47,7 @@ _NAME = re.compile(rb"[a-z][a-z0-9_]*")
 _LARGEST = float(np.finfo(np.float16).max)
 
 
-class WireError(ValueError):
+class WireError(UserError):
     """Bytes that are no packet this wire can read, or a message that cannot be sent; says rule, value and next move."""
 
 

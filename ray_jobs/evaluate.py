@@ -15,7 +15,7 @@ import ray
 from latentwire import exports
 from latentwire.config import SpaceFile
 from latentwire.data import pipeline
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.evaluate import official, parser
 from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
@@ -53,7 +53,7 @@ def main() -> int:
             else None
         )
         return show_and_write(options, rows, sides, predictions, run, probes)
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
 
 

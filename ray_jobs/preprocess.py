@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import autoscaler, sweep
 
@@ -25,7 +25,7 @@ def main() -> int:
         space = with_home(read_space(options, DEFAULT_SPACE))
         sweep.start_ray()
         sweep.prepare(space, space.run.training.gpus_each(autoscaler.cluster_resources()))
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     return 0
 

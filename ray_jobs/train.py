@@ -16,7 +16,7 @@ from pathlib import Path
 from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, add_start, read_space, with_home
 from latentwire.storage import place
 from latentwire.training import kept
@@ -66,7 +66,7 @@ def main() -> int:
             files.shards["validation"],
             output / "best",
         )
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     except TrainingFailedError as error:
         print(f"error: {error}", file=sys.stderr)

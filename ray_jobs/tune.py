@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.config.resolve import ConfigError
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.storage import place
 from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
@@ -70,7 +70,7 @@ def main() -> int:
             return 0
         resume.write_space(space, output)
         return job.search(space, plan, output, shlex.join(["python", *sys.argv]), repeated)
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
 
 

@@ -24,7 +24,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.data import shards
 from latentwire.data.local import local_shards
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
@@ -96,7 +96,7 @@ def main() -> int:
             return 0
         for run in {shards_key(run): run for run in wanted.values()}.values():
             local_shards(run)
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     missing = [key for key in wanted if not (options.output_dir / key / "scores.json").exists()]
 

@@ -23,7 +23,7 @@ from latentwire.config import RunConfig, SamplerConfig, SpaceFile
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.options import with_home
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
@@ -116,7 +116,7 @@ def main() -> int:
     try:
         space = with_home(load_space(options.space))
         found = {name: [sweep(space, name, seed, options.output_dir) for seed in options.seeds] for name in SAMPLERS}
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     text = table(found)
     (options.output_dir / "table.md").write_text(text + "\n")

@@ -23,7 +23,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.local import local_shards
-from latentwire.errors import USER_ERRORS, fail
+from latentwire.errors import UserError, fail
 from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
 from latentwire.options import add_flags, add_start, assignment, read_space, with_home
@@ -95,7 +95,7 @@ def main() -> int:
                 )
                 rows.append({"steps": steps, "way": way} | found)
                 (options.output_dir / "table.json").write_text(json.dumps(rows, indent=1))
-    except USER_ERRORS as error:
+    except UserError as error:
         return fail(error)
     print(
         "| steps | way | EM | F1 | NLL | EM of the full text | retention | seconds |\n|---|---|---|---|---|---|---|---|"

@@ -26,9 +26,10 @@ from latentwire.config import (
     SpaceFile,
     default_receivers,
 )
+from latentwire.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that breaks a rule: the message quotes rule, value and place."""
 
 

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from latentwire.config import PromptConfig, ReceiverConfig
+from latentwire.errors import UserError
 
 LAYOUT_VERSION = 1
 """Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
@@ -35,7 +36,7 @@ _CONTEXT, _QUESTION = "⟦context⟧", "⟦question⟧"
 _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """Pieces that cannot be joined as token ids."""
 
 

@@ -26,10 +26,11 @@ import pyarrow.parquet as pq
 
 from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
-from latentwire.data.layout import LayoutError, SequenceBuilder, sender_text
+from latentwire.data.layout import SequenceBuilder, sender_text
+from latentwire.errors import UserError
 from latentwire.models.encoders import encoder_tokenizer, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
-from latentwire.storage import Place, StorageError, read_footer, sha256, write, write_text
+from latentwire.storage import Place, read_footer, sha256, write, write_text
 
 BLOCK_ROWS = 1_024
 """Rows that a task hands on at once."""
@@ -83,12 +84,12 @@ def quiet_ray_data() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether the exception that is being logged is none of those that an entry point prints in one line.
+    """Whether the exception that is being logged is none that an entry point prints in one line.
 
     Ray Data takes them for faults of its own: two tracebacks, and a request to report them to its makers.
     """
     error = (record.exc_info or sys.exc_info())[1]
-    return not isinstance(error, (sources.DataError, LayoutError, StorageError))
+    return not isinstance(error, UserError)
 
 
 def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from latentwire.config import DataConfig
 from latentwire.data.toy import toy_rows
+from latentwire.errors import UserError
 from latentwire.storage import at, explained, place
 
 Split = Literal["train", "validation"]
@@ -34,7 +35,7 @@ Row = dict[str, Any] | bytes
 """One raw row: columns, or the bytes of a line of JSON."""
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """Data that cannot be read at all; the message says what was expected, what was found and where."""
 
 

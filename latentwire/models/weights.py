@@ -19,12 +19,13 @@ from filelock import FileLock
 from torch import nn
 
 from latentwire.config import EncoderConfig, ReceiverConfig
+from latentwire.errors import UserError
 from latentwire.storage import sha256
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 
 
-class ReceiverError(RuntimeError):
+class ReceiverError(UserError):
     """A receiver that cannot be loaded; the message says which, why, and what to do."""
 
 

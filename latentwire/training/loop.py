@@ -16,6 +16,7 @@ from transformers import get_scheduler
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
+from latentwire.errors import UserError
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.losses.bundles import Weights, factor, term_counts, weights_at
@@ -29,7 +30,7 @@ Epoch = Callable[[int], Iterator[pa.Table]]
 """The rows of each step of epoch number e, as shard columns, in an order that e alone decides."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training that cannot go on; the message says why and what to change."""
 
 

@@ -14,6 +14,7 @@ import torch
 
 from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.errors import UserError
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
@@ -29,7 +30,7 @@ WORDS_PER_ACTIVATION = 18
 """Numbers kept per position, layer and unit of width for a backward pass to the inputs (attention and gated MLP)."""
 
 
-class PlanError(RuntimeError):
+class PlanError(UserError):
     """A sweep that this cluster cannot hold; the message quotes what is needed and what is there."""
 
 

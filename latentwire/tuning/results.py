@@ -20,6 +20,7 @@ from latentwire import exports
 from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
+from latentwire.errors import UserError
 from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
@@ -31,7 +32,7 @@ from latentwire.training import checkpoints
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
 
-class SweepError(RuntimeError):
+class SweepError(UserError):
     """A sweep without a usable trial; the message quotes the trials' own errors."""
 
 

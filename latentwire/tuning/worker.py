@@ -18,6 +18,7 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data import streams
+from latentwire.errors import UserError
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
 from latentwire.storage import Place, local, place
@@ -42,7 +43,7 @@ def train(settings: dict[str, Any]) -> None:
     run = RunConfig.model_validate(settings["run"])
     try:
         _train(run, settings)
-    except (RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError) as error:
         if run.training.num_workers > 1 or not (
             isinstance(error, TrainingError | exports.CheckpointError) or is_out_of_memory(error)
         ):
