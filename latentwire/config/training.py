@@ -83,7 +83,7 @@ class TrainingConfig(Section):
     """Steps between evaluations; each one writes a checkpoint and reports to Tune."""
     best_by: Literal["dev_f1", "dev_loss"] | None = None
     """What chooses the best checkpoint of a single run (a sweep's trials: ``tune.metric``). F1 is what is wanted; the loss
-    tells more from few development rows (docs/findings.md). ``None``: F1, and the loss where texts have no answers."""
+    tells more from few development rows (docs/real_pair.md). ``None``: F1, and the loss where texts have no answers."""
     log_every: int = Field(20, ge=1)
     """Steps between progress lines."""
     seed: int = Field(0, ge=0)
