@@ -22,6 +22,7 @@ def rows(run: RunConfig, table: pa.Table, repeats: int) -> list[Row]:
         beside_bare_receivers(run, batch, repeats),
         with_teachers(run, batch, repeats),
         longer_k(run, batch, repeats),
+        eager_attention(run, batch, repeats),
     ]
 
 
@@ -77,6 +78,15 @@ def longer_k(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     return Row(
         "step with K = 8 ÷ step with K = 1", ours / theirs, "≤ 1.05", f"{1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
     )
+
+
+def eager_attention(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
+    """A step whose receivers attend by plain products over one that uses torch's fused attention."""
+    every = [f"receivers.{i}.attn_implementation" for i in range(len(run.receivers))]
+    eager, fused = (trainer_of(with_values(run, dict.fromkeys(every, how))) for how in ("eager", "sdpa"))
+    ours, theirs = in_turns(lambda: eager.step(batch), lambda: fused.step(batch), repeats)
+    detail = f"{batch.num_rows} rows: {1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
+    return Row("step with eager attention ÷ with sdpa", ours / theirs, "report", detail)
 
 
 def supervised_logits(
