@@ -30,7 +30,7 @@ class Account:
     """Seconds in the queue."""
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself: requests hold tensors, which do not compare
 class _Waiting:
     asker: str
     request: Request
@@ -95,8 +95,14 @@ class Replica:
         self._thread.join()
 
     def _run(self) -> None:
-        while (group := self._next()) is not None:
-            self._answer(group)
+        try:
+            while (group := self._next()) is not None:
+                self._answer(group)
+        finally:  # at the end nobody waits; after a fault of ours nobody is to wait for ever
+            with self._changed:
+                self._closed = True
+                for waiting in self._waiting:
+                    waiting.answer.set_exception(RuntimeError(f"replica of {self.lm.name} has ended; see its log"))
 
     def _next(self) -> list[_Waiting] | None:
         """What the next pass answers, taken off the queue; ``None`` at the end."""

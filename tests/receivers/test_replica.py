@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -215,3 +216,62 @@ def test_a_closed_replica_says_so() -> None:
     desk.finish()
     with pytest.raises(RuntimeError, match="replica of nobody is closed"):
         desk.replica.ask("a", Job("a", desk.log))
+
+
+def test_requests_of_one_asker_with_tensors_wait_together() -> None:
+    """Two workers of one trial: what waits is told apart by itself, since tensors do not compare."""
+
+    @dataclass(frozen=True)
+    class Holding(Request):
+        ids_BS: torch.Tensor
+        hold: threading.Event | None = None
+
+        @property
+        def positions(self) -> int:
+            return self.ids_BS.numel()
+
+        @property
+        def alike(self) -> Any:
+            return self.ids_BS.numel()
+
+        @staticmethod
+        def answer(lm: Any, requests: Any) -> list[Any]:
+            for request in requests:
+                assert request.hold is None or request.hold.wait(10)
+            return [int(request.ids_BS.sum()) for request in requests]
+
+    desk, open_ = Desk(most_positions=2), threading.Event()
+    found: dict[int, Any] = {}
+
+    def ask(number: int, hold: threading.Event | None = None) -> threading.Thread:
+        request = Holding(torch.full((1, 2), number), hold)
+        thread = threading.Thread(target=lambda: found.update({number: desk.replica.ask("a", request)}), daemon=True)
+        thread.start()
+        time.sleep(0.02)
+        return thread
+
+    threads = [ask(1, open_), ask(2), ask(3)]
+    open_.set()
+    for thread in threads:
+        thread.join(10)
+    desk.finish()
+    assert found == {1: 2, 2: 4, 3: 6}
+
+
+def test_a_fault_of_the_replica_is_everybodys_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    desk = Desk(most_positions=1)
+
+    def failing() -> None:
+        desk.replica._changed.wait_for(lambda: desk.replica.waiting)
+        raise KeyError("planted")
+
+    with desk.replica._changed:
+        monkeypatch.setattr(desk.replica, "_next", failing)
+    desk.ask("a", "first")  # taken by the call that was under way
+    with desk.replica._changed:
+        desk.replica._changed.notify_all()
+    desk.ask("a", "second")
+    for thread in desk.threads:
+        thread.join(10)
+    assert "replica of nobody" in str(desk.answers["second"])
