@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from latentwire.config import CategoricalDimension, FloatDimension, IntDimension, RunConfig, Schedule, SpaceFile
+from latentwire.config import (
+    CategoricalDimension,
+    FloatDimension,
+    IntDimension,
+    LossConfig,
+    RunConfig,
+    Schedule,
+    SpaceFile,
+)
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
 from latentwire.options import add_flags, read_space
 
@@ -146,6 +154,31 @@ def test_a_bundle_chosen_later_is_outvoted_by_nothing_but_what_was_set() -> None
     chosen = with_values(base, {"losses.bundle": "distil", "encoder.latent_len": 3}).losses
     assert (chosen.kd_weight, chosen.first_k_ce_weight, chosen.kd_temperature) == (1.0, 0.0, 3.0)
     assert set(chosen.schedules) == {"kd_weight"}
+
+
+def test_a_bundle_is_not_outvoted_by_defaults_that_were_written_out() -> None:
+    """A sweep's space, its resumed copy and a manifest are written out whole."""
+    whole = RunConfig.model_validate(RunConfig().model_dump(mode="json"))
+    assert with_values(whole, {"losses.bundle": "distil"}).losses == LossConfig(bundle="distil")
+    chosen = RunConfig.model_validate({"losses": {"bundle": "distil", "kd_weight": 0.3}})
+    for again in (chosen, RunConfig.model_validate(chosen.model_dump(mode="json"))):
+        assert with_values(again, {"losses.bundle": "distil"}).losses.kd_weight == 0.3
+        pretrain = with_values(again, {"losses.bundle": "pretrain"}).losses
+        assert pretrain == LossConfig(bundle="pretrain", kd_weight=0.3)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("receivers.2.model", "must be a number from 0 to 1, got 2 .receivers.2.model.; write further ones"),
+        ("receivers.2", "must be a number from 0 to 1, got 2"),
+        ("receivers.x.model", "must be a number from 0 to 1, got x"),
+        ("data.dataset.name", "a path must end at a knob, got data.dataset.name"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told(path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_values(RunConfig.model_validate(RunConfig().model_dump()), {path: "x"})
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

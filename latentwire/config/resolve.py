@@ -17,10 +17,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from latentwire.config import (
-    LOSS_BUNDLES,
     CategoricalDimension,
     Dimension,
     FloatDimension,
+    LossConfig,
     RunConfig,
     Section,
     SpaceFile,
@@ -70,26 +70,29 @@ def validate(model: type[Section], tree: Any, where: str) -> Any:
 def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") -> RunConfig:
     """A copy of ``run`` with dotted paths set, validated again.
 
-    Only what was set before is carried over, so that a ``losses.bundle`` among the values is not outvoted by defaults, nor
-    by the weights of the bundle before it.
+    A ``losses.bundle`` among the values is outvoted by nothing but what was set beside the one before it: neither by defaults,
+    which stand in a configuration that was written out whole, nor by the bundle before it.
     """
     tree = run.model_dump(mode="json", exclude_unset=True)
     if "losses.bundle" in values:
-        before = LOSS_BUNDLES.get(run.losses.bundle or "", {})
-        tree["losses"] = {name: value for name, value in tree.get("losses", {}).items() if name not in before}
+        before = LossConfig(bundle=run.losses.bundle).model_dump(mode="json")
+        tree["losses"] = {
+            name: value for name, value in run.losses.model_dump(mode="json").items() if value != before[name]
+        }
     for dotted, value in values.items():
         set_path(tree, dotted, value)
     return validate(RunConfig, tree, where)
 
 
 def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists."""
+    """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists. Raises :class:`ConfigError` beyond their ends."""
     *parents, leaf = dotted.split(".")
     node: Any = tree
     for depth, key in enumerate(parents):
         if isinstance(node, list):
-            node = node[int(key)]
+            node = node[_index(node, key, dotted)]
             continue
+        _check_section(node, dotted)
         following = parents[depth + 1] if depth + 1 < len(parents) else leaf
         if node.get(key) is None:  # absent, or a section that is switched off: naming a knob of it switches it on
             if key == "receivers" and following.isdigit():
@@ -98,9 +101,23 @@ def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 node[key] = {}
         node = node[key]
     if isinstance(node, list):
-        node[int(leaf)] = value
+        node[_index(node, leaf, dotted)] = value
     else:
+        _check_section(node, dotted)
         node[leaf] = value
+
+
+def _check_section(node: Any, dotted: str) -> None:
+    if not isinstance(node, dict):
+        raise ConfigError(f"a path must end at a knob, got {dotted}, which goes on below the value {node!r}")
+
+
+def _index(node: list[Any], key: str, dotted: str) -> int:
+    if key.isdigit() and int(key) < len(node):
+        return int(key)
+    raise ConfigError(
+        f"a place in a list must be a number from 0 to {len(node) - 1}, got {key} ({dotted}); write further ones into a space file"
+    )
 
 
 def check_search(space: SpaceFile, where: str) -> None:
