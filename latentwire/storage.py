@@ -245,14 +245,28 @@ def files_below(where: Place) -> dict[str, int]:
     return {info.path[start:]: info.size or 0 for info in found if info.type == fs.FileType.File}
 
 
+def text_if_there(where: Place) -> str | None:
+    """A file's text; ``None`` where there is none, or none any more. Raises :class:`StorageError`."""
+    try:
+        return where.read_text()
+    except (FileNotFoundError, StorageError):
+        if where.exists():
+            raise
+        return None
+
+
 def delete(where: Place) -> None:
-    """Delete a file; nothing where there is none. Raises :class:`StorageError`."""
+    """Delete a file; nothing where there is none, or none any more. Raises :class:`StorageError`."""
     if isinstance(where, Path):
         where.unlink(missing_ok=True)
     elif where.is_file():
-        with explained(where, "deleted"):
-            system, path = at(where)
-            system.delete_file(path)
+        system, path = at(where)
+        try:
+            with explained(where, "deleted"):
+                system.delete_file(path)
+        except StorageError:
+            if where.is_file():
+                raise
 
 
 def delete_directory(where: Remote) -> None:

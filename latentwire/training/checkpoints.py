@@ -20,7 +20,7 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
-from latentwire.storage import Place, delete, delete_directory, files_below, local, place
+from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
 from latentwire.training.loop import Trainer
 from latentwire.training.progress import Progress
 
@@ -99,16 +99,19 @@ def remove(path: Place) -> None:
     """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there.
 
     It is renamed first, so that no half of it is ever seen under its name. A store renames nothing at once: there the manifest,
-    which makes it whole, goes first.
+    which makes it whole, goes first. One that another process has just deleted is nothing to delete.
     """
     if not isinstance(path, Path):
         for name in reversed(written_names(path)):
             delete(path / name)
-        if not files_below(path):
+        if path.is_dir() and not files_below(path):
             delete_directory(path)
         return
     aside = path.parent / f".{path.name}.removed-{uuid.uuid4().hex[:8]}"
-    path.rename(aside)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
     remove_files(aside, written_names(aside))
     if aside.exists():  # another's files are in it: they go back to where they were
         aside.rename(path)
@@ -116,9 +119,8 @@ def remove(path: Place) -> None:
 
 def written_names(path: Place) -> list[str]:
     """Files of a checkpoint: those its manifest names, the manifest last. Without one, those that every checkpoint may have."""
-    file = path / exports.MANIFEST
-    if file.exists():
-        return [*json.loads(file.read_text())["files"], exports.CARD, exports.MANIFEST]
+    if (manifest := text_if_there(path / exports.MANIFEST)) is not None:
+        return [*json.loads(manifest)["files"], exports.CARD, exports.MANIFEST]
     fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
     return [name for name in files_below(path) if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")]
 

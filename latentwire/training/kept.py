@@ -14,7 +14,7 @@ from typing import Any
 
 from latentwire import exports
 from latentwire.assembly import LatentWire
-from latentwire.storage import Place, children, directory
+from latentwire.storage import Place, children, directory, text_if_there
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 
@@ -30,8 +30,10 @@ def step_name(step: int) -> str:
 
 
 def metrics_of(path: Place) -> dict[str, Any]:
-    """What a checkpoint scored when it was saved; nothing for one that was saved because its run was stopped."""
-    return json.loads((path / "manifest.json").read_text())["metrics"]
+    """What a checkpoint scored when it was saved; nothing for one that was saved because its run was stopped, or that another
+    process has just deleted."""
+    manifest = text_if_there(path / exports.MANIFEST)
+    return {} if manifest is None else json.loads(manifest)["metrics"]
 
 
 def score(metrics: Mapping[str, Any], metric: str, mode: str) -> float:
@@ -56,7 +58,7 @@ def save_step(
 ) -> Place:
     """Save the trainer's step unless it is there already, then keep the run's best by ``metric`` and its last alone."""
     path = folder / step_name(trainer.progress.step)
-    if not path.exists():
+    if not (path / exports.MANIFEST).exists():  # a store may hold a part, of a process that died while it was sent
         with directory(path, last=exports.MANIFEST) as target:
             checkpoints.save(target, wire, metrics, pins, trainer)
     keep_best_and_last(folder, metric, mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from optuna.trial import TrialState
 from ray.tune import Callback
 
 from latentwire.config import TuneConfig
-from latentwire.storage import Place, children, files_below
+from latentwire.storage import Place, StorageError, children, files_below
 from latentwire.training import checkpoints, kept
 from latentwire.tuning.results import within_limits
 from latentwire.tuning.searcher import StudySearch
@@ -46,7 +47,7 @@ class Janitor(Callback):
             running = states[number] in (TrialState.RUNNING, TrialState.WAITING)
             for path in paths[: -1 if running else None]:
                 if path not in best and (path.name in told[number] or not running):
-                    _remove(path)
+                    checkpoints.remove(path)
             if not running and not best & set(paths):
                 self.ended.add(number)
 
@@ -54,15 +55,22 @@ class Janitor(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """After every evaluation of a trial."""
-        self.tidy()
+        self._tidy_if_reached()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """After a trial's end."""
-        self.tidy()
+        self._tidy_if_reached()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """After a trial's failure."""
-        self.tidy()
+        self._tidy_if_reached()
+
+    def _tidy_if_reached(self) -> None:
+        """What an error here would end is the whole sweep; the next call does what this one could not."""
+        try:
+            self.tidy()
+        except StorageError as error:
+            print(f"checkpoints not tidied this time: {error}", file=sys.stderr, flush=True)
 
 
 def clear_debris(trial_dir: Place) -> int:
@@ -76,15 +84,5 @@ def bytes_in(folders: Iterable[Place]) -> int:
 
 
 def _rank(path: Place, config: TuneConfig) -> tuple[bool, float]:
-    try:
-        metrics = kept.metrics_of(path)
-    except FileNotFoundError:  # its own worker has just deleted it
-        return False, float("-inf")
+    metrics = kept.metrics_of(path)
     return within_limits(metrics, config), kept.score(metrics, config.metric, config.mode)
-
-
-def _remove(path: Place) -> None:
-    try:
-        checkpoints.remove(path)
-    except FileNotFoundError:
-        return  # as above

@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from latentwire.config import SpaceFile
+from latentwire.storage import StorageError
 from latentwire.training import kept
 from latentwire.tuning.janitor import Janitor, bytes_in, clear_debris
 from latentwire.tuning.searcher import StudySearch
@@ -104,3 +108,19 @@ def test_debris_of_dead_workers_is_cleared(tmp_path: Path) -> None:
     path.rename(path.with_name(".step-00000002.removed-0123abcd"))
     assert clear_debris(tmp_path) == 2
     assert not [*trial_path(tmp_path, 0).iterdir(), *trial_path(tmp_path, 1).iterdir()]
+
+
+def test_a_store_that_does_not_answer_ends_no_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, janitor = sweep(tmp_path, 1)
+
+    def gone(path: Path) -> None:
+        raise StorageError("the bucket does not answer")
+
+    monkeypatch.setattr(kept, "finished", gone)
+    none: Any = None
+    janitor.on_trial_result(1, [], none, {})
+    assert capsys.readouterr().err == "checkpoints not tidied this time: the bucket does not answer\n"
+    with pytest.raises(StorageError):
+        janitor.tidy()
