@@ -61,14 +61,15 @@ def run_finals(
 
 
 def best_trials(study: optuna.Study, space: SpaceFile) -> list[FrozenTrial]:
-    """The ``tune.finalists`` best complete trials within the limits, best first."""
+    """The ``tune.finalists`` best complete trials within the limits, best first; of trials with the same values the best one."""
     complete = [
         trial
         for trial in own_trials(study, (TrialState.COMPLETE,))
         if within_limits(evaluations(trial)[-1], space.tune)
     ]
     complete.sort(key=lambda trial: trial.values[0], reverse=space.tune.mode == "max")
-    return complete[: space.tune.finalists]
+    distinct = [trial for i, trial in enumerate(complete) if trial.params not in [t.params for t in complete[:i]]]
+    return distinct[: space.tune.finalists]
 
 
 def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:

@@ -109,6 +109,16 @@ def largest_run(space: SpaceFile) -> RunConfig:
     return with_values(space.run, _largest(space), "largest trial of the space")
 
 
+def longest_run(space: SpaceFile) -> RunConfig:
+    """The shared configuration with what is searched of rows and steps at the end that makes for most steps."""
+    values: dict[str, Any] = {}
+    for dotted in ("training.epochs", "training.max_steps", "training.batch_size"):
+        if (dim := space.search.get(dotted)) is not None:
+            ends = list(dim.choices) if isinstance(dim, CategoricalDimension) else [dim.low, dim.high]
+            values[dotted] = (min if dotted.endswith("batch_size") else max)(ends)
+    return with_values(space.run, values, "longest trial of the space")
+
+
 def _largest(space: SpaceFile) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for dotted, dim in space.search.items():

@@ -24,7 +24,7 @@ from latentwire.tuning import progress
 from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
-from latentwire.tuning.space import data_variants, largest_run
+from latentwire.tuning.space import data_variants, largest_run, longest_run
 from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
 from latentwire.tuning.trial import NUMBER, Variant, drive_trial, variant_key
 
@@ -131,13 +131,23 @@ class Earlier:
         self.trial_id, self.status = f"earlier-{number}", "TERMINATED"
 
 
+class NothingRuns:
+    """Stands for Tune's controller meanwhile."""
+
+    def get_live_trials(self) -> list[Any]:
+        """None."""
+        return []
+
+
 def replay(scheduler: TrialScheduler, ended: Iterable[FrozenTrial]) -> None:
-    """Show a fresh scheduler what ended trials reported: it compares the trials to come with them too."""
+    """Show a fresh scheduler what ended trials reported, up to where it would stop one: it compares those to come with them too."""
+    controller: Any = NothingRuns()
     for trial in ended:
         stand_in: Any = Earlier(trial.number)
-        scheduler.on_trial_add(None, stand_in)
+        scheduler.on_trial_add(controller, stand_in)
         for report in evaluations(trial):
-            scheduler.on_trial_result(None, stand_in, report)
+            if scheduler.on_trial_result(controller, stand_in, report) == TrialScheduler.STOP:
+                break
 
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
@@ -146,7 +156,10 @@ def total_steps(run: RunConfig, train_rows: int) -> int:
 
 
 def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
-    """What stops trials early, by training steps. All are compared on the same development rows."""
+    """What stops trials early, by training steps. All are compared on the same development rows.
+
+    ``steps``: of the longest trial, since ASHA stops every trial that has done as many.
+    """
     compared: dict[str, Any] = {"time_attr": "step", "metric": config.metric, "mode": config.mode}
     grace = min(config.grace_steps, steps)
     if config.scheduler == "asha":
@@ -187,7 +200,7 @@ def run_sweep(
         )
         for key, own in files.items()
     }
-    scheduler = make_scheduler(config, total_steps(space.run, min(own.train_rows for own in files.values())))
+    scheduler = make_scheduler(config, total_steps(longest_run(space), max(own.train_rows for own in files.values())))
     replay(scheduler, ended)
     driver = tune.with_parameters(
         drive_trial,

@@ -69,3 +69,12 @@ def test_a_seed_cannot_be_searched_and_varied(tmp_path: Path) -> None:
     seeds = {"training.seed": {"type": "int", "low": 0, "high": 9}}
     with pytest.raises(ConfigError, match=r"training\.seed cannot be searched"):
         check_metrics(SpaceFile.model_validate(SPACE | {"search": seeds, "tune": {"finalists": 1}}))
+
+
+def test_trials_with_the_same_values_are_one_finalist(tmp_path: Path) -> None:
+    points = [{"encoder.latent_len": n} for n in (6, 8, 10, 4)]
+    space = SpaceFile.model_validate(SPACE | {"tune": SPACE["tune"] | {"start_with": points}})
+    study = search_all(space, tmp_path / "sweep")
+    twice = study.trials[0]
+    study.add_trial(twice)
+    assert [t.params["encoder.latent_len"] for t in finals.best_trials(study, space)] == [6, 8]

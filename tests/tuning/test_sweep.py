@@ -1,0 +1,49 @@
+"""What stops trials early counts the steps of the longest one, and a restart shows it what was there before."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentwire.config import SpaceFile, TuneConfig
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space import longest_run
+from latentwire.tuning.study import JOURNAL
+from latentwire.tuning.sweep import Earlier, NothingRuns, make_scheduler, replay, total_steps
+
+
+def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
+    """Trials that reported these scores every third step."""
+    search = StudySearch(SpaceFile(), journal=folder / JOURNAL, name="sweep", trial_dir=folder)
+    for number, own in enumerate(scores):
+        search.suggest(str(number))
+        for place, score in enumerate(own, start=1):
+            report = {"step": 3 * place, "total_steps": 9, "dev_f1": score, "wire_bytes": 64}
+            search.on_trial_result(str(number), report)
+        search.on_trial_complete(str(number), report)
+    return search.study.trials
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
+def test_a_restart_shows_the_scheduler_what_was_reported(tmp_path: Path, scheduler: Any) -> None:
+    trials = ended(tmp_path, [(0.5, 0.8, 0.9), (0.4, 0.7, 0.8), (0.4, 0.6, 0.8), (0.1, 0.1, 0.9), (0.6, 0.7, 0.9)])
+    config = TuneConfig(scheduler=scheduler, grace_steps=3)
+    found = make_scheduler(config, 9)
+    replay(found, trials)
+    late: Any = Earlier(99)
+    controller: Any = NothingRuns()
+    found.on_trial_add(controller, late)
+    verdict = found.on_trial_result(controller, late, {"step": 3, "dev_f1": 0.0})
+    assert verdict == ("CONTINUE" if scheduler == "none" else "STOP")
+
+
+def test_the_longest_trial_has_the_smallest_batches_and_the_most_epochs() -> None:
+    search = {
+        "training.batch_size": {"type": "categorical", "choices": [32, 16, 64]},
+        "training.epochs": {"type": "int", "low": 1, "high": 3},
+        "training.max_steps": {"type": "categorical", "choices": [100, 40]},
+    }
+    space = SpaceFile.model_validate({"run": {"training": {"max_steps": 50}}, "search": search})
+    assert total_steps(longest_run(space), 320) == 60
+    assert longest_run(SpaceFile()) == SpaceFile().run
