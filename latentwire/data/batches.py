@@ -50,15 +50,16 @@ class TrainingCollator:
         self.asks = run.losses.asks
         self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
 
-    def __call__(self, table: pa.Table, step: int) -> list[TrainingBatch]:
+    def __call__(self, table: pa.Table, step: int, *, own_length: bool = False) -> list[TrainingBatch]:
         """``table``: shard columns, one row per example. No more micro-batches come than there are rows.
 
-        ``step``: optimiser steps done so far, which decide how long the messages are.
+        ``step``: optimiser steps done so far, which decide how long the messages are, unless they have their ``own_length``,
+        that of ``encoder.tokens_per_latent``, as in an evaluation.
         """
         size = -(-table.num_rows // self.training.accumulation)
-        coarsening = self._coarsening(step)
+        coarsening, length = (None, None) if own_length else (self._coarsening(step), self._tokens_per_latent(step))
         starts = range(0, table.num_rows, size)
-        return [self._micro(table.slice(start, size), coarsening, step) for start in starts]
+        return [self._micro(table.slice(start, size), coarsening, length, step) for start in starts]
 
     def _coarsening(self, step: int) -> Coarsening | None:
         steps = self.training.coarsening_steps
@@ -69,13 +70,13 @@ class TrainingCollator:
         choices = self.training.tokens_per_latent
         return random.Random(f"{self.training.seed} length {step}").choice(choices) if choices else None
 
-    def _micro(self, table: pa.Table, coarsening: Coarsening | None, step: int) -> TrainingBatch:
+    def _micro(self, table: pa.Table, coarsening: Coarsening | None, length: int | None, step: int) -> TrainingBatch:
         rows = table.to_pydict()
         cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
         parted = [pieces for pieces in cuts if pieces is not None]
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
         ids = whole + self.encoder.token_ids([before for before, _ in parted])
-        tokens = self.encoder.tokens_of(ids, coarsening, self._tokens_per_latent(step))
+        tokens = self.encoder.tokens_of(ids, coarsening, length)
         return TrainingBatch(
             tokens=tokens,
             sequences={

@@ -42,7 +42,7 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
         "receivers": frozen,
     }
     folder = output / "checkpoints"
-    trainer.stop_when(signal.SIGTERM)
+    kept.clear_debris(folder)
     previous = kept.finished(folder)
     if previous:
         with local(previous[-1]) as last:
@@ -56,7 +56,8 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
         print("evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
         kept.save_step(folder, wire, metrics, pins, trainer, *metric_of(wire.run))
 
-    trainer.train(table_epochs(wire.run.training, train), at_evaluation)
+    with trainer.stopped_by(signal.SIGTERM):
+        trainer.train(table_epochs(wire.run.training, train), at_evaluation)
     if trainer.stop_asked:
         kept.save_step(folder, wire, {}, pins, trainer, *metric_of(wire.run))
         step = trainer.progress.step

@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -79,13 +79,18 @@ class Trainer:
             groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
         return [group for group in groups if group["params"]]
 
-    def stop_when(self, signum: signal.Signals) -> None:
-        """End training after the running step when this process gets a signal. Only the main thread can ask for it."""
+    @contextmanager
+    def stopped_by(self, signum: signal.Signals) -> Iterator[None]:
+        """End training after the running step when this process gets a signal in the block. Only for the main thread."""
 
         def ask(*_: Any) -> None:
             self.stop_asked = True
 
-        signal.signal(signum, ask)
+        before = signal.signal(signum, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signum, before)  # ours would keep the wire, its receivers and the optimiser in memory
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -328,13 +333,13 @@ class Trainer:
     @torch.no_grad()
     def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:
         """Weighted terms in nats per token, with messages of their own length and weights as they end."""
-        weights = weights_at(self.wire.run.losses, self.total_steps)
+        weights = weights_at(self.wire.run.losses, self.total_steps - self.config.alignment_steps)
         size, interlingua = self.wire.run.evaluation.batch_size, self.wire.interlingua.eval()
         metrics = {"dev_loss": 0.0}
         for name, lm in self.wire.receivers.items():
             totals: dict[str, float] = {f"{kind} {term}": 0.0 for kind in ("sum", "count") for term in weights.terms}
             for start in range(0, share.num_rows, size):
-                for batch in self.collate(share.slice(start, size), self.total_steps):
+                for batch in self.collate(share.slice(start, size), self.total_steps, own_length=True):
                     counts = self._own_counts(weights, name, [batch])
                     message = interlingua.encode(batch.tokens)
                     with ExitStack() as attached:

@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire import exports
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
@@ -89,10 +90,10 @@ def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
 
 def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
     """One row per trial, best first: its number, state (done, stopped by the scheduler, failed, unfinished; beyond a limit),
-    step, objectives at its best evaluation, losses, values drawn, cause of failure."""
+    step, objectives at its best evaluation, losses, values drawn, cause of failure. Starting points that nobody began have none."""
     rows, front = [], {trial.number for trial in study.best_trials} if config.objectives else set()
     pick = max if config.mode == "max" else min
-    for trial in own_trials(study):
+    for trial in own_trials(study, tuple(STATES)):
         row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state], "values": dict(trial.params)}
         row |= {"error": trial.user_attrs.get(CAUSE, ""), "front": trial.number in front}
         reports = evaluations(trial)
@@ -153,6 +154,13 @@ def score(
     """
     with local(path) as folder:
         wire, _ = checkpoints.load_wire(folder, run)
+    return score_wire(wire, validation, settings, joint=joint)
+
+
+def score_wire(
+    wire: LatentWire, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, *, joint: bool = True
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """The same of a wire that is loaded already."""
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
     for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
@@ -179,7 +187,7 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dic
     with local(checkpoint) as folder:
         wire, manifest = checkpoints.load_wire(folder)
     texts = wire.run.data.dataset == "text"
-    table, predictions = ({}, []) if texts else score(checkpoint, validation)
+    table, predictions = ({}, []) if texts else score_wire(wire, validation)
     pins = manifest["pins"] | {
         "validation": {
             "shards": shards.read_manifest(validation)["key"],

@@ -6,7 +6,7 @@ import torch
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator, cut, padding
 from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT
 from latentwire.models.encoders import InterlinguaEncoder
@@ -89,10 +89,20 @@ def test_each_step_draws_its_messages_length(wire: LatentWire, run: RunConfig, t
     assert found == {tuple((-(-lengths // size)).tolist()) for size in (2, 4, 8)}
 
 
+def test_an_evaluation_has_messages_of_their_own_length(wire: LatentWire, run: RunConfig, table: pa.Table) -> None:
+    values = {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 8), "training.coarsening_steps": 50}
+    sized = with_values(run, values)
+    encoder = InterlinguaEncoder(sized.encoder, {})
+    collate = TrainingCollator(sized, wire.builders, encoder)
+    for step in (0, 20, 99):
+        (batch,) = collate(table.slice(0, 3), step, own_length=True)
+        assert batch.tokens.latents_B.tolist() == (-(-batch.tokens.length_B // 4)).tolist()
+
+
 def test_drawn_lengths_need_messages_that_grow(run: RunConfig) -> None:
-    with pytest.raises(ValueError, match=r"tokens_per_latent \(2, 4\) needs messages that grow"):
+    with pytest.raises(ConfigError, match=r"tokens_per_latent \(2, 4\) needs messages that grow"):
         with_values(run, {"training.tokens_per_latent": (2, 4)})
-    with pytest.raises(ValueError, match="must be ≥ 1, got 0"):
+    with pytest.raises(ConfigError, match="must be ≥ 1, got 0"):
         with_values(run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (0, 4)})
 
 

@@ -1,6 +1,9 @@
 """A run in this process: best and last checkpoints stay, and so does everything that is not ours."""
 
+import gc
 import json
+import signal
+import weakref
 from pathlib import Path
 
 import pyarrow as pa
@@ -93,3 +96,15 @@ def test_a_stopped_run_is_saved_and_goes_on(
             train_here(LatentWire(run), paths, tmp_path / "run")
     assert [path.name for path in finished(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     assert train_here(LatentWire(run), paths, tmp_path / "run").name == "step-00000008"
+
+
+def test_a_run_leaves_neither_its_wire_in_memory_nor_debris(run: RunConfig, paths: dict, tmp_path: Path) -> None:
+    """What is scored next loads a wire of its own: two of large receivers do not fit."""
+    debris = tmp_path / "run" / "checkpoints" / ".step-00000002.part-0123abcd"
+    debris.mkdir(parents=True)
+    wire, before = LatentWire(run), signal.getsignal(signal.SIGTERM)
+    left = weakref.ref(wire)
+    train_here(wire, paths, tmp_path / "run")
+    del wire
+    gc.collect()
+    assert left() is None and signal.getsignal(signal.SIGTERM) is before and not debris.exists()

@@ -69,3 +69,15 @@ def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:
         results.find_best(search.study, TuneConfig())
     (row,) = results.trial_rows(search.study, TuneConfig())
     assert (row["state"], row["error"]) == ("failed", "the trial's driver died; see Tune's log")
+
+
+def test_starting_points_that_nobody_began_have_no_row(tmp_path: Path) -> None:
+    points = ({"encoder.latent_len": 4}, {"encoder.latent_len": 8})
+    space = SpaceFile.model_validate(
+        {"search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 8}}, "tune": {"start_with": points}}
+    )
+    search = StudySearch(space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)
+    search.suggest("a")
+    assert [trial.state.name for trial in search.study.trials] == ["RUNNING", "WAITING"]
+    (row,) = results.trial_rows(search.study, space.tune)
+    assert (row["state"], row["values"]) == ("unfinished", points[0])
