@@ -104,7 +104,19 @@ def fingerprint(config: DataConfig, split: Split) -> str:
 
 def clean(raw: Row, dataset: str) -> dict[str, Any]:
     """One raw row in the common columns. Raises :class:`RowError` with the reason."""
-    row = raw
+    cleaned = schema_of(dataset).clean(parsed(raw))
+    for name, value in cleaned.items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RowError(f"{name} must be UTF-8, {error.reason}") from None
+    return cleaned
+
+
+def parsed(raw: Row) -> dict[str, Any]:
+    """A raw row as a mapping: a line of a file is read as JSON. Raises :class:`RowError` with the reason."""
+    row: Any = raw
     if isinstance(raw, bytes):
         try:
             row = json.loads(raw.decode("utf-8"))
@@ -114,7 +126,7 @@ def clean(raw: Row, dataset: str) -> dict[str, Any]:
             raise RowError(f"row must be JSON, {error}") from None
     if not isinstance(row, dict):
         raise RowError(f"row must be a mapping, got {type(row).__name__}")
-    return schema_of(dataset).clean(row)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------------------ schemas
@@ -132,11 +144,20 @@ def _squad(row: dict[str, Any]) -> dict[str, Any]:
 
 def _hotpotqa(row: dict[str, Any]) -> dict[str, Any]:
     """Joins the titled paragraphs, one a line. Accepts the Hub's columns and the official JSON's lists of pairs."""
-    facts = row.get("supporting_facts")
-    titles = facts.get("title") if isinstance(facts, dict) else [pair[0] for pair in facts or []]
+    titles = _supporting_titles(row.get("supporting_facts"))
     text = _paragraphs(row.get("context"))
     document = " | ".join(sorted(set(titles))) if titles else _digest(text)
     return _row(row, text, _text(row, "question"), row.get("answer"), document)
+
+
+def _supporting_titles(facts: Any) -> list[str]:
+    """Titles of the paragraphs that an answer hangs on; none where the row does not say."""
+    titles = (facts.get("title") if isinstance(facts, dict) else facts) or []
+    if isinstance(titles, list) and not isinstance(facts, dict):
+        titles = [pair[0] if isinstance(pair, list) and pair else None for pair in titles]
+    if not isinstance(titles, list) or not all(isinstance(title, str) for title in titles):
+        raise RowError("supporting_facts must be titles, each with a sentence's number")
+    return titles
 
 
 def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
@@ -200,10 +221,6 @@ def _text(row: dict[str, Any], key: str) -> str:
         raise RowError(f"{key} must be text, got {type(value).__name__}")
     if not value.strip():
         raise RowError(f"{key} must not be empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"{key} must be UTF-8, {error.reason}") from None
     return value.strip()
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,33 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
 
 
 def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
-    """id → HotpotQA's own type of question (``bridge``, ``comparison``); empty for other datasets."""
-    if data.dataset != "hotpotqa":
-        return {}
-    return {_identity(row): str(row["type"]) for row in _rows(data, split) if row.get("type")}
+    """id → HotpotQA's own type of question (``bridge``, ``comparison``); empty for other datasets.
+
+    Rows that cannot be read have none: preprocessing counts them.
+    """
+    found = {}
+    for raw in _raw(data, split) if data.dataset == "hotpotqa" else ():
+        try:
+            row = sources.parsed(raw)
+        except sources.RowError:
+            continue
+        if row.get("type"):
+            found[_identity(row)] = str(row["type"])
+    return found
 
 
 def _rows(data: DataConfig, split: sources.Split) -> list[dict[str, Any]]:
-    found = (row for piece in sources.pieces(data, split) for row in sources.read(data, split, piece))
-    return [row if isinstance(row, dict) else json.loads(row) for row in found]
+    try:
+        return [sources.parsed(raw) for raw in _raw(data, split)]
+    except sources.RowError as error:
+        raise sources.DataError(
+            f"official scores need every row of {data.dataset} {split}: {error}; mend the file"
+        ) from error
+
+
+def _raw(data: DataConfig, split: sources.Split) -> Iterator[sources.Row]:
+    for piece in sources.pieces(data, split):
+        yield from sources.read(data, split, piece)
 
 
 def _hotpotqa(rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, float]:

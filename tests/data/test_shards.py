@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentwire.config import RunConfig
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import pipeline, shards, streams
 from latentwire.data.sources import DataError
 
@@ -164,7 +164,7 @@ def test_long_texts_are_parted_where_that_is_asked_for(own: RunConfig, tmp_path:
     rows = shards.read_table(pipeline.ensure_shards(with_values(own, values), "validation")).to_pylist()
     long = sorted((row for row in rows if row["context"] != "short"), key=lambda row: int(row["id"].split("-")[1]))
     assert "".join(row["context"] for row in long) == text and max(len(row["context"]) for row in long) <= 50
-    with pytest.raises(ValueError, match="overflow chunk needs dataset text"):
+    with pytest.raises(ConfigError, match="overflow chunk needs dataset text"):
         with_values(own, {"data.overflow": "chunk"})
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +37,8 @@ GOOD = {
         (json.dumps(GOOD | {"answers": 5}).encode(), "answers must be text or a list of text, got int"),
         (json.dumps({"question": "q", "answers": "a"}).encode(), "context is missing"),
         (b'{"context": "\\ud800", "question": "q", "answers": "a"}', "context must be UTF-8"),
+        (b'{"context": "c", "question": "q", "answers": ["a", "\\ud83d"]}', "answers must be UTF-8"),
+        (b'{"context": "c", "question": "q", "answers": "a", "id": "\\ud83d"}', "id must be UTF-8"),
     ],
 )
 def test_bad_rows_are_told_why(raw: bytes, reason: str) -> None:
@@ -198,3 +201,21 @@ def test_real_rows_are_read(real_data: Path, dataset: str) -> None:
     rows = [clean(raw, dataset) for piece in pieces(config, "validation") for raw in read(config, "validation", piece)]
     assert len(rows) == {"squad": 5397, "hotpotqa": 734}[dataset]
     assert all(row["context"] and row["answers"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"supporting_facts": [[]]}, "supporting_facts must be titles"),
+        ({"supporting_facts": [["T", 0], 3]}, "supporting_facts must be titles"),
+        ({"supporting_facts": 3}, "supporting_facts must be titles"),
+        ({"supporting_facts": {"title": "T"}}, "supporting_facts must be titles"),
+        ({"supporting_facts": {"title": [None]}}, "supporting_facts must be titles"),
+        ({"context": [["T", ["\ud83d"]]]}, "context must be UTF-8"),
+    ],
+)
+def test_bad_hotpotqa_rows_are_told_why(change: dict[str, Any], reason: str) -> None:
+    row = {"_id": "a", "question": "q", "answer": "yes", "context": [["T", ["x"]]], "supporting_facts": [["T", 0]]}
+    assert clean(row, "hotpotqa")["document"] == "T"
+    with pytest.raises(RowError, match=reason):
+        clean(row | change, "hotpotqa")

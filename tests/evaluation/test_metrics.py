@@ -9,6 +9,7 @@ from torchmetrics.functional.text import squad
 
 from latentwire.config import DataConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.data.sources import DataError
 from latentwire.evaluation.metrics import em_f1, normalise, question_types, score_file
 
 
@@ -113,3 +114,14 @@ def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> Non
     assert question_types(data, "validation") == {"a": "comparison"}
     answers.write_text(json.dumps({"answer": {"a": "yes"}}))
     assert score_file(answers, data) == ({"em": 1 / 3, "f1": 1 / 3, "prec": 1 / 3, "recall": 1 / 3}, 2)
+
+
+def test_lines_that_cannot_be_read_have_no_type_and_no_official_score(tmp_path: Path) -> None:
+    row = {"_id": "a", "question": "q", "answer": "yes", "type": "bridge", "context": [["T", ["x"]]]}
+    (tmp_path / "dev.jsonl").write_text(json.dumps(row) + "\n{\n")
+    data = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path))
+    assert question_types(data, "validation") == {"a": "bridge"}
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({"answer": {"a": "yes"}}))
+    with pytest.raises(DataError, match="official scores need every row of hotpotqa validation: row must be JSON"):
+        score_file(answers, data)
