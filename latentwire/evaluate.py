@@ -22,18 +22,18 @@ from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import MODES
 from latentwire.evaluation.metrics import DATASETS, score_file
-from latentwire.evaluation.settings import WIDTHS, settings
-from latentwire.options import override_run
-from latentwire.storage import local, place
+from latentwire.evaluation.settings import WIDTHS
+from latentwire.options import input_place, output_place, override_run
+from latentwire.storage import local, write_text
 from latentwire.tuning import results
-from latentwire.tuning.output import compared, show_and_write
+from latentwire.tuning.output import asked, show_and_write
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags, shared with ``ray_jobs/evaluate.py``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=place, help="directory or URI of a checkpoint or export")
+    what.add_argument("--checkpoint", type=input_place, help="directory or URI of a checkpoint or export")
     what.add_argument("--predictions", type=Path, help="answers in the dataset's official format, as JSON")
     parser.add_argument("--dataset", choices=DATASETS, default="squad", help="of --predictions")
     parser.add_argument("--data_dir", help="of --predictions: directory with the dataset's files")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--diagnose", action="store_true", help="also probe the latents; see docs/evaluation.md")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100")  # fmt: skip
-    parser.add_argument("--output", type=Path,
+    parser.add_argument("--output", type=output_place,
                         help="also write the scores: <file>.json, or a directory for predictions.parquet and details too")  # fmt: skip
     return parser
 
@@ -67,7 +67,7 @@ def official(options: argparse.Namespace) -> int:
         print(f"{missing} questions are not answered and score 0", file=sys.stderr)
     print(json.dumps(scores))
     if options.output:
-        options.output.write_text(json.dumps(scores))
+        write_text(options.output, json.dumps(scores))
     return 0
 
 
@@ -80,13 +80,11 @@ def main() -> int:
         with local(options.checkpoint) as folder:
             exports.read_manifest(folder)
             run = override_run(exports.read_run(folder), options.assignments)
-        results.check_questions(run)
-        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-        sides = compared(options.compare, rows)
+        wanted = asked(options, run)
         path = local_shards(run, (options.split,))[options.split]
-        _, predictions = results.score(options.checkpoint, path, rows, run, joint=not options.no_joint)
+        _, predictions = results.score(options.checkpoint, path, wanted.rows, run, joint=not options.no_joint)
         probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
-        return show_and_write(options, rows, sides, predictions, run, probes)
+        return show_and_write(options, wanted, predictions, run, probes)
     except UserError as error:
         return fail(error)
 

@@ -159,6 +159,19 @@ def at_home(address: str) -> str:
     return address if "://" in address or Path(address).is_absolute() else str(home() / address)
 
 
+def input_place(address: str) -> Place:
+    """A place that a flag names. Raises :class:`argparse.ArgumentTypeError`."""
+    try:
+        return place(address)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_place(address: str) -> Place:
+    """An output's place that a flag names, under :func:`home` where it is relative. Raises :class:`argparse.ArgumentTypeError`."""
+    return input_place(at_home(address))
+
+
 def with_home(space: SpaceFile) -> SpaceFile:
     """The space with every local path made absolute: Ray's workers run in directories of their own.
 

@@ -9,14 +9,16 @@ import argparse
 import sys
 
 from latentwire.errors import UserError, fail
-from latentwire.storage import place
+from latentwire.options import input_place
 from latentwire.tuning import report_html
 
 
 def main() -> int:
     """Read the sweep's files, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=place, help="directory or URI of a sweep (one with space.json and study.journal)")
+    parser.add_argument(
+        "sweep", type=input_place, help="directory or URI of a sweep (one with space.json and study.journal)"
+    )
     try:
         print(report_html.write(parser.parse_args().sweep.absolute()))
     except UserError as error:

@@ -43,6 +43,7 @@ def main() -> int:
         if output.exists() and not options.resume:
             raise ConfigError(f"output_dir must not exist yet, got {output}; name another one or add --resume")
         print(f"run: {space.run.model_dump_json()}", flush=True)
+        planner.check_start(space.run)
         here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
         print(planner.plan(planner.alone(space), here, planner.node_memory()), flush=True)
         paths = local_shards(space.run)

@@ -17,11 +17,10 @@ from latentwire.config import SpaceFile
 from latentwire.data import pipeline
 from latentwire.errors import UserError, fail
 from latentwire.evaluate import official, parser
-from latentwire.evaluation.settings import settings
 from latentwire.options import override_run, with_home
 from latentwire.storage import local
 from latentwire.tuning import planner, pool, results, sweep
-from latentwire.tuning.output import compared, show_and_write
+from latentwire.tuning.output import asked, show_and_write
 
 
 def main() -> int:
@@ -36,23 +35,21 @@ def main() -> int:
         with local(checkpoint) as folder:
             exports.read_manifest(folder)
             run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
-        results.check_questions(run)
-        rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-        sides = compared(options.compare, rows)
+        wanted = asked(options, run)
         sweep.start_ray()
         plan = planner.plan_on_cluster(SpaceFile(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         path = pipeline.ensure_shards(run, options.split)
         copies = options.copies or pool.copies_at_once(there, plan, memory)
         share = {"copies": copies, "cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
-        found = pool.predict_pool(checkpoint, path, rows, run, joint=not options.no_joint, **share)
+        found = pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
         predictions = [p for own in found.values() for p in own]
         probes = (
             results.on_cluster(run, plan.gpus_per_worker, results.diagnose_here, checkpoint, path, run)
             if options.diagnose
             else None
         )
-        return show_and_write(options, rows, sides, predictions, run, probes)
+        return show_and_write(options, wanted, predictions, run, probes)
     except UserError as error:
         return fail(error)
 

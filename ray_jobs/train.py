@@ -17,8 +17,7 @@ from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
-from latentwire.options import add_flags, add_start, read_space, with_home
-from latentwire.storage import place
+from latentwire.options import add_flags, add_start, output_place, read_space, with_home
 from latentwire.training import kept
 from latentwire.training.local import metric_of
 from latentwire.training.loop import TrainingError
@@ -32,17 +31,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     add_start(parser)
-    parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and the export go")
+    parser.add_argument("--output_dir", type=output_place, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:
         space = with_home(read_space(options, DEFAULT_SPACE)).model_copy(update={"search": {}})
         run, output = space.run, options.output_dir.absolute()
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
+        planner.check_start(run)
         sweep.start_ray()
         plan = planner.plan_on_cluster(planner.alone(space))
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[trial.variant_key(run)]
+        kept.clear_debris(output)
         metric, mode = metric_of(run)
         trial.make_trainer(
             run,

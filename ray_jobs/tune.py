@@ -21,7 +21,7 @@ from typing import Any
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
-from latentwire.options import add_flags, read_space, with_home
+from latentwire.options import add_flags, input_place, output_place, read_space, with_home
 from latentwire.storage import place
 from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
 from latentwire.tuning.progress import check_trackers
@@ -34,11 +34,11 @@ def main() -> int:
     """Plan, prepare shards, search, score, export, report. Exit status 2 for a plain error, 1 for a failed sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    parser.add_argument("--output_dir", type=place, help="directory or URI where results go; must not exist yet")
+    parser.add_argument("--output_dir", type=output_place, help="directory or URI where results go; must not exist yet")
     parser.add_argument(
-        "--resume", type=place, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
+        "--resume", type=output_place, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
     )
-    parser.add_argument("--from_manifest", type=place, help="manifest of a sweep: run one of its trials again")
+    parser.add_argument("--from_manifest", type=input_place, help="manifest of a sweep: run one of its trials again")
     parser.add_argument("--trial", type=int, help="which one (default: the best)")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
     options = parser.parse_args()
@@ -61,6 +61,7 @@ def main() -> int:
                 raise ConfigError(
                     f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
                 )
+        planner.check_start(space.run)
         check_searchable(space)
         check_trackers(space.tune)
         sweep.start_ray()

@@ -23,8 +23,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "knobs.md"
 HEAD = """# Every knob
 
 What a space file may hold, made from the configuration itself by `python scripts/knobs.py`; CI checks that it is current.
-`--set <path>=<value>` reaches every path below `run` without that prefix, and those below `tune` with it; `search` takes any path
-below `run`.
+`--set <path>=<value>` reaches every path below `run` without that prefix, and those below `tune` with it; `search` takes
+numbers, choices and switches below `run`, but none of `receivers`, and no lists or schedules.
 """
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
 

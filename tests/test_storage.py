@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentwire import storage
+from latentwire import exports, storage
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, validate
-from latentwire.options import with_home
+from latentwire.options import output_place, with_home
 from latentwire.storage import Place, Remote, StorageError
+from latentwire.training import checkpoints, kept
+from latentwire.training.loop import Trainer
 from latentwire.tuning import study as studies
 from tests.s3 import answering, bucket, free_port, point_to
 
@@ -135,3 +140,37 @@ def test_credentials_in_an_address_are_refused_and_not_quoted(uri: str) -> None:
         assert "sesame" not in str(caught.value)
     with pytest.raises(ValueError, match="a URI must not hold credentials"):
         Remote(uri)
+
+
+def test_what_another_process_has_just_deleted_is_nothing_to_delete(root: Place) -> None:
+    path = root / "step-00000001"
+    assert kept.metrics_of(path) == {}
+    checkpoints.remove(path)
+    storage.write_text(path / "manifest.json", json.dumps({"files": {"config.json": ""}, "metrics": {"dev_f1": 0.5}}))
+    storage.write_text(path / "config.json", "{}")
+    assert kept.metrics_of(path) == {"dev_f1": 0.5} and kept.finished(root) == [path]
+    for _ in range(2):
+        checkpoints.remove(path)
+    assert not path.exists()
+
+
+def test_a_part_of_a_checkpoint_in_a_store_is_written_again(wire: LatentWire, root: Place) -> None:
+    """Its worker died while it was sent; the one that comes after reaches the same step."""
+    trainer = Trainer(wire, 9)
+    trainer.progress.step = 2
+    if not isinstance(root, Path):  # on a disk it would have another name
+        storage.write_text(root / "run" / "step-00000002" / "config.json", "{}")
+    path = kept.save_step(root / "run", wire, {"dev_f1": 0.5}, {}, trainer)
+    assert kept.finished(root / "run") == [path]
+    with storage.local(path) as folder:
+        assert exports.read_manifest(folder)["metrics"] == {"dev_f1": 0.5}
+
+
+def test_relative_outputs_of_flags_go_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert output_place("runs/one") == Path.cwd() / "runs" / "one"
+    monkeypatch.setenv("LATENTWIRE_HOME", "s3://bucket/latentwire")
+    assert output_place("runs/one") == Remote("s3://bucket/latentwire/runs/one")
+    assert output_place(str(tmp_path)) == tmp_path and output_place("gs://x/y") == Remote("gs://x/y")
+    with pytest.raises(argparse.ArgumentTypeError, match="a URI must not hold credentials") as caught:
+        output_place("s3://key:sesame@bucket/x")
+    assert "sesame" not in str(caught.value)

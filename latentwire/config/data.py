@@ -10,7 +10,8 @@ from latentwire.config.section import Address, Section
 
 
 class DataConfig(Section):
-    """What is read, and how it is split. Everything here except ``shard_dir`` names the shards."""
+    """What is read, and how it is split. All but ``shard_dir``, ``in_memory`` and ``stream_cpus`` names the shards;
+    of ``data_dir`` the files' contents count and not the path."""
 
     dataset: str = "toy"
     """``toy``, ``squad``, ``hotpotqa``, ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``), or ``text``:

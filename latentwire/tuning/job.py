@@ -7,6 +7,7 @@ from typing import Any
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.errors import fail
 from latentwire.storage import Place
 from latentwire.tuning import finals, janitor, manifest, orphans, report, report_html, results, resume, service, sweep
 from latentwire.tuning.planner import Plan
@@ -30,7 +31,10 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
         study = sweep.run_sweep(space, plan, files, output, expected, served)
         document = manifest.describe(space, files, pin, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
-        best, finalists = finals.run_finals(space, plan, files, output, study, served)
+        try:
+            best, finalists = finals.run_finals(space, plan, files, output, study, served)
+        except results.SweepError as error:
+            return _without_winner(results.trial_rows(study, space.tune), space, output, command, error)
     run = with_values(space.run, best.values)
     validation = files[variant_key(run)].shards["validation"]
     resume.set_aside(output / "best")
@@ -52,5 +56,17 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     held = janitor.bytes_in([output / "trials", output / finals.FINALS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")
+    line = f"{line}; exported to `{output / 'best'}`"
     print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
     return 1 if all(row["state"] == "failed" for row in rows) else 0
+
+
+def _without_winner(
+    rows: list[dict[str, Any]], space: SpaceFile, output: Place, command: str, error: results.SweepError
+) -> int:
+    """What the trials came to all the same; returns the exit status."""
+    grids = report.trial_tables(rows, space.tune)
+    report.show(grids)
+    print(f"report: {report.write_report(output, f'No winner: {error}', grids, command)}, {report_html.write(output)}")
+    status = fail(error)
+    return 1 if all(row["state"] == "failed" for row in rows) else status

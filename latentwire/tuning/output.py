@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
-from latentwire.evaluation.settings import Setting
+from latentwire.evaluation.settings import Setting, settings
 from latentwire.evaluation.summary import baseline_pairs, details, pairs, summarise
 from latentwire.storage import write_text
 from latentwire.tuning import report, results
@@ -36,19 +37,38 @@ def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple
     return found
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation was asked for, with all that it reads of the data's source: nothing can fail after the scoring."""
+
+    rows: tuple[Setting, ...]
+    """Of the table."""
+    sides: list[tuple[str, str]]
+    """Rows to set side by side, by their keys."""
+    types: dict[str, str]
+    """id → type of its question, where the dataset has such."""
+
+
+def asked(options: argparse.Namespace, run: RunConfig) -> Asked:
+    """The flags, checked. Raises :class:`~latentwire.config.resolve.ConfigError`, and
+    :class:`~latentwire.data.sources.DataError` for data that cannot be read."""
+    results.check_questions(run)
+    rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
+    sides = compared(options.compare, rows)
+    return Asked(rows, sides, question_types(run.data, "validation" if options.split == "validation" else "train"))
+
+
 def show_and_write(
     options: argparse.Namespace,
-    rows: Sequence[Setting],
-    sides: Sequence[tuple[str, str]],
+    wanted: Asked,
     predictions: Sequence[Prediction],
     run: RunConfig,
     probes: dict[str, float] | None = None,
 ) -> int:
-    """Print the tables and write what ``--output`` asks for; returns the exit status. ``sides``: what :func:`compared` gives."""
-    by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in rows}
+    """Print the tables and write what ``--output`` asks for; returns the exit status."""
+    by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in wanted.rows}
     scores = {key: summarise(found) for key, found in by_key.items()}
-    types = question_types(run.data, "validation" if options.split == "validation" else "train")
-    further = details(by_key, sides, types)
+    further = details(by_key, wanted.sides, wanted.types)
     grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
     if options.compare is not None:
         grids.append(report.comparisons_table(further["comparisons"]))
@@ -56,7 +76,7 @@ def show_and_write(
     if probes is not None:
         further["diagnostics"] = probes
         print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
-    if options.output and options.output.suffix == ".json":
+    if options.output and options.output.name.endswith(".json"):
         write_text(options.output, json.dumps(scores, indent=1))
     elif options.output:
         write_text(options.output / "scores.json", json.dumps(scores, indent=1))

@@ -84,20 +84,23 @@ class Plan:
         return "\n".join(lines)
 
 
+def check_start(run: RunConfig) -> None:
+    """Raise :class:`~latentwire.exports.CheckpointError` where training would begin with a checkpoint that is not whole."""
+    if run.training.init_from is not None:
+        with local(place(run.training.init_from)) as start:
+            exports.read_manifest(start)
+
+
 def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> Plan:
     """Estimate a trial and count how many fit at once.
 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
     where workers use GPUs. Raises :class:`PlanError` where not even one trial fits, and
-    :class:`~latentwire.models.weights.ReceiverError` for receivers whose configuration cannot be had, and
-    :class:`~latentwire.exports.CheckpointError` for an ``init_from`` that is not whole.
+    :class:`~latentwire.models.weights.ReceiverError` for receivers whose configuration cannot be had.
     """
     run = largest_run(space)
     training = run.training
     gpus, gpus_per_worker = resources.get("GPU", 0.0), run.training.gpus_each(resources)
-    if training.init_from is not None:
-        with local(place(training.init_from)) as start:
-            exports.read_manifest(start)
     if training.batch_size % training.num_workers:
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"

@@ -125,6 +125,13 @@ def failures_table(rows: list[dict[str, Any]]) -> Grid:
     return f"{len(body)} trials failed", ["trial", "cause"], body
 
 
+def trial_tables(rows: list[dict[str, Any]], config: TuneConfig) -> list[Grid]:
+    """A sweep's trials, those that failed, and the Pareto front where there are several objectives."""
+    front = [front_table(rows, config)] if config.objectives else []
+    failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
+    return [trials_table(rows, config), *failed, *front]
+
+
 def sweep_tables(
     rows: list[dict[str, Any]],
     finalists: list[Finalist],
@@ -133,13 +140,10 @@ def sweep_tables(
     run: RunConfig,
     config: TuneConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, those that failed, the Pareto front where there are several objectives, the finals
-    where there are finalists, the winner's scores."""
-    front = [front_table(rows, config)] if config.objectives else []
+    """What a sweep ends with: its trials, the finals where there are finalists, the winner's scores."""
     finals = [finals_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
-    return [trials_table(rows, config), *failed, *front, *finals, scores_table(scores, title, run)]
+    return [*trial_tables(rows, config), *finals, scores_table(scores, title, run)]
 
 
 def show(grids: list[Grid]) -> None:
@@ -161,7 +165,7 @@ def verdict(best: Best, gap: dict[str, float], metric: str) -> str:
 
 def write_report(output: Place, line: str, grids: list[Grid], command: str) -> Place:
     """``report.md``: the verdict ``line``, the tables, and the command that made them."""
-    lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}; exported to `{output / 'best'}`."]
+    lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}."]
     for title, header, body in grids:
         lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         lines += [f"| {' | '.join(row)} |" for row in body]

@@ -129,6 +129,9 @@ def on_one_gpu(accumulation: int) -> list[Row]:
             "data.max_context_bytes": 2048,
             "training.batch_size": 8,
             "training.accumulation": accumulation,
+            "training.coarsening_steps": 0,
+            "encoder.pooling": "queries",
+            "features.deep_prefix": None,
         }
         run = with_values(space.run, values).model_copy(update={"receivers": tuple(receivers)})
         tune = TuneConfig(trials=1000, receivers="shared", joined_trials=1)

@@ -1,10 +1,13 @@
 """A machine that cannot hold one trial says so before anything starts."""
 
+from pathlib import Path
+
 import pytest
 
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import with_values
 from latentwire.config.space import IntDimension
+from latentwire.exports import CheckpointError
 from latentwire.models.lm import LMWrapper
 from latentwire.tuning import autoscaler, forecast, planner
 from latentwire.tuning.planner import PlanError, plan
@@ -164,3 +167,11 @@ def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeyp
         fitting.max_concurrent_trials == one.max_concurrent_trials
         and "of type large, up to 3 when asked for" in lines[1]
     )
+
+
+def test_a_start_that_is_not_whole_is_refused_where_something_is_trained(tmp_path: Path) -> None:
+    begun = space(training__init_from=str(tmp_path))
+    with pytest.raises(CheckpointError, match="must hold manifest"):
+        planner.check_start(begun.run)
+    assert plan(begun, {"CPU": 2}, ENOUGH).max_concurrent_trials == 2  # a finished wire is scored without it
+    planner.check_start(space().run)
