@@ -39,7 +39,8 @@ def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple
 
 @dataclass(frozen=True)
 class Asked:
-    """What an evaluation was asked for, with all that it reads of the data's source: nothing can fail after the scoring."""
+    """What an evaluation was asked for, and what it reads of the data's source: before the scoring, which a file that cannot be
+    read would lose."""
 
     rows: tuple[Setting, ...]
     """Of the table."""
