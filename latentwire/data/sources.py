@@ -152,9 +152,10 @@ def _hotpotqa(row: dict[str, Any]) -> dict[str, Any]:
 
 def _supporting_titles(facts: Any) -> list[str]:
     """Titles of the paragraphs that an answer hangs on; none where the row does not say."""
-    titles = (facts.get("title") if isinstance(facts, dict) else facts) or []
-    if isinstance(titles, list) and not isinstance(facts, dict):
-        titles = [pair[0] if isinstance(pair, list) and pair else None for pair in titles]
+    if isinstance(facts, list):
+        titles = [pair[0] if isinstance(pair, list) and pair else None for pair in facts]
+    else:
+        titles = (facts.get("title") if isinstance(facts, dict) else facts) or []
     if not isinstance(titles, list) or not all(isinstance(title, str) for title in titles):
         raise RowError("supporting_facts must be titles, each with a sentence's number")
     return titles
