@@ -45,7 +45,7 @@ from latentwire.tuning.study import JOURNAL, open_study, own_trials
 from latentwire.tuning.trial import variant_key
 
 REPOSITORY = Path(__file__).parent.parent
-EVALUATIONS = 8
+EVALUATIONS = 4
 """Of each trial, with a checkpoint at each."""
 SPACE = """
 run:

@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 def chaos(folder: Path, *flags: str) -> str:
     """What a run of the script wrote down."""
-    command = [sys.executable, "scripts/chaos.py", *flags, "--pause", "1", "9", "--output_dir", str(folder / "chaos")]
+    bounds = ("--pause", "1", "9", "--steps", "12", "--output_dir", str(folder / "chaos"))
+    command = [sys.executable, "scripts/chaos.py", *flags, *bounds]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     log = (folder / "chaos.log").read_text()[-3000:]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:] + log

@@ -122,7 +122,7 @@ def wait_for(condition, process, tmp_path: Path, seconds: float = 240) -> None:
 
 def test_a_killed_worker_is_replaced_and_the_trial_finishes_from_its_checkpoint(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "sweep"
-    steps = ("--max_steps=400", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
+    steps = ("--max_steps=120", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
     process = job("ray_jobs/tune.py", *TINY, *steps, "--set", "tune.trials=1", "--output_dir", str(output))
     wait_for(lambda: list(output.glob("trials/*/step-*/manifest.json")), process, tmp_path)
     workers = [
@@ -134,13 +134,13 @@ def test_a_killed_worker_is_replaced_and_the_trial_finishes_from_its_checkpoint(
     assert process.wait(600) == 0, log_of(tmp_path)
     assert "resumed at step" in log_of(tmp_path)
     (row,) = json.loads((output / "results.json").read_text())["trials"]
-    assert (row["state"], row["step"]) == ("done", 400)
+    assert (row["state"], row["step"]) == ("done", 120)
 
 
 def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, tmp_path: Path) -> None:
     """Finished trials are not run again, the running one goes on from its checkpoint, and none counts twice."""
     output = tmp_path / "sweep"
-    steps = ("--max_steps=120", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
+    steps = ("--max_steps=80", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
     more = ("--set", "tune.max_concurrent_trials=1", "--set", "tune.trials=2")
     process = job("ray_jobs/tune.py", *TINY, *steps, *more, "--output_dir", str(output))
     wait_for(lambda: list(output.glob("trials/trial-1/step-*/manifest.json")), process, tmp_path)
@@ -158,7 +158,7 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     assert process.wait(600) == 0, log_of(tmp_path)
     assert states(output) == ["COMPLETE"] * 3
     rows = json.loads((output / "results.json").read_text())["trials"]
-    assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 120), (1, 120), (2, 120)]
+    assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 80), (1, 80), (2, 80)]
     # None was written again; with more trials than checkpoints to keep, some may be gone.
     assert all(kept[path] == path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json"))
     (aside,) = output.glob("best-until-*")
