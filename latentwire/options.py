@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,7 @@ def _overrides(options: argparse.Namespace, from_file: bool) -> dict[str, Any]:
     for flag, path in FLAGS.items():
         if (value := getattr(options, flag)) is not None:
             overrides[f"run.{path}"] = value if isinstance(value, bool) else _typed(path, value)
-    for text in options.assignments:
-        path, value = assignment(text)
-        overrides[path if path.startswith(("tune.", "run.")) else f"run.{path}"] = value
+    overrides |= assigned(options.assignments)
     # A receiver that the flags replace is not the toy any more: what the default said about the toy goes with it.
     for index, flag in enumerate(("llama_id", "qwen_id")):
         if getattr(options, flag) is not None and not from_file:
@@ -121,16 +120,33 @@ def _overrides(options: argparse.Namespace, from_file: bool) -> dict[str, Any]:
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
     """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
-    values = dict(assignment(text) for text in assignments)
-    return with_values(run, {path.removeprefix("run."): value for path, value in values.items()}, "--set")
+    return with_values(
+        run, {path.removeprefix("run."): value for path, value in assigned(assignments).items()}, "--set"
+    )
 
 
-def assignment(text: str) -> tuple[str, Any]:
-    """``PATH=VALUE`` as path and value. Raises :class:`~latentwire.config.resolve.ConfigError` without the sign."""
-    path, sign, value = text.partition("=")
-    if not sign:
-        raise ConfigError(f"--set takes PATH=VALUE, got {text}")
-    return path, _typed(path.removeprefix("run."), value)
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """``PATH=VALUE`` texts as path in a space file (``run.…``, which may be left out, or ``tune.…``) → value.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where a sign is missing.
+    """
+    found: dict[str, Any] = {}
+    for text in assignments:
+        path, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"--set takes PATH=VALUE, got {text}")
+        path = path.removeprefix("run.")
+        found[path if path.startswith("tune.") else f"run.{path}"] = _typed(path, value)
+    return found
+
+
+def refuse_flags(options: argparse.Namespace, kept: str) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for flags that a command would pass over: ``kept`` stays as it was."""
+    given = [f"--{flag}" for flag in (*FLAGS, "space") if getattr(options, flag) is not None]
+    if given:
+        raise ConfigError(
+            f"{kept} keeps its configuration, got {', '.join(given)}; leave that out, or start a new sweep"
+        )
 
 
 def _typed(path: str, text: str) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
-from latentwire.options import add_flags, input_place, output_place, read_space, with_home
+from latentwire.options import add_flags, input_place, output_place, read_space, refuse_flags, with_home
 from latentwire.storage import place
 from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
 from latentwire.tuning.progress import check_trackers
@@ -44,6 +44,8 @@ def main() -> int:
     options = parser.parse_args()
     repeated: dict[str, Any] | None = None
     try:
+        if options.resume or options.from_manifest:
+            refuse_flags(options, "a resumed sweep" if options.resume else "a repeated trial")
         if options.resume:
             output = options.resume.absolute()
             space = resume.read_space(output, options.assignments)

@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
-from latentwire.options import add_flags, add_start, assignment, read_space, with_home
+from latentwire.options import add_flags, add_start, override_run, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.tuning import results
 
@@ -41,10 +40,10 @@ def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
     )
 
 
-def from_scratch(run: RunConfig, name: str, knobs: Mapping[str, Any]) -> RunConfig:
-    """A run of the receiver ``name`` alone that starts from nothing."""
-    alone: dict[str, Any] = {"training.train_only": [], "training.init_from": None}
-    return with_values(choose_receivers(run, [name]), alone | dict(knobs))
+def from_scratch(run: RunConfig, name: str, assignments: list[str]) -> RunConfig:
+    """A run of the receiver ``name`` alone that starts from nothing, with ``PATH=VALUE`` assignments laid over it."""
+    alone = {"training.train_only": [], "training.init_from": None}
+    return override_run(with_values(choose_receivers(run, [name]), alone), assignments)
 
 
 def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def main() -> int:
         (name,) = run.training.train_only
         configs = {"joined": run}
         if "scratch" in options.ways:
-            configs["scratch"] = from_scratch(run, name, dict(map(assignment, options.scratch)))
+            configs["scratch"] = from_scratch(run, name, options.scratch)
         rows = []
         for steps in options.steps:
             for way in options.ways:

@@ -13,7 +13,6 @@ import torch
 from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, sources, teachers
 from latentwire.data.pipeline import ROW_GROUP, quiet_ray_data
-from latentwire.models.encoders import encoder_tokenizer
 from latentwire.storage import Place, read_footer, read_parquet
 
 SHUFFLE_ROWS = 2_048
@@ -27,7 +26,7 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
     """
     pieces = ("context", "question", "answer")
     columns = ["id", "sender_bytes", *(f"{r.name}_{piece}_ids" for r in run.receivers for piece in pieces)]
-    if encoder_tokenizer(run.encoder, run.receivers) is not None:
+    if run.encoder.pretrained:
         columns.append("encoder_ids")
         if not (continued or run.losses.continuation_ce_weight):
             return columns

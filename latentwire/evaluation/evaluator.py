@@ -77,6 +77,9 @@ class _Rows:
     setting: Setting
     message: Message | None
     slots: dict[str, list[int]]
+    """Each receiver's soft positions for the message of each row."""
+    shown: dict[str, list[list[int]]]
+    """Each receiver's tokens of the context that a text mode shows; none of a message."""
     bytes: list[int]
     encode_ms: float
 
@@ -122,7 +125,8 @@ def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], sett
     tokens = setting.tokenize(encoder, sender_texts(wire.run.data.send, sent))
     if setting.mode not in MESSAGE_MODES:
         slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
-        return _Rows(rows, setting, None, slots, [], 0.0)
+        shown = {name: _shown(wire, name, rows, setting.mode, own) for name, own in slots.items()}
+        return _Rows(rows, setting, None, slots, shown, [], 0.0)
     began = time.perf_counter()
     message = wire.interlingua.encode(tokens)
     if setting.bits is not None:
@@ -136,7 +140,12 @@ def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], sett
         if setting.bits is None
         else [len(message.row(row).to_bytes(bits=setting.bits)) for row in range(size)]
     )
-    return _Rows(rows, setting, message, slots, sizes, 1000 * seconds / size)
+    return _Rows(rows, setting, message, slots, {name: [] for name in slots}, sizes, 1000 * seconds / size)
+
+
+def _shown(wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int]) -> list[list[int]]:
+    columns = (rows["id"], rows[f"{name}_context_ids"], rows[f"{name}_question_ids"], slots)
+    return [kept_context(wire, name, mode, *row) for row in zip(*columns, strict=True)]
 
 
 def _now(device: torch.device) -> float:
@@ -149,10 +158,9 @@ def _now(device: torch.device) -> float:
 def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Prediction]:
     lm, rows, mode, message = wire.receivers[name], batch.rows, batch.setting.mode, batch.message
     count = len(rows["id"])
-    pieces, shown = _pieces(wire, name, batch)
-    asked = _prompts(wire, name, pieces, mode, shown, [None] * count)
-    answered = _prompts(wire, name, pieces, mode, shown, rows[f"{name}_answer_ids"])
-    own_ND = _embeddings(wire, name, pieces, shown) if mode == "embeddings" else None
+    asked = _prompts(wire, name, batch, [None] * count)
+    answered = _prompts(wire, name, batch, rows[f"{name}_answer_ids"])
+    own_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
     answers, decoded = wire.decode(name, asked, message, own_ND)
     gold = collate(answered).to(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
@@ -162,7 +170,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     row_N = gold.row_N.cpu()
     nll_B = torch.zeros(count).index_add(0, row_N, judged.ce_N) / torch.bincount(row_N, minlength=count)
     likelier_B = judged.likelier_N[gold.offset_N.cpu() == 0].tolist()
-    sizes = batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in shown]
+    sizes = batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in batch.shown[name]]
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
@@ -181,34 +189,22 @@ def _judged(wire: LatentWire, batch: _Rows, own: list[Prediction]) -> list[Predi
     count = len(own)
     total_B = torch.zeros(count, dtype=torch.float64)
     for name, lm in wire.receivers.items():
-        pieces, shown = _pieces(wire, name, batch)
         ids = wire.builders[name].tokenize([], [], [p.text for p in own])["answer_ids"]
-        said = collate(_prompts(wire, name, pieces, batch.setting.mode, shown, ids)).to(lm.device)
-        own_ND = _embeddings(wire, name, pieces, shown) if batch.setting.mode == "embeddings" else None
+        said = collate(_prompts(wire, name, batch, ids)).to(lm.device)
+        own_ND = _embeddings(wire, name, batch) if batch.setting.mode == "embeddings" else None
         with wire.reading(name, said, batch.message) as soft_ND:
             judged = lm.judge(said, soft_ND if own_ND is None else own_ND)
         total_B.index_add_(0, said.row_N.cpu(), -judged.ce_N.double())
     return [dataclasses.replace(p, joint_logp=float(logp)) for p, logp in zip(own, total_B, strict=True)]
 
 
-def _pieces(wire: LatentWire, name: str, batch: _Rows) -> tuple[list[tuple], list[list[int]]]:
-    """Each row's id, context, question and slots for one receiver, and what of the context a text mode shows."""
-    columns = (batch.rows[f"{name}_{piece}_ids"] for piece in ("context", "question"))
-    pieces = list(zip(batch.rows["id"], *columns, batch.slots[name], strict=True))
-    if batch.message is not None:
-        return pieces, []
-    return pieces, [kept_context(wire, name, batch.setting.mode, row, c, q, slot) for row, c, q, slot in pieces]
-
-
-def _prompts(
-    wire: LatentWire, name: str, pieces: list[tuple], mode: Mode, shown: list[list[int]], answers: list[Any]
-) -> list[Sequence]:
+def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> list[Sequence]:
     """Prompts to be answered where ``answers`` are ``None``, else with those ids as targets."""
-    builder = wire.builders[name]
+    builder, mode, shown = wire.builders[name], batch.setting.mode, batch.shown[name]
     prompts = []
-    for place, (_, _, question, slots) in enumerate(pieces):
+    for place, question in enumerate(batch.rows[f"{name}_question_ids"]):
         if mode in MESSAGE_MODES:
-            prompts.append(builder.latent(slots, question, answers[place]))
+            prompts.append(builder.latent(batch.slots[name][place], question, answers[place]))
         elif mode == "embeddings":
             prompts.append(builder.latent(len(builder.message_ids(shown[place], question)), question, answers[place]))
         else:
@@ -216,8 +212,9 @@ def _prompts(
     return prompts
 
 
-def _embeddings(wire: LatentWire, name: str, pieces: list[tuple], shown: list[list[int]]) -> torch.Tensor:
+def _embeddings(wire: LatentWire, name: str, batch: _Rows) -> torch.Tensor:
     """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
     builder, lm = wire.builders[name], wire.own(name)
-    rows = [builder.message_ids(shown[place], question) for place, (_, _, question, _) in enumerate(pieces)]
+    columns = (batch.shown[name], batch.rows[f"{name}_question_ids"])
+    rows = [builder.message_ids(context, question) for context, question in zip(*columns, strict=True)]
     return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))

@@ -21,13 +21,21 @@ KINDS = 8
 """First words of questions that have a group of their own; the others are ``other``."""
 
 
+def means(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
+    """receiver → means and number of ``rows``, ``mean`` over receivers: what training asks, without intervals and scipy."""
+    table = {
+        name: {field: _mean(own, field) for field in FIELDS} | {"rows": len(own)}
+        for name, own in _by_receiver(predictions).items()
+    }
+    return table | {"mean": _over_receivers(table)}
+
+
 def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
     """receiver → means, 95 % intervals (``em_low`` …) of EM and F1, ``compression_bytes`` and ``compression_tokens`` (context
     over message), ``examples_per_s``, number of ``rows``. ``mean`` is over receivers, with what they are together.
     """
-    table: dict[str, dict[str, float]] = {}
+    table = means(predictions)
     for name, own in _by_receiver(predictions).items():
-        table[name] = {field: _mean(own, field) for field in FIELDS} | {"rows": len(own)}
         for field in ("em", "f1"):
             table[name] |= _bounds(field, [getattr(p, field) for p in own])
         sent, places = sum(p.bytes for p in own), sum(p.message_positions for p in own)
@@ -36,11 +44,15 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
             table[name]["compression_tokens"] = sum(p.context_tokens for p in own) / places
         spent = sum(table[name][f"{part}_ms"] for part in ("encode", "prefill", "decode"))
         table[name]["examples_per_s"] = 1000 / spent
-    names, shared = list(table), set.intersection(*map(set, table.values()))
-    kept = [field for field in table[names[0]] if field in shared and not field.endswith(("_low", "_high"))]
-    table["mean"] = {field: sum(table[name][field] for name in names) / len(names) for field in kept}
-    table["mean"] |= together(predictions)
-    return table
+    del table["mean"]
+    return table | {"mean": _over_receivers(table) | together(predictions)}
+
+
+def _over_receivers(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means of what all have but for intervals, which would be no interval of the mean."""
+    rows = list(table.values())
+    kept = [field for field in rows[0] if all(field in row for row in rows) and not field.endswith(("_low", "_high"))]
+    return {field: sum(row[field] for row in rows) / len(rows) for field in kept}
 
 
 def together(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
 from latentwire.evaluation.evaluator import predict
-from latentwire.evaluation.summary import summarise
+from latentwire.evaluation.summary import means
 from latentwire.losses.bundles import Weights, factor, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.models.message import Message
@@ -324,7 +324,7 @@ class Trainer:
     def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
         predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])
         metrics: dict[str, float] = {}
-        scores = summarise(predictions)
+        scores = means(predictions)
         for name, row in scores.items():
             suffix = "" if name == "mean" else f"_{name}"
             metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}

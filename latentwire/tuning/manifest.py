@@ -21,7 +21,7 @@ import torch
 
 from latentwire.config import SamplerConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, check_search, set_path, validate
-from latentwire.options import assignment
+from latentwire.options import assigned
 from latentwire.storage import Place, children, write_text
 from latentwire.training import kept
 from latentwire.tuning.study import evaluations, own_trials
@@ -31,7 +31,13 @@ MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "sweep.json"
 """The same beside an export, with the winner's number."""
-FREE = ("data.data_dir", "data.shard_dir", "tune.storage_path", "training.cpus_per_worker", "training.gpus_per_worker")
+FREE = (
+    "run.data.data_dir",
+    "run.data.shard_dir",
+    "tune.storage_path",
+    "run.training.cpus_per_worker",
+    "run.training.gpus_per_worker",
+)
 """What a repeated trial may have otherwise: where things lie and what computes them."""
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s\"]+@")
 
@@ -176,12 +182,12 @@ def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tu
         "trials": 1, "start_with": [scored[number]["values"]], "scheduler": "none", "warm_start": None, "finalists": 0,
         "sampler": SamplerConfig(name="random").model_dump(),
     }  # fmt: skip
-    for knob, value in map(assignment, assignments):
+    for knob, value in assigned(assignments).items():
         if knob not in FREE:
             raise ConfigError(
                 f"a repeated trial keeps its configuration; only {', '.join(FREE)} can change, got {knob}"
             )
-        set_path(tree, knob if knob.startswith("tune.") else f"run.{knob}", value)
+        set_path(tree, knob, value)
     repeated: SpaceFile = validate(SpaceFile, tree, str(path))
     check_search(repeated, str(path))
     return repeated, document | {"trial": number}

@@ -6,7 +6,7 @@ import time
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, load_space
-from latentwire.options import assignment
+from latentwire.options import assigned
 from latentwire.storage import Place, local, rename, write_text
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
@@ -37,7 +37,7 @@ def read_space(output: Place, assignments: list[str]) -> SpaceFile:
     path = output / SPACE_FILE
     if not path.is_file():
         raise ConfigError(f"resume must name a sweep's directory (one with {SPACE_FILE}), got {output}")
-    overrides = dict(assignment(text) for text in assignments)
+    overrides = assigned(assignments)
     for name in overrides:
         if name not in CHANGEABLE:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The main job through real Ray workers, and a trial that survives the death of its worker."""
+"""The main job through real Ray workers, and a sweep that goes on after the death of its driver."""
 
 import json
 import re
@@ -120,23 +120,6 @@ def wait_for(condition, process, tmp_path: Path, seconds: float = 240) -> None:
         time.sleep(0.5)
 
 
-def test_a_killed_worker_is_replaced_and_the_trial_finishes_from_its_checkpoint(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "sweep"
-    steps = ("--max_steps=120", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
-    process = job("ray_jobs/tune.py", *TINY, *steps, "--set", "tune.trials=1", "--output_dir", str(output))
-    wait_for(lambda: list(output.glob("trials/*/step-*/manifest.json")), process, tmp_path)
-    workers = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(_cmdline(p))
-    ]
-    assert workers, "no train worker is running"
-    for worker in workers:
-        worker.kill()
-    assert process.wait(600) == 0, log_of(tmp_path)
-    assert "resumed at step" in log_of(tmp_path)
-    (row,) = json.loads((output / "results.json").read_text())["trials"]
-    assert (row["state"], row["step"]) == ("done", 120)
-
-
 def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, tmp_path: Path) -> None:
     """Finished trials are not run again, the running one goes on from its checkpoint, and none counts twice."""
     output = tmp_path / "sweep"
@@ -164,11 +147,6 @@ def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, t
     (aside,) = output.glob("best-until-*")
     assert exports.read_manifest(aside) == first and (output / "best").exists()
 
-    process = resumed(tmp_path, str(output))
-    assert process.wait(120) == 0 and "has its 3 trials" in log_of(tmp_path)
-    process = resumed(tmp_path, str(output), "--set", "training.encoder_lr=1e-3")
-    assert process.wait(120) == 2 and "error: a resumed sweep keeps its space" in log_of(tmp_path)
-
 
 def resumed(tmp_path: Path, *flags: str) -> subprocess.Popen:
     """``tune.py --resume``, which knows from the first command where its shards are."""
@@ -190,13 +168,6 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
 def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) -> None:
     process = job("ray_jobs/tune.py", "--dry_run", "--output_dir", str(tmp_path / "sweep"))
     assert process.wait(120) == 0, log_of(tmp_path)
@@ -213,18 +184,8 @@ def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) ->
     assert not (tmp_path / "sweep").exists() and not (tmp_path / "shards").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--latent_len=0",), "error: latent_len must be ≥ 1, got 0"),
-        (("--space=nowhere.yaml",), "error: space file must exist, got nowhere.yaml"),
-        (("--num_workers=64", "--batch_size=64"), "error: one trial needs 64 CPUs and the cluster has"),
-        (("--llama_id=./nowhere",), "error: receiver llama: model must be a Hub id or an existing directory"),
-        (("--data_dir=./nowhere", "--dataset=squad"), "error: data_dir must be an existing directory, got /"),
-    ],
-)
-def test_what_is_wrong_is_said_before_long_work_starts(job: Job, tmp_path: Path, flags: tuple, message: str) -> None:
-    process = job("ray_jobs/tune.py", *flags, "--output_dir", str(tmp_path / "sweep"))
-    assert process.wait(120) == 2, log_of(tmp_path)
-    assert message in log_of(tmp_path)
+def test_what_is_wrong_is_said_before_long_work_starts(job: Job, tmp_path: Path) -> None:
+    flags = ("--data_dir=./nowhere", "--dataset=squad", "--output_dir", str(tmp_path / "sweep"))
+    assert job("ray_jobs/tune.py", *flags).wait(120) == 2, log_of(tmp_path)
+    assert "error: data_dir must be an existing directory, got /" in log_of(tmp_path)
     assert "Traceback" not in log_of(tmp_path)

@@ -84,7 +84,12 @@ def test_a_trial_is_repeated_with_its_own_values(written: Path, named: int | Non
     ("number", "changes", "assignments", "message"),
     [
         (2, {}, [], r"trial must be one with a score in .*, got 2; there are 0, 1"),
-        (0, {}, ["training.seed=8"], r"keeps its configuration; only data\.data_dir.* can change, got training\.seed"),
+        (
+            0,
+            {},
+            ["training.seed=8"],
+            r"keeps its configuration; only run\.data\.data_dir.* can change, got run\.training\.seed",
+        ),
         (0, {"manifest_version": 9}, [], r"manifest_version must be 1, got 9"),
         (0, {"receivers": {}}, [], "trial must be one with a score"),
     ],

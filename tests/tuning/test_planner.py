@@ -93,7 +93,6 @@ def shared_latents() -> int:
 def test_what_cannot_be_shared_is_refused(values: dict, memory: float, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         plan(space(tune__receivers="shared", **values), {"CPU": 2}, memory)
-    values.pop("memory", None)
     assert plan(space(tune__receivers="own", **values), {"CPU": 2}, ENOUGH).sharing is None
 
 

@@ -112,7 +112,7 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
         assert heading in page, heading
     assert "50.0 %" in page and "died of" in page
     assert re.search(r"llama from latents", page) and "llama from full text" in page
-    assert not list(sweep.glob(".*.part"))
+    assert not list(sweep.glob(".*.part-*"))
 
 
 def test_a_sweep_that_has_just_begun_has_a_report_too(sweep: Path) -> None:

@@ -1,0 +1,54 @@
+"""A sweep goes on as what it was."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import ConfigError
+from latentwire.options import add_flags, refuse_flags
+from latentwire.tuning import resume
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import JOURNAL
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep of one trial that has failed, without results yet."""
+    output, space = tmp_path / "sweep", SpaceFile.model_validate({"tune": {"trials": 1}})
+    output.mkdir()
+    resume.write_space(space, output)
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    return output
+
+
+def test_it_is_finished_with_its_trials_and_its_results(sweep: Path) -> None:
+    assert not resume.is_finished(resume.read_space(sweep, []), sweep)
+    (sweep / "results.json").write_text("{}")
+    assert resume.is_finished(resume.read_space(sweep, []), sweep)
+    more = resume.read_space(sweep, ["tune.trials=2"])
+    assert more.tune.trials == 2 and not resume.is_finished(more, sweep)
+
+
+@pytest.mark.parametrize("assignment", ["training.encoder_lr=1e-3", "run.training.encoder_lr=1e-3", "tune.mode=min"])
+def test_what_makes_trials_incomparable_is_refused(sweep: Path, assignment: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"a resumed sweep keeps its space; only tune\.trials.* can change, got (run|tune)"
+    ):
+        resume.read_space(sweep, [assignment])
+
+
+def test_no_flag_is_passed_over(sweep: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    refuse_flags(parser.parse_args(["--set", "tune.trials=2"]), "a resumed sweep")
+    with pytest.raises(ConfigError, match=r"a resumed sweep keeps its configuration, got --max_steps, --space; leave"):
+        refuse_flags(parser.parse_args(["--max_steps=9", "--space=other.yaml"]), "a resumed sweep")
+
+
+def test_a_directory_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resume must name a sweep's directory \(one with space\.json\), got"):
+        resume.read_space(tmp_path, [])
