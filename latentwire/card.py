@@ -29,13 +29,13 @@ COLUMNS = {"em": "EM", "f1": "F1", "nll": "NLL", "positions": "positions", "byte
 USAGE = """```python
 from latentwire import LatentWire
 
-wire = LatentWire.from_pretrained("{place}")  # this directory, or its Hub id
+wire = LatentWire.from_pretrained("path/to/export")  # this directory, or its Hub id
 packet = wire.encode([context]).to_bytes(bits=8)
 answers = wire.answer(packet, [question], receiver="{receiver}")
 ```"""
 
 
-def write(run: RunConfig, manifest: dict[str, Any], place: str = "path/to/export") -> str:
+def write(run: RunConfig, manifest: dict[str, Any]) -> str:
     """``README.md`` of an export: what it is, for which receivers, from what, how good beside the baselines."""
     tags = ["latentwire", "soft-prompt", "context-compression"]
     data = ModelCardData(library_name="latentwire", tags=tags, language=None)
@@ -59,7 +59,7 @@ def write(run: RunConfig, manifest: dict[str, Any], place: str = "path/to/export
         "## Scores",
         _scores(manifest["metrics"].get("validation") or {}, {receiver.name for receiver in run.receivers}),
         "## Use",
-        USAGE.format(place=place, receiver=run.receivers[0].name),
+        USAGE.format(receiver=run.receivers[0].name),
         "## Licence",
         "LatentWire's code is Apache-2.0. These weights were trained through the receivers above and on the data above, and "
         "each of those has its own licence, which may bind what is derived from it: look there before you pass them on.",
@@ -111,11 +111,13 @@ def _scores(validation: dict[str, Any], receivers: set[str]) -> str:
         f"| the receiver reads | receiver | {' | '.join(COLUMNS[name] for name in present)} |",
         f"|{'---|' * (2 + len(present))}",
     ]
-    for mode, rows in validation.items():
+    for key, rows in validation.items():
+        mode, _, rest = key.partition(" ")
+        read = f"{MODES[mode]} {rest}".strip()
         for receiver, row in rows.items():
             if receiver in receivers:
                 cells = " | ".join(_cell(row, name) for name in present)
-                lines.append(f"| {MODES.get(mode, mode)} | {receiver} | {cells} |")
+                lines.append(f"| {read} | {receiver} | {cells} |")
     return "\n".join(lines)
 
 

@@ -21,10 +21,12 @@ from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import MODES
+from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS
 from latentwire.options import input_place, output_place, override_run
 from latentwire.storage import local, write_text
+from latentwire.training.checkpoints import load_wire
 from latentwire.tuning import results
 from latentwire.tuning.output import asked, show_and_write
 
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 def official(options: argparse.Namespace) -> int:
     """Score a file of answers as the official script does, and print its names and digits."""
     data = DataConfig(dataset=options.dataset, data_dir=options.data_dir)
-    scores, missing = score_file(options.predictions, data, "validation" if options.split == "validation" else "train")
+    scores, missing = score_file(options.predictions, data, shards.source_of(options.split))
     if missing:
         print(f"{missing} questions are not answered and score 0", file=sys.stderr)
     print(json.dumps(scores))
@@ -80,10 +82,11 @@ def main() -> int:
         with local(options.checkpoint) as folder:
             exports.read_manifest(folder)
             run = override_run(exports.read_run(folder), options.assignments)
-        wanted = asked(options, run)
-        path = local_shards(run, (options.split,))[options.split]
-        _, predictions = results.score(options.checkpoint, path, wanted.rows, run, joint=not options.no_joint)
-        probes = results.diagnose_here(options.checkpoint, path, run) if options.diagnose else None
+            wanted = asked(options, run)
+            path = local_shards(run, (options.split,))[options.split]
+            wire, _ = load_wire(folder, run)
+        _, predictions = results.score_wire(wire, path, wanted.rows, joint=not options.no_joint)
+        probes = diagnose(wire, shards.read_table(path)) if options.diagnose else None
         return show_and_write(options, wanted, predictions, run, probes)
     except UserError as error:
         return fail(error)

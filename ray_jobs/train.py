@@ -10,6 +10,7 @@ The same command continues an interrupted run from the last checkpoint in its ou
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def main() -> int:
     except TrainingFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results.write_results(output, {"command": sys.argv, "best": best, "validation": scores})
+    results.write_results(output, {"command": shlex.join(["python", *sys.argv]), "best": best, "validation": scores})
     report.show([report.scores_table(scores, f"{run.data.dataset} validation", run)])
     print(f"exported: {output / 'best'}")
     return 0

@@ -29,6 +29,7 @@ from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.options import with_home
+from latentwire.storage import write_text
 from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here
 
@@ -56,9 +57,7 @@ def train_one(run: RunConfig, output: Path) -> None:
     wire, _ = load_wire(best)
     table = shards.read_table(paths["validation"])
     scores = {mode: summarise(list(predict(wire, table, mode))) for mode in MODES}
-    aside = output / ".scores.json.part"
-    aside.write_text(json.dumps(scores, indent=1))
-    aside.rename(output / "scores.json")
+    write_text(output / "scores.json", json.dumps(scores, indent=1))
 
 
 def table(output: Path, wanted: dict[str, RunConfig]) -> str:

@@ -48,6 +48,7 @@ def export(wire: LatentWire, tmp_path: Path) -> Path:
     }
     scores = {
         "latent": {"llama": row, "qwen": row, "mean": row},
+        "latent as int8": {"qwen": row},
         "closed_book": {"llama": row | {"em": 0.0, "em_low": 0.0}},
     }
     metrics = {"development": {"step": 900}, "validation": scores}
@@ -226,6 +227,7 @@ def test_the_card_says_what_it_is_for_whom_and_how_good(export: Path) -> None:
     ):
         assert fact in card
     assert "| **the message** | qwen | 50.0 [40.0, 60.0] | 62.5 [50.0, 75.0] | 1.25 | 384 |" in card
+    assert "| **the message** as int8 | qwen | 50.0" in card
     assert "| nothing | llama | 0.0 [0.0, 60.0]" in card and "| mean |" not in card
 
 

@@ -160,7 +160,7 @@ def test_a_part_of_a_checkpoint_in_a_store_is_written_again(wire: LatentWire, ro
     trainer.progress.step = 2
     if not isinstance(root, Path):  # on a disk it would have another name
         storage.write_text(root / "run" / "step-00000002" / "config.json", "{}")
-    path = kept.save_step(root / "run", wire, {"dev_f1": 0.5}, {}, trainer)
+    path = kept.save_step(root / "run", wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
     assert kept.finished(root / "run") == [path]
     with storage.local(path) as folder:
         assert exports.read_manifest(folder)["metrics"] == {"dev_f1": 0.5}

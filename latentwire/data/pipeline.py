@@ -96,7 +96,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     import ray.data
 
     quiet_ray_data()
-    source: sources.Split = "validation" if split == "validation" else "train"
+    source = shards.source_of(split)
     pieces = sources.pieces(run.data, source)
     if not pieces:
         raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told([])})")
@@ -168,7 +168,7 @@ def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
 def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit) -> Iterator[pa.Table]:
     """One piece's rows of this split in common columns, or with a reason."""
     piece = sources.Piece(*(batch[name][0] for name in ("name", "start", "stop")))
-    source: sources.Split = "validation" if split == "validation" else "train"
+    source = shards.source_of(split)
     block: list[dict[str, Any]] = []
     for row in _cleaned(run, source, piece):
         if _belongs(row, run, split):

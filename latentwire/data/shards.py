@@ -30,6 +30,11 @@ SHARD_KNOBS = ("data.", "prompt.", "encoder.kind", "encoder.model", "encoder.spl
 MANIFEST = "manifest.json"
 
 
+def source_of(split: ShardSplit) -> sources.Split:
+    """The split of the source whose rows a split of the shards has: ``dev`` is a part of the training rows."""
+    return "validation" if split == "validation" else "train"
+
+
 def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     """The hash that names a split's shards, and what went into it. Tokenizers are loaded, weights are not."""
     data = run.data.model_dump(exclude={"shard_dir", "data_dir", "in_memory", "stream_cpus"})
@@ -42,7 +47,7 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
         "shard_version": SHARD_VERSION,
         "layout_version": LAYOUT_VERSION,
         "split": split,
-        "source": sources.fingerprint(run.data, "validation" if split == "validation" else "train"),
+        "source": sources.fingerprint(run.data, source_of(split)),
         "data": data,
         "prompt": run.prompt.model_dump(),
         "receivers": {

@@ -9,7 +9,6 @@ import torch
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
-from latentwire.evaluation.settings import Setting
 
 LEAST = 4
 """Rows, at least, that a class of the probe has."""
@@ -18,7 +17,7 @@ RIDGE = 0.1
 
 
 @torch.no_grad()
-def diagnose(wire: LatentWire, table: pa.Table, setting: Setting | None = None) -> dict[str, float]:
+def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
     """Cosines between messages of different contexts, and what a linear probe reads from a message.
 
     ``cosine``: mean over pairs of rows of the messages' mean latents; near 1, messages differ little beside what they
@@ -28,12 +27,12 @@ def diagnose(wire: LatentWire, table: pa.Table, setting: Setting | None = None) 
     ``probe_word_majority``). Keys that have too few rows are left out.
     """
     wire.interlingua.eval()
-    setting, size = setting or Setting("latent"), wire.run.evaluation.batch_size
+    encoder, size = wire.interlingua.encoder, wire.run.evaluation.batch_size
     means = []
     for start in range(0, table.num_rows, size):
         rows = table.slice(start, size).select(["context", "question"]).to_pydict()
-        tokens = setting.tokenize(wire.interlingua.encoder, sender_texts(wire.run.data.send, rows))
-        message = wire.interlingua.encode(tokens)
+        ids = encoder.token_ids(sender_texts(wire.run.data.send, rows))
+        message = wire.interlingua.encode(encoder.tokens_of(ids))
         z_BLZ, keep_BL = message.read_by(next(iter(wire.receivers)))
         means.append(((z_BLZ * keep_BL[..., None]).sum(1) / keep_BL.sum(1, keepdim=True)).float().cpu())
     x_NZ = torch.cat(means).double()
@@ -58,10 +57,10 @@ def diagnose(wire: LatentWire, table: pa.Table, setting: Setting | None = None) 
     return found
 
 
-def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+def probe(x_NZ: torch.Tensor, label_N: torch.Tensor) -> tuple[float, float]:
     """Accuracy on half of the rows of a ridge classifier fitted to the other half, and that of the commonest class."""
     order = list(range(len(label_N)))
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)
     half = len(order) // 2
     fit, held = order[:half], order[half:]
     centre_Z, scale_Z = x_NZ[fit].mean(0), x_NZ[fit].std(0).clamp(min=1e-9)

@@ -10,14 +10,14 @@ RESAMPLES = 2_000
 SEED = 0  # of the resampling: the same scores have the same interval
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over rows; the mean itself, twice, where all values are equal."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over rows; the mean itself, twice, where all values are equal."""
     from scipy.stats import bootstrap
 
     if len(set(values)) == 1:
         return float(values[0]), float(values[0])
     found = bootstrap(
-        (np.asarray(values),), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, batch=200,
+        (np.asarray(values),), np.mean, confidence_level=0.95, n_resamples=RESAMPLES, batch=200,
         method="percentile", rng=np.random.default_rng(SEED),
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)

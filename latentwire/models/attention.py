@@ -21,11 +21,10 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.mlp = mlp(width)
 
-    def forward(self, x_BSM: torch.Tensor, keep_BS: torch.Tensor, rotary: Rotary | None = None) -> torch.Tensor:
+    def forward(self, x_BSM: torch.Tensor, keep_BS: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """``keep_BS``: the positions that may be attended to; a row without any gives zeros to its attention."""
         query, key, value = (split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_BS[:, None, None])
         x_BSM = x_BSM + self.out(merge(read))
         return x_BSM + self.mlp(x_BSM)

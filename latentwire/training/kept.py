@@ -53,8 +53,8 @@ def save_step(
     metrics: dict[str, Any],
     pins: dict[str, Any],
     trainer: Trainer,
-    metric: str = "dev_f1",
-    mode: str = "max",
+    metric: str,
+    mode: str,
 ) -> Place:
     """Save the trainer's step unless it is there already, then keep the run's best by ``metric`` and its last alone."""
     path = folder / step_name(trainer.progress.step)

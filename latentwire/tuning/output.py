@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.data import shards
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting, settings
@@ -53,10 +54,15 @@ class Asked:
 def asked(options: argparse.Namespace, run: RunConfig) -> Asked:
     """The flags, checked. Raises :class:`~latentwire.config.resolve.ConfigError`, and
     :class:`~latentwire.data.sources.DataError` for data that cannot be read."""
+    if options.data_dir is not None:
+        raise ConfigError(
+            f"--data_dir belongs to --predictions, got {options.data_dir} with --checkpoint; name the directory by "
+            f"--set data.data_dir={options.data_dir}"
+        )
     results.check_questions(run)
     rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
     sides = compared(options.compare, rows)
-    return Asked(rows, sides, question_types(run.data, "validation" if options.split == "validation" else "train"))
+    return Asked(rows, sides, question_types(run.data, shards.source_of(options.split)))
 
 
 def show_and_write(

@@ -28,9 +28,7 @@ OBJECTIVES, PIN = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the evaluation pin that all of its scores have."""
 
 
-def open_study(
-    journal: Place, name: str, objectives: Mapping[str, str], sampler: optuna.samplers.BaseSampler | None = None
-) -> optuna.Study:
+def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optuna.Study:
     """The study ``name`` of a journal file, made where it is not there yet. ``objectives``: metric → max or min.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where it is there with other objectives.
@@ -41,7 +39,6 @@ def open_study(
         storage=JournalStorage(JournalFileBackend(str(file))),
         study_name=name,
         directions=[{"max": "maximize", "min": "minimize"}[mode] for mode in objectives.values()],
-        sampler=sampler,
         load_if_exists=True,
     )
     wanted = [list(item) for item in objectives.items()]

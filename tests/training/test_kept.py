@@ -46,20 +46,20 @@ def test_a_death_at_any_moment_leaves_no_half_checkpoint(wire: LatentWire, tmp_p
             folder = tmp_path / f"run-{len(where[0][1])}-{after}"
             for step, score in ((1, 0.9), (2, 0.1)):
                 trainer.progress.step = step
-                kept.save_step(folder, wire, {"dev_f1": score}, {}, trainer)
+                kept.save_step(folder, wire, {"dev_f1": score}, {}, trainer, "dev_f1", "max")
             trainer.progress.step = 3  # saves step 3, deletes step 2
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(exports.shutil, "rmtree", lambda *_, **__: None)  # a dead process tidies nothing up
                 dying(patch, where, after)
                 try:
-                    kept.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer)
+                    kept.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
                     survived = True
                 except Killed:
                     survived = False
             whole = kept.finished(folder)
             assert all(exports.read_manifest(path) for path in whole) and folder / "step-00000001" in whole
             assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {p.name for p in whole}
-            kept.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer)
+            kept.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
             kept.clear_debris(folder)
             assert {path.name for path in folder.iterdir()} == {"step-00000001", "step-00000003"}
             shutil.rmtree(folder)

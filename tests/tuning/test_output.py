@@ -4,8 +4,9 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.evaluate import parser
 from latentwire.evaluation.settings import settings
-from latentwire.tuning.output import compared
+from latentwire.tuning.output import asked, compared
 
 ROWS = settings(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
 AT_8 = ("latent at 8 latents", "truncated at 8 latents")
@@ -37,3 +38,9 @@ def test_a_table_with_nothing_to_compare_says_so_only_where_asked() -> None:
     assert compared(None, alone) == []
     with pytest.raises(ConfigError, match="got none"):
         compared([], alone)
+
+
+def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint() -> None:
+    options = parser().parse_args(["--checkpoint", "runs/x/best", "--data_dir", "elsewhere"])
+    with pytest.raises(ConfigError, match=r"--data_dir belongs to --predictions, .*by --set data\.data_dir=elsewhere"):
+        asked(options, RunConfig())
