@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.errors import UserError
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
 
 ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
@@ -32,7 +32,7 @@ CONTROLS = (RECONSTRUCT, CONTINUE)
 
 SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
 
-_CONTEXT, _QUESTION = "⟦context⟧", "⟦question⟧"
+_CONTEXT, _QUESTION, _ANSWER = "⟦context⟧", "⟦question⟧", "⟦answer⟧"
 _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
 
 
@@ -148,6 +148,8 @@ class SequenceBuilder:
         self.bos: int | None = 0 if self._wants_bos(chat, head) else None
         if self.bos == 0 and self.head_ids[:1] != [bos_id]:
             self.head_ids = [bos_id, *self.head_ids]
+        if receiver.bos == "no" and bos_id is not None and self.head_ids[:1] == [bos_id]:
+            self.head_ids = self.head_ids[1:]  # the template's own
         if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not chat:
             raise LayoutError(
                 f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}"
@@ -259,18 +261,28 @@ class SequenceBuilder:
     def _stops(self, chat: bool) -> tuple[int, tuple[int, ...]]:
         """The supervised stop token, and every token that ends decoding.
 
-        A plain prompt is a list of lines, so its answer ends with the line; a chat turn ends with EOS.
+        A plain prompt is a list of lines, so its answer ends with the line; a chat turn ends with the special token that the
+        template writes after it, which for some models is not EOS.
         """
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise LayoutError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
         if chat:
-            return eos, (eos,)
+            end = self._turn_end()
+            stop = eos if end is None else end
+            return stop, tuple(dict.fromkeys((stop, eos)))
         if len(self.newline_ids) != 1:
             raise LayoutError(
                 f"template: plain needs a newline that is one token, {self.receiver.model} gives {self.newline_ids}"
             )
         return self.newline_ids[0], (self.newline_ids[0], eos)
+
+    def _turn_end(self) -> int | None:
+        """The special token right after an assistant's turn; ``None`` where the template writes none."""
+        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2].lstrip()
+        ids = self._template_ids(after)[:1]
+        return ids[0] if ids and not self.tokenizer.decode(ids, skip_special_tokens=True) else None
 
     def _probe(self) -> None:
         """A few answers of every kind: an anchor that merges with them is refused before any row is read."""

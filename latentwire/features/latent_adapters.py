@@ -46,8 +46,8 @@ class LatentAdapters(Feature):
 
                 def look(_: nn.Module, __: tuple, output: Any, attention: Any = attention) -> Any:
                     state = output[0] if isinstance(output, tuple) else output
-                    z_RLZ, keep_RL = reading.z_RLZ.to(state.device), reading.keep_RL.to(state.device)
-                    state = state + attention(state.float(), z_RLZ, keep_RL).to(state.dtype)
+                    own = state.to(reading.z_RLZ.device, torch.float32)  # the layer may be on another device
+                    state = state + attention(own, reading.z_RLZ, reading.keep_RL).to(state)
                     return (state, *output[1:]) if isinstance(output, tuple) else state
 
                 layer = layers[max(1, round(depth * len(layers))) - 1]

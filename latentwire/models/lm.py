@@ -85,7 +85,7 @@ class LMWrapper(nn.Module):
 
     def __init__(self, config: ReceiverConfig) -> None:
         """Load weights and tokenizer. Raises :class:`ReceiverError` with the cause and the next move."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         super().__init__()
         self.config, self.name = config, config.name
@@ -108,6 +108,8 @@ class LMWrapper(nn.Module):
         if not options:
             self.lm.to(device)
         self.lm.eval().requires_grad_(False)
+        # What generate is not told it takes from here, and some models come with a penalty on repetition: no greedy decoding.
+        self.lm.generation_config = GenerationConfig()
         if config.quantization == "nf4":
             keep_layout(self.lm)
         self.token_bytes = token_bytes(self.tokenizer)
@@ -123,7 +125,7 @@ class LMWrapper(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are; with ``device_map`` other layers may be elsewhere."""
+        """Where the embeddings are, and where states and logits come back to; with ``device_map`` layers may be elsewhere."""
         return self.embed_tokens.weight.device
 
     @property
@@ -203,10 +205,10 @@ class LMWrapper(nn.Module):
             use_cache=False,
             output_hidden_states=bool(depths),
         )
-        predict_N = batch.predict_N.to(output.last_hidden_state.device)
+        predict_N = batch.predict_N
 
         def at_targets(state_BSD: torch.Tensor) -> torch.Tensor:
-            return state_BSD.flatten(0, 1).index_select(0, predict_N)
+            return state_BSD.flatten(0, 1).index_select(0, predict_N.to(state_BSD.device)).to(self.device)
 
         layers = [output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths]
         return at_targets(output.last_hidden_state), [at_targets(layer) for layer in layers]
@@ -249,8 +251,8 @@ class LMWrapper(nn.Module):
         return cache
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Last states ``[N, D]`` → logits ``[N, V]``."""
-        logits_NV = self.head(hidden_ND.to(self.head.weight.device))
+        """Last states ``[N, D]`` → logits ``[N, V]``, on the same device wherever the head is."""
+        logits_NV = self.head(hidden_ND.to(self.head.weight.device)).to(hidden_ND.device)
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
     @torch.no_grad()

@@ -27,8 +27,8 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The update, in the type of ``x``."""
-        return (self.scale * self.up(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+        """The update, in the type of ``x`` and on its device."""
+        return (self.scale * self.up(self.down(x.to(self.down.weight)))).to(x)
 
 
 def updates_of(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> nn.ModuleDict:

@@ -81,6 +81,26 @@ def test_chat_without_a_template_is_refused() -> None:
         SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "context")
 
 
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_turn_ends_with_the_templates_own_token_and_begins_as_it_is_told() -> None:
+    receiver = ReceiverConfig(name="llama", model="toy-llama", template="chat")
+    tokenizer = load_tokenizer(receiver)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<turn>"]})
+    tokenizer.chat_template = TURNS
+    built = SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
+    end, eos, bos = tokenizer.convert_tokens_to_ids("<end>"), tokenizer.eos_token_id, tokenizer.bos_token_id
+    assert built.stop_id == end and built.stop_ids == (end, eos) and built.head_ids[0] == bos
+    tokenizer.chat_template = TURNS.replace("<end>", "")  # a turn that ends with its line
+    assert SequenceBuilder(tokenizer, receiver, PromptConfig(), "context").stop_ids == (eos,)
+    without = receiver.model_copy(update={"bos": "no"})
+    assert bos not in SequenceBuilder(tokenizer, without, PromptConfig(), "context").head_ids
+
+
 def test_special_tokens_in_a_users_text_stay_text(builder: SequenceBuilder) -> None:
     hostile = f"Ada {builder.tokenizer.eos_token} lives"
     context, _, _ = pieces(builder, context=hostile)
