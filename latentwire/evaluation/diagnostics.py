@@ -44,25 +44,29 @@ def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
     classes = sorted({answers[row] for row in kept})
     if len(classes) > 1:
         labels = torch.tensor([classes.index(answers[row]) for row in kept])
-        found["probe_answer"], found["probe_majority"] = probe(x_NZ[kept], labels)
+        found["probe_answer"], found["probe_majority"] = probe(x_NZ[kept], labels, [contexts[row] for row in kept])
     words = [set(context.split()) for context in contexts]
     common = sorted(
         {w for own in words for w in own}, key=lambda w: (abs(sum(w in own for own in words) / len(words) - 0.5), w)
     )
     tried = [w for w in common[:8] if LEAST <= sum(w in own for own in words) <= len(words) - LEAST]
     if tried:
-        scores = [probe(x_NZ, torch.tensor([int(w in own) for own in words])) for w in tried]
+        scores = [probe(x_NZ, torch.tensor([int(w in own) for own in words]), contexts) for w in tried]
         found["probe_word"] = sum(score for score, _ in scores) / len(scores)
         found["probe_word_majority"] = sum(chance for _, chance in scores) / len(scores)
     return found
 
 
-def probe(x_NZ: torch.Tensor, label_N: torch.Tensor) -> tuple[float, float]:
-    """Accuracy on half of the rows of a ridge classifier fitted to the other half, and that of the commonest class."""
-    order = list(range(len(label_N)))
+def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, contexts: list[str]) -> tuple[float, float]:
+    """Accuracy on half of the contexts of a ridge classifier fitted to the other half, and that of the commonest class.
+
+    Rows of one context stay together: their messages are the same, and one would tell of the other.
+    """
+    order = list(dict.fromkeys(contexts))
     random.Random(0).shuffle(order)
-    half = len(order) // 2
-    fit, held = order[:half], order[half:]
+    fitted = set(order[: len(order) // 2])
+    fit = [row for row, context in enumerate(contexts) if context in fitted]
+    held = [row for row, context in enumerate(contexts) if context not in fitted]
     centre_Z, scale_Z = x_NZ[fit].mean(0), x_NZ[fit].std(0).clamp(min=1e-9)
     a_NZ = torch.cat(((x_NZ - centre_Z) / scale_Z, torch.ones(len(x_NZ), 1, dtype=x_NZ.dtype)), 1)
     target_NC = torch.nn.functional.one_hot(label_N, int(label_N.max()) + 1).to(x_NZ.dtype)

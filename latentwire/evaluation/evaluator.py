@@ -20,7 +20,7 @@ from latentwire.evaluation.settings import Setting
 from latentwire.models.message import Message
 from latentwire.wire import from_bytes
 
-METRIC_VERSION = 2
+METRIC_VERSION = 3
 """Raised whenever the same wire would score differently; part of the evaluation pin."""
 
 LATENT_BYTES = 2  # of one entry of a latent that no packet holds, as fp16
@@ -170,7 +170,9 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     row_N = gold.row_N.cpu()
     nll_B = torch.zeros(count).index_add(0, row_N, judged.ce_N) / torch.bincount(row_N, minlength=count)
     likelier_B = judged.likelier_N[gold.offset_N.cpu() == 0].tolist()
-    sizes = batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in batch.shown[name]]
+    sizes = (
+        batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in _stood_for(wire, name, batch)]
+    )
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
@@ -212,9 +214,14 @@ def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> l
     return prompts
 
 
+def _stood_for(wire: LatentWire, name: str, batch: _Rows) -> list[list[int]]:
+    """The tokens of each text prompt that a message would stand for: what had to be sent instead."""
+    columns = (batch.shown[name], batch.rows[f"{name}_question_ids"])
+    return [wire.builders[name].message_ids(shown, question) for shown, question in zip(*columns, strict=True)]
+
+
 def _embeddings(wire: LatentWire, name: str, batch: _Rows) -> torch.Tensor:
     """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
-    builder, lm = wire.builders[name], wire.own(name)
-    columns = (batch.shown[name], batch.rows[f"{name}_question_ids"])
-    rows = [builder.message_ids(context, question) for context, question in zip(*columns, strict=True)]
+    lm = wire.own(name)
+    rows = _stood_for(wire, name, batch)
     return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))

@@ -163,7 +163,10 @@ class InterlinguaEncoder(nn.Module):
         )
         z_BLZ = self.dropout(self.project(self.norm(pooled_BLM)))
         if tokens.parts is None:
-            return Message(z_BLZ, length_B, self.private)
+            # Private columns follow the shared ones, of which an evaluation may ask for another number.
+            shift = z_BLZ.shape[1] - self.latent_len - sum(map(len, self.private.values()))
+            private = {name: range(own.start + shift, own.stop + shift) for name, own in self.private.items()}
+            return Message(z_BLZ, length_B, private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]
         joined_B = _joined(length_B, tokens.parts)
         return Message(pad_sequence(z_BLZ[keep_BL].split(joined_B.tolist()), batch_first=True), joined_B)

@@ -68,6 +68,18 @@ def test_baselines_of_the_same_budget_read_as_many_positions(wire: LatentWire, r
         assert prediction.positions == latent[prediction.id, prediction.receiver].positions
 
 
+def test_baselines_of_messages_that_hold_the_question_read_as_many_positions_too() -> None:
+    run = with_values(RunConfig(), SMALL | {"data.send": "prompt", "encoder.latent_len": 20})
+    wire, rows = LatentWire(run), shard_table(run, 4)
+    latent = [p.positions for p in predict(wire, rows, "latent")]
+    for mode in ("truncated", "window", "selected"):
+        found = list(predict(wire, rows, mode))
+        assert [p.positions for p in found] == latent
+        assert all(p.bytes > len(p.question.encode()) for p in found)  # the question had to be sent too
+    with pytest.raises(ConfigError, match=r"messages hold the questions \(data\.send prompt\), got none"):
+        wire.encode(rows["context"].to_pylist())
+
+
 def test_baselines_keep_what_they_say(wire: LatentWire, rows: pa.Table) -> None:
     columns = rows.slice(0, 4).to_pydict()
     for row in range(4):
@@ -237,8 +249,12 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
 def test_a_probe_reads_what_is_there_and_nothing_else(wire: LatentWire, rows: pa.Table) -> None:
     torch.manual_seed(0)
     label_N = torch.arange(200) % 4
-    seen, _ = probe(torch.nn.functional.one_hot(label_N).double() + 0.1 * torch.randn(200, 4), label_N)
-    blind, majority = probe(torch.randn(200, 4).double(), label_N)
+    alone = [str(row) for row in range(200)]
+    seen, _ = probe(torch.nn.functional.one_hot(label_N).double() + 0.1 * torch.randn(200, 4), label_N, alone)
+    blind, majority = probe(torch.randn(200, 4).double(), label_N, alone)
     assert seen == 1.0 and blind < 0.5 and majority < 0.5
+    # Rows of one context are the same message: what one of them tells says nothing of another context.
+    twins, _ = probe(torch.randn(100, 50).double().repeat(2, 1), label_N, 2 * alone[:100])
+    assert twins < 0.5
     found = diagnose(wire, rows)
     assert -1 <= found["cosine_centred"] <= found["cosine"] <= 1 and 0 <= found["probe_word"] <= 1

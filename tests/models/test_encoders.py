@@ -1,6 +1,7 @@
 """Every encoder reads its own text, all of it, and nothing of the batch around it."""
 
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_spans_cover_the_text_once_for_each_group_of_latents(encoder: Interlingu
             assert len(starts) >= groups and float(own_L2[-1, 1]) == pytest.approx(1, abs=1e-5)
             alone_BL2 = encoder.spans(encoder.tokenize([text]), name)
             torch.testing.assert_close(alone_BL2[0, : len(own_L2)], own_L2, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [1, 4, 9])
+def test_each_receiver_reads_its_own_private_latents_at_any_length(shared: int) -> None:
+    config = EncoderConfig(latent_len=4, private_len=2, d_z=8, d_model=32, layers=1, heads=2)
+    encoder = InterlinguaEncoder(config, RECEIVERS)
+    tokens = encoder.tokenize(TEXTS)
+    message = encoder(replace(tokens, latents_B=torch.full_like(tokens.latents_B, shared)))
+    for place, name in enumerate(RECEIVERS):
+        z_BLZ, keep_BL = message.read_by(name)
+        private_BLZ = message.z_BLZ[:, shared + 2 * place :][:, :2]
+        assert keep_BL.all() and torch.equal(z_BLZ, torch.cat((message.z_BLZ[:, :shared], private_BLZ), 1))
 
 
 def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
