@@ -177,6 +177,8 @@ def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] |
     values: dict[str, Any] = {
         "receivers": [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
     }
+    learned = run.training.train_only  # of a wire that one of them joined: what stays away cannot be named
+    values["training.train_only"] = [name for name in learned if name in chosen or name == "encoder"]
     lender = run.encoder.lender
     if lender is not None and lender not in chosen:  # the encoder is still built like the receiver that stays away
         values["encoder.model"] = known[lender].model

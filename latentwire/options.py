@@ -78,7 +78,8 @@ def begun_with(options: argparse.Namespace) -> dict[str, Any]:
     """The configuration of ``--from``, and one more receiver where ``--add_receiver`` names it, whose part alone is trained.
 
     The new one's messages shorten as they did for the others: the encoder, which stays as it is, has made such finer ones before.
-    Without a new one, what could be learned only with alignment and coarsening is there already: both are off unless flags say so.
+    Without a new one every part learns, and what could be learned only with alignment and coarsening is there already: both are off.
+    Flags may say otherwise.
     """
     name, sign, model = (options.add_receiver or "").partition("=")
     if options.base is None or options.space is not None or (options.add_receiver and not sign):
@@ -91,7 +92,7 @@ def begun_with(options: argparse.Namespace) -> dict[str, Any]:
     tree = run.model_dump(mode="json", exclude_unset=True)
     tree["training"] = tree.get("training", {}) | {"init_from": str(options.base)}
     if not options.add_receiver:
-        tree["training"] |= {"alignment_steps": 0, "coarsening_steps": 0}
+        tree["training"] |= {"alignment_steps": 0, "coarsening_steps": 0, "train_only": []}
         return tree
     if run.encoder.private_len:
         raise ConfigError(
@@ -191,17 +192,25 @@ def output_place(address: str) -> Place:
 def with_home(space: SpaceFile) -> SpaceFile:
     """The space with every local path made absolute: Ray's workers run in directories of their own.
 
-    Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, receivers' directories) are
+    Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, models' directories) are
     where the command was given.
     """
     tree = space.model_dump(mode="json")
     set_path(tree, "run.data.shard_dir", at_home(space.run.data.shard_dir))
     set_path(tree, "tune.storage_path", at_home(space.tune.storage_path))
+    if space.run.encoder.model is not None:
+        set_path(tree, "run.encoder.model", _absolute(space.run.encoder.model))
+    if (dim := tree["search"].get("encoder.model")) is not None:
+        dim["choices"] = [_absolute(choice) for choice in dim["choices"]]
     if space.run.data.data_dir is not None:
         set_path(tree, "run.data.data_dir", str(place(space.run.data.data_dir).absolute()))
     if space.run.training.init_from is not None:
         set_path(tree, "run.training.init_from", str(place(space.run.training.init_from).absolute()))
     for receiver in tree["run"]["receivers"]:
-        if Path(receiver["model"]).is_dir():
-            receiver["model"] = str(Path(receiver["model"]).absolute())
+        receiver["model"] = _absolute(receiver["model"])
     return SpaceFile.model_validate(tree)
+
+
+def _absolute(model: Any) -> Any:
+    """A model's directory as an absolute path; a Hub id, or another's name, as it is."""
+    return str(Path(model).absolute()) if isinstance(model, str) and Path(model).is_dir() else model

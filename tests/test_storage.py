@@ -132,6 +132,20 @@ def test_outputs_go_to_a_bucket_that_is_home(monkeypatch: pytest.MonkeyPatch) ->
     assert with_home(space) == space
 
 
+def test_models_directories_are_absolute_for_workers_that_run_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()
+    models = {"type": "categorical", "choices": ["mini", "org/hub-id"]}
+    space = SpaceFile.model_validate(
+        {"run": {"encoder": {"kind": "st", "model": "mini"}}, "search": {"encoder.model": models}}
+    )
+    found = with_home(space)
+    assert found.run.encoder.model == str(tmp_path / "mini")
+    assert found.search["encoder.model"].choices == (str(tmp_path / "mini"), "org/hub-id")
+
+
 @pytest.mark.parametrize("uri", ["s3://key:sesame@bucket/x", "s3://bucket/x?access_key=key&secret_key=sesame"])
 def test_credentials_in_an_address_are_refused_and_not_quoted(uri: str) -> None:
     for tree in ({"data": {"data_dir": uri}}, {"data": {"shard_dir": uri}}, {"training": {"init_from": uri}}):

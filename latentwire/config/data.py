@@ -22,7 +22,8 @@ class DataConfig(Section):
     Hub's schema, official JSON, or jsonl).
     ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
     samples: int = Field(20_000, ge=0)
-    """Training rows, drawn by seed after the development split is taken out. 0: all."""
+    """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below
+    count rows before they are cut into chunks."""
     dev_samples: int = Field(256, ge=1)
     """Development rows scored at each evaluation."""
     validation_samples: int = Field(512, ge=0)

@@ -104,6 +104,10 @@ class LossConfig(Section):
         weights = {name for name in type(self).model_fields if name.endswith("_weight")}
         return any(getattr(self, name) for name in weights - {"reconstruction_ce_weight", "continuation_ce_weight"})
 
+    def _factor(self, knob: str, end: str) -> float:
+        schedule = self.schedules.get(knob)
+        return 1.0 if schedule is None else schedule.end if schedule.kind == "constant" else getattr(schedule, end)
+
     @model_validator(mode="before")
     @classmethod
     def _bundle_first(cls, values: Any) -> Any:
@@ -119,6 +123,12 @@ class LossConfig(Section):
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if not any(getattr(self, name) > 0 for name in weights):
             raise ValueError("at least one loss weight must be > 0, got all 0")
+        for when, end in (("first", "start"), ("last", "end")):
+            if not any(getattr(self, name) * self._factor(name, end) > 0 for name in weights):
+                raise ValueError(
+                    f"at least one loss weight must be > 0 at the {when} step of the schedules, got all 0; give one of "
+                    f"{', '.join(name for name in weights if name in self.schedules)} a schedule with {end} > 0"
+                )
         if unknown := set(self.schedules) - {*weights, "k", "latent_dropout"}:
             raise ValueError(f"schedules must name a weight, k or latent_dropout, got {', '.join(sorted(unknown))}")
         if self.reconstruction_cue and self.reconstruction_tokens is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import graphlib
+import json
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ class ConfigError(UserError):
 
 
 def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SpaceFile:
-    """Read a space file (``None``: all defaults) and lay ``overrides`` (dotted path → value) over it.
+    """Read a space file (YAML, or JSON where it is so named; ``None``: all defaults) and lay ``overrides`` (dotted path → value) over it.
 
     Raises :class:`ConfigError` with the file, the path inside it, the rule and the value.
     """
@@ -43,12 +44,15 @@ def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None 
     if path is not None:
         where = str(path)
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            text = Path(path).read_text(encoding="utf-8")  # JSON's 3e-6 is a text to YAML
+            tree = json.loads(text) if where.endswith(".json") else yaml.safe_load(text) or {}
         except FileNotFoundError as error:
             shipped = ", ".join(sorted(str(p) for p in Path("search_spaces").glob("*.yaml"))) or "none here"
             raise ConfigError(f"space file must exist, got {path}; shipped spaces: {shipped}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} must be valid YAML: {error}") from error
+        except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path} must be valid {'JSON' if where.endswith('.json') else 'YAML'}: {error}"
+            ) from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} must hold a mapping with run, search and tune, got {type(tree).__name__}")
     for dotted, value in (overrides or {}).items():

@@ -140,6 +140,16 @@ def test_bundles_are_configurations(name: str) -> None:
 def test_wrong_names_are_refused(run) -> None:
     with pytest.raises(ConfigError, match=r"bundle must be one of answer, .* got 'best'"):
         with_values(run, {"losses.bundle": "best"})
+    for kind, when in (("linear", "first"), ("constant", None)):
+        alone = {"losses.schedules": {"answer_ce_weight": {"kind": kind, "steps": 9}}}
+        if when is None:
+            assert weights_at(with_values(run, alone).losses, 0).terms == {"answer_ce": 1.0}
+            continue
+        with pytest.raises(ConfigError, match=rf"must be > 0 at the {when} step of the schedules, .*with start > 0"):
+            with_values(run, alone)
+    falling = {"answer_ce_weight": {"kind": "cosine", "start": 1.0, "end": 0.0, "steps": 9}}
+    with pytest.raises(ConfigError, match="must be > 0 at the last step of the schedules"):
+        with_values(run, {"losses.schedules": falling})
     with pytest.raises(ConfigError, match="schedules must name a weight, k or latent_dropout, got kd"):
         with_values(run, {"losses.schedules": {"kd": {}}})
     with pytest.raises(ConfigError, match=r"hidden_kd_depths must lie in \[0, 1\]"):

@@ -33,6 +33,16 @@ def test_it_is_finished_with_its_trials_and_its_results(sweep: Path) -> None:
     assert more.tune.trials == 2 and not resume.is_finished(more, sweep)
 
 
+def test_small_numbers_stay_numbers(tmp_path: Path) -> None:
+    tree = {
+        "search": {"training.encoder_lr": {"type": "float", "low": 1e-6, "high": 1e-3, "log": True}},
+        "tune": {"start_with": [{"training.encoder_lr": 3e-6}]},
+    }
+    space = SpaceFile.model_validate(tree)
+    resume.write_space(space, tmp_path)
+    assert resume.read_space(tmp_path, []) == space
+
+
 @pytest.mark.parametrize("assignment", ["training.encoder_lr=1e-3", "run.training.encoder_lr=1e-3", "tune.mode=min"])
 def test_what_makes_trials_incomparable_is_refused(sweep: Path, assignment: str) -> None:
     with pytest.raises(
