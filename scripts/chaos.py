@@ -319,7 +319,7 @@ def undisturbed(output: Path) -> dict[int, float]:
             scores.append(trainer.evaluate(dev)[space.tune.metric])
 
         trainer.train(epochs, keep)
-        values[trial.number] = (min if space.tune.mode == "min" else max)(scores)
+        values[trial.number] = space.tune.best_of(scores)
     return values
 
 

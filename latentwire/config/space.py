@@ -147,6 +147,11 @@ class TuneConfig(Section):
     storage_path: Address = "runs"
     """Directory (local, NFS) or URI (``s3://…``, ``gs://…``) that holds the sweep's output directories."""
 
+    @property
+    def best_of(self) -> Any:
+        """``max`` or ``min``, as ``mode`` says."""
+        return max if self.mode == "max" else min
+
 
 class SpaceFile(Section):
     """A YAML file in ``search_spaces/``."""

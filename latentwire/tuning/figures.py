@@ -79,8 +79,7 @@ def _fronts(study: optuna.Study) -> list[Figure]:
 
 
 def _curves(study: optuna.Study, config: TuneConfig) -> go.Figure | str:
-    pick = max if config.mode == "max" else min
-    best = [(trial, report) for trial in own_trials(study) if (report := _best(trial, config.metric, pick))]
+    best = [(trial, report) for trial in own_trials(study) if (report := _best(trial, config.metric, config.best_of))]
     if not best:
         return "No trial has reported yet."
     best.sort(key=lambda item: item[1][config.metric], reverse=config.mode == "max")

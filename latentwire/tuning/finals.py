@@ -47,7 +47,6 @@ def run_finals(
     if not chosen:
         return find_best(study, space.tune), []
     finals = run_sweep(finals_space(space, chosen), plan, files, output / FINALS, served=served)
-    best_of = max if space.tune.mode == "max" else min
     held = []
     for trial in chosen:
         own = [t for t in own_trials(finals, (TrialState.COMPLETE,)) if _without_seed(t.params) == trial.params]
@@ -55,7 +54,7 @@ def run_finals(
     standing = [(finalist, own) for finalist, own in held if own]
     if not standing:
         return find_best(finals, space.tune), [finalist for finalist, _ in held]
-    winner, own = best_of(standing, key=lambda item: item[0].mean)
+    winner, own = space.tune.best_of(standing, key=lambda item: item[0].mean)
     best = find_best(finals, space.tune, {trial.number for trial in own})
     return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), [finalist for finalist, _ in held]
 

@@ -21,7 +21,7 @@ from latentwire.tuning.autoscaler import addable_nodes
 from latentwire.tuning.planner import Plan, PlanError
 from latentwire.tuning.results import on_cluster
 from latentwire.tuning.sharing import PROMPT_POSITIONS
-from latentwire.tuning.space import data_variants, largest_run
+from latentwire.tuning.space import data_variants, largest_run, longest_run
 from latentwire.tuning.sweep import total_steps
 
 BYTES_PER_PARAMETER = 12
@@ -114,7 +114,7 @@ def forecast(space: SpaceFile, plan: Plan, output: Place) -> Forecast:
     tune, run = space.tune, largest_run(space)
     finals = tune.finalists * tune.final_seeds
     files, columns_bytes, rows = _files(space)
-    steps = None if rows is None else total_steps(run, rows)
+    steps = None if rows is None else total_steps(longest_run(space), rows)
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
     held = tune.keep_checkpoints + finals + 2 * plan.max_concurrent_trials + 1
     where = (
@@ -126,7 +126,7 @@ def forecast(space: SpaceFile, plan: Plan, output: Place) -> Forecast:
         runs=tune.trials + finals,
         files=tuple(files),
         steps_per_run=steps,
-        flop_per_run=None if steps is None else _flop(run, plan, steps),
+        flop_per_run=None if rows is None else _flop(run, plan, total_steps(run, rows)),
         checkpoint_bytes=checkpoint,
         disk_bytes=held * checkpoint + columns_bytes,
         free_bytes=None if where is None else shutil.disk_usage(where).free,  # a bucket has no end
@@ -179,13 +179,12 @@ def _files(space: SpaceFile) -> tuple[list[str], int, int | None]:
     lines: dict[str, None] = {}
     missing, rows = 0, space.run.data.samples or None
     for run in data_variants(space):
-        for split in shards.SPLITS:
-            path = shards.shard_path(run, split)
-            there = shards.complete(path)
-            lines[f"shards {path.name}: {'there' if there else 'to be made'}"] = None
-            if split == "train" and there:
-                rows = shards.read_manifest(path)["rows"]
-        train = shards.shard_path(run, "train")
+        paths = {split: shards.shard_path(run, split) for split in shards.SPLITS}
+        for path in paths.values():
+            lines[f"shards {path.name}: {'there' if shards.complete(path) else 'to be made'}"] = None
+        train = paths["train"]
+        if shards.complete(train):
+            rows = shards.read_manifest(train)["rows"]
         if not teachers.needed(run.losses):
             continue
         if not shards.complete(train):

@@ -80,12 +80,11 @@ def write(path: Place, document: Mapping[str, Any]) -> None:
 
 def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
     """Trial's number → its values, state and best score by ``tune.metric``."""
-    pick = max if space.tune.mode == "max" else min
     return {
         str(trial.number): {
             "values": dict(trial.params),
             "state": trial.state.name,
-            "score": pick((report[space.tune.metric] for report in evaluations(trial)), default=None),
+            "score": space.tune.best_of((report[space.tune.metric] for report in evaluations(trial)), default=None),
         }
         for trial in own_trials(study)
     }
@@ -171,8 +170,7 @@ def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tu
     space = validate(SpaceFile, document["space"], f"{path}: space")
     scored = {int(key): trial for key, trial in document["trials"].items() if trial["score"] is not None}
     if number is None:
-        pick = max if space.tune.mode == "max" else min
-        best = pick(scored, key=lambda key: scored[key]["score"]) if scored else None
+        best = space.tune.best_of(scored, key=lambda key: scored[key]["score"]) if scored else None
         number = document.get("trial", best)
     if number not in scored or not document["receivers"]:
         there = ", ".join(map(str, sorted(scored))) or "none"

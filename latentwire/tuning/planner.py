@@ -20,7 +20,7 @@ from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.storage import local, place
 from latentwire.tuning.autoscaler import cluster_resources
-from latentwire.tuning.sharing import Sharing, at_once, obstacles, positions_of, rows_of, share, slots_of
+from latentwire.tuning.sharing import Sharing, at_once, encoder_bytes, obstacles, positions_of, rows_of, share, slots_of
 from latentwire.tuning.space import largest_run
 
 WORKER_BASE_BYTES = 700e6
@@ -28,6 +28,10 @@ WORKER_BASE_BYTES = 700e6
 
 WORDS_PER_ACTIVATION = 18
 """Numbers kept per position, layer and unit of width for a backward pass to the inputs (attention and gated MLP)."""
+
+
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5625}
+"""Bytes a weight; of NF4 with a 32-bit scale for each 64 weights."""
 
 
 class PlanError(UserError):
@@ -106,10 +110,11 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
         )
     receivers = tuple(_estimate(run, index, gpus_per_worker > 0) for index in range(len(run.receivers)))
-    trainable = _trainable(run)
+    trainable, fixed = _encoder_and_adapters(run)
     steps = [r.bytes_step for r in receivers]
     step = max(steps) if training.sequential_models else sum(steps)
-    needed = sum(r.bytes_weights for r in receivers) + step + 16 * trainable + WORKER_BASE_BYTES
+    encoder = 16 * trainable + 4 * fixed + encoder_bytes(run)
+    needed = sum(r.bytes_weights for r in receivers) + step + encoder + WORKER_BASE_BYTES
     reading = 0.0 if run.data.in_memory else run.data.stream_cpus  # or the trials' workers would starve what feeds them
     cpus = resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading
     limit = min(space.tune.max_concurrent_trials or math.inf, space.tune.trials)
@@ -160,6 +165,8 @@ def _together(found: Plan, sharing: Sharing | None, trials: int) -> Plan:
 def _own_at_once(found: Plan, run: RunConfig, gpus: float, memory_bytes: float) -> float:
     """Trials whose workers fit with receivers of their own. Raises :class:`PlanError` where not one does."""
     by_gpus = _share("GPUs", gpus, found.gpus_per_worker * found.num_workers)
+    if any(receiver.device_map != "none" for receiver in run.receivers):  # its layers are on all of a worker's GPUs
+        memory_bytes *= max(1, int(found.gpus_per_worker))
     if found.bytes_per_worker > memory_bytes:
         where = "GPU" if found.gpus_per_worker else "node"
         raise PlanError(
@@ -253,11 +260,15 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
     rows, positions = rows_of(run), positions_of(run, slots_of(run))
     activations = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
     logits = rows * 8 * text.vocab_size * (width_bytes + 8)  # 8 supervised tokens; loss and gradient in fp32
-    return ReceiverEstimate(receiver.name, parameters, parameters * width_bytes, activations + logits)
+    kept = lm.get_input_embeddings().weight.numel()  # quantisation leaves the embeddings and an output of its own
+    if (head := lm.get_output_embeddings()) is not None and not lm.config.tie_word_embeddings:
+        kept += head.weight.numel()
+    weights = kept * width_bytes + (parameters - kept) * QUANTIZED_BYTES.get(receiver.quantization, width_bytes)
+    return ReceiverEstimate(receiver.name, parameters, int(weights), activations + logits)
 
 
-def _trainable(run: RunConfig) -> int:
-    """Parameters that training changes, counted without loading any weight."""
+def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
+    """Parameters that training changes, and those that it keeps, counted without loading any weight."""
     with torch.device("meta"):
         shapes = {}
         for receiver in run.receivers:
@@ -265,4 +276,8 @@ def _trainable(run: RunConfig) -> int:
             shapes[receiver.name] = ReceiverShape(width, 1.0, functools.partial(skeleton, receiver))
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
         interlingua.train_only(run.training.train_only)
-    return sum(p.numel() for p in interlingua.parameters() if p.requires_grad)
+    counts = {
+        learns: sum(p.numel() for p in interlingua.parameters() if p.requires_grad is learns)
+        for learns in (True, False)
+    }
+    return counts[True], counts[False]

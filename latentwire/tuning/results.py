@@ -80,7 +80,7 @@ def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] |
     if not found:
         causes = "; ".join(trial.user_attrs[CAUSE] for trial in trials if CAUSE in trial.user_attrs) or "none failed"
         raise SweepError(f"a sweep needs at least one trial with a checkpoint, got none of {len(trials)} ({causes})")
-    return (max if config.mode == "max" else min)(found, key=lambda best: best.score)
+    return config.best_of(found, key=lambda best: best.score)
 
 
 def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
@@ -92,13 +92,12 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
     """One row per trial, best first: its number, state (done, stopped by the scheduler, failed, unfinished; beyond a limit),
     step, objectives at its best evaluation, losses, values drawn, cause of failure. Starting points that nobody began have none."""
     rows, front = [], {trial.number for trial in study.best_trials} if config.objectives else set()
-    pick = max if config.mode == "max" else min
     for trial in own_trials(study, tuple(STATES)):
         row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state], "values": dict(trial.params)}
         row |= {"error": trial.user_attrs.get(CAUSE, ""), "front": trial.number in front}
         reports = evaluations(trial)
         if reports:
-            best, last = pick(reports, key=lambda report: report[config.metric]), reports[-1]
+            best, last = config.best_of(reports, key=lambda report: report[config.metric]), reports[-1]
             if row["state"] in ("done", "stopped") and not within_limits(last, config):
                 row["state"] = "beyond"
             measured = {name: best[name] for name in (config.metric, *config.objectives, *config.constraints)}

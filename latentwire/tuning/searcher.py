@@ -96,7 +96,11 @@ class StudySearch(Searcher):
         What is drawn depends on the seed, the trial's number and the study alone, not on how often a driver died.
         """
         left = next((t for t in self._running() if t.user_attrs.get(SESSION) != self.session), None)
-        number = len(self.study.get_trials(deepcopy=False)) if left is None else left.number
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = [
+            trial.number for trial in trials if trial.state is TrialState.WAITING
+        ]  # starting points: asked for first
+        number = min(waiting, default=len(trials)) if left is None else left.number
         self.study.sampler = make_sampler(self.space, number)
         trial = self.study.ask() if left is None else Trial(self.study, left._trial_id)
         trial.set_user_attr(SESSION, self.session)
@@ -159,7 +163,7 @@ class StudySearch(Searcher):
         if reports[-1]["step"] < reports[-1]["total_steps"]:
             self.study.tell(trial.number, state=TrialState.PRUNED)
             return
-        best = (max if self.mode == "max" else min)(reports, key=lambda report: report[str(self.metric)])
+        best = self.space.tune.best_of(reports, key=lambda report: report[self.space.tune.metric])
         self.study.tell(trial.number, self._values(best))
 
     def _keep(self, ended: bool = False) -> None:

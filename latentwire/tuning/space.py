@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -72,25 +71,31 @@ def check_metrics(space: SpaceFile) -> None:
 
 
 def data_variants(space: SpaceFile) -> list[RunConfig]:
-    """The configurations whose shards or teachers' columns differ: every combination of searched choices of what they hang on.
+    """The configurations whose shards or teachers' columns differ: every combination of searched choices of what they hang on
+    that a trial can draw.
 
     Weights of the teachers' terms, and ``k``, stand at their largest: the columns then serve every trial. Raises
     :class:`~latentwire.config.resolve.ConfigError` where such a dimension is not categorical: each of its values needs files
     of its own, so there must be a few of them, known beforehand.
     """
-    varied: dict[str, tuple[Any, ...]] = {}
-    for dotted, dim in space.search.items():
-        if _needs_files(dotted):
-            if not isinstance(dim, CategoricalDimension):
-                raise ConfigError(
-                    f"search.{dotted} must be categorical, got {dim.type}: each value needs files of its own"
-                )
-            varied[dotted] = dim.choices
+    drawn: list[dict[str, Any]] = [{}]
+    for dotted in search_order(space.search):
+        if not _needs_files(dotted):
+            continue
+        dim = space.search[dotted]
+        if not isinstance(dim, CategoricalDimension):
+            raise ConfigError(f"search.{dotted} must be categorical, got {dim.type}: each value needs files of its own")
+        elsewhere = any(not _needs_files(other) for other in dim.when)  # then it may be drawn or not
+        longer: list[dict[str, Any]] = []
+        for values in drawn:
+            holds = all(values.get(other) in wanted for other, wanted in dim.when.items() if _needs_files(other))
+            if elsewhere or not holds:
+                longer.append(values)
+            if holds:
+                longer += [values | {dotted: choice} for choice in dim.choices]
+        drawn = longer
     largest = {name: value for name, value in _largest(space).items() if name in TEACHER_SIZES}
-    return [
-        with_values(space.run, largest | dict(zip(varied, choice, strict=True)))
-        for choice in itertools.product(*varied.values())
-    ]
+    return [with_values(space.run, largest | values) for values in drawn]
 
 
 def _needs_files(dotted: str) -> bool:
@@ -120,8 +125,13 @@ def longest_run(space: SpaceFile) -> RunConfig:
 
 
 def _largest(space: SpaceFile) -> dict[str, Any]:
+    """A conditional dimension brings what it hangs on, unless another one has decided otherwise: then no trial has both."""
     values: dict[str, Any] = {}
-    for dotted, dim in space.search.items():
+    for dotted in search_order(space.search):
+        dim = space.search[dotted]
+        if any(values.get(other, wanted[0]) not in wanted for other, wanted in dim.when.items()):
+            continue
+        values |= {other: wanted[0] for other, wanted in dim.when.items() if other not in values}
         if not isinstance(dim, CategoricalDimension):
             values[dotted] = dim.low if dotted in SMALLER_COSTS_MORE else dim.high
         elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):

@@ -10,7 +10,7 @@ from latentwire.config.space import IntDimension
 from latentwire.exports import CheckpointError
 from latentwire.models.lm import LMWrapper
 from latentwire.tuning import autoscaler, forecast, planner
-from latentwire.tuning.planner import PlanError, plan
+from latentwire.tuning.planner import Plan, PlanError, plan
 from latentwire.tuning.sharing import obstacles, slots_of
 
 ENOUGH = 64e9
@@ -34,6 +34,19 @@ def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
     assert plan(space(), {"CPU": 100}, ENOUGH).max_concurrent_trials == 8  # the sweep has eight trials
     one = plan(space(), {"CPU": 4}, ENOUGH).bytes_per_worker
     assert plan(space(), {"CPU": 4}, 2.5 * one).max_concurrent_trials == 2
+
+
+def test_quantised_weights_and_encoders_that_stay_as_they_are_count() -> None:
+    def first(**values: object) -> Plan:
+        return plan(space(**values), {"CPU": 4}, ENOUGH)
+
+    lm = {"encoder__kind": "lm", "encoder__model": "receiver:llama", "encoder__pooling": "spans"}
+    sizes = [first(receivers__0__quantization=kind).receivers[0].bytes_weights for kind in ("none", "int8", "nf4")]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[0] / 8
+    frozen, full = (first(**lm, encoder__tune=tune).bytes_per_worker for tune in ("frozen", "full"))
+    layers = 4 * first().receivers[0].parameters  # a copy of the receiver, head left out
+    assert frozen - first(**lm, encoder__tune="frozen", encoder__model_layers=1).bytes_per_worker > layers / 2
+    assert full > frozen + 2 * layers
 
 
 def test_gpus_are_used_where_there_are_any() -> None:

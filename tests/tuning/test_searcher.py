@@ -161,6 +161,13 @@ def test_starting_points_are_drawn_once(tmp_path: Path) -> None:
     assert len(again.study.trials) == 3
 
 
+def test_the_rest_of_a_starting_point_is_drawn_by_its_own_number(tmp_path: Path) -> None:
+    anchors = {"prompt.anchor": {"type": "categorical", "choices": ["A: ", "B: ", "C: "]}}
+    points = [{"prompt.anchor": choice} for choice in ("A: ", "B: ", "C: ")]
+    search = search_over(tmp_path, SPACE | anchors, start_with=points)
+    assert len({search.suggest(name)[RATE] for name in "abcd"}) == 4
+
+
 def test_the_stock_class_enqueues_its_starting_points_again(tmp_path: Path) -> None:
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal")))
     for _ in range(2):

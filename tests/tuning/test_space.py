@@ -8,6 +8,7 @@ import pytest
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.tuning.searcher import check_searchable
 from latentwire.tuning.space import check_metrics, data_variants, distribution, draw, largest_run
+from latentwire.tuning.trial import variant_key
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 TEXT = """
@@ -44,6 +45,25 @@ def test_shipped_spaces_can_be_searched(file: Path) -> None:
     assert data_variants(space) and largest_run(space)
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask()
     assert with_values(space.run, draw(trial, space.search))
+
+
+BACKBONES = """
+search:
+  encoder.kind: {type: categorical, choices: [byte, lm]}
+  encoder.model: {type: categorical, choices: ["receiver:llama", "receiver:qwen"], when: {encoder.kind: lm}}
+  encoder.pooling: {type: categorical, choices: [spans, queries]}
+  encoder.private_len: {type: int, low: 1, high: 3, when: {encoder.pooling: queries}}
+"""
+
+
+def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(BACKBONES)
+    space = load_space(tmp_path / "s.yaml", {"run.encoder.pooling": "spans", "run.encoder.model": "toy-llama"})
+    made = {variant_key(run) for run in data_variants(space)}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = {variant_key(with_values(space.run, draw(study.ask(), space.search))) for _ in range(40)}
+    assert drawn == made and len(made) == 3
+    assert (largest_run(space).encoder.pooling, largest_run(space).encoder.private_len) == ("queries", 3)
 
 
 def test_a_dimension_with_a_condition_is_drawn_where_it_holds(tmp_path: Path) -> None:
