@@ -74,6 +74,10 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         """Those whose weights are in this process."""
         return [receiver for receiver in self.receivers.values() if isinstance(receiver, OwnReceiver)]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Receiver → hash of its weights, which never change."""
+        return {name: receiver.fingerprint() for name, receiver in self.receivers.items()}
+
     # ------------------------------------------------------------------------------------------- loading and saving
 
     @classmethod
@@ -138,7 +142,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         known = self.manifest or {"metrics": {}, "pins": {}}
-        pins = known["pins"] | {"receivers": {name: lm.fingerprint() for name, lm in self.receivers.items()}}
+        pins = known["pins"] | {"receivers": self.fingerprints()}
         metrics = (
             known["metrics"] if fingerprint(self.interlingua) == self._loaded else {}
         )  # changed since: not its own
@@ -166,8 +170,15 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     @torch.no_grad()
     def encode(self, contexts: Sequence[str], questions: Sequence[str] | None = None) -> Message:
-        """One message a context, to be sent by its ``to_bytes``; ``questions`` are part of it with ``send: prompt`` only."""
+        """One message a context, to be sent by its ``to_bytes``; ``questions`` are part of it with ``send: prompt`` only.
+
+        Raises :class:`~latentwire.config.resolve.ConfigError` where that wire is given none.
+        """
         self.interlingua.eval()
+        if questions is None and self.run.data.send == "prompt":
+            raise ConfigError(
+                "this wire's messages hold the questions (data.send prompt), got none; give encode one a context"
+            )
         questions = questions if questions is not None else [""] * len(contexts)
         texts = [sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)]
         return replace(self.interlingua.encode(texts), encoder=self.encoder_id)

@@ -18,6 +18,7 @@ from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
+from latentwire.evaluation.pin import pins
 from latentwire.options import add_flags, add_start, output_place, read_space, with_home
 from latentwire.training import kept
 from latentwire.training.local import metric_of
@@ -53,7 +54,7 @@ def main() -> int:
             name=output.name,
             storage_path=str(output.parent),
             gpus_per_worker=plan.gpus_per_worker,
-            pins=sweep.pins(files.shards, run),
+            pins=pins(files.shards, run),
             metric=metric,
             mode=mode,
         ).fit()

@@ -52,7 +52,7 @@ def export(wire: LatentWire, tmp_path: Path) -> Path:
         "closed_book": {"llama": row | {"em": 0.0, "em_low": 0.0}},
     }
     metrics = {"development": {"step": 900}, "validation": scores}
-    pins = {"receivers": {name: lm.fingerprint() for name, lm in wire.receivers.items()}}
+    pins = {"receivers": wire.fingerprints()}
     return checkpoints.save(tmp_path / "runs" / "x" / "best", shaken(wire), metrics, pins)
 
 
@@ -153,6 +153,9 @@ def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(run: RunConfig, tmp
     folder = featured.receivers["llama"].lm.config.name_or_path
     moved = LatentWire.from_pretrained(path, receivers={"llama": folder})
     assert moved.run.receivers[0].model == folder and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
+    joined = with_values(run, {"training.train_only": ["qwen"], "training.init_from": str(path)})
+    assert choose_receivers(joined, ["llama"]).training.train_only == ()
+    assert choose_receivers(joined, ["qwen"]).training.train_only == ("qwen",)
     with pytest.raises(ConfigError, match="receivers must be among llama, qwen, got gpt"):
         LatentWire.from_pretrained(path, receivers=["gpt"])
     with pytest.raises(ConfigError, match=r"private_len 2 makes latents for each of llama, qwen, got only qwen"):
@@ -162,9 +165,7 @@ def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(run: RunConfig, tmp
 def test_an_encoder_made_from_a_receiver_does_without_it(run: RunConfig, tmp_path: Path) -> None:
     values = {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 1}
     wire = shaken(LatentWire(with_values(run, values)))
-    path = checkpoints.save(
-        tmp_path / "both", wire, {}, {"receivers": {n: r.fingerprint() for n, r in wire.receivers.items()}}
-    )
+    path = checkpoints.save(tmp_path / "both", wire, {}, {"receivers": wire.fingerprints()})
     alone = LatentWire.from_pretrained(path, receivers=["qwen"])
     assert alone.run.encoder.model == "toy-llama" and alone.encoder_id == wire.encoder_id
     namesake = with_values(run, {"encoder.kind": "lm", "encoder.model": "llama"})  # a directory, not the receiver

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from latentwire.config import RunConfig
 from latentwire.data import shards
@@ -12,6 +14,15 @@ from latentwire.evaluation.evaluator import METRIC_VERSION
 from latentwire.storage import Place, read_footer, read_parquet
 
 ROW_COLUMNS = ("id", "context", "question", "answers")
+
+
+def pins(paths: Mapping[shards.ShardSplit, Place], run: RunConfig) -> dict[str, Any]:
+    """What a metric hangs on: the rows it was computed on and how they were decoded."""
+    return {
+        "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
+        "evaluation": run.evaluation.model_dump(),
+        "evaluation_pin": evaluation_pin(paths["dev"], run),
+    }
 
 
 def evaluation_pin(path: Place, run: RunConfig) -> str:

@@ -1,13 +1,15 @@
 """Checkpoints: a wire's directory (``latentwire/exports.py``) with what training needs to go on exactly where it stopped.
 
-``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser, schedule, progress and random
-state. An export is the same directory without them.
+``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser, schedule and progress, from which
+every random number follows. An export is the same directory without them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
 from latentwire.training.loop import Trainer
@@ -38,7 +41,7 @@ def save(
 
 
 def _save_training(path: Path, *, trainer: Trainer) -> None:
-    tensors = {"rng": torch.get_rng_state()}
+    tensors = {}
     state = trainer.optimizer.state_dict()
     for index, slots in state["state"].items():
         for slot, value in slots.items():
@@ -79,8 +82,28 @@ def initialise(source: str | Place, wire: LatentWire) -> None:
     print(f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
 
 
+def take_up(trainer: Trainer, last: Place | None) -> None:
+    """Go on from a run's last checkpoint; without one, begin with the wire that ``training.init_from`` names, where it does."""
+    if last is not None:
+        with local(last) as path:
+            load_training(path, trainer)
+        print(f"resumed at step {trainer.progress.step} from {last}", flush=True)
+    elif trainer.config.init_from is not None:
+        initialise(trainer.config.init_from, trainer.wire)
+
+
+def check_frozen(wire: LatentWire, before: Mapping[str, str]) -> None:
+    """Raise :class:`RuntimeError` where receivers hash otherwise than before the training."""
+    if changed := [name for name, found in wire.fingerprints().items() if found != before[name]]:
+        raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
+
+
 def load_training(path: Path, trainer: Trainer) -> None:
-    """Continue exactly where a checkpoint stopped: weights, optimiser, schedule, progress and random state."""
+    """Continue exactly where a checkpoint stopped: weights, optimiser, schedule and progress.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one.
+    """
+    check_same_run(read_run(path), trainer.wire.run, path)
     load_weights(path, trainer.wire)
     document = json.loads((Path(path) / "training_state.json").read_text())
     tensors = load_file(Path(path) / "training_state.safetensors")
@@ -92,7 +115,39 @@ def load_training(path: Path, trainer: Trainer) -> None:
     trainer.optimizer.load_state_dict({"state": state, "param_groups": document["optimizer_groups"]})
     trainer.scheduler.load_state_dict(document["scheduler"])
     trainer.progress = Progress(**document["progress"])
-    torch.set_rng_state(tensors["rng"])
+
+
+def check_same_run(before: RunConfig, now: RunConfig, path: Place) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would go on with other knobs than it began with: half of
+    it would be another run's, and its manifest would tell of one."""
+    one, other = (_flat(run.model_dump(mode="json")) for run in (before, now))
+    changed = [
+        f"{name} {one.get(name)} → {other.get(name)}"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name) and not _FREE.fullmatch(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"a resumed run keeps its configuration, {path} was made with another: {', '.join(changed)}; take that back, or "
+            f"begin a new run with this wire by --from, elsewhere"
+        )
+
+
+_FREE = re.compile(
+    r"training\.(epochs|max_steps|evaluate_every|best_by|log_every|log_gradient_norms|init_from|max_failures|num_workers"
+    r"|(cpus|gpus)_per_worker|worker_resources.*|max_bad_steps|sequential_models|logit_rows|gradient_checkpointing|compile)"
+    r"|receivers\.\d+\.(model|revision|device|device_map|attn_implementation|trust_remote_code)|encoder\.model|evaluation\..*"
+    r"|data\.(data_dir|shard_dir|in_memory|stream_cpus|dev_samples|validation_samples)"
+)
+"""Knobs that a resumed run may have otherwise: where things lie, what computes them, how long, and what is looked at."""
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path → value of everything that is no container."""
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if children is None:
+        return {path: tree}
+    return {key: value for name, child in children for key, value in _flat(child, f"{path}.{name}".lstrip(".")).items()}
 
 
 def remove(path: Place) -> None:

@@ -115,7 +115,8 @@ class Trainer:
                 progress.batch, progress.seconds, began = used, progress.seconds + now - began, now
                 progress.first_step_seconds = progress.first_step_seconds or progress.seconds
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
-                    progress.loss = sum(running) / len(running)
+                    mine = {"loss": sum(running) / len(running)}
+                    progress.loss = self.workers.sum_counts(mine, self.wire.interlingua.device)["loss"]
                     if progress.first_loss is None and progress.step > config.alignment_steps:
                         progress.first_loss = progress.loss
                     running.clear()
@@ -135,7 +136,12 @@ class Trainer:
             at_evaluation()
 
     def step(self, table: pa.Table) -> dict[str, float]:
-        """One optimiser step on this worker's rows; returns the loss and its terms (this worker's share)."""
+        """One optimiser step on this worker's rows; returns the loss and its terms (this worker's share).
+
+        Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it would have drawn.
+        """
+        drawn = random.Random(f"dropout {self.config.seed} {self.progress.step} {self.workers.rank}")
+        torch.manual_seed(drawn.getrandbits(63))
         interlingua = self.wire.interlingua.train()
         with part("collate"):
             batches = self.collate(table, self.progress.step)
@@ -318,8 +324,14 @@ class Trainer:
             "first_step_s": progress.first_step_seconds,
             "padding_share": progress.padded / max(1, progress.positions),
             "bad_steps": progress.bad_steps,
-            **{name: value for name, value in self.last_values.items() if name != "loss"},
+            **self._last_terms(),
         }
+
+    def _last_terms(self) -> dict[str, float]:
+        """What the last step told besides its loss: terms over all workers, norms and scales as this one found them."""
+        own = {name: value for name, value in self.last_values.items() if name != "loss"}
+        parts = {name: value for name, value in own.items() if not name.startswith(("gradient_norm", "prompt_scale"))}
+        return own | (self.workers.sum_counts(parts, self.wire.interlingua.device) if parts else {})
 
     def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
         predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])

@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import pipeline, shards, streams, teachers
-from latentwire.evaluation.pin import evaluation_pin
+from latentwire.evaluation.pin import evaluation_pin, pins
 from latentwire.storage import Place
 from latentwire.tuning import progress
 from latentwire.tuning.janitor import Janitor, clear_debris
@@ -96,15 +96,6 @@ def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     return {
         "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
         "dev": ray.data.from_arrow(shards.read_table(dev)).materialize(),
-    }
-
-
-def pins(paths: dict[shards.ShardSplit, Place], run: RunConfig) -> dict[str, Any]:
-    """What a metric hangs on: the rows it was computed on and how they were decoded."""
-    return {
-        "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
-        "evaluation": run.evaluation.model_dump(),
-        "evaluation_pin": evaluation_pin(paths["dev"], run),
     }
 
 

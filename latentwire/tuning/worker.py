@@ -21,7 +21,7 @@ from latentwire.data import streams
 from latentwire.errors import UserError
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
-from latentwire.storage import Place, local, place
+from latentwire.storage import Place, place
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.training.workers import Workers
@@ -59,7 +59,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     workers = Workers()
     served = settings["served"]
     wire = LatentWire(run, None if served is None else shared_receivers(run, served, settings["folder"]))
-    frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
+    frozen = wire.fingerprints()
     if (expected := settings["pins"].get("receivers", frozen)) != frozen:
         raise exports.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
     pins = settings["pins"] | {"receivers": frozen}
@@ -67,12 +67,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
     folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
     last = broadcast_from_rank_zero([path.name for path in kept.finished(folder)][-1:])
-    if last:
-        with local(folder / last[0]) as path:
-            checkpoints.load_training(path, trainer)
-        print(f"resumed at step {trainer.progress.step} from {folder / last[0]}", flush=True)
-    elif run.training.init_from is not None:
-        checkpoints.initialise(run.training.init_from, wire)
+    checkpoints.take_up(trainer, folder / last[0] if last else None)
     gauges = Gauges(folder.name)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(settings["began"], entered)
@@ -109,9 +104,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
         metrics |= trainer.evaluate(dev)
         traffic.begin()
         if trainer.progress.step >= trainer.total_steps:
-            changed = [name for name, lm in wire.receivers.items() if lm.fingerprint() != frozen[name]]
-            if changed:
-                raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
+            checkpoints.check_frozen(wire, frozen)
         path = folder
         if workers.rank == 0:
             read = (trainer.progress.positions - trainer.progress.padded) / max(trainer.progress.seconds, 1e-9)

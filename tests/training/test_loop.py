@@ -8,9 +8,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import EncoderConfig, LossConfig, RunConfig
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.features.registry import FEATURES
@@ -18,11 +17,12 @@ from latentwire.models.lm import LMWrapper
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
+from tests.conftest import wire_of
 from tests.models.test_encoders import sentence_encoder
 
 
 def trainer_of(run: RunConfig, rows: int) -> Trainer:
-    return Trainer(LatentWire(run), rows // run.training.batch_size)
+    return Trainer(wire_of(run), rows // run.training.batch_size)
 
 
 def nothing() -> None:
@@ -245,6 +245,21 @@ def test_resumed_training_ends_in_the_same_weights(
             straight.wire.interlingua.state_dict().items(), resumed.wire.interlingua.state_dict().values(), strict=True
         ):
             assert torch.equal(expected, found), (stop, name)
+
+
+def test_a_run_goes_on_as_the_run_it_was(run: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+    first = trainer_of(run, 16)
+    first.train(table_epochs(first.config, table), lambda: None)
+    saved = checkpoints.save(tmp_path / "saved", first.wire, {}, {}, first)
+    longer = trainer_of(with_values(run, {"training.epochs": 9, "data.validation_samples": 3}), 16)
+    checkpoints.load_training(saved, longer)
+    assert longer.progress.step == first.progress.step
+    for knob, told in (
+        ("training.encoder_lr", r"training\.encoder_lr 0\.001 → 0\.5"),
+        ("losses.first_token_ce_weight", r"losses\.first_token_ce_weight 0\.0 → 0\.5"),
+    ):
+        with pytest.raises(ConfigError, match=rf"a resumed run keeps its configuration, .* with another: {told}; take"):
+            checkpoints.load_training(saved, trainer_of(with_values(run, {knob: 0.5}), 16))
 
 
 def test_gradients_that_stay_not_finite_end_the_run(run: RunConfig, table: pa.Table) -> None:
