@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from latentwire.assembly import LatentWire
-from latentwire.config import RunConfig
+from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
+from latentwire.receivers.own import OwnReceiver
 
 # Each test starts its own Ray: one that another user left running here must not be joined.
 os.environ["RAY_ADDRESS"] = "local"
@@ -64,7 +66,19 @@ def run() -> RunConfig:
 @pytest.fixture
 def wire(run: RunConfig) -> LatentWire:
     """A fresh small wire."""
-    return LatentWire(run)
+    return wire_of(run)
+
+
+def wire_of(run: RunConfig) -> LatentWire:
+    """A fresh wire around receivers that a process loads once: most tests leave them as they are."""
+    changed = run.training.gradient_checkpointing or run.training.compile
+    return LatentWire(run, None if changed else frozen(run.receivers))
+
+
+@functools.cache
+def frozen(receivers: tuple[ReceiverConfig, ...]) -> dict[str, OwnReceiver]:
+    """Receivers by their names."""
+    return {receiver.name: OwnReceiver(receiver) for receiver in receivers}
 
 
 @pytest.fixture(scope="session")

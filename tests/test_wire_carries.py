@@ -62,7 +62,7 @@ def test_eight_examples_through_a_real_receiver(real_receivers: Path, tmp_path: 
     }
     run = with_values(RunConfig(), values)
     trainer, eight = Trainer(LatentWire(run), 1), shard_table(run, 8)
-    frozen = {name: lm.fingerprint() for name, lm in trainer.wire.receivers.items()}
+    frozen = trainer.wire.fingerprints()
     trainer.train(table_epochs(trainer.config, eight), lambda: None)
     scores = summarise(list(predict(trainer.wire, eight, "latent")))
     assert scores["smollm2"]["em"] == 1.0

@@ -28,7 +28,9 @@ def load(config: ReceiverConfig) -> tuple[LMWrapper, SequenceBuilder, list]:
 
 
 @pytest.fixture(
-    params=[*RunConfig().receivers, PHI, "smollm2", "gemma3"], ids=["llama", "qwen", "phi", "smollm2", "gemma3"]
+    scope="module",
+    params=[*RunConfig().receivers, PHI, "smollm2", "gemma3"],
+    ids=["llama", "qwen", "phi", "smollm2", "gemma3"],
 )
 def receiver(request: pytest.FixtureRequest) -> tuple[LMWrapper, SequenceBuilder, list]:
     if isinstance(request.param, str):

@@ -23,14 +23,14 @@ from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
-from tests.conftest import untimed
+from tests.conftest import untimed, wire_of
 
 TEXTS = ["Ada lives in Oslo.", "Ben eats rice. Cleo owns a goat."]
 
 
 @pytest.fixture
 def saved(wire: LatentWire, tmp_path: Path) -> Path:
-    pins = {"receivers": {name: lm.fingerprint() for name, lm in wire.receivers.items()}}
+    pins = {"receivers": wire.fingerprints()}
     return checkpoints.save(tmp_path / "checkpoint", wire, {"dev_f1": 0.5}, pins, Trainer(wire, 4))
 
 
@@ -96,7 +96,7 @@ def test_every_combination_of_features_reloads_bit_equal_in_a_new_process(
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     expected = {}
     for name, values in VARIANTS.items():
-        wire = LatentWire(with_values(run, values))
+        wire = wire_of(with_values(run, values))
         generator = torch.Generator().manual_seed(5)
         for parameter in wire.interlingua.parameters():
             if parameter.requires_grad:
@@ -112,7 +112,7 @@ def test_every_combination_of_features_reloads_bit_equal_in_a_new_process(
 
 def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, tmp_path: Path) -> None:
     values = {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"}
-    wire = LatentWire(with_values(run, values))
+    wire = wire_of(with_values(run, values))
     path = checkpoints.save(tmp_path / "best", wire, {}, {})
     keys = set(load_file(path / "interlingua.safetensors"))
     assert not [key for key in keys if "backbone" in key] and any("updates" in key for key in keys)
@@ -125,13 +125,13 @@ def test_a_wire_starts_from_what_an_earlier_one_has_in_common(
     saved: Path, wire: LatentWire, run: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later = with_values(run, {"training.seed": 7, "features.refiner": {}, "receivers": [run.receivers[1].model_dump()]})
-    fresh = LatentWire(later)
+    fresh = wire_of(later)
     checkpoints.initialise(saved, fresh)
     assert torch.equal(fresh.encode(TEXTS).z_BLZ, wire.encode(TEXTS).z_BLZ)
     assert torch.equal(fresh.interlingua.adapters["qwen"].skip.weight, wire.interlingua.adapters["qwen"].skip.weight)
     assert "fresh: features/refiner.safetensors" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="must fit the configuration"):
-        checkpoints.initialise(saved, LatentWire(with_values(run, {"encoder.d_z": 8})))
+        checkpoints.initialise(saved, wire_of(with_values(run, {"encoder.d_z": 8})))
     with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
         checkpoints.initialise(saved / "adapters", fresh)
 
@@ -174,7 +174,7 @@ def test_a_manifest_of_another_kind_is_refused(saved: Path, change: object, mess
 def test_another_receiver_is_refused(saved: Path, run: RunConfig) -> None:
     swapped = with_values(run, {"receivers.0.dtype": "bfloat16"})
     with pytest.raises(CheckpointError, match="receiver llama must hash to"):
-        exports.load_weights(saved, LatentWire(swapped))
+        exports.load_weights(saved, wire_of(swapped))
 
 
 def resealed(folder: Path, name: str, content: bytes) -> None:
@@ -187,7 +187,7 @@ def resealed(folder: Path, name: str, content: bytes) -> None:
 
 def test_a_file_that_is_not_what_it_should_be_is_refused(saved: Path, wire: LatentWire, run: RunConfig) -> None:
     with pytest.raises(CheckpointError, match=r"must hold features/refiner\.safetensors for this configuration"):
-        exports.load_weights(saved, LatentWire(with_values(run, {"features.refiner": {}})))
+        exports.load_weights(saved, wire_of(with_values(run, {"features.refiner": {}})))
     resealed(saved, "adapters/qwen.safetensors", save({"other": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match=r"it differs in control_CD, "):
         exports.load_weights(saved, wire)
@@ -203,12 +203,12 @@ def test_nothing_in_common_is_nothing_to_start_from(saved: Path, run: RunConfig)
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
     with pytest.raises(CheckpointError, match="init_from must hold a part of this wire"):
-        checkpoints.initialise(saved, LatentWire(run))
+        checkpoints.initialise(saved, wire_of(run))
 
 
 def test_another_shape_is_refused(saved: Path, run: RunConfig) -> None:
     with pytest.raises(CheckpointError, match="must fit the configuration"):
-        exports.load_weights(saved, LatentWire(with_values(run, {"encoder.d_z": 8})))
+        exports.load_weights(saved, wire_of(with_values(run, {"encoder.d_z": 8})))
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(

@@ -46,7 +46,7 @@ def saved(run: RunConfig, folder: Path, table: pa.Table | None = None) -> Path:
     wire = LatentWire(run)
     if table is not None:
         Trainer(wire, 1).train(table_epochs(run.training, table), lambda: None)
-    pins = {"receivers": {name: lm.fingerprint() for name, lm in wire.receivers.items()}}
+    pins = {"receivers": wire.fingerprints()}
     return checkpoints.save(folder / "base", wire, {}, pins)
 
 
@@ -177,7 +177,7 @@ def test_joined_and_from_scratch_spend_the_same_shares_of_their_steps(run: RunCo
     base = with_values(run, parts | borrowed | {"training.max_steps": 100})
     joining = {"receivers": [*(r.model_dump() for r in base.receivers), PHI]}
     joined = with_values(base, joining | {"training.init_from": "best", "training.train_only": ["phi"]})
-    scratch = from_scratch(joined, "phi", {"training.warmup_steps": 50})
+    scratch = from_scratch(joined, "phi", ["training.warmup_steps=50"])
     assert [receiver.name for receiver in scratch.receivers] == ["phi"] and scratch.encoder.model == "toy-llama"
     assert scratch.training.init_from is None and not scratch.training.train_only
 

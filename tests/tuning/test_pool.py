@@ -28,7 +28,7 @@ def test_a_pool_predicts_bit_for_bit_what_one_wire_does(wire: LatentWire, tmp_pa
     (tmp_path / "shards").mkdir()
     pq.write_table(rows, tmp_path / "shards" / "0.parquet")
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"rows": 40, "files": ["0.parquet"]}))
-    frozen = {name: lm.fingerprint() for name, lm in wire.receivers.items()}
+    frozen = wire.fingerprints()
     checkpoint = checkpoints.save(tmp_path / "wire", wire, {}, {"receivers": frozen})
     run = with_values(wire.run, {"evaluation.batch_size": 4})
     settings = (Setting("latent"), Setting("shuffled"), Setting("selected"), Setting("latent", bits=8))
