@@ -55,17 +55,17 @@ class Janitor(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """After every evaluation of a trial."""
-        self._tidy_if_reached()
+        self.tidy_if_reached()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """After a trial's end."""
-        self._tidy_if_reached()
+        self.tidy_if_reached()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """After a trial's failure."""
-        self._tidy_if_reached()
+        self.tidy_if_reached()
 
-    def _tidy_if_reached(self) -> None:
+    def tidy_if_reached(self) -> None:
         """What an error here would end is the whole sweep; the next call does what this one could not."""
         try:
             self.tidy()

@@ -53,6 +53,7 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     if repeated is not None:
         was = repeated["trials"][str(repeated["trial"])]["score"]
         print(f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}")
+    sweep.tidy_at_last(space, output)
     held = janitor.bytes_in([output / "trials", output / finals.FINALS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")

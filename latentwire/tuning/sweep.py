@@ -225,3 +225,10 @@ def run_sweep(
     janitor.tidy()
     keep_journal(output / JOURNAL)
     return search.study
+
+
+def tidy_at_last(space: SpaceFile, output: Place) -> None:
+    """Keep to the checkpoint budget once more when a while has passed: a stopped trial's worker may have saved since."""
+    Janitor(
+        StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+    ).tidy_if_reached()

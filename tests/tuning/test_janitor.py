@@ -12,6 +12,7 @@ from latentwire.training import kept
 from latentwire.tuning.janitor import Janitor, bytes_in, clear_debris
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
+from latentwire.tuning.sweep import tidy_at_last
 from latentwire.tuning.trial import trial_path
 
 
@@ -44,7 +45,7 @@ def left(folder: Path) -> dict[int, list[int]]:
 
 def sweep(folder: Path, trials: int, **tune: object) -> tuple[StudySearch, Janitor]:
     space = SpaceFile.model_validate({"tune": tune})
-    search = StudySearch(space, journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+    search = StudySearch(space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials")
     for number in range(trials):
         search.suggest(str(number))
     return search, Janitor(search)
@@ -100,6 +101,16 @@ def test_what_a_stopped_trials_worker_saved_too_late_counts_for_nothing(tmp_path
         saved(trials, number, 6, 0.9)
     janitor.tidy()
     assert left(trials) == {0: [3]}
+
+
+def test_what_a_worker_saved_after_the_last_trials_end_goes_too(tmp_path: Path) -> None:
+    search, janitor = sweep(tmp_path, 2, keep_checkpoints=1)
+    told(search, 0, 3, 0.5), told(search, 1, 3, 0.4)
+    end(search, 0), end(search, 1)
+    janitor.tidy()
+    saved(search.trial_dir, 1, 6, 0.9)
+    tidy_at_last(search.space, tmp_path)
+    assert left(search.trial_dir) == {0: [3]}
 
 
 def test_debris_of_dead_workers_is_cleared(tmp_path: Path) -> None:
