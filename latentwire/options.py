@@ -200,8 +200,11 @@ def with_home(space: SpaceFile) -> SpaceFile:
     set_path(tree, "tune.storage_path", at_home(space.tune.storage_path))
     if space.run.encoder.model is not None:
         set_path(tree, "run.encoder.model", _absolute(space.run.encoder.model))
-    if (dim := tree["search"].get("encoder.model")) is not None:
-        dim["choices"] = [_absolute(choice) for choice in dim["choices"]]
+    if (searched := tree["search"].get("encoder.model")) is not None:
+        searched["choices"] = [_absolute(choice) for choice in searched["choices"]]
+        for named in (*(dim["when"] for dim in tree["search"].values()), *tree["tune"]["start_with"]):
+            if (value := named.get("encoder.model")) is not None:
+                named["encoder.model"] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
     if space.run.data.data_dir is not None:
         set_path(tree, "run.data.data_dir", str(place(space.run.data.data_dir).absolute()))
     if space.run.training.init_from is not None:

@@ -138,12 +138,17 @@ def test_models_directories_are_absolute_for_workers_that_run_elsewhere(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mini").mkdir()
     models = {"type": "categorical", "choices": ["mini", "org/hub-id"]}
-    space = SpaceFile.model_validate(
-        {"run": {"encoder": {"kind": "st", "model": "mini"}}, "search": {"encoder.model": models}}
-    )
-    found = with_home(space)
+    rate = {"type": "float", "low": 0.1, "high": 0.2, "when": {"encoder.model": ["mini"]}}
+    tree = {
+        "run": {"encoder": {"kind": "st", "model": "mini"}},
+        "search": {"encoder.model": models, "training.encoder_lr": rate},
+        "tune": {"start_with": [{"encoder.model": "mini"}]},
+    }
+    found = with_home(SpaceFile.model_validate(tree))
     assert found.run.encoder.model == str(tmp_path / "mini")
     assert found.search["encoder.model"].choices == (str(tmp_path / "mini"), "org/hub-id")
+    assert found.search["training.encoder_lr"].when == {"encoder.model": (str(tmp_path / "mini"),)}
+    assert found.tune.start_with == ({"encoder.model": str(tmp_path / "mini")},)
 
 
 @pytest.mark.parametrize("uri", ["s3://key:sesame@bucket/x", "s3://bucket/x?access_key=key&secret_key=sesame"])
