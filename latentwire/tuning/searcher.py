@@ -97,9 +97,8 @@ class StudySearch(Searcher):
         """
         left = next((t for t in self._running() if t.user_attrs.get(SESSION) != self.session), None)
         trials = self.study.get_trials(deepcopy=False)
-        waiting = [
-            trial.number for trial in trials if trial.state is TrialState.WAITING
-        ]  # starting points: asked for first
+        # Starting points that wait are asked for first, the earliest before the others.
+        waiting = [trial.number for trial in trials if trial.state is TrialState.WAITING]
         number = min(waiting, default=len(trials)) if left is None else left.number
         self.study.sampler = make_sampler(self.space, number)
         trial = self.study.ask() if left is None else Trial(self.study, left._trial_id)
