@@ -19,7 +19,7 @@ class DataConfig(Section):
     questions; a text that stands in several rows of a file is read once."""
     data_dir: Address | None = None
     """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with ``train.*`` and ``validation.*`` (parquet in the
-    Hub's schema, official JSON, or jsonl).
+    Hub's schema, official JSON, or jsonl), or with a directory of the dataset's name that has them.
     ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
     samples: int = Field(20_000, ge=0)
     """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below

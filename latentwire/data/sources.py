@@ -267,7 +267,8 @@ def _toy(config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
-    """Parquet, jsonl and json files below the data directory whose name has the split for a word, as ``train-v1.1.json`` has."""
+    """Parquet, jsonl and json files below the data directory whose name has the split for a word, as ``train-v1.1.json`` has;
+    where some lie in a directory of the dataset's name, those alone."""
     system, root = _system(config)
     with explained(config.data_dir):
         found = system.get_file_info(root).type
@@ -290,7 +291,8 @@ def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.Fil
         raise DataError(
             f"{config.data_dir} must hold {' or '.join(names)} files as parquet, jsonl or json, it holds {listed}"
         )
-    return system, files
+    own = [info for info in files if PurePosixPath(info.path).is_relative_to(PurePosixPath(root) / config.dataset)]
+    return system, own or files
 
 
 def _system(config: DataConfig) -> tuple[fs.FileSystem, str]:

@@ -195,6 +195,19 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
         list(read(DataConfig(dataset="squad"), "train", "squad"))
 
 
+def test_of_several_datasets_the_one_that_is_named_is_read(tmp_path: Path) -> None:
+    row = {"context": "Ada lives in Oslo.", "question": "Where?", "answers": ["Oslo"]}
+    for folder in ("squad", "custom", "."):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    for dataset, files in (
+        ("squad", ["squad/train.jsonl"]),
+        ("hotpotqa", ["custom/train.jsonl", "squad/train.jsonl", "train.jsonl"]),
+    ):
+        found = {piece.name for piece in pieces(DataConfig(dataset=dataset, data_dir=str(tmp_path)), "train")}
+        assert found == {str(tmp_path / file) for file in files}
+
+
 @pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
 def test_real_rows_are_read(real_data: Path, dataset: str) -> None:
     config = DataConfig(dataset=dataset, data_dir=str(real_data / dataset))
