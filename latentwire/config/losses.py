@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -54,6 +55,15 @@ class Schedule(Section):
     steps: int = Field(1, ge=1)
     """Optimiser steps from ``start`` to ``end``."""
 
+    def factor(self, step: int) -> float:
+        """The factor at a step counted from the end of the alignment."""
+        share = min(1.0, step / self.steps)
+        if self.kind == "constant":
+            return self.end
+        if self.kind == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.start + (self.end - self.start) * share
+
 
 class LossConfig(Section):
     """Weights of the loss terms; all of them read the logits of one forward per receiver.
@@ -104,9 +114,10 @@ class LossConfig(Section):
         weights = {name for name in type(self).model_fields if name.endswith("_weight")}
         return any(getattr(self, name) for name in weights - {"reconstruction_ce_weight", "continuation_ce_weight"})
 
-    def _factor(self, knob: str, end: str) -> float:
+    def factor(self, knob: str, step: int) -> float:
+        """On a knob's own value at a step counted from the end of the alignment; 1 without a schedule."""
         schedule = self.schedules.get(knob)
-        return 1.0 if schedule is None else schedule.end if schedule.kind == "constant" else getattr(schedule, end)
+        return 1.0 if schedule is None else schedule.factor(step)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,8 +134,9 @@ class LossConfig(Section):
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
         if not any(getattr(self, name) > 0 for name in weights):
             raise ValueError("at least one loss weight must be > 0, got all 0")
-        for when, end in (("first", "start"), ("last", "end")):
-            if not any(getattr(self, name) * self._factor(name, end) > 0 for name in weights):
+        last = max((schedule.steps for schedule in self.schedules.values()), default=0)
+        for when, end, step in (("first", "start", 0), ("last", "end", last)):
+            if not any(getattr(self, name) * self.factor(name, step) > 0 for name in weights):
                 raise ValueError(
                     f"at least one loss weight must be > 0 at the {when} step of the schedules, got all 0; give one of "
                     f"{', '.join(name for name in weights if name in self.schedules)} a schedule with {end} > 0"

@@ -46,7 +46,7 @@ def kept_context(
     if mode == "closed_book":
         return []
     # Where the message stands for the question too, so do as many tokens.
-    budget = max(0, budget - (len(wire.builders[receiver].message_ids([], question))))
+    budget = max(0, budget - len(wire.builders[receiver].message_ids([], question)))
     if mode == "truncated" or len(context) <= budget:
         return context[:budget]
     if mode == "window":

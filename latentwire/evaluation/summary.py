@@ -23,10 +23,7 @@ KINDS = 8
 
 def means(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
     """receiver → means and number of ``rows``, ``mean`` over receivers: what training asks, without intervals and scipy."""
-    table = {
-        name: {field: _mean(own, field) for field in FIELDS} | {"rows": len(own)}
-        for name, own in _by_receiver(predictions).items()
-    }
+    table = {name: _means(own) for name, own in _by_receiver(predictions).items()}
     return table | {"mean": _over_receivers(table)}
 
 
@@ -34,8 +31,9 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
     """receiver → means, 95 % intervals (``em_low`` …) of EM and F1, ``compression_bytes`` and ``compression_tokens`` (context
     over message), ``examples_per_s``, number of ``rows``. ``mean`` is over receivers, with what they are together.
     """
-    table = means(predictions)
+    table: dict[str, dict[str, float]] = {}
     for name, own in _by_receiver(predictions).items():
+        table[name] = _means(own)
         for field in ("em", "f1"):
             table[name] |= _bounds(field, [getattr(p, field) for p in own])
         sent, places = sum(p.bytes for p in own), sum(p.message_positions for p in own)
@@ -44,8 +42,11 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
             table[name]["compression_tokens"] = sum(p.context_tokens for p in own) / places
         spent = sum(table[name][f"{part}_ms"] for part in ("encode", "prefill", "decode"))
         table[name]["examples_per_s"] = 1000 / spent
-    del table["mean"]
     return table | {"mean": _over_receivers(table) | together(predictions)}
+
+
+def _means(own: Sequence[Prediction]) -> dict[str, float]:
+    return {field: _mean(own, field) for field in FIELDS} | {"rows": len(own)}
 
 
 def _over_receivers(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from latentwire.config import LossConfig, Schedule
+from latentwire.config import LossConfig
 from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT, Batch
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import (
@@ -59,22 +58,11 @@ class Teacher:
         return Teacher(rows, [state_ND.to(device) for state_ND in self.states])
 
 
-def factor(schedule: Schedule, step: int) -> float:
-    """The schedule's factor at a step counted from the end of the alignment."""
-    share = min(1.0, step / schedule.steps)
-    if schedule.kind == "constant":
-        return schedule.end
-    if schedule.kind == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return schedule.start + (schedule.end - schedule.start) * share
-
-
 def weights_at(config: LossConfig, step: int) -> Weights:
     """Weights and ``k`` at a step counted from the end of the alignment; terms of weight 0 are left out."""
 
     def now(knob: str) -> float:
-        schedule = config.schedules.get(knob)
-        return getattr(config, knob) * (factor(schedule, step) if schedule else 1.0)
+        return getattr(config, knob) * config.factor(knob, step)
 
     knobs = [name for name in LossConfig.model_fields if name.endswith("_weight")]
     terms = {name.removesuffix("_weight"): now(name) for name in knobs}

@@ -205,10 +205,9 @@ class LMWrapper(nn.Module):
             use_cache=False,
             output_hidden_states=bool(depths),
         )
-        predict_N = batch.predict_N
 
         def at_targets(state_BSD: torch.Tensor) -> torch.Tensor:
-            return state_BSD.flatten(0, 1).index_select(0, predict_N.to(state_BSD.device)).to(self.device)
+            return state_BSD.flatten(0, 1).index_select(0, batch.predict_N.to(state_BSD.device)).to(self.device)
 
         layers = [output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths]
         return at_targets(output.last_hidden_state), [at_targets(layer) for layer in layers]

@@ -19,7 +19,7 @@ from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import means
-from latentwire.losses.bundles import Weights, factor, term_counts, weights_at
+from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.models.message import Message
 from latentwire.receivers.base import LossTask, part
@@ -184,9 +184,7 @@ class Trainer:
         step = self.progress.step - self.config.alignment_steps
         losses = self.wire.run.losses
         weights = weights_at(losses, step)
-        dropout = self.wire.run.encoder.latent_dropout
-        if (schedule := losses.schedules.get("latent_dropout")) is not None:
-            dropout *= factor(schedule, step)
+        dropout = self.wire.run.encoder.latent_dropout * losses.factor("latent_dropout", step)
         self.wire.interlingua.encoder.dropout.p = dropout
         names = self._receivers_of(step)
         counts = {name: self._counts(weights, name, batches) for name in names}
