@@ -27,7 +27,7 @@ from latentwire.evaluation.settings import WIDTHS
 from latentwire.options import input_place, output_place, override_run
 from latentwire.storage import local, write_text
 from latentwire.training.checkpoints import load_wire
-from latentwire.tuning import results
+from latentwire.tuning import scoring
 from latentwire.tuning.output import asked, show_and_write
 
 
@@ -85,7 +85,7 @@ def main() -> int:
             wanted = asked(options, run)
             path = local_shards(run, (options.split,))[options.split]
             wire, _ = load_wire(folder, run)
-        _, predictions = results.score_wire(wire, path, wanted.rows, joint=not options.no_joint)
+        _, predictions = scoring.score_wire(wire, path, wanted.rows, joint=not options.no_joint)
         probes = diagnose(wire, shards.read_table(path)) if options.diagnose else None
         return show_and_write(options, wanted, predictions, run, probes)
     except UserError as error:

@@ -8,13 +8,14 @@ is in it. What training adds to go on from is in ``training/checkpoints.py``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def save(
             "receivers_frozen": keeps_receivers_frozen(wire.run),
             "backbone": wire.interlingua.encoder.backbone_fingerprint(),
             "encoder_id": wire.encoder_id,
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "packages": installed(PACKAGES),
             "python": platform.python_version(),
             "pins": pins,
             "metrics": metrics,
@@ -93,6 +94,15 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Package → version of those that are there: a plain run needs neither Ray nor Optuna."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def check_free(path: Path) -> None:

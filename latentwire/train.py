@@ -24,7 +24,7 @@ from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, add_start, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
-from latentwire.tuning import planner, report, results
+from latentwire.tuning import planner, report, scoring
 
 
 def main() -> int:
@@ -55,11 +55,11 @@ def main() -> int:
         export = output / "best"
         if export.exists():
             raise ConfigError(f"{export} exists: this run is finished; name another output_dir")
-        scores = results.score_and_export(best, paths["validation"], export)
+        scores = scoring.score_and_export(best, paths["validation"], export)
     except UserError as error:
         return fail(error)
     command = shlex.join(["python", *sys.argv])
-    results.write_results(output, {"command": command, "best": best, "validation": scores})
+    scoring.write_results(output, {"command": command, "best": best, "validation": scores})
     rows = shards.read_manifest(paths["validation"])["rows"]
     report.show(
         [report.scores_table(scores, f"{space.run.data.dataset} validation, {rows} rows, {best.name}", space.run)]

@@ -19,7 +19,7 @@ from latentwire.errors import UserError, fail
 from latentwire.evaluate import official, parser
 from latentwire.options import override_run, with_home
 from latentwire.storage import local
-from latentwire.tuning import planner, pool, results, sweep
+from latentwire.tuning import planner, pool, remote, scoring, sweep
 from latentwire.tuning.output import asked, show_and_write
 
 
@@ -45,7 +45,7 @@ def main() -> int:
         found = pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
         predictions = [p for own in found.values() for p in own]
         probes = (
-            results.on_cluster(run, plan.gpus_per_worker, results.diagnose_here, checkpoint, path, run)
+            remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
             if options.diagnose
             else None
         )

@@ -23,7 +23,7 @@ from latentwire.options import add_flags, add_start, output_place, read_space, w
 from latentwire.training import kept
 from latentwire.training.local import metric_of
 from latentwire.training.loop import TrainingError
-from latentwire.tuning import planner, report, results, sweep, trial
+from latentwire.tuning import planner, remote, report, scoring, sweep, trial
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -61,10 +61,10 @@ def main() -> int:
         if cause := trial.cause_left(output):
             raise TrainingError(cause)
         best = kept.best_of(kept.finished(output), metric, mode)
-        scores = results.on_cluster(
+        scores = remote.on_cluster(
             run,
             plan.gpus_per_worker,
-            results.score_and_export,
+            scoring.score_and_export,
             best,
             files.shards["validation"],
             output / "best",
@@ -74,7 +74,7 @@ def main() -> int:
     except TrainingFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results.write_results(output, {"command": shlex.join(["python", *sys.argv]), "best": best, "validation": scores})
+    scoring.write_results(output, {"command": shlex.join(["python", *sys.argv]), "best": best, "validation": scores})
     report.show([report.scores_table(scores, f"{run.data.dataset} validation", run)])
     print(f"exported: {output / 'best'}")
     return 0

@@ -27,7 +27,7 @@ from latentwire.evaluation.settings import Setting
 from latentwire.exports import choose_receivers, read_run
 from latentwire.options import add_flags, add_start, override_run, read_space, with_home
 from latentwire.training.local import train_here
-from latentwire.tuning import results
+from latentwire.tuning import scoring
 
 
 def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
@@ -53,7 +53,7 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began
     alone = choose_receivers(read_run(best), [name])
-    scores, _ = results.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
+    scores, _ = scoring.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
     text, latent = (scores[mode][name] for mode in ("text", "latent"))
     own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
     return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}

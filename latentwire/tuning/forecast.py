@@ -19,7 +19,7 @@ from latentwire.models.weights import load_hf_config
 from latentwire.storage import Place
 from latentwire.tuning.autoscaler import addable_nodes
 from latentwire.tuning.planner import Plan, PlanError
-from latentwire.tuning.results import on_cluster
+from latentwire.tuning.remote import on_cluster
 from latentwire.tuning.sharing import PROMPT_POSITIONS
 from latentwire.tuning.space import data_variants, largest_run, longest_run
 from latentwire.tuning.sweep import total_steps

@@ -9,7 +9,20 @@ from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.errors import fail
 from latentwire.storage import Place
-from latentwire.tuning import finals, janitor, manifest, orphans, report, report_html, results, resume, service, sweep
+from latentwire.tuning import (
+    finals,
+    janitor,
+    manifest,
+    orphans,
+    remote,
+    report,
+    report_html,
+    results,
+    resume,
+    scoring,
+    service,
+    sweep,
+)
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.trial import variant_key
 
@@ -38,8 +51,8 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     run = with_values(space.run, best.values)
     validation = files[variant_key(run)].shards["validation"]
     resume.set_aside(output / "best")
-    scores = results.on_cluster(
-        run, plan.gpus_per_worker, results.score_and_export, best.checkpoint, validation, output / "best"
+    scores = remote.on_cluster(
+        run, plan.gpus_per_worker, scoring.score_and_export, best.checkpoint, validation, output / "best"
     )
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
@@ -47,7 +60,7 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     gap = results.selection_gap(best, scores, space.tune.metric)
     found = {"command": command, "best": vars(best), "selection": gap, "validation": scores, "trials": rows}
     found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
-    results.write_results(output, found)
+    scoring.write_results(output, found)
     report.show(grids)
     print(line := report.verdict(best, gap, space.tune.metric))
     if repeated is not None:

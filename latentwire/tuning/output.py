@@ -15,7 +15,7 @@ from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting, settings
 from latentwire.evaluation.summary import baseline_pairs, details, pairs, summarise
 from latentwire.storage import write_text
-from latentwire.tuning import report, results
+from latentwire.tuning import report, scoring
 
 
 def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple[str, str]]:
@@ -59,7 +59,7 @@ def asked(options: argparse.Namespace, run: RunConfig) -> Asked:
             f"--data_dir belongs to --predictions, got {options.data_dir} with --checkpoint; name the directory by "
             f"--set data.data_dir={options.data_dir}"
         )
-    results.check_questions(run)
+    scoring.check_questions(run)
     rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
     sides = compared(options.compare, rows)
     return Asked(rows, sides, question_types(run.data, shards.source_of(options.split)))
@@ -88,5 +88,5 @@ def show_and_write(
     elif options.output:
         write_text(options.output / "scores.json", json.dumps(scores, indent=1))
         write_text(options.output / "details.json", json.dumps(further, indent=1))
-        results.write_predictions(predictions, options.output / "predictions.parquet")
+        scoring.write_predictions(predictions, options.output / "predictions.parquet")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +13,10 @@ from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.settings import label
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.storage import Place, write_text
-from latentwire.tuning.finals import Finalist
-from latentwire.tuning.results import Best
+
+if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
+    from latentwire.tuning.finals import Finalist
+    from latentwire.tuning.results import Best
 
 Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""

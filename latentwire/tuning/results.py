@@ -1,35 +1,20 @@
-"""What a sweep found: the best checkpoint, its scores beside the baselines, and the export."""
+"""What a sweep found: its best checkpoint, a row per trial, and how much the choice flattered the winner."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
 from optuna.trial import TrialState
-from ray.exceptions import RayTaskError
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
-from latentwire.config import RunConfig, TuneConfig
-from latentwire.config.resolve import ConfigError
-from latentwire.data import shards
+from latentwire.config import TuneConfig
 from latentwire.errors import UserError
-from latentwire.evaluation.baselines import FINAL_MODES
-from latentwire.evaluation.diagnostics import diagnose
-from latentwire.evaluation.evaluator import Prediction, predict
-from latentwire.evaluation.pin import evaluation_pin
-from latentwire.evaluation.settings import Setting, label
-from latentwire.evaluation.summary import summarise
-from latentwire.storage import Place, directory, local, place, write, write_text
-from latentwire.training import checkpoints
+from latentwire.storage import Place, place
 from latentwire.tuning.study import CAUSE, evaluations, own_trials
 
 
@@ -121,102 +106,3 @@ def selection_gap(best: Best, scores: dict[str, Any], metric: str) -> dict[str, 
     kind, _, receiver = metric.removeprefix("dev_").partition("_")
     untouched = scores["latent"][receiver or "mean"][{"loss": "nll"}.get(kind, kind)]
     return {"development": best.score, "validation": untouched, "gap": best.score - untouched}
-
-
-def check_questions(run: RunConfig) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a configuration's rows ask nothing that could be scored."""
-    if run.data.dataset == "text":
-        raise ConfigError(
-            "scores need questions, dataset text has none; name others, e.g. --set data.dataset=squad "
-            "--set losses.bundle=answer"
-        )
-
-
-FINAL_SETTINGS = tuple(
-    Setting(mode, bits=bits) for mode in FINAL_MODES for bits in ((None, 8, 4) if mode == "latent" else (None,))
-)
-"""What a sweep's winner is scored with: every mode, and the latents also as they travel in fewer bits."""
-
-
-def score(
-    path: Place,
-    validation: Place,
-    settings: tuple[Setting, ...] = FINAL_SETTINGS,
-    run: RunConfig | None = None,
-    *,
-    joint: bool = True,
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
-
-    ``run`` replaces the configuration it was saved with (other data, decoding or device). ``joint``: receivers also judge
-    each other's answers.
-    """
-    with local(path) as folder:
-        wire, _ = checkpoints.load_wire(folder, run)
-    return score_wire(wire, validation, settings, joint=joint)
-
-
-def score_wire(
-    wire: LatentWire, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, *, joint: bool = True
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """The same of a wire that is loaded already."""
-    table = shards.read_table(validation)
-    predictions: dict[str, list[Prediction]] = {}
-    for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
-        predictions[setting.key] = list(predict(wire, table, setting, joint=joint))
-        print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
-    scores = {key: summarise(found) for key, found in predictions.items()}
-    return scores, [p for found in predictions.values() for p in found]
-
-
-def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, float]:
-    """Reload a checkpoint in this process and look into its messages."""
-    with local(path) as folder:
-        wire, _ = checkpoints.load_wire(folder, run)
-    return diagnose(wire, shards.read_table(validation))
-
-
-def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dict[str, Any]:
-    """Score the chosen checkpoint once on the validation split, and export it without its training state.
-
-    A wire pretrained on texts alone has no scores: it is exported for a second stage.
-    """
-    if export.exists():
-        raise SweepError(f"an export must not overwrite anything, {export} exists; name another output_dir")
-    with local(checkpoint) as folder:
-        wire, manifest = checkpoints.load_wire(folder)
-    texts = wire.run.data.dataset == "text"
-    table, predictions = ({}, []) if texts else score_wire(wire, validation)
-    pins = manifest["pins"] | {
-        "validation": {
-            "shards": shards.read_manifest(validation)["key"],
-            "evaluation_pin": evaluation_pin(validation, wire.run),
-        }
-    }
-    with directory(export, last=exports.MANIFEST) as folder:
-        checkpoints.save(folder, wire, {"development": manifest["metrics"], "validation": table}, pins)
-    if predictions:
-        write_predictions(predictions, export.parent / "predictions.parquet")
-    return table
-
-
-def write_predictions(predictions: Sequence[Prediction], path: Place) -> None:
-    """One row per prediction, written aside and renamed."""
-    rows = pa.Table.from_pylist([asdict(p) for p in predictions])
-    write(path, lambda file: pq.write_table(rows, file))
-
-
-def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
-    """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
-    wanted = run.training
-    task = ray.remote(num_cpus=wanted.cpus_per_worker, num_gpus=gpus, resources=wanted.worker_resources)(function)
-    try:
-        return ray.get(task.remote(*arguments))
-    except RayTaskError as error:
-        # What the user did wrong over there reads here as it would without Ray; the remote traceback stays chained.
-        raise error.cause from error
-
-
-def write_results(output: Place, document: dict[str, Any]) -> None:
-    """``results.json``, whole or as it was."""
-    write_text(output / "results.json", json.dumps(document, indent=1, default=str))

@@ -26,8 +26,8 @@ from latentwire.config import SpaceFile
 from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
-from latentwire.tuning.space import check_metrics, draw
-from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION
+from latentwire.tuning.space import check_metrics
+from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
 from latentwire.tuning.trial import NUMBER, cause_left, trial_path
 
 COPY_PAUSE = 20

@@ -1,44 +1,13 @@
-"""A search space in Optuna's terms, and the shards that its trials will need."""
+"""What a search space asks of its trials: metrics they report, shards they need, the largest and the longest of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import Trial
-
-from latentwire.config import CategoricalDimension, Dimension, FloatDimension, RunConfig, SpaceFile
+from latentwire.config import CategoricalDimension, RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, search_order, with_values
 from latentwire.data.shards import SHARD_KNOBS
 from latentwire.data.teachers import TEACHER_KNOBS, TEACHER_SIZES
-
-
-def distribution(dim: Dimension) -> BaseDistribution:
-    """A dimension in Optuna's terms."""
-    if isinstance(dim, CategoricalDimension):
-        return CategoricalDistribution(dim.choices)
-    if isinstance(dim, FloatDimension):
-        return FloatDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
-    return IntDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
-
-
-def draw(trial: Trial, search: dict[str, Dimension]) -> dict[str, Any]:
-    """Values for a trial, by dotted path, of the dimensions whose conditions hold.
-
-    What the trial has drawn before stays as it is, so that a trial whose driver died half-way can be drawn to its end.
-    """
-    values: dict[str, Any] = {}
-    for path in search_order(search):
-        dim = search[path]
-        if any(values.get(other) not in wanted for other, wanted in dim.when.items()):
-            continue
-        if isinstance(dim, CategoricalDimension):
-            values[path] = trial.suggest_categorical(path, dim.choices)
-        elif isinstance(dim, FloatDimension):
-            values[path] = trial.suggest_float(path, dim.low, dim.high, log=dim.log, step=dim.step)
-        else:
-            values[path] = trial.suggest_int(path, dim.low, dim.high, log=dim.log, step=dim.step)
-    return values
 
 
 def check_metrics(space: SpaceFile) -> None:

@@ -1,4 +1,5 @@
-"""One Optuna study in a journal file: made, given its starting points and earlier trials, opened again."""
+"""One Optuna study in a journal file: made, given its starting points and earlier trials, opened again; and a search space in
+Optuna's terms."""
 
 from __future__ import annotations
 
@@ -9,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from latentwire.config import Dimension
-from latentwire.config.resolve import ConfigError
+from latentwire.config import CategoricalDimension, Dimension, FloatDimension
+from latentwire.config.resolve import ConfigError, search_order
 from latentwire.models.weights import cache_dir
 from latentwire.storage import Place, Remote, local, place, upload, write
-from latentwire.tuning.space import distribution
 
 JOURNAL = "study.journal"
 """Name of the journal in a sweep's directory."""
@@ -26,6 +27,34 @@ SESSION, CAUSE, EVALUATIONS, WARM = "session", "cause", "evaluations", "warm_sta
 was taken from."""
 OBJECTIVES, PIN = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the evaluation pin that all of its scores have."""
+
+
+def distribution(dim: Dimension) -> BaseDistribution:
+    """A dimension in Optuna's terms."""
+    if isinstance(dim, CategoricalDimension):
+        return CategoricalDistribution(dim.choices)
+    if isinstance(dim, FloatDimension):
+        return FloatDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+    return IntDistribution(dim.low, dim.high, log=dim.log, step=dim.step)
+
+
+def draw(trial: Trial, search: dict[str, Dimension]) -> dict[str, Any]:
+    """Values for a trial, by dotted path, of the dimensions whose conditions hold.
+
+    What the trial has drawn before stays as it is, so that a trial whose driver died half-way can be drawn to its end.
+    """
+    values: dict[str, Any] = {}
+    for path in search_order(search):
+        dim = search[path]
+        if any(values.get(other) not in wanted for other, wanted in dim.when.items()):
+            continue
+        if isinstance(dim, CategoricalDimension):
+            values[path] = trial.suggest_categorical(path, dim.choices)
+        elif isinstance(dim, FloatDimension):
+            values[path] = trial.suggest_float(path, dim.low, dim.high, log=dim.log, step=dim.step)
+        else:
+            values[path] = trial.suggest_int(path, dim.low, dim.high, log=dim.log, step=dim.step)
+    return values
 
 
 def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optuna.Study:

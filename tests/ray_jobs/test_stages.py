@@ -82,6 +82,20 @@ def test_readme_commands(job: Job, tmp_path: Path) -> None:
     for _, script, *flags in commands:
         assert job(script, *flags).wait(500) == 0, log_of(tmp_path)
     assert "full text" in log_of(tmp_path)
+    # With shards that are there, both run where neither Ray nor Optuna is installed.
+    (_, train, *flags), (_, evaluate, *of_best) = commands
+    flags = [flag.replace(str(tmp_path / "run"), str(tmp_path / "plain")) for flag in flags]
+    for script, own in ((train, flags), (evaluate, of_best)):
+        assert job("-c", WITHOUT_RAY, script, *own).wait(300) == 0, log_of(tmp_path)
+
+
+WITHOUT_RAY = """
+import runpy, sys
+sys.modules.update(ray=None, optuna=None)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A script as ``python`` would run it, but for two packages that it cannot import."""
 
 
 def test_train_saves_at_sigterm_and_resumes(job: Job, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 
 from latentwire import exports
 from latentwire.config.resolve import load_space
-from latentwire.tuning import results
+from latentwire.tuning import scoring
 from latentwire.tuning.study import JOURNAL, open_study
 from tests.conftest import untimed
 from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
@@ -62,9 +62,9 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert not any("training_state" in name for name in manifest["files"])
     (validation,) = [path for path in (tmp_path / "shards").glob("toy-validation-*")
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
-    scores, _ = results.score(output / "best", validation)
+    scores, _ = scoring.score(output / "best", validation)
     assert untimed(scores) == untimed(document["validation"])
-    assert [setting.key for setting in results.FINAL_SETTINGS] == list(scores)
+    assert [setting.key for setting in scoring.FINAL_SETTINGS] == list(scores)
 
     report = (output / "report.md").read_text()
     assert "full text" in report and "3 trials" in report

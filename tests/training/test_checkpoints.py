@@ -236,3 +236,7 @@ def test_the_table_fixture_matches_what_training_reads(table: pa.Table, run: Run
     assert {f"{r.name}_{piece}_ids" for r in run.receivers for piece in ("context", "question", "answer")} <= set(
         table.column_names
     )
+
+
+def test_a_wire_is_saved_where_a_package_is_not_installed() -> None:
+    assert set(exports.installed(("torch", "no-such-package"))) == {"torch"}

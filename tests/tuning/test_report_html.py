@@ -16,7 +16,7 @@ from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.summary import summarise
 from latentwire.tuning import report_html, resume
-from latentwire.tuning.results import write_predictions
+from latentwire.tuning.scoring import write_predictions
 from latentwire.tuning.study import CAUSE, EVALUATIONS, JOURNAL, open_study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"

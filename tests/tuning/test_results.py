@@ -9,7 +9,7 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.tuning import results
+from latentwire.tuning import remote, results, scoring
 from latentwire.tuning.report import front_table
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
@@ -21,7 +21,7 @@ def test_an_error_on_a_worker_is_the_users_error() -> None:
     texts = RunConfig.model_validate({"data": {"dataset": "text"}, "losses": {"bundle": "pretrain"}})
     try:
         with pytest.raises(ConfigError, match=r"^scores need questions, dataset text has none"):
-            results.on_cluster(RunConfig(), 0.0, results.check_questions, texts)
+            remote.on_cluster(RunConfig(), 0.0, scoring.check_questions, texts)
     finally:
         ray.shutdown()
 

@@ -7,7 +7,8 @@ import pytest
 
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.tuning.searcher import check_searchable
-from latentwire.tuning.space import check_metrics, data_variants, distribution, draw, largest_run
+from latentwire.tuning.space import check_metrics, data_variants, largest_run
+from latentwire.tuning.study import distribution, draw
 from latentwire.tuning.trial import variant_key
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
