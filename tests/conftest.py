@@ -19,6 +19,9 @@ from latentwire.receivers.own import OwnReceiver
 
 # Each test starts its own Ray: one that another user left running here must not be joined.
 os.environ["RAY_ADDRESS"] = "local"
+# Exact comparisons are meant for one CPU and fp32. tests/test_cuda.py alone wants a GPU, and asks for it by name.
+if not os.environ.get("LATENTWIRE_TEST_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 SMALL = {
     "encoder.latent_len": 6,

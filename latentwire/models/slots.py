@@ -37,6 +37,7 @@ def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tens
     entries change in place, in the pass that holds the slots: no position comes on top, and later decode steps find them.
     """
     targets = projections(lm, "deep_prefix")
+    place_N = latents_RS.flatten().nonzero().squeeze(1)  # once: a mask in every layer makes the host wait for the GPU there
     with ExitStack() as stack:
         parts = added_NE.split([target.out_features for target in targets], dim=-1)
         for target, part_NE in zip(targets, parts, strict=True):
@@ -44,9 +45,8 @@ def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tens
             def add(_: nn.Module, __: tuple, output: torch.Tensor, part_NE: torch.Tensor = part_NE) -> torch.Tensor:
                 if output.shape[:2] != latents_RS.shape:
                     return output
-                mask_RS1 = latents_RS[..., None].to(output.device)
                 part_NE = part_NE.to(output.device, output.dtype)
-                return output + torch.zeros_like(output).masked_scatter(mask_RS1, part_NE)
+                return output.flatten(0, 1).index_add(0, place_N.to(output.device), part_NE).view_as(output)
 
             stack.callback(target.register_forward_hook(add).remove)
         yield

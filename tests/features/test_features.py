@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import profile
 
 from latentwire import exports
 from latentwire.assembly import LatentWire
@@ -143,3 +144,13 @@ def test_options_are_checked(run: RunConfig) -> None:
         with_values(run, {"features.coprocessor": {"width": 9}})
     with pytest.raises(ConfigError, match=r"d_z must be a multiple of 2 × refiner\.heads"):
         with_values(run, {"features.refiner": {"heads": 5}})
+
+
+def test_no_layer_makes_the_host_wait_for_a_mask(run: RunConfig, table: pa.Table) -> None:
+    """What a mask selects is counted on the device, and the host waits for the number: once a step, not once a projection."""
+    trainer = Trainer(wire_of(with_values(run, {"features.deep_prefix": {}})), 8)
+    projections = sum(2 * len(receiver.lm.base_model.layers) for receiver in trainer.wire.own_receivers())
+    with profile() as record:
+        trainer.step(table.slice(0, 4))
+    waits = sum(event.count for event in record.key_averages() if event.key == "aten::masked_select")
+    assert 0 < waits <= len(trainer.wire.receivers) < projections
