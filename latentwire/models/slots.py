@@ -37,7 +37,8 @@ def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tens
     entries change in place, in the pass that holds the slots: no position comes on top, and later decode steps find them.
     """
     targets = projections(lm, "deep_prefix")
-    place_N = latents_RS.flatten().nonzero().squeeze(1)  # once: a mask in every layer makes the host wait for the GPU there
+    # Found once: a mask in every layer makes the host wait in every layer for a GPU to count what it selects.
+    place_N = latents_RS.flatten().nonzero().squeeze(1)
     with ExitStack() as stack:
         parts = added_NE.split([target.out_features for target in targets], dim=-1)
         for target, part_NE in zip(targets, parts, strict=True):
