@@ -23,7 +23,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.storage import Place, delete, place, write_text
+from latentwire.storage import Place, delete, write_text
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
@@ -91,8 +91,7 @@ def drive_trial(
         run,
         variant.datasets,
         variant.train_rows,
-        name=path.name,
-        storage_path=str(trial_dir),
+        folder=path,
         gpus_per_worker=gpus_per_worker,
         pins=variant.pins,
         metric=space.tune.metric,
@@ -151,8 +150,7 @@ def make_trainer(
     datasets: dict[str, ray.data.Dataset],
     train_rows: int,
     *,
-    name: str,
-    storage_path: str,
+    folder: Place,
     gpus_per_worker: float,
     pins: dict[str, Any],
     metric: str,
@@ -160,13 +158,13 @@ def make_trainer(
     callbacks: list[Any] | None = None,
     served: Any = None,
 ) -> TorchTrainer:
-    """A TorchTrainer for one run, which goes on from the last checkpoint in ``storage_path/name``.
+    """A TorchTrainer for one run, which goes on from the last checkpoint in ``folder``.
 
     ``datasets``: ``train``, of so many rows, and ``dev``. The best checkpoint by ``metric`` and the last one are kept.
     Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
     died in that moment could never go on. ``served``: replicas of the receivers, where the workers hold none themselves.
     """
-    delete(place(storage_path) / name / ERROR_FILE)
+    delete(folder / ERROR_FILE)
     name_cluster()
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
     resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
@@ -176,15 +174,15 @@ def make_trainer(
         train_worker,
         train_loop_config={
             "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
-            "folder": str(place(storage_path) / name), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
+            "folder": str(folder), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
             "served": served,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage_path,
+            name=folder.name,
+            storage_path=str(folder.parent),
             callbacks=callbacks,
             worker_runtime_env={} if served is None else {"env_vars": ZERO_COPY},
             failure_config=ray.train.FailureConfig(max_failures=run.training.max_failures, controller_failure_limit=2),
