@@ -85,7 +85,7 @@ def main() -> int:
             wanted = asked(options, run)
             path = local_shards(run, (options.split,))[options.split]
             wire, _ = load_wire(folder, run)
-        _, predictions = scoring.score_wire(wire, path, wanted.rows, joint=not options.no_joint)
+        predictions = scoring.predict_settings(wire, path, wanted.rows, joint=not options.no_joint)
         probes = diagnose(wire, shards.read_table(path)) if options.diagnose else None
         return show_and_write(options, wanted, predictions, run, probes)
     except UserError as error:

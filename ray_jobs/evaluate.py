@@ -42,8 +42,7 @@ def main() -> int:
         path = pipeline.ensure_shards(run, options.split)
         copies = options.copies or pool.copies_at_once(there, plan, memory)
         share = {"copies": copies, "cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
-        found = pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
-        predictions = [p for own in found.values() for p in own]
+        predictions = pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
         probes = (
             remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
             if options.diagnose

@@ -53,7 +53,7 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began
     alone = choose_receivers(read_run(best), [name])
-    scores, _ = scoring.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
+    scores = scoring.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
     text, latent = (scores[mode][name] for mode in ("text", "latent"))
     own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
     return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}

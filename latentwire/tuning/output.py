@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from latentwire.config import RunConfig
@@ -13,7 +13,7 @@ from latentwire.data import shards
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting, settings
-from latentwire.evaluation.summary import baseline_pairs, details, pairs, summarise
+from latentwire.evaluation.summary import baseline_pairs, details, pairs
 from latentwire.storage import write_text
 from latentwire.tuning import report, scoring
 
@@ -68,14 +68,13 @@ def asked(options: argparse.Namespace, run: RunConfig) -> Asked:
 def show_and_write(
     options: argparse.Namespace,
     wanted: Asked,
-    predictions: Sequence[Prediction],
+    predictions: Mapping[str, Sequence[Prediction]],
     run: RunConfig,
     probes: dict[str, float] | None = None,
 ) -> int:
     """Print the tables and write what ``--output`` asks for; returns the exit status."""
-    by_key = {row.key: [p for p in predictions if p.setting == row.key] for row in wanted.rows}
-    scores = {key: summarise(found) for key, found in by_key.items()}
-    further = details(by_key, wanted.sides, wanted.types)
+    scores = scoring.summaries(predictions)
+    further = details(predictions, wanted.sides, wanted.types)
     grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
     if options.compare is not None:
         grids.append(report.comparisons_table(further["comparisons"]))

@@ -7,7 +7,7 @@ installed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,30 +49,34 @@ def score(
     validation: Place,
     settings: tuple[Setting, ...] = FINAL_SETTINGS,
     run: RunConfig | None = None,
-    *,
-    joint: bool = True,
-) -> tuple[dict[str, Any], list[Prediction]]:
+) -> dict[str, Any]:
     """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
 
-    ``run`` replaces the configuration it was saved with (other data, decoding or device). ``joint``: receivers also judge
-    each other's answers.
+    ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
     with local(path) as folder:
         wire, _ = checkpoints.load_wire(folder, run)
-    return score_wire(wire, validation, settings, joint=joint)
+    return summaries(predict_settings(wire, validation, settings))
 
 
-def score_wire(
+def predict_settings(
     wire: LatentWire, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, *, joint: bool = True
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """The same of a wire that is loaded already."""
+) -> dict[str, list[Prediction]]:
+    """Setting's key → the receivers' answers to all rows of complete shards.
+
+    ``joint``: receivers also judge each other's answers.
+    """
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
     for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
         predictions[setting.key] = list(predict(wire, table, setting, joint=joint))
         print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
-    scores = {key: summarise(found) for key, found in predictions.items()}
-    return scores, [p for found in predictions.values() for p in found]
+    return predictions
+
+
+def summaries(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
+    """Setting's key → receiver → metrics."""
+    return {key: summarise(found) for key, found in predictions.items()}
 
 
 def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, float]:
@@ -92,7 +96,8 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dic
     with local(checkpoint) as folder:
         wire, manifest = checkpoints.load_wire(folder)
     texts = wire.run.data.dataset == "text"
-    table, predictions = ({}, []) if texts else score_wire(wire, validation)
+    predictions = {} if texts else predict_settings(wire, validation)
+    table = summaries(predictions)
     pins = manifest["pins"] | {
         "validation": {
             "shards": shards.read_manifest(validation)["key"],
@@ -106,9 +111,9 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dic
     return table
 
 
-def write_predictions(predictions: Sequence[Prediction], path: Place) -> None:
+def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:
     """One row per prediction, written aside and renamed."""
-    rows = pa.Table.from_pylist([asdict(p) for p in predictions])
+    rows = pa.Table.from_pylist([asdict(p) for found in predictions.values() for p in found])
     write(path, lambda file: pq.write_table(rows, file))
 
 

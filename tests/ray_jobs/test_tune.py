@@ -62,7 +62,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert not any("training_state" in name for name in manifest["files"])
     (validation,) = [path for path in (tmp_path / "shards").glob("toy-validation-*")
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
-    scores, _ = scoring.score(output / "best", validation)
+    scores = scoring.score(output / "best", validation)
     assert untimed(scores) == untimed(document["validation"])
     assert [setting.key for setting in scoring.FINAL_SETTINGS] == list(scores)
 

@@ -14,9 +14,8 @@ from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import Prediction
-from latentwire.evaluation.summary import summarise
 from latentwire.tuning import report_html, resume
-from latentwire.tuning.scoring import write_predictions
+from latentwire.tuning.scoring import summaries, write_predictions
 from latentwire.tuning.study import CAUSE, EVALUATIONS, JOURNAL, open_study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -65,13 +64,16 @@ def sweep(tmp_path: Path) -> Path:
             state=TrialState.FAIL, params=params, distributions=distributions, user_attrs={CAUSE: f"died of {EVIL}"}
         )
     )
-    found = [
-        prediction(row, receiver, mode, mode == "text" or row % 2 == 0)
-        for mode in ("text", "latent")
-        for row in range(6)
-        for receiver in ("llama", "qwen")
-    ]
-    scores = {mode: summarise([p for p in found if p.mode == mode]) for mode in ("text", "latent")}
+    modes: tuple[Mode, ...] = ("text", "latent")
+    found = {
+        mode: [
+            prediction(row, receiver, mode, mode == "text" or row % 2 == 0)
+            for row in range(6)
+            for receiver in ("llama", "qwen")
+        ]
+        for mode in modes
+    }
+    scores = summaries(found)
     write_predictions(found, output / "predictions.parquet")
     best = {"trial": 4, "step": 2, "score": 0.42, "values": {"encoder.d_z": 12}}
     (output / "results.json").write_text(
