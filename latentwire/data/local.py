@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from latentwire.config import RunConfig
-from latentwire.data import pipeline, shards, teachers
+from latentwire.data import pipeline, shards, sources, teachers
 from latentwire.storage import Place
 
 
@@ -12,13 +12,21 @@ def local_shards(
 ) -> dict[shards.ShardSplit, Place]:
     """Shards of a run that trains in this process, and with them the teachers' columns.
 
-    Ray is started only where some are missing, and stopped again.
+    Ray is started only where some are missing, and stopped again. Raises :class:`~latentwire.data.sources.DataError` where
+    it would be needed and is not installed.
     """
     paths = {split: shards.shard_path(run, split) for split in splits}
     complete = all(shards.complete(path) for path in paths.values())
     if complete and ("train" not in paths or teachers.complete(run, paths["train"])):
         return paths
-    import ray
+    try:
+        import ray
+    except ImportError as error:
+        missing = [str(path) for path in paths.values() if not shards.complete(path)] or ["the teachers' columns"]
+        raise sources.DataError(
+            f"shards must be there where Ray, which makes them, is not installed, got none at {', '.join(missing)}; make them "
+            f"by ray_jobs/preprocess.py with the same versions of tokenizers and transformers, and copy {run.data.shard_dir}"
+        ) from error
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:

@@ -3,6 +3,7 @@
 import gc
 import json
 import signal
+import sys
 import weakref
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
+from latentwire.data.local import local_shards
+from latentwire.data.sources import DataError
 from latentwire.training import checkpoints
 from latentwire.training.kept import best_of, finished
 from latentwire.training.local import metric_of, train_here
@@ -108,3 +111,12 @@ def test_a_run_leaves_neither_its_wire_in_memory_nor_debris(run: RunConfig, path
     del wire
     gc.collect()
     assert left() is None and signal.getsignal(signal.SIGTERM) is before and not debris.exists()
+
+
+def test_missing_shards_without_ray_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    own = with_values(RunConfig(), {"data.shard_dir": str(tmp_path)})
+    with pytest.raises(
+        DataError, match=r"Ray, which makes them, is not installed, got none at .*toy-dev-.*; make them by"
+    ):
+        local_shards(own, ("dev",))
