@@ -85,7 +85,7 @@ def test_readme_commands(job: Job, tmp_path: Path) -> None:
     # With shards that are there, both run where neither Ray nor Optuna is installed.
     (_, train, *flags), (_, evaluate, *of_best) = commands
     flags = [flag.replace(str(tmp_path / "run"), str(tmp_path / "plain")) for flag in flags]
-    for script, own in ((train, flags), (evaluate, of_best)):
+    for script, own in ((train, [*flags, "--profile=2"]), (evaluate, of_best)):
         assert job("-c", WITHOUT_RAY, script, *own).wait(300) == 0, log_of(tmp_path)
 
 
