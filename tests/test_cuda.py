@@ -49,7 +49,6 @@ def test_training_on_it_has_the_curve_of_the_cpu(values: dict[str, Any]) -> None
     losses = []
     for device in ("cpu", "cuda"):
         run = run_on(device, values)
-        torch.manual_seed(0)
         trainer = Trainer(LatentWire(run), 8)
         table = shard_table(run, 8)
         losses.append([trainer.step(table.slice(4 * (step % 2), 4))["loss"] for step in range(4)])
