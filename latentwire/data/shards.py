@@ -41,6 +41,8 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     # A split is not made anew because another split's size changes.
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
     data = {name: value for name, value in data.items() if name == sizes[split] or name not in sizes.values()}
+    if split == "validation":
+        del data["dev_fraction"]  # which parts the training rows
     if run.data.dataset == "toy":  # the generator's length follows from the samples asked for
         data["samples"] = run.data.samples if split != "validation" else None
     spec = {

@@ -17,6 +17,7 @@ from latentwire.config.resolve import with_values
 from latentwire.evaluation.settings import label
 from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
 from latentwire.tuning import figures, report, resume
+from latentwire.tuning.finals import Finalist
 from latentwire.tuning.results import trial_rows
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
@@ -39,6 +40,7 @@ def write(output: Place) -> Place:
     scores = document.get("validation") or {}
     trials = trial_rows(study, space.tune)
     best = document.get("best")
+    finalists = [Finalist(**finalist) for finalist in document.get("finalists") or []]
     run = with_values(space.run, best["values"]) if best else space.run
     pictures: list[figures.Figure] = figures.search_figures(study, space.tune)
     page = _template().render(
@@ -53,7 +55,7 @@ def write(output: Place) -> Place:
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
         trials=report.trials_table(trials, space.tune),
-        finals=document.get("finalists") or [],
+        finals=report.finals_table(finalists, space.tune.metric) if finalists else None,
         failures=[row for row in trials if row["state"] == "failed"],
         examples=_examples(output / "predictions.parquet"),
         costs=_costs(study, space, output),

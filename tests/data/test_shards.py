@@ -174,6 +174,9 @@ def test_the_name_changes_with_what_made_the_shards(own: RunConfig) -> None:
         assert shards.shard_path(with_values(own, values), "train") != base
     for values in ({"data.dev_samples": 7}, {"training.seed": 3}, {"data.shard_dir": own.data.shard_dir}):
         assert shards.shard_path(with_values(own, values), "train") == base
+    other_parts = with_values(own, {"data.dev_fraction": 0.3})  # of the training rows alone
+    assert shards.shard_path(other_parts, "validation") == shards.shard_path(own, "validation")
+    assert shards.shard_path(other_parts, "train") != base
 
 
 def test_a_source_of_bad_rows_only_is_an_error(own: RunConfig, tmp_path: Path) -> None:

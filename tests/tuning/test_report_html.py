@@ -78,6 +78,7 @@ def sweep(tmp_path: Path) -> Path:
     best = {"trial": 4, "step": 2, "score": 0.42, "values": {"encoder.d_z": 12}}
     (output / "results.json").write_text(
         json.dumps({"command": f"python {EVIL}", "best": best, "validation": scores,
+                    "finalists": [{"trial": 4, "score": 0.42, "fresh": [0.4, 0.3]}],
                     "selection": {"validation": 0.5, "gap": -0.08, "development": 0.42}})
     )  # fmt: skip
     (output / "manifest.json").write_text(json.dumps({"git": EVIL, "hardware": {"nodes": [{"CPU": 2}]}}))
@@ -110,6 +111,7 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
         "The winner beside its baselines", "Optimisation history", "Learning curves", "Parallel coordinates",
         "Parameter importances", "Contour of the two most important", "F1 against wire bytes", "F1 against positions read",
         "6 trials", "Examples", "Failures", "Costs", "Manifest", "llama keeps",
+        "finals: dev_f1 with fresh seeds", "<td>0.4, 0.3</td>",
     ):  # fmt: skip
         assert heading in page, heading
     assert "50.0 %" in page and "died of" in page
