@@ -99,7 +99,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     source = shards.source_of(split)
     pieces = sources.pieces(run.data, source)
     if not pieces:
-        raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told([])})")
+        raise _nothing_left(run, split, [])
     cleaned = (
         ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
         .map_batches(functools.partial(_read_and_clean, run=run, split=split), batch_size=1)
@@ -120,7 +120,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     mean_bytes = size / max(1, len(every))
     order = order[: wanted or None]
     if len(order) == 0:
-        raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told(rejects)})")
+        raise _nothing_left(run, split, rejects)
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
     first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
     last = int(order[-1])
@@ -149,13 +149,16 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
                 print(f"shards {split}: {done}/{count} files, {row['rows']:,} rows in the last", flush=True)
     manifest = _manifest(run, split, path, names, rejects)
     if manifest["rows"] == 0:
-        raise sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({_told(rejects)})")
+        raise _nothing_left(run, split, rejects)
     write_text(path / shards.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
 
-def _told(rejects: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
+def _nothing_left(run: RunConfig, split: shards.ShardSplit, rejects: list[dict[str, Any]]) -> sources.DataError:
+    told = "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
+    if split == "dev" and not rejects:  # those of the training source are told with train
+        told = f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it"
+    return sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({told})")
 
 
 def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:

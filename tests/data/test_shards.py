@@ -189,6 +189,11 @@ def test_a_source_of_bad_rows_only_is_an_error(own: RunConfig, tmp_path: Path) -
         pipeline.ensure_shards(own, "validation")
 
 
+def test_a_development_share_that_no_document_falls_into_is_an_error(own: RunConfig) -> None:
+    with pytest.raises(DataError, match=r"custom dev must leave .* is in data\.dev_fraction 1e-06; raise it"):
+        pipeline.ensure_shards(with_values(own, {"data.dev_fraction": 1e-6}), "dev")
+
+
 @pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
 def test_real_data(real_data: Path, tmp_path: Path, dataset: str) -> None:
     values = {
