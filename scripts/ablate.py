@@ -4,6 +4,8 @@
 
 The variants file maps a name to knobs (dotted path → value) laid over the space's ``run:``; an empty mapping is the
 recipe itself. Each pair of variant and seed has a directory of its own: the same command goes on where it was stopped.
+Wires that answer are compared by exact match on the validation split, wires that recite (``dataset: text``) by the
+cross-entropy of recited tokens on the development split, at the length that messages end with.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ import yaml
 
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
-from latentwire.options import with_home
+from latentwire.options import add_flags, read_space, with_home
 from latentwire.storage import write_text
 from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here
@@ -38,42 +40,57 @@ MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
 def runs(options: argparse.Namespace) -> dict[str, RunConfig]:
     """``<variant>-<seed>`` → its configuration. Raises :class:`ConfigError` for a variant that breaks a rule."""
-    space = with_home(load_space(options.space))
+    space = with_home(read_space(options))
     variants = yaml.safe_load(options.variants.read_text())
     if not isinstance(variants, dict):
         raise ConfigError(f"variants must map names to knobs, got {type(variants).__name__} ({options.variants})")
+    names = options.names or list(variants)
+    if unknown := set(names) - set(variants):
+        raise ConfigError(
+            f"--names takes variants of {options.variants} ({', '.join(variants)}), got {', '.join(unknown)}"
+        )
     return {
-        f"{name}-{seed}": with_values(space.run, (knobs or {}) | {"training.seed": seed}, f"{options.variants}: {name}")
-        for name, knobs in variants.items()
+        f"{name}-{seed}": with_values(
+            space.run, (variants[name] or {}) | {"training.seed": seed}, f"{options.variants}: {name}"
+        )
+        for name in names
         for seed in options.seeds
     }
 
 
 def train_one(run: RunConfig, output: Path) -> None:
-    """Train, score the best checkpoint on the validation split, write ``scores.json``."""
+    """Train, score the best checkpoint, write ``scores.json``: what is read → receiver → scores."""
     torch.set_num_threads(1)
     paths = local_shards(run)
-    best = train_here(LatentWire(run), paths, output)
-    wire, _ = load_wire(best)
-    table = shards.read_table(paths["validation"])
-    scores = {mode: summarise(list(predict(wire, table, mode))) for mode in MODES}
+    wire, manifest = load_wire(train_here(LatentWire(run), paths, output))
+    scores: dict[str, dict[str, dict[str, float]]]
+    if run.data.dataset == "text":
+        metrics = {name: f"dev_loss_{name}" for name in wire.receivers} | {"mean": "dev_loss"}
+        scores = {"latent": {name: {"nll": manifest["metrics"][metric]} for name, metric in metrics.items()}}
+    else:
+        table = shards.read_table(paths["validation"])
+        scores = {mode: summarise(list(predict(wire, table, mode))) for mode in MODES}
     write_text(output / "scores.json", json.dumps(scores, indent=1))
 
 
 def table(output: Path, wanted: dict[str, RunConfig]) -> str:
-    """Markdown: per variant the mean exact match over seeds, and its smallest and largest, for each receiver."""
+    """Markdown: per variant the mean score over seeds, and its smallest and largest, for each receiver."""
     names = list(dict.fromkeys(key.rsplit("-", 1)[0] for key in wanted))
-    receivers = [receiver.name for receiver in next(iter(wanted.values())).receivers]
-    lines = ["| variant | " + " | ".join(f"EM {receiver}" for receiver in receivers) + " | mean |"]
+    first = next(iter(wanted.values()))
+    receivers = [receiver.name for receiver in first.receivers]
+    recited = ("nats a token,", "nll", 1, 2)
+    title, score, factor, digits = recited if first.data.dataset == "text" else ("EM", "em", 100, 1)
+    lines = ["| variant | " + " | ".join(f"{title} {receiver}" for receiver in receivers) + " | mean |"]
     lines.append("|---|" + "---|" * (len(receivers) + 1))
     for name in names:
-        scores = [
+        found = [
             json.loads((output / key / "scores.json").read_text()) for key in wanted if key.rsplit("-", 1)[0] == name
         ]
         cells = []
         for receiver in [*receivers, "mean"]:
-            values = [100 * score["latent"][receiver]["em"] for score in scores]
-            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+            values = [factor * scores["latent"][receiver][score] for scores in found]
+            told = [f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values))]
+            cells.append(f"{told[0]} ({told[1]}–{told[2]})" if len(values) > 1 else told[0])
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -81,8 +98,9 @@ def table(output: Path, wanted: dict[str, RunConfig]) -> str:
 def main() -> int:
     """Run what is missing, a few at once, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--space", type=Path, required=True, help="space file; its run: is the recipe")
+    add_flags(parser)
     parser.add_argument("--variants", type=Path, required=True, help="YAML: variant → knobs")
+    parser.add_argument("--names", nargs="+", help="only these variants, in this order")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and table.md go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
