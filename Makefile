@@ -19,11 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 tune: setup
 	$(BIN)/python ray_jobs/tune.py --space $(SPACE) $(ARGS)
 
-test: setup s3server
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
+test: lint s3server
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
