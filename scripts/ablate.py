@@ -40,6 +40,10 @@ MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
 def runs(options: argparse.Namespace) -> dict[str, RunConfig]:
     """``<variant>-<seed>`` → its configuration. Raises :class:`ConfigError` for a variant that breaks a rule."""
+    if options.seed is not None:
+        raise ConfigError(
+            f"variants take their seeds from --seeds, got --seed {options.seed}; say --seeds {options.seed}"
+        )
     space = with_home(read_space(options))
     variants = yaml.safe_load(options.variants.read_text())
     if not isinstance(variants, dict):

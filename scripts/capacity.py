@@ -28,13 +28,11 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.layout import Batch, collate
-from latentwire.data.toy import Kind, facts
+from latentwire.data.toy import Facts, context_of, facts
 from latentwire.models.slots import projections
 
 Read = Callable[[str, Batch], AbstractContextManager[torch.Tensor | None]]
 """Receiver and batch → the soft vectors ``[N, D]`` of its slots, with whatever acts inside the receiver attached."""
-Facts = list[tuple[str, Kind, str]]
-"""Names, kinds and values of one context."""
 TOLD_AT = (0, 10, 30, 100, 300)
 BATCH = 16
 """Contexts of one step of the encoder."""
@@ -51,7 +49,7 @@ class Contexts:
 
     def __init__(self, wire: LatentWire, drawn: list[Facts]) -> None:
         self.wire, self.count = wire, len(drawn)
-        self.texts = [" ".join(kind.fact.format(name=n, value=v) for n, kind, v in context) for context in drawn]
+        self.texts = [context_of(context) for context in drawn]
         self.questions = [kind.question.format(name=n) for context in drawn for n, kind, _ in context]
         self.golds = [value for context in drawn for _, _, value in context]
         self.context_R = [index for index, context in enumerate(drawn) for _ in context]
@@ -115,7 +113,7 @@ def slots_rung(options: argparse.Namespace) -> None:
                 texts = wire.builders[name].tokenize(told.texts, [], [])["context_ids"]
                 pieces = [lm.token_embeddings(torch.tensor(ids)).tensor_split(slots) for ids in texts]
                 start_NLD = torch.stack([torch.stack([piece.mean(0) for piece in row]) for row in pieces])
-                p_NLD[name] = start_NLD.clone().requires_grad_()
+                p_NLD[name] = start_NLD.requires_grad_()
                 width = sum(target.out_features for target in projections(lm.skeleton(), "deep_prefix"))
                 kv_NLE[name] = torch.zeros(told.count, slots, width, requires_grad=inside)
 

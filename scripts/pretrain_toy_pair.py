@@ -38,7 +38,7 @@ from transformers import (
 
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.data.layout import SequenceBuilder, collate
-from latentwire.data.toy import facts, toy_rows
+from latentwire.data.toy import context_of, facts, toy_rows
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -138,8 +138,8 @@ class Task:
     def cloze(self, level: int) -> Row:
         """A context, then one of its facts again; loss on what follows the name."""
         drawn = facts(self.rng, *self.shape(level))
-        first = self.plain(_context(drawn) + "\n")
-        again = self.plain(_context([self.rng.choice(drawn)]))
+        first = self.plain(context_of(drawn) + "\n")
+        again = self.plain(context_of([self.rng.choice(drawn)]))
         return first + again, range(len(first) + 1, len(first) + len(again))
 
     def question(self, level: int) -> Row:
@@ -147,7 +147,7 @@ class Task:
         drawn = facts(self.rng, *self.shape(level))
         name, kind, value = self.rng.choice(drawn)
         builder = self.rng.choices(self.builders, weights=list(ANCHORS.values()))[0]
-        context = "" if self.rng.random() < EMPTY else _context(drawn)
+        context = "" if self.rng.random() < EMPTY else context_of(drawn)
         pieces = builder.tokenize([context], [kind.question.format(name=name)], [value])
         built = builder.text(*(column[0] for column in pieces.values()))
         return built.ids, range(built.answer.start, len(built.ids))
@@ -173,10 +173,6 @@ class Task:
             target += [ids[position] for position in supervised]
             copy += [index < round(copies * size)] * len(supervised)
         return ids_BS, mask_BS, torch.tensor(predict), torch.tensor(target), torch.tensor(copy)
-
-
-def _context(drawn: list[tuple[str, Any, str]]) -> str:
-    return " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn)
 
 
 def losses(net: Any, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, float, float]:

@@ -30,6 +30,8 @@ def test_variants_are_laid_over_the_space_and_its_flags(tmp_path: Path) -> None:
     assert list(SCRIPT["runs"](options(tmp_path, names=["narrow"]))) == ["narrow-0", "narrow-3"]
     with pytest.raises(ConfigError, match=r"--names takes variants of .* \(recipe, narrow\), got wide"):
         SCRIPT["runs"](options(tmp_path, names=["wide"]))
+    with pytest.raises(ConfigError, match="from --seeds, got --seed 3; say --seeds 3"):
+        SCRIPT["runs"](options(tmp_path, "--seed", "3"))
 
 
 def test_answers_are_told_as_exact_match_and_recitals_in_nats(tmp_path: Path) -> None:

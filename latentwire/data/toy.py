@@ -68,7 +68,11 @@ KINDS = (
 )
 
 
-def facts(rng: random.Random, people: int, kinds: int) -> list[tuple[str, Kind, str]]:
+Facts = list[tuple[str, Kind, str]]
+"""Names, kinds and values of one context."""
+
+
+def facts(rng: random.Random, people: int, kinds: int) -> Facts:
     """``people`` × ``kinds`` facts (name, kind, value) in random order; no value stands twice."""
     names = rng.sample(NAMES, people)
     drawn = []
@@ -76,6 +80,11 @@ def facts(rng: random.Random, people: int, kinds: int) -> list[tuple[str, Kind, 
         drawn += [(name, kind, value) for name, value in zip(names, rng.sample(kind.values, people), strict=True)]
     rng.shuffle(drawn)
     return drawn
+
+
+def context_of(drawn: Facts) -> str:
+    """The text that states them."""
+    return " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn)
 
 
 def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2) -> Iterator[dict[str, Any]]:
@@ -90,7 +99,7 @@ def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2) -> Itera
         yield {
             "id": f"toy-{seed}-{number}",
             "document": f"toy-{seed}-{number}",
-            "context": " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn),
+            "context": context_of(drawn),
             "question": kind.question.format(name=name),
             "answers": [value],
         }
