@@ -23,6 +23,7 @@ from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.models.message import Message
 from latentwire.receivers.base import LossTask, part
+from latentwire.training.optimizer import optimizer_of
 from latentwire.training.progress import Progress
 from latentwire.training.workers import Workers
 
@@ -54,7 +55,7 @@ class Trainer:
                 lm.recompute_activations()
             if self.config.compile:
                 lm.fuse()
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), fused=True)
+        self.optimizer = optimizer_of(wire.interlingua, self.config)
         self.scheduler = get_scheduler(
             "cosine_with_min_lr",
             self.optimizer,
@@ -62,22 +63,6 @@ class Trainer:
             num_training_steps=self.total_steps,
             scheduler_specific_kwargs={"min_lr_rate": self.config.min_lr_ratio},
         )
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Encoder and adapters, each with its rate; vectors, gains and embeddings have no decay."""
-        groups = []
-        parts = {"encoder": self.config.encoder_lr, "adapters": self.config.adapter_lr}
-        parts["features"] = self.config.adapter_lr
-        for kind, rate in parts.items():
-            named = [
-                (name, p) for name, p in self.wire.interlingua.named_parameters()
-                if p.requires_grad and name.startswith(kind)
-            ]  # fmt: skip
-            decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
-            others = [p for name, p in named if p.ndim < 2 or "embed" in name]
-            groups.append({"params": decayed, "lr": rate, "weight_decay": self.config.weight_decay})
-            groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
-        return [group for group in groups if group["params"]]
 
     @contextmanager
     def stopped_by(self, signum: signal.Signals) -> Iterator[None]:

@@ -25,7 +25,7 @@ from latentwire.tuning.space import data_variants, largest_run, longest_run
 from latentwire.tuning.sweep import total_steps
 
 BYTES_PER_PARAMETER = 12
-"""Of a trained parameter in a checkpoint: the weight and AdamW's two moments, in fp32."""
+"""Of a trained parameter in a checkpoint: the weight and AdamW's two moments, in fp32. Muon keeps one of a matrix."""
 REACHED = (0.1, 0.5)
 """Share of a plain matrix product's rate that training reaches: small models the lower end, large ones the upper."""
 START_SECONDS = 20.0

@@ -31,6 +31,7 @@ def nothing() -> None:
 
 OVERFIT: dict[str, dict] = {
     "byte": {},
+    "byte-muon": {"training.optimizer": "muon"},
     "byte-ratio": {"encoder.pooling": "spans", "encoder.tokens_per_latent": 3},
     "st": {"encoder.kind": "st", "training.encoder_lr": 2e-3},
     "lm": {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 2, "encoder.pooling": "spans"},
@@ -216,6 +217,7 @@ RESUMED = {
     "dropout": {"encoder.latent_dropout": 0.2},
     "coarsening": {"encoder.pooling": "spans", "encoder.latent_len": 3, "training.coarsening_steps": 4},
     "everything": EVERYTHING | {"training.accumulation": 2, "training.receivers_per_step": "one"},
+    "everything-muon": EVERYTHING | {"training.optimizer": "muon", "training.receivers_per_step": "one"},
     "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
 }
 
