@@ -31,8 +31,8 @@ class TrainingConfig(Section):
     """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: matrices are updated by Muon (arXiv 2502.16982), scaled to AdamW's steps so that rates can stay; vectors,
-    gains, embeddings and queries by AdamW as ever. On the toy pair it learns from about half as many examples
-    (docs/findings.md)."""
+    gains, embeddings and queries by AdamW as ever. It learns sooner on the toy pair (docs/findings.md) and on small real
+    receivers (docs/real_pair.md)."""
     encoder_lr: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate of the encoder."""
     adapter_lr: float = Field(1e-3, gt=0, le=1)
