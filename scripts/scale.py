@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 
-OVERHEAD_S = 27.5
-"""A trial's start and end beside its training, measured on two cores (25 to 30 s)."""
+OVERHEAD_S = 22
+"""A trial's start and end beside its training: ``time_total_s`` less ``train_seconds`` in Tune's results of ``make tune`` on two
+cores, the longest of six (13 to 22 s)."""
 DRIVER_S = 0.086
 """The sweep's driver per trial: suggestion, eight reports, end, checkpoints (scripts/simulate_sweep.py with 1,000 trials)."""
-DRIVER_GB = 0.79
-"""Resident memory on the head for one running trial after its imports: its driver 0.60, its TrainController 0.18."""
+DRIVER_GB = 1.11
+"""Memory of a running trial's processes beside its workers, shared pages by their share (``Pss``): its driver 0.26, Train's
+controller 0.26, SplitCoordinator, DatasetManager, PlacementGroupCleaner, SynchronizationActor and PreemptionWatcher 0.11 to 0.12."""
 STUDY_MB = 0.035
 """The study's journal per trial with eight evaluations (scripts/simulate_sweep.py)."""
 
