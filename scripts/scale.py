@@ -15,7 +15,7 @@ OVERHEAD_S = 22
 cores, the longest of six (13 to 22 s)."""
 DRIVER_S = 0.086
 """The sweep's driver per trial: suggestion, eight reports, end, checkpoints (scripts/simulate_sweep.py with 1,000 trials)."""
-DRIVER_GB = 1.11
+TRIAL_GB = 1.11
 """Memory of a running trial's processes beside its workers, shared pages by their share (``Pss``): its driver 0.26, Train's
 controller 0.26, SplitCoordinator, DatasetManager, PlacementGroupCleaner, SynchronizationActor and PreemptionWatcher 0.11 to 0.12."""
 STUDY_MB = 0.035
@@ -48,7 +48,7 @@ def main() -> None:
             hours = waves * (run.gpu_hours / run.gpus_per_trial + OVERHEAD_S / 3600)
             cells = [
                 trials, gpus, at_once, f"{hours:.1f}", f"{trials * (run.gpu_hours + OVERHEAD_S / 3600):.0f}",
-                f"{at_once * DRIVER_GB + 4:.0f}", f"{store_gb:.1f}", f"{2 * trials * checkpoint_gb + columns_gb:.0f}",
+                f"{at_once * TRIAL_GB + 4:.0f}", f"{store_gb:.1f}", f"{2 * trials * checkpoint_gb + columns_gb:.0f}",
                 f"{trials * STUDY_MB:.1f}", f"{trials * DRIVER_S / (3600 * hours):.1%}",
             ]  # fmt: skip
             print("| " + " | ".join(str(cell) for cell in cells) + " |")

@@ -21,16 +21,13 @@ def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
     groups, matrices = [], set()
     parts = {"encoder": config.encoder_lr, "adapters": config.adapter_lr, "features": config.adapter_lr}
     for part, rate in parts.items():
-        named = [
-            (name, p) for name, p in interlingua.named_parameters()
-            if p.requires_grad and name.startswith(part)
-        ]  # fmt: skip
-        decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
-        others = [p for name, p in named if p.ndim < 2 or "embed" in name]
-        groups.append({"params": decayed, "lr": rate, "weight_decay": config.weight_decay})
+        named = {n: p for n, p in interlingua.named_parameters() if p.requires_grad and n.startswith(part)}
+        decayed = {name: p for name, p in named.items() if p.ndim >= 2 and "embed" not in name}
+        others = [p for name, p in named.items() if name not in decayed]
+        groups.append({"params": list(decayed.values()), "lr": rate, "weight_decay": config.weight_decay})
         groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
         # A table of vectors (queries, controls, places) is no map from one space to another: ``.weight`` alone is.
-        matrices |= {p for name, p in named if p.ndim == 2 and name.endswith(".weight") and "embed" not in name}
+        matrices |= {p for name, p in decayed.items() if p.ndim == 2 and name.endswith(".weight")}
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "muon" and matrices:
         return MuonAndAdamW(_only(groups, matrices, True), _only(groups, matrices, False))
