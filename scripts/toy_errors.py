@@ -1,24 +1,49 @@
 """Which toy questions a wire answers wrongly: by the place of the asked fact in its context, and what was said instead.
 
-python scripts/toy_errors.py runs/one/predictions.parquet
+    python scripts/toy_errors.py runs/one/predictions.parquet --latents 4
+
+``--latents`` tells them also by what shares the asked fact's latent, for wires with ``encoder.span_ends: sentences``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
-from latentwire.data.toy import KINDS
+from latentwire.data.toy import KINDS, Facts
+from latentwire.models.pooling import span_edges
 
 
 def place_of(prediction: dict[str, Any]) -> int:
     """Which fact of the context holds the answer, from 1."""
-    facts = prediction["context"].split(". ")
-    return 1 + next(place for place, fact in enumerate(facts) if prediction["golds"][0] in fact.rstrip(".").split())
+    return 1 + [value for _, _, value in facts_of(prediction)].index(prediction["golds"][0])
+
+
+def facts_of(prediction: dict[str, Any]) -> Facts:
+    """Name, kind and value of each fact of the context, in order."""
+    sentences = [sentence.rstrip(".").split() for sentence in prediction["context"].split(". ")]
+    return [(words[0], next(kind for kind in KINDS if words[-1] in kind.values), words[-1]) for words in sentences]
+
+
+def sharing(prediction: dict[str, Any], latents: int) -> str:
+    """What shares the latent of the asked fact where ``latents`` spans are whole facts; the likest of several."""
+    facts, asked = facts_of(prediction), place_of(prediction) - 1
+    count = torch.tensor([len(facts)])
+    edges = span_edges(count, torch.tensor([latents]), torch.ones(1, len(facts), dtype=torch.bool))[0].tolist()
+    start, end = next(edge for edge in itertools.pairwise(edges) if edge[0] <= asked < edge[1])
+    name, kind, _ = facts[asked]
+    others = [facts[place] for place in range(int(start), int(end)) if place != asked]
+    if any(other[1] == kind for other in others):
+        return "another person's fact of that kind"
+    if any(other[0] != name for other in others):
+        return "another person's fact of another kind"
+    return "the same person's other fact" if others else "nothing"
 
 
 def said_instead(prediction: dict[str, Any]) -> str:
@@ -34,6 +59,7 @@ def main() -> None:
     """Print a Markdown table of exact match, and the counts of wrong answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", type=Path, help="predictions.parquet of a run on the toy")
+    parser.add_argument("--latents", type=int, help="those of a message; at most as many as facts")
     options = parser.parse_args()
     rows = [row for row in pq.read_table(options.predictions).to_pylist() if row["setting"] == "latent"]
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -44,8 +70,19 @@ def main() -> None:
     for receiver, by_place in found.items():
         means = [f"{sum(by_place[place]) / len(by_place[place]):.2f} ({len(by_place[place])})" for place in places]
         print(f"| {receiver} | {' | '.join(means)} |")
+    if options.latents:
+        _print_sharing(rows, options.latents)
     for kind, count in Counter(said_instead(row) for row in rows if not row["em"]).most_common():
         print(f"{count} × {kind}")
+
+
+def _print_sharing(rows: list[dict[str, Any]], latents: int) -> None:
+    by_mate: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_mate[sharing(row, latents)].append(row["em"])
+    print("| what shares the latent | exact match |\n|---|---|")
+    for mate, scores in sorted(by_mate.items()):
+        print(f"| {mate} | {sum(scores) / len(scores):.3f} ({len(scores)}) |")
 
 
 if __name__ == "__main__":

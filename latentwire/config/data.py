@@ -43,6 +43,8 @@ class DataConfig(Section):
     """People in a toy context."""
     toy_kinds: int = Field(2, ge=1, le=4)
     """Facts about each of them."""
+    toy_questions: int = Field(1, ge=1, le=16)
+    """Training rows of each toy context, one for each question; at most people × kinds. Other splits have one."""
     shard_mib: float = Field(16.0, gt=0, le=4_096)
     """Size of the rows in one Parquet shard, in MiB, before they are tokenised and compressed."""
     in_memory: bool = True
@@ -58,5 +60,13 @@ class DataConfig(Section):
         if self.overflow == "chunk" and self.dataset != "text":
             raise ValueError(
                 f"overflow chunk needs dataset text, got {self.dataset}: an answer may lie in another chunk; use truncate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_question_for_each_fact(self) -> DataConfig:
+        if self.toy_questions > (facts := self.toy_people * self.toy_kinds):
+            raise ValueError(
+                f"toy_questions must be ≤ toy_people × toy_kinds = {facts}, got {self.toy_questions}; lower it"
             )
         return self

@@ -57,6 +57,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"encoder.model must name one of the receivers {', '.join(names)}, got {self.encoder.model}"
             )
+        if self.training.questions_together and (self.data.send == "prompt" or self.data.dataset == "text"):
+            raise ValueError(
+                "training.questions_together needs contexts that questions share, got data.send "
+                f"{self.data.send} and dataset {self.data.dataset}; set it false, or send the context alone"
+            )
         if self.data.dataset == "text" and self.losses.asks:
             raise ValueError(
                 "dataset text has no questions, so the weights of answer, first_k and first_token CE and of KD must be 0; "

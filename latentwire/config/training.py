@@ -27,6 +27,10 @@ class TrainingConfig(Section):
     """Batches that are drawn together, sorted by the length of their texts and then parted: less padding, but also
     batches that are less of a random sample. Where length tells what a text is about, many cost learning
     (docs/findings.md). 1: as drawn."""
+    questions_together: bool = False
+    """Rows with one context are shuffled as one and stand in one batch, which encodes it once for all its questions: less
+    work, and each message hears at once of all that was asked of it; but also fewer contexts in a batch. ``samples`` takes
+    whole contexts then. It names the training shards, whose order it decides."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
     optimizer: Literal["adamw", "muon"] = "adamw"

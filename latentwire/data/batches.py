@@ -23,7 +23,10 @@ CUT_BETWEEN = (0.3, 0.8)
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The sender texts of some messages, and for each receiver the sequences that read them."""
+    """The sender texts of some messages, and for each receiver the sequences that read them.
+
+    Rows whose text is the same, as the questions to one context, share a message.
+    """
 
     tokens: Any
     """The texts as the encoder's tokenizer gives them."""
@@ -72,17 +75,20 @@ class TrainingCollator:
 
     def _micro(self, table: pa.Table, coarsening: Coarsening | None, length: int | None, step: int) -> TrainingBatch:
         rows = table.to_pydict()
-        cuts = [cut(text, row) for text, row in zip(rows["context"], rows["id"], strict=True)] if self.continue_ else []
-        parted = [pieces for pieces in cuts if pieces is not None]
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
-        ids = whole + self.encoder.token_ids([before for before, _ in parted])
+        message_R, first_M = once(whole)
+        texts = {column: [values[row] for row in first_M] for column, values in rows.items()}
+        cuts = list(map(cut, texts["context"], texts["id"])) if self.continue_ else []
+        parted = [pieces for pieces in cuts if pieces is not None]
+        ids = [whole[row] for row in first_M] + self.encoder.token_ids([before for before, _ in parted])
         tokens = self.encoder.tokens_of(ids, coarsening, length)
+        following = [after for _, after in parted]
         return TrainingBatch(
             tokens=tokens,
             sequences={
-                name: self._sequences(name, rows, tokens, [after for _, after in parted], step) for name in self.builders
+                name: self._sequences(name, rows, message_R, texts, tokens, following, step) for name in self.builders
             },
-            message_ids={name: self._message_ids(name, rows, [before for before, _ in parted]) for name in self.builders},
+            message_ids={name: self._message_ids(name, texts, [before for before, _ in parted]) for name in self.builders},
             teacher={
                 name: teacher_of(table, name, self.losses) or collate(self._texts(name, rows)) for name in self.builders
             }
@@ -90,19 +96,28 @@ class TrainingCollator:
             else {},
         )  # fmt: skip
 
-    def _sequences(self, name: str, rows: Mapping[str, list], tokens: Any, following: list[str], step: int) -> Batch:
+    def _sequences(
+        self,
+        name: str,
+        rows: Mapping[str, list],
+        message_R: list[int],
+        texts: Mapping[str, list],
+        tokens: Any,
+        following: list[str],
+        step: int,
+    ) -> Batch:
+        """``texts``: a row of each message; ``following``: what comes after the messages that follow those."""
         builder, slots = self.builders[name], self.encoder.slots(tokens, name)
-        count = len(rows["id"])
         question, answer = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
-        asked = range(count if self.asks else 0)  # pretraining on texts alone asks nothing
-        sequences = [builder.latent(slots[i], question[i], answer[i]) for i in asked]
-        messages = list(asked)
+        messages = list(message_R) if self.asks else []  # pretraining on texts alone asks nothing
+        sequences = [builder.latent(slots[m], question[i], answer[i]) for i, m in enumerate(messages)]
         if self.reconstruct:
-            for i, ids in enumerate(self._message_ids(name, rows, [])):
-                said, given = self._stretch(ids, f"{rows['id'][i]} {name} {step}")
-                sequences.append(builder.controlled(slots[i], RECONSTRUCT, said, given))
-                messages.append(i)
-        for place, ids_of_rest in enumerate(builder.tokenize(following, [], [])["context_ids"], start=count):
+            for m, ids in enumerate(self._message_ids(name, texts, [])):
+                said, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
+                sequences.append(builder.controlled(slots[m], RECONSTRUCT, said, given))
+                messages.append(m)
+        following_ids = builder.tokenize(following, [], [])["context_ids"]
+        for place, ids_of_rest in enumerate(following_ids, start=len(texts["id"])):
             sequences.append(builder.controlled(slots[place], CONTINUE, ids_of_rest))
             messages.append(place)
         return collate(sequences, messages=messages)
@@ -129,6 +144,20 @@ class TrainingCollator:
 def sender_texts(send: Literal["context", "prompt"], rows: Mapping[str, list]) -> list[str]:
     """The encoder's input for columns ``context`` and ``question``."""
     return [sender_text(send, c, q) for c, q in zip(rows["context"], rows["question"], strict=True)]
+
+
+def once(texts: list[Any]) -> tuple[list[int], list[int]]:
+    """For each text, as the encoder takes it, its place among the different ones; and where each of those stands first."""
+    place_of: dict[Any, int] = {}
+    first: list[int] = []
+    places = []
+    for row, parts in enumerate(texts):
+        key = tuple(part if isinstance(part, str) else tuple(part) for part in parts)
+        if key not in place_of:
+            place_of[key] = len(first)
+            first.append(row)
+        places.append(place_of[key])
+    return places, first
 
 
 def cut(text: str, row: str) -> tuple[str, str] | None:

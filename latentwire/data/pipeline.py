@@ -40,6 +40,8 @@ LENGTH_EDGES = (0, *(2**power for power in range(3, 21)), 2**40)
 """Edges of the histograms in the manifest, in tokens or bytes."""
 HASH_BITS = 52
 """Bits of the hash that orders rows: Ray's sort takes its boundaries for floats."""
+ROW_BITS = 20
+"""Of them, those that order the rows of one context where those stand together."""
 FOOTER = b"latentwire"
 """Key of a shard's own counts in its Parquet metadata."""
 
@@ -173,7 +175,7 @@ def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.
     piece = sources.Piece(*(batch[name][0] for name in ("name", "start", "stop")))
     source = shards.source_of(split)
     block: list[dict[str, Any]] = []
-    for row in _cleaned(run, source, piece):
+    for row in _cleaned(run, source, piece, together=split == "train" and run.training.questions_together):
         if _belongs(row, run, split):
             block.append(row)
         if len(block) == BLOCK_ROWS:
@@ -182,7 +184,9 @@ def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.
     yield pa.Table.from_pylist(block, CLEAN)
 
 
-def _cleaned(run: RunConfig, source: sources.Split, piece: sources.Piece) -> Iterator[dict[str, Any]]:
+def _cleaned(
+    run: RunConfig, source: sources.Split, piece: sources.Piece, *, together: bool
+) -> Iterator[dict[str, Any]]:
     data, file = run.data, Path(piece.name).name
     for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
         order = _hash(f"{data.seed} {number} {file}")
@@ -190,6 +194,8 @@ def _cleaned(run: RunConfig, source: sources.Split, piece: sources.Piece) -> Ite
             row = sources.clean(raw, data.dataset)
             if data.dataset == "text":  # a paragraph that several rows hold has one place, where it is kept once
                 order = _hash(f"{data.seed} {row['id']}")
+            elif together:
+                order = _hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS | order % 2**ROW_BITS
             yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))
         except sources.RowError as error:
             shown = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
@@ -299,6 +305,7 @@ def _tokenise(table: pa.Table, run: RunConfig, split: shards.ShardSplit) -> tupl
         columns |= {f"{name}_{piece}": id_lists(values) for piece, values in ids.items()}
     sent = [sender_text(run.data.send, *pair) for pair in zip(context, question, strict=True)]
     columns["sender_bytes"] = pa.array([len(text.encode()) for text in sent], pa.int32())
+    columns["sender_hash"] = pa.array(map(_hash, sent), pa.int64())
     if split == "train" and (tokenizer := _encoder_tokenizer(run.model_dump_json())) is not None:
         columns["encoder_ids"] = pa.array(
             token_rows(tokenizer, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))

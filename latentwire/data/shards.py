@@ -21,11 +21,11 @@ from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.weights import load_tokenizer
 from latentwire.storage import Place, place, read_parquet
 
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 ShardSplit = Literal["train", "dev", "validation"]
 SPLITS: tuple[ShardSplit, ...] = ("train", "dev", "validation")
 
-SHARD_KNOBS = ("data.", "prompt.", "encoder.kind", "encoder.model", "encoder.split")
+SHARD_KNOBS = ("data.", "prompt.", "encoder.kind", "encoder.model", "encoder.split", "training.questions_together")
 """Parts of the configuration that shards depend on; a search may vary them only by enumerable choices."""
 MANIFEST = "manifest.json"
 
@@ -42,7 +42,7 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
     data = {name: value for name, value in data.items() if name == sizes[split] or name not in sizes.values()}
     if split == "validation":
-        del data["dev_fraction"]  # which parts the training rows
+        del data["dev_fraction"], data["toy_questions"]  # which tell of the training rows alone
     if run.data.dataset == "toy":  # the generator's length follows from the samples asked for
         data["samples"] = run.data.samples if split != "validation" else None
     spec = {
@@ -62,8 +62,10 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
             for receiver in run.receivers
         },
     }
-    if split == "train" and (tokenizer := encoder_tokenizer(run.encoder, run.receivers)) is not None:
-        spec["encoder"] = {"tokenizer": tokenizer_hash(tokenizer), "split": run.encoder.split}
+    if split == "train":
+        spec["together"] = run.training.questions_together
+        if (tokenizer := encoder_tokenizer(run.encoder, run.receivers)) is not None:
+            spec["encoder"] = {"tokenizer": tokenizer_hash(tokenizer), "split": run.encoder.split}
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16], spec
 
 

@@ -88,7 +88,7 @@ def fingerprint(config: DataConfig, split: Split) -> str:
     for the Hub and the toy."""
     digest = hashlib.sha256(f"{config.dataset} {split}".encode())
     if config.data_dir is None:
-        digest.update(json.dumps([config.toy_people, config.toy_kinds, config.seed]).encode())
+        digest.update(json.dumps([config.toy_people, config.toy_kinds, config.toy_questions, config.seed]).encode())
         return digest.hexdigest()
     system, files = _files(config, split)
     for file in files:
@@ -263,7 +263,8 @@ def _toy(config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
     else:
         count = config.validation_samples or 512
     seed = 2 * config.seed + (split == "validation")  # the two streams never share a seed
-    return toy_rows(count, seed=seed, people=config.toy_people, kinds=config.toy_kinds)
+    questions = config.toy_questions if split == "train" else 1
+    return toy_rows(count, seed=seed, people=config.toy_people, kinds=config.toy_kinds, questions=questions)
 
 
 def _files(config: DataConfig, split: Split) -> tuple[fs.FileSystem, list[fs.FileInfo]]:

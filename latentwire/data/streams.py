@@ -26,6 +26,8 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
     """
     pieces = ("context", "question", "answer")
     columns = ["id", "sender_bytes", *(f"{r.name}_{piece}_ids" for r in run.receivers for piece in pieces)]
+    if run.training.questions_together:
+        columns.append("sender_hash")
     if run.encoder.pretrained:
         columns.append("encoder_ids")
         if not (continued or run.losses.continuation_ce_weight):
@@ -95,14 +97,12 @@ def shuffled_batches(
 
     A last batch that is not full is left out, unless it is the only one.
     """
-    seed = epoch_seed(training, epoch)
-    order = torch.randperm(table.num_rows, generator=torch.Generator().manual_seed(seed)).numpy()
-    drawn = training.batch_size * training.bucket_batches
-    for start in range(0, table.num_rows, drawn):
-        part = table.take(order[start : start + drawn])
-        only = table.num_rows < training.batch_size
-        for batch in length_buckets(part, training.batch_size, seed + start, keep_short=only):
-            yield batch.take(np.arange(rank, batch.num_rows, world))
+    seed, size = epoch_seed(training, epoch), training.batch_size
+    only = table.num_rows < size
+    for start, part in _parts(table, training, seed, size):
+        for batch in length_buckets(part, size, seed + start, keep_short=only):
+            ends = [batch.num_rows * place // world for place in (rank, rank + 1)]  # neighbours may share a context
+            yield batch.slice(ends[0], ends[1] - ends[0])
 
 
 def streamed_batches(
@@ -110,14 +110,38 @@ def streamed_batches(
 ) -> Iterator[pa.Table]:
     """One epoch of a worker's own Ray stream in batches of ``size`` rows, shuffled within a buffer by (seed, epoch)."""
     seed, drawn = epoch_seed(training, epoch), size * training.bucket_batches
-    parts = stream.iter_batches(
-        batch_size=drawn,
-        batch_format="pyarrow",
-        local_shuffle_buffer_size=max(drawn, SHUFFLE_ROWS),
-        local_shuffle_seed=seed,
-    )
+    if training.questions_together:  # Ray shuffles rows one by one
+        window = -(-SHUFFLE_ROWS // drawn) * drawn
+        tables = stream.iter_batches(batch_size=window, batch_format="pyarrow")
+        parts = (
+            part for number, table in enumerate(tables) for _, part in _parts(table, training, seed + number, size)
+        )
+    else:
+        parts = stream.iter_batches(
+            batch_size=drawn,
+            batch_format="pyarrow",
+            local_shuffle_buffer_size=max(drawn, SHUFFLE_ROWS),
+            local_shuffle_seed=seed,
+        )
     for number, part in enumerate(parts):
         yield from length_buckets(part, size, seed + number, keep_short=keep_short)
+
+
+def _parts(table: pa.Table, training: TrainingConfig, seed: int, size: int) -> Iterator[tuple[int, pa.Table]]:
+    """The rows in an order told by ``seed``, in parts of as many batches as are drawn together; each with its first place.
+
+    Neighbours with one sender text stay neighbours where questions go together.
+    """
+    first = np.arange(table.num_rows)
+    if training.questions_together:
+        sender = table["sender_hash"].to_numpy()
+        first = np.flatnonzero(np.append(True, sender[1:] != sender[:-1]))
+    drawn = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).numpy()
+    count = np.diff(np.append(first, table.num_rows))[drawn]
+    order = np.repeat(first[drawn] - (count.cumsum() - count), count) + np.arange(table.num_rows)
+    rows = size * training.bucket_batches
+    for start in range(0, table.num_rows, rows):
+        yield start, table.take(order[start : start + rows])
 
 
 def length_buckets(table: pa.Table, size: int, seed: int, *, keep_short: bool = False) -> Iterator[pa.Table]:

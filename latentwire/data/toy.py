@@ -87,19 +87,19 @@ def context_of(drawn: Facts) -> str:
     return " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn)
 
 
-def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2) -> Iterator[dict[str, Any]]:
+def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2, questions: int = 1) -> Iterator[dict[str, Any]]:
     """``count`` rows with ``id``, ``document``, ``context``, ``question`` and ``answers``; the seed decides all of them.
 
-    ``people`` and ``kinds`` are 1 to 4. One question per context, so every row is a document of its own.
+    ``people`` and ``kinds`` are 1 to 4, ``questions`` to a context 1 to their product. A context is a document of its own.
     """
     rng = random.Random(f"toy {seed}")
-    for number in range(count):
+    for first in range(0, count, questions):
         drawn = facts(rng, people, kinds)
-        name, kind, value = rng.choice(drawn)
-        yield {
-            "id": f"toy-{seed}-{number}",
-            "document": f"toy-{seed}-{number}",
-            "context": context_of(drawn),
-            "question": kind.question.format(name=name),
-            "answers": [value],
-        }
+        for number, (name, kind, value) in enumerate(rng.sample(drawn, questions)[: count - first], start=first):
+            yield {
+                "id": f"toy-{seed}-{number}",
+                "document": f"toy-{seed}-{first}",
+                "context": context_of(drawn),
+                "question": kind.question.format(name=name),
+                "answers": [value],
+            }

@@ -258,9 +258,10 @@ class Trainer:
         Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut it differently.
         """
         total, names = 0.0, self.wire.interlingua.taught_by()
+        own = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
+        messages = self.workers.sum_counts(own, self.wire.interlingua.device)["messages"]
         for batch in batches:
             message = self.wire.interlingua.encode(batch.tokens)
-            messages = self.workers.size * len(message) * len(batches)  # equal parts, to the rounding of the last one
             loss = message.z_BLZ.new_zeros(())
             for name in names:
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)

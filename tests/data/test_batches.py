@@ -10,6 +10,7 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator, cut, padding
 from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT
 from latentwire.models.encoders import InterlinguaEncoder
+from tests.conftest import shard_table, wire_of
 
 
 def collator(wire: LatentWire, values: dict) -> TrainingCollator:
@@ -27,6 +28,19 @@ def test_answers_then_reconstructions_then_continuations(wire: LatentWire, table
         context = table[f"{name}_context_ids"][0].as_py()
         said = sequences.target_N[sequences.row_N == 6].tolist()
         assert batch.message_ids[name][3] + said == context and said
+
+
+def test_rows_with_one_text_share_its_message(run: RunConfig) -> None:
+    wire, table = wire_of(run), shard_table(run, 6, questions=2)
+    values = {"losses.reconstruction_ce_weight": 1.0, "losses.continuation_ce_weight": 1.0}
+    (batch,) = collator(wire, values)(table.take([0, 2, 4, 5, 3, 1]), step=0)
+    assert len(batch.tokens.length_B) == 3 + 3
+    for name, sequences in batch.sequences.items():
+        assert sequences.control_R.tolist() == [ANSWER] * 6 + [RECONSTRUCT] * 3 + [CONTINUE] * 3
+        assert sequences.message_R.tolist() == [0, 1, 2, 2, 1, 0, 0, 1, 2, 3, 4, 5]
+        assert batch.message_ids[name][:3] == table[f"{name}_context_ids"].to_pylist()[::2]
+    (batch,) = collator(wire, {"data.send": "prompt"})(table, step=0)  # where the question is part of it
+    assert batch.sequences["llama"].message_R.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_pretraining_on_texts_asks_nothing(wire: LatentWire, table: pa.Table) -> None:

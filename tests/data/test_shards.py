@@ -1,6 +1,7 @@
 """Shards through Ray Data: whole or absent, split by document, with a reason for every row left out."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,30 @@ def test_training_shards_hold_the_encoders_ids(own: RunConfig) -> None:
     assert table["encoder_ids"].to_pylist() == expected
     assert "encoder_ids" not in shards.read_table(pipeline.ensure_shards(lm, "dev")).column_names
     assert "context" not in streams.training_columns(lm) and "context" in streams.training_columns(own)
+
+
+def test_rows_of_one_context_stand_together_where_that_is_asked_for(own: RunConfig) -> None:
+    lines = [good(number) for number in range(200)]
+    for line in lines:
+        line["context"] = f"Houses of street {int(line['id']) // 4}."
+    (Path(own.data.data_dir) / "train.jsonl").write_text("\n".join(map(json.dumps, lines[::2] + lines[1::2])))
+    together = with_values(own, {"training.questions_together": True})
+    path = pipeline.ensure_shards(together, "train")
+    contexts = shards.read_table(path)["context"].to_pylist()
+    runs = [context for context, _ in itertools.groupby(contexts)]
+    assert len(runs) == len(set(runs)) < len(contexts) and runs != sorted(runs)
+    assert len(shards.read_manifest(path)["files"]) > 1
+    assert streams.training_columns(together) == [
+        *streams.training_columns(own)[:-2],
+        "sender_hash",
+        "context",
+        "question",
+    ]
+    apart = pipeline.ensure_shards(own, "train")
+    assert apart != path and sorted(shards.read_table(apart)["id"].to_pylist()) == sorted(
+        shards.read_table(path)["id"].to_pylist()
+    )
+    assert shards.shard_path(together, "dev") == shards.shard_path(own, "dev")
 
 
 def test_long_texts_are_parted_where_that_is_asked_for(own: RunConfig, tmp_path: Path) -> None:

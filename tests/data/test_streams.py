@@ -28,6 +28,52 @@ def test_an_epoch_is_every_row_once_and_workers_share_it(table: pa.Table) -> Non
     assert joined == [sorted(ids[start : start + 4]) for start in range(0, len(ids), 4)]
 
 
+def asked(contexts: int, rng: np.random.Generator) -> pa.Table:
+    """One to five rows to each context, next to each other."""
+    context = np.repeat(np.arange(contexts), rng.integers(1, 6, contexts))
+    size = rng.integers(1, 1000, contexts)[context]
+    return pa.table({"sender_hash": context, "sender_bytes": size, "id": np.arange(len(context))})
+
+
+@pytest.mark.parametrize("bucket_batches", [1, 3])
+def test_questions_to_one_context_are_shuffled_as_one(bucket_batches: int) -> None:
+    table = asked(100, np.random.default_rng(0))
+    training = TrainingConfig(batch_size=16, bucket_batches=bucket_batches, questions_together=True)
+    batches = list(streams.shuffled_batches(table, training, epoch=0))
+    ids = ids_of(iter(batches))
+    assert len(set(ids)) == len(ids) == table.num_rows - table.num_rows % 16
+    assert ids != ids_of(streams.shuffled_batches(table, training, epoch=1))
+    parted = sum(len(set(batch["sender_hash"].to_pylist())) for batch in batches) - 100
+    assert parted <= len(batches) * 2  # a batch ends within a context at either side, a drawn part at its own
+    halves = [list(streams.shuffled_batches(table, training, 0, rank, 2)) for rank in range(2)]
+    assert [a["id"].to_pylist() + b["id"].to_pylist() for a, b in zip(*halves, strict=True)] == [
+        batch["id"].to_pylist() for batch in batches
+    ]
+
+
+class Windows:
+    """Stands for a worker's Ray stream of rows in the order of the shards."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def iter_batches(self, *, batch_size: int, batch_format: str) -> Iterator[pa.Table]:
+        for start in range(0, self.table.num_rows, batch_size):
+            yield self.table.slice(start, batch_size)
+
+
+def test_streamed_questions_stay_with_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "SHUFFLE_ROWS", 100)
+    table = asked(100, np.random.default_rng(0))
+    training = TrainingConfig(questions_together=True, bucket_batches=2)
+    epochs = [list(streams.streamed_batches(Windows(table), training, e, 16, keep_short=False)) for e in (0, 1)]
+    for batches in epochs:
+        ids = ids_of(iter(batches))
+        assert [batch.num_rows for batch in batches] == [16] * (table.num_rows // 16) and len(set(ids)) == len(ids)
+        assert sum(len(set(batch["sender_hash"].to_pylist())) for batch in batches) - 100 <= len(batches) * 2
+    assert ids_of(iter(epochs[0])) != ids_of(iter(epochs[1]))
+
+
 def lengths(count: int) -> pa.Table:
     return pa.table({"sender_bytes": np.random.default_rng(0).integers(1, 1000, count), "id": np.arange(count)})
 

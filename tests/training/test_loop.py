@@ -17,7 +17,7 @@ from latentwire.models.lm import LMWrapper
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
-from tests.conftest import wire_of
+from tests.conftest import shard_table, wire_of
 from tests.models.test_encoders import sentence_encoder
 
 
@@ -100,6 +100,20 @@ def gradients(run: RunConfig, table: pa.Table) -> dict[str, torch.Tensor]:
 def test_other_orders_of_work_give_the_joint_gradient(run: RunConfig, table: pa.Table, values: dict) -> None:
     run = with_values(run, EVERYTHING)
     joint, parted = gradients(run, table), gradients(with_values(run, values), table)
+    assert joint.keys() == parted.keys() and len(joint) > 10
+    for name, gradient in joint.items():
+        torch.testing.assert_close(parted[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_questions_to_one_message_give_the_gradient_of_a_message_each(run: RunConfig) -> None:
+    table = shard_table(run, 12, questions=2)
+    losses = {name: 0.0 if name in ("reconstruction_ce_weight", "continuation_ce_weight") else value
+              for name, value in EVERYTHING["losses"].items()}  # fmt: skip
+    run = with_values(run, EVERYTHING | {"losses": losses, "training.questions_together": True})
+    run = with_values(run, {"training.batch_size": 12})
+    joint, parted = gradients(run, table), gradients(with_values(run, {"training.accumulation": 12}), table)
+    trainer = trainer_of(run, 12)
+    assert [len(batch.tokens.length_B) for batch in trainer.collate(table, 0)] == [6]
     assert joint.keys() == parted.keys() and len(joint) > 10
     for name, gradient in joint.items():
         torch.testing.assert_close(parted[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
