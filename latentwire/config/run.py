@@ -71,6 +71,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.best_by must be dev_loss for dataset text, which has no answers to score, got dev_f1; leave it out"
             )
+        prefix = self.features.deep_prefix
+        if prefix is not None and self.encoder.d_z % prefix.head_parts:
+            raise ValueError(
+                f"d_z must be a multiple of deep_prefix.head_parts, got {self.encoder.d_z}, {prefix.head_parts}"
+            )
         refiner = self.features.refiner
         if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
             raise ValueError(f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}")

@@ -79,6 +79,9 @@ class EncoderConfig(Section):
     """Where spans end. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
     sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
     (docs/findings.md). Needs ``pooling: spans``."""
+    span_parts: int = Field(1, ge=1, le=64)
+    """A latent is so many parts side by side, each from an equal stretch of its span: what stands first and what stands last
+    in it are then told apart. Needs ``pooling: spans``, and ``d_z`` as a multiple."""
     split: Literal["none", "lines"] = "none"
     """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
@@ -117,6 +120,11 @@ class EncoderConfig(Section):
         if self.span_ends == "sentences" and self.pooling != "spans":
             raise ValueError(
                 f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
+            )
+        if self.span_parts > 1 and (self.pooling != "spans" or self.d_z % self.span_parts):
+            raise ValueError(
+                f"span_parts {self.span_parts} needs pooling spans and d_z as its multiple, got {self.pooling} and {self.d_z}; "
+                f"set them, or span_parts 1"
             )
         if self.private_len and (self.pooling != "queries" or self.split != "none" or self.tokens_per_latent):
             raise ValueError(

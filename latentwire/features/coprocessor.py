@@ -49,5 +49,5 @@ class Coprocessor(Feature):
         for block in blocks:
             x_RSM = block(x_RSM, keep_RS, rotary)
         state_NM = x_RSM[:, : x_RLM.shape[1]][reading.keep_RL]
-        with lm.added_to_slots(self.slots[receiver](state_NM), reading.latents_RS):
+        with lm.added_to_slots(self.slots[receiver](state_NM[:, None]), reading.latents_RS):
             yield

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from latentwire.models.slots import projections
+from latentwire.models.slots import heads_of_entries
+from latentwire.models.weights import ReceiverError
 
 
 class SlotKeyValues(nn.Module):
-    """States ``[N, M]`` → ``[N, E]``, what is added to the slots' keys and values in all layers of one receiver; zero at first."""
+    """States ``[N, P, M]`` → ``[N, E]``, what is added to the slots' keys and values in all layers of one receiver; zero at first.
 
-    def __init__(self, lm: nn.Module, width: int, feature: str) -> None:
+    Each of the P parts of a state makes those of every P-th key-value head, counted through the layers.
+    """
+
+    def __init__(self, lm: nn.Module, width: int, feature: str, parts: int = 1) -> None:
+        """Raises :class:`~latentwire.models.weights.ReceiverError` for a receiver with fewer heads than parts."""
         super().__init__()
-        self.out = nn.Linear(width, sum(projection.out_features for projection in projections(lm, feature)))
+        head_E = heads_of_entries(lm, feature)
+        if (heads := int(head_E[-1]) + 1) < parts:
+            raise ReceiverError(
+                f"{feature}.head_parts must be ≤ the {heads} key-value heads in all layers of the receiver, got {parts}; lower it"
+            )
+        self.out = nn.Linear(width, len(head_E))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        part_E = head_E % parts
+        self.entries_E: torch.Tensor
+        self.place_E: torch.Tensor
+        self.register_buffer("entries_E", part_E.argsort(stable=True), persistent=False)  # by part
+        self.register_buffer("place_E", self.entries_E.argsort(), persistent=False)
+        self.sizes = part_E.bincount().tolist()
 
-    def forward(self, state_NM: torch.Tensor) -> torch.Tensor:
-        """``[N, M]`` → ``[N, E]``."""
-        return self.out(state_NM)
+    def forward(self, state_NPM: torch.Tensor) -> torch.Tensor:
+        """``[N, P, M]`` → ``[N, E]``."""
+        if len(self.sizes) == 1:
+            return self.out(state_NPM.squeeze(1))
+        weights, biases = (t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias))
+        made = [F.linear(*part) for part in zip(state_NPM.unbind(1), weights, biases, strict=True)]
+        return torch.cat(made, 1)[:, self.place_E]

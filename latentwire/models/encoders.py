@@ -77,8 +77,9 @@ class InterlinguaEncoder(nn.Module):
             if config.pooling == "queries"
             else None
         )
+        self.parts = config.span_parts
         self.norm = nn.LayerNorm(self.states.width)
-        self.project = nn.Linear(self.states.width, config.d_z)
+        self.project = nn.Linear(self.states.width, config.d_z // self.parts)
         self.dropout = nn.Dropout(config.latent_dropout)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
@@ -157,11 +158,11 @@ class InterlinguaEncoder(nn.Module):
         x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
         length_B = tokens.latents_B
         pooled_BLM = (
-            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS)
+            span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS, self.parts)
             if self.pool is None
             else self.pool(x_BSM, tokens.length_B, length_B)
         )
-        z_BLZ = self.dropout(self.project(self.norm(pooled_BLM)))
+        z_BLZ = self.dropout(self.project(self.norm(pooled_BLM)).unflatten(1, (-1, self.parts)).flatten(2))
         if tokens.parts is None:
             # Private columns follow the shared ones, of which an evaluation may ask for another number.
             shift = z_BLZ.shape[1] - self.latent_len - sum(map(len, self.private.values()))

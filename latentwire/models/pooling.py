@@ -89,16 +89,22 @@ class Coarsening:
 
 
 def span_means(
-    x_BSM: torch.Tensor, length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None
+    x_BSM: torch.Tensor,
+    length_B: torch.Tensor,
+    spans_B: torch.Tensor,
+    ends_BS: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> torch.Tensor:
-    """Means ``[B, L, M]`` of ``spans_B`` contiguous spans (:func:`span_edges`) of each row's first ``length_B`` vectors
-    (ARC-Encoder, arXiv 2510.20535).
+    """Means ``[B, L·P, M]`` of ``spans_B`` contiguous spans (:func:`span_edges`) of each row's first ``length_B`` vectors
+    (ARC-Encoder, arXiv 2510.20535), each in P equal ``parts``.
 
     Spans share a vector by how much of it they cover; with more spans than vectors, several take the same one. L is
     the largest of ``spans_B``; a row's entries after its own are zero, and so is a row without vectors.
     """
     size_BS = (torch.arange(x_BSM.shape[1], device=x_BSM.device) < length_B[:, None]).float()
-    return overlap_means(x_BSM, size_BS, text_spans(size_BS, length_B, spans_B, ends_BS))
+    start_BL1, end_BL1 = text_spans(size_BS, length_B, spans_B, ends_BS).split(1, -1)
+    edge_BLP = torch.lerp(start_BL1, end_BL1, torch.arange(parts + 1, device=x_BSM.device) / parts)
+    return overlap_means(x_BSM, size_BS, torch.stack((edge_BLP[..., :-1], edge_BLP[..., 1:]), -1).flatten(1, 2))
 
 
 def span_edges(length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None) -> torch.Tensor:

@@ -29,6 +29,17 @@ def projections(lm: nn.Module, feature: str) -> list[nn.Linear]:
     return [projection for attention in attentions for projection in (attention.k_proj, attention.v_proj)]
 
 
+def heads_of_entries(lm: nn.Module, feature: str) -> torch.Tensor:
+    """For each entry ``[E]`` of what :func:`projections` put out together its key-value head, counted through the layers."""
+    heads, first = [], 0
+    for layer in decoder_layers(lm, feature):
+        attention: Any = layer.self_attn
+        head_E = first + torch.arange(attention.k_proj.out_features) // attention.head_dim
+        heads += [head_E, head_E]  # keys, then values
+        first = int(head_E[-1]) + 1
+    return torch.cat(heads)
+
+
 @contextmanager
 def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> Iterator[None]:
     """While the receiver reads sequences whose latents stand at ``latents_RS``, add to their keys and values.

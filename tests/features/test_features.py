@@ -16,7 +16,9 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator
 from latentwire.data.layout import collate
 from latentwire.evaluation.evaluator import predict
+from latentwire.features.base import Reading
 from latentwire.features.registry import FEATURES, keeps_receivers_frozen
+from latentwire.models.weights import ReceiverError
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
@@ -139,6 +141,36 @@ def test_only_lora_touches_what_receivers_compute(run: RunConfig) -> None:
     assert [name for name, kept in frozen.items() if not kept] == ["lora"]
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_head_meets_its_own_part_of_a_latent(run: RunConfig, parts: int) -> None:
+    """Two heads in each of four layers: with two parts, a head has one in every layer; with three, they take turns."""
+    values = {"encoder.d_z": 12, "features.deep_prefix": {"head_parts": parts}}
+    featured = wire_of(with_values(run, values))
+    shake(featured)
+    feature, lm = featured.interlingua.features["deep_prefix"], featured.own("llama").lm
+    z_RLZ = torch.randn(1, 1, 12)
+    latents_RS = torch.tensor([[False, True, False]])
+
+    def added(z_RLZ: torch.Tensor) -> torch.Tensor:
+        """Keys and values of the slot, ``[layers, 2, heads, head's width]``."""
+        found: list[torch.Tensor] = []
+        reading = Reading(
+            z_RLZ, torch.ones(1, 1, dtype=torch.bool), latents_RS, lm.get_input_embeddings(), *2 * [latents_RS]
+        )
+        with torch.no_grad(), feature.attached("llama", featured.receivers["llama"], reading):
+            for layer in lm.base_model.layers:
+                for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    found.append(projection(torch.zeros(1, 3, projection.in_features))[0, 1])
+        return torch.stack(found).view(4, 2, 2, -1)
+
+    for part in range(parts):
+        changed = z_RLZ.clone()
+        changed.view(parts, -1)[part].neg_()
+        moved = (added(changed) - added(z_RLZ)).abs().sum(-1) > 1e-6
+        heads = torch.arange(8).view(4, 1, 2) % parts == part
+        assert torch.equal(moved, heads.expand(4, 2, 2))
+
+
 def test_options_are_checked(run: RunConfig) -> None:
     with pytest.raises(ConfigError, match="did you mean lora"):
         with_values(run, {"features.lorra": {}})
@@ -146,6 +178,10 @@ def test_options_are_checked(run: RunConfig) -> None:
         with_values(run, {"features.latent_adapters": {"depths": [0.0]}})
     with pytest.raises(ConfigError, match="width must be a multiple of 2 × heads"):
         with_values(run, {"features.coprocessor": {"width": 9}})
+    with pytest.raises(ConfigError, match=r"d_z must be a multiple of deep_prefix\.head_parts, got 32, 5"):
+        with_values(run, {"features.deep_prefix": {"head_parts": 5}})
+    with pytest.raises(ReceiverError, match=r"head_parts must be ≤ the 8 key-value heads in all layers"):
+        wire_of(with_values(run, {"features.deep_prefix": {"head_parts": 16}}))
     with pytest.raises(ConfigError, match=r"d_z must be a multiple of 2 × refiner\.heads"):
         with_values(run, {"features.refiner": {"heads": 5}})
 

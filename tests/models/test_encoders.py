@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import BertConfig, BertModel
 
 from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
@@ -147,6 +148,20 @@ def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None
     torch.testing.assert_close(read(message, 0, "qwen"), torch.cat(alone[:2]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(read(message, 1, "qwen"), alone[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(read(message, 2, "qwen"), alone[2], atol=1e-5, rtol=1e-4)
+
+
+def test_parts_of_a_latent_are_the_latents_of_parts_of_its_span() -> None:
+    base = {"kind": "byte", "pooling": "spans", "d_model": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    parted = InterlinguaEncoder(EncoderConfig(**base, latent_len=3, d_z=16, span_parts=2), {}).eval()
+    finer = InterlinguaEncoder(EncoderConfig(**base, latent_len=6, d_z=8), {}).eval()
+    finer.load_state_dict(parted.state_dict())
+    texts = ["Ada lives in Oslo and works as a baker.", "Ben owns a dog."]
+    z_BLZ, finer_BLZ = (encoder(encoder.tokenize(texts)).z_BLZ for encoder in (parted, finer))
+    assert z_BLZ.shape == (2, 3, 16)
+    torch.testing.assert_close(z_BLZ.unflatten(2, (2, 8)).flatten(1, 2), finer_BLZ)
+    with pytest.raises(ValidationError, match="span_parts 2 needs pooling spans and d_z as its multiple"):
+        EncoderConfig(span_parts=2)
 
 
 @pytest.mark.parametrize("kind", ["byte-sentences", "lm-sentences"])

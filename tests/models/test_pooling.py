@@ -19,6 +19,17 @@ def test_spans_are_even_and_share_what_they_cut() -> None:
     assert means(x_BSM, 4, 8) == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
+def test_parts_of_spans_are_equal_stretches_of_each() -> None:
+    x_BSM, length_B, ends_BS = torch.randn(1, 6, 2), torch.tensor([6]), torch.tensor([[0, 0, 0, 1, 0, 1]]).bool()
+    two_B = torch.tensor([2])
+    torch.testing.assert_close(
+        span_means(x_BSM, length_B, two_B, parts=3), span_means(x_BSM, length_B, torch.tensor([6]))
+    )
+    by_sentences = span_means(x_BSM, length_B, two_B, ends_BS, parts=2)[0]  # spans of four states and of two
+    expected = [x_BSM[0, :2].mean(0), x_BSM[0, 2:4].mean(0), x_BSM[0, 4], x_BSM[0, 5]]
+    torch.testing.assert_close(by_sentences, torch.stack(expected))
+
+
 def test_padding_is_in_no_span_and_no_row_sees_another() -> None:
     x_BSM = torch.randn(2, 6, 3)
     changed = x_BSM.clone()

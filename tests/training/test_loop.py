@@ -65,8 +65,9 @@ EVERYTHING = {
         "first_k_ce_weight": 0.5, "first_token_ce_weight": 0.5, "kd_weight": 1.0, "kd_top_k": 5, "hidden_kd_weight": 0.5,
         "reconstruction_ce_weight": 0.5, "continuation_ce_weight": 0.5, "k": 2,
     },
-    "features": {name: {} for name in FEATURES},
+    "features": {name: {"head_parts": 2} if name == "deep_prefix" else {} for name in FEATURES},
     "encoder.pooling": "spans",
+    "encoder.span_parts": 2,
     "encoder.tokens_per_latent": 3,
 }  # fmt: skip
 """Every loss term and every feature at once, on messages of unequal lengths."""
