@@ -34,7 +34,8 @@ def heads_of_entries(lm: nn.Module, feature: str) -> torch.Tensor:
     heads, first = [], 0
     for layer in decoder_layers(lm, feature):
         attention: Any = layer.self_attn
-        head_E = first + torch.arange(attention.k_proj.out_features) // attention.head_dim
+        # On the CPU, where a planner weighs modules on the meta device too.
+        head_E = first + torch.arange(attention.k_proj.out_features, device="cpu") // attention.head_dim
         heads += [head_E, head_E]  # keys, then values
         first = int(head_E[-1]) + 1
     return torch.cat(heads)

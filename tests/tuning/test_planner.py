@@ -28,6 +28,14 @@ def test_parameters_are_counted_from_the_configuration() -> None:
         assert found[receiver.name] == sum(p.numel() for p in LMWrapper(receiver).parameters())
 
 
+def test_features_that_look_at_heads_are_weighed_without_weights() -> None:
+    parted = {"encoder.pooling": "spans", "encoder.span_parts": 2, "features.deep_prefix": {"head_parts": 2}}
+    plain = plan(space(features__deep_prefix={}), {"CPU": 2}, ENOUGH)
+    assert (
+        plan(space(**parted), {"CPU": 2}, ENOUGH).trainable_parameters < plain.trainable_parameters
+    )  # narrower maps from parts of latents
+
+
 def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
     assert plan(space(), {"CPU": 4}, ENOUGH).max_concurrent_trials == 4
     assert plan(space(training__num_workers=2), {"CPU": 4}, ENOUGH).max_concurrent_trials == 2
