@@ -24,7 +24,7 @@ class DeepPrefixFeature(Section):
     hidden: int = Field(128, ge=1, le=8192)
     """Hidden width of the map from latents to keys and values."""
     head_parts: int = Field(1, ge=1, le=64)
-    """Parts of a latent that are read by different key-value heads: each makes the keys and values of every so-manieth
+    """Parts of a latent that are read by different key-value heads: of n, each makes the keys and values of every n-th
     head, counted through the layers. Facts that share a latent stay apart then (docs/findings.md); with
     ``encoder.span_parts`` the parts are stretches of its text. ``d_z`` must be a multiple."""
 
