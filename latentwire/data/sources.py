@@ -84,8 +84,7 @@ def read(config: DataConfig, split: Split, piece: Piece) -> Iterator[Row]:
 
 
 def fingerprint(config: DataConfig, split: Split) -> str:
-    """Hash of what a source holds: names and bytes of local files, names, sizes and times of remote ones, ids and seeds
-    for the Hub and the toy."""
+    """Hash of a source: names and bytes of local files, names, sizes and times of remote ones, ids and seeds of the others."""
     digest = hashlib.sha256(f"{config.dataset} {split}".encode())
     if config.data_dir is None:
         digest.update(json.dumps([config.toy_people, config.toy_kinds, config.toy_questions, config.seed]).encode())
