@@ -28,6 +28,7 @@ def names_by_optimizer(trainer: Trainer) -> dict[str, set[str]]:
 def test_muon_has_every_matrix_and_nothing_else(run: RunConfig) -> None:
     values = EVERYTHING | {
         "encoder.pooling": "queries",
+        "encoder.span_parts": 1,
         "encoder.tokens_per_latent": None,
         "adapter.slot_positions": True,
     }
