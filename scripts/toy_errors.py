@@ -32,7 +32,7 @@ def facts_of(prediction: dict[str, Any]) -> Facts:
 
 
 def sharing(prediction: dict[str, Any], latents: int) -> str:
-    """What shares the latent of the asked fact where ``latents`` spans are whole facts; the likest of several."""
+    """What shares the latent of the asked fact where ``latents`` spans are whole facts; the most alike of several."""
     facts, asked = facts_of(prediction), place_of(prediction) - 1
     count = torch.tensor([len(facts)])
     edges = span_edges(count, torch.tensor([latents]), torch.ones(1, len(facts), dtype=torch.bool))[0].tolist()

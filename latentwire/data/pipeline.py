@@ -305,7 +305,8 @@ def _tokenise(table: pa.Table, run: RunConfig, split: shards.ShardSplit) -> tupl
         columns |= {f"{name}_{piece}": id_lists(values) for piece, values in ids.items()}
     sent = [sender_text(run.data.send, *pair) for pair in zip(context, question, strict=True)]
     columns["sender_bytes"] = pa.array([len(text.encode()) for text in sent], pa.int32())
-    columns["sender_hash"] = pa.array(map(_hash, sent), pa.int64())
+    if split == "train" and run.training.questions_together:
+        columns["sender_hash"] = pa.array(map(_hash, sent), pa.int64())
     if split == "train" and (tokenizer := _encoder_tokenizer(run.model_dump_json())) is not None:
         columns["encoder_ids"] = pa.array(
             token_rows(tokenizer, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))

@@ -21,7 +21,7 @@ from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.weights import load_tokenizer
 from latentwire.storage import Place, place, read_parquet
 
-SHARD_VERSION = 3
+SHARD_VERSION = 2
 ShardSplit = Literal["train", "dev", "validation"]
 SPLITS: tuple[ShardSplit, ...] = ("train", "dev", "validation")
 

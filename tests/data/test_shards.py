@@ -168,6 +168,8 @@ def test_rows_of_one_context_stand_together_where_that_is_asked_for(own: RunConf
         "context",
         "question",
     ]
+    asked_more = with_values(own, {"data.toy_questions": 2})  # which tells of training rows alone
+    assert shards.shard_path(asked_more, "validation") == shards.shard_path(own, "validation")
     apart = pipeline.ensure_shards(own, "train")
     assert apart != path and sorted(shards.read_table(apart)["id"].to_pylist()) == sorted(
         shards.read_table(path)["id"].to_pylist()
