@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+
+RETRIES = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts.*", re.DOTALL)
+"""What Ray Data appends to the text of every error in a task: how its own retries are set."""
 
 
 class UserError(Exception):
@@ -15,9 +19,9 @@ class UserError(Exception):
 def fail(error: Exception) -> int:
     """Print one clear error and return the exit status for it.
 
-    What a Ray task raised comes with the task's traceback for a text; its cause has the one line.
+    What a Ray task raised comes with the task's traceback for a text; its cause has the one line, and Ray Data's advice after it.
     """
     while isinstance(cause := getattr(error, "cause", None), Exception):
         error = cause
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {RETRIES.sub('', str(error))}", file=sys.stderr, flush=True)
     return 2

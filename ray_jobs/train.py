@@ -24,6 +24,7 @@ from latentwire.training import kept
 from latentwire.training.local import metric_of
 from latentwire.training.loop import TrainingError
 from latentwire.tuning import planner, remote, report, scoring, sweep, trial
+from latentwire.tuning.space import variant_key
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -44,7 +45,7 @@ def main() -> int:
         sweep.start_ray()
         plan = planner.plan_on_cluster(planner.alone(space))
         print(plan, flush=True)
-        files = sweep.prepare(space, plan.gpus_per_worker)[trial.variant_key(run)]
+        files = sweep.prepare(space, plan.gpus_per_worker)[variant_key(run)]
         kept.clear_debris(output)
         metric, mode = metric_of(run)
         trial.make_trainer(

@@ -41,8 +41,8 @@ from latentwire.training.loop import Trainer
 from latentwire.tuning import sweep
 from latentwire.tuning.resume import SPACE_FILE
 from latentwire.tuning.searcher import objectives
+from latentwire.tuning.space import variant_key
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
-from latentwire.tuning.trial import variant_key
 
 REPOSITORY = Path(__file__).parent.parent
 EVALUATIONS = 4

@@ -24,7 +24,7 @@ from latentwire.tuning import (
     sweep,
 )
 from latentwire.tuning.planner import Plan
-from latentwire.tuning.trial import variant_key
+from latentwire.tuning.space import variant_key
 
 
 def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: Mapping[str, Any] | None = None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 from latentwire.config import CategoricalDimension, RunConfig, SpaceFile
-from latentwire.config.resolve import ConfigError, search_order, with_values
+from latentwire.config.resolve import ConfigError, knobs, search_order, with_values
 from latentwire.data.shards import SHARD_KNOBS
 from latentwire.data.teachers import TEACHER_KNOBS, TEACHER_SIZES
 
@@ -65,6 +67,15 @@ def data_variants(space: SpaceFile) -> list[RunConfig]:
         drawn = longer
     largest = {name: value for name, value in _largest(space).items() if name in TEACHER_SIZES}
     return [with_values(space.run, largest | values) for values in drawn]
+
+
+def variant_key(run: RunConfig) -> str:
+    """Names a run's shards and teachers' columns among those of its sweep: all that they hang on, and no tokenizer is loaded.
+
+    A bundle is left out, since the knobs that it sets tell of it.
+    """
+    told = [path for path, _ in knobs() if _needs_files(path) and path != "losses.bundle"]
+    return json.dumps({path: functools.reduce(getattr, path.split("."), run) for path in told})
 
 
 def _needs_files(dotted: str) -> bool:

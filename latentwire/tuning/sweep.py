@@ -1,4 +1,4 @@
-"""A sweep: shards once, trials by Tune and Optuna, the best one reloaded, scored and exported."""
+"""The search of a sweep: files once for all trials, then Tune with Optuna and a scheduler over them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from latentwire.tuning import progress
 from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
-from latentwire.tuning.space import data_variants, largest_run, longest_run
+from latentwire.tuning.space import data_variants, largest_run, longest_run, variant_key
 from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
-from latentwire.tuning.trial import NUMBER, Variant, drive_trial, variant_key
+from latentwire.tuning.trial import NUMBER, Variant, drive_trial
 
 SHARDS_AT_ONCE = 3
 """Splits that are sharded side by side."""
@@ -71,19 +71,16 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
 
     A few splits are made at once: one small source is one task, which leaves the other cores idle.
     """
-    variants = list(data_variants(space))
+    variants = data_variants(space)
+    named = [{split: shards.shard_path(run, split) for split in shards.SPLITS} for run in variants]
+    needed = {path: (run, split) for run, own in zip(variants, named, strict=True) for split, path in own.items()}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        waiting = {
-            (variant_key(run), split): pool.submit(pipeline.ensure_shards, run, split)
-            for run in variants
-            for split in shards.SPLITS
-        }
-        paths = {key: future.result() for key, future in waiting.items()}
+        for made in [pool.submit(pipeline.ensure_shards, *of) for of in needed.values()]:
+            made.result()
     continued = any(run.losses.continuation_ce_weight for run in (*variants, largest_run(space)))
     files: dict[str, Files] = {}
-    for run in variants:
+    for run, own in zip(variants, named, strict=True):
         key = variant_key(run)
-        own = {split: paths[key, split] for split in shards.SPLITS}
         said = teachers.ensure_teachers(run, own["train"], gpus_per_worker)
         if key not in files or said:  # of two bundles with the same shards, one may need a teacher
             files[key] = Files(own, said, tuple(streams.training_columns(run, continued=continued)))

@@ -6,7 +6,6 @@ the workers run lies in :mod:`latentwire.tuning.worker`.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import Place, delete, write_text
+from latentwire.tuning.space import variant_key
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
@@ -59,15 +59,6 @@ class Variant:
 def trial_path(trial_dir: Place, number: int) -> Place:
     """Where a trial keeps its checkpoints, whichever driver runs it."""
     return trial_dir / f"trial-{number}"
-
-
-def variant_key(run: RunConfig) -> str:
-    """Names the files of a run within one sweep."""
-    losses = run.losses
-    said = [losses.kd_temperature, losses.kd_top_k, losses.hidden_kd_depths]
-    encoder = [run.encoder.kind, run.encoder.model, run.encoder.split]
-    tree = {"data": run.data.model_dump(), "prompt": run.prompt.model_dump(), "encoder": encoder, "teachers": said}
-    return json.dumps(tree, sort_keys=True)
 
 
 def drive_trial(

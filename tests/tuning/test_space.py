@@ -5,11 +5,13 @@ from pathlib import Path
 import optuna
 import pytest
 
-from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
+from latentwire.data.shards import SHARD_KNOBS
+from latentwire.data.teachers import TEACHER_KNOBS
 from latentwire.tuning.searcher import check_searchable
-from latentwire.tuning.space import check_metrics, data_variants, largest_run
+from latentwire.tuning.space import check_metrics, data_variants, largest_run, variant_key
 from latentwire.tuning.study import distribution, draw
-from latentwire.tuning.trial import variant_key
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 TEXT = """
@@ -65,6 +67,25 @@ def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(
     drawn = {variant_key(with_values(space.run, draw(study.ask(), space.search))) for _ in range(40)}
     assert drawn == made and len(made) == 3
     assert (largest_run(space).encoder.pooling, largest_run(space).encoder.private_len) == ("queries", 3)
+
+
+OTHER = {
+    "training.questions_together": True, "prompt.anchor": "A: ", "data.seed": 1, "encoder.kind": "lm", "encoder.model": "toy-qwen",
+    "encoder.split": "lines", "losses.kd_temperature": 2.0, "losses.kd_top_k": 8, "losses.hidden_kd_depths": (1.0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OTHER)
+def test_all_that_files_hang_on_tells_a_sweeps_files_apart(path: str) -> None:
+    run = with_values(RunConfig(), {"encoder.model": "toy-llama"})
+    assert variant_key(with_values(run, {path: OTHER[path]})) != variant_key(run)
+
+
+def test_what_files_hang_on_are_knobs_and_tested() -> None:
+    known = [path for path, _ in knobs()]
+    for knob in (*SHARD_KNOBS, *TEACHER_KNOBS):
+        assert any(path.startswith(knob) for path in known), knob
+        assert knob == "losses.bundle" or any(path.startswith(knob) for path in OTHER), knob
 
 
 def test_a_dimension_with_a_condition_is_drawn_where_it_holds(tmp_path: Path) -> None:
