@@ -55,7 +55,7 @@ def write(run: RunConfig, manifest: dict[str, Any]) -> str:
          else "The receivers are **not frozen**: low-rank updates of their weights act while they read a message."),
         _receivers(run, manifest),
         "## Data",
-        f"{SOURCES.get(run.data.dataset, run.data.dataset)}. {_rows(run)} The encoder reads the {_sent(run)}.",
+        f"{SOURCES[run.data.dataset]}. {_rows(run)} The encoder reads the {_sent(run)}.",
         "## Scores",
         _scores(manifest["metrics"].get("validation") or {}, {receiver.name for receiver in run.receivers}),
         "## Use",

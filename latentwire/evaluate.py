@@ -17,6 +17,7 @@ from pathlib import Path
 
 from latentwire import exports
 from latentwire.config import DataConfig
+from latentwire.config.resolve import validate
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 def official(options: argparse.Namespace) -> int:
     """Score a file of answers as the official script does, and print its names and digits."""
-    data = DataConfig(dataset=options.dataset, data_dir=options.data_dir)
+    data = validate(DataConfig, {"dataset": options.dataset, "data_dir": options.data_dir}, "command line")
     scores, missing = score_file(options.predictions, data, shards.source_of(options.split))
     if missing:
         print(f"{missing} questions are not answered and score 0", file=sys.stderr)

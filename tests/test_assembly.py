@@ -11,10 +11,11 @@ from transformers import GenerationConfig
 
 import latentwire
 from latentwire.assembly import LatentWire
+from latentwire.card import write as card_of
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.toy import toy_rows
-from latentwire.exports import CheckpointError, choose_receivers
+from latentwire.exports import CheckpointError, choose_receivers, read_run
 from latentwire.models.message import Message
 from latentwire.training import checkpoints
 from latentwire.wire import WireError, join
@@ -230,6 +231,8 @@ def test_the_card_says_what_it_is_for_whom_and_how_good(export: Path) -> None:
     assert "| **the message** | qwen | 50.0 [40.0, 60.0] | 62.5 [50.0, 75.0] | 1.25 | 384 |" in card
     assert "| **the message** as int8 | qwen | 50.0" in card
     assert "| nothing | llama | 0.0 [0.0, 60.0]" in card and "| mean |" not in card
+    del manifest["metrics"]["validation"]["closed_book"]["llama"]["nll"]  # scored by a version that did not tell
+    assert "| nothing | llama | 0.0 [0.0, 60.0] | 62.5 [50.0, 75.0] | – | 384 |" in card_of(read_run(export), manifest)
 
 
 def test_the_card_says_not_frozen_and_not_scored(run: RunConfig, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("run: {encoder: {d_model: 30, heads: 4}}", "d_model must be a multiple of 2 × heads"),
         ("search: {encoder.latentlen: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
         ("search: {latent_len: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
+        ("search: {hidden: {type: int, low: 1, high: 4}}", "did you mean features.deep_prefix.hidden?"),
         ("search: {encoder.latent_len: {type: int, low: 0, high: 4}}", "latent_len must be ≥ 1, got 0"),
         ("search: {encoder.latent_len: {type: float, low: 4, high: 16}}", "encoder.latent_len is no real number"),
         ("search: {encoder.latent_len: {type: int, low: 8, high: 4}}", "low must be ≤ high, got 8 > 4"),
@@ -51,6 +52,10 @@ def write(tmp_path: Path, text: str) -> Path:
         ("[1, 2]", "must hold a mapping"),
         ("run: {a: b: c}", "must be valid YAML"),
         ("run: {data: {overflow: chunk}}", "overflow chunk needs dataset text, got toy"),
+        ("run: {data: {dataset: sqaud}}", "dataset: input should be 'toy', 'squad'"),
+        ("run: {data: {data_dir: here}}", "dataset toy is generated and reads no files, got data_dir here"),
+        ("run: {data: {toy_questions: 7}}", "toy_questions must be ≤ toy_people × toy_kinds = 6, got 7"),
+        ("run: {data: {send: prompt}, training: {questions_together: true}}", "needs contexts that questions share"),
         ("run: {encoder: {kind: lm}}", "encoder kind lm needs a backbone, got model null"),
         (
             "run: {encoder: {kind: lm, model: 'receiver:gpt'}}",

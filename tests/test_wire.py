@@ -129,6 +129,10 @@ def test_each_rule_has_its_own_clear_error() -> None:
         (forge(packet, 6, b"\1"), "payload must be zstd of 80 bytes"),
         (forge(packet, 7, b"\1"), "private group must name a receiver"),
         (forge(packet, 7, b"\xff"), "private group must name a receiver"),
+        (
+            forge(packet[:7] + b"\1" + packet[8:38] + packet[-4:], 0, b"L"),
+            "must hold its 1 private groups, it ends before",
+        ),
         (forge(packet, 24, struct.pack("<I", 2**32 - 1)), "payload bytes must have 17,179,869,300 bytes, got 128"),
         (forge(packet, 24, struct.pack("<I", 0)), "must hold rows and latents, got 0 rows"),
         (forge(packet, 28, struct.pack("<I", 2**31)), "must unpack to at most 268,435,456 bytes"),

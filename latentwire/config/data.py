@@ -13,14 +13,14 @@ class DataConfig(Section):
     """What is read, and how it is split. All but ``shard_dir``, ``in_memory`` and ``stream_cpus`` names the shards;
     of ``data_dir`` the files' contents count and not the path."""
 
-    dataset: str = "toy"
-    """``toy``, ``squad``, ``hotpotqa``, ``custom`` (jsonl/parquet with ``context``, ``question``, ``answers``), or ``text``:
-    jsonl/parquet with a ``text`` or ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without
-    questions; a text that stands in several rows of a file is read once."""
+    dataset: Literal["toy", "squad", "hotpotqa", "custom", "text"] = "toy"
+    """``custom``: jsonl/parquet with ``context``, ``question``, ``answers``. ``text``: jsonl/parquet with a ``text`` or
+    ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without questions; a text that stands in several
+    rows of a file is read once. ``toy`` is generated."""
     data_dir: Address | None = None
     """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with ``train.*`` and ``validation.*`` (parquet in the
     Hub's schema, official JSON, or jsonl), or with a directory of the dataset's name that has them.
-    ``None``: the Hub (``squad``, ``hotpotqa``) or the generator (``toy``)."""
+    ``None``: the Hub (``squad``, ``hotpotqa``), or ``toy``, which reads no files."""
     samples: int = Field(20_000, ge=0)
     """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below
     count rows before they are cut into chunks."""
@@ -54,6 +54,15 @@ class DataConfig(Section):
     """CPUs kept free for each trial's reading tasks where rows are streamed."""
     shard_dir: Address = "shards"
     """Directory or URI (``s3://…``, ``gs://…``) where shards live, in directories named by the hash of what made them."""
+
+    @model_validator(mode="after")
+    def _files_where_they_are_read(self) -> DataConfig:
+        if self.dataset == "toy" and self.data_dir is not None:
+            raise ValueError(
+                f"dataset toy is generated and reads no files, got data_dir {self.data_dir}; name the dataset that they hold: "
+                f"squad, hotpotqa, custom or text"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chunks_are_texts(self) -> DataConfig:

@@ -13,10 +13,6 @@ from latentwire.config.section import Address, Section
 class TrainingConfig(Section):
     """The optimisation loop."""
 
-    def gpus_each(self, resources: Mapping[str, float]) -> float:
-        """GPUs that one worker asks a cluster with these resources for."""
-        return self.gpus_per_worker if self.gpus_per_worker is not None else (1.0 if resources.get("GPU") else 0.0)
-
     epochs: int = Field(1, ge=1)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
@@ -107,6 +103,10 @@ class TrainingConfig(Section):
     ``{"accelerator_type:L40S": 0.001}``."""
     max_failures: int = Field(2, ge=0)
     """Worker deaths that one trial survives, each time from its last checkpoint."""
+
+    def gpus_each(self, resources: Mapping[str, float]) -> float:
+        """GPUs that one worker asks a cluster with these resources for."""
+        return self.gpus_per_worker if self.gpus_per_worker is not None else (1.0 if resources.get("GPU") else 0.0)
 
 
 class EvaluationConfig(Section):

@@ -78,49 +78,54 @@ class TrainingCollator:
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
         message_R, first_M = once(whole)
         texts = {column: [values[row] for row in first_M] for column, values in rows.items()}
-        cuts = list(map(cut, texts["context"], texts["id"])) if self.continue_ else []
+        cuts = map(cut, texts["context"], texts["id"]) if self.continue_ else ()
         parted = [pieces for pieces in cuts if pieces is not None]
         ids = [whole[row] for row in first_M] + self.encoder.token_ids([before for before, _ in parted])
         tokens = self.encoder.tokens_of(ids, coarsening, length)
-        following = [after for _, after in parted]
-        return TrainingBatch(
-            tokens=tokens,
-            sequences={
-                name: self._sequences(name, rows, message_R, texts, tokens, following, step) for name in self.builders
-            },
-            message_ids={name: self._message_ids(name, texts, [before for before, _ in parted]) for name in self.builders},
-            teacher={
-                name: teacher_of(table, name, self.losses) or collate(self._texts(name, rows)) for name in self.builders
-            }
-            if self.teach
-            else {},
-        )  # fmt: skip
+        sequences, message_ids = {}, {}
+        for name in self.builders:
+            slots = self.encoder.slots(tokens, name)
+            sequences[name], message_ids[name] = self._read_by(name, rows, message_R, texts, parted, slots, step)
+        return TrainingBatch(tokens, sequences, message_ids, self._teachers(table, rows) if self.teach else {})
 
-    def _sequences(
+    def _read_by(
         self,
         name: str,
         rows: Mapping[str, list],
         message_R: list[int],
         texts: Mapping[str, list],
-        tokens: Any,
-        following: list[str],
+        parted: list[tuple[str, str]],
+        slots: list[int],
         step: int,
-    ) -> Batch:
-        """``texts``: a row of each message; ``following``: what comes after the messages that follow those."""
-        builder, slots = self.builders[name], self.encoder.slots(tokens, name)
-        question, answer = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
-        messages = list(message_R) if self.asks else []  # pretraining on texts alone asks nothing
-        sequences = [builder.latent(slots[m], question[i], answer[i]) for i, m in enumerate(messages)]
-        if self.reconstruct:
-            for m, ids in enumerate(self._message_ids(name, texts, [])):
-                said, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
-                sequences.append(builder.controlled(slots[m], RECONSTRUCT, said, given))
-                messages.append(m)
-        following_ids = builder.tokenize(following, [], [])["context_ids"]
-        for place, ids_of_rest in enumerate(following_ids, start=len(texts["id"])):
-            sequences.append(builder.controlled(slots[place], CONTINUE, ids_of_rest))
-            messages.append(place)
-        return collate(sequences, messages=messages)
+    ) -> tuple[Batch, list[list[int]]]:
+        """What one receiver reads, and its own ids of each message's text.
+
+        ``texts``: a row of each message; ``parted``: beginnings that messages follow those for, and what comes after them.
+        """
+        builder = self.builders[name]
+        messages: list[int] = []
+        sequences: list[Sequence] = []
+        own = [
+            builder.message_ids(*ids)
+            for ids in zip(texts[f"{name}_context_ids"], texts[f"{name}_question_ids"], strict=True)
+        ]
+        before, after = (builder.tokenize([pair[part] for pair in parted], [], [])["context_ids"] for part in (0, 1))
+        if self.asks:  # pretraining on texts alone asks nothing
+            asked = zip(message_R, rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True)
+            sequences += [builder.latent(slots[m], question, answer) for m, question, answer in asked]
+            messages += message_R
+        for m, ids in enumerate(own if self.reconstruct else ()):
+            said, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
+            sequences.append(builder.controlled(slots[m], RECONSTRUCT, said, given))
+            messages.append(m)
+        for m, ids in enumerate(after, start=len(own)):
+            sequences.append(builder.controlled(slots[m], CONTINUE, ids))
+            messages.append(m)
+        return collate(sequences, messages=messages), own + before
+
+    def _teachers(self, table: pa.Table, rows: Mapping[str, list]) -> dict[str, Batch | Teacher]:
+        """What each receiver said on the texts, where the rows tell, else the texts for it to read."""
+        return {n: teacher_of(table, n, self.losses) or collate(self._texts(n, rows)) for n in self.builders}
 
     def _stretch(self, ids: list[int], seed: str) -> tuple[list[int], int]:
         """What of a text is said again, after how many tokens that are given."""
@@ -129,12 +134,6 @@ class TrainingCollator:
         start = random.Random(seed).randint(0, len(ids) - self.stretch)
         given = min(start, self.cue)
         return ids[start - given : start + self.stretch], given
-
-    def _message_ids(self, name: str, rows: Mapping[str, list], before: list[str]) -> list[list[int]]:
-        builder = self.builders[name]
-        context, question = rows[f"{name}_context_ids"], rows[f"{name}_question_ids"]
-        ids = [builder.message_ids(c, q) for c, q in zip(context, question, strict=True)]
-        return ids + builder.tokenize(before, [], [])["context_ids"]
 
     def _texts(self, name: str, rows: Mapping[str, list]) -> list[Sequence]:
         columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))

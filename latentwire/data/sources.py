@@ -56,6 +56,10 @@ class Piece:
 def pieces(config: DataConfig, split: Split) -> list[Piece]:
     """What tasks can read side by side. Raises :class:`DataError` for files that hold no such data."""
     if config.data_dir is None:
+        if config.dataset in ("custom", "text"):
+            raise DataError(
+                f"dataset {config.dataset} needs the directory of its files, got none; name it by --data_dir"
+            )
         return [Piece(config.dataset)]
     system, files = _files(config, split)
     found = []
@@ -75,12 +79,8 @@ def read(config: DataConfig, split: Split, piece: Piece) -> Iterator[Row]:
         yield from _read(config, piece)
     elif config.dataset == "toy":
         yield from _toy(config, split)
-    elif config.dataset in HUB_IDS:
-        yield from _hub_rows(config.dataset, split)
     else:
-        raise DataError(
-            f"dataset must be toy, {' or '.join(HUB_IDS)}, or come with --data_dir, got {config.dataset} without one"
-        )
+        yield from _hub_rows(config.dataset, split)
 
 
 def fingerprint(config: DataConfig, split: Split) -> str:
@@ -348,10 +348,9 @@ def _lines(system: fs.FileSystem, piece: Piece) -> Iterator[bytes]:
         if place:
             stream.seek(place - 1)
             place += len(stream.readline()) - 1  # to the first line that begins here
-        while piece.stop is None or place < piece.stop:
-            line = stream.readline()
-            if not line:
-                return
+        for line in stream:
+            if piece.stop is not None and place >= piece.stop:
+                break
             place += len(line)
             if line.strip():
                 yield line

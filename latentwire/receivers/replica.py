@@ -13,7 +13,7 @@ import torch
 
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.own import OwnReceiver
-from latentwire.receivers.requests import Request
+from latentwire.receivers.requests import LookUp, Request
 
 
 @dataclass
@@ -62,12 +62,11 @@ class Replica:
         self._thread = threading.Thread(target=self._run, name=f"replica {lm.name}", daemon=True)
         self._thread.start()
 
-    def ask(self, asker: str, request: Request) -> Any:
+    def ask(self, asker: str, request: Request | LookUp) -> Any:
         """The answer to one request, when it comes; to a look-up, at once. Raises what answering it alone raises."""
-        if request.positions == 0:
+        if isinstance(request, LookUp):
             with self._looking:
-                (found,) = request.answer(self.lm, [request])
-            return found
+                return request.answer(self.lm)
         with self._room:
             waiting = _Waiting(asker, request, next(self._arrivals))
             with self._changed:

@@ -29,12 +29,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request(ABC):
-    """One trial's question to a receiver."""
+    """One trial's question to a receiver that is read for it, in a pass that may answer others too."""
 
     @property
     @abstractmethod
     def positions(self) -> int:
-        """Rows times positions: what a pass over it costs. 0: a look-up, answered at once and alone."""
+        """Rows times positions: what a pass over it costs."""
 
     @property
     @abstractmethod
@@ -45,6 +45,15 @@ class Request(ABC):
     @abstractmethod
     def answer(lm: OwnReceiver, requests: Sequence[Any]) -> list[Any]:
         """An answer to each of several requests that are alike, as if it had been alone."""
+
+
+@dataclass(frozen=True)
+class LookUp(ABC):
+    """One trial's question that nothing need be read for: answered at once and alone."""
+
+    @abstractmethod
+    def answer(self, lm: OwnReceiver) -> Any:
+        """What is looked up."""
 
 
 @dataclass(frozen=True)
@@ -175,58 +184,40 @@ class GenerateRequest(Request):
 
 
 @dataclass(frozen=True)
-class LookUp(Request):
-    """Something that no pass is needed for."""
-
-    @property
-    def positions(self) -> int:
-        """None is read."""
-        return 0
-
-    @property
-    def alike(self) -> Any:
-        """Nothing is."""
-        return id(self)
-
-
-@dataclass(frozen=True)
-class EmbedRequest(LookUp):
+class EmbedLookUp(LookUp):
     """Embeddings of tokens."""
 
     ids: torch.Tensor
 
-    @staticmethod
-    def answer(lm: OwnReceiver, requests: Sequence[EmbedRequest]) -> list[torch.Tensor]:
-        """``[…, D]`` of each."""
-        return [lm.token_embeddings(request.ids).cpu() for request in requests]
+    def answer(self, lm: OwnReceiver) -> torch.Tensor:
+        """``[…, D]``."""
+        return lm.token_embeddings(self.ids).cpu()
 
 
 @dataclass(frozen=True)
-class SpanRequest(LookUp):
+class SpanLookUp(LookUp):
     """Mean embeddings of spans of texts."""
 
     ids: list[list[int]]
     span_BL2: torch.Tensor
 
-    @staticmethod
-    def answer(lm: OwnReceiver, requests: Sequence[SpanRequest]) -> list[torch.Tensor]:
-        """``[B, L, D]`` of each."""
-        return [lm.span_embeddings(request.ids, request.span_BL2).cpu() for request in requests]
+    def answer(self, lm: OwnReceiver) -> torch.Tensor:
+        """``[B, L, D]``."""
+        return lm.span_embeddings(self.ids, self.span_BL2).cpu()
 
 
 @dataclass(frozen=True)
-class TokenizerRequest(LookUp):
+class TokenizerLookUp(LookUp):
     """What the receiver's tokenizer makes of something."""
 
     method: Literal["__call__", "apply_chat_template", "batch_decode", "decode"]
     argument: Any
     options: dict[str, Any]
 
-    @staticmethod
-    def answer(lm: OwnReceiver, requests: Sequence[TokenizerRequest]) -> list[Any]:
-        """What each method returns; of encodings the ids and what else was asked for, in a class that needs no transformers."""
-        found = [getattr(lm.tokenizer, one.method)(one.argument, **one.options) for one in requests]
-        return [SimpleNamespace(**one) if isinstance(one, Mapping) else one for one in found]
+    def answer(self, lm: OwnReceiver) -> Any:
+        """What the method returns; of an encoding the ids and what else was asked for, in a class that needs no transformers."""
+        found = getattr(lm.tokenizer, self.method)(self.argument, **self.options)
+        return SimpleNamespace(**found) if isinstance(found, Mapping) else found
 
 
 def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:

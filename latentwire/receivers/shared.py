@@ -19,14 +19,15 @@ from latentwire.models.weights import skeleton
 from latentwire.receivers.base import Judgement, LossTask
 from latentwire.receivers.own import OwnReceiver
 from latentwire.receivers.requests import (
-    EmbedRequest,
+    EmbedLookUp,
     GenerateRequest,
     JudgeRequest,
+    LookUp,
     LossRequest,
     Prompt,
     Request,
-    SpanRequest,
-    TokenizerRequest,
+    SpanLookUp,
+    TokenizerLookUp,
 )
 
 SPECIAL = ("chat_template", "bos_token", "bos_token_id", "eos_token", "eos_token_id")
@@ -56,7 +57,7 @@ class Channel(Protocol):
     def facts(self) -> Facts:
         """Of its weights, when they were loaded."""
 
-    def ask(self, request: Request) -> Any:
+    def ask(self, request: Request | LookUp) -> Any:
         """The answer to a request; a replica that dies meanwhile is waited for."""
 
 
@@ -71,19 +72,19 @@ class RemoteTokenizer:
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         """Token ids, as transformers gives them."""
-        return self._channel.ask(TokenizerRequest("__call__", text, options))
+        return self._channel.ask(TokenizerLookUp("__call__", text, options))
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
         """A conversation as the receiver was trained to read it."""
-        return self._channel.ask(TokenizerRequest("apply_chat_template", conversation, options))
+        return self._channel.ask(TokenizerLookUp("apply_chat_template", conversation, options))
 
     def batch_decode(self, rows: list[list[int]], **options: Any) -> list[str]:
         """Texts of rows of ids."""
-        return self._channel.ask(TokenizerRequest("batch_decode", rows, options))
+        return self._channel.ask(TokenizerLookUp("batch_decode", rows, options))
 
     def decode(self, ids: list[int], **options: Any) -> str:
         """Text of one row of ids."""
-        return self._channel.ask(TokenizerRequest("decode", ids, options))
+        return self._channel.ask(TokenizerLookUp("decode", ids, options))
 
 
 class SharedReceiver:
@@ -111,11 +112,11 @@ class SharedReceiver:
 
     def span_embeddings(self, ids: list[list[int]], span_BL2: torch.Tensor) -> torch.Tensor:
         """Means ``[B, L, D]`` of the texts' token embeddings over spans of their bytes."""
-        return self._ask(SpanRequest(ids, span_BL2.cpu())).to(self.device)
+        return self._ask(SpanLookUp(ids, span_BL2.cpu())).to(self.device)
 
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[…, D]`` of token ids."""
-        return self._ask(EmbedRequest(ids.cpu())).to(self.device)
+        return self._ask(EmbedLookUp(ids.cpu())).to(self.device)
 
     @contextmanager
     def added_to_slots(self, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> Iterator[None]:
@@ -154,7 +155,7 @@ class SharedReceiver:
     def _prompt(self, soft_ND: torch.Tensor | None) -> Prompt:
         return Prompt(_to_send(soft_ND), _to_send(self._sum_added()))
 
-    def _ask(self, request: Request) -> Any:
+    def _ask(self, request: Request | LookUp) -> Any:
         answer = self.channel.ask(request)
         self.bytes_sent += tensor_bytes(request) + tensor_bytes(answer)
         return answer

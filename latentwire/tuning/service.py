@@ -18,7 +18,7 @@ from latentwire.models.weights import ReceiverError, pick_device
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.own import OwnReceiver
 from latentwire.receivers.replica import Replica
-from latentwire.receivers.requests import Request
+from latentwire.receivers.requests import LookUp, Request
 from latentwire.receivers.shared import Facts, SharedReceiver
 from latentwire.tuning.sharing import Sharing
 from latentwire.tuning.trial import ZERO_COPY
@@ -56,7 +56,7 @@ class ReplicaActor:
         self.replica = Replica(self.lm, most_positions=most_positions, most_waiting=ASKING)
 
     @ray.method(concurrency_group="asking")
-    def ask(self, asker: str, request: Request) -> Any:
+    def ask(self, asker: str, request: Request | LookUp) -> Any:
         """The answer to one request."""
         return self.replica.ask(asker, request)
 
@@ -89,7 +89,7 @@ class RayChannel:
         """Of its weights, when they were loaded."""
         return ray.get(self.actor.facts.remote())
 
-    def ask(self, request: Request) -> Any:
+    def ask(self, request: Request | LookUp) -> Any:
         """The answer; raises what answering it raised there."""
         try:
             return ray.get(self.actor.ask.remote(self.asker, request))

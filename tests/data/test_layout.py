@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.normalizers import Replace
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data import layout
@@ -72,6 +73,14 @@ def test_tokenizers_that_cannot_be_read_from_are_refused(change: dict, knobs: di
     for name, value in change.items():
         setattr(tokenizer, name, value)
     with pytest.raises(LayoutError, match=message):
+        SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
+
+
+def test_a_plain_prompt_needs_lines_that_end_with_one_token() -> None:
+    receiver = ReceiverConfig(name="llama", model="toy-llama", template="plain")
+    tokenizer = load_tokenizer(receiver)
+    tokenizer.backend_tokenizer.normalizer = Replace("\n", "!?")
+    with pytest.raises(LayoutError, match=r"needs a newline that is one token, toy-llama gives \[\d+, \d+\]"):
         SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
 
 

@@ -28,6 +28,7 @@ GOOD = {
         (b"\xff\xfe", "row must be UTF-8"),
         (b"{", "row must be JSON"),
         (b"[1]", "row must be a mapping, got list"),
+        (GOOD | {"context": b"\xff"}, "context must be UTF-8, invalid start byte at byte 0"),
         (json.dumps(GOOD | {"context": None}).encode(), "context is missing"),
         (json.dumps(GOOD | {"context": " "}).encode(), "context must not be empty"),
         (json.dumps(GOOD | {"context": 3}).encode(), "context must be text, got int"),
@@ -41,13 +42,14 @@ GOOD = {
         (b'{"context": "c", "question": "q", "answers": "a", "id": "\\ud83d"}', "id must be UTF-8"),
     ],
 )
-def test_bad_rows_are_told_why(raw: bytes, reason: str) -> None:
+def test_bad_rows_are_told_why(raw: Row, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         clean(raw, "squad")
     assert reason in str(caught.value)
 
 
 def test_squad_row() -> None:
+    assert clean(GOOD | {"context": b"c"}, "squad")["context"] == "c"
     assert clean(json.dumps(GOOD).encode(), "squad") == {
         "id": "1", "document": "T", "context": "c", "question": "q?", "answers": ["a", "b"],
     }  # fmt: skip
@@ -179,9 +181,11 @@ def test_directories(tmp_path: Path) -> None:
         rows_of(tmp_path / "absent")
 
 
-def test_unknown_dataset_without_a_directory() -> None:
-    with pytest.raises(DataError, match="got novels without one"):
-        list(read(DataConfig(dataset="novels"), "train", "novels"))
+def test_a_dataset_of_files_needs_their_directory() -> None:
+    with pytest.raises(
+        DataError, match="dataset custom needs the directory of its files, got none; name it by --data_dir"
+    ):
+        pieces(DataConfig(dataset="custom"), "train")
 
 
 def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +196,10 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"rajpurkar/squad cannot be read from the Hub \(no route\).*--data_dir"):
-        list(read(DataConfig(dataset="squad"), "train", "squad"))
+        list(read(DataConfig(dataset="squad"), "train", sources.Piece("squad")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, **_: [GOOD | {"id": f"{name} {subset}"}])
+    (row,) = read(DataConfig(dataset="hotpotqa"), "train", sources.Piece("hotpotqa"))
+    assert row["id"] == "hotpotqa/hotpot_qa distractor"  # type: ignore[index]
 
 
 def test_of_several_datasets_the_one_that_is_named_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The contract of every feature: optimiser, checkpoint, training, decoding, export; and frozen or labelled."""
 
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator
 from latentwire.data.layout import collate
 from latentwire.evaluation.evaluator import predict
-from latentwire.features.base import Reading
+from latentwire.features.base import Feature, Reading
 from latentwire.features.registry import FEATURES, keeps_receivers_frozen
 from latentwire.models.weights import ReceiverError
 from latentwire.training import checkpoints
@@ -61,6 +62,14 @@ def hooks(wire: LatentWire) -> dict[str, list[int]]:
 
 def test_the_registry_and_the_configuration_name_the_same_features() -> None:
     assert set(FEATURES) == set(FeaturesConfig.model_fields)
+
+
+def test_a_feature_that_changes_nothing_is_left_out_of_readings(run: RunConfig, wire: LatentWire) -> None:
+    plain = Feature(None, run, {})
+    message, reading = wire.encode(["Ada lives in Oslo."]), cast(Reading, None)
+    assert plain.refine(message) is message and not (plain.acts_inside or plain.acts_on_message)
+    with plain.attached("llama", wire.receivers["llama"], reading):
+        pass
 
 
 def test_it_starts_as_nothing_and_then_acts(featured: LatentWire, wire: LatentWire, table: pa.Table) -> None:

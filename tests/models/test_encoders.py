@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertModel
 
 from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
+from latentwire.models import backbones
 from latentwire.models.adapter import Adapter
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import InterlinguaEncoder, token_rows
@@ -234,6 +235,8 @@ class Tower(torch.nn.Module):
 def test_layers_and_backbones_that_are_not_there() -> None:
     with pytest.raises(ReceiverError, match="model_layers must be ≤ 4, the backbone's own, got 9"):
         PretrainedStates(EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True)
+    with pytest.raises(ReceiverError, match="model_layers needs a backbone with a list of layers, Tower has none"):
+        backbones._keep_layers(Tower(), 1)
     with pytest.raises(ReceiverError, match="targets must name linear layers of LlamaModel, got nobody"):
         updates_of(
             PretrainedStates(EncoderConfig(kind="lm", model="toy-llama"), RECEIVERS, True).backbone, ["nobody"], 2, 2.0

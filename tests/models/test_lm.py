@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CohereConfig, CohereForCausalLM
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.data.toy import toy_rows
 from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper, quantization_config
-from latentwire.models.weights import ReceiverError, pick_device, skeleton
+from latentwire.models.weights import ReceiverError, load_tokenizer, pick_device, skeleton
 
 PHI = ReceiverConfig(name="phi", model="toy-phi")
 ROWS = [
@@ -216,6 +217,23 @@ def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty")))
     with pytest.raises(ReceiverError, match="name its directory"):
         LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty" / "x.gguf")))
+
+
+def test_an_architecture_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    toy = load_tokenizer(RunConfig().receivers[0])
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    CohereForCausalLM(CohereConfig(vocab_size=len(toy), logit_scale=0.1, **shape)).save_pretrained(tmp_path)
+    toy.save_pretrained(tmp_path)
+    with pytest.raises(
+        ReceiverError, match=r"scales its logits in a way LMWrapper does not know.*needs a case in logits"
+    ):
+        LMWrapper(ReceiverConfig(name="scaled", model=str(tmp_path)))
 
 
 @pytest.mark.slow

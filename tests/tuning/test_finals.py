@@ -1,5 +1,6 @@
 """The best trials run again with fresh seeds, and the best mean wins."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SCORES = {4: 0.3, 6: 0.9, 8: 0.8, 10: 0.95}  # the best one is stopped early
 FRESH = {(6, 1): 0.5, (6, 2): 0.7, (8, 1): 0.75, (8, 2): 0.81}
 
 
-def search_all(space: SpaceFile, output: Path) -> Any:
+def search_all(space: SpaceFile, output: Path, steps: int = 6) -> Any:
     """What a sweep does, with scores from the tables above instead of training."""
     search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
     for number in range(space.tune.trials):
@@ -32,7 +33,7 @@ def search_all(space: SpaceFile, output: Path) -> Any:
         path.mkdir(parents=True)
         (path / "manifest.json").write_text("{}")
         report = {
-            "step": 3 if length == 10 else 6, "total_steps": 6, "wire_bytes": 64, CHECKPOINT_PATH_KEY: str(path),
+            "step": 3 if length == 10 else 6, "total_steps": steps, "wire_bytes": 64, CHECKPOINT_PATH_KEY: str(path),
             "dev_f1": SCORES[length] if seed is None else FRESH[length, seed],
         }  # fmt: skip
         search.on_trial_complete(str(number), report)
@@ -56,6 +57,24 @@ def test_the_best_mean_over_fresh_seeds_wins(tmp_path: Path, monkeypatch: pytest
         verdict(best, gap, "dev_f1")
         == "best: trial 2, step 6, development dev_f1 0.7800, validation 0.7000, gap +0.0800"
     )
+
+
+def test_where_all_fresh_runs_were_lost_the_best_evaluation_that_is_left_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = SpaceFile.model_validate(SPACE)
+    study = search_all(space, tmp_path / "sweep")
+
+    def stopped(space: SpaceFile, plan: Any, files: Any, output: Path, **_: Any) -> Any:
+        """Fresh runs that end early, as by a time budget."""
+        return search_all(space, output, steps=9)
+
+    monkeypatch.setattr(finals, "run_sweep", stopped)
+    plan: Any = None
+    best, finalists = finals.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    assert [f.fresh for f in finalists] == [(), ()] and math.isnan(finalists[0].mean)
+    assert (best.score, best.values[finals.SEED]) == (0.81, 2)
+    assert finals_table(finalists, "dev_f1")[2][0][2:4] == ["–", "nan"]
 
 
 def test_without_finalists_the_best_trial_wins_as_it_is(tmp_path: Path) -> None:

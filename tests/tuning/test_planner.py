@@ -98,6 +98,27 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
     assert plan(planner.alone(space(tune__receivers="shared")), eight, ENOUGH).sharing is None
 
 
+def test_trials_that_fit_only_beside_a_replica_share_it_and_a_plan_reads_well() -> None:
+    sizes = {"training__batch_size": 512, "data__max_context_bytes": 4096}
+    own = plan(space(tune__receivers="own", **sizes), {"CPU": 8}, 1e12)
+    shared = plan(space(tune__receivers="shared", **sizes), {"CPU": 8}, 1e12)
+    assert own.sharing is None and shared.sharing is not None
+    between = sum(shared.sharing.bytes_per_replica.values()) + 1.5 * shared.worker_bytes
+    told = str(shared).splitlines()
+    assert told[0].startswith("receiver llama: 0.9 M parameters") and told[-1] == "trials at once: 8"
+    assert "receivers: shared, 1 replica(s) each of llama" in told[-2] and "own, in every worker" in str(own)
+    with pytest.raises(PlanError, match="one worker needs about"):
+        plan(space(tune__receivers="own", **sizes), {"CPU": 8}, min(between, own.bytes_per_worker - 1))
+
+
+def test_a_receiver_on_all_of_a_workers_gpus_has_their_memory_together() -> None:
+    split = {"receivers__0__device_map": "auto", "training__gpus_per_worker": 2.0, "tune__receivers": "own"}
+    need = plan(space(**split), {"CPU": 8, "GPU": 4}, ENOUGH).bytes_per_worker
+    assert plan(space(**split), {"CPU": 8, "GPU": 4}, 0.6 * need).max_concurrent_trials == 2
+    with pytest.raises(PlanError, match="the GPU has"):
+        plan(space(**split), {"CPU": 8, "GPU": 4}, 0.4 * need)
+
+
 def shared_latents() -> int:
     return RunConfig().encoder.latent_len
 

@@ -119,6 +119,22 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
     assert not list(sweep.glob(".*.part-*"))
 
 
+def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_page(tmp_path: Path) -> None:
+    sizes = {"encoder.d_z": {"type": "int", "low": 8, "high": 64}}
+    space = SpaceFile.model_validate({"search": sizes, "tune": {"objectives": {"wire_bytes": "min"}}})
+    resume.write_space(space, tmp_path)
+    study = open_study(tmp_path / JOURNAL, tmp_path.name, {"dev_f1": "max", "wire_bytes": "min"})
+    for number in range(4):
+        report = {"step": 1, "dev_f1": 0.1 * number, "wire_bytes": 64.0, "first_train_loss": 2.0, "train_loss": 1.0,
+                  "examples_per_s": 9.0, "train_seconds": 1.0}  # fmt: skip
+        distributions = {"encoder.d_z": optuna.distributions.IntDistribution(8, 64)}
+        study.add_trial(create_trial(values=[0.1 * number, 64.0], params={"encoder.d_z": 8 + number},
+                                     distributions=distributions, user_attrs={EVALUATIONS: {"1": report}}))  # fmt: skip
+    page = report_html.write(tmp_path).read_text()
+    for heading in ("Slice", "Scores by encoder.d_z.", "Optimisation history", "F1 against wire bytes"):
+        assert heading in page, heading
+
+
 def test_a_sweep_that_has_just_begun_has_a_report_too(sweep: Path) -> None:
     for name in ("results.json", "predictions.parquet", "manifest.json", JOURNAL):
         (sweep / name).unlink()

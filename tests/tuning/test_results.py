@@ -56,7 +56,12 @@ def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
         (0, "beyond", 0.9, 512, False), (1, "done", 0.6, 64, True), (2, "stopped", 0.1, 64, False),
     ]  # fmt: skip
     assert front_table(rows, config)[2] == [["1", "64", "0.6"]]
-    assert results.find_best(told(tmp_path / "b", trials, TuneConfig()), TuneConfig()).trial == 0
+    free = told(tmp_path / "b", trials, TuneConfig())
+    assert results.find_best(free, TuneConfig()).trial == 0
+    assert results.selection_gap(best, {"latent": {}}, "wire_bytes") == results.selection_gap(best, {}, "dev_f1") == {}
+    (tmp_path / "b" / "manifest.json").unlink()  # a checkpoint that is gone cannot win
+    with pytest.raises(results.SweepError, match="needs at least one trial with a checkpoint, got none of 3"):
+        results.find_best(free, TuneConfig())
     tight = TuneConfig.model_validate({"constraints": {"wire_bytes": {"max": 10}}})
     with pytest.raises(results.SweepError, match=r"wire_bytes ≤ 10\), all 5 evaluations kept of 3 trials go beyond"):
         results.find_best(told(tmp_path / "c", trials, tight), tight)

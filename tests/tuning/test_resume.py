@@ -62,3 +62,12 @@ def test_no_flag_is_passed_over(sweep: Path) -> None:
 def test_a_directory_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resume must name a sweep's directory \(one with space\.json\), got"):
         resume.read_space(tmp_path, [])
+
+
+def test_an_earlier_winner_is_set_aside_and_not_lost(sweep: Path) -> None:
+    resume.set_aside(sweep / "best")  # there is none yet
+    (sweep / "best").mkdir()
+    (sweep / "best" / "manifest.json").write_text("first")
+    resume.set_aside(sweep / "best")
+    (kept,) = sweep.glob("best-until-*")
+    assert (kept / "manifest.json").read_text() == "first" and not (sweep / "best").exists()

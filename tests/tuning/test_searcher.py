@@ -1,6 +1,7 @@
 """The study is told what happened: stopped, failed, complete; and a restart finds everything as it was."""
 
 import pickle
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, load_space
+from latentwire.storage import StorageError
+from latentwire.tuning import study as studies
 from latentwire.tuning.results import find_best
 from latentwire.tuning.samplers import CLASSES, make_sampler
 from latentwire.tuning.searcher import StudySearch, check_searchable
@@ -294,6 +297,39 @@ def test_several_objectives_and_a_limit(tmp_path: Path) -> None:
     assert [trial.constraints for trial in search.study.trials[:2]] == [{"wire_bytes": -40}, {"wire_bytes": 40}]
     assert [trial.number for trial in search.study.best_trials] == [0]
     assert "finite dev_f1, wire_bytes needed" in search.study.trials[2].user_attrs[CAUSE]
+
+
+def test_a_limit_on_what_is_not_reported_is_a_failure_with_its_cause(tmp_path: Path) -> None:
+    search = search_over(tmp_path, constraints={"wire_bytes": {"max": 100}})
+    run(search, [0.1, 0.2, 0.3])
+    assert only(search.study).state == TrialState.FAIL
+    assert only(search.study).user_attrs[CAUSE] == "finite wire_bytes needed for tune.constraints, got None"
+
+
+def test_tunes_own_record_of_the_searcher_says_where_the_study_is(search: StudySearch, tmp_path: Path) -> None:
+    run(search, [0.1, 0.2, 0.3])
+    search.save(str(tmp_path / "searcher"))
+    other = search_over(tmp_path / "other")
+    other.restore(str(tmp_path / "searcher"))
+    assert [trial.value for trial in other.study.trials] == [0.3]
+
+
+def test_a_study_that_cannot_be_copied_does_not_end_the_sweep(
+    search: StudySearch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies: list[int] = []
+
+    def keep(journal: object) -> None:
+        copies.append(1)
+        time.sleep(0.02)
+        raise StorageError("the bucket cannot be written; it does not answer")
+
+    monkeypatch.setattr(studies, "keep_journal", keep)
+    search.suggest("a")
+    search.on_trial_result("a", report(1, 0.1))  # right after the last copy: left out
+    search.on_trial_complete("a", report(3, 0.2))
+    assert len(copies) == 2 and only(search.study).state == TrialState.COMPLETE
+    assert "study not copied this time: the bucket cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "grid"])
