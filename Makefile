@@ -36,8 +36,8 @@ coverage: setup
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --cov=latentwire --cov-report=term-missing:skip-covered $(ARGS)
 
 format: setup
-	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 # What int8 and NF4 receivers need, apart from the rest: transformers imports these wherever it finds them.
 quantization: setup

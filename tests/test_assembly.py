@@ -16,6 +16,8 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.toy import toy_rows
 from latentwire.exports import CheckpointError, choose_receivers, read_run
+from latentwire.features.base import Feature
+from latentwire.features.registry import FEATURES
 from latentwire.models.message import Message
 from latentwire.training import checkpoints
 from latentwire.wire import WireError, join
@@ -83,7 +85,7 @@ def test_whole_prompts_as_embeddings_give_our_own_answers(run: RunConfig, receiv
         assert text.strip().split("\n")[0].strip() == answer
 
 
-@pytest.mark.parametrize("feature", ["deep_prefix", "coprocessor", "latent_adapters", "lora"])
+@pytest.mark.parametrize("feature", [name for name, kind in FEATURES.items() if kind.attached is not Feature.attached])
 def test_what_acts_inside_a_receiver_is_no_embedding(run: RunConfig, feature: str) -> None:
     wire = LatentWire(with_values(run, {f"features.{feature}": {}}))
     with pytest.raises(ConfigError, match=f"prompt_embeds needs a wire .* got {feature}"):

@@ -78,6 +78,15 @@ def test_bad_space_is_refused(tmp_path: Path, text: str, message: str) -> None:
     assert "space.yaml" in str(caught.value)
 
 
+def test_what_the_command_line_named_is_told_as_its_own(tmp_path: Path) -> None:
+    file = write(tmp_path, "run: {encoder: {latent_len: 0}}")
+    with pytest.raises(ConfigError) as caught:
+        load_space(file, {"run.training.eval_every": 3, "run.receivers.0.modl": "x"})
+    told = str(caught.value).splitlines()
+    assert "space.yaml: run.encoder.latent_len" in told[1] and len(told) == 3
+    assert "(command line: run.receivers.0.modl)" in told[0] and "(command line: run.training.eval_every)" in told[2]
+
+
 def test_missing_file_names_the_shipped_spaces() -> None:
     with pytest.raises(ConfigError, match=r"must exist, got nowhere\.yaml"):
         load_space("nowhere.yaml")
@@ -90,8 +99,8 @@ def test_presets_are_single_runs_that_differ_from_the_defaults(file: Path) -> No
 
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="dataset text has no questions"):
-        with_values(RunConfig(), {"data.dataset": "text"})
+    with pytest.raises(ConfigError, match=r"dataset text has no questions.* got answer_ce_weight, kd_weight; set"):
+        with_values(RunConfig(), {"data.dataset": "text", "losses.kd_weight": 1.0})
     with pytest.raises(ConfigError, match=r"coarsening_steps needs encoder\.private_len 0, got 2"):
         with_values(RunConfig(), {"encoder.private_len": 2, "training.coarsening_steps": 5})
     with pytest.raises(ConfigError, match="slot_positions needs a fixed number of slots"):

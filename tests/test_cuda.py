@@ -11,6 +11,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.settings import Setting
+from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from tests.conftest import SMALL, shard_table
@@ -30,9 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lm encoder, coarsening, recited": LM_ENCODER
     | {"training.coarsening_steps": 2, "losses.reconstruction_ce_weight": 0.5, "losses.continuation_ce_weight": 0.5},
     "one receiver after the other": {"training.sequential_models": True, "training.accumulation": 2},
-    "every feature": {
-        "features.deep_prefix": {}, "features.refiner": {}, "features.coprocessor": {}, "features.latent_adapters": {},
-    },
+    "every feature": {f"features.{name}": {} for name, feature in FEATURES.items() if feature.keeps_receivers_frozen},
     "kd": {"losses.kd_weight": 1.0, "losses.kd_top_k": 0, "losses.hidden_kd_weight": 0.1},
     "alignment": {"training.alignment_steps": 2},
     "eager": {"receivers.0.attn_implementation": "eager", "receivers.1.attn_implementation": "eager"},

@@ -109,10 +109,11 @@ class LossConfig(Section):
     """Knob of this section (a weight, or ``k``), or ``latent_dropout``, to the factor on it over the steps."""
 
     @property
-    def asks(self) -> bool:
-        """Whether any term reads answers to questions; the others read texts alone."""
-        weights = {name for name in type(self).model_fields if name.endswith("_weight")}
-        return any(getattr(self, name) for name in weights - {"reconstruction_ce_weight", "continuation_ce_weight"})
+    def asking(self) -> list[str]:
+        """Weights, of those above 0, of the terms that read answers to questions; the others read texts alone."""
+        texts = ("reconstruction_ce_weight", "continuation_ce_weight")
+        weights = [name for name in type(self).model_fields if name.endswith("_weight") and name not in texts]
+        return [name for name in weights if getattr(self, name)]
 
     def factor(self, knob: str, step: int) -> float:
         """On a knob's own value at a step counted from the end of the alignment; 1 without a schedule."""

@@ -10,7 +10,7 @@ import difflib
 import graphlib
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,17 @@ def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None 
             raise ConfigError(f"{path} must hold a mapping with run, search and tune, got {type(tree).__name__}")
     for dotted, value in (overrides or {}).items():
         set_path(tree, dotted, value)
-    space = validate(SpaceFile, tree, where)
+    space = validate(SpaceFile, tree, where, given=overrides or {})
     check_search(space, where)
     return space
 
 
-def validate(model: type[Section], tree: Any, where: str) -> Any:
-    """``model.model_validate`` with errors in the project's form."""
+def validate(model: type[Section], tree: Any, where: str, given: Container[str] = ()) -> Any:
+    """``model.model_validate`` with errors in the project's form. ``given``: dotted paths that the command line named."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, problem, where) for problem in error.errors()]
+        lines = [_explain(model, problem, where, given) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
@@ -229,8 +229,9 @@ def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tupl
             yield f"{prefix}{name}", field
 
 
-def _explain(model: type[BaseModel], problem: Any, where: str) -> str:
+def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[str]) -> str:
     place = ".".join(str(part) for part in problem["loc"])
+    where = "command line" if place in given else where
     leaf = str(problem["loc"][-1]) if problem["loc"] else model.__name__
     if problem["type"] == "extra_forbidden":
         siblings = _fields_at(model, [str(part) for part in problem["loc"][:-1]])

@@ -62,10 +62,10 @@ class RunConfig(Section):
                 "training.questions_together needs contexts that questions share, got data.send "
                 f"{self.data.send} and dataset {self.data.dataset}; set it false, or send the context alone"
             )
-        if self.data.dataset == "text" and self.losses.asks:
+        if self.data.dataset == "text" and self.losses.asking:
             raise ValueError(
-                "dataset text has no questions, so the weights of answer, first_k and first_token CE and of KD must be 0; "
-                "set losses.bundle: pretrain"
+                f"dataset text has no questions, so the weights of terms that read answers must be 0, got "
+                f"{', '.join(self.losses.asking)}; set losses.bundle: pretrain, or these to 0"
             )
         if self.data.dataset == "text" and self.training.best_by == "dev_f1":
             raise ValueError(

@@ -50,7 +50,7 @@ class TrainingCollator:
         self.reconstruct = run.losses.reconstruction_ce_weight > 0
         self.stretch, self.cue = run.losses.reconstruction_tokens, run.losses.reconstruction_cue
         self.continue_ = run.losses.continuation_ce_weight > 0
-        self.asks = run.losses.asks
+        self.asks = bool(run.losses.asking)
         self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
 
     def __call__(self, table: pa.Table, step: int, *, own_length: bool = False) -> list[TrainingBatch]:

@@ -52,13 +52,13 @@ class Feature(nn.Module):
     steps."""
 
     needs_weights = False
-    """Whether it acts on layers of the receiver itself, which must then be in this process."""
+    """Whether it acts on layers of the receiver itself (``lm.lm``), which must then be in this process."""
 
     def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         """``options``: the feature's own section of the configuration.
 
-        What is made for each receiver goes into a ``ModuleDict`` by their names, right in the feature: a receiver that
-        joins later then trains its own part alone.
+        What is made for each receiver goes into a ``ModuleDict`` or ``ParameterDict`` by their names, right in the feature: a
+        receiver that joins later then trains its own part alone.
         """
         super().__init__()
 

@@ -18,6 +18,9 @@ from latentwire.losses.terms import (
     token_ce,
 )
 
+PLAIN_CE = ("answer_ce", "first_k_ce", "first_token_ce", "reconstruction_ce", "continuation_ce")
+"""Terms that are the cross-entropy of their tokens, and differ in these alone."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -123,7 +126,7 @@ def loss_terms(
     def sums(rows: slice, hidden_ND: torch.Tensor) -> torch.Tensor:
         logits_NV = reader.head(hidden_ND)
         ce_N = token_ce(logits_NV, batch.target_N[rows])
-        values = {name: ce_N for name in from_logits if name.endswith("_ce")}
+        values = dict.fromkeys(PLAIN_CE, ce_N)
         if "kd" in from_logits:
             values["kd"] = kd(rows, logits_NV)
         return torch.stack([scales[name] * (values[name] * masks[name][rows]).sum() for name in from_logits])

@@ -30,10 +30,10 @@ class ReceiverShape:
 def owner(module: nn.Module, name: str) -> str | None:
     """The receiver that a parameter is for, by the name it has in ``module``: a feature, say. ``None``: all of them.
 
-    What is made for each receiver lies in a ``ModuleDict`` by their names, right in the module.
+    What is made for each receiver lies in a ``ModuleDict`` or ``ParameterDict`` by their names, right in the module.
     """
     child, *rest = name.split(".")
-    return rest[0] if isinstance(getattr(module, child, None), nn.ModuleDict) else None
+    return rest[0] if isinstance(getattr(module, child, None), nn.ModuleDict | nn.ParameterDict) else None
 
 
 class Interlingua(nn.Module):

@@ -145,9 +145,9 @@ def test_text_never_meets_a_feature(featured: LatentWire, wire: LatentWire, tabl
         assert [(p.text, p.nll) for p in own] == [(p.text, p.nll) for p in plain]
 
 
-def test_only_lora_touches_what_receivers_compute(run: RunConfig) -> None:
+def test_a_run_is_frozen_unless_a_feature_says_otherwise(run: RunConfig) -> None:
     frozen = {name: keeps_receivers_frozen(with_values(run, {f"features.{name}": {}})) for name in NAMES}
-    assert [name for name, kept in frozen.items() if not kept] == ["lora"]
+    assert frozen == {name: FEATURES[name].keeps_receivers_frozen for name in NAMES} and not frozen["lora"]
 
 
 @pytest.mark.parametrize("parts", [2, 3])

@@ -8,7 +8,7 @@ import torch
 from latentwire.config import LOSS_BUNDLES, LossConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.layout import Batch
-from latentwire.losses.bundles import Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
+from latentwire.losses.bundles import PLAIN_CE, Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import teacher_rows
 
@@ -42,6 +42,20 @@ def test_each_term_is_the_mean_over_its_own_tokens() -> None:
     assert terms["first_k_ce"].item() == pytest.approx(0.5 * float(ce_N[[0, 1, 3]].mean()))
     assert terms["first_token_ce"].item() == pytest.approx(0.25 * float(ce_N[[0, 3]].mean()))
     assert terms["reconstruction_ce"].item() == pytest.approx(2 * float(ce_N[4]))
+
+
+def test_every_weight_has_tokens_and_a_value_of_its_own() -> None:
+    """Whatever a configuration can switch on; only plain cross-entropies are the same on the same tokens."""
+    names = [name for name in LossConfig.model_fields if name.endswith("_weight")]
+    batch = batch_of([0, 0, 0, 0, 0], control=[-1, -1, -1, 0, 1])
+    weights = weights_at(LossConfig(**dict.fromkeys(names, 1.0)), 0)
+    states, others = torch.randn(5, 4), torch.randn(3, 4)
+    teacher = Teacher(teacher_rows(torch.randn(3, 7)), [others])
+    terms = loss_terms(weights, batch, Reader(LOGITS_NV, torch.clone, [states]), teacher, term_counts(weights, batch))
+    assert list(terms) == [name.removesuffix("_weight") for name in names]
+    answers = {name for name, mask_N in term_masks(weights, batch).items() if bool(mask_N[:3].any())}
+    alike = {name for name in answers if terms[name].item() == pytest.approx(terms["answer_ce"].item())}
+    assert alike == answers & set(PLAIN_CE) and all(value > 0 for value in terms.values())
 
 
 def test_terms_of_a_teacher_that_is_not_there_are_an_error() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from latentwire.assembly import LatentWire
-from latentwire.config import RunConfig
+from latentwire.config import LossConfig, RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.features.registry import FEATURES
 from latentwire.models.weights import ReceiverError
 from latentwire.receivers.replica import Replica
 from latentwire.training.loop import Trainer
@@ -18,15 +19,12 @@ VARIANTS = {
     "plain": {},
     "one receiver after the other": {"training.sequential_models": True},
     "aligned, and coarser then": {"training.alignment_steps": 2, "training.coarsening_steps": 4},
-    "every loss": {
-        "losses.kd_weight": 0.5, "losses.kd_top_k": 0, "losses.hidden_kd_weight": 0.1,
-        "losses.first_token_ce_weight": 0.5, "losses.first_k_ce_weight": 0.5, "losses.k": 2,
-        "losses.reconstruction_ce_weight": 0.3, "losses.continuation_ce_weight": 0.3, "training.accumulation": 2,
-    },
+    "every loss": {f"losses.{name}": 0.3 for name in LossConfig.model_fields if name.endswith("_weight")}
+    | {"losses.kd_top_k": 0, "losses.k": 2, "training.accumulation": 2},
     "chunks of logits": {"training.logit_rows": 3},
     "deep prefix and coprocessor": {"features.deep_prefix": {}, "features.coprocessor": {"width": 16, "heads": 2}},
-    "refined": {"features.refiner": {"heads": 2}},
-}  # fmt: skip
+    **{name: {f"features.{name}": {}} for name, feature in FEATURES.items() if not feature.needs_weights},
+}
 
 Make = Callable[[RunConfig, str], LatentWire]
 

@@ -15,6 +15,7 @@ from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
+from latentwire.models.interlingua import owner
 from latentwire.options import add_flags, add_start, read_space
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
@@ -186,3 +187,14 @@ def test_joined_and_from_scratch_spend_the_same_shares_of_their_steps(run: RunCo
         return training.max_steps, training.alignment_steps, training.coarsening_steps, training.warmup_steps
 
     assert told(joined) == (50, 20, 10, 5) and told(scratch) == (50, 20, 10, 25)
+
+
+def test_a_parameter_knows_its_receiver_by_the_name_it_lies_under() -> None:
+    feature = torch.nn.Module()
+    feature.maps = torch.nn.ModuleDict({"phi": torch.nn.Linear(2, 2)})
+    feature.gates = torch.nn.ParameterDict({"phi": torch.zeros(2)})
+    feature.shared = torch.nn.Linear(2, 2)
+    found = {name: owner(feature, name) for name, _ in feature.named_parameters()}
+    assert found == {
+        "maps.phi.weight": "phi", "maps.phi.bias": "phi", "gates.phi": "phi", "shared.weight": None, "shared.bias": None,
+    }  # fmt: skip
