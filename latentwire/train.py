@@ -38,14 +38,14 @@ def main() -> int:
                         help="only measure so many steps: a Chrome trace and a table of shares in output_dir/profile")  # fmt: skip
     options = parser.parse_args()
     try:
-        space = with_home(read_space(options))
+        space = planner.alone(with_home(read_space(options)))
         output = options.output_dir.absolute()
         if output.exists() and not options.resume:
             raise ConfigError(f"output_dir must not exist yet, got {output}; name another one or add --resume")
         print(f"run: {space.run.model_dump_json()}", flush=True)
         planner.check_start(space.run)
         here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
-        print(planner.plan(planner.alone(space), here, planner.node_memory()), flush=True)
+        print(planner.plan(space, here, planner.node_memory()), flush=True)
         paths = local_shards(space.run)
         if options.profile:
             rows = streams.training_table(space.run, paths["train"])

@@ -37,13 +37,13 @@ def main() -> int:
     parser.add_argument("--output_dir", type=output_place, required=True, help="where checkpoints and the export go")
     options = parser.parse_args()
     try:
-        space = with_home(read_space(options, DEFAULT_SPACE)).model_copy(update={"search": {}})
+        space = planner.alone(with_home(read_space(options, DEFAULT_SPACE)))
         run, output = space.run, options.output_dir.absolute()
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
         planner.check_start(run)
         sweep.start_ray()
-        plan = planner.plan_on_cluster(planner.alone(space))
+        plan = planner.plan_on_cluster(space)
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[variant_key(run)]
         kept.clear_debris(output)

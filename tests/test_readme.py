@@ -1,9 +1,10 @@
 """What README and docs name is there."""
 
 import re
+import typing
 from pathlib import Path
 
-from latentwire.config import FeaturesConfig
+from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig
 from latentwire.config.resolve import knobs
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,6 +51,14 @@ def test_every_test_that_the_documents_name_is_there() -> None:
     }
     assert len(named) > 20
     assert not [(document, path) for document, path in named if not (REPOSITORY / path.rstrip(".")).exists()]
+
+
+def test_the_parts_name_every_kind_of_encoder_every_feature_and_every_loss() -> None:
+    parts = (REPOSITORY / "docs" / "parts.md").read_text()
+    kinds = [f"`encoder.kind: {kind}`" for kind in typing.get_args(EncoderConfig.model_fields["kind"].annotation)]
+    features = [f"`features.{name}" for name in FeaturesConfig.model_fields]
+    weights = [f"{name}`" for name in LossConfig.model_fields if name.endswith("_weight")]
+    assert not [name for name in (*kinds, *features, *weights) if name not in parts]
 
 
 def test_every_knob_that_the_parts_name_is_there() -> None:

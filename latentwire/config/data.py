@@ -20,7 +20,7 @@ class DataConfig(Section):
     data_dir: Address | None = None
     """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with ``train.*`` and ``validation.*`` (parquet in the
     Hub's schema, official JSON, or jsonl), or with a directory of the dataset's name that has them.
-    ``None``: the Hub (``squad``, ``hotpotqa``), or ``toy``, which reads no files."""
+    ``None``: the Hub, where the dataset has an id there; ``toy`` reads no files."""
     samples: int = Field(20_000, ge=0)
     """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below
     count rows before they are cut into chunks."""

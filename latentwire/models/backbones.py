@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.low_rank import attached, updates_of
+from latentwire.models.states import States
 from latentwire.models.tokens import sentence_marks, token_bytes
 from latentwire.models.weights import (
     ReceiverError,
@@ -26,7 +27,7 @@ from latentwire.models.weights import (
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
 
 
-class PretrainedStates(nn.Module):
+class PretrainedStates(States):
     """Last hidden states of the text's own tokens.
 
     A text longer than the backbone's positions is read in windows, each wrapped in the special tokens that the
@@ -64,6 +65,14 @@ class PretrainedStates(nn.Module):
         """SHA-256 of the backbone's weights where they are not trained (a checkpoint leaves them out), else ``None``."""
         return None if self.tuned == "full" else fingerprint(self.backbone)
 
+    def pinned_parameters(self) -> frozenset[str]:
+        """Those of a backbone that is not trained."""
+        return (
+            frozenset()
+            if self.tuned == "full"
+            else frozenset(f"backbone.{n}" for n, _ in self.backbone.named_parameters())
+        )
+
     def collate(self, rows: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Rows of a text's own ids to windows ``[W, T]``, their attention, where they hold these; and each token's bytes."""
         windows, real = [], []
@@ -93,7 +102,7 @@ class PretrainedStates(nn.Module):
         ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
         return (ends_S & ~goes_on_S).tolist()
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, ids_WT: torch.Tensor, attention_WT: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tensor
     ) -> torch.Tensor:
         """``[B, S, M]`` in fp32; at least one state a row, zero for an empty text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,14 +12,18 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
-from latentwire.models.attention import Block, rotary_of
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.message import Message
 from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_spans
-from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, ends_sentence
+from latentwire.models.states import ByteStates, States
 from latentwire.models.weights import backbone_source, load_tokenizer
 
-BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
+STATES: Mapping[str, Callable[[EncoderConfig, Mapping[str, ReceiverConfig], bool], States]] = {
+    "byte": lambda config, *_: ByteStates(config),
+    "st": PretrainedStates,
+    "lm": PretrainedStates,
+}
+"""``encoder.kind`` → what makes the states that are pooled."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,8 @@ class InterlinguaEncoder(nn.Module):
         """
         super().__init__()
         self.split, self.latent_len, self.tokens_per_latent = config.split, config.latent_len, config.tokens_per_latent
-        self.states: ByteStates | PretrainedStates = (
-            PretrainedStates(config, receivers, load_weights) if config.pretrained else ByteStates(config)
-        )
+        self.states = STATES[config.kind](config, receivers, load_weights)
+        self.reads_ids = config.pretrained
         groups = (config.private_len,) * len(receivers) if config.private_len else ()
         starts = [config.latent_len + index * config.private_len for index in range(len(groups))]
         self.private = {
@@ -84,8 +87,7 @@ class InterlinguaEncoder(nn.Module):
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
         """Each text as :meth:`tokens_of` takes it; shards of training rows hold it ready where it is a list of ids."""
-        tokenizer = self.states.tokenizer if isinstance(self.states, PretrainedStates) else None
-        return lines_of(texts, self.split) if tokenizer is None else token_rows(tokenizer, texts, self.split)
+        return token_rows(self.states.tokenizer, texts, self.split) if self.reads_ids else lines_of(texts, self.split)
 
     def tokens_of(
         self, rows: Sequence[Sequence[Any]], coarsening: Coarsening | None = None, tokens_per_latent: int | None = None
@@ -119,14 +121,11 @@ class InterlinguaEncoder(nn.Module):
 
     def backbone_fingerprint(self) -> str | None:
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""
-        return self.states.fingerprint() if isinstance(self.states, PretrainedStates) else None
+        return self.states.fingerprint()
 
     def pinned_parameters(self) -> frozenset[str]:
         """Names of the parameters of a backbone that is not trained: its hash stands for them, they are never saved."""
-        states = self.states
-        if not isinstance(states, PretrainedStates) or states.tuned == "full":
-            return frozenset()
-        return frozenset(f"states.backbone.{name}" for name, _ in states.backbone.named_parameters())
+        return frozenset(f"states.{name}" for name in self.states.pinned_parameters())
 
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
         """Soft-prompt positions that each text's message will take at one receiver, known before encoding."""
@@ -200,43 +199,3 @@ def token_rows(tokenizer: Any, texts: Sequence[str], split: Literal["none", "lin
     parts = [line for row in rows for line in row]
     ids = iter(tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids if parts else ())
     return [list(itertools.islice(ids, len(row))) for row in rows]
-
-
-class ByteStates(nn.Module):
-    """From-scratch states over UTF-8 bytes.
-
-    The bytes of a patch (a word, cut where it is long) are embedded side by side and joined into one state by an MLP;
-    bidirectional attention with rotary positions relates the states.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.width, self.bytes_per_patch = config.d_model, config.bytes_per_patch
-        self.head_width = config.d_model // config.heads
-        self.tokenizer = ByteTokenizer()
-        self.embed = nn.Embedding(VOCAB_SIZE, BYTE_WIDTH, padding_idx=PAD_ID)
-        self.join = nn.Sequential(
-            nn.Linear(config.bytes_per_patch * BYTE_WIDTH, 2 * self.width),
-            nn.GELU(),
-            nn.Linear(2 * self.width, self.width),
-        )
-        self.blocks = nn.ModuleList(Block(self.width, config.heads) for _ in range(config.layers))
-
-    def collate(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Byte ids in patches ``[B, P, bytes_per_patch]``, and the bytes of each text's patches."""
-        ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
-        return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]
-
-    def sentence_ends(self, text: str) -> list[bool]:
-        """Whether a sentence ends after each patch of a text."""
-        return [ends_sentence(patch) for patch in self.tokenizer.cut(text, self.bytes_per_patch)]
-
-    def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """``[B, P, M]``."""
-        place_P = torch.arange(ids_BPE.shape[1], device=ids_BPE.device)
-        keep_BP = (place_P < length_B[:, None]) | (place_P == 0)  # an empty text is one patch of padding
-        x_BPM = self.join(self.embed(ids_BPE).flatten(2))
-        rotary = rotary_of(len(place_P), self.head_width, ids_BPE.device)
-        for block in self.blocks:
-            x_BPM = block(x_BPM, keep_BP, rotary)
-        return x_BPM

@@ -203,8 +203,9 @@ def _sharing(
 
 
 def alone(space: SpaceFile) -> SpaceFile:
-    """The space of a run that is no trial of a sweep: nobody is there to share its receivers with."""
-    return space.model_copy(update={"tune": space.tune.model_copy(update={"trials": 1, "receivers": "own"})})
+    """The space of a run that is no trial of a sweep: nothing is searched, and nobody is there to share its receivers with."""
+    tune = space.tune.model_copy(update={"trials": 1, "receivers": "own"})
+    return space.model_copy(update={"search": {}, "tune": tune})
 
 
 def plan_on_cluster(space: SpaceFile) -> Plan:

@@ -1,6 +1,7 @@
 """What a good row is, in every schema, and what each bad one is told."""
 
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentwire import card
 from latentwire.config import DataConfig
 from latentwire.data import sources
 from latentwire.data.sources import DataError, Row, RowError, clean, pieces, read
@@ -20,6 +22,12 @@ GOOD = {
     "question": "q?",
     "answers": {"text": ["a", "b"], "answer_start": [0, 1]},
 }
+
+
+def test_every_dataset_has_a_schema_and_a_name_for_its_card() -> None:
+    known = set(typing.get_args(DataConfig.model_fields["dataset"].annotation))
+    assert known == set(card.SOURCES) == set(sources.SCHEMAS) | {"toy", "custom"}  # these two are written as SQuAD is
+    assert set(sources.HUB_IDS) <= known
 
 
 @pytest.mark.parametrize(

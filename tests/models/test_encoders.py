@@ -13,7 +13,7 @@ from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
 from latentwire.models import backbones
 from latentwire.models.adapter import Adapter
 from latentwire.models.backbones import PretrainedStates
-from latentwire.models.encoders import InterlinguaEncoder, token_rows
+from latentwire.models.encoders import STATES, InterlinguaEncoder, token_rows
 from latentwire.models.low_rank import updates_of
 from latentwire.models.message import Message
 from latentwire.models.slots import projections
@@ -54,6 +54,10 @@ KINDS: dict[str, dict] = {
     "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
     "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
 }
+
+
+def test_every_kind_has_states_of_its_own() -> None:
+    assert set(STATES) == set(typing.get_args(EncoderConfig.model_fields["kind"].annotation))
 
 
 def test_every_kind_is_tried() -> None:

@@ -96,6 +96,10 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
     )  # toy receivers are small: replicas would cost more
     assert plan(space(tune__trials=1), eight, ENOUGH).sharing is None
     assert plan(planner.alone(space(tune__receivers="shared")), eight, ENOUGH).sharing is None
+    searched = SpaceFile.model_validate(
+        {"search": {"losses.first_token_ce_weight": {"type": "float", "low": 0.1, "high": 1}}}
+    )
+    assert not planner.alone(searched).search  # a single run has what its ``run:`` says, and is planned by it
 
 
 def test_trials_that_fit_only_beside_a_replica_share_it_and_a_plan_reads_well() -> None:

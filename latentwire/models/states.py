@@ -1,0 +1,85 @@
+"""A text's states, which an encoder pools: what every kind of them is, and the kind that is made from bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentwire.config import EncoderConfig
+from latentwire.models.attention import Block, rotary_of
+from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, ends_sentence
+
+BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
+
+
+class States(nn.Module, ABC):
+    """A state for every token, patch or the like of a text."""
+
+    width: int
+    """M, of one state."""
+    tokenizer: Any
+    """Of a kind that reads a tokenizer's ids (``encoder.pretrained``), that one: shards hold its ids ready."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Texts (or their ids) to what :meth:`forward` takes by name, on the CPU; and the bytes that each state stands for."""
+
+    @abstractmethod
+    def sentence_ends(self, row: Any) -> list[bool]:
+        """Whether a sentence ends after each state of a text (or of its ids)."""
+
+    @abstractmethod
+    def forward(self, *, length_B: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+        """``[B, S, M]``; ``length_B``: states of each text. At least one a row, which an empty text fills with anything."""
+
+    def fingerprint(self) -> str | None:
+        """Hash of weights that are not trained; ``None`` where all are."""
+        return None
+
+    def pinned_parameters(self) -> frozenset[str]:
+        """Names of the parameters that this hash stands for: they are never saved."""
+        return frozenset()
+
+
+class ByteStates(States):
+    """From-scratch states over UTF-8 bytes.
+
+    The bytes of a patch (a word, cut where it is long) are embedded side by side and joined into one state by an MLP;
+    bidirectional attention with rotary positions relates the states.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.width, self.bytes_per_patch = config.d_model, config.bytes_per_patch
+        self.head_width = config.d_model // config.heads
+        self.tokenizer = ByteTokenizer()
+        self.embed = nn.Embedding(VOCAB_SIZE, BYTE_WIDTH, padding_idx=PAD_ID)
+        self.join = nn.Sequential(
+            nn.Linear(config.bytes_per_patch * BYTE_WIDTH, 2 * self.width),
+            nn.GELU(),
+            nn.Linear(2 * self.width, self.width),
+        )
+        self.blocks = nn.ModuleList(Block(self.width, config.heads) for _ in range(config.layers))
+
+    def collate(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Byte ids in patches ``[B, P, bytes_per_patch]``, and the bytes of each text's patches."""
+        ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
+        return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]
+
+    def sentence_ends(self, text: str) -> list[bool]:
+        """Whether a sentence ends after each patch of a text."""
+        return [ends_sentence(patch) for patch in self.tokenizer.cut(text, self.bytes_per_patch)]
+
+    def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """``[B, P, M]``."""
+        place_P = torch.arange(ids_BPE.shape[1], device=ids_BPE.device)
+        keep_BP = (place_P < length_B[:, None]) | (place_P == 0)  # an empty text is one patch of padding
+        x_BPM = self.join(self.embed(ids_BPE).flatten(2))
+        rotary = rotary_of(len(place_P), self.head_width, ids_BPE.device)
+        for block in self.blocks:
+            x_BPM = block(x_BPM, keep_BP, rotary)
+        return x_BPM
