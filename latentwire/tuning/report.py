@@ -149,8 +149,8 @@ def sweep_tables(
 
 
 def show(grids: list[Grid]) -> None:
-    """Print tables, as wide as they need to be: a log file has no terminal to fit."""
-    for title, header, body in grids:
+    """Print tables, as wide as they need to be: a log file has no terminal to fit. One without rows is left out."""
+    for title, header, body in (grid for grid in grids if grid[2]):
         table = Table(title=title, title_justify="left")
         for name in header:
             table.add_column(name, no_wrap=True)

@@ -1,8 +1,10 @@
 """Tables say what they show."""
 
+import pytest
+
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.tuning.report import failures_table, scores_table
+from latentwire.tuning.report import failures_table, scores_table, show
 
 ROW = {
     "em": 0.5, "em_low": 0.25, "em_high": 0.75, "f1": 0.5, "f1_low": 0.25, "f1_high": 0.75,
@@ -26,3 +28,9 @@ def test_what_failed_stands_with_its_cause() -> None:
     ]
     title, _, body = failures_table(rows)
     assert (title, body) == ("1 trials failed", [["3", "out of memory with batch_size 64"]])
+
+
+def test_a_table_without_rows_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    show([("texts have no scores", ["EM"], []), ("answers", ["EM"], [["50.0"]])])
+    printed = capsys.readouterr().out
+    assert "answers" in printed and "50.0" in printed and "texts have no scores" not in printed
