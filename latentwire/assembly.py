@@ -161,7 +161,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 parts.append(feature)
         state = [(id(tensor), tensor._version) for tensor in (*parts.parameters(), *parts.buffers())]
         if self._encoder_id[0] != state:
-            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES)
+            # Without defaults: a knob that a later version adds leaves the ids of what was trained before it.
+            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES, exclude_defaults=True)
             digest = hashlib.sha256(f"{fingerprint(parts)} {knobs} {self.run.data.send}".encode()).hexdigest()
             self._encoder_id = state, digest[:32]
         return self._encoder_id[1]

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 import latentwire
 from latentwire.assembly import LatentWire
 from latentwire.card import write as card_of
-from latentwire.config import RunConfig
+from latentwire.config import EncoderConfig, RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.toy import toy_rows
 from latentwire.exports import CheckpointError, choose_receivers, read_run
@@ -26,6 +26,13 @@ README = Path(__file__).parent.parent / "README.md"
 ROWS = list(toy_rows(5, seed=3))
 CONTEXTS = [row["context"] for row in ROWS]
 QUESTIONS = [row["question"] for row in ROWS]
+
+
+class LaterEncoder(EncoderConfig):
+    """The section as a later version may have it."""
+
+    further: float = 0.0
+    """A knob that nobody has heard of yet."""
 
 
 def shaken(wire: LatentWire) -> LatentWire:
@@ -114,6 +121,8 @@ def test_the_encoders_id_hangs_on_what_a_latent_means_and_on_nothing_else(wire: 
     same = {"encoder.latent_dropout": 0.5, "receivers": [run.receivers[1].model_dump()], "features.deep_prefix": {}}
     assert LatentWire(with_values(run, same)).encoder_id == first
     assert LatentWire(with_values(run, {"features.refiner": {}})).encoder_id != first
+    later = run.model_copy(update={"encoder": LaterEncoder(**run.encoder.model_dump())})
+    assert LatentWire(later).encoder_id == first  # a knob that a later version adds takes no packet away
     with torch.no_grad():
         wire.interlingua.encoder.project.bias += 1
     assert wire.encoder_id != first

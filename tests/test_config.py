@@ -42,6 +42,15 @@ def write(tmp_path: Path, text: str) -> Path:
         ("search: {encoder.latentlen: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
         ("search: {latent_len: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
         ("search: {hidden: {type: int, low: 1, high: 4}}", "did you mean features.deep_prefix.hidden?"),
+        (
+            "search: {receivers.0.model: {type: categorical, choices: [a]}}",
+            "receivers cannot be searched, got receivers.0.model",
+        ),
+        ("search: {losses.hidden_kd_depths: {type: categorical, choices: [1]}}", "losses.hidden_kd_depths is none"),
+        (
+            "search: {features.lora: {type: categorical, choices: [null, {}]}}",
+            "a choice must be a number, a text or a switch, got None; of a section its knobs can be searched",
+        ),
         ("search: {encoder.latent_len: {type: int, low: 0, high: 4}}", "latent_len must be ≥ 1, got 0"),
         ("search: {encoder.latent_len: {type: float, low: 4, high: 16}}", "encoder.latent_len is no real number"),
         ("search: {encoder.latent_len: {type: int, low: 8, high: 4}}", "low must be ≤ high, got 8 > 4"),

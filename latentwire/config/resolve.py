@@ -133,8 +133,16 @@ def check_search(space: SpaceFile, where: str) -> None:
     known = dict(knobs())
     for dotted, dimension in space.search.items():
         place = f"{where}: search.{dotted}"
+        if dotted.startswith("receivers"):
+            raise ConfigError(
+                f"receivers cannot be searched, got {dotted} ({place}); compare them in sweeps of their own"
+            )
         if dotted not in known:
             raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){_nearest(dotted, known)}")
+        if typing.get_origin(known[dotted].annotation) in (tuple, dict):
+            raise ConfigError(
+                f"a number, choice or switch can be searched, {dotted} is none ({place}); set it under run"
+            )
         if isinstance(dimension, FloatDimension) and float not in _leaves(known[dotted].annotation):
             raise ConfigError(
                 f"{dotted} is no real number, got type {dimension.type} ({place}); use int or categorical"
@@ -232,11 +240,12 @@ def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tupl
 def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[str]) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     where = "command line" if place in given else where
+    at = f"{where}: {place}" if place else where
     leaf = str(problem["loc"][-1]) if problem["loc"] else model.__name__
     if problem["type"] == "extra_forbidden":
         siblings = _fields_at(model, [str(part) for part in problem["loc"][:-1]])
-        return f"unknown key {leaf} ({where}: {place}){_nearest(leaf, siblings)}"
-    return f"{_rule(leaf, problem)} ({where}: {place})"
+        return f"unknown key {leaf} ({at}){_nearest(leaf, siblings)}"
+    return f"{_rule(leaf, problem)} ({at})"
 
 
 def _rule(leaf: str, problem: Any) -> str:

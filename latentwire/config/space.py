@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from latentwire.config.run import RunConfig
 from latentwire.config.section import Address, Section
 
-Choice = bool | int | float | str
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError(
+            f"a choice must be a number, a text or a switch, got {value!r}; of a section its knobs can be searched"
+        )
+    return value
+
+
+Choice = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 
 
 class SearchedKnob(Section):

@@ -68,6 +68,9 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit) -> Place:
     print(f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
           f"{sum(manifest['rejects'].values()):,} rejected "
           f"({rejected or 'none'}; see rejects.jsonl), {path}", flush=True)  # fmt: skip
+    if split == "dev" and manifest["rows"] < run.data.dev_samples:
+        print(f"shards dev: data.dev_samples asks for {run.data.dev_samples:,} rows, data.dev_fraction {run.data.dev_fraction} of the "
+              f"documents has {manifest['rows']:,}; raise it for steadier scores", flush=True)  # fmt: skip
     return path
 
 
@@ -159,7 +162,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
 def _nothing_left(run: RunConfig, split: shards.ShardSplit, rejects: list[dict[str, Any]]) -> sources.DataError:
     told = "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
     if split == "dev" and not rejects:  # those of the training source are told with train
-        told = f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it"
+        told = f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it, or give more documents"
     return sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({told})")
 
 

@@ -119,7 +119,7 @@ class LMWrapper(nn.Module):
         self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
         self._head: tuple[list[int], Cache] | None = None
         self._recomputed: list[GradientCheckpointingLayer] = []
-        self._check_head()
+        self._check_model()
 
     # -------------------------------------------------------------------------------------------------- properties
 
@@ -278,11 +278,21 @@ class LMWrapper(nn.Module):
         return Decoded(rows, 1000 * (first - start), 1000 * (watch.times[-1] - first))
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Our head (hidden states, output embedding, soft cap) must give the model's own logits."""
+    def _check_model(self) -> None:
+        """Our head (hidden states, output embedding, soft cap) must give the model's own logits, and reading must leave a cache."""
+        if (size := len(self.tokenizer)) > self.embed_tokens.num_embeddings:
+            raise ReceiverError(
+                f"receiver {self.name}: {self.config.model} must have an embedding for each token, its tokenizer has {size:,} and it "
+                f"{self.embed_tokens.num_embeddings:,}; give it its own tokenizer"
+            )
         ids_BS = torch.arange(1, 9, device=self.device)[None]
         own = self.lm(input_ids=ids_BS).logits[0].float()
-        ours = self.logits(self.lm.base_model(input_ids=ids_BS).last_hidden_state[0]).float()
+        output = self.lm.base_model(input_ids=ids_BS, use_cache=True)
+        if getattr(output, "past_key_values", None) is None:
+            raise ReceiverError(
+                f"receiver {self.name}: {self.config.model} keeps no keys and values to go on from; name a causal LM with attention, no encoder"
+            )
+        ours = self.logits(output.last_hidden_state[0]).float()
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max())):
             raise ReceiverError(
                 f"receiver {self.name}: {self.config.model} scales its logits in a way LMWrapper does not know "

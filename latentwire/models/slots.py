@@ -18,22 +18,33 @@ def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ReceiverError(
-            f"feature {feature} needs a receiver with base_model.layers, {type(lm).__name__} has none; switch it off"
+            f"feature {feature} needs a receiver with base_model.layers, {type(lm).__name__} has none; switch it off: "
+            f"--set features.{feature}=null"
         )
     return layers
 
 
 def projections(lm: nn.Module, feature: str) -> list[nn.Linear]:
     """The projections to keys and to values of every layer, in order."""
-    attentions: list[Any] = [layer.self_attn for layer in decoder_layers(lm, feature)]
-    return [projection for attention in attentions for projection in (attention.k_proj, attention.v_proj)]
+    return [part for attention in attentions(lm, feature) for part in (attention.k_proj, attention.v_proj)]
+
+
+def attentions(lm: nn.Module, feature: str) -> list[Any]:
+    """The attention of every decoder layer. Raises :class:`ReceiverError` for one without projections to keys and values."""
+    found: list[Any] = [getattr(layer, "self_attn", None) for layer in decoder_layers(lm, feature)]
+    for attention in found:
+        if not all(hasattr(attention, name) for name in ("k_proj", "v_proj", "head_dim")):
+            raise ReceiverError(
+                f"feature {feature} needs a receiver whose layers have self_attn.k_proj and v_proj, {type(lm).__name__} has none; "
+                f"switch it off: --set features.{feature}=null"
+            )
+    return found
 
 
 def heads_of_entries(lm: nn.Module, feature: str) -> torch.Tensor:
     """For each entry ``[E]`` of what :func:`projections` put out together its key-value head, counted through the layers."""
     heads, first = [], 0
-    for layer in decoder_layers(lm, feature):
-        attention: Any = layer.self_attn
+    for attention in attentions(lm, feature):
         # On the CPU, where a planner weighs modules on the meta device too.
         head_E = first + torch.arange(attention.k_proj.out_features, device="cpu") // attention.head_dim
         heads += [head_E, head_E]  # keys, then values

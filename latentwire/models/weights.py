@@ -42,6 +42,10 @@ def resolve(config: ReceiverConfig) -> str:
     if config.model in TOY_MODELS:
         return str(resources.files("latentwire") / "toy_pair" / config.model)
     path = Path(config.model)
+    if config.model.startswith("toy-") and not path.exists():
+        raise ReceiverError(
+            f"receiver {config.name}: an embedded model must be one of {', '.join(TOY_MODELS)}, got {config.model}"
+        )
     if not path.exists():
         if config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
             raise ReceiverError(
@@ -79,7 +83,7 @@ def load_from(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
             resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
-        raise hub_error(config, error) from error
+        raise loading_error(config, error) from error
 
 
 def load_tokenizer(config: ReceiverConfig) -> Any:
@@ -100,8 +104,12 @@ def skeleton(config: ReceiverConfig) -> nn.Module:
     """The receiver's model without its weights, on the meta device. Raises :class:`ReceiverError`."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_hf_config(config))
+    shape = load_hf_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape)
+    except ValueError as error:
+        raise loading_error(config, error) from error
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -181,16 +189,23 @@ def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _plain(f"{name}.{part}", inner)
 
 
-def hub_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
-    """One clear message for everything that goes wrong between a Hub id and loaded weights."""
-    where = (
-        "--set encoder.model=<directory>"
-        if config.name == "encoder"
-        else (f"--{config.name}_id <directory> (or run.receivers in the space file)")
-    )
+def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
+    """One clear message for everything that goes wrong between a Hub id or a directory and loaded weights."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ReceiverError(
-        f"receiver {config.name}: {config.model} cannot be loaded ({reason}). If it is a Hub id: log in with "
-        f"`hf auth login` where the model is gated, check the network, or give a local directory with "
-        f"{where}"
-    )
+    where = {
+        "encoder": "--set encoder.model=<directory>",
+        "llama": "--llama_id <directory>",
+        "qwen": "--qwen_id <directory>",
+    }.get(config.name, "run.receivers in the space file")
+    if "attention" in reason and "support" in reason:
+        move = f"set attn_implementation: eager for it, got {config.attn_implementation}"
+    elif "Unrecognized configuration class" in reason:
+        move = "its architecture must be one that AutoModelForCausalLM knows: no encoder, no sequence-to-sequence model"
+    elif Path(config.model).is_dir():
+        move = "its directory must hold config.json, weights as safetensors and a fast tokenizer (tokenizer.json)"
+    else:
+        move = (
+            f"if it is a Hub id: log in with `hf auth login` where the model is gated, check the network, or give a local "
+            f"directory by {where}"
+        )
+    return ReceiverError(f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}")

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search.searcher import Searcher
 
 from latentwire.config import SpaceFile
+from latentwire.config.resolve import with_values
 from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
@@ -34,17 +35,41 @@ COPY_PAUSE = 20
 """How many times as long as a copy of the journal took, none is made unless a trial ends."""
 
 
+DRAWS = 64
+"""Trials that are drawn on paper before a sweep begins."""
+
+
 def objectives(space: SpaceFile) -> dict[str, str]:
     """What a space is searched by: metric → max or min, the scheduler's first."""
     return {space.tune.metric: space.tune.mode, **space.tune.objectives}
 
 
 def check_searchable(space: SpaceFile) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` for a sampler, metric or earlier study that cannot serve."""
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for a sampler, metric or earlier study that cannot serve, and for
+    values that trials could draw but that do not go together."""
     check_metrics(space)
     make_sampler(space)
+    check_draws(space)
     if space.tune.warm_start is not None:
         studies.read_earlier(space.tune.warm_start, objectives(space))
+
+
+def check_draws(space: SpaceFile) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where one of :data:`DRAWS` random trials of the space is no run.
+
+    The ends of every dimension have been tried by themselves; this is for what lies between them, and for two together.
+    """
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # this study is no news
+    try:
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=space.tune.seed))
+        for _ in range(DRAWS if space.search else 0):
+            values = draw(study.ask(), space.search)
+            with_values(
+                space.run, values, f"a trial that draws {values}; give a dimension a step, other choices or a condition"
+            )
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 class StudySearch(Searcher):

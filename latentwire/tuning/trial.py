@@ -20,7 +20,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import ConfigError, with_values
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import Place, delete, write_text
 from latentwire.tuning.space import variant_key
@@ -72,12 +72,16 @@ def drive_trial(
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
 
-    The cause of a failure is left in :data:`ERROR_FILE`. A trial that would fail again in the same way (out of memory, no
-    finite gradients) leaves it and returns; any other is raised, for Tune to start the trial again.
+    The cause of a failure is left in :data:`ERROR_FILE`. A trial that would fail again in the same way (values that do not go
+    together, out of memory, no finite gradients) leaves it and returns; any other is raised, for Tune to start the trial again.
     """
-    number = values[NUMBER]
-    run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
-    variant, path = variants[variant_key(run)], trial_path(trial_dir, number)
+    path = trial_path(trial_dir, values[NUMBER])
+    try:
+        run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
+    except ConfigError as error:
+        write_text(path / ERROR_FILE, str(error))
+        return
+    variant = variants[variant_key(run)]
     trainer = make_trainer(
         run,
         variant.datasets,

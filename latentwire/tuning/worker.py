@@ -21,9 +21,9 @@ from latentwire.data import streams
 from latentwire.errors import UserError
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
-from latentwire.storage import Place, place
+from latentwire.storage import Place, StorageError, place
 from latentwire.training import checkpoints, kept
-from latentwire.training.loop import Trainer, TrainingError
+from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
 from latentwire.tuning.gauges import Gauges
 from latentwire.tuning.service import shared_receivers
@@ -44,9 +44,8 @@ def train(settings: dict[str, Any]) -> None:
     try:
         _train(run, settings)
     except (UserError, RuntimeError, MemoryError) as error:
-        if run.training.num_workers > 1 or not (
-            isinstance(error, TrainingError | exports.CheckpointError) or is_out_of_memory(error)
-        ):
+        lasting = isinstance(error, UserError) and not isinstance(error, StorageError)  # a store may answer again
+        if run.training.num_workers > 1 or not (lasting or is_out_of_memory(error)):
             raise  # of several workers the others would wait for this one
         leave_cause(place(settings["folder"]), run, error)
         print(f"error: {error}", flush=True)

@@ -16,7 +16,7 @@ from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import STATES, InterlinguaEncoder, token_rows
 from latentwire.models.low_rank import updates_of
 from latentwire.models.message import Message
-from latentwire.models.slots import projections
+from latentwire.models.slots import heads_of_entries, projections
 from latentwire.models.weights import ReceiverError, load_tokenizer
 
 TEXTS = ["Ada lives in Oslo.", "", "Ben works as baker. Cleo owns an uncommonly-long-word. Ada eats rice."]
@@ -236,6 +236,16 @@ class Tower(torch.nn.Module):
     base_model = torch.nn.Linear(2, 2)
 
 
+class Joined(torch.nn.Module):
+    """A model whose attention makes queries, keys and values in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model, layer = torch.nn.Module(), torch.nn.Module()
+        layer.self_attn = torch.nn.ModuleDict({"qkv_proj": torch.nn.Linear(2, 6)})
+        self.base_model.layers = torch.nn.ModuleList([layer])
+
+
 def test_layers_and_backbones_that_are_not_there() -> None:
     with pytest.raises(ReceiverError, match="model_layers must be ≤ 4, the backbone's own, got 9"):
         PretrainedStates(EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True)
@@ -247,6 +257,11 @@ def test_layers_and_backbones_that_are_not_there() -> None:
         )
     with pytest.raises(ReceiverError, match=r"deep_prefix needs a receiver with base_model\.layers, Tower has none"):
         projections(Tower(), "deep_prefix")
+    for part, feature in ((projections, "deep_prefix"), (heads_of_entries, "coprocessor")):
+        with pytest.raises(
+            ReceiverError, match=f"{feature} needs a receiver whose layers have .*--set features.{feature}=null"
+        ):
+            part(Joined(), feature)
     with pytest.raises(ReceiverError, match="receiver encoder: model must be a Hub id or an existing directory"):
         PretrainedStates(EncoderConfig(kind="lm", model="./nowhere"), RECEIVERS, load_weights=True)
 

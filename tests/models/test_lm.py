@@ -2,10 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+)  # fmt: skip
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.layout import SequenceBuilder, collate
@@ -236,6 +247,36 @@ def test_an_architecture_that_scales_its_logits_is_refused(tmp_path: Path) -> No
         LMWrapper(ReceiverConfig(name="scaled", model=str(tmp_path)))
 
 
+def test_models_that_are_no_decoders_with_a_vocabulary_for_their_tokens_are_refused(tmp_path: Path) -> None:
+    toy = load_tokenizer(RunConfig().receivers[0])
+    small = {"num_hidden_layers": 1, "hidden_size": 16}
+    models: dict[str, tuple[Any, str]] = {
+        "bert": (BertLMHeadModel(BertConfig(vocab_size=len(toy), num_attention_heads=2, intermediate_size=32, **small)),
+                 "keeps no keys and values to go on from; name a causal LM"),
+        "mamba": (MambaForCausalLM(MambaConfig(vocab_size=len(toy), **small)), "keeps no keys and values to go on from"),
+        "narrow": (LlamaForCausalLM(LlamaConfig(vocab_size=99, num_attention_heads=2, intermediate_size=32, **small)),
+                   "must have an embedding for each token, its tokenizer has 704 and it 99"),
+    }  # fmt: skip
+    for name, (model, message) in models.items():
+        model.save_pretrained(tmp_path / name)
+        toy.save_pretrained(tmp_path / name)
+        with pytest.raises(ReceiverError, match=message):
+            LMWrapper(ReceiverConfig(name=name, model=str(tmp_path / name), attn_implementation="eager"))
+    shape = T5Config(vocab_size=len(toy), d_model=16, num_layers=1)
+    shape.save_pretrained(tmp_path / "t5")
+    with pytest.raises(
+        ReceiverError, match=r"t5 cannot be loaded \(.*; its architecture must be one that AutoModelForCausalLM"
+    ):
+        skeleton(ReceiverConfig(name="t5", model=str(tmp_path / "t5")))
+    with pytest.raises(ReceiverError, match="set attn_implementation: eager for it, got sdpa"):
+        LMWrapper(ReceiverConfig(name="mamba", model=str(tmp_path / "mamba")))
+    (tmp_path / "narrow" / "tokenizer.json").unlink()
+    with pytest.raises(ReceiverError, match=r"its directory must hold config\.json, .* a fast tokenizer"):
+        LMWrapper(ReceiverConfig(name="mute", model=str(tmp_path / "narrow")))
+    with pytest.raises(ReceiverError, match="must be one of toy-llama, toy-qwen, toy-phi, got toy-lama"):
+        LMWrapper(ReceiverConfig(name="mine", model="toy-lama"))
+
+
 @pytest.mark.slow
 def test_a_gguf_is_converted_whoever_asks_first(
     real_receivers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -249,8 +290,9 @@ def test_a_gguf_is_converted_whoever_asks_first(
 
 def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ReceiverError, match=r"hf auth login.*--llama_id <directory>"):
-        LMWrapper(ReceiverConfig(name="llama", model="meta-llama/Meta-Llama-3.1-8B-Instruct"))
+    for name, move in (("llama", "--llama_id <directory>"), ("mine", "run.receivers in the space file")):
+        with pytest.raises(ReceiverError, match=rf"hf auth login.*{move}"):
+            LMWrapper(ReceiverConfig(name=name, model="meta-llama/Meta-Llama-3.1-8B-Instruct"))
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,6 +381,25 @@ def test_a_grid_smaller_than_the_sweep_is_refused(tmp_path: Path) -> None:
         make_sampler(search_over(tmp_path, conditional, **two).space)
 
 
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"encoder.d_model": {"type": "int", "low": 64, "high": 128}},
+         r"d_model must be a multiple of 2 × heads, got d_model \d+, heads 4 \(a trial that draws \{'encoder.d_model': \d+\}; give"),
+        ({"adapter.slot_positions": {"type": "categorical", "choices": [True, False]},
+          "encoder.split": {"type": "categorical", "choices": ["none", "lines"]}},
+         r"slot_positions needs a fixed number of slots.*'encoder.split': 'lines'"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together_are_refused_before_the_sweep(
+    tmp_path: Path, search: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_searchable(search_over(tmp_path, search).space)
+    whole = {"encoder.d_model": {"type": "int", "low": 64, "high": 128, "step": 8}}
+    check_searchable(search_over(tmp_path, whole).space)
+
+
 def test_a_study_keeps_its_objectives(search: StudySearch) -> None:
     assert search.study.user_attrs["objectives"] == [["dev_f1", "max"]]
     with pytest.raises(ConfigError, match=r"has objectives \[\['dev_f1', 'max'\]\], got \[\['dev_em', 'max'\]\]"):

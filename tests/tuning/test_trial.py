@@ -14,13 +14,15 @@ import ray.train
 import torch
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
-from latentwire.config import RunConfig
+from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.models.weights import ReceiverError
 from latentwire.receivers.memory import is_out_of_memory
+from latentwire.storage import StorageError
 from latentwire.training import kept
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning import worker
-from latentwire.tuning.trial import ERROR_FILE, cause_left, leave_cause
+from latentwire.tuning.trial import ERROR_FILE, NUMBER, cause_left, drive_trial, leave_cause
 
 HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
 """What takes seconds to import, and is for whoever loads a model, scores, or searches."""
@@ -145,6 +147,28 @@ def test_a_preempted_worker_saves_and_another_goes_on(
     assert Path(last[CHECKPOINT_PATH_KEY]) == folder / "step-00000008"
     (only,) = work(run, table, folder, monkeypatch)  # died after its last checkpoint: told again, nothing is trained
     assert only["dev_loss"] == last["dev_loss"]
+
+
+def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path) -> None:
+    values = {NUMBER: 3, "encoder.d_model": 65}
+    drive_trial(values, space=SpaceFile(), variants={}, gpus_per_worker=0.0, trial_dir=tmp_path)
+    assert str(cause_left(tmp_path / "trial-3")).startswith("d_model must be a multiple of 2 × heads, got d_model 65")
+
+
+def test_what_would_fail_again_ends_the_trial_and_a_store_that_does_not_answer_does_not(
+    run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"run": run.model_dump(mode="json"), "folder": str(tmp_path)}
+    fault: list[Exception] = [ReceiverError("receiver llama: no decoder"), StorageError("the bucket cannot be read")]
+
+    def failing(*_: object) -> None:
+        raise fault.pop(0)
+
+    monkeypatch.setattr(worker, "_train", failing)
+    worker.train(settings)
+    assert cause_left(tmp_path) == "receiver llama: no decoder"
+    with pytest.raises(StorageError):
+        worker.train(settings)
 
 
 def test_receivers_of_other_weights_are_refused(
