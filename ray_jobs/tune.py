@@ -25,7 +25,7 @@ from latentwire.options import add_flags, input_place, output_place, read_space,
 from latentwire.storage import place
 from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
 from latentwire.tuning.progress import check_trackers
-from latentwire.tuning.searcher import check_searchable
+from latentwire.tuning.searcher import check_draws, check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -57,6 +57,7 @@ def main() -> int:
                 space, repeated = manifest.one_trial(options.from_manifest, options.trial, options.assignments)
             else:
                 space = with_home(read_space(options, DEFAULT_SPACE))
+            check_draws(space)
             name = time.strftime("tune-%Y%m%d-%H%M%S")
             output = (options.output_dir or place(space.tune.storage_path) / name).absolute()
             if output.exists():

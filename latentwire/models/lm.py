@@ -290,7 +290,8 @@ class LMWrapper(nn.Module):
         output = self.lm.base_model(input_ids=ids_BS, use_cache=True)
         if getattr(output, "past_key_values", None) is None:
             raise ReceiverError(
-                f"receiver {self.name}: {self.config.model} keeps no keys and values to go on from; name a causal LM with attention, no encoder"
+                f"receiver {self.name}: {self.config.model} keeps no keys and values to go on from; name a causal LM with "
+                f"attention, no encoder"
             )
         ours = self.logits(output.last_hidden_state[0]).float()
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max())):

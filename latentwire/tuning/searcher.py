@@ -45,11 +45,9 @@ def objectives(space: SpaceFile) -> dict[str, str]:
 
 
 def check_searchable(space: SpaceFile) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` for a sampler, metric or earlier study that cannot serve, and for
-    values that trials could draw but that do not go together."""
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for a sampler, metric or earlier study that cannot serve."""
     check_metrics(space)
     make_sampler(space)
-    check_draws(space)
     if space.tune.warm_start is not None:
         studies.read_earlier(space.tune.warm_start, objectives(space))
 

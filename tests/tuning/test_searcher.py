@@ -20,7 +20,7 @@ from latentwire.storage import StorageError
 from latentwire.tuning import study as studies
 from latentwire.tuning.results import find_best
 from latentwire.tuning.samplers import CLASSES, make_sampler
-from latentwire.tuning.searcher import StudySearch, check_searchable
+from latentwire.tuning.searcher import StudySearch, check_draws, check_searchable
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials
 from latentwire.tuning.trial import ERROR_FILE, NUMBER, trial_path
 
@@ -395,9 +395,9 @@ def test_values_that_do_not_go_together_are_refused_before_the_sweep(
     tmp_path: Path, search: dict, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_searchable(search_over(tmp_path, search).space)
+        check_draws(search_over(tmp_path, search).space)
     whole = {"encoder.d_model": {"type": "int", "low": 64, "high": 128, "step": 8}}
-    check_searchable(search_over(tmp_path, whole).space)
+    check_draws(search_over(tmp_path, whole).space)
 
 
 def test_a_study_keeps_its_objectives(search: StudySearch) -> None:

@@ -9,7 +9,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
 from latentwire.data.shards import SHARD_KNOBS
 from latentwire.data.teachers import TEACHER_KNOBS
-from latentwire.tuning.searcher import check_searchable
+from latentwire.tuning.searcher import check_draws, check_searchable
 from latentwire.tuning.space import check_metrics, data_variants, largest_run, variant_key
 from latentwire.tuning.study import distribution, draw
 
@@ -45,6 +45,7 @@ search:
 def test_shipped_spaces_can_be_searched(file: Path) -> None:
     space = load_space(file)
     check_searchable(space)
+    check_draws(space)
     assert data_variants(space) and largest_run(space)
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask()
     assert with_values(space.run, draw(trial, space.search))
