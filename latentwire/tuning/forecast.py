@@ -165,13 +165,18 @@ def _now(cuda: bool) -> float:
 
 
 def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
-    """Two per parameter and position forward, as many backward to the inputs; three times two for what is trained."""
-    frozen = sum(receiver.parameters for receiver in plan.receivers)
+    """Two per parameter and position forward, as many backward to the inputs; three times two for what is trained.
+
+    In the alignment no receiver is read; of ``receivers_per_step: one`` a step reads one of them.
+    """
+    frozen = sum(receiver.multiplied for receiver in plan.receivers)
+    read = max(0, steps - run.training.alignment_steps)
+    share = 1 / len(plan.receivers) if run.training.receivers_per_step == "one" else 1
     positions = run.training.batch_size * (run.encoder.latent_len + PROMPT_POSITIONS)
-    step = positions * 4 * frozen + positions * 6 * plan.trainable_parameters
+    trained = positions * (read * share * 4 * frozen + steps * 6 * plan.trainable_parameters)
     evaluated = run.data.dev_samples * (run.encoder.latent_len + PROMPT_POSITIONS + run.evaluation.max_answer_tokens)
     evaluations = steps // run.training.evaluate_every + 1
-    return float(steps * step + evaluations * evaluated * 2 * (2 * frozen + plan.trainable_parameters))
+    return float(trained + evaluations * evaluated * 2 * (2 * frozen + plan.trainable_parameters))
 
 
 def _files(space: SpaceFile) -> tuple[list[str], int, int | None]:

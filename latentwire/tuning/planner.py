@@ -44,6 +44,8 @@ class ReceiverEstimate:
 
     name: str
     parameters: int
+    multiplied: int
+    """Of these, those that every position is multiplied by: all but embeddings and output head."""
     bytes_weights: int
     bytes_step: int
     """Activations of one training step, and the logits."""
@@ -265,7 +267,7 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
     if (head := lm.get_output_embeddings()) is not None and not lm.config.tie_word_embeddings:
         kept += head.weight.numel()
     weights = kept * width_bytes + (parameters - kept) * QUANTIZED_BYTES.get(receiver.quantization, width_bytes)
-    return ReceiverEstimate(receiver.name, parameters, int(weights), activations + logits)
+    return ReceiverEstimate(receiver.name, parameters, parameters - kept, int(weights), activations + logits)
 
 
 def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:

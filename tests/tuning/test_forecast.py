@@ -52,6 +52,19 @@ def test_steps_runs_hours_and_disk(tmp_path: Path) -> None:
     assert "hours" not in "\n".join(found.lines(made, None))
 
 
+def test_steps_that_read_no_receiver_or_one_of_them_take_less(tmp_path: Path) -> None:
+    def flop(**training: object) -> float:
+        own = space(tmp_path, run={"training": {"batch_size": 32, "epochs": 2} | training})
+        found = forecast(own, plan(own, {"CPU": 2}, ENOUGH), tmp_path).flop_per_run
+        assert found is not None
+        return found
+
+    made = plan(space(tmp_path), {"CPU": 2}, ENOUGH)
+    assert all(0 < r.multiplied < r.parameters for r in made.receivers)
+    whole, aligned, alone = flop(), flop(alignment_steps=40), flop(receivers_per_step="one")
+    assert aligned < alone < whole and whole - aligned == pytest.approx(2 * (whole - alone))
+
+
 def test_teachers_columns_count_as_disk(tmp_path: Path) -> None:
     with_kd = space(tmp_path, run={"losses": {"kd_weight": 1.0, "k": 4, "kd_top_k": 32}})
     made = plan(with_kd, {"CPU": 2}, ENOUGH)
