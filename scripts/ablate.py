@@ -34,6 +34,7 @@ from latentwire.options import add_flags, read_space, with_home
 from latentwire.storage import write_text
 from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here
+from latentwire.tuning.space import variant_key
 
 MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
@@ -115,7 +116,7 @@ def main() -> int:
         if options.only:
             train_one(wanted[options.only], options.output_dir / options.only)
             return 0
-        for run in {shards_key(run): run for run in wanted.values()}.values():
+        for run in {variant_key(run): run for run in wanted.values()}.values():
             local_shards(run)
     except UserError as error:
         return fail(error)
@@ -136,11 +137,6 @@ def main() -> int:
     (options.output_dir / "table.md").write_text(text + "\n")
     print(text)
     return 0
-
-
-def shards_key(run: RunConfig) -> str:
-    """Runs with the same shards need them made once."""
-    return run.data.model_dump_json() + run.prompt.model_dump_json()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import re
 import typing
 from pathlib import Path
 
-from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig
+from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig, TuneConfig
 from latentwire.config.resolve import knobs
+from latentwire.options import FLAGS
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = re.compile(r"[\w./]+\.(?:py|jinja|yaml)\b")
@@ -41,6 +42,36 @@ def test_the_annotated_tree_names_every_file_and_no_other() -> None:
         if file.name != "__init__.py" and "toy_pair" not in file.parts
     }
     assert told() == there
+
+
+COMMAND = re.compile(r"python3? ((?:latentwire|ray_jobs|scripts)/\w+\.py)((?:[^`\n]|\\\n|\n(?= *--))*)")
+"""A script, and its flags on this line and on those that go on."""
+SHARED = {"add_flags": {*FLAGS, "set", "space"}, "add_start": {"from", "add_receiver"}}
+"""What scripts call for flags that they share."""
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """Document, script and flags of every command that the documents show."""
+    documents = (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"))
+    return [(document.name, *found) for document in documents for found in COMMAND.findall(document.read_text())]
+
+
+def test_every_command_that_the_documents_show_is_one() -> None:
+    """Its script and files are there and have its flags, and what it sets are knobs."""
+    known = {path for path, _ in (*knobs(), *knobs(TuneConfig, "tune."))}
+    sections = {f"features.{name}" for name in FeaturesConfig.model_fields}
+    assert len(commands()) > 60
+    for document, script, words in commands():
+        source = (REPOSITORY / script).read_text()
+        flags = set(re.findall(r'"--(\w+)"', source))
+        flags |= {flag for call, shared in SHARED.items() if f"{call}(" in source for flag in shared}
+        if "from latentwire.evaluate import" in source:
+            flags |= set(re.findall(r'"--(\w+)"', (REPOSITORY / "latentwire" / "evaluate.py").read_text()))
+        assert set(re.findall(r"--([a-z]\w*)", words)) <= flags, (document, script, words)
+        for file in re.findall(r"--(?:space|variants) (\S+\.yaml)", words):
+            assert (REPOSITORY / file).exists(), (document, script, file)
+        for path in re.findall(r"--(?:set|scratch) '?(?:run\.)?([\w.]+)=", words):
+            assert path in known | sections or path.startswith("receivers."), (document, script, path)
 
 
 def test_every_test_that_the_documents_name_is_there() -> None:

@@ -67,11 +67,9 @@ class PretrainedStates(States):
 
     def pinned_parameters(self) -> frozenset[str]:
         """Those of a backbone that is not trained."""
-        return (
-            frozenset()
-            if self.tuned == "full"
-            else frozenset(f"backbone.{n}" for n, _ in self.backbone.named_parameters())
-        )
+        if self.tuned == "full":
+            return frozenset()
+        return frozenset(f"backbone.{name}" for name, _ in self.backbone.named_parameters())
 
     def collate(self, rows: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Rows of a text's own ids to windows ``[W, T]``, their attention, where they hold these; and each token's bytes."""
@@ -102,7 +100,7 @@ class PretrainedStates(States):
         ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
         return (ends_S & ~goes_on_S).tolist()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, ids_WT: torch.Tensor, attention_WT: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tensor
     ) -> torch.Tensor:
         """``[B, S, M]`` in fp32; at least one state a row, zero for an empty text."""

@@ -17,7 +17,11 @@ BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 
 
 class States(nn.Module, ABC):
-    """A state for every token, patch or the like of a text."""
+    """A state for every token, patch or the like of a text.
+
+    ``forward`` takes the tensors of :meth:`collate` by their names and ``length_B``, the states of each text, and gives
+    ``[B, S, M]``: at least one state a row, which means nothing where the text is empty.
+    """
 
     width: int
     """M, of one state."""
@@ -26,15 +30,11 @@ class States(nn.Module, ABC):
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Texts (or their ids) to what :meth:`forward` takes by name, on the CPU; and the bytes that each state stands for."""
+        """Texts (or their ids) to what ``forward`` takes by name, on the CPU; and the bytes that each state stands for."""
 
     @abstractmethod
     def sentence_ends(self, row: Any) -> list[bool]:
         """Whether a sentence ends after each state of a text (or of its ids)."""
-
-    @abstractmethod
-    def forward(self, *, length_B: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
-        """``[B, S, M]``; ``length_B``: states of each text. At least one a row, which an empty text fills with anything."""
 
     def fingerprint(self) -> str | None:
         """Hash of weights that are not trained; ``None`` where all are."""
@@ -74,7 +74,7 @@ class ByteStates(States):
         """Whether a sentence ends after each patch of a text."""
         return [ends_sentence(patch) for patch in self.tokenizer.cut(text, self.bytes_per_patch)]
 
-    def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
         """``[B, P, M]``."""
         place_P = torch.arange(ids_BPE.shape[1], device=ids_BPE.device)
         keep_BP = (place_P < length_B[:, None]) | (place_P == 0)  # an empty text is one patch of padding
