@@ -116,7 +116,9 @@ class LMWrapper(nn.Module):
         self.embed_tokens = self.lm.get_input_embeddings()
         self.head = self.lm.get_output_embeddings()
         self.head.register_forward_pre_hook(_packed)
-        self.softcap = getattr(self.lm.config.get_text_config(), "final_logit_softcapping", None)
+        text_config = self.lm.config.get_text_config()
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.most_positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self._head: tuple[list[int], Cache] | None = None
         self._recomputed: list[GradientCheckpointingLayer] = []
         self._check_model()
@@ -153,8 +155,10 @@ class LMWrapper(nn.Module):
     def embed(self, batch: Batch, soft_ND: torch.Tensor | None) -> torch.Tensor:
         """Input embeddings ``[B, S, D]``: token embeddings with the soft vectors laid over the batch's slots.
 
-        Row by row, the slots take ``soft_ND`` in order (leading dimensions are flattened); ``None`` for text prompts.
+        Row by row, the slots take ``soft_ND`` in order (leading dimensions are flattened); ``None`` for text prompts. Raises
+        :class:`ReceiverError` for a prompt that is longer than the model can read.
         """
+        self._check_length(batch.attention_BS.shape[1])
         e_BSD = self.embed_tokens(batch.ids_BS.to(self.device))
         if soft_ND is None:
             return e_BSD
@@ -261,6 +265,7 @@ class LMWrapper(nn.Module):
         """Greedy continuations of left-padded prompts."""
         from transformers import GenerationConfig
 
+        self._check_length(batch.attention_BS.shape[1] + max_new_tokens)
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         settings = GenerationConfig(
@@ -276,6 +281,13 @@ class LMWrapper(nn.Module):
         rows = [_until(row, stop_ids) for row in output_BK.tolist()]
         start, _, first, *_ = watch.times
         return Decoded(rows, 1000 * (first - start), 1000 * (watch.times[-1] - first))
+
+    def _check_length(self, positions: int) -> None:
+        if self.most_positions is not None and positions > self.most_positions:
+            raise ReceiverError(
+                f"receiver {self.name}: {self.config.model} reads at most {self.most_positions:,} positions, a prompt and its answer "
+                f"take {positions:,}; lower data.max_context_bytes, or name another receiver"
+            )
 
     @torch.no_grad()
     def _check_model(self) -> None:

@@ -230,6 +230,20 @@ def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty" / "x.gguf")))
 
 
+def test_a_prompt_that_is_longer_than_a_model_can_read_is_refused() -> None:
+    lm, builder, rows = load(RunConfig().receivers[0])
+    prompts = collate([builder.text(*row[:2]) for row in rows], side="left")
+    lm.most_positions = prompts.ids_BS.shape[1] + 4
+    lm.generate(prompts, builder.stop_ids, 4)
+    with pytest.raises(
+        ReceiverError, match=r"reads at most \d+ positions, a prompt and its answer take \d+; lower data"
+    ):
+        lm.generate(prompts, builder.stop_ids, 5)
+    lm.most_positions = 10
+    with pytest.raises(ReceiverError, match="reads at most 10 positions"):
+        lm.supervised_logits(collate([builder.text(*row) for row in rows]))
+
+
 def test_an_architecture_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
     toy = load_tokenizer(RunConfig().receivers[0])
     shape = {
