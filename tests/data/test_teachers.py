@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentwire.assembly import LatentWire
-from latentwire.config import LossConfig, RunConfig
+from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams, teachers
 from latentwire.data.local import local_shards
@@ -93,3 +93,7 @@ def test_files_are_made_once_and_missing_ones_again(
         != first["llama"]
     )
     assert teachers.teacher_path(with_values(run, {"losses.kd_weight": 0.1}), run.receivers[0], train) == first["llama"]
+
+
+def test_weights_of_the_hub_are_known_by_their_id() -> None:
+    assert teachers._weights(ReceiverConfig(name="a", model="some/where")) == "some/where"

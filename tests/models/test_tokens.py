@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import ByteStates
-from latentwire.models.tokens import ByteTokenizer, token_bytes, truncate_utf8
+from latentwire.models.tokens import ByteTokenizer, chunks_utf8, token_bytes, truncate_utf8
 from latentwire.models.weights import load_tokenizer
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)))
@@ -87,3 +87,13 @@ def test_sentences_end_where_tokens_do(model: str) -> None:
 @pytest.mark.parametrize("model", ["smollm2", "gemma3"])
 def test_sentences_end_where_real_tokens_do(real_receivers: Path, model: str) -> None:
     check_ends(str(real_receivers / model), SENTENCES)
+
+
+@given(st.text(max_size=80), st.integers(4, 20))
+def test_chunks_lose_nothing_and_end_after_white_space_where_there_is_any(text: str, limit: int) -> None:
+    text = text.encode("utf-8", "ignore").decode()
+    chunks = chunks_utf8(text, limit)
+    assert "".join(chunks) == text and all(0 < len(chunk.encode()) <= limit for chunk in chunks)
+    assert chunks_utf8("one two three", 9) == ["one two ", "three"]
+    with pytest.raises(ValueError, match="a chunk must hold a character, got a limit of 1 bytes"):
+        chunks_utf8("ä", 1)

@@ -83,6 +83,7 @@ def test_joined_answers_and_judgements_are_those_of_each_alone(run: RunConfig, r
                 JudgeRequest(gold, Prompt(soft_ND, None)),
             )
         )
+    assert len({generate.alike for generate, _ in asked}) == len({judge.alike for _, judge in asked}) == 1
     said = GenerateRequest.answer(lm, [generate for generate, _ in asked])
     judged = JudgeRequest.answer(lm, [judge for _, judge in asked])
     for (generate, judge), own_said, own_judged in zip(asked, said, judged, strict=True):

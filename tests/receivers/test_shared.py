@@ -59,6 +59,7 @@ def test_texts_without_questions_are_scored_alike(run: RunConfig, sharing_wire: 
 
 def test_it_holds_no_weights_and_counts_what_travels(run: RunConfig, sharing_wire: Make) -> None:
     wire = sharing_wire(run, "trial")
+    assert wire.fingerprints() == LatentWire(run).fingerprints()
     Trainer(wire, 100).step(shard_table(run, 4))
     for receiver in wire.receivers.values():
         assert receiver.held_bytes == 0 and all(p.is_meta for p in receiver.skeleton().parameters())

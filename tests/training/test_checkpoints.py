@@ -240,3 +240,10 @@ def test_the_table_fixture_matches_what_training_reads(table: pa.Table, run: Run
 
 def test_a_wire_is_saved_where_a_package_is_not_installed() -> None:
     assert set(exports.installed(("torch", "no-such-package"))) == {"torch"}
+
+
+def test_a_receiver_that_changed_is_told(wire: LatentWire) -> None:
+    before = wire.fingerprints()
+    checkpoints.check_frozen(wire, before)
+    with pytest.raises(RuntimeError, match="frozen receivers must not change, qwen did"):
+        checkpoints.check_frozen(wire, before | {"qwen": "0" * 64})

@@ -297,3 +297,12 @@ def test_an_epoch_without_a_batch_is_an_error(run: RunConfig) -> None:
     trainer = trainer_of(run, 16)
     with pytest.raises(TrainingError, match="at least one batch"):
         trainer.train(lambda epoch: iter(()), nothing)
+
+
+def test_own_receivers_are_compiled_where_that_is_asked_for(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[str] = []
+    monkeypatch.setattr(LMWrapper, "fuse", lambda lm: fused.append(lm.name))
+    trainer_of(run, 8)
+    assert not fused
+    trainer_of(with_values(run, {"training.compile": True}), 8)
+    assert fused == ["llama", "qwen"]

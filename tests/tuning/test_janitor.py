@@ -113,6 +113,15 @@ def test_what_a_worker_saved_after_the_last_trials_end_goes_too(tmp_path: Path) 
     assert left(search.trial_dir) == {0: [3]}
 
 
+def test_a_trials_failure_is_tidied_up_after_too(tmp_path: Path) -> None:
+    search, janitor = sweep(tmp_path, 2, keep_checkpoints=1)
+    for number in (0, 1):
+        told(search, number, 3, 0.1 + number)
+    search.on_trial_complete("0", error=True)
+    janitor.on_trial_error(1, [], None)
+    assert left(search.trial_dir) == {1: [3]}
+
+
 def test_debris_of_dead_workers_is_cleared(tmp_path: Path) -> None:
     (trial_path(tmp_path, 0) / ".step-00000004.part-0123abcd").mkdir(parents=True)
     path = saved(tmp_path, 1, 2, 0.5)

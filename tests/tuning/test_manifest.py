@@ -123,3 +123,14 @@ def test_the_state_of_a_checkout_and_none_outside(tmp_path: Path) -> None:
     assert state is not None and len(state["commit"]) == 40 and state["dirty"] is False
     (tmp_path / "new").write_text("")
     assert manifest.git_state(tmp_path) == state | {"dirty": True}
+
+
+def test_a_system_that_names_no_processor_has_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    assert manifest.hardware()["cpu"]
+    monkeypatch.setattr(Path, "read_text", absent)
+    monkeypatch.setattr(manifest.platform, "processor", lambda: "")
+    monkeypatch.setattr(manifest.platform, "machine", lambda: "arm64")
+    assert manifest.hardware()["cpu"] == "arm64"

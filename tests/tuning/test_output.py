@@ -1,12 +1,19 @@
 """What ``--compare`` sets side by side."""
 
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluate import parser
+from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.settings import settings
-from latentwire.tuning.output import asked, compared
+from latentwire.tuning.output import Asked, asked, compared, show_and_write
 
 ROWS = settings(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
 AT_8 = ("latent at 8 latents", "truncated at 8 latents")
@@ -44,3 +51,20 @@ def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint() -> None:
     options = parser().parse_args(["--checkpoint", "runs/x/best", "--data_dir", "elsewhere"])
     with pytest.raises(ConfigError, match=r"--data_dir belongs to --predictions, .*by --set data\.data_dir=elsewhere"):
         asked(options, RunConfig())
+
+
+def test_a_directory_gets_scores_details_and_every_answer(
+    wire: LatentWire, table: pa.Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = settings(wire.run, ["text", "latent"])
+    predictions = {row.key: list(predict(wire, table.slice(0, 3), row)) for row in rows}
+    words = ["--checkpoint", "runs/x/best", "--compare", "--output", str(tmp_path / "scores")]
+    options = parser().parse_args(words)
+    wanted = Asked(rows, compared([], rows), {})
+    assert show_and_write(options, wanted, predictions, wire.run, {"cosine": 0.5}) == 0
+    told = capsys.readouterr().out
+    assert "paired differences" in told and "latents: cosine 0.500" in told
+    details = json.loads((tmp_path / "scores" / "details.json").read_text())
+    assert details["diagnostics"] == {"cosine": 0.5} and len(details["comparisons"]) == 1
+    assert set(json.loads((tmp_path / "scores" / "scores.json").read_text())) == {"text", "latent"}
+    assert pq.read_table(tmp_path / "scores" / "predictions.parquet").num_rows == 2 * 2 * 3

@@ -1,6 +1,7 @@
 """A machine that cannot hold one trial says so before anything starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -220,3 +221,30 @@ def test_a_start_that_is_not_whole_is_refused_where_something_is_trained(tmp_pat
         planner.check_start(begun.run)
     assert plan(begun, {"CPU": 2}, ENOUGH).max_concurrent_trials == 2  # a finished wire is scored without it
     planner.check_start(space().run)
+
+
+def test_node_types_of_the_newer_autoscaler_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import state
+
+    kinds = [
+        SimpleNamespace(name="gpu", resources={"GPU": 1}, max_count=4),
+        SimpleNamespace(name="no", resources={}, max_count=0),
+    ]
+    monkeypatch.setattr(state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=kinds))
+    (found,) = autoscaler.addable_nodes()
+    assert (found["Resources"], found["Count"]) == ({"GPU": 1}, 4)
+
+
+def test_where_a_trial_needs_more_whole_gpus_than_there_are_its_workers_share_them() -> None:
+    two = {"CPU": 16, "GPU": 2}
+    spread = space(training__num_workers=4)
+    assert plan(spread, two, ENOUGH).sharing is not None
+    with pytest.raises(PlanError, match="one trial needs 4 GPUs and the cluster has 2"):
+        plan(space(training__num_workers=4, tune__receivers="own"), two, ENOUGH)
+
+
+def test_trials_on_gpus_are_counted_beside_replicas_on_each_of_them() -> None:
+    shared = plan(space(), {"CPU": 16, "GPU": 4}, ENOUGH)
+    nodes = [{"Alive": True, "NodeManagerAddress": "a", "Resources": {"CPU": 8, "GPU": 2}}]
+    fitting, lines = forecast.fit(shared, nodes)
+    assert 0 < fitting.max_concurrent_trials <= shared.max_concurrent_trials and "node a (8 CPU, 2 GPU" in lines[0]

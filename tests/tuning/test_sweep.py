@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from latentwire.config import SpaceFile, TuneConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.tuning import sweep
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import longest_run
 from latentwire.tuning.study import JOURNAL
-from latentwire.tuning.sweep import Earlier, NothingRuns, make_scheduler, replay, total_steps
+from latentwire.tuning.sweep import Earlier, Files, NothingRuns, common_pin, make_scheduler, replay, total_steps
 
 
 def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
@@ -47,3 +49,16 @@ def test_the_longest_trial_has_the_smallest_batches_and_the_most_epochs() -> Non
     space = SpaceFile.model_validate({"run": {"training": {"max_steps": 50}}, "search": search})
     assert total_steps(longest_run(space), 320) == 60
     assert longest_run(SpaceFile()) == SpaceFile().run
+
+
+def test_trials_on_different_development_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"data.dev_samples": {"type": "categorical", "choices": [8, 16]}}
+    space = SpaceFile.model_validate({"search": search})
+    files = {str(n): Files({"dev": Path(f"dev-{n}")}, {}, ()) for n in (8, 16)}
+    monkeypatch.setattr(sweep, "evaluation_pin", lambda path, run: "same")
+    assert common_pin(space, files) == "same"
+    monkeypatch.setattr(sweep, "evaluation_pin", lambda path, run: path.name)
+    with pytest.raises(
+        ConfigError, match=r"the same development rows, got 2 different sets; .* than data\.dev_samples"
+    ):
+        common_pin(space, files)
