@@ -53,12 +53,13 @@ CLEAN = pa.schema(
 )  # fmt: skip
 
 
-def ensure_shards(run: RunConfig, split: shards.ShardSplit) -> Place:
+def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None = None) -> Place:
     """Make a split's shards unless complete ones are there; returns their directory. Needs Ray initialised to make them.
 
-    Raises :class:`~latentwire.data.sources.DataError` for a source that cannot be read or leaves no row.
+    ``path``: that directory, where it has been named before (tokenizers are loaded and files hashed for it). Raises
+    :class:`~latentwire.data.sources.DataError` for a source that cannot be read or leaves no row.
     """
-    path = shards.shard_path(run, split)
+    path = shards.shard_path(run, split) if path is None else path
     if shards.complete(path):
         manifest = shards.read_manifest(path)
         print(f"shards {split}: {manifest['rows']:,} rows, reused from {path}", flush=True)

@@ -73,7 +73,7 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
     """
     variants = data_variants(space)
     named = [{split: shards.shard_path(run, split) for split in shards.SPLITS} for run in variants]
-    needed = {path: (run, split) for run, own in zip(variants, named, strict=True) for split, path in own.items()}
+    needed = {path: (run, split, path) for run, own in zip(variants, named, strict=True) for split, path in own.items()}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for made in [pool.submit(pipeline.ensure_shards, *of) for of in needed.values()]:
             made.result()
