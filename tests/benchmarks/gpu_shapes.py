@@ -107,7 +107,7 @@ def main() -> int:
     options = parser.parse_args()
     device = pick_device()
     ceiling = matmul_ceiling(device, 8192 if device.type == "cuda" else 512)
-    print(f"{device}: bf16 products reach {ceiling / 1e12:.2f} TFLOP/s\n")
+    print(f"{device}: bf16 products reach {ceiling / 1e12:.3g} TFLOP/s\n")
     print("| step | examples/s | TFLOP/s | share of that (goal ≥ 0.45) | peak memory |\n|---|---|---|---|---|")
     for sequential in (False, True):
         run = with_values(
@@ -131,7 +131,7 @@ def main() -> int:
         rate = flops(wire, trainer, table) / seconds
         memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else "not on a GPU"
         name = "one receiver after the other" if sequential else "joint"
-        print(f"| {name} | {options.batch_size / seconds:.1f} | {rate / 1e12:.2f} | {rate / ceiling:.2f} | {memory} |")
+        print(f"| {name} | {options.batch_size / seconds:.3g} | {rate / 1e12:.3g} | {rate / ceiling:.2g} | {memory} |")
         del wire, trainer
     return 0
 
