@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from latentwire.config import EncoderConfig
 from latentwire.models.attention import Block, rotary_of
-from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, ends_sentence
+from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, sentence_ends
 
 BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 
@@ -72,7 +74,11 @@ class ByteStates(States):
 
     def sentence_ends(self, text: str) -> list[bool]:
         """Whether a sentence ends after each patch of a text."""
-        return [ends_sentence(patch) for patch in self.tokenizer.cut(text, self.bytes_per_patch)]
+        patches = self.tokenizer.cut(text, self.bytes_per_patch)
+        # A word that fills its patch leaves the white space after it to the next one, so the whole text is searched.
+        stops = list(accumulate(map(len, patches)))
+        ending = {bisect_left(stops, end) for end in sentence_ends(b"".join(patches))}
+        return [place in ending for place in range(len(patches))]
 
     def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
         """``[B, P, M]``."""

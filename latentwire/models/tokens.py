@@ -53,9 +53,9 @@ _WORD = re.compile(rb"[^ \n\t\r]*[ \n\t\r]+|[^ \n\t\r]+")
 _SENTENCE_END = re.compile(rb"""[.!?]["')\]]*\s|\n""")
 
 
-def ends_sentence(patch: bytes) -> bool:
-    """Whether a patch holds the white space after a sentence, or the end of a line."""
-    return _SENTENCE_END.search(patch) is not None
+def sentence_ends(text: bytes) -> list[int]:
+    """Places right after the white space that follows a sentence, and after the ends of lines."""
+    return [found.end() for found in _SENTENCE_END.finditer(text)]
 
 
 def truncate_utf8(text: str, limit: int) -> str:

@@ -58,15 +58,23 @@ def test_real_tokens_add_up_to_the_texts_bytes(real_receivers: Path, model: str,
     assert abs(counted(str(real_receivers / model)) - len(SENTENCE.encode())) <= off_by
 
 
-SENTENCES = ["Ada lives in Oslo.", ' Ben paid 3.5 dollars to "Acme Inc."', " Why?\n", "Nobody knows! ", "The end"]
+SENTENCES = [
+    "Ada lives in Oslo.",
+    " Cleo is from Portland.",
+    ' Ben paid 3.5 dollars to "Acme Inc."',
+    " Why?\n",
+    "Nobody knows! ",
+    "The end",
+]
 
 
-def test_sentences_end_where_patches_do() -> None:
-    config = EncoderConfig()
+@pytest.mark.parametrize("longest", [1, 3, 8, 9])  # but for 8, the white space after "Portland." is a patch of its own
+def test_sentences_end_where_patches_do(longest: int) -> None:
+    config = EncoderConfig(bytes_per_patch=longest)
     states, text = ByteStates(config), "".join(SENTENCES)
     patches, ends = states.tokenizer.cut(text, config.bytes_per_patch), states.sentence_ends(text)
     after = [b"".join(patches[: place + 1]).decode().rstrip() for place, end in enumerate(ends) if end]
-    assert after == ["".join(SENTENCES[:count]).rstrip() for count in (1, 2, 3, 4)]
+    assert after == ["".join(SENTENCES[:count]).rstrip() for count in range(1, len(SENTENCES))]
 
 
 def check_ends(model: str, sentences: list[str]) -> None:
