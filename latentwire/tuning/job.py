@@ -35,7 +35,7 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     if left := orphans.remove_orphaned_groups():
         print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
     files = sweep.prepare(space, plan.gpus_per_worker)
-    pin = sweep.common_pin(space, files)
+    pin = sweep.common_pin(space, {own.shards["dev"] for own in files.values()})
     if repeated is not None:
         manifest.check_data(repeated, files, pin)
     manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))

@@ -69,14 +69,17 @@ class Files:
 def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
     """Shards and teachers' columns of every data variant the space can draw, by :func:`variant_key`.
 
-    A few splits are made at once: one small source is one task, which leaves the other cores idle.
+    A few splits are made at once: one small source is one task, which leaves the other cores idle. Raises
+    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_pin` does, before training rows are made.
     """
     variants = data_variants(space)
     named = [{split: shards.shard_path(run, split) for split in shards.SPLITS} for run in variants]
     needed = {path: (run, split, path) for run, own in zip(variants, named, strict=True) for split, path in own.items()}
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for made in [pool.submit(pipeline.ensure_shards, *of) for of in needed.values()]:
-            made.result()
+    dev = [path for path, of in needed.items() if of[1] == "dev"]
+    if len(dev) > 1:
+        _make([needed.pop(path) for path in dev])
+        common_pin(space, dev)
+    _make(needed.values())
     continued = any(run.losses.continuation_ce_weight for run in (*variants, largest_run(space)))
     files: dict[str, Files] = {}
     for run, own in zip(variants, named, strict=True):
@@ -85,6 +88,12 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
         if key not in files or said:  # of two bundles with the same shards, one may need a teacher
             files[key] = Files(own, said, tuple(streams.training_columns(run, continued=continued)))
     return files
+
+
+def _make(wanted: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None:
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        for made in [pool.submit(pipeline.ensure_shards, *of) for of in wanted]:
+            made.result()
 
 
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
@@ -96,18 +105,18 @@ def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     }
 
 
-def common_pin(space: SpaceFile, files: Mapping[str, Files]) -> str:
-    """The evaluation pin that all trials share.
+def common_pin(space: SpaceFile, dev: Iterable[Place]) -> str:
+    """The evaluation pin that all trials share. ``dev``: shards of development rows.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the development rows: scores on
     different rows say nothing about the wires.
     """
-    found = {evaluation_pin(own.shards["dev"], space.run) for own in files.values()}
+    found = {evaluation_pin(path, space.run) for path in dev}
     if len(found) > 1:
-        searched = ", ".join(path for path in space.search if path.startswith("data."))
+        searched = ", ".join(path for path in space.search if path.startswith(shards.SHARD_KNOBS))
         raise ConfigError(
-            f"all trials must be scored on the same development rows, got {len(found)} different sets; search something "
-            f"else than {searched}"
+            f"all trials must be scored on the same development rows, got {len(found)} different sets; what makes them "
+            f"differ must not be searched, which is among {searched}"
         )
     return found.pop()
 
@@ -172,7 +181,7 @@ def run_sweep(
     replicas that trials share, where they do.
     """
     config, trial_dir = space.tune, output / "trials"
-    pin = common_pin(space, files)
+    pin = common_pin(space, {own.shards["dev"] for own in files.values()})
     search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin)
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     janitor = Janitor(search)

@@ -12,7 +12,15 @@ from latentwire.tuning import sweep
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import longest_run
 from latentwire.tuning.study import JOURNAL
-from latentwire.tuning.sweep import Earlier, Files, NothingRuns, common_pin, make_scheduler, replay, total_steps
+from latentwire.tuning.sweep import (
+    Earlier,
+    NothingRuns,
+    common_pin,
+    make_scheduler,
+    prepare,
+    replay,
+    total_steps,
+)
 
 
 def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
@@ -54,11 +62,14 @@ def test_the_longest_trial_has_the_smallest_batches_and_the_most_epochs() -> Non
 def test_trials_on_different_development_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     search = {"data.dev_samples": {"type": "categorical", "choices": [8, 16]}}
     space = SpaceFile.model_validate({"search": search})
-    files = {str(n): Files({"dev": Path(f"dev-{n}")}, {}, ()) for n in (8, 16)}
+    dev = [Path("dev-8"), Path("dev-16")]
     monkeypatch.setattr(sweep, "evaluation_pin", lambda path, run: "same")
-    assert common_pin(space, files) == "same"
+    assert common_pin(space, dev) == "same"
     monkeypatch.setattr(sweep, "evaluation_pin", lambda path, run: path.name)
+    made: list[str] = []
+    monkeypatch.setattr(sweep.pipeline, "ensure_shards", lambda run, split, path: made.append(split))
     with pytest.raises(
-        ConfigError, match=r"the same development rows, got 2 different sets; .* than data\.dev_samples"
+        ConfigError, match=r"the same development rows, got 2 different sets; .* among data\.dev_samples"
     ):
-        common_pin(space, files)
+        prepare(space, 0)
+    assert made == ["dev", "dev"]  # and no training rows before it is said
