@@ -7,7 +7,7 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
-from latentwire.data.shards import SHARD_KNOBS
+from latentwire.data.shards import SHARD_KNOBS, shard_key
 from latentwire.data.teachers import TEACHER_KNOBS
 from latentwire.tuning.searcher import check_draws, check_searchable
 from latentwire.tuning.space import check_metrics, data_variants, largest_run, variant_key
@@ -84,6 +84,13 @@ OTHER = {
 def test_all_that_files_hang_on_tells_a_sweeps_files_apart(path: str) -> None:
     run = with_values(RunConfig(), {"encoder.model": "toy-llama"})
     assert variant_key(with_values(run, {path: OTHER[path]})) != variant_key(run)
+
+
+@pytest.mark.parametrize("path", [path for path in OTHER if path.startswith(SHARD_KNOBS)])
+def test_what_shards_hang_on_names_them_too(path: str) -> None:
+    kind = "byte" if path == "encoder.kind" else "lm"  # whose ids shards hold
+    run = with_values(RunConfig(), {"encoder.kind": kind, "encoder.model": "toy-llama"})
+    assert shard_key(with_values(run, {path: OTHER[path]}), "train")[0] != shard_key(run, "train")[0]
 
 
 def test_what_files_hang_on_are_knobs_and_tested() -> None:
