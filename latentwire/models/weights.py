@@ -205,7 +205,7 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
         move = "its directory must hold config.json, weights as safetensors and a fast tokenizer (tokenizer.json)"
     else:
         move = (
-            f"if it is a Hub id: log in with `hf auth login` where the model is gated, check the network, or give a local "
-            f"directory by {where}"
+            f"there is no directory {Path(config.model).absolute()}; if it is a Hub id: log in with `hf auth login` where the "
+            f"model is gated, check the network, or give a local directory by {where}"
         )
     return ReceiverError(f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}")
