@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -58,9 +58,12 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _files_where_they_are_read(self) -> DataConfig:
         if self.dataset == "toy" and self.data_dir is not None:
+            others = ", ".join(
+                name for name in get_args(type(self).model_fields["dataset"].annotation) if name != "toy"
+            )
             raise ValueError(
-                f"dataset toy is generated and reads no files, got data_dir {self.data_dir}; name the dataset that they hold: "
-                f"squad, hotpotqa, custom or text"
+                f"dataset toy is generated and reads no files, got data_dir {self.data_dir}; name the dataset that they hold, "
+                f"one of {others}"
             )
         return self
 

@@ -391,7 +391,7 @@ def _hub_rows(dataset: str, split: Split) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, subset, split=split, streaming=True)
         yield from rows
-    except (ConnectionError, OSError, RuntimeError) as error:
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{name} cannot be read from the Hub ({reason}). Check the network, log in with `hf auth login`, or give "
