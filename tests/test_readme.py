@@ -6,6 +6,8 @@ from pathlib import Path
 
 from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig, TuneConfig
 from latentwire.config.resolve import knobs
+from latentwire.features.base import Feature
+from latentwire.features.registry import FEATURES
 from latentwire.options import FLAGS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -90,6 +92,14 @@ def test_the_parts_name_every_kind_of_encoder_every_feature_and_every_loss() -> 
     features = [f"`features.{name}" for name in FeaturesConfig.model_fields]
     weights = [f"{name}`" for name in LossConfig.model_fields if name.endswith("_weight")]
     assert not [name for name in (*kinds, *features, *weights) if name not in parts]
+
+
+def test_the_documents_name_the_features_that_are_no_embeddings_and_those_that_cannot_share() -> None:
+    wire, sharing = ((REPOSITORY / "docs" / name).read_text() for name in ("wire.md", "sharing.md"))
+    inside = [name for name, feature in FEATURES.items() if feature.attached is not Feature.attached]
+    assert len(inside) > 2 and not [name for name in inside if f"`{name}`" not in wire]
+    own = [name for name, feature in FEATURES.items() if feature.needs_weights]
+    assert own and not [name for name in own if f"`{name}`" not in sharing]
 
 
 def test_every_knob_that_the_parts_name_is_there() -> None:

@@ -24,7 +24,8 @@ class Reading:
     keep_RL: torch.Tensor
     """The real latents of each sequence's message."""
     latents_RS: torch.Tensor
-    """Where they stand in the sequences, padding included."""
+    """Where they stand in the sequences, padding included: those of the pass that holds the prompt. A decode step after it
+    has one position, whose states are another shape and are left alone."""
     embed: Callable[[torch.Tensor], torch.Tensor]
     """The receiver's embeddings ``[…, D]`` of token ids."""
     question_RQ: torch.Tensor
@@ -78,5 +79,8 @@ class Feature(nn.Module):
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Act on ``lm``, a :class:`~latentwire.receivers.base.Receiver`, while it reads: in training, prefill and every decode step."""
+        """Act on ``lm``, a :class:`~latentwire.receivers.base.Receiver`, while it reads: in training, prefill and every decode step.
+
+        No logit hangs on what the last layer gives at the latents: whatever is made for it would never learn.
+        """
         yield
