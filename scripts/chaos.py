@@ -5,9 +5,10 @@
 
 A sweep of the toy pair runs on a cluster of its own, which outlives its driver. After delays drawn by the seed one of them is
 killed with -9: the sweep's driver, a Train worker, a trial's driver ("trial actor"), or the raylet, and with it the whole
-machine; where trials share their receivers, also a replica. ``ray_jobs/tune.py --resume`` goes on each time. In the end every
-trial's value must be what the same configuration gives in one process that nobody killed; the table of deaths and the checks
-are printed and kept in ``chaos.md``.
+machine; where trials share their receivers, also a replica. ``ray_jobs/tune.py --resume`` goes on each time. ``--spread`` has
+deaths wait for the sweep to get on, so that they meet trials that have ended and trials with checkpoints, not only the first
+ones as they start. In the end every trial's value must be what the same configuration gives in one process that nobody killed;
+the table of deaths and the checks are printed and kept in ``chaos.md``.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pyarrow as pa
 import ray
 import ray.data
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_placement_groups
@@ -71,6 +75,10 @@ SHARED_TOLERANCE = 1e-3
 START_SECONDS = 180.0
 """How long a victim may take to appear, and what a kill leaves to go away."""
 
+HEAD = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 2**28}
+"""Of every cluster; the State API asks the dashboard."""
+LOOK_SECONDS = 0.5
+"""Between looks at how far the sweep is."""
 NOTICE_SECONDS = 10.0
 """How long a driver has to notice that the raylet is gone before it is killed too, as on a machine that dies."""
 
@@ -93,13 +101,14 @@ class Chaos:
     """A sweep on a cluster of its own, and who was killed."""
 
     output: Path
-    shards: Path
     victims: list[str]
     rng: random.Random
     pause: tuple[float, float]
     """Shortest and longest delay in seconds before a kill."""
     steps: int
     """Of each trial."""
+    spread: float = 0.0
+    """Share of all trials' steps over which the deaths are spread evenly; 0: none waits."""
     receivers: str = "own"
     """Whether trials share them."""
     trials: int = 12
@@ -115,7 +124,9 @@ class Chaos:
             if victim is None:
                 code = process.wait()
             else:
-                code = self.wait(process, self.rng.uniform(*self.pause))
+                code = self.wait_for_steps(self.spread * len(self.deaths) / len(self.victims), process)
+                if code is None:
+                    code = self.wait(process, self.rng.uniform(*self.pause))
                 if code is None:
                     code = self.kill(victim, process)
             if code is None:
@@ -128,15 +139,7 @@ class Chaos:
     def start(self) -> subprocess.Popen[bytes]:
         """Begin the sweep or go on with it, on a new cluster where the machine has died."""
         if self.cluster is None:
-            self.cluster = Cluster(
-                initialize_head=True,
-                head_node_args={
-                    "num_cpus": 2,
-                    "include_dashboard": True,
-                    "dashboard_port": 0,
-                    "object_store_memory": 2**28,
-                },
-            )
+            self.cluster = Cluster(initialize_head=True, head_node_args=dict(HEAD))
         command = [sys.executable, "ray_jobs/tune.py"]
         if (self.output / SPACE_FILE).exists():
             command += ["--resume", str(self.output)]
@@ -150,7 +153,7 @@ class Chaos:
                 "training.max_steps": self.steps,
                 "training.epochs": self.steps,
                 "training.evaluate_every": max(1, self.steps // EVALUATIONS),
-                "data.shard_dir": self.shards,
+                "data.shard_dir": self.output.parent / "shards",
             }
             command += ["--space", str(file), "--output_dir", str(self.output)]
             for path, value in values.items():
@@ -185,21 +188,25 @@ class Chaos:
 
     def note(self, victim: str) -> None:
         """Write a death down as it happens."""
+        self.deaths.append(Death(victim, time.time() - self.began, *self.standing()))
+        print(row(len(self.deaths), self.deaths[-1]), flush=True)
+
+    def standing(self) -> tuple[int, dict[int, int]]:
+        """How many trials have ended; running trial → step of its last checkpoint."""
         trials = self.known()
         running = [trial.number for trial in trials if not trial.state.is_finished()]
         steps = {
             number: max((_step(path) for path in _checkpoints(self.output, number)), default=0) for number in running
         }
-        ended = len(trials) - len(running)
-        self.deaths.append(Death(victim, time.time() - self.began, ended, steps))
-        print(row(len(self.deaths), self.deaths[-1]), flush=True)
+        return len(trials) - len(running), steps
 
     def known(self) -> list[Any]:
         """The study's own trials; none before there is a study."""
         if not (self.output / JOURNAL).exists():
             return []
-        space = load_space(self.output / SPACE_FILE)
-        return own_trials(open_study(self.output / JOURNAL, self.output.name, objectives(space)))
+        storage = JournalStorage(JournalFileBackend(str(self.output / JOURNAL)))  # to read: open_study would write
+        names = optuna.get_all_study_names(storage)
+        return own_trials(optuna.load_study(study_name=names[0], storage=storage)) if names else []
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The cluster's processes of that name."""
@@ -213,6 +220,16 @@ class Chaos:
                 except (psutil.Error, IndexError):
                     continue
         return found
+
+    def wait_for_steps(self, share: float, process: subprocess.Popen[bytes]) -> int | None:
+        """Until trials have that share of all their steps behind them; the exit status of a driver that ends before."""
+        while share > 0:
+            ended, steps = self.standing()
+            if ended * self.steps + sum(steps.values()) >= share * self.trials * self.steps:
+                return None
+            if (code := self.wait(process, LOOK_SECONDS)) is not None:
+                return code
+        return None
 
     def wait(self, process: subprocess.Popen[bytes], seconds: float) -> int | None:
         """The exit status of a driver that ends within so many seconds."""
@@ -332,6 +349,9 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=24, help="of each trial: more, where a sweep must outlive more deaths"
     )
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="share of the sweep's steps over which deaths are spread, up to 1"
+    )
     parser.add_argument("--trials", type=int, default=12, help="of the sweep")
     parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
@@ -342,21 +362,14 @@ def main() -> int:
         return 2
     import torch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # as a worker of one CPU has
     rng = random.Random(options.seed)
     kinds = VICTIMS + (("replica",) if options.receivers == "shared" else ())
     victims = [kinds[number % len(kinds)] for number in range(options.deaths)]
     rng.shuffle(victims)
-    chaos = Chaos(
-        output,
-        output.parent / "shards",
-        victims,
-        rng,
-        tuple(options.pause),
-        options.steps,
-        options.receivers,
-        options.trials,
-    )
+    bounds = tuple(options.pause), options.steps, options.spread
+    chaos = Chaos(output, victims, rng, *bounds, options.receivers, options.trials)
     header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
     print("\n".join(header), flush=True)
     try:

@@ -1,5 +1,6 @@
 """A sweep whose driver, workers, trial actors and machine are killed at random ends as if nobody had been."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def chaos(folder: Path, *flags: str) -> str:
     """What a run of the script wrote down."""
-    bounds = ("--pause", "1", "9", "--steps", "12", "--output_dir", str(folder / "chaos"))
+    bounds = ("--pause", "0", "6", "--spread", "0.75", "--steps", "12", "--output_dir", str(folder / "chaos"))
     command = [sys.executable, "scripts/chaos.py", *flags, *bounds]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     log = (folder / "chaos.log").read_text()[-3000:]
@@ -25,3 +26,5 @@ def test_ten_deaths_change_nothing(tmp_path: Path) -> None:
     text = chaos(tmp_path, "--deaths", "10")
     assert "- deaths: 10 of 10" in text and "- trials: 12, all COMPLETE, none RUNNING" in text
     assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet"))
+    deaths = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
+    assert deaths[-1]["finished"] >= 6  # they met trials that had ended, not only the first ones as they started

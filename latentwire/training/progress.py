@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -31,3 +32,5 @@ class Progress:
     """Training loss, averaged since the last progress line."""
     first_loss: float | None = None
     """Training loss of the first progress line after the alignment."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Under Ray, what was reported so far, in order: a report that was on its way when a process died is made again."""

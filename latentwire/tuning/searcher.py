@@ -29,7 +29,7 @@ from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
-from latentwire.tuning.trial import NUMBER, cause_left, trial_path
+from latentwire.tuning.trial import EARLIER, NUMBER, cause_left, trial_path
 
 COPY_PAUSE = 20
 """How many times as long as a copy of the journal took, none is made unless a trial ends."""
@@ -131,18 +131,22 @@ class StudySearch(Searcher):
         return draw(trial, self.space.search) | {NUMBER: trial.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep an evaluation; one without finite objectives is left out."""
-        trial, values = self._trials[trial_id], self._values(result)
-        if values is None or self._frozen(trial).state.is_finished():
+        """Keep an evaluation, and those before it that a resumed trial tells again; one without finite objectives is left out."""
+        trial = self._trials[trial_id]
+        if self._frozen(trial).state.is_finished():
             return
-        told, step = self._frozen(trial).user_attrs.get(EVALUATIONS, {}), int(result["step"])
-        if str(step) in told:
-            return
-        if len(values) == 1:  # Optuna keeps intermediate values for one objective only
-            trial.report(values[0], step)
-        kept = {name: value for name, value in result.items() if isinstance(value, int | float | str)}
-        trial.set_user_attr(EVALUATIONS, told | {str(step): kept})
-        self._keep()
+        told = self._frozen(trial).user_attrs.get(EVALUATIONS, {})
+        new: dict[str, dict[str, Any]] = {}
+        for report in (*json.loads(result.get(EARLIER, "[]")), result):
+            values = self._values(report)
+            if values is None or (step := str(report["step"])) in told:
+                continue
+            if len(values) == 1:  # Optuna keeps intermediate values for one objective only
+                trial.report(values[0], int(step))
+            new[step] = {n: v for n, v in report.items() if isinstance(v, int | float | str) and n != EARLIER}
+        if new:
+            trial.set_user_attr(EVALUATIONS, told | new)
+            self._keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """PRUNED where the trial was stopped early, FAIL where it raised or has no usable metric, else COMPLETE."""

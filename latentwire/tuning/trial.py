@@ -27,6 +27,8 @@ from latentwire.tuning.space import variant_key
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
+EARLIER = "earlier_evaluations"
+"""Key of the reports before the one that a resumed trial makes again, as JSON."""
 ERROR_FILE = "error.txt"
 """Where a trial's driver or worker leaves the cause of a failure."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,13 +22,13 @@ from latentwire.data import streams
 from latentwire.errors import UserError
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
-from latentwire.storage import Place, StorageError, place
+from latentwire.storage import StorageError, place
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
 from latentwire.tuning.gauges import Gauges
 from latentwire.tuning.service import shared_receivers
-from latentwire.tuning.trial import leave_cause
+from latentwire.tuning.trial import EARLIER, leave_cause
 
 PREEMPTION_STEPS = 5
 """Steps between two looks for a notice that this node goes away: all workers look together, which costs milliseconds."""
@@ -92,9 +93,12 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
                 path = kept.save_step(folder, wire, {}, pins, trainer, *chosen)
                 print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
 
-    def send(metrics: dict[str, Any], path: Place) -> None:
-        by_step = {"timesteps_total": metrics["step"]}  # where TensorBoard puts a point
-        ray.train.report(metrics | by_step | {CHECKPOINT_PATH_KEY: str(path)})
+    reported = trainer.progress.evaluations
+
+    def placed(metrics: dict[str, Any]) -> dict[str, Any]:
+        """With the step where TensorBoard puts a point, and the checkpoint."""
+        step = metrics["step"]
+        return metrics | {"timesteps_total": step, CHECKPOINT_PATH_KEY: str(folder / kept.step_name(step))}
 
     traffic = Traffic(wire, trainer)
 
@@ -104,15 +108,16 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
         traffic.begin()
         if trainer.progress.step >= trainer.total_steps:
             checkpoints.check_frozen(wire, frozen)
-        path = folder
+        reported.append(metrics)
         if workers.rank == 0:
             read = (trainer.progress.positions - trainer.progress.padded) / max(trainer.progress.seconds, 1e-9)
             gauges.show(metrics | {"tokens_per_s": read, "receiver_bytes": held})
-            path = kept.save_step(folder, wire, metrics, pins, trainer, *chosen)
-        send(metrics, path)
+            kept.save_step(folder, wire, metrics, pins, trainer, *chosen)
+        ray.train.report(placed(metrics))
 
-    if last and (scored := kept.metrics_of(folder / last[0])):
-        send(scored, folder / last[0])  # the process that saved it may have died before it could say so
+    if reported:  # the process that saved them may have died before all were told; a scheduler judges the last alone
+        *earlier, latest = map(placed, reported)
+        ray.train.report(latest | {EARLIER: json.dumps(earlier)})
     trainer.train(epochs, report)
 
 

@@ -1,5 +1,6 @@
 """The study is told what happened: stopped, failed, complete; and a restart finds everything as it was."""
 
+import json
 import pickle
 import time
 from pathlib import Path
@@ -21,8 +22,8 @@ from latentwire.tuning import study as studies
 from latentwire.tuning.results import find_best
 from latentwire.tuning.samplers import CLASSES, make_sampler
 from latentwire.tuning.searcher import StudySearch, check_draws, check_searchable
-from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials
-from latentwire.tuning.trial import ERROR_FILE, NUMBER, trial_path
+from latentwire.tuning.study import CAUSE, JOURNAL, evaluations, open_study, own_trials
+from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, trial_path
 
 RATE = "training.encoder_lr"
 SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
@@ -112,6 +113,19 @@ def test_nothing_is_told_twice(search: StudySearch) -> None:
     search.on_trial_result("a", report(4, 0.9))
     search.on_trial_complete("a", report(4, 0.9))
     assert only(search.study).value == 0.3 and len(only(search.study).intermediate_values) == 3
+
+
+def test_a_resumed_trial_tells_what_was_on_its_way_when_it_died(search: StudySearch) -> None:
+    search.suggest("a")
+    search.on_trial_result("a", report(1, 0.1))
+    again = report(3, 0.5) | {EARLIER: json.dumps([report(1, 0.9), report(2, 0.6)])}
+    search.on_trial_result("a", again)
+    search.on_trial_complete("a", again)
+    trial = only(search.study)
+    assert (trial.value, trial.intermediate_values) == (0.6, {1: 0.1, 2: 0.6, 3: 0.5})
+    assert [sorted(told) for told in evaluations(trial)] == [
+        ["dev_f1", "step", "total_steps", "training_iteration"]
+    ] * 3
 
 
 def test_a_new_driver_goes_on_with_what_the_last_one_left(search: StudySearch, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a trial's failure leaves behind, and what a worker does on its own: resume, save at a preemption, give up."""
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from latentwire.storage import StorageError
 from latentwire.training import kept
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning import worker
-from latentwire.tuning.trial import ERROR_FILE, NUMBER, cause_left, drive_trial, leave_cause
+from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, cause_left, drive_trial, leave_cause
 
 HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
 """What takes seconds to import, and is for whoever loads a model, scores, or searches."""
@@ -147,6 +148,10 @@ def test_a_preempted_worker_saves_and_another_goes_on(
     assert Path(last[CHECKPOINT_PATH_KEY]) == folder / "step-00000008"
     (only,) = work(run, table, folder, monkeypatch)  # died after its last checkpoint: told again, nothing is trained
     assert only["dev_loss"] == last["dev_loss"]
+    (earlier,) = json.loads(only[EARLIER])  # which may not have arrived either
+    assert (
+        earlier["dev_loss"] == reports[0]["dev_loss"] and Path(earlier[CHECKPOINT_PATH_KEY]) == folder / "step-00000004"
+    )
 
 
 def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path) -> None:
