@@ -39,7 +39,7 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards, teachers' columns, checkpoints, study, results and export go to the store; no secret of the environment is in
-    any of it, nor in the log. The sweep goes on from the store alone."""
+    any of it, nor in the log. The sweep is given another trial from the store alone, and what it had stays as it was."""
     planted = {"HF_TOKEN": "planted-hf-token", "WANDB_API_KEY": "planted-wandb-key"}
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
@@ -81,11 +81,23 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
             everything = [said.encode(), *(file.read_bytes() for file in copy.rglob("*") if file.is_file())]
             assert not [secret for secret in secrets for held in everything if secret.encode() in held]
 
+        first = contents(root, "trials/trial-0/", "best/")
         monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "another_machine"))
         said = run("--resume", f"{home}/runs/sweep", "--set", "tune.trials=2")
         rows = json.loads((root / "results.json").read_text())["trials"]
         assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 40), (1, 40)]
         assert "reused from s3://bucket/home/shards" in said
+        (aside,) = [path.name for path in storage.children(root) if path.name.startswith("best-until-")]
+        trial, best = contents(root, "trials/trial-0/", f"{aside}/")
+        assert trial.items() <= first[0].items() and best == first[1]  # of checkpoints, some may have been let go
+        assert (root / "best" / "manifest.json").exists()
+
+
+def contents(root: storage.Place, *starts: str) -> list[dict[str, bytes]]:
+    """Of the files in some directories of a sweep, name there → content. A trial that ran again would tell other times."""
+    with storage.local(root) as copy:
+        return [{str(f.relative_to(copy))[len(start) :]: f.read_bytes() for f in sorted(copy.rglob("*"))
+                 if f.is_file() and str(f.relative_to(copy)).startswith(start)} for start in starts]  # fmt: skip
 
 
 def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(

@@ -1,16 +1,12 @@
-"""The main job through real Ray workers, and a sweep that goes on after the death of its driver."""
+"""The main job through real Ray workers, its plan, and what it refuses."""
 
 import json
 import re
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 from tensorboardX.proto import event_pb2
@@ -20,7 +16,7 @@ from latentwire.config.resolve import load_space
 from latentwire.tuning import scoring
 from latentwire.tuning.study import JOURNAL, open_study
 from tests.conftest import untimed
-from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
+from tests.ray_jobs.conftest import TINY, Job, log_of
 
 pytestmark = pytest.mark.slow
 
@@ -110,62 +106,6 @@ def records(content: bytes) -> Iterator[bytes]:
         (length,) = struct.unpack_from("<Q", content, place)
         yield content[place + 12 : place + 12 + length]
         place += 16 + length
-
-
-def wait_for(condition, process, tmp_path: Path, seconds: float = 240) -> None:
-    end = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, log_of(tmp_path)
-        assert time.time() < end, log_of(tmp_path)
-        time.sleep(0.5)
-
-
-def test_a_killed_driver_is_taken_up_by_resume_and_given_more_trials(job: Job, tmp_path: Path) -> None:
-    """Finished trials are not run again, the running one goes on from its checkpoint, and none counts twice."""
-    output = tmp_path / "sweep"
-    steps = ("--max_steps=80", "--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.scheduler=none")
-    more = ("--set", "tune.max_concurrent_trials=1", "--set", "tune.trials=2")
-    process = job("ray_jobs/tune.py", *TINY, *steps, *more, "--output_dir", str(output))
-    wait_for(lambda: list(output.glob("trials/trial-1/step-*/manifest.json")), process, tmp_path)
-    kill_all(process)
-    before = states(output)
-    assert before[0] == "COMPLETE" and before[1] == "RUNNING"
-    kept = {path: path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json")}
-    process = resumed(tmp_path, str(output))
-    assert process.wait(600) == 0, log_of(tmp_path)
-    assert "resumed at step" in log_of(tmp_path)
-    assert states(output) == ["COMPLETE"] * 2
-    first = exports.read_manifest(output / "best")
-
-    process = resumed(tmp_path, str(output), "--set", "tune.trials=3")
-    assert process.wait(600) == 0, log_of(tmp_path)
-    assert states(output) == ["COMPLETE"] * 3
-    rows = json.loads((output / "results.json").read_text())["trials"]
-    assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 80), (1, 80), (2, 80)]
-    # None was written again; with more trials than checkpoints to keep, some may be gone.
-    assert all(kept[path] == path.stat().st_mtime_ns for path in output.glob("trials/trial-0/*/manifest.json"))
-    (aside,) = output.glob("best-until-*")
-    assert exports.read_manifest(aside) == first and (output / "best").exists()
-
-
-def resumed(tmp_path: Path, *flags: str) -> subprocess.Popen:
-    """``tune.py --resume``, which knows from the first command where its shards are."""
-    log = (tmp_path / "log").open("w")
-    return subprocess.Popen(
-        [sys.executable, "ray_jobs/tune.py", "--resume", *flags], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
-    )
-
-
-def states(output: Path) -> list[str]:
-    return [trial.state.name for trial in open_study(output / JOURNAL, output.name, {"dev_f1": "max"}).trials]
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """As when the machine goes: the driver and all of Ray's processes at once, with kill -9."""
-    family = [*psutil.Process(process.pid).children(recursive=True), process]
-    for member in family:
-        member.kill()
-    process.wait()
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) -> None:
