@@ -3,6 +3,7 @@
     python ray_jobs/tune.py                                              # the embedded toy pair, two cores
     python ray_jobs/tune.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
     python ray_jobs/tune.py --resume runs/tune-<time>                    # after any death; --set tune.trials=20: more
+    python ray_jobs/tune.py --resume runs/tune-<time> --retry_failed     # and take up again what failed
     python ray_jobs/tune.py --from_manifest runs/tune-<time>/manifest.json --trial 3     # one of its trials again
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
@@ -38,6 +39,9 @@ def main() -> int:
     parser.add_argument(
         "--resume", type=output_place, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
     )
+    parser.add_argument(
+        "--retry_failed", action="store_true", help="with --resume: take failed trials up again, from their last checkpoints"
+    )
     parser.add_argument("--from_manifest", type=input_place, help="manifest of a sweep: run one of its trials again")
     parser.add_argument("--trial", type=int, help="which one (default: the best)")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved space and the plan, then stop")
@@ -46,10 +50,13 @@ def main() -> int:
     try:
         if options.resume or options.from_manifest:
             refuse_flags(options, "a resumed sweep" if options.resume else "a repeated trial")
+        if options.retry_failed and not options.resume:
+            raise ConfigError("--retry_failed takes up the failed trials of a sweep that --resume names, got no --resume")
         if options.resume:
             output = options.resume.absolute()
             space = resume.read_space(output, options.assignments)
-            if resume.is_finished(space, output):
+            retried = options.retry_failed and resume.has_failed(space, output)
+            if resume.is_finished(space, output) and not retried:
                 print(f"{output} has its {space.tune.trials} trials; add some by --set tune.trials=<more>")
                 return 0
         else:
@@ -73,6 +80,8 @@ def main() -> int:
             print(space.model_dump_json(indent=1))
             return 0
         resume.write_space(space, output)
+        if options.retry_failed:
+            print("\n".join(resume.retry_failed(space, output) or ["no trial has failed"]), flush=True)
         return job.search(space, plan, output, shlex.join(["python", *sys.argv]), repeated)
     except UserError as error:
         return fail(error)

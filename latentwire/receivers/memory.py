@@ -10,8 +10,12 @@ OUT_OF_MEMORY = (
     "not enough memory",
     "due to memory pressure",
     "low on memory",
+    "an't allocate memory",
+    "annot allocate memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
 )
-"""Words of torch, Python and Ray's memory monitor for what is too large."""
+"""Words of torch on GPUs and CPUs, cuBLAS and cuDNN, C++, Python, the system and Ray's memory monitor for what is too large."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

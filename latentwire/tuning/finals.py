@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from latentwire.config import IntDimension, SamplerConfig, SpaceFile
 from latentwire.storage import Place
 from latentwire.tuning.planner import Plan
-from latentwire.tuning.results import Best, find_best, within_limits
+from latentwire.tuning.results import Best, SweepError, find_best, within_limits
 from latentwire.tuning.study import evaluations, own_trials
 from latentwire.tuning.sweep import Files, run_sweep
 
@@ -41,7 +41,7 @@ def run_finals(
     """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
 
     The winner's checkpoint is the best of its fresh runs. Where there are no finalists (none asked for, or no trial ran to
-    its end) the best trial wins as it is. Raises :class:`~latentwire.tuning.results.SweepError` where no checkpoint is left.
+    its end), or no fresh run came to a checkpoint, the best trial wins as it is. Raises :class:`~latentwire.tuning.results.SweepError` where no checkpoint is left.
     """
     chosen = best_trials(study, space)
     if not chosen:
@@ -53,7 +53,12 @@ def run_finals(
         held.append((Finalist(trial.number, float(trial.values[0]), tuple(float(t.values[0]) for t in own)), own))
     standing = [(finalist, own) for finalist, own in held if own]
     if not standing:
-        return find_best(finals, space.tune), [finalist for finalist, _ in held]
+        finalists = [finalist for finalist, _ in held]
+        try:
+            return find_best(finals, space.tune), finalists
+        except SweepError as error:
+            print(f"finals: the best trial of the search wins as it is, since of its fresh runs: {error}", flush=True)
+            return find_best(study, space.tune), finalists
     winner, own = space.tune.best_of(standing, key=lambda item: item[0].mean)
     best = find_best(finals, space.tune, {trial.number for trial in own})
     return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), [finalist for finalist, _ in held]

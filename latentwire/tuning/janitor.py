@@ -14,7 +14,7 @@ from latentwire.storage import Place, StorageError, children, files_below
 from latentwire.training import checkpoints, kept
 from latentwire.tuning.results import within_limits
 from latentwire.tuning.searcher import StudySearch
-from latentwire.tuning.study import evaluations, own_trials
+from latentwire.tuning.study import directory_of, evaluations, own_trials
 from latentwire.tuning.trial import trial_path
 
 
@@ -22,7 +22,8 @@ class Janitor(Callback):
     """Keeps the ``tune.keep_checkpoints`` best by ``tune.metric``, those within ``tune.constraints`` first.
 
     A trial's own worker keeps its best and its last; what of these is not among the best of the sweep goes when the trial
-    has ended, and before that unless it is its last, from which it would go on. A worker runs on for a while when its trial has
+    has ended, and before that unless it is its last, from which it would go on. A failed one keeps its last too, from which
+    another may take it up. A worker runs on for a while when its trial has
     been stopped; what it saves then the study never hears of, and it counts for nothing. Scores are those in the
     checkpoints' manifests, so a driver that was killed and started again keeps the same ones.
     """
@@ -39,16 +40,17 @@ class Janitor(Callback):
         own = own_trials(self.search.study)
         states = {trial.number: trial.state for trial in own}
         told = {trial.number: {kept.step_name(report["step"]) for report in evaluations(trial)} for trial in own}
-        open_trials = [number for number in states if number not in self.ended]
-        found = {number: kept.finished(trial_path(folder, number)) for number in open_trials}
+        open_trials = [trial for trial in own if trial.number not in self.ended]
+        found = {t.number: kept.finished(trial_path(folder, directory_of(t))) for t in open_trials}
         every = [path for number, paths in found.items() for path in paths if path.name in told[number]]
         best = set(sorted(every, key=lambda path: _rank(path, config), reverse=True)[: config.keep_checkpoints])
         for number, paths in found.items():
             running = states[number] in (TrialState.RUNNING, TrialState.WAITING)
-            for path in paths[: -1 if running else None]:
+            goes_on = running or states[number] is TrialState.FAIL
+            for path in paths[: -1 if goes_on else None]:
                 if path not in best and (path.name in told[number] or not running):
                     checkpoints.remove(path)
-            if not running and not best & set(paths):
+            if not running and not (goes_on and paths) and not best & set(paths):
                 self.ended.add(number)
 
     def on_trial_result(

@@ -24,7 +24,7 @@ from latentwire.config.resolve import ConfigError, check_search, set_path, valid
 from latentwire.options import assigned
 from latentwire.storage import Place, children, write_text
 from latentwire.training import kept
-from latentwire.tuning.study import evaluations, own_trials
+from latentwire.tuning.study import RETRIES, evaluations, own_trials
 from latentwire.tuning.sweep import Files
 
 MANIFEST_VERSION = 1
@@ -79,13 +79,14 @@ def write(path: Place, document: Mapping[str, Any]) -> None:
 
 
 def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
-    """Trial's number → its values, state and best score by ``tune.metric``."""
+    """Trial's number → its values, state and best score by ``tune.metric``, and the number of a failed one that it took up."""
     return {
         str(trial.number): {
             "values": dict(trial.params),
             "state": trial.state.name,
             "score": space.tune.best_of((report[space.tune.metric] for report in evaluations(trial)), default=None),
         }
+        | {name: number for name, number in trial.user_attrs.items() if name == RETRIES}
         for trial in own_trials(study)
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ray.tune import Callback, CLIReporter
@@ -28,6 +29,42 @@ def check_trackers(config: TuneConfig) -> None:
             )
 
 
+RANK = "rank"
+"""Key by which the table is sorted: the metric, or the worst there is where a trial has none."""
+
+
+class Ranked:
+    """A trial as the table sees it: with a rank among its results, and a value for every knob, drawn or not."""
+
+    def __init__(self, trial: Any, rank: float, knobs: Iterable[str]) -> None:
+        drawn = trial.last_result.get("config", {})
+        self.trial = trial
+        self.last_result = {**trial.last_result, RANK: rank, "config": dict.fromkeys(knobs) | drawn}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trial, name)
+
+    def __str__(self) -> str:
+        return str(self.trial)
+
+
+class Table(CLIReporter):
+    """Tune's table, for trials that may have failed before they reported anything, and with conditional knobs."""
+
+    def __init__(self, by: str, mode: str, knobs: dict[str, str], **options: Any) -> None:
+        super().__init__(metric=RANK, mode=mode, sort_by_metric=True, parameter_columns=knobs, **options)
+        self.by, self.knobs = by, knobs
+        self.worst = float("-inf") if mode == "max" else float("inf")
+
+    def _progress_str(self, trials: list[Any], done: bool, *sys_info: Any, **options: Any) -> str:
+        ranked: list[Any] = [Ranked(t, t.last_result.get(self.by, self.worst), self.knobs) for t in trials]
+        return super()._progress_str(ranked, done, *sys_info, **options)
+
+    def _current_best_trial(self, trials: list[Any]) -> tuple[Any, str]:
+        best, _ = super()._current_best_trial(trials)
+        return (best if best is not None and self.by in best.last_result else None), self.by
+
+
 def table(space: SpaceFile) -> CLIReporter:
     """Tune's table with the step, what is searched by, the losses and the pace, and what each trial drew.
 
@@ -36,12 +73,11 @@ def table(space: SpaceFile) -> CLIReporter:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tune = space.tune
     measured = dict.fromkeys(("step", tune.metric, *tune.objectives, *tune.constraints, "train_loss", "examples_per_s"))
-    return CLIReporter(
+    return Table(
+        tune.metric,
+        tune.mode,
+        knobs={path: path.rpartition(".")[2] for path in space.search},
         metric_columns={name: name for name in measured},
-        parameter_columns={path: path.rpartition(".")[2] for path in space.search},
-        metric=tune.metric,
-        mode=tune.mode,
-        sort_by_metric=True,
         max_report_frequency=REPORT_SECONDS,
         max_column_length=30,
     )

@@ -28,11 +28,16 @@ def trials_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
     knobs = list(dict.fromkeys(name for row in rows for name in row["values"]))
     body = [
-        [str(row["trial"]), row["state"], *(_number(row.get(column)) for column in columns)]
+        [_named(row), row["state"], *(_number(row.get(column)) for column in columns)]
         + [_number(row["values"].get(knob)) for knob in knobs]
         for row in rows
     ]
     return f"{len(rows)} trials", ["trial", "state", *columns, *(knob.split(".")[-1] for knob in knobs)], body
+
+
+def _named(row: dict[str, Any]) -> str:
+    """A trial's number, and that of the failed one which it took up."""
+    return f"{row['trial']} (takes up {row['retries']})" if "retries" in row else str(row["trial"])
 
 
 def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:

@@ -15,7 +15,7 @@ from latentwire import exports
 from latentwire.config import TuneConfig
 from latentwire.errors import UserError
 from latentwire.storage import Place, place
-from latentwire.tuning.study import CAUSE, evaluations, own_trials
+from latentwire.tuning.study import CAUSE, RETRIES, evaluations, own_trials
 
 
 class SweepError(UserError):
@@ -75,11 +75,12 @@ def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
 
 def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
     """One row per trial, best first: its number, state (done, stopped by the scheduler, failed, unfinished; beyond a limit),
-    step, objectives at its best evaluation, losses, values drawn, cause of failure. Starting points that nobody began have none."""
+    step, objectives at its best evaluation, losses, values drawn, cause of failure, and which failed one it took up. Starting points that nobody began have none."""
     rows, front = [], {trial.number for trial in study.best_trials} if config.objectives else set()
     for trial in own_trials(study, tuple(STATES)):
         row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state], "values": dict(trial.params)}
         row |= {"error": trial.user_attrs.get(CAUSE, ""), "front": trial.number in front}
+        row |= {"retries": trial.user_attrs[RETRIES]} if RETRIES in trial.user_attrs else {}
         reports = evaluations(trial)
         if reports:
             best, last = config.best_of(reports, key=lambda report: report[config.metric]), reports[-1]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+
+import optuna
+from optuna.trial import TrialState
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.options import assigned
-from latentwire.storage import Place, local, rename, write_text
+from latentwire.storage import Place, delete, local, rename, write_text
+from latentwire.tuning import study as studies
+from latentwire.tuning.finals import FINALS
 from latentwire.tuning.searcher import objectives
-from latentwire.tuning.study import JOURNAL, open_study, own_trials
+from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials
+from latentwire.tuning.trial import ERROR_FILE, trial_path
 
 SPACE_FILE = "space.json"
 """The resolved space in a sweep's directory."""
@@ -54,6 +61,34 @@ def is_finished(space: SpaceFile, output: Place) -> bool:
         return False
     study = open_study(output / JOURNAL, output.name, objectives(space))
     return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials
+
+
+def has_failed(space: SpaceFile, output: Place) -> bool:
+    """Return whether a sweep has failed trials, in its search or its finals."""
+    return any(own_trials(study, (TrialState.FAIL,)) for _, study in _studies(space, output))
+
+
+def retry_failed(space: SpaceFile, output: Place) -> list[str]:
+    """Have a sweep's failed trials, and those of its finals, taken up again; returns a line for each.
+
+    A new trial of the same values goes on in the failed one's directory, from its last checkpoint. Only while no driver runs.
+    """
+    lines: list[str] = []
+    for folder, study in _studies(space, output):
+        for number, failed in studies.retry_failed(study).items():
+            delete(trial_path(folder / "trials", studies.directory_of(failed)) / ERROR_FILE)
+            cause = failed.user_attrs.get(CAUSE, "no cause was told")
+            lines.append(f"{folder.name}: trial {failed.number} is taken up again as trial {number}; it failed by: {cause}")
+        studies.keep_journal(folder / JOURNAL)
+    return lines
+
+
+def _studies(space: SpaceFile, output: Place) -> Iterator[tuple[Place, optuna.Study]]:
+    """The directories and studies of a sweep's search, and of its finals where there are any yet."""
+    first = {space.tune.metric: space.tune.mode}
+    for folder, directed in ((output, objectives(space)), (output / FINALS, first)):
+        if (folder / JOURNAL).exists():
+            yield folder, open_study(folder / JOURNAL, folder.name, directed)
 
 
 def set_aside(export: Place) -> None:

@@ -29,7 +29,7 @@ from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
-from latentwire.tuning.trial import EARLIER, NUMBER, cause_left, trial_path
+from latentwire.tuning.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
 
 COPY_PAUSE = 20
 """How many times as long as a copy of the journal took, none is made unless a trial ends."""
@@ -128,7 +128,9 @@ class StudySearch(Searcher):
         trial.set_user_attr(SESSION, self.session)
         self._trials[trial_id] = trial
         self._keep()
-        return draw(trial, self.space.search) | {NUMBER: trial.number}
+        directory = studies.directory_of(self._frozen(trial))
+        taken_up = {} if directory == trial.number else {TAKES_UP: directory}
+        return draw(trial, self.space.search) | {NUMBER: trial.number} | taken_up
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep an evaluation, and those before it that a resumed trial tells again; one without finite objectives is left out."""
@@ -157,7 +159,7 @@ class StudySearch(Searcher):
             return
         reports = studies.evaluations(self._frozen(trial))
         last = reports[-1] if reports else None
-        left = cause_left(trial_path(self.trial_dir, trial.number))
+        left = self._cause(trial, whole=last is not None and last["step"] >= last["total_steps"])
         if left is not None:
             self._fail(trial, left)
         elif error:
@@ -182,6 +184,13 @@ class StudySearch(Searcher):
         self._study, self._trials = None, {}
 
     # ------------------------------------------------------------------------------------------------------ internals
+
+    def _cause(self, trial: Trial, whole: bool) -> str | None:
+        """Return why a trial failed, if it did. A store that cannot be read ends no sweep: ``whole`` trials have not failed."""
+        try:
+            return cause_left(trial_path(self.trial_dir, studies.directory_of(self._frozen(trial))))
+        except StorageError as error:
+            return None if whole else f"it ended early, and why cannot be told: {error}"
 
     def _tell(self, trial: Trial, reports: list[dict[str, Any]]) -> None:
         for name, limit in self.space.tune.constraints.items():

@@ -25,6 +25,8 @@ JOURNAL = "study.journal"
 SESSION, CAUSE, EVALUATIONS, WARM = "session", "cause", "evaluations", "warm_start"
 """User attributes of the study's trials: the driver that runs it; why it failed; step → what was reported; where a trial
 was taken from."""
+RETRIES, DIRECTORY = "retries", "directory"
+"""User attributes, too, of a trial that takes up a failed one: that one's number; the number whose directory it goes on in."""
 OBJECTIVES, PIN = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the evaluation pin that all of its scores have."""
 
@@ -127,9 +129,29 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
-    """The study's trials without those that a warm start brought."""
-    trials = study.get_trials(deepcopy=False, states=None if states is None else tuple(states))
-    return [trial for trial in trials if WARM not in trial.user_attrs]
+    """The study's trials without those that a warm start brought, and without failed ones that another has taken up."""
+    trials = study.get_trials(deepcopy=False)
+    taken_up = {trial.user_attrs[RETRIES] for trial in trials if RETRIES in trial.user_attrs}
+    own = [trial for trial in trials if WARM not in trial.user_attrs and trial.number not in taken_up]
+    return own if states is None else [trial for trial in own if trial.state in states]
+
+
+def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """Have each failed trial taken up by a new one with its values, which goes on in its directory; new number → failed trial.
+
+    Optuna's trials end once: the failed one stays in the study as what it is, and :func:`own_trials` passes it over.
+    """
+    new: dict[int, FrozenTrial] = {}
+    for failed in own_trials(study, (TrialState.FAIL,)):
+        attributes = {RETRIES: failed.number, DIRECTORY: directory_of(failed)}
+        new[len(study.get_trials(deepcopy=False))] = failed
+        study.enqueue_trial(dict(failed.params), user_attrs=attributes)
+    return new
+
+
+def directory_of(trial: FrozenTrial) -> int:
+    """Return the number by which a trial's directory is named: its own, or that of the trial which it takes up."""
+    return int(trial.user_attrs.get(DIRECTORY, trial.number))
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:

@@ -16,25 +16,30 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.storage import Place, delete, write_text
+from latentwire.storage import Place, delete, text_if_there, write_text
 from latentwire.tuning.space import variant_key
+from latentwire.tuning.waiting import PatientTrainer, is_lasting
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
+TAKES_UP = "takes_up_trial"
+"""Key, there too, of the number of the failed trial whose directory a trial goes on in."""
 EARLIER = "earlier_evaluations"
 """Key of the reports before the one that a resumed trial makes again, as JSON."""
 ERROR_FILE = "error.txt"
 """Where a trial's driver or worker leaves the cause of a failure."""
 
-WORKER_START_SECONDS = "600"
-"""Ray Train gives a worker one minute to start; a busy machine or a node that is being added takes longer. The planner
-has refused what could never start."""
+ROOM_SECONDS = "120"
+"""How often a trial that waits for room says so. It waits for as long as it takes: the planner has refused what could never
+start."""
+START_FAILURES = 2
+"""Deaths of a trial's workers as they start that count as no failure of the training."""
 
 
 ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
@@ -77,36 +82,34 @@ def drive_trial(
     The cause of a failure is left in :data:`ERROR_FILE`. A trial that would fail again in the same way (values that do not go
     together, out of memory, no finite gradients) leaves it and returns; any other is raised, for Tune to start the trial again.
     """
-    path = trial_path(trial_dir, values[NUMBER])
+    path = trial_path(trial_dir, values.get(TAKES_UP, values[NUMBER]))
+    run = space.run
     try:
-        run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
-    except ConfigError as error:
-        write_text(path / ERROR_FILE, str(error))
-        return
-    variant = variants[variant_key(run)]
-    trainer = make_trainer(
-        run,
-        variant.datasets,
-        variant.train_rows,
-        folder=path,
-        gpus_per_worker=gpus_per_worker,
-        pins=variant.pins,
-        metric=space.tune.metric,
-        mode=space.tune.mode,
-        callbacks=[TuneReportCallback()],
-        served=served,
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
+        run = with_values(run, {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)})
+        variant = variants[variant_key(run)]
+        make_trainer(
+            run,
+            variant.datasets,
+            variant.train_rows,
+            folder=path,
+            gpus_per_worker=gpus_per_worker,
+            pins=variant.pins,
+            metric=space.tune.metric,
+            mode=space.tune.mode,
+            callbacks=[TuneReportCallback()],
+            served=served,
+        ).fit()
+    except Exception as error:
         leave_cause(path, run, error)
-        if not is_out_of_memory(error):
+        if not (is_lasting(error) or is_out_of_memory(error)):
             raise
 
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
     """Write why a trial failed, and how large it was where that is why, aside and renamed."""
-    cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    told = getattr(error, "controller_failure", error)  # of Train's, the one that says what happened
+    lines = str(told).strip().splitlines() or [type(told).__name__]
+    cause = lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)  # there, of a traceback
     if is_out_of_memory(error):
         cause = f"out of memory with {size_of(run)}: {cause}"
     write_text(path / ERROR_FILE, cause)
@@ -114,7 +117,7 @@ def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
 
 def cause_left(path: Place) -> str | None:
     """Why the last attempt at a run failed, where one did."""
-    return (path / ERROR_FILE).read_text() if (path / ERROR_FILE).exists() else None
+    return text_if_there(path / ERROR_FILE)
 
 
 def size_of(run: RunConfig) -> str:
@@ -163,11 +166,11 @@ def make_trainer(
     """
     delete(folder / ERROR_FILE)
     name_cluster()
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WORKER_START_SECONDS)  # Train hands it on
+    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, ROOM_SECONDS)  # Train hands it on
     resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
-    return TorchTrainer(
+    return PatientTrainer(
         train_worker,
         train_loop_config={
             "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
@@ -182,7 +185,9 @@ def make_trainer(
             storage_path=str(folder.parent),
             callbacks=callbacks,
             worker_runtime_env={} if served is None else {"env_vars": ZERO_COPY},
-            failure_config=ray.train.FailureConfig(max_failures=run.training.max_failures, controller_failure_limit=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=run.training.max_failures, controller_failure_limit=START_FAILURES
+            ),
         ),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),

@@ -19,16 +19,16 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.data import streams
-from latentwire.errors import UserError
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
-from latentwire.storage import StorageError, place
+from latentwire.storage import place
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
 from latentwire.tuning.gauges import Gauges
 from latentwire.tuning.service import shared_receivers
 from latentwire.tuning.trial import EARLIER, leave_cause
+from latentwire.tuning.waiting import is_lasting
 
 PREEMPTION_STEPS = 5
 """Steps between two looks for a notice that this node goes away: all workers look together, which costs milliseconds."""
@@ -44,9 +44,8 @@ def train(settings: dict[str, Any]) -> None:
     run = RunConfig.model_validate(settings["run"])
     try:
         _train(run, settings)
-    except (UserError, RuntimeError, MemoryError) as error:
-        lasting = isinstance(error, UserError) and not isinstance(error, StorageError)  # a store may answer again
-        if run.training.num_workers > 1 or not (lasting or is_out_of_memory(error)):
+    except Exception as error:
+        if run.training.num_workers > 1 or not (is_lasting(error) or is_out_of_memory(error)):
             raise  # of several workers the others would wait for this one
         leave_cause(place(settings["folder"]), run, error)
         print(f"error: {error}", flush=True)

@@ -77,6 +77,26 @@ def test_where_all_fresh_runs_were_lost_the_best_evaluation_that_is_left_wins(
     assert finals_table(finalists, "dev_f1")[2][0][2:4] == ["–", "nan"]
 
 
+def test_where_no_fresh_run_came_to_a_checkpoint_the_search_has_its_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = SpaceFile.model_validate(SPACE)
+    study = search_all(space, tmp_path / "sweep")
+
+    def failing(space: SpaceFile, plan: Any, files: Any, output: Path, **_: Any) -> Any:
+        search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+        for number in range(space.tune.trials):
+            search.suggest(str(number))
+            search.on_trial_complete(str(number), error=True)
+        return search.study
+
+    monkeypatch.setattr(finals, "run_sweep", failing)
+    plan: Any = None
+    best, finalists = finals.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    assert (best.trial, best.score) == (3, 0.95) and [f.fresh for f in finalists] == [(), ()]
+    assert "got none of 4 (the trial's driver died" in capsys.readouterr().out
+
+
 def test_without_finalists_the_best_trial_wins_as_it_is(tmp_path: Path) -> None:
     space = SpaceFile.model_validate(SPACE | {"tune": SPACE["tune"] | {"finalists": 0}})
     plan: Any = None

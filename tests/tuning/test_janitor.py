@@ -9,6 +9,7 @@ import pytest
 from latentwire.config import SpaceFile
 from latentwire.storage import StorageError
 from latentwire.training import kept
+from latentwire.tuning import study as studies
 from latentwire.tuning.janitor import Janitor, bytes_in, clear_debris
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
@@ -115,11 +116,11 @@ def test_what_a_worker_saved_after_the_last_trials_end_goes_too(tmp_path: Path) 
 
 def test_a_trials_failure_is_tidied_up_after_too(tmp_path: Path) -> None:
     search, janitor = sweep(tmp_path, 2, keep_checkpoints=1)
-    for number in (0, 1):
-        told(search, number, 3, 0.1 + number)
+    for number, step in ((0, 3), (0, 6), (1, 3)):
+        told(search, number, step, 0.1 + number)
     search.on_trial_complete("0", error=True)
     janitor.on_trial_error(1, [], None)
-    assert left(search.trial_dir) == {1: [3]}
+    assert left(search.trial_dir) == {0: [6], 1: [3]}
 
 
 def test_debris_of_dead_workers_is_cleared(tmp_path: Path) -> None:
@@ -144,3 +145,24 @@ def test_a_store_that_does_not_answer_ends_no_sweep(
     assert capsys.readouterr().err == "checkpoints not tidied this time: the bucket does not answer\n"
     with pytest.raises(StorageError):
         janitor.tidy()
+
+
+def test_a_failed_trial_keeps_its_last_for_the_one_that_takes_it_up(tmp_path: Path) -> None:
+    search, janitor = sweep(tmp_path, 2, keep_checkpoints=1)
+    trials = search.trial_dir
+    for number, step, score in ((0, 3, 0.2), (0, 6, 0.1), (1, 3, 0.9)):
+        told(search, number, step, score)
+    search.on_trial_complete("0", error=True)
+    end(search, 1)
+    janitor.tidy()
+    assert left(trials) == {0: [6], 1: [3]}
+    studies.retry_failed(search.study)
+    again = StudySearch(search.space, journal=search.journal, name=search.name, trial_dir=trials)
+    janitor = Janitor(again)
+    janitor.tidy()
+    assert left(trials) == {0: [6], 1: [3]}  # it waits
+    again.suggest("2")
+    saved(trials, 0, 9, 0.8)
+    again.on_trial_complete("2", {"step": 9, "total_steps": 9, "dev_f1": 0.8, "wire_bytes": 64})
+    janitor.tidy()
+    assert left(trials) == {1: [3]} and janitor.ended == {2}

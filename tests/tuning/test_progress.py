@@ -51,3 +51,39 @@ def test_the_table_shows_what_is_searched_by(monkeypatch: pytest.MonkeyPatch) ->
     reporter = progress.table(space)
     assert list(reporter._metric_columns) == ["step", "dev_em", "wire_bytes", "train_loss", "examples_per_s"]
     assert reporter._parameter_columns == {"encoder.latent_len": "latent_len"}
+
+
+class Shown:
+    """A trial of Tune's, as far as its table looks at one."""
+
+    def __init__(self, name: str, status: str, result: dict[str, Any], config: dict[str, Any]) -> None:
+        self.trial_id, self.status, self.config = name, status, config
+        self.last_result = {"trial_id": name} | ({"config": config} | result if result else {})
+        self.evaluated_params, self.error_file, self.local_experiment_path = config, None, "/tmp"
+        self.temporary_state = SimpleNamespace(location="here")
+
+    def __str__(self) -> str:
+        return self.trial_id
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_table_has_a_place_for_a_trial_that_failed_before_it_was_evaluated(mode: str) -> None:
+    rank = {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}
+    space = SpaceFile.model_validate({
+        "run": {"encoder": {"model": "receiver:llama"}},
+        "search": {"encoder.kind": {"type": "categorical", "choices": ["byte", "lm"]}, "encoder.lora_rank": rank},
+        "tune": {"mode": mode},
+    })  # fmt: skip
+    reporter = progress.table(space)
+    trials: list[Any] = [
+        Shown("trial-0", "TERMINATED", {}, {"encoder.kind": "lm", "encoder.lora_rank": 4}),
+        Shown("trial-1", "TERMINATED", {"dev_f1": 0.5}, {"encoder.kind": "byte"}),  # which draws no rank
+        Shown("trial-2", "TERMINATED", {"dev_f1": 0.75}, {"encoder.kind": "byte"}),
+        Shown("trial-3", "RUNNING", {}, {"encoder.kind": "byte"}),
+    ]
+    told = reporter._progress_str(trials, True)
+    better, worse = ("trial-2", "trial-1") if mode == "max" else ("trial-1", "trial-2")
+    rows = [line.split()[1] for line in told.splitlines() if line.startswith("| trial-")]
+    assert rows == ["trial-3", better, worse, "trial-0"]
+    assert f"Current best trial: {better} with dev_f1=0." in told and "inf" not in told
+    assert "Current best" not in reporter._progress_str(trials[:1], True)

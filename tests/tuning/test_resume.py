@@ -9,8 +9,10 @@ from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError
 from latentwire.options import add_flags, refuse_flags
 from latentwire.tuning import resume
+from latentwire.tuning.finals import FINALS
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
+from latentwire.tuning.trial import ERROR_FILE, trial_path
 
 
 @pytest.fixture
@@ -31,6 +33,28 @@ def test_it_is_finished_with_its_trials_and_its_results(sweep: Path) -> None:
     assert resume.is_finished(resume.read_space(sweep, []), sweep)
     more = resume.read_space(sweep, ["tune.trials=2"])
     assert more.tune.trials == 2 and not resume.is_finished(more, sweep)
+
+
+def test_failed_trials_are_taken_up_once_in_the_search_and_in_the_finals(sweep: Path) -> None:
+    space = resume.read_space(sweep, [])
+    finals = SpaceFile.model_validate({"tune": {"trials": 2}})
+    folder = sweep / FINALS
+    search = StudySearch(finals, journal=folder / JOURNAL, name=FINALS, trial_dir=folder / "trials")
+    for name in "ab":
+        search.suggest(name)
+    search.on_trial_complete("b", error=True)
+    (sweep / "results.json").write_text("{}")
+    left = trial_path(sweep / "trials", 0)
+    left.mkdir(parents=True)
+    (left / ERROR_FILE).write_text("out of memory")
+    assert resume.is_finished(space, sweep) and resume.has_failed(space, sweep)
+    assert resume.retry_failed(space, sweep) == [
+        "sweep: trial 0 is taken up again as trial 1; it failed by: the trial's driver died; see Tune's log",
+        "finals: trial 1 is taken up again as trial 2; it failed by: the trial's driver died; see Tune's log",
+    ]
+    assert not (left / ERROR_FILE).exists()  # it is the new trial's directory, which has not failed
+    assert not resume.is_finished(space, sweep) and not resume.has_failed(space, sweep)
+    assert resume.retry_failed(space, sweep) == []
 
 
 def test_small_numbers_stay_numbers(tmp_path: Path) -> None:

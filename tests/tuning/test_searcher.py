@@ -18,12 +18,13 @@ from ray.tune.search.optuna import OptunaSearch
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.storage import StorageError
+from latentwire.tuning import searcher
 from latentwire.tuning import study as studies
 from latentwire.tuning.results import find_best
 from latentwire.tuning.samplers import CLASSES, make_sampler
 from latentwire.tuning.searcher import StudySearch, check_draws, check_searchable
 from latentwire.tuning.study import CAUSE, JOURNAL, evaluations, open_study, own_trials
-from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, trial_path
+from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, TAKES_UP, trial_path
 
 RATE = "training.encoder_lr"
 SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
@@ -106,6 +107,54 @@ def test_a_trial_that_raised_fails_with_what_its_driver_left(search: StudySearch
     assert [trial.user_attrs[CAUSE] for trial in search.study.trials] == [
         "the trial's driver died; see Tune's log", "CUDA out of memory",
     ]  # fmt: skip
+
+
+def test_a_trial_that_ended_before_its_first_evaluation_fails_with_its_cause(
+    search: StudySearch, tmp_path: Path
+) -> None:
+    """So Tune tells it: no error, and of results only what it adds itself."""
+    search.suggest("a")
+    folder = trial_path(tmp_path / "trials", 0)
+    folder.mkdir(parents=True)
+    (folder / ERROR_FILE).write_text("gradients must be finite")
+    nothing = {"trial_id": "a", "done": True, "pid": 7}
+    search.on_trial_result("a", nothing)
+    search.on_trial_complete("a", nothing)
+    trial = only(search.study)
+    assert (trial.state, trial.user_attrs[CAUSE]) == (TrialState.FAIL, "gradients must be finite")
+
+
+def test_a_store_that_does_not_say_why_a_trial_failed_ends_no_sweep(
+    search: StudySearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(_: object) -> str:
+        raise StorageError("s3://bucket cannot be read")
+
+    monkeypatch.setattr(searcher, "cause_left", unreadable)
+    run(search, [0.1, 0.2, 0.3])
+    run(search, [0.1, 0.2], "b")
+    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert "why cannot be told: s3://bucket" in search.study.trials[1].user_attrs[CAUSE]
+
+
+def test_a_failed_trial_is_taken_up_by_another_in_its_directory(search: StudySearch, tmp_path: Path) -> None:
+    """Twice: the second time of the trial that had taken up the first one."""
+    run(search, [0.1], error=True)
+    run(search, [0.1, 0.2, 0.3], "b")
+    rate = search.study.trials[0].params[RATE]
+    for number in (2, 3):
+        failed = [trial.number for trial in own_trials(search.study, (TrialState.FAIL,))]
+        assert {new: old.number for new, old in studies.retry_failed(search.study).items()} == {number: failed[0]}
+        assert studies.retry_failed(search.study) == {}  # it is taken up once
+        again = search_over(tmp_path)
+        assert again.suggest("x") == {RATE: rate, NUMBER: number, TAKES_UP: 0}
+        folder = trial_path(tmp_path / "trials", 0)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR_FILE).write_text("out of memory")  # where its driver leaves it
+        again.on_trial_complete("x", {})
+        assert again.study.trials[number].user_attrs[CAUSE] == "out of memory"
+        assert [t.number for t in own_trials(again.study)] == [1, number]
+    assert [t.state.name for t in again.study.trials] == ["FAIL", "COMPLETE", "FAIL", "FAIL"]
 
 
 def test_nothing_is_told_twice(search: StudySearch) -> None:

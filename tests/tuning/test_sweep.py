@@ -48,6 +48,19 @@ def test_a_restart_shows_the_scheduler_what_was_reported(tmp_path: Path, schedul
     assert verdict == ("CONTINUE" if scheduler == "none" else "STOP")
 
 
+@pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
+def test_a_scheduler_does_without_a_trial_that_failed_before_it_was_evaluated(scheduler: Any) -> None:
+    found = make_scheduler(TuneConfig(scheduler=scheduler, grace_steps=3), 9)
+    controller: Any = NothingRuns()
+    trials: list[Any] = [Earlier(number) for number in (0, 1)]
+    for trial in trials:
+        found.on_trial_add(controller, trial)
+    nothing = {"trial_id": "a", "done": True}
+    found.on_trial_result(controller, trials[0], nothing)
+    found.on_trial_complete(controller, trials[0], nothing)
+    assert found.on_trial_result(controller, trials[1], {"step": 3, "dev_f1": 0.5}) == "CONTINUE"
+
+
 def test_the_longest_trial_has_the_smallest_batches_and_the_most_epochs() -> None:
     search = {
         "training.batch_size": {"type": "categorical", "choices": [32, 16, 64]},

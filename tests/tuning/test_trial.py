@@ -4,7 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray.train
 import torch
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig, SpaceFile
@@ -22,8 +23,9 @@ from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import StorageError
 from latentwire.training import kept
 from latentwire.training.loop import Trainer, TrainingError
-from latentwire.tuning import worker
-from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, cause_left, drive_trial, leave_cause
+from latentwire.tuning import trial, worker
+from latentwire.tuning.space import variant_key
+from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, Variant, cause_left, drive_trial, leave_cause
 
 HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
 """What takes seconds to import, and is for whoever loads a model, scores, or searches."""
@@ -35,6 +37,9 @@ KILLED_BY_RAY = ray.exceptions.OutOfMemoryError("Task was killed due to the node
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         KILLED_BY_RAY,
         ray.train.WorkerGroupError("rank 0 died", {0: torch.OutOfMemoryError("CUDA out of memory")}),
         ray.train.WorkerGroupError("rank 1 died", {1: KILLED_BY_RAY}),
@@ -47,6 +52,23 @@ def test_out_of_memory_is_told_with_the_size(run: RunConfig, tmp_path: Path, err
     assert cause is not None
     assert "out of memory with batch_size 4 over 1 worker(s)" in cause and "latent_len 6, d_z 32, toy-llama" in cause
     assert [file.name for file in tmp_path.iterdir()] == [ERROR_FILE]
+
+
+def allocate_too_much_with_torch() -> None:
+    torch.empty(10**15)
+
+
+def allocate_too_much_with_arrow() -> None:
+    pa.allocate_buffer(10**15)
+
+
+@pytest.mark.parametrize("allocate", [allocate_too_much_with_torch, allocate_too_much_with_arrow])
+def test_a_cpu_that_has_no_more_memory_is_recognised(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocate: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(worker, "_train", lambda *_: allocate())
+    worker.train({"run": run.model_dump(mode="json"), "folder": str(tmp_path)})
+    assert "out of memory with batch_size 4" in str(cause_left(tmp_path))
 
 
 def test_other_failures_are_not_taken_for_it(run: RunConfig, tmp_path: Path) -> None:
@@ -158,6 +180,40 @@ def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path)
     values = {NUMBER: 3, "encoder.d_model": 65}
     drive_trial(values, space=SpaceFile(), variants={}, gpus_per_worker=0.0, trial_dir=tmp_path)
     assert str(cause_left(tmp_path / "trial-3")).startswith("d_model must be a multiple of 2 × heads, got d_model 65")
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Here of a trial of two workers: what would fail again ends it, anything else Tune tries again."""
+    error = TrainingError("gradients must be finite") if again else ValueError("a fault of a driver")
+    failed = ray.train.WorkerGroupError("rank 1:\nValueError: " + str(error), {1: UserExceptionWithTraceback(error, "…")})
+
+    def make_trainer(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(fit=lambda: (_ for _ in ()).throw(failed))
+
+    monkeypatch.setattr(trial, "make_trainer", make_trainer)
+    monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
+    space = SpaceFile()
+    variants: Any = {variant_key(space.run): Variant({}, 16, {})}
+    with contextlib.nullcontext() if again else pytest.raises(ray.train.WorkerGroupError):
+        drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
+    assert cause_left(tmp_path / "trial-3") == f"ValueError: {error}"
+
+
+def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_trainer(*_: Any, **__: Any) -> Any:
+        raise ReceiverError("receiver llama: no decoder")
+
+    monkeypatch.setattr(trial, "make_trainer", make_trainer)
+    monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
+    space = SpaceFile()
+    variants: Any = {variant_key(space.run): Variant({}, 16, {})}
+    drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
+    assert cause_left(tmp_path / "trial-3") == "receiver llama: no decoder"
 
 
 def test_what_would_fail_again_ends_the_trial_and_a_store_that_does_not_answer_does_not(

@@ -1,0 +1,89 @@
+"""Waiting for room on the cluster: no failure of a trial, and never in silence.
+
+Ray Train counts a start for which there was no room in time as a failure of its controller, like a worker that died as it
+started; a limit on both together burns trials on a full cluster. Here the first is no failure, the second keeps its limit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.train import ControllerError, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import (
+    DEFAULT_WORKER_GROUP_START_TIMEOUT_S,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.config import FailureConfig
+
+from latentwire.errors import UserError
+from latentwire.storage import StorageError
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Return whether a run that ended so would end so again: it, or a worker of it, met a user's error.
+
+    A store that did not answer may answer the next time.
+    """
+    failures = [error, *getattr(error, "worker_failures", {}).values()]
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]  # Train wraps what a worker raised
+    return any(isinstance(cause, UserError) and not isinstance(cause, StorageError) for cause in causes)
+
+
+class PatientPolicy(DefaultFailurePolicy):
+    """Ray Train's rules for failures, but for two: no room is none, and what would fail again is not tried again."""
+
+    def __init__(self, failure_config: FailureConfig, name: str, needed: Mapping[str, float]) -> None:
+        """``name``: of the run. ``needed``: resources of all its workers together."""
+        super().__init__(failure_config)
+        self.name, self.needed = name, dict(needed)
+        self._waits_since: float | None = None
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Try again, as often as it takes, where there was no room; else as Ray Train does."""
+        if isinstance(training_failed_error, ControllerError) and isinstance(
+            training_failed_error.controller_failure, WorkerGroupStartupTimeoutError
+        ):
+            now = time.monotonic()
+            if self._waits_since is None:
+                limit = os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
+                self._waits_since = now - float(limit)
+            print(self._line(now - self._waits_since), flush=True)
+            return FailureDecision.RETRY
+        self._waits_since = None
+        if is_lasting(training_failed_error):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+    def _line(self, seconds: float) -> str:
+        return f"{self.name} waits for {told(self.needed)} since {seconds:,.0f} s: {room(self.needed)}"
+
+
+class PatientTrainer(TorchTrainer):
+    """A TorchTrainer under :class:`PatientPolicy`."""
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        each = self.scaling_config._resources_per_worker_not_none
+        needed = {name: amount * self.scaling_config.num_workers for name, amount in each.items()}
+        name = str(self.run_config.name)
+        options["failure_policy"] = PatientPolicy(self.run_config.failure_config, name, needed)
+        return super()._initialize_and_run_controller(**options)
+
+
+def told(resources: Mapping[str, float]) -> str:
+    """Return resources as a person reads them: ``4 CPU, 1 GPU``."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def room(names: Mapping[str, float]) -> str:
+    """Return what the cluster has of some resources, and how much of it is free now. Needs Ray."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    return "the cluster has " + ", ".join(
+        f"{there.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in names
+    )
