@@ -49,6 +49,15 @@ def worker_types(config: Mapping[str, Any]) -> list[tuple[str, dict[str, float],
     ]
 
 
+def living_nodes() -> list[dict[str, Any]]:
+    """Return the cluster's nodes as ``ray.nodes()`` does, each with what is free on it now (``Free``)."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [node | {"Free": free.get(node["NodeID"], {})} for node in ray.nodes()]
+
+
 def addable_nodes() -> list[dict[str, Any]]:
     """The autoscaler's node types as ``ray.nodes()`` would show one of each, with how many there may be (``Count``)."""
     from ray._private.state import state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -10,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from latentwire.config import LossConfig, RunConfig, SpaceFile
 from latentwire.data import shards, teachers
 from latentwire.models.weights import load_hf_config
 from latentwire.storage import Place
-from latentwire.tuning.autoscaler import addable_nodes
+from latentwire.tuning.autoscaler import addable_nodes, living_nodes
+from latentwire.tuning.devices import pieces, times
 from latentwire.tuning.planner import Plan, PlanError
 from latentwire.tuning.remote import on_cluster
 from latentwire.tuning.sharing import PROMPT_POSITIONS
@@ -33,36 +34,57 @@ START_SECONDS = 20.0
 
 
 def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]]:
-    """The plan with as many trials at once as the nodes really hold, and a line for every node that could host a worker.
+    """The plan with as many trials at once as the nodes really hold, a line for every node that could host a worker, and one for
+    how many trials could start now.
 
-    ``nodes``: as ``ray.nodes()`` and :func:`~latentwire.tuning.autoscaler.addable_nodes` give them. Raises
-    :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough in all, but no node enough for one worker, or the
-    nodes together not enough for one trial's.
+    ``nodes``: as :func:`~latentwire.tuning.autoscaler.living_nodes` and :func:`~latentwire.tuning.autoscaler.addable_nodes` give
+    them. Raises :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough in all, but no node enough for one
+    worker, or the nodes together not enough for one trial's.
     """
-    lines, places = [], 0
-    for node in nodes:
-        if not node["Alive"]:
-            continue
+    lines, places, places_now = [], 0, 0
+    living = [node for node in nodes if node["Alive"]]
+    gpus = sum(node["Resources"].get("GPU", 0.0) * node.get("Count", 1) for node in living)
+    for node in living:
         has = node["Resources"]
-        room = [has.get("CPU", 0.0) // plan.cpus_per_worker]
-        if plan.worker_gpus:
-            taken = sum(plan.sharing.gpus_per_replica.values()) if plan.sharing else 0.0  # of each GPU
-            room.append(has.get("GPU", 0.0) * (1 - taken) // plan.worker_gpus)
-        else:
-            taken = sum(plan.sharing.bytes_per_replica.values()) if plan.sharing else 0.0
-            room.append((has.get("memory", float("inf")) - taken) // plan.worker_bytes)
-        workers = int(min(room))
+        workers = _workers_on(plan, has, gpus)
         places += workers * node.get("Count", 1)
-        size = f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
-        lines.append(f"node {node['NodeManagerAddress']} ({size}): {workers} worker(s)")
+        line = f"node {node['NodeManagerAddress']} ({_sizes(has)}): {workers} worker(s)"
+        if "Free" in node:
+            now = min(workers, _workers_on(plan, node["Free"], gpus))
+            places_now += now
+            line += f", {now} now ({_sizes(node['Free'])} free)"
+        lines.append(line)
+    need = f"{plan.num_workers} worker(s) of {plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU"
     if places < plan.num_workers:
-        need = f"{plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU, {plan.worker_bytes / 1e9:.2f} GB"
         raise PlanError(
-            f"one trial needs {plan.num_workers} worker(s) of {need}, each on one node, and there is room for {places} "
+            f"one trial needs {need}, {plan.worker_bytes / 1e9:.2f} GB, each on one node, and there is room for {places} "
             f"({'; '.join(lines)}): ask for less per worker, or add larger nodes"
         )
     at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
+    if any("Free" in node for node in living):
+        started = min(at_once, places_now // plan.num_workers)
+        waiting = f"; a trial more waits for {need}, for as long as it takes" if started < at_once else ""
+        lines.append(f"trials that can start now: {started} of {at_once}{waiting}")
     return dataclasses.replace(plan, max_concurrent_trials=at_once), lines
+
+
+def _workers_on(plan: Plan, has: Mapping[str, float], gpus: float) -> int:
+    """Return how many of a plan's workers a node holds beside its share of the replicas. ``gpus``: of all nodes."""
+    room = [times(has.get("CPU", 0.0), plan.cpus_per_worker)]
+    if plan.worker_gpus:
+        here, taken = has.get("GPU", 0.0), []
+        if plan.sharing:
+            sets = min(plan.sharing.replicas, math.ceil(plan.sharing.replicas * here / max(gpus, 1.0)))
+            taken = plan.sharing.gpus_of_replicas(sets)
+        room.append(pieces(here, plan.worker_gpus, taken))
+    else:
+        replicas = sum(plan.sharing.bytes_per_replica.values()) if plan.sharing else 0
+        room.append(int(min(2**62, (has.get("memory", math.inf) - replicas) // plan.worker_bytes)))
+    return max(0, min(room))
+
+
+def _sizes(has: Mapping[str, float]) -> str:
+    return f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
 
 
 @dataclass(frozen=True)
@@ -218,7 +240,7 @@ def show(space: SpaceFile, plan: Plan, output: Place, *, measured: bool) -> Plan
     ``measured``: also measure a worker's rate, which takes a task. Raises :class:`~latentwire.tuning.planner.PlanError` for
     what cannot fit.
     """
-    plan, hosts = fit(plan, [*ray.nodes(), *addable_nodes()])
+    plan, hosts = fit(plan, [*living_nodes(), *addable_nodes()])
     rate = measure_rate(largest_run(space), plan.gpus_per_worker) if measured else None
     print("\n".join([str(plan), *hosts, *forecast(space, plan, output).lines(plan, rate)]), flush=True)
     return plan

@@ -20,6 +20,7 @@ from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.storage import local, place
 from latentwire.tuning.autoscaler import cluster_resources
+from latentwire.tuning.devices import pieces, times
 from latentwire.tuning.sharing import Sharing, at_once, encoder_bytes, obstacles, positions_of, rows_of, share, slots_of
 from latentwire.tuning.space import largest_run
 
@@ -167,6 +168,13 @@ def _together(found: Plan, sharing: Sharing | None, trials: int) -> Plan:
 def _own_at_once(found: Plan, run: RunConfig, gpus: float, memory_bytes: float) -> float:
     """Trials whose workers fit with receivers of their own. Raises :class:`PlanError` where not one does."""
     by_gpus = _share("GPUs", gpus, found.gpus_per_worker * found.num_workers)
+    if found.gpus_per_worker:
+        by_gpus = pieces(gpus, found.gpus_per_worker) // found.num_workers
+        if not by_gpus:
+            raise PlanError(
+                f"each of a trial's {found.num_workers} worker(s) needs {found.gpus_per_worker:g} of one GPU, and "
+                f"{gpus:g} GPUs hold {pieces(gpus, found.gpus_per_worker)} of them: lower training.gpus_per_worker or num_workers"
+            )
     if any(receiver.device_map != "none" for receiver in run.receivers):  # its layers are on all of a worker's GPUs
         memory_bytes *= max(1, int(found.gpus_per_worker))
     if found.bytes_per_worker > memory_bytes:
@@ -250,7 +258,7 @@ def _share(what: str, have: float, need: float) -> float:
             f"one trial needs {need:g} {what} and the cluster has {have:g}: lower training.num_workers, cpus_per_worker, "
             f"gpus_per_worker or data.stream_cpus, or add nodes"
         )
-    return have // need
+    return times(have, need)
 
 
 def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:

@@ -15,6 +15,7 @@ from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.settings import Setting
 from latentwire.storage import Place, local, place
 from latentwire.training import checkpoints
+from latentwire.tuning.devices import pieces, times
 from latentwire.tuning.planner import Plan
 
 PARTS = 4
@@ -90,9 +91,10 @@ def predict_pool(
 
 def copies_at_once(resources: dict[str, float], plan: Plan, memory: float) -> int:
     """How many copies of a wire the cluster holds: by CPUs, and by GPUs or, where there are none, memory in bytes."""
-    cpus = resources.get("CPU", 1.0) / plan.cpus_per_worker
-    other = resources.get("GPU", 0.0) / plan.gpus_per_worker if plan.gpus_per_worker else memory / plan.bytes_per_worker
-    return max(1, int(min(cpus, other)))
+    cpus = times(resources.get("CPU", 1.0), plan.cpus_per_worker)
+    if plan.gpus_per_worker:
+        return max(1, min(cpus, pieces(resources.get("GPU", 0.0), plan.gpus_per_worker)))
+    return max(1, int(min(cpus, memory / plan.bytes_per_worker)))
 
 
 _TYPES = {

@@ -11,6 +11,7 @@ import psutil
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.features.registry import FEATURES
 from latentwire.models.weights import backbone_source, load_hf_config
+from latentwire.tuning.devices import pieces, times
 
 PROMPT_POSITIONS = 64
 """Positions of template, question and answer beside the slots."""
@@ -38,6 +39,10 @@ class Sharing:
     """Of a replica without a GPU: all cores where one trial runs at a time, else the replicas share them."""
     bytes_per_worker: int
     gpus_per_worker: float
+
+    def gpus_of_replicas(self, sets: int) -> list[float]:
+        """Return the shares of GPUs that so many sets of replicas take, one of each receiver in a set, in the order they start."""
+        return list(self.gpus_per_replica.values()) * sets
 
     def __str__(self) -> str:
         parts = [
@@ -151,10 +156,9 @@ def at_once(
     sharing: Sharing, cpus: float, cpus_per_trial: float, gpus: float, memory_bytes: float, workers: int
 ) -> int:
     """Trials of so many workers at once beside the replicas; 0 where there is no room."""
-    room = [cpus // cpus_per_trial]
+    room = [times(cpus, cpus_per_trial)]
     if sharing.gpus_per_worker:
-        left = gpus - sharing.replicas * sum(sharing.gpus_per_replica.values())
-        room.append(left // (sharing.gpus_per_worker * workers))
+        room.append(pieces(gpus, sharing.gpus_per_worker, sharing.gpus_of_replicas(sharing.replicas)) // workers)
     else:
         room.append(trials_in(memory_bytes, sharing) // workers)
     return max(0, int(min(room)))

@@ -11,6 +11,7 @@ from latentwire.config.space import IntDimension
 from latentwire.exports import CheckpointError
 from latentwire.models.lm import LMWrapper
 from latentwire.tuning import autoscaler, forecast, planner
+from latentwire.tuning.devices import hold, pieces, times
 from latentwire.tuning.planner import Plan, PlanError, plan
 from latentwire.tuning.sharing import obstacles, slots_of
 
@@ -248,3 +249,43 @@ def test_trials_on_gpus_are_counted_beside_replicas_on_each_of_them() -> None:
     nodes = [{"Alive": True, "NodeManagerAddress": "a", "Resources": {"CPU": 8, "GPU": 2}}]
     fitting, lines = forecast.fit(shared, nodes)
     assert 0 < fitting.max_concurrent_trials <= shared.max_concurrent_trials and "node a (8 CPU, 2 GPU" in lines[0]
+
+
+@pytest.mark.parametrize(("share", "trials"), [(0.4, 16), (0.3, 24), (0.15, 48), (0.1, 80), (1.0, 8), (2.0, 4)])
+def test_a_share_of_a_gpu_lies_on_one_device(share: float, trials: int) -> None:
+    wide = space(training__gpus_per_worker=share, tune__receivers="own", tune__trials=100)
+    assert plan(wide, {"CPU": 100, "GPU": 8}, ENOUGH).max_concurrent_trials == trials
+    node = {"Alive": True, "NodeManagerAddress": "a", "Resources": {"CPU": 100, "GPU": 4}}
+    (two, _), (one, _) = (forecast.fit(plan(wide, {"CPU": 100, "GPU": 8}, ENOUGH), [node] * n) for n in (2, 1))
+    assert (two.max_concurrent_trials, one.max_concurrent_trials) == (trials, trials // 2)
+
+
+def test_a_worker_whose_share_lies_on_no_device_is_refused() -> None:
+    pair = space(training__gpus_per_worker=0.6, training__num_workers=3, tune__receivers="own", training__batch_size=33)
+    with pytest.raises(PlanError, match=r"each of a trial's 3 worker\(s\) needs 0\.6 of one GPU, and 2 GPUs hold 2"):
+        plan(pair, {"CPU": 16, "GPU": 2}, ENOUGH)
+
+
+def test_parts_of_gpus_are_put_where_they_leave_least() -> None:
+    assert pieces(2, 0.5, [0.6, 0.3, 0.3]) == 1  # 0.6 and 0.3 share a device
+    assert pieces(4, 1.0, [0.2] * 8) == 2 and pieces(4, 0.2, [0.2] * 8) == 12
+    assert pieces(1.5, 0.5) == 3 and pieces(1.5, 1.0) == 1 and pieces(0, 0.1) == 0
+    assert hold(2, [0.6, 0.6, 0.4]) and not hold(2, [0.6, 0.6, 0.6]) and pieces(2, 0.1, [0.6, 0.6, 0.6]) == 0
+    assert times(1, 0.1) == 10 and times(0.3, 0.1) == 3
+
+
+def test_a_plan_says_what_is_free_now_and_what_the_others_wait_for() -> None:
+    one = plan(space(training__gpus_per_worker=1, tune__receivers="own"), {"CPU": 16, "GPU": 4}, ENOUGH)
+    has = {"CPU": 8.0, "GPU": 2.0, "memory": 64e9}
+    busy, idle = (
+        {"Alive": True, "NodeManagerAddress": name, "Resources": has, "Free": free}
+        for name, free in (("a", {"CPU": 8.0}), ("b", has))
+    )
+    fitting, lines = forecast.fit(one, [busy, idle])
+    assert fitting.max_concurrent_trials == 4  # they wait: what is busy now may be free soon
+    assert lines == [
+        "node a (8 CPU, 2 GPU, 64.0 GB): 2 worker(s), 0 now (8 CPU, 0 GPU, 0.0 GB free)",
+        "node b (8 CPU, 2 GPU, 64.0 GB): 2 worker(s), 2 now (8 CPU, 2 GPU, 64.0 GB free)",
+        "trials that can start now: 2 of 4; a trial more waits for 1 worker(s) of 1 CPU, 1 GPU, for as long as it takes",
+    ]
+    assert forecast.fit(one, [idle])[1][-1] == "trials that can start now: 2 of 2"
