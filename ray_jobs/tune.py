@@ -40,7 +40,9 @@ def main() -> int:
         "--resume", type=output_place, help="a sweep's directory: finish it, or add trials by --set tune.trials=N"
     )
     parser.add_argument(
-        "--retry_failed", action="store_true", help="with --resume: take failed trials up again, from their last checkpoints"
+        "--retry_failed",
+        action="store_true",
+        help="with --resume: take failed trials up again, from their last checkpoints",
     )
     parser.add_argument("--from_manifest", type=input_place, help="manifest of a sweep: run one of its trials again")
     parser.add_argument("--trial", type=int, help="which one (default: the best)")
@@ -51,7 +53,9 @@ def main() -> int:
         if options.resume or options.from_manifest:
             refuse_flags(options, "a resumed sweep" if options.resume else "a repeated trial")
         if options.retry_failed and not options.resume:
-            raise ConfigError("--retry_failed takes up the failed trials of a sweep that --resume names, got no --resume")
+            raise ConfigError(
+                "--retry_failed takes up the failed trials of a sweep that --resume names, got no --resume"
+            )
         if options.resume:
             output = options.resume.absolute()
             space = resume.read_space(output, options.assignments)

@@ -41,7 +41,8 @@ def run_finals(
     """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
 
     The winner's checkpoint is the best of its fresh runs. Where there are no finalists (none asked for, or no trial ran to
-    its end), or no fresh run came to a checkpoint, the best trial wins as it is. Raises :class:`~latentwire.tuning.results.SweepError` where no checkpoint is left.
+    its end), or no fresh run came to a checkpoint, the best trial wins as it is. Raises
+    :class:`~latentwire.tuning.results.SweepError` where no checkpoint is left.
     """
     chosen = best_trials(study, space)
     if not chosen:

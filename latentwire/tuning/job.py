@@ -11,6 +11,7 @@ from latentwire.errors import fail
 from latentwire.storage import Place
 from latentwire.tuning import (
     finals,
+    fleet,
     janitor,
     manifest,
     orphans,
@@ -20,7 +21,6 @@ from latentwire.tuning import (
     results,
     resume,
     scoring,
-    service,
     sweep,
 )
 from latentwire.tuning.planner import Plan
@@ -40,7 +40,7 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
         manifest.check_data(repeated, files, pin)
     manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))
     expected = None if repeated is None else repeated["receivers"]
-    with service.serving(space, plan.sharing, expected) as served:
+    with fleet.serving(space, plan.sharing, expected) as served:
         study = sweep.run_sweep(space, plan, files, output, expected, served)
         document = manifest.describe(space, files, pin, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)

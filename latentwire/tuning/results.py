@@ -75,7 +75,8 @@ def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
 
 def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
     """One row per trial, best first: its number, state (done, stopped by the scheduler, failed, unfinished; beyond a limit),
-    step, objectives at its best evaluation, losses, values drawn, cause of failure, and which failed one it took up. Starting points that nobody began have none."""
+    step, objectives at its best evaluation, losses, values drawn, cause of failure, and which failed one it takes up.
+    Starting points that nobody began have none."""
     rows, front = [], {trial.number for trial in study.best_trials} if config.objectives else set()
     for trial in own_trials(study, tuple(STATES)):
         row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state], "values": dict(trial.params)}

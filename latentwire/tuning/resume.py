@@ -26,6 +26,7 @@ CHANGEABLE = (
     "tune.time_budget_minutes",
     "tune.max_failures",
     "tune.keep_checkpoints",
+    "tune.wait_minutes",
 )
 """What a resumed sweep may change: not what its trials are compared by."""
 
@@ -78,7 +79,9 @@ def retry_failed(space: SpaceFile, output: Place) -> list[str]:
         for number, failed in studies.retry_failed(study).items():
             delete(trial_path(folder / "trials", studies.directory_of(failed)) / ERROR_FILE)
             cause = failed.user_attrs.get(CAUSE, "no cause was told")
-            lines.append(f"{folder.name}: trial {failed.number} is taken up again as trial {number}; it failed by: {cause}")
+            lines.append(
+                f"{folder.name}: trial {failed.number} is taken up again as trial {number}; it failed by: {cause}"
+            )
         studies.keep_journal(folder / JOURNAL)
     return lines
 

@@ -20,7 +20,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE, WORKER_GROUP
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SpaceFile
-from latentwire.config.resolve import ConfigError, with_values
+from latentwire.config.resolve import with_values
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import Place, delete, text_if_there, write_text
 from latentwire.tuning.space import variant_key

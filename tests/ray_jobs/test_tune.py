@@ -31,27 +31,35 @@ def another_ray() -> Iterator[None]:
 
 @pytest.mark.usefixtures("another_ray")
 def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "sweep"
+    """One of its trials ends before its first evaluation, which is no more than a failure of its own."""
+    output, space = tmp_path / "sweep", load_space("search_spaces/toy.yaml")
+    tree = space.model_dump(mode="json", exclude_unset=True)
+    weight = "losses.first_token_ce_weight"
+    tree["search"][weight] = {"type": "categorical", "choices": [0.5, 1e39]}  # fp32 has no such number
+    tree["tune"]["start_with"] = [{weight: 1e39}, {weight: 0.5}, {weight: 0.5}]
+    tree["run"]["training"]["max_bad_steps"] = 1
+    (tmp_path / "space.json").write_text(json.dumps(tree))
     steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "tune.grace_steps=3")
     seen = ("--set", "tune.trackers=[mlflow]", "--set", "tune.keep_checkpoints=2", "--set", "tune.trials=3")
-    process = job("ray_jobs/tune.py", *TINY, *steps, *seen, "--output_dir", str(output))
+    named = ("--space", str(tmp_path / "space.json"), "--output_dir", str(output))
+    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen)
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
     assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(tmp_path)
     check_progress(output, log_of(tmp_path))
-    assert len(document["trials"]) == 3
-    assert all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in document["trials"])
+    *rows, failed = document["trials"]
+    assert len(rows) == 2 and all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in rows)
+    assert (failed["trial"], failed["state"], "step" in failed) == (0, "failed", False)
+    assert failed["error"].startswith("gradients must be finite, got norm ")
     study = open_study(output / JOURNAL, output.name, {"dev_f1": "max"})
     told = {t.number: (t.state.name, t.value) for t in study.trials}
-    assert told == {
-        row["trial"]: ("COMPLETE" if row["state"] == "done" else "PRUNED", row["dev_f1"]) for row in document["trials"]
-    }
-    space = load_space("search_spaces/toy.yaml")
+    states = {row["trial"]: ("COMPLETE" if row["state"] == "done" else "PRUNED", row["dev_f1"]) for row in rows}
+    assert told == states | {0: ("FAIL", None)}
     assert all(set(row["values"]) == set(space.search) for row in document["trials"])
-    assert document["trials"][0]["dev_f1"] == max(row["dev_f1"] for row in document["trials"])
+    assert rows[0]["dev_f1"] == max(row["dev_f1"] for row in rows)
     # A stopped trial's worker may have replaced the checkpoint of its best before it heard: the next best wins then.
-    assert document["best"]["score"] in {row["dev_f1"] for row in document["trials"]}
-    assert document["best"]["score"] >= max(row["dev_f1"] for row in document["trials"] if row["state"] == "done")
+    assert document["best"]["score"] in {row["dev_f1"] for row in rows}
+    assert document["best"]["score"] >= max(row["dev_f1"] for row in rows if row["state"] == "done")
 
     # The export holds no training state, is whole, and scores again what it scored.
     manifest = exports.read_manifest(output / "best")
@@ -63,7 +71,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert [setting.key for setting in scoring.FINAL_SETTINGS] == list(scores)
 
     report = (output / "report.md").read_text()
-    assert "full text" in report and "3 trials" in report
+    assert "full text" in report and "3 trials" in report and "1 trials failed" in report
     assert (output / "predictions.parquet").exists()
     assert "llama keeps" in (output / "report.html").read_text()
 
@@ -84,19 +92,19 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
 
 
 def check_progress(output: Path, log: str) -> None:
-    """Tune's table, TensorBoard's files and MLflow's runs have what the trials reported."""
+    """Tune's table, TensorBoard's files and MLflow's runs have what the trials reported; the first one nothing."""
     assert "| examples_per_s |" in " ".join(log.replace("|", " | ").split()) and "train_loss" in log
     files = list(output.glob("tune/*/trial-*/events.out.tfevents*"))
     assert len(files) == 3
     for file in files:
         events = [event_pb2.Event.FromString(record) for record in records(file.read_bytes())]
         steps = [event.step for event in events for value in event.summary.value if value.tag == "ray/tune/dev_f1"]
-        assert steps in ([3], [3, 6])
+        assert steps in ([[]] if file.parent.name == "trial-0" else [[3], [3, 6]])
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(output.name)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 3 and all("dev_f1" in run.data.metrics for run in runs)
+    assert sorted("dev_f1" in run.data.metrics for run in runs) == [False, True, True]
 
 
 def records(content: bytes) -> Iterator[bytes]:

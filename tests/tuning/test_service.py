@@ -14,8 +14,9 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.models.weights import ReceiverError
 from latentwire.training.loop import Trainer
+from latentwire.tuning.fleet import serving, usage
 from latentwire.tuning.planner import plan
-from latentwire.tuning.service import serving, shared_receivers, usage
+from latentwire.tuning.service import shared_receivers
 from tests.conftest import shard_table
 
 

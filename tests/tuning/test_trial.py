@@ -188,7 +188,9 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
 ) -> None:
     """Here of a trial of two workers: what would fail again ends it, anything else Tune tries again."""
     error = TrainingError("gradients must be finite") if again else ValueError("a fault of a driver")
-    failed = ray.train.WorkerGroupError("rank 1:\nValueError: " + str(error), {1: UserExceptionWithTraceback(error, "…")})
+    failed = ray.train.WorkerGroupError(
+        "rank 1:\nValueError: " + str(error), {1: UserExceptionWithTraceback(error, "…")}
+    )
 
     def make_trainer(*_: Any, **__: Any) -> Any:
         return SimpleNamespace(fit=lambda: (_ for _ in ()).throw(failed))
