@@ -124,10 +124,11 @@ class TuneConfig(Section):
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one of this many at each rung."""
     max_failures: int = Field(1, ge=0)
-    """How often a trial whose driver or workers died for good is started again, from its last checkpoint."""
+    """How often a trial whose driver or workers died for good is started again, from its last checkpoint. Waiting for room is
+    no failure."""
     keep_checkpoints: int = Field(4, ge=1)
-    """Checkpoints kept of all trials together, the best by ``metric``; each running trial's last and its own best are kept
-    besides."""
+    """Checkpoints kept of all trials together, the best by ``metric``; each running trial's last and its own best, and
+    each failed one's last, are kept besides."""
     metric: str = "dev_f1"
     """Metric to search by: ``dev_f1`` (mean over receivers), ``dev_em``, ``dev_loss``, or one receiver's, ``dev_f1_<name>``."""
     mode: Literal["max", "min"] = "max"

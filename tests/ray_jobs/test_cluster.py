@@ -104,8 +104,11 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The node that hosts a running trial's worker is about to go, and the next one goes without notice; each time the trial
-    continues on another node: from the checkpoint that the notice made or a later one, then from its last one."""
+    continues on another node: from the checkpoint that the notice made or a later one, then from its last one. For the last
+    node it has to wait, which it does for longer than Ray Train's own patience with a start, however often that ends."""
     from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "4")
 
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
@@ -139,6 +142,15 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
             assert int(again) >= int(saved) > 0  # until the deadline the worker trains on
             wait_for(lambda: max(steps(), default=0) > int(again), 400, lambda: log_of(tmp_path))
             cluster.remove_node(second, allow_graceful=False)
+
+            def waited() -> int:
+                """Seconds that the trial has waited for room, as it says."""
+                waits = re.findall(
+                    r"trial-0 waits for 1 CPU, 1 trial_node since (\d+) s: the cluster has", log_of(tmp_path)
+                )
+                return max(map(int, waits), default=0)
+
+            wait_for(lambda: waited() >= 16 or process.poll() is not None, 400, lambda: log_of(tmp_path))
             cluster.add_node(num_cpus=1, resources={"trial_node": 1})
             assert process.wait(400) == 0, log_of(tmp_path)
         finally:

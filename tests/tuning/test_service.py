@@ -1,6 +1,7 @@
 """Replicas on Ray answer as receivers of one's own do, outlive their deaths, and forget who dies."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -44,6 +45,15 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
         with (
             pytest.raises(ReceiverError, match="replicas of receiver llama must have hash 00 as in the manifest, got"),
             serving(space, sharing, {"llama": "00", "qwen": "00"}),
+        ):
+            pass
+        crowded = dataclasses.replace(sharing, gpus_per_replica={"llama": 0.6, "qwen": 0.6})
+        hurried = space.model_copy(update={"tune": space.tune.model_copy(update={"wait_minutes": 0.02})})
+        with (
+            pytest.raises(
+                ReceiverError, match=r"no room for llama and qwen, 1\.2 GPU: the cluster has 0 GPU \(0 free\)"
+            ),
+            serving(hurried, crowded),
         ):
             pass
         with serving(space, sharing) as served:

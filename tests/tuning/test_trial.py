@@ -23,8 +23,12 @@ from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import StorageError
 from latentwire.training import kept
 from latentwire.training.loop import Trainer, TrainingError
+from latentwire.tuning import study as studies
 from latentwire.tuning import trial, worker
+from latentwire.tuning.results import find_best, trial_rows
+from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import variant_key
+from latentwire.tuning.study import JOURNAL, own_trials
 from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, Variant, cause_left, drive_trial, leave_cause
 
 HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
@@ -174,6 +178,49 @@ def test_a_preempted_worker_saves_and_another_goes_on(
     assert (
         earlier["dev_loss"] == reports[0]["dev_loss"] and Path(earlier[CHECKPOINT_PATH_KEY]) == folder / "step-00000004"
     )
+
+
+def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
+    run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through study, driver and worker, of which the last ends as one whose process died."""
+    run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1})
+    (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
+    space = SpaceFile(run=run)
+    variants: Any = {variant_key(run): Variant({}, table.num_rows, {})}
+
+    def driver() -> StudySearch:
+        return StudySearch(space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials")
+
+    def go_on(search: StudySearch, dies_at: int = 99) -> list[dict[str, Any]]:
+        """Drive a trial, as Tune does, with a worker in this process."""
+        reports: list[dict[str, Any]] = []
+
+        def make_trainer(run: RunConfig, *_: Any, folder: Path, **__: Any) -> Any:
+            return SimpleNamespace(fit=lambda: reports.extend(work(run, table, folder, monkeypatch, dies_at=dies_at)))
+
+        monkeypatch.setattr(trial, "make_trainer", make_trainer)
+        monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
+        values = search.suggest("a")
+        drive_trial(values, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path / "trials")
+        for report in reports:
+            search.on_trial_result("a", report)
+        search.on_trial_complete("a", reports[-1], error=dies_at < 99)
+        return reports
+
+    first = driver()
+    assert [report["step"] for report in go_on(first, dies_at=6)] == [4]
+    (new,) = studies.retry_failed(first.study)
+    again, last = go_on(driver())
+    assert (again["step"], last["step"], last["dev_loss"]) == (4, 8, whole["dev_loss"])
+    study = driver().study
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE"] and new == 1
+    (counted,) = own_trials(study)
+    assert [report["step"] for report in studies.evaluations(counted)] == [4, 8]
+    best = find_best(study, space.tune)
+    assert best.trial == 1 and best.checkpoint.parent == tmp_path / "trials" / "trial-0"
+    (row,) = trial_rows(study, space.tune)
+    assert (row["state"], row["retries"]) == ("done", 0)
 
 
 def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path) -> None:
