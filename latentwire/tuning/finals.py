@@ -13,7 +13,7 @@ from latentwire.config import IntDimension, SamplerConfig, SpaceFile
 from latentwire.storage import Place
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.results import Best, SweepError, find_best, within_limits
-from latentwire.tuning.study import evaluations, own_trials
+from latentwire.tuning.study import JOURNAL, evaluations, open_study, own_trials
 from latentwire.tuning.sweep import Files, run_sweep
 
 SEED = "training.seed"
@@ -47,7 +47,10 @@ def run_finals(
     chosen = best_trials(study, space)
     if not chosen:
         return find_best(study, space.tune), []
-    finals = run_sweep(finals_space(space, chosen), plan, files, output / FINALS, served=served)
+    wanted = finals_space(space, chosen)
+    trials = wanted.tune.trials + _others(wanted, output / FINALS)
+    wanted = wanted.model_copy(update={"tune": wanted.tune.model_copy(update={"trials": trials})})
+    finals = run_sweep(wanted, plan, files, output / FINALS, served=served)
     held = []
     for trial in chosen:
         own = [t for t in own_trials(finals, (TrialState.COMPLETE,)) if _without_seed(t.params) == trial.params]
@@ -94,6 +97,15 @@ def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:
     )
     seeds = IntDimension(type="int", low=0, high=first + space.tune.final_seeds)
     return space.model_copy(update={"tune": tune, "search": space.search | {SEED: seeds}})
+
+
+def _others(space: SpaceFile, output: Place) -> int:
+    """Return how many trials the finals' study has of earlier finalists, who with more trials may be others than those of now."""
+    if not (output / JOURNAL).exists():
+        return 0
+    study = open_study(output / JOURNAL, output.name, {space.tune.metric: space.tune.mode})
+    drawn = [trial.params or trial.system_attrs.get("fixed_params") for trial in own_trials(study)]
+    return sum(values not in space.tune.start_with for values in drawn)
 
 
 def _without_seed(params: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class PatientPolicy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
     def _line(self, seconds: float) -> str:
-        return f"{self.name} waits for {told(self.needed)} since {seconds:,.0f} s: {room(self.needed)}"
+        return f"{self.name} has waited {seconds:.0f} s for {told(self.needed)}: {room(self.needed)}"
 
 
 class PatientTrainer(TorchTrainer):

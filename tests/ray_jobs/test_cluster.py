@@ -146,7 +146,7 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
             def waited() -> int:
                 """Seconds that the trial has waited for room, as it says."""
                 waits = re.findall(
-                    r"trial-0 waits for 1 CPU, 1 trial_node since (\d+) s: the cluster has", log_of(tmp_path)
+                    r"trial-0 has waited (\d+) s for 1 CPU, 1 trial_node: the cluster has", log_of(tmp_path)
                 )
                 return max(map(int, waits), default=0)
 

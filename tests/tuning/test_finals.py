@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import SpaceFile
@@ -75,6 +77,33 @@ def test_where_all_fresh_runs_were_lost_the_best_evaluation_that_is_left_wins(
     assert [f.fresh for f in finalists] == [(), ()] and math.isnan(finalists[0].mean)
     assert (best.score, best.values[finals.SEED]) == (0.81, 2)
     assert finals_table(finalists, "dev_f1")[2][0][2:4] == ["–", "nan"]
+
+
+def test_finalists_that_more_trials_bring_are_trained_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = SpaceFile.model_validate(SPACE)
+    study = search_all(space, tmp_path / "sweep")
+    trained: list[tuple[int, int]] = []
+
+    def run(space: SpaceFile, plan: Any, files: Any, output: Path, **_: Any) -> Any:
+        search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+        ended = sum(trial.state.is_finished() for trial in search.study.trials)
+        (output / "manifest.json").write_text("{}")  # stands for that of every checkpoint
+        for number in range(ended, space.tune.trials):
+            values = search.suggest(str(number))
+            trained.append((values["encoder.latent_len"], values[finals.SEED]))
+            score = {"dev_f1": values["encoder.latent_len"] / 100, "wire_bytes": 64, CHECKPOINT_PATH_KEY: str(output)}
+            search.on_trial_complete(str(number), {"step": 6, "total_steps": 6} | score)
+        return search.study
+
+    monkeypatch.setattr(finals, "run_sweep", run)
+    plan: Any = None
+    finals.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    study.add_trial(optuna.trial.create_trial(state=TrialState.COMPLETE, values=[0.97], params={"encoder.latent_len": 12},
+                                        distributions=study.trials[0].distributions,
+                                        user_attrs={"evaluations": {"6": {"step": 6, "dev_f1": 0.97}}}))  # fmt: skip
+    best, finalists = finals.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    assert trained == [(6, 1), (6, 2), (8, 1), (8, 2), (12, 1), (12, 2)]
+    assert best.values["encoder.latent_len"] == 12 and [len(f.fresh) for f in finalists] == [2, 2]
 
 
 def test_where_no_fresh_run_came_to_a_checkpoint_the_search_has_its_winner(

@@ -55,7 +55,7 @@ def test_waiting_for_room_is_no_failure_and_says_what_it_waits_for(
 ) -> None:
     assert {policy.make_decision(no_room()) for _ in range(20)} == {RETRY}
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first == ("trial-3 waits for 1 CPU, 1 GPU since 120 s: the cluster has 64 CPU (12 free), 8 GPU (0 free)")
+    assert first == ("trial-3 has waited 120 s for 1 CPU, 1 GPU: the cluster has 64 CPU (12 free), 8 GPU (0 free)")
     broken = ControllerError(WorkerGroupStartupFailedError("a worker died as it started"))
     assert [policy.make_decision(broken) for _ in range(3)] == [RETRY, RETRY, RAISE]  # the limit is theirs alone
 
