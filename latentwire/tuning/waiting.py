@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import (
@@ -62,15 +63,19 @@ class PatientPolicy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
     def _line(self, seconds: float) -> str:
-        return f"{self.name} has waited {seconds:.0f} s for {told(self.needed)}: {room(self.needed)}"
+        try:
+            there = room(self.needed)
+        except RayError as error:  # a line that cannot be said must not end the trial
+            there = f"what the cluster has cannot be told: {error}"
+        return f"{self.name} has waited {seconds:.0f} s for {told(self.needed)}: {there}"
 
 
 class PatientTrainer(TorchTrainer):
     """A TorchTrainer under :class:`PatientPolicy`."""
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        each = self.scaling_config._resources_per_worker_not_none
-        needed = {name: amount * self.scaling_config.num_workers for name, amount in each.items()}
+        asked = self.scaling_config
+        needed = {name: amount * asked.num_workers for name, amount in (asked.resources_per_worker or {}).items()}
         name = str(self.run_config.name)
         options["failure_policy"] = PatientPolicy(self.run_config.failure_config, name, needed)
         return super()._initialize_and_run_controller(**options)

@@ -10,7 +10,7 @@ from latentwire.config.resolve import with_values
 from latentwire.config.space import IntDimension
 from latentwire.exports import CheckpointError
 from latentwire.models.lm import LMWrapper
-from latentwire.tuning import autoscaler, forecast, planner
+from latentwire.tuning import autoscaler, forecast, planner, pool
 from latentwire.tuning.devices import hold, pieces, times
 from latentwire.tuning.planner import Plan, PlanError, plan
 from latentwire.tuning.sharing import obstacles, slots_of
@@ -258,6 +258,7 @@ def test_a_share_of_a_gpu_lies_on_one_device(share: float, trials: int) -> None:
     node = {"Alive": True, "NodeManagerAddress": "a", "Resources": {"CPU": 100, "GPU": 4}}
     (two, _), (one, _) = (forecast.fit(plan(wide, {"CPU": 100, "GPU": 8}, ENOUGH), [node] * n) for n in (2, 1))
     assert (two.max_concurrent_trials, one.max_concurrent_trials) == (trials, trials // 2)
+    assert pool.copies_at_once({"CPU": 100, "GPU": 8}, two, ENOUGH) == trials  # of a finished wire, too
 
 
 def test_a_worker_whose_share_lies_on_no_device_is_refused() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -60,6 +61,17 @@ def test_waiting_for_room_is_no_failure_and_says_what_it_waits_for(
     assert [policy.make_decision(broken) for _ in range(3)] == [RETRY, RETRY, RAISE]  # the limit is theirs alone
 
 
+def test_a_cluster_that_does_not_answer_ends_no_trial_that_waits(
+    policy: PatientPolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unanswered() -> dict[str, float]:
+        raise RayError("no answer")
+
+    monkeypatch.setattr(ray, "cluster_resources", unanswered)
+    assert policy.make_decision(no_room()) is RETRY
+    assert "what the cluster has cannot be told: no answer" in capsys.readouterr().out
+
+
 def test_deaths_of_workers_are_counted_whatever_was_waited_for(policy: PatientPolicy) -> None:
     decisions = [policy.make_decision(error) for error in (died(ValueError("a fault")), no_room(), no_room())]
     assert decisions == [RETRY] * 3
@@ -84,6 +96,7 @@ def test_a_trials_controller_is_given_these_rules(
         given.update(options)
         raise Started
 
+    monkeypatch.setattr(data_parallel_trainer, "ObjectRefWrapper", lambda function: function)  # which would start Ray
     monkeypatch.setattr(data_parallel_trainer.DataParallelTrainer, "_initialize_and_run_controller", start)
     two = with_values(run, {"training.num_workers": 2})
     make: Callable[..., Any] = trial.make_trainer
