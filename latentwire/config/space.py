@@ -110,7 +110,8 @@ class TuneConfig(Section):
     replicas: int | None = Field(None, ge=1)
     """Copies of each shared receiver. ``None``: one per GPU, or one where there are none."""
     wait_minutes: float = Field(60.0, gt=0)
-    """Minutes that a sweep waits for room for its first shared receivers, then it gives up. Trials wait as long as it takes."""
+    """Minutes that a sweep waits for room for its first shared receivers before it gives up. Trials
+    wait as long as it takes."""
     joined_trials: int | None = Field(None, ge=1)
     """Trials whose steps one pass of a shared receiver may answer together: faster on a GPU at small batches, and as many
     times one step's activations in memory. ``None``: 4 on GPUs, 1 elsewhere."""

@@ -15,7 +15,8 @@ OUT_OF_MEMORY = (
     "bad_alloc",
     "ALLOC_FAILED",
 )
-"""Words of torch on GPUs and CPUs, cuBLAS and cuDNN, C++, Python, the system and Ray's memory monitor for what is too large."""
+"""Words for what is too large: torch's on GPUs and CPUs, cuBLAS's and cuDNN's, C++'s, Python's, the
+system's, and those of Ray's memory monitor."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -50,7 +50,7 @@ def worker_types(config: Mapping[str, Any]) -> list[tuple[str, dict[str, float],
 
 
 def living_nodes() -> list[dict[str, Any]]:
-    """Return the cluster's nodes as ``ray.nodes()`` does, each with what is free on it now (``Free``)."""
+    """Return the cluster's nodes as ``ray.nodes()`` does, with what is free on each now (``Free``)."""
     import ray
     from ray._private.state import available_resources_per_node
 

@@ -10,15 +10,15 @@ UNIT = 10_000
 
 
 def times(have: float, need: float) -> int:
-    """Return how often a resource holds what is needed of it: ten times a tenth in one, which floats deny."""
+    """Return how often a resource holds what is needed: ten tenths in one, which floats deny."""
     return round(have * UNIT) // max(1, round(need * UNIT))
 
 
 def pieces(gpus: float, share: float, taken: Iterable[float] = ()) -> int:
-    """Return how many shares of a GPU fit on so many devices, after those that were ``taken`` before.
+    """Return how many shares of a GPU fit on so many devices, after those ``taken`` before.
 
-    A part is put where it leaves least, as Ray does. More than one GPU at a time are whole ones. Of a device that is not
-    wholly there (what is free on a busy cluster) the rest counts as a device of its own.
+    A part is put where it leaves least, as Ray does. More than one GPU at a time are whole ones. Of a
+    device that is not wholly there (what is free on a busy cluster) the rest counts as a device.
     """
     left = _left(gpus, taken)
     if left is None:

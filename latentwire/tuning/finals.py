@@ -100,7 +100,10 @@ def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:
 
 
 def _others(space: SpaceFile, output: Place) -> int:
-    """Return how many trials the finals' study has of earlier finalists, who with more trials may be others than those of now."""
+    """Return how many trials the finals' study has of finalists that are none any more.
+
+    With more trials in the search, its best ones may be others.
+    """
     if not (output / JOURNAL).exists():
         return 0
     study = open_study(output / JOURNAL, output.name, {space.tune.metric: space.tune.mode})

@@ -1,4 +1,7 @@
-"""The replicas of a sweep: as many as there is room for now, more as the cluster grows, and a limit on the wait for the first."""
+"""The replicas of a sweep: as many as there is room for now, and more as the cluster grows.
+
+The wait for the first ones has a limit.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ SAY_SECONDS = 30
 GROW_SECONDS = 15
 """Between two looks at whether the cluster has grown."""
 ANSWER_SECONDS = 60
-"""That a replica has at the end of a sweep to give its account. Its node may be gone, and no other there for it."""
+"""That a replica has at a sweep's end to give its account: its node may be gone, for good."""
 
 
 class Fleet:
@@ -49,10 +52,10 @@ class Fleet:
     # ------------------------------------------------------------------------------------------------------ beginning
 
     def start(self, minutes: float) -> None:
-        """Begin what there is room for now, at least one replica of each receiver, and wait until these are loaded.
+        """Begin what there is room for now, at least one set, and wait until it is loaded.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` where the first ones have found no room in so many minutes, or
-        have other weights than they should.
+        Raises :class:`~latentwire.models.weights.ReceiverError` where the first replicas have found no
+        room in so many minutes, or have other weights than they should.
         """
         self._begin(self._sets_on(ray.available_resources()))
         self._wait_for_room(minutes)
@@ -63,7 +66,7 @@ class Fleet:
         self._watch.start()
 
     def _sets_on(self, resources: Mapping[str, float]) -> int:
-        """Return how many sets belong on some resources: their part of what was planned for the whole cluster, at least one."""
+        """Return how many sets belong on some resources: their part of all that was planned for."""
         replicas = self.sharing.replicas
         if not any(self.sharing.gpus_per_replica.values()):
             return replicas
@@ -92,7 +95,7 @@ class Fleet:
         self.sets = max(self.sets, sets)
 
     def _wait_for_room(self, minutes: float) -> None:
-        """Wait until one replica of each receiver has a place, and for the others of the beginning once."""
+        """Wait until a replica of each receiver has a place, and once for the others begun with."""
         began = time.monotonic()
         while True:
             left = 60 * minutes - (time.monotonic() - began)
@@ -114,7 +117,7 @@ class Fleet:
             print(f"shared receivers wait for {what}; {left / 60:.1f} minutes are left", flush=True)
 
     def _join(self, name: str, actor: Any, node: Any, facts: Any) -> None:
-        """Let trials ask a replica, when it has loaded its weights. Raises as :meth:`start` does."""
+        """Let trials ask a replica that has loaded its weights. Raises as :meth:`start` does."""
         self._joining = [joining for joining in self._joining if joining[1] is not actor]
         try:
             found = ray.get(facts).fingerprint
@@ -135,7 +138,7 @@ class Fleet:
                 print(f"shared receivers: a replica does not join: {error}", flush=True)
 
     def look(self) -> None:
-        """Begin replicas on what the cluster has grown by, and let trials know of those that have loaded."""
+        """Begin replicas on what the cluster has grown by, and tell trials of those that are loaded."""
         self._begin(self._sets_on(ray.cluster_resources()))
         for joining in [joining for joining in self._joining if _is_there(joining[3])]:
             self._join(*joining)
@@ -146,7 +149,7 @@ class Fleet:
     # ------------------------------------------------------------------------------------------------------------- end
 
     def account(self) -> None:
-        """Print what each receiver's replicas did. Raises RuntimeError where weights have changed."""
+        """Print what each receiver's replicas did. Raises RuntimeError for changed weights."""
         self._end_watch()
         for name, served in self.served.items():
             told = _answers([one.actor.told.remote() for one in served])
@@ -184,11 +187,12 @@ def _answers(references: Sequence[Any]) -> list[Any]:
 def serving(
     space: SpaceFile, sharing: Sharing | None, expected: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, list[Served]] | None]:
-    """Replicas of every receiver for as long as this context lasts; ``None`` where trials have their own.
+    """Replicas of every receiver while this context lasts; ``None`` where trials have their own.
 
     They die with this driver. ``expected``: hashes that the weights must have. Raises
-    :class:`~latentwire.models.weights.ReceiverError` where they have others, replicas differ, or the first have found no room
-    within ``tune.wait_minutes``, and RuntimeError where they have changed at the end.
+    :class:`~latentwire.models.weights.ReceiverError` where they have others, replicas differ, or the
+    first have found no room within ``tune.wait_minutes``, and RuntimeError for weights that have
+    changed at the end.
     """
     if sharing is None:
         yield None

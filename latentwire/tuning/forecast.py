@@ -34,12 +34,12 @@ START_SECONDS = 20.0
 
 
 def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]]:
-    """The plan with as many trials at once as the nodes really hold, a line for every node that could host a worker, and one for
-    how many trials could start now.
+    """Return the plan with as many trials at once as the nodes really hold, and lines for the terminal.
 
-    ``nodes``: as :func:`~latentwire.tuning.autoscaler.living_nodes` and :func:`~latentwire.tuning.autoscaler.addable_nodes` give
-    them. Raises :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough in all, but no node enough for one
-    worker, or the nodes together not enough for one trial's.
+    There is a line for every node that could host a worker, and one for how many trials could start
+    now. ``nodes``: as ``living_nodes`` and ``addable_nodes`` of :mod:`latentwire.tuning.autoscaler`
+    give them. Raises :class:`~latentwire.tuning.planner.PlanError` where the cluster has enough in
+    all, but no node enough for one worker, or the nodes together not enough for one trial's.
     """
     lines, places, places_now = [], 0, 0
     living = [node for node in nodes if node["Alive"]]
@@ -69,7 +69,7 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
 
 
 def _workers_on(plan: Plan, has: Mapping[str, float], gpus: float) -> int:
-    """Return how many of a plan's workers a node holds beside its share of the replicas. ``gpus``: of all nodes."""
+    """Return how many workers a node holds beside its share of the replicas. ``gpus``: of all nodes."""
     room = [times(has.get("CPU", 0.0), plan.cpus_per_worker)]
     if plan.worker_gpus:
         here, taken = has.get("GPU", 0.0), []

@@ -22,8 +22,8 @@ class Janitor(Callback):
     """Keeps the ``tune.keep_checkpoints`` best by ``tune.metric``, those within ``tune.constraints`` first.
 
     A trial's own worker keeps its best and its last; what of these is not among the best of the sweep goes when the trial
-    has ended, and before that unless it is its last, from which it would go on. A failed one keeps its last too, from which
-    another may take it up. A worker runs on for a while when its trial has
+    has ended, and before that unless it is its last, from which it would go on. A failed one keeps
+    its last too, from which another may take it up. A worker runs on for a while when its trial has
     been stopped; what it saves then the study never hears of, and it counts for nothing. Scores are those in the
     checkpoints' manifests, so a driver that was killed and started again keeps the same ones.
     """

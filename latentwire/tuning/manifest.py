@@ -79,7 +79,10 @@ def write(path: Place, document: Mapping[str, Any]) -> None:
 
 
 def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
-    """Trial's number → its values, state and best score by ``tune.metric``, and the number of a failed one that it took up."""
+    """Trial's number → its values, state and best score by ``tune.metric``.
+
+    A trial that took up a failed one has that one's number too (``retries``).
+    """
     return {
         str(trial.number): {
             "values": dict(trial.params),

@@ -34,7 +34,7 @@ RANK = "rank"
 
 
 class Ranked:
-    """A trial as the table sees it: with a rank among its results, and a value for every knob, drawn or not."""
+    """A trial as the table sees it: with a rank, and a value for every knob, drawn or not."""
 
     def __init__(self, trial: Any, rank: float, knobs: Iterable[str]) -> None:
         drawn = trial.last_result.get("config", {})
@@ -49,7 +49,7 @@ class Ranked:
 
 
 class Table(CLIReporter):
-    """Tune's table, for trials that may have failed before they reported anything, and with conditional knobs."""
+    """Tune's table, for trials that have reported nothing, too, and for conditional knobs."""
 
     def __init__(self, by: str, mode: str, knobs: dict[str, str], **options: Any) -> None:
         super().__init__(metric=RANK, mode=mode, sort_by_metric=True, parameter_columns=knobs, **options)

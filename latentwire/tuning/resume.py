@@ -70,9 +70,10 @@ def has_failed(space: SpaceFile, output: Place) -> bool:
 
 
 def retry_failed(space: SpaceFile, output: Place) -> list[str]:
-    """Have a sweep's failed trials, and those of its finals, taken up again; returns a line for each.
+    """Have the failed trials of a sweep and its finals taken up again; returns a line for each.
 
-    A new trial of the same values goes on in the failed one's directory, from its last checkpoint. Only while no driver runs.
+    A new trial of the same values goes on in the failed one's directory, from its last checkpoint.
+    Only while no driver runs.
     """
     lines: list[str] = []
     for folder, study in _studies(space, output):
@@ -87,7 +88,7 @@ def retry_failed(space: SpaceFile, output: Place) -> list[str]:
 
 
 def _studies(space: SpaceFile, output: Place) -> Iterator[tuple[Place, optuna.Study]]:
-    """The directories and studies of a sweep's search, and of its finals where there are any yet."""
+    """Directories and studies of a sweep's search, and of its finals where there are any yet."""
     first = {space.tune.metric: space.tune.mode}
     for folder, directed in ((output, objectives(space)), (output / FINALS, first)):
         if (folder / JOURNAL).exists():

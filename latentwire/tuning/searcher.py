@@ -186,7 +186,10 @@ class StudySearch(Searcher):
     # ------------------------------------------------------------------------------------------------------ internals
 
     def _cause(self, trial: Trial, whole: bool) -> str | None:
-        """Return why a trial failed, if it did. A store that cannot be read ends no sweep: ``whole`` trials have not failed."""
+        """Return why a trial failed, if it did; a ``whole`` one has not.
+
+        A store that cannot be read ends no sweep.
+        """
         try:
             return cause_left(trial_path(self.trial_dir, studies.directory_of(self._frozen(trial))))
         except StorageError as error:

@@ -44,7 +44,8 @@ class Served:
 class ReplicaActor:
     """A :class:`~latentwire.receivers.replica.Replica` in a process of its own.
 
-    It loads its weights beside, so that it can say at once that there was room for it; all else waits for them.
+    It loads its weights beside, so that it can say at once that there was room for it; all else
+    waits for them.
     """
 
     def __init__(self, receiver: dict[str, Any], training: dict[str, Any], most_positions: int, threads: int) -> None:
@@ -121,7 +122,7 @@ class RayChannel:
 
 
 def current(served: Sequence[Served]) -> Sequence[Served]:
-    """Return the replicas that there are now: those that there were when the sweep began, unless its first knows of more."""
+    """Return the replicas that there are now: those the sweep began with, or more that the first knows."""
     try:
         return ray.get(served[0].actor.met.remote(), timeout=ANSWER_SECONDS) or served
     except GetTimeoutError:  # it is being started again

@@ -41,7 +41,7 @@ class Sharing:
     gpus_per_worker: float
 
     def gpus_of_replicas(self, sets: int) -> list[float]:
-        """Return the shares of GPUs that so many sets of replicas take, one of each receiver in a set, in the order they start."""
+        """Return the shares of GPUs of so many sets of replicas, in the order in which they begin."""
         return list(self.gpus_per_replica.values()) * sets
 
     def __str__(self) -> str:

@@ -26,7 +26,8 @@ SESSION, CAUSE, EVALUATIONS, WARM = "session", "cause", "evaluations", "warm_sta
 """User attributes of the study's trials: the driver that runs it; why it failed; step → what was reported; where a trial
 was taken from."""
 RETRIES, DIRECTORY = "retries", "directory"
-"""User attributes, too, of a trial that takes up a failed one: that one's number; the number whose directory it goes on in."""
+"""User attributes, too, of a trial that takes up a failed one: that one's number; the number by which
+the directory is named that it goes on in."""
 OBJECTIVES, PIN = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the evaluation pin that all of its scores have."""
 
@@ -129,7 +130,7 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
-    """The study's trials without those that a warm start brought, and without failed ones that another has taken up."""
+    """The study's trials without those of a warm start, and without failed ones that others took up."""
     trials = study.get_trials(deepcopy=False)
     taken_up = {trial.user_attrs[RETRIES] for trial in trials if RETRIES in trial.user_attrs}
     own = [trial for trial in trials if WARM not in trial.user_attrs and trial.number not in taken_up]
@@ -137,9 +138,10 @@ def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) 
 
 
 def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
-    """Have each failed trial taken up by a new one with its values, which goes on in its directory; new number → failed trial.
+    """Have each failed trial taken up by a new one; returns new number → failed trial.
 
-    Optuna's trials end once: the failed one stays in the study as what it is, and :func:`own_trials` passes it over.
+    The new one has its values and goes on in its directory. Optuna's trials end once: the failed one
+    stays in the study as what it is, and :func:`own_trials` passes it over.
     """
     new: dict[int, FrozenTrial] = {}
     for failed in own_trials(study, (TrialState.FAIL,)):
@@ -150,7 +152,7 @@ def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
 
 
 def directory_of(trial: FrozenTrial) -> int:
-    """Return the number by which a trial's directory is named: its own, or that of the trial which it takes up."""
+    """Return the number that names a trial's directory: its own, or that of the one it takes up."""
     return int(trial.user_attrs.get(DIRECTORY, trial.number))
 
 

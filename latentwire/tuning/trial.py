@@ -36,8 +36,8 @@ ERROR_FILE = "error.txt"
 """Where a trial's driver or worker leaves the cause of a failure."""
 
 ROOM_SECONDS = "120"
-"""How often a trial that waits for room says so. It waits for as long as it takes: the planner has refused what could never
-start."""
+"""How often a trial that waits for room says so. It waits for as long as it takes: the planner has
+refused what could never start."""
 START_FAILURES = 2
 """Deaths of a trial's workers as they start that count as no failure of the training."""
 

@@ -1,7 +1,8 @@
 """Waiting for room on the cluster: no failure of a trial, and never in silence.
 
-Ray Train counts a start for which there was no room in time as a failure of its controller, like a worker that died as it
-started; a limit on both together burns trials on a full cluster. Here the first is no failure, the second keeps its limit.
+Ray Train counts a start for which there was no room in time as a failure of its controller, like a
+worker that died as it started. A limit on both together burns trials on a full cluster. Here the
+first is no failure, and the second keeps its limit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from latentwire.storage import StorageError
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Return whether a run that ended so would end so again: it, or a worker of it, met a user's error.
+    """Return whether a run that ended so would end so again: it, or a worker, met a user's error.
 
     A store that did not answer may answer the next time.
     """
@@ -38,7 +39,7 @@ def is_lasting(error: BaseException) -> bool:
 
 
 class PatientPolicy(DefaultFailurePolicy):
-    """Ray Train's rules for failures, but for two: no room is none, and what would fail again is not tried again."""
+    """Ray Train's rules, but no room is no failure, and what would fail again is not tried again."""
 
     def __init__(self, failure_config: FailureConfig, name: str, needed: Mapping[str, float]) -> None:
         """``name``: of the run. ``needed``: resources of all its workers together."""

@@ -31,7 +31,7 @@ def another_ray() -> Iterator[None]:
 
 @pytest.mark.usefixtures("another_ray")
 def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
-    """One of its trials ends before its first evaluation, which is no more than a failure of its own."""
+    """One of its trials ends before its first evaluation, which is no more than its own failure."""
     output, space = tmp_path / "sweep", load_space("search_spaces/toy.yaml")
     tree = space.model_dump(mode="json", exclude_unset=True)
     weight = "losses.first_token_ce_weight"

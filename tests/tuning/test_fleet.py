@@ -1,4 +1,4 @@
-"""Replicas begin where there is room now, are waited for within a limit, and grow with the cluster."""
+"""Replicas begin where there is room now, are waited for in a limit, and grow with the cluster."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ class Reference(SimpleNamespace):
 
 
 class FakeRay:
-    """A cluster with so many GPUs, of which so many are free: actors begin in order, and have a place while the GPUs last."""
+    """A cluster whose actors begin in order, and have a place while free GPUs last."""
 
     def __init__(self, gpus: float, free: float, most: float) -> None:
         self.gpus, self.free, self.most, self.used = gpus, free, most, 0.0

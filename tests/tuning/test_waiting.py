@@ -1,4 +1,4 @@
-"""A trial that finds no room waits, as long as it takes, and says for what; what is a failure is counted as one."""
+"""A trial that finds no room waits and says for what; what is a failure is counted as one."""
 
 from collections.abc import Callable
 from typing import Any
