@@ -63,7 +63,7 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
     if any("Free" in node for node in living):
         started = min(at_once, places_now // plan.num_workers)
-        waiting = f"; a trial more waits for {need}, for as long as it takes" if started < at_once else ""
+        waiting = f"; the others wait for {need} each, as long as it takes" if started < at_once else ""
         lines.append(f"trials that can start now: {started} of {at_once}{waiting}")
     return dataclasses.replace(plan, max_concurrent_trials=at_once), lines
 

@@ -287,6 +287,6 @@ def test_a_plan_says_what_is_free_now_and_what_the_others_wait_for() -> None:
     assert lines == [
         "node a (8 CPU, 2 GPU, 64.0 GB): 2 worker(s), 0 now (8 CPU, 0 GPU, 0.0 GB free)",
         "node b (8 CPU, 2 GPU, 64.0 GB): 2 worker(s), 2 now (8 CPU, 2 GPU, 64.0 GB free)",
-        "trials that can start now: 2 of 4; a trial more waits for 1 worker(s) of 1 CPU, 1 GPU, for as long as it takes",
+        "trials that can start now: 2 of 4; the others wait for 1 worker(s) of 1 CPU, 1 GPU each, as long as it takes",
     ]
     assert forecast.fit(one, [idle])[1][-1] == "trials that can start now: 2 of 2"
