@@ -18,9 +18,10 @@ from latentwire.models.tokens import sentence_marks, token_bytes
 from latentwire.models.weights import (
     ReceiverError,
     backbone_source,
+    check_fit,
     fingerprint,
-    load_from,
     load_hf_config,
+    load_model,
     load_tokenizer,
 )
 
@@ -125,8 +126,9 @@ def _load(source: ReceiverConfig, load_weights: bool) -> Any:
     # Anything else is left to transformers, which knows what the architecture has; flash_attention_2 takes no 4-D mask.
     kernel = {"attn_implementation": "eager"} if source.attn_implementation == "eager" else {}
     if not load_weights:
+        check_fit(AutoModel, source)
         return AutoModel.from_config(load_hf_config(source), **kernel)
-    return load_from(AutoModel, source, dtype=torch.float32, **kernel)
+    return load_model(AutoModel, source, dtype=torch.float32, **kernel)
 
 
 def _keep_layers(backbone: Any, count: int | None) -> None:

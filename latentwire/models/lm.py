@@ -22,10 +22,11 @@ from latentwire.models.tokens import token_bytes
 from latentwire.models.weights import (
     ReceiverError,
     fingerprint,
-    load_from,
+    load_model,
     load_tokenizer,
     pick_device,
     pick_dtype,
+    receiver_shape,
 )
 
 if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
@@ -89,6 +90,7 @@ class LMWrapper(nn.Module):
 
         super().__init__()
         self.config, self.name = config, config.name
+        receiver_shape(config)  # refuses what cannot be one, before its weights are read
         self.tokenizer = load_tokenizer(config)
         device = pick_device(config.device)
         options: dict[str, Any] = (
@@ -98,7 +100,7 @@ class LMWrapper(nn.Module):
             options["device_map"] = config.device_map
         elif options:
             options["device_map"] = {"": device}  # quantised weights are made on their device and stay there
-        self.lm = load_from(
+        self.lm = load_model(
             AutoModelForCausalLM,
             config,
             dtype=pick_dtype(config.dtype, device),
@@ -299,14 +301,21 @@ class LMWrapper(nn.Module):
             )
         ids_BS = torch.arange(1, 9, device=self.device)[None]
         own = self.lm(input_ids=ids_BS).logits[0].float()
-        output = self.lm.base_model(input_ids=ids_BS, use_cache=True)
+        output = self.lm.base_model(inputs_embeds=self.embed_tokens(ids_BS), use_cache=True)
         if getattr(output, "past_key_values", None) is None:
             raise ReceiverError(
                 f"receiver {self.name}: {self.config.model} keeps no keys and values to go on from; name a causal LM with "
                 f"attention, no encoder"
             )
         ours = self.logits(output.last_hidden_state[0]).float()
-        if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max())):
+        atol = 1e-2 * float(own.abs().max())
+        if not torch.allclose(own, ours, atol=atol):
+            by_ids = self.logits(self.lm.base_model(input_ids=ids_BS).last_hidden_state[0]).float()
+            if torch.allclose(own, by_ids, atol=atol):
+                raise ReceiverError(
+                    f"receiver {self.name}: {self.config.model} must read embeddings as it reads their token "
+                    f"ids, and does not; name a model that looks nothing else up by them"
+                )
             raise ReceiverError(
                 f"receiver {self.name}: {self.config.model} scales its logits in a way LMWrapper does not know "
                 f"(largest difference {float((own - ours).abs().max()):.3g}); its architecture needs a case in logits"

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import nn
 
 from latentwire.config import EncoderConfig, ReceiverConfig
-from latentwire.errors import UserError
+from latentwire.models import files
+from latentwire.models.files import ReceiverError as ReceiverError
 from latentwire.storage import sha256
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
-
-
-class ReceiverError(UserError):
-    """A receiver that cannot be loaded; the message says which, why, and what to do."""
+PROBE = "Where is Ada?"
+"""A text of which every tokenizer with a vocabulary makes several different tokens."""
 
 
 def cache_dir() -> Path:
@@ -37,7 +39,8 @@ def cache_dir() -> Path:
 def resolve(config: ReceiverConfig) -> str:
     """A path or Hub id that ``from_pretrained`` loads; converts GGUF on first use.
 
-    Raises :class:`ReceiverError` for a missing embedded model, a directory without weights, or an unreadable GGUF file.
+    Raises :class:`ReceiverError` for a missing embedded model, a directory without a model or with
+    several, git-lfs pointers, or an unreadable GGUF file.
     """
     if config.model in TOY_MODELS:
         return str(resources.files("latentwire") / "toy_pair" / config.model)
@@ -52,19 +55,39 @@ def resolve(config: ReceiverConfig) -> str:
                 f"receiver {config.name}: model must be a Hub id or an existing directory, got {config.model}"
             )
         return config.model
-    if not path.is_dir():
+    with _named(config):
+        if path.is_dir():
+            return str(_of_directory(path, config))
+        if path.suffix == ".gguf":
+            return str(_convert_gguf(files.check_gguf(path), config))
+    raise ReceiverError(
+        f"receiver {config.name}: model must be a directory or a .gguf file, got the file {path}; name its directory"
+    )
+
+
+def _of_directory(path: Path, config: ReceiverConfig) -> Path:
+    """Return where a directory's model is loaded from: plain weights come before a GGUF beside them."""
+    has_config = (path / "config.json").exists()
+    if not (has_config and files.weight_files(path)) and (gguf := files.choose_gguf(path)) is not None:
+        return _convert_gguf(gguf, config)
+    if not has_config:
         raise ReceiverError(
-            f"receiver {config.name}: model must be a directory, got the file {path}; name its directory"
+            f"{path} must hold config.json with safetensors, or exactly one .gguf file, got none; name "
+            f"another directory"
         )
-    if (path / "config.json").exists():
-        return str(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise ReceiverError(
-            f"receiver {config.name}: {path} must hold config.json with safetensors, or exactly one .gguf file, got {found}"
-        )
-    return str(_convert_gguf(files[0], config))
+    files.refuse_pointers(path)
+    return path
+
+
+@contextmanager
+def _named(config: ReceiverConfig) -> Iterator[None]:
+    """Let errors about files say which receiver they are of."""
+    try:
+        yield
+    except ReceiverError as error:
+        if str(error).startswith("receiver "):
+            raise
+        raise ReceiverError(f"receiver {config.name}: {error}") from error
 
 
 def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
@@ -82,15 +105,71 @@ def load_from(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
         return kind.from_pretrained(
             resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise loading_error(config, error) from error
 
 
 def load_tokenizer(config: ReceiverConfig) -> Any:
-    """The receiver's tokenizer, without its weights. Raises :class:`ReceiverError`."""
+    """The receiver's tokenizer, without its weights.
+
+    Raises :class:`ReceiverError`, also for one without a vocabulary: transformers makes such a one for
+    some architectures where no file of a tokenizer is there.
+    """
     from transformers import AutoTokenizer
 
-    return load_from(AutoTokenizer, config)
+    tokenizer = load_from(AutoTokenizer, config)
+    if len(set(ids := tokenizer(PROBE, add_special_tokens=False).input_ids)) < 2:
+        raise ReceiverError(
+            f"receiver {config.name}: {config.model} must come with its tokenizer, the one that it gives "
+            f"reads {PROBE!r} as {ids}; put its tokenizer.json (or tokenizer.model) beside its weights"
+        )
+    return tokenizer
+
+
+def load_model(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
+    """Return a model all of whose weights are there and fit its config.json.
+
+    Raises :class:`ReceiverError` otherwise: transformers would draw what is missing at random. Weights
+    that are quantised, or are to be, have other names and shapes, which are left to their quantiser.
+    """
+    source = Path(resolve(config))
+    if source.is_dir():
+        with _named(config):
+            files.check_weights(source)
+    if "quantization_config" in options or quantised_by(load_hf_config(config)) is not None:
+        return load_from(kind, config, **options)
+    model, found = load_from(kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    _refuse_misfit(model, config, found)
+    return model
+
+
+def _refuse_misfit(model: nn.Module, config: ReceiverConfig, found: Mapping[str, Any]) -> None:
+    """``found``: transformers' report of loading."""
+    mismatched = sorted(found["mismatched_keys"])
+    # Nothing reads the output of a pooler.
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    own = {_NUMBER.sub("N", name) for name, _ in model.named_parameters()}
+    # Others than those of one more layer are parts that no receiver has, such as a vision tower.
+    beyond = sorted(key for key in found["unexpected_keys"] if _NUMBER.sub("N", key) in own)
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        fault = f"{name} is {_sizes(stored)} in the weights and {_sizes(expected)} by config.json"
+    elif missing or beyond:
+        fault = f"the weights lack {missing[0]}" if missing else f"config.json has no place for {beyond[0]}"
+    else:
+        return
+    others = f"{len(mismatched or missing or beyond):,} such"
+    raise ReceiverError(
+        f"receiver {config.name}: config.json and weights of {config.model} must be of one model, but "
+        f"{fault} ({others}); fetch both from one place"
+    )
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _sizes(shape: Any) -> str:
+    return " × ".join(map(str, shape))
 
 
 def load_hf_config(config: ReceiverConfig) -> Any:
@@ -100,16 +179,93 @@ def load_hf_config(config: ReceiverConfig) -> Any:
     return load_from(AutoConfig, config)
 
 
-def skeleton(config: ReceiverConfig) -> nn.Module:
-    """The receiver's model without its weights, on the meta device. Raises :class:`ReceiverError`."""
-    from transformers import AutoModelForCausalLM
+def receiver_shape(config: ReceiverConfig) -> Any:
+    """The transformers configuration of what can be a receiver.
+
+    Raises :class:`ReceiverError` for an architecture whose layers look token ids up, which a soft prompt
+    has not, and for a quantisation that cannot be read.
+    """
+    from transformers.quantizers import AutoHfQuantizer
 
     shape = load_hf_config(config)
+    if getattr(shape.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise ReceiverError(
+            f"receiver {config.name}: {config.model} gives every layer embeddings of its token ids "
+            f"({type(shape).__name__}.hidden_size_per_layer_input), which a soft prompt has not; name a "
+            f"model without them, such as Gemma 3"
+        )
+    if (quantised := quantised_by(shape)) is None:
+        return shape
+    method = quantised.get("quant_method")
+    if config.quantization != "none":
+        raise ReceiverError(
+            f"receiver {config.name}: quantization {config.quantization} needs plain weights, "
+            f"{config.model} is quantised already ({method}); set quantization: none"
+        )
+    try:
+        if not AutoHfQuantizer.supports_quant_method(quantised):
+            raise ValueError(f"transformers knows no quantization_config.quant_method {method}")
+        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment(device_map=None)
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ReceiverError(
+            f"receiver {config.name}: {config.model} is quantised in a way that cannot be read here "
+            f"({reason}); name its plain weights and set quantization: int8 or nf4"
+        ) from error
+    except RuntimeError:
+        pass  # no GPU on this machine: the planner's need not have one
+    return shape
+
+
+def quantised_by(shape: Any) -> Mapping[str, Any] | None:
+    """How a transformers configuration says that its weights are quantised; ``None``: they are plain."""
+    found = getattr(shape, "quantization_config", None) or getattr(shape.get_text_config(), "quantization_config", None)
+    return found if found is None or isinstance(found, Mapping) else found.to_dict()
+
+
+def skeleton(config: ReceiverConfig, *, check: bool = True) -> nn.Module:
+    """The receiver's model without its weights, on the meta device. Raises :class:`ReceiverError`.
+
+    ``check``: hold weights in a directory against it (:func:`check_fit`).
+    """
+    from transformers import AutoModelForCausalLM
+
+    shape = receiver_shape(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape)
+            model = AutoModelForCausalLM.from_config(shape)
     except ValueError as error:
         raise loading_error(config, error) from error
+    if check:
+        check_fit(AutoModelForCausalLM, config)
+    return model
+
+
+def check_fit(kind: Any, config: ReceiverConfig) -> None:
+    """Raise :class:`ReceiverError` where a directory's weights are not whole or not of its config.json.
+
+    Only their headers are read. What is on the Hub is held against its configuration when it is loaded.
+    """
+    if Path(resolve(config)).is_dir():
+        # transformers refuses to load where the meta device is the default, even onto it.
+        with torch.device("cpu"), _silent():
+            load_model(kind, config, device_map="meta")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers from reporting what it loads: a misfit is told in one line."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -143,12 +299,16 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
         print(f"receiver {config.name}: converting {file.name} once into {target}", flush=True)
         try:
             with torch.device("cpu"):  # planners ask for a model's shape under the meta device, which holds no weights
-                model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+                )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:
             raise ReceiverError(
-                f"receiver {config.name}: {file} cannot be read as GGUF ({error}); fetch it again"
+                f"receiver {config.name}: {file} cannot be read as GGUF ({_first_line(error)}); fetch it "
+                f"again, or another quantisation of it"
             ) from error
+        _refuse_misfit(model, config, found)
         _forget_quantisation(model)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             model.save_pretrained(aside)
@@ -191,7 +351,7 @@ def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
     """One clear message for everything that goes wrong between a Hub id or a directory and loaded weights."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _first_line(error)
     where = {
         "encoder": "--set encoder.model=<directory>",
         "llama": "--llama_id <directory>",
@@ -209,3 +369,7 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
             f"model is gated, check the network, or give a local directory by {where}"
         )
     return ReceiverError(f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

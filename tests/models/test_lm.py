@@ -1,5 +1,7 @@
 """The frozen receiver: our numbers are the model's own, and nothing but the soft prompt gets a gradient."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from transformers import (
     BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -226,8 +231,9 @@ def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "empty" / "x.gguf").write_bytes(b"GGUF no more")
     with pytest.raises(ReceiverError, match="cannot be read as GGUF"):
         LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty")))
+    (tmp_path / "notes.txt").write_text("none")
     with pytest.raises(ReceiverError, match="name its directory"):
-        LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "empty" / "x.gguf")))
+        LMWrapper(ReceiverConfig(name="a", model=str(tmp_path / "notes.txt")))
 
 
 def test_a_prompt_that_is_longer_than_a_model_can_read_is_refused() -> None:
@@ -242,6 +248,60 @@ def test_a_prompt_that_is_longer_than_a_model_can_read_is_refused() -> None:
     lm.most_positions = 10
     with pytest.raises(ReceiverError, match="reads at most 10 positions"):
         lm.supervised_logits(collate([builder.text(*row) for row in rows]))
+
+
+def test_states_are_those_that_layers_put_out(receiver: tuple) -> None:
+    """A depth of 0 is what the first layer reads, 0.5 what half of the layers have made, 1 what the head reads."""
+    lm, builder, rows = receiver
+    batch = collate([builder.text(*row) for row in rows])
+    layers = lm.lm.base_model.layers
+    made: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, __: tuple, output: Any) -> None:
+            made[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers, start=1):
+            stack.callback(layer.register_forward_hook(keep(number)).remove)
+        last_ND, states = lm.supervised_states(batch, None, (0.0, 0.5, 1.0))
+    made[0] = lm.embed(batch, None)
+    for state, expected in zip(states, (made[0], made[len(layers) // 2], None), strict=True):
+        at_targets = last_ND if expected is None else expected.flatten(0, 1)[batch.predict_N]
+        torch.testing.assert_close(state, at_targets)
+    assert not torch.allclose(states[1], made[len(layers) // 2 - 1].flatten(0, 1)[batch.predict_N], atol=1e-3)
+
+
+def test_the_embeddings_scale_is_that_which_layers_read(tmp_path: Path) -> None:
+    """Gemma multiplies its table by the root of its width on the way to the first layer."""
+    toy = load_tokenizer(RunConfig().receivers[0])
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(toy), hidden_size=64, intermediate_size=32, **shape))
+    model.save_pretrained(tmp_path)
+    toy.save_pretrained(tmp_path)
+    lm = LMWrapper(ReceiverConfig(name="gemma", model=str(tmp_path)))
+    seen: list[torch.Tensor] = []
+    with lm.lm.base_model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        lm.lm(input_ids=torch.arange(len(toy))[None])
+    assert lm.embed_rms == pytest.approx(float(seen[0].square().mean().sqrt()), rel=1e-4)
+    assert lm.embed_rms == pytest.approx(8 * float(lm.embed_tokens.weight.square().mean().sqrt()), rel=1e-2)
+
+
+def test_an_architecture_that_reads_ids_beside_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaModel.forward
+
+    def by_ids(self: LlamaModel, input_ids: Any = None, inputs_embeds: Any = None, **options: Any) -> Any:
+        if inputs_embeds is None:  # what is looked up by the ids alone
+            inputs_embeds = self.embed_tokens(input_ids) + torch.sin(input_ids.float())[..., None]
+        return forward(self, inputs_embeds=inputs_embeds, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", by_ids)
+    with pytest.raises(
+        ReceiverError, match="must read embeddings as it reads their token ids, and does not; name a model"
+    ):
+        LMWrapper(RunConfig().receivers[0])
 
 
 def test_an_architecture_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
