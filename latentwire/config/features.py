@@ -15,7 +15,8 @@ class LoraFeature(Section):
     alpha: float = Field(16.0, gt=0)
     """Update's scale times ``rank``."""
     targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    """Names of the linear layers that are updated."""
+    """Names of the linear layers that are updated; not the output head, whose logits may be taken
+    in chunks."""
 
 
 class DeepPrefixFeature(Section):

@@ -73,6 +73,12 @@ class Feature(nn.Module):
         """Whether the sender needs it: what travels is the refined message."""
         return type(self).refine is not Feature.refine
 
+    def check_training(self) -> None:
+        """Raise a :class:`~latentwire.errors.UserError` where a part of it would not learn.
+
+        Called before training alone: what was trained once can be read with.
+        """
+
     def refine(self, message: Message) -> Message:
         """The message as the adapters get it."""
         return message

@@ -12,6 +12,7 @@ from latentwire.config import LoraFeature, RunConfig
 from latentwire.features.base import Feature, Reading
 from latentwire.models.interlingua import ReceiverShape
 from latentwire.models.low_rank import attached, updates_of
+from latentwire.models.weights import ReceiverError
 
 
 class Lora(Feature):
@@ -23,12 +24,27 @@ class Lora(Feature):
 
     def __init__(self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
         super().__init__(options, run, receivers)
-        self.updates = nn.ModuleDict(
-            {
-                name: updates_of(shape.skeleton(), options.targets, options.rank, options.alpha)
-                for name, shape in receivers.items()
-            }
-        )
+        self.updates = nn.ModuleDict()
+        self.heads: dict[str, str] = {}
+        """Receiver → the name of its output head, where that is a target."""
+        for name, shape in receivers.items():
+            model: Any = shape.skeleton()
+            self.updates[name] = updates_of(model, options.targets, options.rank, options.alpha)
+            head = model.get_output_embeddings()
+            paths = [path.split(".")[-1] for path, module in model.named_modules() if module is head]
+            if taken := [path for path in paths if path in options.targets]:
+                self.heads[name] = taken[0]
+
+    def check_training(self) -> None:
+        """Raise :class:`~latentwire.models.weights.ReceiverError` where an output head is a target.
+
+        Logits may be taken in chunks, whose gradients go to the states alone: it would not learn.
+        """
+        for receiver, target in self.heads.items():
+            raise ReceiverError(
+                f"features.lora.targets must be layers before the output head, got {target}, the head of "
+                f"receiver {receiver}; leave it out"
+            )
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:

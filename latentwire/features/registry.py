@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +34,13 @@ def build(run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> nn.ModuleDi
             if (options := getattr(run.features, name)) is not None
         }
     )
+
+
+def check_training(features: nn.ModuleDict) -> None:
+    """Raise a :class:`~latentwire.errors.UserError` where a part of a feature would not learn."""
+    feature: Any
+    for feature in features.values():
+        feature.check_training()
 
 
 def keeps_receivers_frozen(run: RunConfig) -> bool:

@@ -19,6 +19,7 @@ from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import means
+from latentwire.features.registry import check_training
 from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.models.message import Message
@@ -49,6 +50,7 @@ class Trainer:
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
         self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
+        check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
         for lm in wire.own_receivers():
             if self.config.gradient_checkpointing:

@@ -12,7 +12,7 @@ from torch.profiler import profile
 
 from latentwire import exports
 from latentwire.assembly import LatentWire
-from latentwire.config import FeaturesConfig, RunConfig
+from latentwire.config import FeaturesConfig, RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator
 from latentwire.data.layout import collate
@@ -23,6 +23,7 @@ from latentwire.models.weights import ReceiverError
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
+from latentwire.tuning.planner import plan
 from tests.conftest import wire_of
 
 NAMES = list(FEATURES)
@@ -193,6 +194,19 @@ def test_options_are_checked(run: RunConfig) -> None:
         wire_of(with_values(run, {"features.deep_prefix": {"head_parts": 16}}))
     with pytest.raises(ConfigError, match=r"d_z must be a multiple of 2 × refiner\.heads"):
         with_values(run, {"features.refiner": {"heads": 5}})
+
+
+def test_an_update_of_the_output_head_is_refused_before_training_and_read_with_after(run: RunConfig) -> None:
+    """Where logits are taken in chunks it gets no gradient; what was trained before this rule still loads."""
+    headed = with_values(run, {"features.lora": {"targets": ("q_proj", "lm_head")}})
+    wire = wire_of(headed)
+    message = (
+        r"lora\.targets must be layers before the output head, got lm_head, the head of receiver llama; leave it out"
+    )
+    with pytest.raises(ReceiverError, match=message):
+        Trainer(wire, 8)
+    with pytest.raises(ReceiverError, match=message):
+        plan(SpaceFile(run=headed), {"CPU": 2}, 64e9)
 
 
 def test_no_layer_makes_the_host_wait_for_a_mask(run: RunConfig, table: pa.Table) -> None:
