@@ -27,12 +27,13 @@ from latentwire.data import shards
 from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.data.pipeline import quiet_ray_data
 from latentwire.losses.bundles import Teacher
-from latentwire.losses.terms import TeacherRows, teacher_rows
+from latentwire.losses.terms import TeacherRows, normalised, teacher_rows
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import resolve
 from latentwire.storage import Place, place, read_parquet, size, write
 
-TEACHER_VERSION = 1
+TEACHER_VERSION = 2
+"""Raised whenever the same columns would hold other numbers."""
 TEACHER_KNOBS = ("losses.bundle", "losses.kd_temperature", "losses.kd_top_k", "losses.hidden_kd_depths")
 """What columns hang on, beside shards and receivers; a search may vary it only by enumerable choices."""
 TEACHER_SIZES = ("losses.k", "losses.kd_weight", "losses.hidden_kd_weight")
@@ -150,7 +151,9 @@ def read_columns(lm: LMWrapper, builder: SequenceBuilder, run: RunConfig, table:
     """One receiver's teacher columns for shard rows, in their order.
 
     ``<name>_teacher_count`` says of how many supervised positions a row tells, K at most; ``…_ids`` and ``…_log_p`` hold
-    top-k entries for each of them, ``…_log_tail`` one, ``…_states`` all chosen layers' states; floats as fp16.
+    top-k entries for each of them, ``…_log_tail`` one, ``…_states`` all chosen layers' states,
+    layer-normalised as the loss compares them: raw ones may go beyond fp16's 65,504 (Gemma 3 270M
+    reaches 29,824). Floats as fp16.
     """
     losses, k = run.losses, most_tokens(run.losses)
     depths = losses.hidden_kd_depths if losses.hidden_kd_weight > 0 else ()
@@ -182,7 +185,7 @@ def _said(
         assert rows.ids_NK is not None and rows.log_tail_N is not None
         said = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
     if states:
-        said["states"] = torch.stack(states, 1).half()
+        said["states"] = torch.stack([normalised(state_ND) for state_ND in states], 1).half()
     return {name: tensor.cpu() for name, tensor in said.items()}
 
 

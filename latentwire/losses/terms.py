@@ -92,7 +92,7 @@ def kd_hidden_states_first_k(
     """Mean squared distance ``[N]`` of layer-normalised states ``[N, D]``, averaged over layers; 0 beyond the first ``k``."""
     mask_N = first_k(offset_N, k)
     distance_N = torch.stack(
-        [(_normalised(own[mask_N]) - _normalised(other[mask_N])).square().mean(-1) for own, other in zip(states, teacher, strict=True)]
+        [(normalised(own[mask_N]) - normalised(other[mask_N])).square().mean(-1) for own, other in zip(states, teacher, strict=True)]
     ).mean(0)  # fmt: skip
     return torch.zeros_like(offset_N, dtype=distance_N.dtype).masked_scatter(mask_N, distance_N)
 
@@ -110,5 +110,6 @@ def _log_rest(log_p_NK: torch.Tensor) -> torch.Tensor:
     return torch.log1p(-log_p_NK.exp().sum(-1).clamp(max=1 - 1e-7))
 
 
-def _normalised(state_ND: torch.Tensor) -> torch.Tensor:
+def normalised(state_ND: torch.Tensor) -> torch.Tensor:
+    """Layer-normalise states in fp32, as they are compared; what is normalised already stays so."""
     return F.layer_norm(state_ND.float(), state_ND.shape[-1:])

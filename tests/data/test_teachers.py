@@ -60,6 +60,26 @@ def test_no_receiver_reads_a_text_that_has_columns(trainer: Trainer, monkeypatch
         lm.teach(batch.teacher[name], trainer.wire.run.losses)
 
 
+def test_states_beyond_fp16_are_columns_like_any_other(run: RunConfig) -> None:
+    """Gemma 3 reaches 30,000 inside, others more; fp16 ends at 65,504. All that goes into the states is that much larger."""
+    values = {"losses.hidden_kd_weight": 1.0, "losses.k": 2, "losses.hidden_kd_depths": (0.5,)}
+    trainer = Trainer(LatentWire(with_values(run, values)), 4)
+    rows = shard_table(trainer.wire.run, 8)
+    for lm in trainer.wire.own_receivers():
+        for parameter_name, parameter in lm.lm.named_parameters():
+            if any(part in parameter_name for part in ("embed_tokens", "o_proj", "down_proj")):
+                parameter.mul_(1e6)
+    live = trainer.backward(trainer.collate(rows, 0))
+    trainer.optimizer.zero_grad(set_to_none=True)
+    table = with_columns(trainer, rows, values)
+    for name in trainer.wire.receivers:
+        stored = torch.tensor(table[f"{name}_teacher_states"].combine_chunks().flatten().to_pylist())
+        assert 0 < stored.abs().max() < 100
+    told = trainer.backward(trainer.collate(table, 0))
+    for term in ("hidden_kd_llama", "hidden_kd_qwen"):
+        assert told[term] == pytest.approx(live[term], rel=5e-3) and live[term] > 0.01
+
+
 def test_what_is_needed_and_how_far() -> None:
     assert not teachers.needed(LossConfig()) and not teachers.needed(LossConfig(kd_weight=1.0, kd_top_k=0))
     assert teachers.needed(LossConfig(kd_weight=1.0, kd_top_k=8)) and teachers.needed(LossConfig(hidden_kd_weight=1.0))
