@@ -291,5 +291,4 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             soft_ND = soft_ND if own_ND is None else own_ND
             decoded = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
-        # A plain answer is one line; some tokenisers join its newline with a punctuation mark that is no stop token.
-        return [text.strip().split("\n")[0].strip() for text in texts], decoded
+        return [builder.answer_of(text) for text in texts], decoded

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from latentwire.config.section import Section
+
+TemplateOptions = dict[str, bool | int | float | str]
+
+TEMPLATE_ARGUMENTS = {
+    "conversation", "conversations", "messages", "chat_template", "tokenize", "tools", "documents",
+    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+"""What ``apply_chat_template`` takes besides the template's own variables."""
 
 
 class ReceiverConfig(Section):
@@ -15,8 +25,9 @@ class ReceiverConfig(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Short name used in metrics, columns and file names, e.g. ``llama``."""
     model: str
-    """Hub id, local directory (safetensors, or one holding a ``.gguf`` file), or an embedded one: ``toy-llama``,
-    ``toy-qwen``, ``toy-phi``."""
+    """Hub id, local directory (safetensors, or one holding a ``.gguf`` file; where it holds both, the
+    safetensors are read), a ``.gguf`` file, or an embedded one: ``toy-llama``, ``toy-qwen``,
+    ``toy-phi``."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). ``None``: the default branch."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -26,6 +37,10 @@ class ReceiverConfig(Section):
     """Whether BOS stands at position 0. ``auto``: where the chat template, or in plain the tokenizer itself, puts it."""
     instruction: str = ""
     """Text put before the passage (in chat: at the start of the user's turn). Empty: none."""
+    template_options: TemplateOptions = Field(default_factory=dict)
+    """Variables of the chat template, such as ``{enable_thinking: false}`` or
+    ``{date_string: 1 May 2026}``. A template that asks for today's date is told 26 July 2024, so that a
+    prompt stays the same."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' type. ``auto``: bfloat16 on CUDA, float32 elsewhere."""
     device: str = "auto"
@@ -39,6 +54,20 @@ class ReceiverConfig(Section):
     """Spread a receiver that is larger than one GPU over all of them, by accelerate. ``none``: all on ``device``."""
     trust_remote_code: bool = False
     """Run code that comes with the weights. Off unless asked for, per receiver."""
+
+    def __hash__(self) -> int:
+        """Of all values: pydantic's own hashes no mapping."""
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
+
+    @field_validator("template_options")
+    @classmethod
+    def _no_arguments(cls, options: TemplateOptions) -> TemplateOptions:
+        if taken := options.keys() & TEMPLATE_ARGUMENTS:
+            raise ValueError(
+                f"template_options must be variables of the template, got "
+                f"{', '.join(sorted(taken))}, which the prompt sets itself; leave it out"
+            )
+        return options
 
 
 def default_receivers() -> tuple[ReceiverConfig, ...]:

@@ -1,7 +1,7 @@
 """The one place where text becomes a token sequence.
 
 Training, teacher, evaluation and decoding all read sequences from here. A prompt is a row of pieces, each tokenised on
-its own and joined as ids::
+its own (:mod:`latentwire.data.pieces`) and joined as ids::
 
     [BOS] head | context or soft slots | mid | question | tail | anchor | answer | stop
 
@@ -20,7 +20,9 @@ import torch
 from torch.nn import functional as F
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.errors import UserError
+from latentwire.data import templates
+from latentwire.data.pieces import Pieces
+from latentwire.data.templates import LayoutError as LayoutError
 
 LAYOUT_VERSION = 2
 """Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
@@ -32,12 +34,7 @@ CONTROLS = (RECONSTRUCT, CONTINUE)
 
 SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
 
-_CONTEXT, _QUESTION, _ANSWER = "⟦context⟧", "⟦question⟧", "⟦answer⟧"
 _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
-
-
-class LayoutError(UserError):
-    """Pieces that cannot be joined as token ids."""
 
 
 @dataclass(frozen=True)
@@ -135,30 +132,33 @@ class SequenceBuilder:
         self.tokenizer, self.receiver, self.send = tokenizer, receiver, send
         self.anchor_text = prompt.anchor.rstrip()
         self.answer_lead = prompt.anchor[len(self.anchor_text) :]
-        chat = receiver.template == "chat" or (receiver.template == "auto" and bool(tokenizer.chat_template))
-        if chat and not tokenizer.chat_template:
-            raise LayoutError(
-                f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain"
-            )
-        head, mid, self._tail_text = self._render(chat)
-        self._mid_text = mid.rstrip(" ")
-        self._question_lead = mid[len(self._mid_text) :]  # it belongs to the question's first word, as in running text
+        self.chat = templates.is_chat(tokenizer, receiver)
+        """Whether a prompt is a turn of a chat, whose answer ends with the turn. Else it is a list of
+        lines, whose answer is one."""
+        text = templates.around(tokenizer, receiver)
+        self._mid_text, self._tail_text = text.mid.rstrip(" "), text.tail
+        # It belongs to the question's first word, as in running text.
+        self._question_lead = text.mid[len(self._mid_text) :]
+        self._pieces = Pieces(tokenizer, receiver.name)
         bos_id = tokenizer.bos_token_id
-        self.head_ids = self._template_ids(head)
-        self.bos: int | None = 0 if self._wants_bos(chat, head) else None
+        self.head_ids = self._pieces.first(text.head)
+        self.bos: int | None = 0 if self._wants_bos(text.head) else None
         if self.bos == 0 and self.head_ids[:1] != [bos_id]:
             self.head_ids = [bos_id, *self.head_ids]
         if receiver.bos == "no" and bos_id is not None and self.head_ids[:1] == [bos_id]:
             self.head_ids = self.head_ids[1:]  # the template's own
-        if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not chat:
+        if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not self.chat:
             raise LayoutError(
                 f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}"
             )
-        self.mid_ids = self._template_ids(self._mid_text)
-        self.tail_ids = self._template_ids(self._tail_text)
-        self.anchor_ids = self._template_ids(self.anchor_text)
-        self.newline_ids = self._template_ids("\n")
-        self.stop_id, self.stop_ids = self._stops(chat)
+        self.mid_ids = self._pieces.following(self._mid_text)
+        self.tail_ids = self._pieces.following(self._tail_text)
+        self.anchor_ids = self._pieces.after(self._tail_text, self.anchor_text)
+        closing = self._tail_text + self.anchor_text
+        self._answers_anew = self._pieces.begins_anew(closing, f"{self.answer_lead}a")
+        self._before_answer = closing if self._pieces.marks_beginnings else self.anchor_text or self._tail_text
+        self.newline_ids = self._pieces.following("\n")
+        self.stop_id, self.stop_ids = self._stops()
         self._probe()
 
     # ------------------------------------------------------------------------------------------------- tokenising
@@ -166,17 +166,26 @@ class SequenceBuilder:
     def tokenize(self, contexts: list[str], questions: list[str], answers: list[str]) -> dict[str, list[list[int]]]:
         """Ids of the three pieces that change from row to row, for a column of rows."""
         return {
-            "context_ids": self._text_ids(contexts),
-            "question_ids": self._text_ids([self._question_lead + question for question in questions]),
-            "answer_ids": self._text_ids([self.answer_lead + answer for answer in answers]),
+            "context_ids": self._pieces.of_user(contexts),
+            "question_ids": self._pieces.of_user([self._question_lead + question for question in questions]),
+            "answer_ids": self._pieces.of_user(
+                [self.answer_lead + answer for answer in answers], anew=self._answers_anew
+            ),
         }
 
     def check_boundaries(self, answers: list[str], answer_ids: list[list[int]]) -> list[bool]:
         """Whether anchor and answer, tokenised as one text, give the same ids as joined; one flag per answer."""
-        before_text = self.anchor_text or self._tail_text
-        before_ids = self.anchor_ids if self.anchor_text else self.tail_ids
-        joint = self._template_ids([before_text + self.answer_lead + answer for answer in answers])
+        before_ids = self._template_ids(self._before_answer)
+        joint = self._pieces.all_following([self._before_answer + self.answer_lead + answer for answer in answers])
         return [whole == before_ids + ids for whole, ids in zip(joint, answer_ids, strict=True)]
+
+    def answer_of(self, text: str) -> str:
+        """Return the answer in decoded text: a chat's whole turn, a plain continuation's first line.
+
+        Some tokenizers join a plain answer's newline with a punctuation mark, which is no stop token
+        then.
+        """
+        return text.strip() if self.chat else text.strip().split("\n")[0].strip()
 
     # --------------------------------------------------------------------------------------------------- sequences
 
@@ -233,32 +242,17 @@ class SequenceBuilder:
 
     # ----------------------------------------------------------------------------------------------------- template
 
-    def _render(self, chat: bool) -> tuple[str, str, str]:
-        """Text before the context, between context and question, and after the question."""
-        lead = f"{self.receiver.instruction}\n" if self.receiver.instruction else ""
-        content = f"{lead}Passage:\n{_CONTEXT}\nQuestion: {_QUESTION}"
-        if chat:
-            message = [{"role": "user", "content": content}]
-            rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        else:
-            rendered = content + "\n"
-        if rendered.count(_CONTEXT) != 1 or rendered.count(_QUESTION) != 1:
-            raise LayoutError(f"the chat template of {self.receiver.model} must write the user's text once, unchanged")
-        head, rest = rendered.split(_CONTEXT)
-        mid, tail = rest.split(_QUESTION)
-        return head, mid, tail
-
-    def _wants_bos(self, chat: bool, head: str) -> bool:
+    def _wants_bos(self, head: str) -> bool:
         token = self.tokenizer.bos_token
         if self.receiver.bos == "yes" and token is None:
             raise LayoutError(f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none")
         if self.receiver.bos != "auto" or token is None:
             return self.receiver.bos == "yes"
-        if chat:
+        if self.chat:
             return head.startswith(token)
         return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
 
-    def _stops(self, chat: bool) -> tuple[int, tuple[int, ...]]:
+    def _stops(self) -> tuple[int, tuple[int, ...]]:
         """The supervised stop token, and every token that ends decoding.
 
         A plain prompt is a list of lines, so its answer ends with the line; a chat turn ends with the special token that the
@@ -267,7 +261,7 @@ class SequenceBuilder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise LayoutError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
-        if chat:
+        if self.chat:
             end = self._turn_end()
             stop = eos if end is None else end
             return stop, tuple(dict.fromkeys((stop, eos)))
@@ -279,8 +273,7 @@ class SequenceBuilder:
 
     def _turn_end(self) -> int | None:
         """The special token right after an assistant's turn; ``None`` where the template writes none."""
-        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2].lstrip()
+        after = templates.after_answer(self.tokenizer, self.receiver)
         ids = self._template_ids(after)[:1]
         return ids[0] if ids and not self.tokenizer.decode(ids, skip_special_tokens=True) else None
 
@@ -295,20 +288,9 @@ class SequenceBuilder:
                     f"+ {answer!r} does not for {self.receiver.name}; end the anchor with a space or a newline"
                 )
 
-    def _template_ids(self, text: str | list[str]) -> Any:
-        """Ids of our own text: special tokens are recognised, none is added."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
-
-    def _text_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of a user's text: what looks like a special token stays plain text. Equal texts are read once."""
-        different = list(dict.fromkeys(texts))
-        if not different:
-            return []
-        ids = self.tokenizer(
-            different, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )
-        known = dict(zip(different, ids.input_ids, strict=True))
-        return [known[text] for text in texts]
+    def _template_ids(self, text: str) -> list[int]:
+        """Ids of our own text behind other text."""
+        return self._pieces.following(text)
 
 
 def collate(

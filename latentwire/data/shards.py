@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from latentwire.config import RunConfig
+from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.data import sources
 from latentwire.data.layout import LAYOUT_VERSION, SequenceBuilder
+from latentwire.data.templates import rendered
 from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.weights import load_tokenizer
 from latentwire.storage import Place, place, read_parquet
@@ -52,21 +53,27 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
         "source": sources.fingerprint(run.data, source_of(split)),
         "data": data,
         "prompt": run.prompt.model_dump(),
-        "receivers": {
-            receiver.name: {
-                "template": receiver.template,
-                "bos": receiver.bos,
-                "instruction": receiver.instruction,
-                "tokenizer": tokenizer_hash(load_tokenizer(receiver)),
-            }
-            for receiver in run.receivers
-        },
+        "receivers": {receiver.name: _reads(receiver) for receiver in run.receivers},
     }
     if split == "train":
         spec["together"] = run.training.questions_together
         if (tokenizer := encoder_tokenizer(run.encoder, run.receivers)) is not None:
             spec["encoder"] = {"tokenizer": tokenizer_hash(tokenizer), "split": run.encoder.split}
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16], spec
+
+
+def _reads(receiver: ReceiverConfig) -> dict[str, Any]:
+    """Return what a receiver's columns hang on besides the rows."""
+    tokenizer = load_tokenizer(receiver)
+    reads: dict[str, Any] = {
+        "template": receiver.template,
+        "bos": receiver.bos,
+        "instruction": receiver.instruction,
+        "tokenizer": tokenizer_hash(tokenizer),
+    }
+    if (text := rendered(tokenizer, receiver)) is not None:
+        reads["rendered"] = text
+    return reads
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

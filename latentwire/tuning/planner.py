@@ -14,6 +14,7 @@ import torch
 
 from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.data.shards import builders
 from latentwire.errors import UserError
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
@@ -103,7 +104,9 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
     where workers use GPUs. Raises :class:`PlanError` where not even one trial fits, and
-    :class:`~latentwire.models.weights.ReceiverError` for receivers whose configuration cannot be had.
+    :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.data.layout.LayoutError` for
+    receivers that cannot be had, whose weights are not whole, or whose tokenizers no prompt can be built
+    with.
     """
     run = largest_run(space)
     training = run.training
@@ -113,6 +116,7 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
         )
     receivers = tuple(_estimate(run, index, gpus_per_worker > 0) for index in range(len(run.receivers)))
+    builders(run)  # tells of a tokenizer that no prompt can be built with, before shards are made
     trainable, fixed = _encoder_and_adapters(run)
     steps = [r.bytes_step for r in receivers]
     step = max(steps) if training.sequential_models else sum(steps)
@@ -286,6 +290,7 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
             width = load_hf_config(receiver).get_text_config().hidden_size
             shapes[receiver.name] = ReceiverShape(width, 1.0, functools.partial(skeleton, receiver))
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
+        registry.check_training(interlingua.features)
         interlingua.train_only(run.training.train_only)
     counts = {
         learns: sum(p.numel() for p in interlingua.parameters() if p.requires_grad is learns)

@@ -15,8 +15,9 @@ from latentwire.evaluation.settings import label, settings
 from latentwire.evaluation.statistics import interval
 from latentwire.evaluation.summary import compare, details, summarise
 from latentwire.losses.terms import token_ce
+from latentwire.models.decoded import Decoded
 from latentwire.tuning import report
-from tests.conftest import SMALL, shard_table, untimed
+from tests.conftest import SMALL, shard_table, untimed, wire_of
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,32 @@ def test_the_pair_chooses_the_answer_that_both_find_likeliest(wire: LatentWire, 
         batch = collate([builder.text(cut, ids[f"{name}_question_ids"], answer)])
         total -= float(token_ce(lm.supervised_logits(batch), batch.target_N).sum())
     assert one.joint_logp == pytest.approx(total, rel=1e-4)
+
+
+def test_dropout_is_off_whatever_state_training_left(run: RunConfig, rows: pa.Table) -> None:
+    wire = wire_of(with_values(run, {"encoder.latent_dropout": 0.5}))
+    few = rows.slice(0, 4)
+    texts = few["context"].to_pylist()
+    calm = [untimed(vars(p)) for p in predict(wire, few, "latent")]
+    z_BLZ = wire.encode(texts).z_BLZ
+    wire.interlingua.train()
+    assert [untimed(vars(p)) for p in predict(wire, few, "latent")] == calm
+    wire.interlingua.train()
+    assert torch.equal(wire.encode(texts).z_BLZ, z_BLZ)
+    wire.interlingua.train()
+    assert not torch.equal(wire.interlingua.encode(texts).z_BLZ, z_BLZ)  # training has it
+
+
+def test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line(
+    wire: LatentWire, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wire.builders["qwen"].chat and not wire.builders["llama"].chat
+    for lm in wire.own_receivers():
+        said = lm.tokenizer(" It is\nOslo.\n", add_special_tokens=False).input_ids
+        answer = Decoded([said, said], 1.0, 1.0)
+        monkeypatch.setattr(lm, "generate", lambda *_, answer=answer, **__: answer)
+    answers = {p.receiver: p.text for p in predict(wire, rows.slice(0, 2), "latent")}
+    assert answers == {"qwen": "It is\nOslo.", "llama": "It is"}
 
 
 def test_first_tokens_and_times_are_counted(wire: LatentWire, rows: pa.Table) -> None:
