@@ -144,6 +144,8 @@ REASONS = {
     r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": "there is no such bucket or file: make it, or name another",
     r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": "it does not answer: check "
     "the network and AWS_ENDPOINT_URL",
+    r"[Tt]runcated compressed|inflate failed|decompress failed": "it is cut, or not compressed as its name says: "
+    "fetch it anew",
     r"[Uu]nrecognized filesystem|Cannot parse URI": "pyarrow does not know such a URI: use s3://, gs:// or a directory",
 }
 """What stands in pyarrow's messages, and what that means."""

@@ -11,16 +11,21 @@ from latentwire.config.section import Address, Section
 
 class DataConfig(Section):
     """What is read, and how it is split. All but ``shard_dir``, ``in_memory`` and ``stream_cpus`` names the shards;
-    of ``data_dir`` the files' contents count and not the path."""
+    of ``data_dir`` and ``config`` the files that they name count, and not the path."""
 
     dataset: Literal["toy", "squad", "hotpotqa", "custom", "text"] = "toy"
     """``custom``: jsonl/parquet with ``context``, ``question``, ``answers``. ``text``: jsonl/parquet with a ``text`` or
     ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without questions; a text that stands in several
     rows of a file is read once. ``toy`` is generated."""
     data_dir: Address | None = None
-    """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with ``train.*`` and ``validation.*`` (parquet in the
-    Hub's schema, official JSON, or jsonl), or with a directory of the dataset's name that has them.
-    ``None``: the Hub, where the dataset has an id there; ``toy`` reads no files."""
+    """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with files of the training and the validation split:
+    parquet in the Hub's schema, official JSON, a list of rows, or jsonl; the last three may be ``.gz``, ``.zst`` or
+    ``.bz2``. A file, or its folder, is named after its split: ``train``, or ``validation``, ``valid``, ``val``, ``dev``, in any
+    case. Where a folder of the dataset's name has them, it alone is read. ``None``: the Hub, where the dataset has an
+    id there; ``toy`` reads no files."""
+    config: str | None = Field(None, min_length=1)
+    """Which of the dataset's configurations is read where there are several, e.g. ``distractor`` or ``fullwiki`` of HotpotQA:
+    a word of the files' names or folders, or on the Hub its name there. ``None``: the only one; on the Hub, the usual one."""
     samples: int = Field(20_000, ge=0)
     """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below
     count rows before they are cut into chunks."""
@@ -57,12 +62,14 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _files_where_they_are_read(self) -> DataConfig:
-        if self.dataset == "toy" and self.data_dir is not None:
+        given = {"data_dir": self.data_dir, "config": self.config}
+        named = [f"{knob} {value}" for knob, value in given.items() if value is not None]
+        if self.dataset == "toy" and named:
             others = ", ".join(
                 name for name in get_args(type(self).model_fields["dataset"].annotation) if name != "toy"
             )
             raise ValueError(
-                f"dataset toy is generated and reads no files, got data_dir {self.data_dir}; name the dataset that they hold, "
+                f"dataset toy is generated and reads no files, got {named[0]}; name the dataset that they hold, "
                 f"one of {others}"
             )
         return self

@@ -16,7 +16,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,7 +175,7 @@ def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
 
 def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit) -> Iterator[pa.Table]:
     """One piece's rows of this split in common columns, or with a reason."""
-    piece = sources.Piece(*(batch[name][0] for name in ("name", "start", "stop")))
+    piece = sources.Piece(**{name: values.tolist()[0] for name, values in batch.items()})
     source = shards.source_of(split)
     block: list[dict[str, Any]] = []
     for row in _cleaned(run, source, piece, together=split == "train" and run.training.questions_together):
@@ -191,7 +190,7 @@ def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.
 def _cleaned(
     run: RunConfig, source: sources.Split, piece: sources.Piece, *, together: bool
 ) -> Iterator[dict[str, Any]]:
-    data, file = run.data, Path(piece.name).name
+    data, file = run.data, piece.key or piece.name
     for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
         order = _hash(f"{data.seed} {number} {file}")
         try:

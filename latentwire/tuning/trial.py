@@ -190,5 +190,5 @@ def make_trainer(
             ),
         ),
         datasets=datasets,
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+        dataset_config=streams.train_config(),
     )  # fmt: skip
