@@ -17,7 +17,7 @@ from pathlib import Path
 
 from latentwire import exports
 from latentwire.config import DataConfig
-from latentwire.config.resolve import validate
+from latentwire.config.resolve import ConfigError, validate
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
@@ -25,7 +25,7 @@ from latentwire.evaluation.baselines import MODES
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS
-from latentwire.options import input_place, output_place, override_run
+from latentwire.options import assigned, input_place, output_place, override_run
 from latentwire.storage import local, write_text
 from latentwire.training.checkpoints import load_wire
 from latentwire.tuning import scoring
@@ -56,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
                         help="leave out how likely receivers find each other's answers, which takes further passes")  # fmt: skip
     parser.add_argument("--diagnose", action="store_true", help="also probe the latents; see docs/evaluation.md")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
-                        help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100")  # fmt: skip
+                        help="override a knob of the checkpoint's configuration, e.g. --set data.validation_samples=100; "
+                             "of --predictions, of its data, e.g. --set data.config=distractor")  # fmt: skip
     parser.add_argument("--output", type=output_place,
                         help="also write the scores: <file>.json, or a directory for predictions.parquet and details too")  # fmt: skip
     return parser
@@ -64,7 +65,14 @@ def parser() -> argparse.ArgumentParser:
 
 def official(options: argparse.Namespace) -> int:
     """Score a file of answers as the official script does, and print its names and digits."""
-    data = validate(DataConfig, {"dataset": options.dataset, "data_dir": options.data_dir}, "command line")
+    named = {"dataset": options.dataset, "data_dir": options.data_dir}
+    for path, value in assigned(options.assignments).items():
+        if not path.startswith("run.data."):
+            raise ConfigError(
+                f"--predictions is scored by the data alone, got --set {path.removeprefix('run.')}; leave it out"
+            )
+        named[path.removeprefix("run.data.")] = value
+    data = validate(DataConfig, named, "command line")
     scores, missing = score_file(options.predictions, data, shards.source_of(options.split))
     if missing:
         print(f"{missing} questions are not answered and score 0", file=sys.stderr)

@@ -85,18 +85,6 @@ def ray_dataset(train: Place, told: Mapping[str, Place], columns: Sequence[str],
     return dataset.materialize() if in_memory else dataset
 
 
-def train_config() -> Any:
-    """How Ray Train hands a run's datasets to its workers: ``train`` in shares, in the same order every time, ``dev`` whole.
-
-    Train reads them by options of its own, not by those that the datasets were made with.
-    """
-    import ray.data
-    import ray.train
-
-    in_order = ray.data.ExecutionOptions(preserve_order=True)
-    return ray.train.DataConfig(datasets_to_split=["train"], execution_options=in_order)
-
-
 def _read_file(batch: Mapping[str, np.ndarray], **options: Any) -> Iterator[pa.Table]:
     for name in batch["file"]:
         yield from read_joined(str(name), rows=ROW_GROUP, **options)

@@ -22,6 +22,8 @@ from latentwire.data import sources
 YES_NO = ("yes", "no", "noanswer")
 DATASETS = ("squad", "hotpotqa")
 """Datasets whose files of answers can be scored."""
+SHOWN = 80
+"""Characters of a value that a message quotes."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only, as in the official scripts: “ and — stay
 
@@ -53,29 +55,56 @@ def _scores(prediction: str, gold: str, dataset: str) -> dict[str, float]:
 def score_file(file: Path, data: DataConfig, split: sources.Split = "validation") -> tuple[dict[str, float], int]:
     """Scores of a file in the dataset's official format, under the official names, and how many questions it leaves out.
 
-    SQuAD: ``{id: answer}``, in percent. HotpotQA: ``{"answer": {id: …}, "sp": {id: [[title, sentence], …]}}``, 0..1; without
+    SQuAD: ``{id: answer}``, in percent; where the dataset has questions without an answer, as SQuAD 2.0 has, by the rules
+    and names of its own script. HotpotQA: ``{"answer": {id: …}, "sp": {id: [[title, sentence], …]}}``, 0..1; without
     ``sp`` only the answers' scores come. A question that is left out scores 0. Raises
     :class:`~latentwire.config.resolve.ConfigError` for another format and :class:`~latentwire.data.sources.DataError`.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--predictions must be a file of JSON, got {file}: {error}") from error
     hotpot = data.dataset == "hotpotqa"
     answers = document.get("answer") if hotpot and isinstance(document, dict) else document
-    if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+    if not isinstance(answers, dict):
         wanted = '{"answer": {id: answer}, "sp": …}' if hotpot else "{id: answer}"
         raise ConfigError(f"predictions for {data.dataset} must be {wanted}, {file} is not")
+    for identity, answer in answers.items():
+        if not isinstance(answer, str):
+            raise ConfigError(
+                f"predictions for {data.dataset} must give each question's answer as text, {file} has "
+                f"{_shown(answer)} for {identity}"
+            )
+    facts = _checked_facts(document.get("sp"), file) if hotpot else {}
     rows = _rows(data, split)
     missing = sum(_identity(row) not in answers for row in rows)
     if hotpot:
-        return _hotpotqa(rows, answers, document.get("sp") or {}), missing
-    totals = {"exact_match": 0.0, "f1": 0.0}
-    for row in rows:
-        if (answer := answers.get(_identity(row))) is not None:
-            em, f1 = em_f1(answer, _golds(row))
-            totals = {"exact_match": totals["exact_match"] + em, "f1": totals["f1"] + f1}
-    return {name: 100.0 * total / len(rows) for name, total in totals.items()}, missing
+        return _hotpotqa(rows, answers, facts), missing
+    return _squad(rows, answers), missing
+
+
+def _checked_facts(facts: Any, file: Path) -> Mapping[str, Sequence[Any]]:
+    """The supporting facts of a file of predictions, by question; none where it has none."""
+    wanted = '"sp": {id: [[title, number of the sentence], …]}'
+    if not isinstance(facts, dict | None):
+        raise ConfigError(
+            f"predictions for hotpotqa must give supporting facts as {wanted}, {file} has {_shown(facts)}"
+        )
+    for identity, pairs in (facts or {}).items():
+        if not isinstance(pairs, list) or not all(map(_is_fact, pairs)):
+            raise ConfigError(
+                f"predictions for hotpotqa must give supporting facts as {wanted}, {file} has {_shown(pairs)} for {identity}"
+            )
+    return facts or {}
+
+
+def _is_fact(pair: Any) -> bool:
+    """Whether a pair is a title and the number of a sentence; JSON's ``true`` is no number."""
+    return isinstance(pair, list) and [type(part) for part in pair] == [str, int]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:SHOWN]
 
 
 def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
@@ -95,12 +124,40 @@ def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
 
 
 def _rows(data: DataConfig, split: sources.Split) -> list[dict[str, Any]]:
+    rows = []
+    own: dict[str, Any]
+    for raw in _raw(data, split):
+        try:
+            row = sources.parsed(raw)
+            if data.dataset == "hotpotqa":
+                own = {"answer": _only_answer(row), "supporting_facts": _gold_facts(row.get("supporting_facts"))}
+            else:
+                own = {"answers": sources.answers_of(row)}
+            rows.append(row | own)
+        except sources.RowError as error:
+            raise sources.DataError(
+                f"official scores need every row of {data.dataset} {split}: {error}; mend the file"
+            ) from error
+    if not rows:
+        raise sources.DataError(f"official scores need rows of {data.dataset} {split}, {data.data_dir} holds none")
+    return rows
+
+
+def _only_answer(row: dict[str, Any]) -> str:
+    if not isinstance(answer := row.get("answer"), str):
+        raise sources.RowError(f"answer of question {_identity(row)} must be text, got {_shown(answer)}")
+    return answer
+
+
+def _gold_facts(facts: Any) -> set[tuple[str, int]]:
+    """Supporting facts in the Hub's columns, or in the official JSON's pairs, as pairs; none where the row does not say."""
     try:
-        return [sources.parsed(raw) for raw in _raw(data, split)]
-    except sources.RowError as error:
-        raise sources.DataError(
-            f"official scores need every row of {data.dataset} {split}: {error}; mend the file"
-        ) from error
+        pairs = zip(facts["title"], facts["sent_id"], strict=True) if isinstance(facts, dict) else facts or ()
+        return {(str(title), int(sentence)) for title, sentence in pairs}
+    except (KeyError, TypeError, ValueError):
+        raise sources.RowError(
+            f"supporting_facts must be titles with sentences' numbers, got {_shown(facts)}"
+        ) from None
 
 
 def _raw(data: DataConfig, split: sources.Split) -> Iterator[sources.Row]:
@@ -108,7 +165,51 @@ def _raw(data: DataConfig, split: sources.Split) -> Iterator[sources.Row]:
         yield from sources.read(data, split, piece)
 
 
-def _hotpotqa(rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, float]:
+def _squad(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
+    """Scores in percent: by the rules of SQuAD 2.0 where a question has no answer, else by those of v1.1."""
+    if any(row.get("is_impossible") is not None or not row["answers"] for row in rows):
+        return _squad_v2(rows, answers)
+    totals = {"exact_match": 0.0, "f1": 0.0}
+    for row in rows:
+        if (answer := answers.get(_identity(row))) is not None:
+            em, f1 = em_f1(answer, row["answers"])
+            totals = {"exact_match": totals["exact_match"] + em, "f1": totals["f1"] + f1}
+    return {name: 100.0 * total / len(rows) for name, total in totals.items()}
+
+
+def _squad_v2(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
+    """What ``evaluate-v2.0.py`` prints without probabilities: over all questions, those with an answer, those without."""
+    scores: dict[str, list[tuple[float, float]]] = {"": [], "HasAns_": [], "NoAns_": []}
+    for row in rows:
+        golds = [gold for gold in row["answers"] if normalise(gold)] or [""]
+        answer = answers.get(_identity(row))
+        pair = (0.0, 0.0) if answer is None else _v2_scores(answer, golds)
+        scores[""].append(pair)
+        scores["HasAns_" if row["answers"] else "NoAns_"].append(pair)
+    document: dict[str, float] = {}
+    for part, pairs in scores.items():
+        if pairs:
+            document[f"{part}exact"] = 100.0 * sum(em for em, _ in pairs) / len(pairs)
+            document[f"{part}f1"] = 100.0 * sum(f1 for _, f1 in pairs) / len(pairs)
+            document[f"{part}total"] = len(pairs)
+    return document
+
+
+def _v2_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
+    """(EM, F1): an answer of which nothing is left after normalisation is right where there is none, and wrong elsewhere."""
+    exact = max(float(normalise(prediction) == normalise(gold)) for gold in golds)
+    f1 = max(
+        _scores(prediction, gold, "squad")["f1"]
+        if normalise(prediction) and normalise(gold)
+        else float(normalise(prediction) == normalise(gold))
+        for gold in golds
+    )
+    return exact, f1
+
+
+def _hotpotqa(
+    rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Mapping[str, Sequence[Any]]
+) -> dict[str, float]:
     names = [
         f"{part}{name}"
         for part in ("", *(("sp_", "joint_") if facts else ()))
@@ -121,7 +222,7 @@ def _hotpotqa(rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Map
             answer = _scores(answers[own], row["answer"], "hotpotqa")
             _add(totals, "", answer)
         if own in facts:
-            found = _facts(facts[own], row.get("supporting_facts"))
+            found = _facts(facts[own], row["supporting_facts"])
             _add(totals, "sp_", found)
             if answer is not None:
                 _add(totals, "joint_", _joint(answer, found))
@@ -133,10 +234,9 @@ def _add(totals: dict[str, float], part: str, scores: Mapping[str, float]) -> No
         totals[part + name] += value
 
 
-def _facts(said: Iterable[Sequence[Any]], gold: Any) -> dict[str, float]:
+def _facts(said: Iterable[Sequence[Any]], right: set[tuple[str, int]]) -> dict[str, float]:
     """Supporting facts as sets of (title, number of the sentence)."""
-    pairs = zip(gold["title"], gold["sent_id"], strict=True) if isinstance(gold, dict) else gold or []
-    right, own = {(pair[0], int(pair[1])) for pair in pairs}, {(pair[0], int(pair[1])) for pair in said}
+    own = {(title, sentence) for title, sentence in said}
     hits, extra, missed = len(own & right), len(own - right), len(right - own)
     precision = 1.0 * hits / (hits + extra) if hits + extra else 0.0
     recall = 1.0 * hits / (hits + missed) if hits + missed else 0.0
@@ -155,9 +255,3 @@ def _harmonic(precision: float, recall: float) -> float:
 
 def _identity(row: Mapping[str, Any]) -> str:
     return str(row.get("id", row.get("_id")))
-
-
-def _golds(row: Mapping[str, Any]) -> list[str]:
-    answers = row.get("answers", row.get("answer"))
-    answers = answers.get("text") if isinstance(answers, dict) else answers
-    return [answers] if isinstance(answers, str) else list(answers or [""])

@@ -145,6 +145,16 @@ def name_cluster() -> None:
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
+def data_config() -> ray.train.DataConfig:
+    """How Train hands datasets to workers: ``train`` in shares, ``dev`` whole, both in the same order every time.
+
+    Train reads them by options of its own, not by those that they were made with. A resumed run skips the batches that it
+    has used, so an order that hangs on which task ends first would repeat some rows and leave out others.
+    """
+    in_order = ray.data.ExecutionOptions(preserve_order=True)
+    return ray.train.DataConfig(datasets_to_split=["train"], execution_options=in_order)
+
+
 def make_trainer(
     run: RunConfig,
     datasets: dict[str, ray.data.Dataset],
@@ -190,5 +200,5 @@ def make_trainer(
             ),
         ),
         datasets=datasets,
-        dataset_config=streams.train_config(),
+        dataset_config=data_config(),
     )  # fmt: skip

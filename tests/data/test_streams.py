@@ -1,7 +1,12 @@
 """Rows on their way to a loop: every one once, batches of about one length, the same in memory and streamed."""
 
-from collections.abc import Iterator
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +17,7 @@ from latentwire.config import RunConfig, TrainingConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.data.sources import DataError
+from latentwire.tuning.trial import data_config
 
 
 def ids_of(batches: Iterator[pa.Table]) -> list[str]:
@@ -110,29 +116,60 @@ def written(run: RunConfig, folder: Path, texts: int, size: int, files: int) -> 
     return path
 
 
-@pytest.mark.slow
-def test_rows_beyond_the_object_store_are_streamed(
-    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """240 MB of rows through a store of 80 MB, twice, each epoch in an order of its own; in memory they are refused."""
+@pytest.fixture(scope="module")
+def small_store() -> Iterator[None]:
+    """Ray with an object store of 80 MB."""
     import ray
 
+    ray.init(num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def late(read: Callable[..., Iterator[pa.Table]], batch: dict[str, np.ndarray], **options: Any) -> Iterator[pa.Table]:
+    """As shard files are read, but the first of them comes after others."""
+    if str(batch["file"][0]) == "00000.parquet":
+        time.sleep(1.0)
+    yield from read(batch, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_come_in_the_order_of_their_files_whichever_is_read_first(
+    run: RunConfig, small_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    """To one worker and to two, as Train hands them out; a resumed run skips by number what it has used."""
+    train = written(run, tmp_path, texts=60, size=400, files=6)
+    monkeypatch.setattr(streams, "_read_file", functools.partial(late, streams._read_file))
+    dataset = streams.ray_dataset(train, {}, ["id", "sender_bytes"], in_memory=in_memory)
+    expected = [str(row) for row in range(60)]
+    assert [row["id"] for row in dataset.iter_rows()] == expected
+    for world in (1, 2):
+        shares = [handed["train"] for handed in data_config().configure({"train": dataset}, world, None, None)]
+        with ThreadPoolExecutor(world) as pool:
+            twice = [list(pool.map(ids_in_order, shares)) for _ in range(2)]
+        assert twice[0] == twice[1] and sorted(itertools.chain(*twice[0]), key=int) == expected
+        assert all(share == sorted(share, key=int) for share in twice[0])
+
+
+def ids_in_order(stream: Any) -> list[str]:
+    return [row["id"] for row in stream.iter_rows()]
+
+
+@pytest.mark.slow
+def test_rows_beyond_the_object_store_are_streamed(
+    run: RunConfig, small_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """240 MB of rows through a store of 80 MB, twice, each epoch in an order of its own; in memory they are refused."""
     monkeypatch.setattr(streams, "SHUFFLE_ROWS", 64)  # these rows are a hundred times as large as ours
     train = written(run, tmp_path, texts=1_200, size=200_000, files=24)
     columns = ["id", "sender_bytes", "payload"]
-    ray.init(num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
-    try:
-        with pytest.raises(
-            DataError, match=r"must fit the object store, got 0\.\d GB for 0\.1 GB; set data\.in_memory"
-        ):
-            streams.ray_dataset(train, {}, columns, in_memory=True)
-        dataset = streams.ray_dataset(train, {}, columns, in_memory=False)
-        training = TrainingConfig(batch_size=8, bucket_batches=2)
-        epochs = [
-            ids_of(streams.streamed_batches(dataset.iterator(), training, epoch, 8, keep_short=False))
-            for epoch in (0, 1)
-        ]
-    finally:
-        ray.shutdown()
+    with pytest.raises(DataError, match=r"must fit the object store, got 0\.\d GB for 0\.1 GB; set data\.in_memory"):
+        streams.ray_dataset(train, {}, columns, in_memory=True)
+    dataset = streams.ray_dataset(train, {}, columns, in_memory=False)
+    training = TrainingConfig(batch_size=8, bucket_batches=2)
+    epochs = [
+        ids_of(streams.streamed_batches(dataset.iterator(), training, epoch, 8, keep_short=False)) for epoch in (0, 1)
+    ]
     assert [sorted(map(int, ids)) for ids in epochs] == [list(range(1_200))] * 2
     assert epochs[0] != epochs[1]

@@ -1,5 +1,6 @@
 """EM and F1 by the official rules."""
 
+import codecs
 import json
 import random
 from pathlib import Path
@@ -88,6 +89,98 @@ def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
     answers.write_text(json.dumps(["red"]))
     with pytest.raises(ConfigError, match="predictions for squad must be"):
         score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
+
+
+def v2(identity: str, *answers: str) -> dict:
+    listed = [{"text": answer, "answer_start": 0} for answer in answers]
+    return {"id": identity, "question": "q", "answers": listed, "is_impossible": not answers}
+
+
+def write_squad(folder: Path, questions: list[dict]) -> DataConfig:
+    document = {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": questions}]}]}
+    (folder / "dev-v2.0.json").write_text(json.dumps(document))
+    return DataConfig(dataset="squad", data_dir=str(folder))
+
+
+def test_a_squad_2_file_scores_as_by_its_own_script(tmp_path: Path) -> None:
+    """An empty answer is right where there is none; its F1 is then 1, not 0 as by the rules of v1.1."""
+    data, answers = write_squad(tmp_path, [v2("a", "Oslo"), v2("b")]), tmp_path / "answers.json"
+    answers.write_text(json.dumps({"a": "Oslo", "b": ""}))
+    assert score_file(answers, data) == ({
+        "exact": 100.0, "f1": 100.0, "total": 2, "HasAns_exact": 100.0, "HasAns_f1": 100.0, "HasAns_total": 1,
+        "NoAns_exact": 100.0, "NoAns_f1": 100.0, "NoAns_total": 1,
+    }, 0)  # fmt: skip
+    questions = [v2("a", "red house", "House"), v2("b"), v2("c"), v2("d", "the", "in the year 1912"), v2("e", "blue")]
+    data = write_squad(tmp_path, questions)
+    answers.write_text(json.dumps({"a": "a big house", "b": "The", "c": "red", "d": "year 1912 AD"}))
+    scores, missing = score_file(answers, data)
+    # a: {big, house} against {house}. b: nothing is left of it. c: wrong. d: as in v1.1, "the" is no answer. e: left out.
+    a, d = 2 * 0.5 * 1.0 / 1.5, 2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3)
+    assert missing == 1
+    assert scores == {
+        "exact": 100.0 * 1 / 5, "f1": pytest.approx(100.0 * (a + 1 + d) / 5), "total": 5,
+        "HasAns_exact": 0.0, "HasAns_f1": pytest.approx(100.0 * (a + d) / 3), "HasAns_total": 3,
+        "NoAns_exact": 50.0, "NoAns_f1": 50.0, "NoAns_total": 2,
+    }  # fmt: skip
+
+
+def test_the_hubs_squad_2_is_known_by_its_empty_answers(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "context": "c", "question": "q", "answers": {"text": ["Oslo"]}},
+        {"id": "b", "context": "c", "question": "q", "answers": {"text": []}},
+    ]
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "answers.json").write_text(json.dumps({"a": "", "b": "Oslo"}))
+    scores, _ = score_file(tmp_path / "answers.json", DataConfig(dataset="squad", data_dir=str(tmp_path)))
+    assert scores["exact"] == scores["HasAns_f1"] == scores["NoAns_f1"] == 0.0
+
+
+def test_predictions_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    data, answers = write_squad(tmp_path, [v2("a", "Oslo"), v2("b")]), tmp_path / "answers.json"
+    answers.write_bytes(codecs.BOM_UTF8 + b'{"a": "Oslo", "b": ""}')
+    assert score_file(answers, data)[0]["exact"] == 100.0
+
+
+@pytest.mark.parametrize("answer", [None, 3, ["Oslo"]])
+def test_an_answer_that_is_no_text_is_told_by_its_question(tmp_path: Path, answer: object) -> None:
+    data, answers = write_squad(tmp_path, [v2("a", "Oslo")]), tmp_path / "answers.json"
+    answers.write_text(json.dumps({"a": answer}))
+    with pytest.raises(ConfigError) as caught:
+        score_file(answers, data)
+    assert str(caught.value).endswith(f"answer as text, {answers} has {json.dumps(answer)} for a")
+
+
+@pytest.mark.parametrize(
+    "facts", [None, "a", 3, {}, ["T"], [["T"]], [["T", "0"]], [["T", 0, 1]], [[0, "T"]], [["T", True]], [None]]
+)
+def test_malformed_supporting_facts_are_told_by_their_question(tmp_path: Path, facts: object) -> None:
+    row = {"_id": "p0", "question": "q", "answer": "yes", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]}
+    (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps([row]))
+    data, answers = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)), tmp_path / "answers.json"
+    answers.write_text(json.dumps({"answer": {"p0": "yes"}, "sp": {"p0": facts}}))
+    with pytest.raises(ConfigError) as caught:
+        score_file(answers, data)
+    form = '"sp": {id: [[title, number of the sentence], …]}'
+    assert str(caught.value).endswith(f"supporting facts as {form}, {answers} has {json.dumps(facts)} for p0")
+    answers.write_text(json.dumps({"answer": {"p0": "yes"}, "sp": [facts]}))
+    with pytest.raises(ConfigError, match="must give supporting facts as"):
+        score_file(answers, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answer": None}, "answer of question p0 must be text, got null"),
+        ({"supporting_facts": [["T"]]}, "supporting_facts must be titles with sentences' numbers"),
+        ({"supporting_facts": {"title": ["T"]}}, "supporting_facts must be titles with sentences' numbers"),
+    ],
+)
+def test_a_gold_that_cannot_be_scored_is_told(tmp_path: Path, change: dict, reason: str) -> None:
+    row = {"_id": "p0", "question": "q", "answer": "yes", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]}
+    (tmp_path / "dev.json").write_text(json.dumps([row | change]))
+    (tmp_path / "answers.json").write_text(json.dumps({"answer": {"p0": "yes"}}))
+    with pytest.raises(DataError, match=reason):
+        score_file(tmp_path / "answers.json", DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)))
 
 
 def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
