@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from latentwire import exports
 from latentwire.config import DataConfig
@@ -25,7 +24,7 @@ from latentwire.evaluation.baselines import MODES
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS
-from latentwire.options import assigned, input_place, output_place, override_run
+from latentwire.options import assigned, input_path, input_place, output_place, override_run, sought
 from latentwire.storage import local, write_text
 from latentwire.training.checkpoints import load_wire
 from latentwire.tuning import scoring
@@ -37,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=input_place, help="directory or URI of a checkpoint or export")
-    what.add_argument("--predictions", type=Path, help="answers in the dataset's official format, as JSON")
+    what.add_argument("--predictions", type=input_path, help="answers in the dataset's official format, as JSON")
     parser.add_argument("--dataset", choices=DATASETS, default="squad", help="of --predictions")
     parser.add_argument("--data_dir", help="of --predictions: directory with the dataset's files")
     parser.add_argument("--split", choices=shards.SPLITS, default="validation", help="rows to score")
@@ -65,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
 
 def official(options: argparse.Namespace) -> int:
     """Score a file of answers as the official script does, and print its names and digits."""
-    named = {"dataset": options.dataset, "data_dir": options.data_dir}
+    data_dir = None if options.data_dir is None else str(sought(options.data_dir))
+    named = {"dataset": options.dataset, "data_dir": data_dir}
     for path, value in assigned(options.assignments).items():
         if not path.startswith("run.data."):
             raise ConfigError(

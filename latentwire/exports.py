@@ -30,7 +30,7 @@ from latentwire.errors import UserError
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import owner
-from latentwire.storage import sha256
+from latentwire.storage import give_umask, sha256
 
 if TYPE_CHECKING:
     from latentwire.assembly import LatentWire
@@ -71,7 +71,7 @@ def save(
         (aside / "config.json").write_text(wire.run.model_dump_json(indent=1))
         for name, module in parts(wire).items():
             (aside / name).parent.mkdir(exist_ok=True)
-            save_file(saved_tensors(module), aside / name)
+            write_tensors(saved_tensors(module), aside / name)
         if add is not None:
             add(aside)
         manifest = {
@@ -94,6 +94,12 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as safetensors, readable by those whom the umask lets read."""
+    save_file(tensors, file)
+    give_umask(file)
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:

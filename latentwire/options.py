@@ -13,7 +13,7 @@ import yaml
 from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, knobs, load_space, set_path, with_values
-from latentwire.storage import Place, place
+from latentwire.storage import Place, StorageError, expanded, place
 
 FLAGS: dict[str, str] = {
     "samples": "data.samples",
@@ -49,13 +49,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
                         help="any other knob of run or tune, e.g. --set training.encoder_lr=3e-4 --set tune.trials=4")  # fmt: skip
     parser.add_argument(
-        "--space", type=Path, help="space file (search_spaces/*.yaml); its `run:` is what flags override"
+        "--space", type=input_path, help="space file (search_spaces/*.yaml); its `run:` is what flags override"
     )
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run that begins with a trained wire."""
-    parser.add_argument("--from", type=Path, dest="base",
+    parser.add_argument("--from", type=input_path, dest="base",
                         help="export or checkpoint whose configuration and weights the run begins with")  # fmt: skip
     parser.add_argument("--add_receiver", metavar="NAME=MODEL", help="a further receiver (Hub id or directory) for the wire "
                         "of --from: its adapter alone is trained, all else stays as it is")  # fmt: skip
@@ -173,27 +173,63 @@ def home() -> Place:
 
 def at_home(address: str) -> str:
     """An output's address, under :func:`home` where it is relative."""
+    address = expanded(address)
     return address if "://" in address or Path(address).is_absolute() else str(home() / address)
 
 
+def sought(address: str) -> Place:
+    """An input's place: from where the command was given, or else under :func:`home`, if it is there.
+
+    What one job has written is there, and the next one names it by the same relative path.
+    """
+    where = place(address)
+    if isinstance(where, Path) and not where.is_absolute() and not where.exists():
+        written = place(at_home(address))
+        if written.exists():
+            return written
+    return where
+
+
 def input_place(address: str) -> Place:
-    """A place that a flag names. Raises :class:`argparse.ArgumentTypeError`."""
+    """An input's place that a flag names, as :func:`sought`. Raises :class:`argparse.ArgumentTypeError`."""
     try:
-        return place(address)
+        return sought(address)
+    except (ValueError, StorageError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def input_path(address: str) -> Path:
+    """An input's place, which must be on this machine. Raises :class:`argparse.ArgumentTypeError`."""
+    return _here(input_place(address))
+
+
+def output_path(address: str) -> Path:
+    """An output's place on this machine, from where the command is given. Raises :class:`argparse.ArgumentTypeError`."""
+    try:
+        return _here(place(address))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _here(where: Place) -> Path:
+    if not isinstance(where, Path):
+        raise argparse.ArgumentTypeError(f"must be a path on this machine, got {where}; copy it here and name the copy")
+    return where
+
+
 def output_place(address: str) -> Place:
     """An output's place that a flag names, under :func:`home` where it is relative. Raises :class:`argparse.ArgumentTypeError`."""
-    return input_place(at_home(address))
+    try:
+        return place(at_home(address))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def with_home(space: SpaceFile) -> SpaceFile:
     """The space with every local path made absolute: Ray's workers run in directories of their own.
 
-    Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, models' directories) are
-    where the command was given.
+    Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, ``init_from``, ``warm_start``,
+    models' directories) are :func:`sought`.
     """
     tree = space.model_dump(mode="json")
     set_path(tree, "run.data.shard_dir", at_home(space.run.data.shard_dir))
@@ -206,14 +242,20 @@ def with_home(space: SpaceFile) -> SpaceFile:
             if (value := named.get("encoder.model")) is not None:
                 named["encoder.model"] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
     if space.run.data.data_dir is not None:
-        set_path(tree, "run.data.data_dir", str(place(space.run.data.data_dir).absolute()))
+        set_path(tree, "run.data.data_dir", str(sought(space.run.data.data_dir).absolute()))
     if space.run.training.init_from is not None:
-        set_path(tree, "run.training.init_from", str(place(space.run.training.init_from).absolute()))
+        set_path(tree, "run.training.init_from", str(sought(space.run.training.init_from).absolute()))
+    if space.tune.warm_start is not None:
+        set_path(tree, "tune.warm_start", str(sought(space.tune.warm_start).absolute()))
     for receiver in tree["run"]["receivers"]:
         receiver["model"] = _absolute(receiver["model"])
     return SpaceFile.model_validate(tree)
 
 
 def _absolute(model: Any) -> Any:
-    """A model's directory as an absolute path; a Hub id, or another's name, as it is."""
-    return str(Path(model).absolute()) if isinstance(model, str) and Path(model).is_dir() else model
+    """A model's directory as an absolute path, under :func:`home` where it is there alone; a Hub id, or another's name, as it is."""
+    if isinstance(model, str):
+        for base in (Path.cwd(), home()):
+            if isinstance(base, Path) and (base / expanded(model)).is_dir():
+                return str(base.absolute() / expanded(model))
+    return model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import re
 import tempfile
 import uuid
@@ -42,6 +43,17 @@ def refuse_secrets(uri: str) -> str:
             f"node's role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in its environment"
         )
     return uri
+
+
+def expanded(address: str) -> str:
+    """An address with ``~`` and ``$NAME`` replaced, as a shell does: in a file, or after ``=``, no shell sees them.
+
+    Raises :class:`ValueError` for a name that the environment does not have.
+    """
+    address = os.path.expandvars(address)
+    if unset := re.search(r"\$(\w+|\{\w+\})", address):
+        raise ValueError(f"a path's variables must be set, {unset[0]} is not; set it, or write the path out")
+    return address if "://" in address else os.path.expanduser(address)
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,10 @@ Place = Path | Remote
 
 
 def place(address: str | Place) -> Place:
-    """A path on this machine, or in the object store that a URI names."""
+    """A path on this machine, or in the object store that a URI names. Raises :class:`ValueError`, as :func:`expanded`."""
     if isinstance(address, Path | Remote):
         return address
+    address = expanded(address)
     if address.startswith("file://"):
         return Path(unquote(urlsplit(address).path))
     return Remote(address) if "://" in address else Path(address)
@@ -182,6 +195,19 @@ def write(where: Place, fill: Callable[[Path], object]) -> None:
         file = Path(folder) / where.name
         fill(file)
         upload(file, where)
+
+
+def give_umask(file: Path) -> None:
+    """Give a file the permissions that a new one has here: safetensors writes aside with a private file's.
+
+    The process's umask can be read only by changing it, for all threads; so another new file tells it.
+    """
+    probe = file.with_name(f".{file.name}.mode-{uuid.uuid4().hex[:8]}")
+    try:
+        probe.touch(mode=0o666)
+        file.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_text(where: Place, text: str) -> None:

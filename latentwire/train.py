@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
-from latentwire.options import add_flags, add_start, read_space, with_home
+from latentwire.options import add_flags, add_start, output_path, read_space, with_home
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
 from latentwire.tuning import planner, report, scoring
@@ -32,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     add_start(parser)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and results go")
+    parser.add_argument("--output_dir", type=output_path, required=True, help="where checkpoints and results go")
     parser.add_argument("--resume", action="store_true", help="continue in an output_dir that exists")
     parser.add_argument("--profile", type=int, metavar="STEPS",
                         help="only measure so many steps: a Chrome trace and a table of shares in output_dir/profile")  # fmt: skip

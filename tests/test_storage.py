@@ -15,7 +15,8 @@ from latentwire import exports, storage
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, validate
-from latentwire.options import output_place, with_home
+from latentwire.models.weights import cache_dir
+from latentwire.options import input_path, input_place, output_path, output_place, with_home
 from latentwire.storage import Place, Remote, StorageError
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer
@@ -192,4 +193,80 @@ def test_relative_outputs_of_flags_go_home(monkeypatch: pytest.MonkeyPatch, tmp_
     assert output_place(str(tmp_path)) == tmp_path and output_place("gs://x/y") == Remote("gs://x/y")
     with pytest.raises(argparse.ArgumentTypeError, match="a URI must not hold credentials") as caught:
         output_place("s3://key:sesame@bucket/x")
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_jobs_inputs_are_sought_where_its_outputs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What an earlier job wrote under a relative path, the next one names by the same; what was uploaded goes before."""
+    upload, written = tmp_path / "_ray_pkg_1", tmp_path / "home"
+    for folder in (upload / "spaces", written / "runs" / "best", written / "rows", written / "model"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    monkeypatch.setenv("LATENTWIRE_HOME", str(written))
+    assert input_place("runs/best") == input_path("runs/best") == written / "runs" / "best"
+    assert input_place("spaces") == Path("spaces") and input_place("nowhere") == Path("nowhere")
+    (upload / "runs" / "best").mkdir(parents=True)
+    assert input_place("runs/best") == Path("runs/best")
+    tree = {
+        "run": {
+            "data": {"dataset": "custom", "data_dir": "rows"},
+            "training": {"init_from": "runs/best"},
+            "receivers": [{"name": "own", "model": "model"}, {"name": "hub", "model": "org/name"}],
+        },
+        "tune": {"warm_start": "runs/best"},
+    }
+    space = with_home(SpaceFile.model_validate(tree))
+    assert space.run.data.data_dir == str(written / "rows")
+    assert space.run.training.init_from == space.tune.warm_start == str(upload / "runs" / "best")
+    assert [receiver.model for receiver in space.run.receivers] == [str(written / "model"), "org/name"]
+
+
+def test_inputs_are_sought_in_a_bucket_too(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to(monkeypatch, port)
+    home = storage.place(f"s3://bucket/{tmp_path.name}")
+    storage.write_text(home / "runs" / "best" / "manifest.json", "{}")
+    monkeypatch.setenv("LATENTWIRE_HOME", str(home))
+    assert input_place("runs/best") == home / "runs" / "best"
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a path on this machine, got s3://bucket/"):
+        input_path("runs/best")
+
+
+def test_home_and_variables_in_paths_are_replaced_wherever_one_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BUCKET", "s3://bucket")
+    monkeypatch.delenv("LATENTWIRE_HOME", raising=False)
+    (tmp_path / "x").mkdir()
+    place = tmp_path / "x"
+    for given in ("~/x", "$HOME/x", "${HOME}/x"):
+        for flag in (input_place, input_path, output_place, output_path):
+            assert flag(given) == place
+        tree = {
+            "run": {
+                "data": {"dataset": "custom", "data_dir": given, "shard_dir": given},
+                "encoder": {"kind": "lm", "model": given},
+                "training": {"init_from": given},
+                "receivers": [{"name": "own", "model": given}],
+            },
+            "tune": {"warm_start": given, "storage_path": given},
+            "search": {"encoder.model": {"type": "categorical", "choices": [given, "org/name"]}},
+        }
+        space = with_home(SpaceFile.model_validate(tree))
+        run, tune = space.run, space.tune
+        named = [run.data.data_dir, run.data.shard_dir, run.encoder.model, run.training.init_from]
+        named += [run.receivers[0].model, tune.warm_start, tune.storage_path, space.search["encoder.model"].choices[0]]
+        assert named == [str(place)] * 8
+        monkeypatch.setenv("LATENTWIRE_HOME", given)
+        assert output_place("runs") == place / "runs"
+        monkeypatch.setenv("LATENTWIRE_CACHE", given)
+        assert cache_dir() == place
+    assert storage.place("$BUCKET/~/x") == Remote("s3://bucket/~/x")
+    with pytest.raises(
+        ConfigError, match=r"a path's variables must be set, \$NOWHERE is not; set it, or write the path out"
+    ):
+        validate(RunConfig, {"data": {"shard_dir": "$NOWHERE/x"}}, "test")
+    monkeypatch.setenv("SECRET", "key:sesame@bucket")
+    with pytest.raises(ConfigError, match="must not hold credentials") as caught:
+        validate(RunConfig, {"data": {"shard_dir": "s3://$SECRET/x"}}, "test")
     assert "sesame" not in str(caught.value)

@@ -6,10 +6,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from latentwire.storage import refuse_secrets
+from latentwire.storage import expanded, refuse_secrets
 
-Address = Annotated[str, AfterValidator(refuse_secrets)]
-"""A directory, or a URI without credentials: configurations are written into results and reports."""
+Address = Annotated[str, AfterValidator(refuse_secrets), AfterValidator(expanded), AfterValidator(refuse_secrets)]
+"""A directory, or a URI without credentials: configurations are written into results and reports. ``~`` and ``$NAME`` are
+replaced where it is read, so that they mean the same on every machine."""
+Model = Annotated[str, AfterValidator(expanded)]
+"""A Hub id, a directory, or the name of an embedded model."""
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from latentwire.config.section import Section
+from latentwire.config.section import Model, Section
 
 TemplateOptions = dict[str, bool | int | float | str]
 
@@ -24,7 +24,7 @@ class ReceiverConfig(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Short name used in metrics, columns and file names, e.g. ``llama``."""
-    model: str
+    model: Model
     """Hub id, local directory (safetensors, or one holding a ``.gguf`` file; where it holds both, the
     safetensors are read), a ``.gguf`` file, or an embedded one: ``toy-llama``, ``toy-qwen``,
     ``toy-phi``."""
@@ -88,7 +88,7 @@ class EncoderConfig(Section):
     kind: Literal["byte", "st", "lm"] = "byte"
     """Encoder family. ``byte``: from scratch, on UTF-8 bytes; ``st``: token states of a pretrained sentence encoder;
     ``lm``: those of a pretrained causal LM whose attention is made bidirectional (arXiv 2404.05961, 2510.20535)."""
-    model: str | None = None
+    model: Model | None = None
     """Backbone of ``st`` and ``lm``: Hub id, local directory, an embedded toy, or ``receiver:<name>`` for a copy of that
     receiver's weights."""
     model_layers: int | None = Field(None, ge=1)

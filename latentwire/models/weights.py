@@ -24,7 +24,7 @@ from torch import nn
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models import files
 from latentwire.models.files import ReceiverError as ReceiverError
-from latentwire.storage import sha256
+from latentwire.storage import expanded, give_umask, sha256
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 PROBE = "Where is Ada?"
@@ -33,7 +33,7 @@ PROBE = "Where is Ada?"
 
 def cache_dir() -> Path:
     """Directory of converted weights: ``$LATENTWIRE_CACHE``, else ``~/.cache/latentwire``."""
-    return Path(os.environ.get("LATENTWIRE_CACHE", Path.home() / ".cache" / "latentwire"))
+    return Path(expanded(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")))
 
 
 def resolve(config: ReceiverConfig) -> str:
@@ -311,10 +311,13 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
         _refuse_misfit(model, config, found)
         _forget_quantisation(model)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            os.rename(aside, target)
-            os.mkdir(aside)  # for the context manager to remove
+            folder = Path(aside) / target.name  # which others may read where the umask lets them, unlike that around it
+            folder.mkdir()
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            for file in folder.glob("*.safetensors"):
+                give_umask(file)
+            folder.rename(target)
     return target
 
 

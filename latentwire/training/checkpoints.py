@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from latentwire import exports
 from latentwire.assembly import LatentWire
@@ -46,7 +46,7 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
     for index, slots in state["state"].items():
         for slot, value in slots.items():
             tensors[f"optimizer.{index}.{slot}"] = torch.as_tensor(value).detach().cpu()
-    save_file(tensors, path / "training_state.safetensors")
+    exports.write_tensors(tensors, path / "training_state.safetensors")
     document = {
         "progress": asdict(trainer.progress),
         "optimizer_groups": state["param_groups"],

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from latentwire import exports
+from latentwire import exports, storage
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
@@ -54,6 +55,20 @@ def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
     }  # fmt: skip
     trained = sum(p.numel() for p in wire.interlingua.parameters())
     assert sum(json.loads((saved / "manifest.json").read_text())["parameters"].values()) == trained
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_that_the_umask_allows(wire: LatentWire, tmp_path: Path, umask: int) -> None:
+    """A group that shares a directory can read its weights."""
+    before = os.umask(umask)
+    try:
+        path = checkpoints.save(tmp_path / "checkpoint", wire, {}, {}, Trainer(wire, 4))
+        storage.write_text(path / "note.txt", "x")
+    finally:
+        os.umask(before)
+    modes = {str(file.relative_to(path)): file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+    assert "interlingua.safetensors" in modes and path.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_an_export_has_no_training_state(wire: LatentWire, tmp_path: Path) -> None:
