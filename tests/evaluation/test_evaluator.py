@@ -100,6 +100,27 @@ def test_baselines_keep_what_they_say(wire: LatentWire, rows: pa.Table) -> None:
         assert kept("selected", budget=99) == context
 
 
+def test_a_window_lies_anywhere_in_the_text(wire: LatentWire) -> None:
+    """Every place is as likely as another: a window that began at the start would be the cut text once more."""
+    context = list(range(20))
+    starts = [kept_context(wire, "llama", "window", f"row {n}", context, [1], 5)[0] for n in range(1_600)]
+    assert set(starts) == set(range(16))
+    counts = [starts.count(start) for start in range(16)]
+    assert (
+        min(counts) > 100 - 5 * 97**0.5 and max(counts) < 100 + 5 * 97**0.5
+    )  # of a binomial, five standard deviations
+
+
+def test_a_plain_answer_is_its_first_line(wire: LatentWire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base model goes on with a question of its own; what it says after its answer must not count as a part of it."""
+    lm, builder = wire.receivers["llama"], wire.builders["llama"]
+    said = [" red house\nWhere is Ben?", "\n red house \n\nred house", "red house", ""]
+    rows = [lm.tokenizer(text, add_special_tokens=False).input_ids for text in said]
+    monkeypatch.setattr(lm, "generate", lambda *_: Decoded(rows, 0.0, 0.0), raising=False)
+    texts, _ = wire.decode("llama", [builder.text([1, 2], [3])] * len(said))
+    assert texts == ["red house", "red house", "red house", ""]
+
+
 def test_scores_come_with_their_intervals(wire: LatentWire, rows: pa.Table) -> None:
     row = summarise(list(predict(wire, rows, "truncated")))["llama"]
     assert row["em_low"] < row["em"] < row["em_high"]
