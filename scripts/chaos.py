@@ -5,7 +5,8 @@
 
 A sweep of the toy pair runs on a cluster of its own, which outlives its driver. After delays drawn by the seed one of them is
 killed with -9: the sweep's driver, a Train worker, a trial's driver ("trial actor"), or the raylet, and with it the whole
-machine; where trials share their receivers, also a replica. ``ray_jobs/tune.py --resume`` goes on each time. ``--spread`` has
+machine; where trials share their receivers, also a replica. The training rows lie in several files, so that a resumed trial
+that got them in another order would end with another value. ``ray_jobs/tune.py --resume`` goes on each time. ``--spread`` has
 deaths wait for the sweep to get on, so that they meet trials that have ended and trials with checkpoints, not only the first
 ones as they start. In the end every trial's value must be what the same configuration gives in one process that nobody killed;
 the table of deaths and the checks are printed and kept in ``chaos.md``.
@@ -40,7 +41,7 @@ from ray.util.state import list_actors, list_placement_groups
 from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config.resolve import load_space, with_values
-from latentwire.data import streams
+from latentwire.data import shards, streams
 from latentwire.training.loop import Trainer
 from latentwire.tuning import sweep
 from latentwire.tuning.resume import SPACE_FILE
@@ -53,7 +54,7 @@ EVALUATIONS = 4
 """Of each trial, with a checkpoint at each."""
 SPACE = """
 run:
-  data: {dataset: toy, samples: 200, dev_samples: 8, validation_samples: 8, dev_fraction: 0.1}
+  data: {dataset: toy, samples: 200, dev_samples: 8, validation_samples: 8, dev_fraction: 0.1, shard_mib: 0.01}
   encoder: {latent_len: 4, d_z: 16, d_model: 32, layers: 1, heads: 2}
   training: {batch_size: 8, alignment_steps: 2, max_failures: 100}
   evaluation: {max_answer_tokens: 4}
@@ -282,6 +283,9 @@ def checks(chaos: Chaos) -> dict[str, str]:
     near = all(math.isclose(found[number], wanted[number], rel_tol=SHARED_TOLERANCE) for number in wanted)
     same = near if shared else found == wanted
     assert same, f"values {found}, undisturbed {wanted}"
+    space = load_space(chaos.output / SPACE_FILE)
+    rows = shards.read_manifest(shards.shard_path(space.run, "train"))["file_rows"]
+    assert len(rows) > 2, f"{len(rows)} files of rows, whose order nothing could change"
     half = [path for path in chaos.output.rglob(".*") if path.is_dir()]
     assert not half, f"half checkpoints {half}"
     whole = [path for path in chaos.output.rglob("step-*") if exports.read_manifest(path)]
@@ -294,6 +298,7 @@ def checks(chaos: Chaos) -> dict[str, str]:
         "values": f"those of the same configurations in one process, to {SHARED_TOLERANCE:g} of them"
         if shared
         else "those of the same configurations in one process, to the last bit",
+        "training rows": f"in {len(rows)} files, read in one order by every driver",
         "checkpoints": f"{len(whole)} and the export, each whole; nothing half written or half deleted",
         "placement groups and actors left": "none",
     }
