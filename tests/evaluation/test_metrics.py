@@ -11,6 +11,7 @@ from torchmetrics.functional.text import squad
 from latentwire.config import DataConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data.sources import DataError
+from latentwire.evaluate import official, parser
 from latentwire.evaluation.metrics import em_f1, normalise, question_types, score_file
 
 
@@ -207,6 +208,20 @@ def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> Non
     assert question_types(data, "validation") == {"a": "comparison"}
     answers.write_text(json.dumps({"answer": {"a": "yes"}}))
     assert score_file(answers, data) == ({"em": 1 / 3, "f1": 1 / 3, "prec": 1 / 3, "recall": 1 / 3}, 2)
+
+
+def test_predictions_name_a_configuration_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"question": "q", "answer": "yes", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]}
+    for name in ("distractor", "fullwiki"):
+        (tmp_path / f"hotpot_dev_{name}_v1.json").write_text(json.dumps([row | {"_id": name}]))
+    (tmp_path / "answers.json").write_text(json.dumps({"answer": {"fullwiki": "yes"}}))
+    flags = ["--predictions", str(tmp_path / "answers.json"), "--dataset", "hotpotqa", "--data_dir", str(tmp_path)]
+    with pytest.raises(DataError, match=r"choose one by --set data\.config=distractor"):
+        official(parser().parse_args(flags))
+    assert official(parser().parse_args([*flags, "--set", "data.config=fullwiki"])) == 0
+    assert json.loads(capsys.readouterr().out)["em"] == 1.0
+    with pytest.raises(ConfigError, match=r"scored by the data alone, got --set evaluation\.batch_size; leave it out"):
+        official(parser().parse_args([*flags, "--set", "evaluation.batch_size=3"]))
 
 
 def test_lines_that_cannot_be_read_have_no_type_and_no_official_score(tmp_path: Path) -> None:
