@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
+from ray.data import ExecutionOptions
 
 from latentwire.config import RunConfig, TrainingConfig
 from latentwire.config.resolve import with_values
@@ -116,11 +120,49 @@ def written(run: RunConfig, folder: Path, texts: int, size: int, files: int) -> 
     return path
 
 
+class Planned:
+    """Stands for a Ray Dataset that notes by which options it is read."""
+
+    name = "train"
+
+    def __init__(self) -> None:
+        self.context = SimpleNamespace(execution_options=ExecutionOptions())
+        self.read_by: list[ExecutionOptions] = []
+
+    def copy(self, other: "Planned") -> "Planned":
+        return other
+
+    def map_batches(self, *_: object, **__: object) -> "Planned":
+        return self
+
+    def materialize(self) -> "Planned":
+        self.read_by.append(self.context.execution_options)
+        return self
+
+    def iterator(self) -> "Planned":
+        return self.materialize()
+
+    def streaming_split(self, count: int, **_: object) -> list["Planned"]:
+        return [self.materialize()] * count
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_are_asked_for_in_order(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    """Both where they are made and where Train hands them out, which sets options of its own."""
+    train, planned = written(run, tmp_path, texts=6, size=400, files=2), Planned()
+    monkeypatch.setattr(ray.data, "from_items", lambda *_, **__: planned)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 1e9})
+    dataset = streams.ray_dataset(train, {}, ["id"], in_memory=in_memory)
+    assert planned.context.execution_options.preserve_order
+    data_config().configure({"train": dataset, "dev": dataset}, 2, None, None)
+    assert len(planned.read_by) == in_memory + 3 and all(options.preserve_order for options in planned.read_by)
+
+
 @pytest.fixture(scope="module")
 def small_store() -> Iterator[None]:
     """Ray with an object store of 80 MB."""
-    import ray
-
     ray.init(num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
