@@ -178,7 +178,7 @@ def at_home(address: str) -> str:
 
 
 def sought(address: str) -> Place:
-    """An input's place: from where the command was given, or else under :func:`home`, if it is there.
+    """An input's place: where the command was given, or else under :func:`home`, if it is there.
 
     What one job has written is there, and the next one names it by the same relative path.
     """
@@ -191,7 +191,7 @@ def sought(address: str) -> Place:
 
 
 def input_place(address: str) -> Place:
-    """An input's place that a flag names, as :func:`sought`. Raises :class:`argparse.ArgumentTypeError`."""
+    """A flag's input, as :func:`sought`. Raises :class:`argparse.ArgumentTypeError`."""
     try:
         return sought(address)
     except (ValueError, StorageError) as error:
@@ -199,12 +199,12 @@ def input_place(address: str) -> Place:
 
 
 def input_path(address: str) -> Path:
-    """An input's place, which must be on this machine. Raises :class:`argparse.ArgumentTypeError`."""
+    """A flag's input on this machine. Raises :class:`argparse.ArgumentTypeError`."""
     return _here(input_place(address))
 
 
 def output_path(address: str) -> Path:
-    """An output's place on this machine, from where the command is given. Raises :class:`argparse.ArgumentTypeError`."""
+    """A flag's output on this machine. Raises :class:`argparse.ArgumentTypeError`."""
     try:
         return _here(place(address))
     except ValueError as error:
@@ -253,7 +253,7 @@ def with_home(space: SpaceFile) -> SpaceFile:
 
 
 def _absolute(model: Any) -> Any:
-    """A model's directory as an absolute path, under :func:`home` where it is there alone; a Hub id, or another's name, as it is."""
+    """A model's directory as an absolute path, sought as other inputs are; any other name as it is."""
     if isinstance(model, str):
         for base in (Path.cwd(), home()):
             if isinstance(base, Path) and (base / expanded(model)).is_dir():

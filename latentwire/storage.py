@@ -46,7 +46,7 @@ def refuse_secrets(uri: str) -> str:
 
 
 def expanded(address: str) -> str:
-    """An address with ``~`` and ``$NAME`` replaced, as a shell does: in a file, or after ``=``, no shell sees them.
+    """An address with ``~`` and ``$NAME`` replaced: in a file, or after ``=``, no shell does it.
 
     Raises :class:`ValueError` for a name that the environment does not have.
     """
@@ -127,7 +127,7 @@ Place = Path | Remote
 
 
 def place(address: str | Place) -> Place:
-    """A path on this machine, or in the object store that a URI names. Raises :class:`ValueError`, as :func:`expanded`."""
+    """A path on this machine, or in the store that a URI names. Raises :class:`ValueError`."""
     if isinstance(address, Path | Remote):
         return address
     address = expanded(address)
@@ -198,9 +198,9 @@ def write(where: Place, fill: Callable[[Path], object]) -> None:
 
 
 def give_umask(file: Path) -> None:
-    """Give a file the permissions that a new one has here: safetensors writes aside with a private file's.
+    """Give a file the permissions that a new one has here: safetensors leaves those of a private one.
 
-    The process's umask can be read only by changing it, for all threads; so another new file tells it.
+    The umask can be read only by changing it, for all threads; so another new file tells it.
     """
     probe = file.with_name(f".{file.name}.mode-{uuid.uuid4().hex[:8]}")
     try:

@@ -279,12 +279,11 @@ def checks(chaos: Chaos) -> dict[str, str]:
     assert states == {TrialState.COMPLETE}, f"states {states}"
     wanted = undisturbed(chaos.output)
     found = {trial.number: float(trial.value) for trial in trials}
-    shared = chaos.receivers == "shared"
     near = all(math.isclose(found[number], wanted[number], rel_tol=SHARED_TOLERANCE) for number in wanted)
-    same = near if shared else found == wanted
+    same = near if (shared := chaos.receivers == "shared") else found == wanted
     assert same, f"values {found}, undisturbed {wanted}"
-    space = load_space(chaos.output / SPACE_FILE)
-    rows = shards.read_manifest(shards.shard_path(space.run, "train"))["file_rows"]
+    train = shards.shard_path(load_space(chaos.output / SPACE_FILE).run, "train")
+    rows = shards.read_manifest(train)["file_rows"]
     assert len(rows) > 2, f"{len(rows)} files of rows, whose order nothing could change"
     half = [path for path in chaos.output.rglob(".*") if path.is_dir()]
     assert not half, f"half checkpoints {half}"

@@ -18,14 +18,16 @@ class DataConfig(Section):
     ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without questions; a text that stands in several
     rows of a file is read once. ``toy`` is generated."""
     data_dir: Address | None = None
-    """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with files of the training and the validation split:
-    parquet in the Hub's schema, official JSON, a list of rows, or jsonl; the last three may be ``.gz``, ``.zst`` or
-    ``.bz2``. A file, or its folder, is named after its split: ``train``, or ``validation``, ``valid``, ``val``, ``dev``, in any
-    case. Where a folder of the dataset's name has them, it alone is read. ``None``: the Hub, where the dataset has an
-    id there; ``toy`` reads no files."""
+    """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with files of the training and the
+    validation split: parquet in the Hub's schema, official JSON, a list of rows, or jsonl; the last
+    three may be ``.gz``, ``.zst`` or ``.bz2``. A file, or its folder, is named after its split:
+    ``train``, or ``validation``, ``valid``, ``val``, ``dev``, in any case. Where a folder of the
+    dataset's name has them, it alone is read. ``None``: the Hub, where the dataset has an id there;
+    ``toy`` reads no files."""
     config: str | None = Field(None, min_length=1)
-    """Which of the dataset's configurations is read where there are several, e.g. ``distractor`` or ``fullwiki`` of HotpotQA:
-    a word of the files' names or folders, or on the Hub its name there. ``None``: the only one; on the Hub, the usual one."""
+    """Which of the dataset's configurations is read where there are several, e.g. ``distractor`` or
+    ``fullwiki`` of HotpotQA: a word of the files' names or folders, or on the Hub its name there.
+    ``None``: the only one; on the Hub, the usual one."""
     samples: int = Field(20_000, ge=0)
     """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below
     count rows before they are cut into chunks."""

@@ -1,7 +1,7 @@
 """Files as people have them: which of a directory are a split's, and how each is opened.
 
-A data directory is a local path or a URI that pyarrow knows (``s3://…``, ``gs://…``); files are read through its file
-systems, in pieces of a few thousand rows that tasks can share out.
+A data directory is a local path or a URI that pyarrow knows (``s3://…``, ``gs://…``); files are
+read through its file systems, in pieces of a few thousand rows that tasks can share out.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ LISTED = 20
 
 
 class DataError(UserError):
-    """Data that cannot be read at all; the message says what was expected, what was found and where."""
+    """Data that cannot be read at all; says what was expected, what was found and where."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: row groups of a Parquet file, bytes of a file of lines, or all there is."""
+    """What one task reads: row groups of a Parquet file, bytes of a file of lines, or all."""
 
     name: str
     """The file's path in its file system; the dataset's name where there is no file."""
@@ -58,7 +58,7 @@ class Piece:
     stop: int = ALL
     """Row, or byte, after the last."""
     key: str = ""
-    """What tells the file from the split's others, wherever the directory is; empty where there is no file."""
+    """What tells the file from the split's others, wherever the directory is; empty without a file."""
     form: Form = "lines"
 
 
@@ -93,9 +93,9 @@ class File:
 def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, File]]:
     """The file system of a data directory, and a split's files there by their keys.
 
-    A key is the file's path below the folder that the split's files have in common. Hidden files, and those whose names
-    begin with ``_``, are passed over, and so are folders of such names. Raises :class:`DataError` where there is no file
-    of the split, or where those of several configurations are.
+    A key is the file's path below the folder that the split's files have in common. Hidden files, and
+    those whose names begin with ``_``, are passed over, and so are folders of such names. Raises
+    :class:`DataError` where there is no file of the split, or where there are several configurations.
     """
     system, root = system_of(config)
     with explained(config.data_dir):
@@ -133,7 +133,7 @@ def _seen(listing: Iterable[fs.FileInfo], root: str) -> Iterator[File]:
 
 
 def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -> list[File]:
-    """The split's files, of the configuration that ``data.config`` names where the directory holds several."""
+    """The split's files; of several configurations, those of the one that ``data.config`` names."""
     own = [file for file in files if split in file.splits]
     known = schema_of(config.dataset).configurations
     if config.config is not None:
@@ -144,7 +144,7 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
                 f"got {config.config} for {held}"
             )
         named = [file for file in own if _names(file, config.config)]
-        # A split that the configurations share, as HotpotQA's training rows are, names none of them.
+        # A split that configurations share, as HotpotQA's training rows are, names none of them.
         return named or [file for file in own if not any(_names(file, word) for word in known)]
     labels = {word for word in known if any(_names(file, word) for file in own)}
     if known:
@@ -200,7 +200,7 @@ def _open(system: fs.FileSystem, path: str) -> io.BufferedReader:
 
 
 def pieces(config: DataConfig, split: Split) -> list[Piece]:
-    """What tasks can read side by side. Raises :class:`DataError` for files that hold no such data."""
+    """What tasks can read side by side. Raises :class:`DataError` for files without such data."""
     system, files = find(config, split)
     return [piece for key, file in files.items() for piece in _pieces(system, file, key, config.dataset)]
 
@@ -209,7 +209,7 @@ def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterat
     if file.extension == ".parquet":
         metadata = open_parquet(system, file.path, dataset).metadata
         start = stop = 0
-        for group in range(metadata.num_row_groups):  # a row group is decoded as a whole: one task reads it, once
+        for group in range(metadata.num_row_groups):  # decoded as a whole: one task reads it, once
             stop += metadata.row_group(group).num_rows
             if stop - start >= PIECE_ROWS or (stop > start and group == metadata.num_row_groups - 1):
                 yield Piece(file.path, start, stop, key, "parquet")
@@ -225,7 +225,7 @@ def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterat
 
 
 def _form(system: fs.FileSystem, file: File) -> Form:
-    """What a file of JSON is, whatever its name says: people save either form under the other's name."""
+    """What a file of JSON is, whatever its name: people save either form under the other's name."""
     first = second = b""
     with explained(file.path), _open(system, file.path) as stream:
         for line in _lines_of(stream):
@@ -299,7 +299,7 @@ def _parquet_rows(parquet: pq.ParquetFile, piece: Piece) -> Iterator[Row]:
 
 
 def _table_rows(table: pa.Table) -> Iterator[Row]:
-    """Rows as columns. A text column may hold bytes that are no UTF-8: such a row is passed on raw, to be rejected."""
+    """Rows as columns. One whose text is no UTF-8 is passed on raw, to be rejected."""
     try:
         yield from table.to_pylist()
     except UnicodeDecodeError as error:
@@ -333,7 +333,7 @@ def _lines_of(stream: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _official(document: Any, file: str) -> Iterator[Any]:
-    """SQuAD's nested articles, HotpotQA's flat list, or a plain list of rows, on its own or under ``data``."""
+    """SQuAD's nested articles, HotpotQA's list, or a plain list of rows, alone or under ``data``."""
     entries = document.get("data") if isinstance(document, dict) else document
     if not isinstance(entries, list):
         raise DataError(

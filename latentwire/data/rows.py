@@ -1,7 +1,8 @@
 """What a good row is: rows as people write them, brought into one schema.
 
-Every row ends in the same columns: ``id``, ``document`` (rows of one document never straddle a split), ``context``,
-``question``, ``answers``. What cannot be brought into that form is a reject with a reason, never a silent drop.
+Every row ends in the same columns: ``id``, ``document`` (rows of one document never straddle a split),
+``context``, ``question``, ``answers``. What cannot be brought into that form is a reject with a
+reason, never a silent drop.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _row(row: dict[str, Any], context: str, question: str, document: str) -> dic
 
 
 def answers_of(row: dict[str, Any]) -> list[str]:
-    """A row's answers as they are written: text, a list of text, ``{"text": …}``, or a list of ``{"text": …}``.
+    """A row's answers as they are written: text or ``{"text": …}``, or a list of either.
 
     Raises :class:`RowError` with the reason.
     """
@@ -189,7 +190,7 @@ class Schema:
     columns: tuple[frozenset[str], ...]
     """What a Parquet file must have: a column of each of these sets."""
     configurations: tuple[str, ...] = ()
-    """Words by which files say of which configuration they are, where the dataset comes in several."""
+    """Words by which files name their configuration, where the dataset comes in several."""
 
 
 _ASKING = (frozenset({"context"}), frozenset({"question"}), frozenset({"answers", "answer"}))

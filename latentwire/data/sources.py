@@ -1,6 +1,7 @@
 """Where question-answering rows come from: files, the Hub, or the toy's generator.
 
-What a good row is, :mod:`latentwire.data.rows` says; which files are read and how, :mod:`latentwire.data.files`.
+What a good row is, :mod:`latentwire.data.rows` says; which files are read and how,
+:mod:`latentwire.data.files`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = [
     "read",
 ]  # fmt: skip
 HUB_IDS = {"squad": ("rajpurkar/squad", None), "hotpotqa": ("hotpotqa/hotpot_qa", "distractor")}
-"""Dataset → its id on the Hub, and the configuration that is read unless ``data.config`` names another."""
+"""Dataset → its id on the Hub, and the configuration that is read unless ``data.config`` says."""
 
 
 def pieces(config: DataConfig, split: Split) -> list[Piece]:

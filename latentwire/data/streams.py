@@ -58,9 +58,9 @@ def ray_dataset(train: Place, told: Mapping[str, Place], columns: Sequence[str],
     """Training rows as a Ray Dataset; Ray must be running.
 
     ``in_memory``: held in the object store, once for all trials. Else read anew in every epoch, block by block, by tasks
-    whose CPUs the planner reserves. Either way in the order of the files and of their rows, whichever task ends first: a run
-    that is resumed skips the batches that it has used. Raises :class:`~latentwire.data.sources.DataError` for rows that
-    the store cannot hold.
+    whose CPUs the planner reserves. Either way in the order of the files and of their rows, whichever
+    task ends first: a run that is resumed skips the batches that it has used. Raises
+    :class:`~latentwire.data.sources.DataError` for rows that the store cannot hold.
     """
     import ray
     import ray.data

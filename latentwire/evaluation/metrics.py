@@ -150,7 +150,7 @@ def _only_answer(row: dict[str, Any]) -> str:
 
 
 def _gold_facts(facts: Any) -> set[tuple[str, int]]:
-    """Supporting facts in the Hub's columns, or in the official JSON's pairs, as pairs; none where the row does not say."""
+    """Supporting facts, in the Hub's columns or in pairs, as pairs; none where the row does not say."""
     try:
         pairs = zip(facts["title"], facts["sent_id"], strict=True) if isinstance(facts, dict) else facts or ()
         return {(str(title), int(sentence)) for title, sentence in pairs}
@@ -166,7 +166,7 @@ def _raw(data: DataConfig, split: sources.Split) -> Iterator[sources.Row]:
 
 
 def _squad(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
-    """Scores in percent: by the rules of SQuAD 2.0 where a question has no answer, else by those of v1.1."""
+    """Scores in percent, by SQuAD 2.0's rules where a question has no answer, else by v1.1's."""
     if any(row.get("is_impossible") is not None or not row["answers"] for row in rows):
         return _squad_v2(rows, answers)
     totals = {"exact_match": 0.0, "f1": 0.0}
@@ -178,7 +178,7 @@ def _squad(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, 
 
 
 def _squad_v2(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
-    """What ``evaluate-v2.0.py`` prints without probabilities: over all questions, those with an answer, those without."""
+    """What ``evaluate-v2.0.py`` prints: over all questions, those with an answer, those without."""
     scores: dict[str, list[tuple[float, float]]] = {"": [], "HasAns_": [], "NoAns_": []}
     for row in rows:
         golds = [gold for gold in row["answers"] if normalise(gold)] or [""]
@@ -196,7 +196,7 @@ def _squad_v2(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[st
 
 
 def _v2_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
-    """(EM, F1): an answer of which nothing is left after normalisation is right where there is none, and wrong elsewhere."""
+    """(EM, F1): an answer of which normalisation leaves nothing is right only where there is none."""
     exact = max(float(normalise(prediction) == normalise(gold)) for gold in golds)
     f1 = max(
         _scores(prediction, gold, "squad")["f1"]

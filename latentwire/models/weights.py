@@ -311,7 +311,7 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
         _refuse_misfit(model, config, found)
         _forget_quantisation(model)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            folder = Path(aside) / target.name  # which others may read where the umask lets them, unlike that around it
+            folder = Path(aside) / target.name  # as readable as the umask allows, unlike ``aside``
             folder.mkdir()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

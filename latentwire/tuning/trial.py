@@ -146,10 +146,11 @@ def name_cluster() -> None:
 
 
 def data_config() -> ray.train.DataConfig:
-    """How Train hands datasets to workers: ``train`` in shares, ``dev`` whole, both in the same order every time.
+    """Return how Train hands datasets to workers: ``train`` in shares, ``dev`` whole, both in order.
 
-    Train reads them by options of its own, not by those that they were made with. A resumed run skips the batches that it
-    has used, so an order that hangs on which task ends first would repeat some rows and leave out others.
+    Train reads them by options of its own, not by those that they were made with. A resumed run skips
+    the batches that it has used: in an order that hangs on which task ends first it would repeat some
+    rows and leave out others.
     """
     in_order = ray.data.ExecutionOptions(preserve_order=True)
     return ray.train.DataConfig(datasets_to_split=["train"], execution_options=in_order)
