@@ -17,7 +17,7 @@ from latentwire.models.weights import ReceiverError
 from latentwire.training.loop import Trainer
 from latentwire.tuning.fleet import serving, usage
 from latentwire.tuning.planner import plan
-from latentwire.tuning.service import shared_receivers
+from latentwire.tuning.service import ReplicaActor, Served, shared_receivers
 from tests.conftest import shard_table
 
 
@@ -93,3 +93,18 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
             time.sleep(0.1)
     finally:
         ray.shutdown()
+
+
+def test_a_replica_begins_at_once_and_answers_when_it_has_loaded(run: RunConfig) -> None:
+    """What it cannot load is told by whoever asks, as the receiver's own error."""
+    training = {"gradient_checkpointing": False, "compile": False}
+    replica = ReplicaActor(run.receivers[0].model_dump(mode="json"), training, 0, 1)
+    assert replica.facts().fingerprint == replica.fingerprint()
+    assert replica.told() == {"accounts": {}, "passes": 0, "waiting": 0}
+    peers = [Served("node-0", replica), Served("node-1", replica)]
+    assert replica.met() == []  # as after a restart
+    replica.meet(peers)
+    assert replica.met() == peers
+    missing = run.receivers[0].model_copy(update={"model": "nowhere/at-all"})
+    with pytest.raises(ReceiverError):
+        ReplicaActor(missing.model_dump(mode="json"), training, 0, 1).facts()
