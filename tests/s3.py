@@ -11,13 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
-SERVER = Path(os.environ.get("LATENTWIRE_S3SERVER", Path(__file__).parent.parent / ".s3server"))
-"""Where ``make s3server`` puts moto: botocore wants an older dateutil than pandas brings, so it stays apart."""
 SECRET = "planted-secret-of-the-bucket"
 
 
@@ -42,10 +39,8 @@ def point_to(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 @contextlib.contextmanager
 def bucket() -> Iterator[int]:
     """The port of a running S3; its bucket is called ``bucket``."""
-    if not (SERVER / "moto").is_dir():
-        pytest.skip("needs `make s3server`")
     port = free_port()
-    environment = os.environ | {"PYTHONPATH": str(SERVER), "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    environment = os.environ | {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """The cluster files are what `ray up` takes, and keep what docs/cluster.md and SECURITY.md promise of them."""
 
 import copy
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import ValidationError
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from scripts import cluster_requirements
 
 FILES = ("cluster.yaml", "cluster.gcp.yaml")
 REPOSITORY = Path(__file__).parent.parent
@@ -70,7 +74,61 @@ def test_the_cluster_is_closed(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1] and "0.0.0.0" not in text
     assert "RAY_AUTH_MODE=token" in "".join(config["docker"]["run_options"])
     assert not any(word in text for word in ("AWS_SECRET", "HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN="))
-    assert {".env", ".git/", ".venv/"} <= set(config["rsync_exclude"])
+    assert config["provider"]["use_internal_ips"] and config["provider"]["use_external_head_ip"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_sent_holds_no_environment_and_no_run(name: str) -> None:
+    """Ray reads and hashes every file below what is mounted: nothing that a user makes may come to lie there."""
+    mounts = {place for place in read(name)["file_mounts"].values() if not place.startswith("~")}
+    files = [file for place in mounts for file in (REPOSITORY / place).rglob("*")]
+    assert [file.relative_to(REPOSITORY) for file in files] == [Path("cluster/requirements.txt")]
+
+
+def test_nodes_install_the_projects_pins() -> None:
+    assert cluster_requirements.PAGE.read_text() == cluster_requirements.page(), (
+        "python scripts/cluster_requirements.py"
+    )
+
+
+def test_the_pins_agree_with_each_other() -> None:
+    """`pip install -c constraints.txt '.[aws,gcp]'` has an answer: every package takes the pins of those that it needs."""
+    pins = {name: line.partition("==")[2] for name, line in cluster_requirements.pins().items()}
+    refused = [
+        f"{who} needs {needed}, pinned is {pins[canonicalize_name(needed.name)]}"
+        for who, needed in cluster_requirements.needs(cluster_requirements.asked_for())
+        if not needed.specifier.contains(pins[canonicalize_name(needed.name)], prereleases=True)
+    ]
+    assert not refused
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_user_fills_in_is_named_at_the_top(name: str) -> None:
+    text = (REPOSITORY / name).read_text()
+    top, rest = text.split("cluster_name:", 1)
+    code = "\n".join(line.partition(" #")[0] for line in rest.splitlines() if not line.lstrip().startswith("#"))
+    blanks = set(re.findall(r"\b(ACCOUNT|BUCKET|FILESYSTEM|FILESTORE|PROJECT)\b", code))
+    assert blanks and blanks == set(re.findall(r"\b(ACCOUNT|BUCKET|FILESYSTEM|FILESTORE|PROJECT)\b", top))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_gpu_is_asked_for_where_there_is_one(name: str) -> None:
+    config = read(name)
+    assert config["docker"]["disable_automatic_runtime_detection"]  # which starts without one where the driver is late
+    for kind in config["available_node_types"].values():
+        docker = kind.get("docker", {})
+        assert ("--gpus all" in docker.get("worker_run_options", [])) == ("GPU" in kind["resources"])
+        assert kind["resources"].get("GPU") or docker.get("worker_image", config["docker"]["head_image"]).endswith(
+            "py311"
+        )
+
+
+def test_both_clouds_set_up_their_nodes_alike() -> None:
+    """But for the file system's address and options, and the type of mount."""
+    aws, gcp = (read(name) for name in FILES)
+    for key in ("initialization_commands", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        pairs = zip(aws[key], gcp[key], strict=True)
+        assert all(a == g or ("mount -t nfs4" in a and "mount -t nfs4" in g) for a, g in pairs)
 
 
 def test_the_rayjob_of_the_docs_is_yaml_of_the_same_versions() -> None:
