@@ -12,12 +12,17 @@ What stands here is loaded when it is used, so that the command lines start with
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentwire.assembly import LatentWire
     from latentwire.models.message import Message
     from latentwire.wire import WireError
+
+# Threads of one operation wait for each other asleep. By default they spin, and where other processes want the same cores,
+# what they wait for cannot run. OpenMP reads this once, when torch is loaded, and Ray's workers inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["LatentWire", "Message", "WireError"]
 __version__ = "0.1.0"

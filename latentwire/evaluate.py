@@ -26,6 +26,7 @@ from latentwire.evaluation.metrics import DATASETS, score_file
 from latentwire.evaluation.settings import WIDTHS
 from latentwire.options import assigned, input_path, input_place, output_place, override_run, sought
 from latentwire.storage import local, write_text
+from latentwire.threads import use_threads
 from latentwire.training.checkpoints import load_wire
 from latentwire.tuning import scoring
 from latentwire.tuning.output import asked, show_and_write
@@ -92,6 +93,7 @@ def main() -> int:
             exports.read_manifest(folder)
             run = override_run(exports.read_run(folder), options.assignments)
             wanted = asked(options, run)
+            use_threads(run.training.cpus_per_worker)
             path = local_shards(run, (options.split,))[options.split]
             wire, _ = load_wire(folder, run)
         predictions = scoring.predict_settings(wire, path, wanted.rows, joint=not options.no_joint)

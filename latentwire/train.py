@@ -21,6 +21,7 @@ from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, add_start, output_path, read_space, with_home
+from latentwire.threads import cores, use_threads
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
 from latentwire.tuning import planner, report, scoring
@@ -42,6 +43,9 @@ def main() -> int:
         if output.exists() and not options.resume:
             raise ConfigError(f"output_dir must not exist yet, got {output}; name another one or add --resume")
         print(f"run: {space.run.model_dump_json()}", flush=True)
+        print(
+            f"threads: {use_threads(space.run.training.cpus_per_worker)} of {cores()} cores (training.cpus_per_worker)"
+        )
         planner.check_start(space.run)
         here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
         print(planner.plan(space, here, planner.node_memory()), flush=True)

@@ -95,7 +95,7 @@ class TrainingConfig(Section):
     num_workers: int = Field(1, ge=1)
     """Data-parallel workers of one run (Ray only)."""
     cpus_per_worker: float = Field(1, gt=0)
-    """CPUs that one worker asks Ray for; also its torch threads."""
+    """CPUs that one worker asks Ray for; also the threads that it, or a plain command, computes with."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs that one worker asks Ray for. ``None``: 1 where the cluster has any, else 0."""
     worker_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)

@@ -31,6 +31,7 @@ from latentwire.losses.terms import TeacherRows, normalised, teacher_rows
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import resolve
 from latentwire.storage import Place, place, read_parquet, size, write
+from latentwire.threads import use_threads
 
 TEACHER_VERSION = 2
 """Raised whenever the same columns would hold other numbers."""
@@ -134,7 +135,7 @@ class TeacherReader:
 
     def __init__(self, run: Mapping[str, Any], name: str, train: str, path: str) -> None:
         self.run, self.train, self.path = RunConfig.model_validate(run), place(train), place(path)
-        torch.set_num_threads(max(1, int(self.run.training.cpus_per_worker)))
+        use_threads(self.run.training.cpus_per_worker)
         receiver = next(receiver for receiver in self.run.receivers if receiver.name == name)
         self.lm = LMWrapper(receiver)
         self.builder = SequenceBuilder(self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +86,19 @@ class _Rows:
 
 @torch.no_grad()
 def predict(
-    wire: LatentWire, table: pa.Table, setting: Setting | Mode, rows: range | None = None, *, joint: bool = False
+    wire: LatentWire,
+    table: pa.Table,
+    setting: Setting | Mode,
+    rows: range | None = None,
+    *,
+    joint: bool = False,
+    on_rows: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
     """Predictions of every receiver for rows of ``table`` (shard columns; ``rows``: all), batch by batch.
 
     ``setting``: what the receivers read; a mode alone has messages of the wire's own length. ``joint``: where receivers
     disagree, each also says how likely it finds every one's answer. Batches begin at multiples of the batch size wherever
-    ``rows`` does, so that parts of a table give what the whole gives.
+    ``rows`` does, so that parts of a table give what the whole gives. ``on_rows`` is told of each batch how many rows it had.
     """
     setting = setting if isinstance(setting, Setting) else Setting(setting)
     wire.interlingua.eval()
@@ -105,6 +111,8 @@ def predict(
         found = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
         if joint and any(len({own.text for own in row}) > 1 for row in zip(*found, strict=True)):
             found = [_judged(wire, batch, own) for own in found]
+        if on_rows is not None:
+            on_rows(part.num_rows)
         for own in found:
             yield from own
 

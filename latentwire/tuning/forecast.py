@@ -17,6 +17,7 @@ from latentwire.config import LossConfig, RunConfig, SpaceFile
 from latentwire.data import shards, teachers
 from latentwire.models.weights import load_hf_config
 from latentwire.storage import Place
+from latentwire.threads import use_threads
 from latentwire.tuning.autoscaler import addable_nodes, living_nodes
 from latentwire.tuning.devices import pieces, times
 from latentwire.tuning.planner import Plan, PlanError
@@ -164,11 +165,11 @@ def forecast(space: SpaceFile, plan: Plan, output: Place) -> Forecast:
 
 def measure_rate(run: RunConfig, gpus: float) -> float:
     """FLOP/s of a matrix product on one worker's resources, in a task of its own."""
-    return float(on_cluster(run, gpus, _matrix_product, int(max(1, run.training.cpus_per_worker))))
+    return float(on_cluster(run, gpus, _matrix_product, run.training.cpus_per_worker))
 
 
-def _matrix_product(threads: int) -> float:
-    torch.set_num_threads(threads)
+def _matrix_product(cpus: float) -> float:
+    use_threads(cpus)
     cuda = torch.cuda.is_available()
     size, kind = (4096, torch.bfloat16) if cuda else (768, torch.float32)
     matrix = torch.randn(size, size, dtype=kind, device="cuda" if cuda else "cpu")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.data.pipeline import quiet_ray_data
 from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.progress import duration, seconds_left
 from latentwire.evaluation.settings import Setting
 from latentwire.storage import Place, local, place
+from latentwire.threads import use_threads
 from latentwire.training import checkpoints
 from latentwire.tuning.devices import pieces, times
 from latentwire.tuning.planner import Plan
@@ -26,9 +28,9 @@ class Scorer:
     """One copy of a wire, and the split's rows; called with a part of the work."""
 
     def __init__(
-        self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, joint: bool, threads: int
+        self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, joint: bool, cpus: float
     ) -> None:
-        torch.set_num_threads(threads)
+        use_threads(cpus)
         with local(place(checkpoint)) as folder:
             self.wire, _ = checkpoints.load_wire(folder, run)
         self.table, self.settings, self.joint = shards.read_table(place(path)), settings, joint
@@ -70,17 +72,19 @@ def predict_pool(
     ]
     scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         Scorer,
-        fn_constructor_args=(str(checkpoint), str(path), settings, run, joint, max(1, int(cpus))),
+        fn_constructor_args=(str(checkpoint), str(path), settings, run, joint, cpus),
         batch_size=1,
         concurrency=min(copies, len(parts)),
         num_cpus=cpus,
         num_gpus=gpus,
     )
     rows: list[dict[str, Any]] = []
+    began, work = time.monotonic(), total * len(settings)
     for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         rows += part.to_pylist()
         done = len(rows) // len(run.receivers)
-        print(f"scored {done:,}/{total * len(settings):,} rows of {len(settings)} settings", flush=True)
+        left = duration(seconds_left(done, work, time.monotonic() - began))
+        print(f"scored {done:,}/{work:,} rows of {len(settings)} settings, about {left} left", flush=True)
     rows.sort(key=lambda row: tuple(row["place"]))
     found: dict[str, list[Prediction]] = {setting.key: [] for setting in settings}
     for row in rows:

@@ -6,6 +6,7 @@ installed.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.pin import evaluation_pin
+from latentwire.evaluation.progress import ScoringProgress
 from latentwire.evaluation.settings import Setting, label
 from latentwire.evaluation.summary import summarise
 from latentwire.storage import Place, directory, local, write, write_text
@@ -68,9 +70,11 @@ def predict_settings(
     """
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
-    for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
-        predictions[setting.key] = list(predict(wire, table, setting, joint=joint))
-        print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
+    with ScoringProgress(table.num_rows * len(settings)) as progress:
+        for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
+            on_rows = functools.partial(progress.advance, label(setting.key))
+            predictions[setting.key] = list(predict(wire, table, setting, joint=joint, on_rows=on_rows))
+            print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
     return predictions
 
 

@@ -22,6 +22,7 @@ from latentwire.data import streams
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
 from latentwire.storage import place
+from latentwire.threads import use_threads
 from latentwire.training import checkpoints, kept
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers
@@ -53,7 +54,7 @@ def train(settings: dict[str, Any]) -> None:
 
 def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     entered = time.time()
-    torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))  # Ray leaves torch at the machine's count
+    use_threads(run.training.cpus_per_worker)  # Ray leaves torch at the machine's count
     cap_memory(settings["gpus"])
     workers = Workers()
     served = settings["served"]

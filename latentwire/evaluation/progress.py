@@ -1,0 +1,68 @@
+"""How far a scoring is, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 30.0
+"""Between two lines where there is no terminal, as in a job's log."""
+
+
+class ScoringProgress:
+    """A bar in a terminal; elsewhere a line now and then. Rows count once for each setting that they are scored in."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.total, self.done = total, 0
+        self.console = console or Console()
+        self.began = self.said = time.monotonic()
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(
+            TextColumn("scoring {task.description}"), *columns, console=self.console, transient=True,
+            disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> ScoringProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def advance(self, what: str, rows: int) -> None:
+        """``rows`` more are scored; ``what`` names the setting."""
+        self.done += rows
+        self.bar.update(self.task, advance=rows, description=what)
+        now = time.monotonic()
+        if self.console.is_terminal or now - self.said < LINE_SECONDS or self.done >= self.total:
+            return
+        self.said = now
+        left = seconds_left(self.done, self.total, now - self.began)
+        print(f"scoring {what}: {self.done:,}/{self.total:,} rows, about {duration(left)} left", flush=True)
+
+
+def seconds_left(done: int, total: int, seconds: float) -> float:
+    """What is left takes as long a row as what is done took."""
+    return seconds / done * (total - done)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
