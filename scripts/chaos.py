@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,7 @@ class Chaos:
     deaths: list[Death] = field(default_factory=list)
     began: float = field(default_factory=time.time)
     cluster: Cluster | None = None
+    driver: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
         """Kill and resume until the sweep is through."""
@@ -161,7 +163,17 @@ class Chaos:
                 command += ["--set", f"{path}={value}"]
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address, "RAY_DEDUP_LOGS": "0"}
         with (self.output.parent / f"{self.output.name}.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        return self.driver
+
+    def stop(self) -> None:
+        """End what is still running: the driver, then the cluster."""
+        if self.driver is not None:
+            self.driver.kill()  # which does nothing to one that has ended
+            self.driver.wait()
+        ray.shutdown()
+        if self.cluster is not None:
+            self.cluster.shutdown()
 
     def kill(self, victim: str, process: subprocess.Popen[bytes]) -> int | None:
         """Kill one of them; returns the driver's exit status where it does not go on by itself."""
@@ -292,11 +304,10 @@ def checks(chaos: Chaos) -> dict[str, str]:
     groups, actors = leaked()
     assert not groups, f"placement groups {groups}"
     assert not actors, f"actors {actors}"
+    exactly = f"to {SHARED_TOLERANCE:g} of them" if shared else "to the last bit"
     return {
         "trials": f"{len(trials)}, all COMPLETE, none RUNNING",
-        "values": f"those of the same configurations in one process, to {SHARED_TOLERANCE:g} of them"
-        if shared
-        else "those of the same configurations in one process, to the last bit",
+        "values": f"those of the same configurations in one process, {exactly}",
         "training rows": f"in {len(rows)} files, read in one order by every driver",
         "checkpoints": f"{len(whole)} and the export, each whole; nothing half written or half deleted",
         "placement groups and actors left": "none",
@@ -308,11 +319,9 @@ def leaked() -> tuple[list[str], list[str]]:
     end = time.time() + START_SECONDS
     while True:
         groups = [group.placement_group_id for group in list_placement_groups() if group.state != "REMOVED"]
-        actors = [
-            actor.class_name
-            for actor in list_actors(filters=[("state", "=", "ALIVE")])
-            if actor.class_name in ("RayTrainWorker", "TrainController", "ImplicitFunc", "ReplicaActor")
-        ]
+        ours = ("RayTrainWorker", "TrainController", "ImplicitFunc", "ReplicaActor")
+        alive = [actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])]
+        actors = [name for name in alive if name in ours]
         if not (groups or actors) or time.time() > end:
             return groups, actors
         time.sleep(1)
@@ -350,12 +359,8 @@ def main() -> int:
     parser.add_argument("--deaths", type=int, default=10, help="kills, as many of each kind as possible")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the victims and of the delays")
     parser.add_argument("--pause", type=float, nargs=2, default=(2.0, 12.0), help="shortest and longest delay, seconds")
-    parser.add_argument(
-        "--steps", type=int, default=24, help="of each trial: more, where a sweep must outlive more deaths"
-    )
-    parser.add_argument(
-        "--spread", type=float, default=0.0, help="share of the sweep's steps over which deaths are spread, up to 1"
-    )
+    parser.add_argument("--steps", type=int, default=24, help="of each trial: more, to outlive more deaths")
+    parser.add_argument("--spread", type=float, default=0.0, help="deaths are spread over this share of all steps")
     parser.add_argument("--trials", type=int, default=12, help="of the sweep")
     parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
@@ -372,10 +377,11 @@ def main() -> int:
     kinds = VICTIMS + (("replica",) if options.receivers == "shared" else ())
     victims = [kinds[number % len(kinds)] for number in range(options.deaths)]
     rng.shuffle(victims)
-    bounds = tuple(options.pause), options.steps, options.spread
-    chaos = Chaos(output, victims, rng, *bounds, options.receivers, options.trials)
+    bounds = tuple(options.pause), options.steps, options.spread, options.receivers, options.trials
+    chaos = Chaos(output, victims, rng, *bounds)
     header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
     print("\n".join(header), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C does: what runs is ended first
     try:
         chaos.run()
         found = checks(chaos)
@@ -383,9 +389,7 @@ def main() -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     finally:
-        ray.shutdown()
-        if chaos.cluster is not None:
-            chaos.cluster.shutdown()
+        chaos.stop()
     lines = [*header, *(row(number, death) for number, death in enumerate(chaos.deaths, start=1)), ""]
     lines += [f"- {what}: {how}" for what, how in found.items()]
     lines.append(f"- deaths: {len(chaos.deaths)} of {options.deaths}, {time.time() - chaos.began:.0f} s in all")
