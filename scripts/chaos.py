@@ -33,6 +33,7 @@ import psutil
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -76,7 +77,6 @@ SHARED_TOLERANCE = 1e-3
 """Relative, of values where receivers are shared: a replica computes with all cores, a trial's worker with one, and sums differ."""
 START_SECONDS = 180.0
 """How long a victim may take to appear, and what a kill leaves to go away."""
-
 HEAD = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 2**28}
 """Of every cluster; the State API asks the dashboard."""
 LOOK_SECONDS = 0.5
@@ -190,9 +190,7 @@ class Chaos:
             process.kill()
             return process.wait()
         self.cluster.head_node.kill_raylet()
-        try:
-            code = process.wait(NOTICE_SECONDS)
-        except subprocess.TimeoutExpired:
+        if (code := self.wait(process, NOTICE_SECONDS)) is None:
             process.kill()
             code = process.wait()
         self.cluster.shutdown()
@@ -365,12 +363,9 @@ def main() -> int:
     parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
     options = parser.parse_args()
-    output = options.output_dir.absolute()
-    if output.exists():
+    if (output := options.output_dir.absolute()).exists():
         print(f"error: output_dir must not exist yet, got {output}; name another one", file=sys.stderr)
         return 2
-    import torch
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # as a worker of one CPU has
     rng = random.Random(options.seed)
