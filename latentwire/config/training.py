@@ -58,11 +58,12 @@ class TrainingConfig(Section):
     """Parts that are trained: receivers' names (adapter, control embeddings, parts of features) and ``encoder`` (with what
     refines its message). The others stay as ``init_from`` has them, to the last bit. Empty: all."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps over which the rates rise from 0."""
+    """Steps over which the rates rise in equal strides to their peak; the first has one stride. At most half of all steps."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Where the cosine ends, as a share of the peak."""
+    """The last step's rates, where the cosine ends, as a share of the peak."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled decay on matrices; vectors and gains have none."""
+    """Decoupled decay on matrices. Vectors, gains, embeddings and tables of vectors (queries, control vectors, positions) have
+    none."""
     clip_norm: float = Field(1.0, gt=0)
     """Global gradient norm that a step is clipped to."""
     max_bad_steps: int = Field(10, ge=1)

@@ -54,12 +54,12 @@ class TrainingCollator:
         self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
 
     def __call__(self, table: pa.Table, step: int, *, own_length: bool = False) -> list[TrainingBatch]:
-        """``table``: shard columns, one row per example. No more micro-batches come than there are rows.
+        """``table``: shard columns, one row per example. No more micro-batches come than there are rows, none for none.
 
         ``step``: optimiser steps done so far, which decide how long the messages are, unless they have their ``own_length``,
         that of ``encoder.tokens_per_latent``, as in an evaluation.
         """
-        size = -(-table.num_rows // self.training.accumulation)
+        size = max(1, -(-table.num_rows // self.training.accumulation))
         coarsening, length = (None, None) if own_length else (self._coarsening(step), self._tokens_per_latent(step))
         starts = range(0, table.num_rows, size)
         return [self._micro(table.slice(start, size), coarsening, length, step) for start in starts]

@@ -111,7 +111,10 @@ def shuffled_batches(
 def streamed_batches(
     stream: Any, training: TrainingConfig, epoch: int, size: int, *, keep_short: bool
 ) -> Iterator[pa.Table]:
-    """One epoch of a worker's own Ray stream in batches of ``size`` rows, shuffled within a buffer by (seed, epoch)."""
+    """One epoch of a worker's own Ray stream in batches of ``size`` rows, shuffled within a buffer by (seed, epoch).
+
+    With ``keep_short`` there is always a batch: one without rows where the other workers have them all.
+    """
     seed, drawn = epoch_seed(training, epoch), size * training.bucket_batches
     if training.questions_together:  # Ray shuffles rows one by one
         window = -(-SHUFFLE_ROWS // drawn) * drawn
@@ -126,8 +129,12 @@ def streamed_batches(
             local_shuffle_buffer_size=max(drawn, SHUFFLE_ROWS),
             local_shuffle_seed=seed,
         )
+    empty = keep_short
     for number, part in enumerate(parts):
+        empty = False
         yield from length_buckets(part, size, seed + number, keep_short=keep_short)
+    if empty:
+        yield pa.table({})
 
 
 def _parts(table: pa.Table, training: TrainingConfig, seed: int, size: int) -> Iterator[tuple[int, pa.Table]]:

@@ -1,7 +1,7 @@
 """Checkpoints: a wire's directory (``latentwire/exports.py``) with what training needs to go on exactly where it stopped.
 
-``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser, schedule and progress, from which
-every random number follows. An export is the same directory without them.
+``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser and progress, from which rates and
+every random number follow. An export is the same directory without them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
 from latentwire.training.loop import Trainer
+from latentwire.training.optimizer import former_names, parameter_names
 from latentwire.training.progress import Progress
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -42,17 +43,12 @@ def save(
 
 def _save_training(path: Path, *, trainer: Trainer) -> None:
     tensors = {}
-    state = trainer.optimizer.state_dict()
-    for index, slots in state["state"].items():
+    names = parameter_names(trainer.wire.interlingua, trainer.optimizer)
+    for index, slots in trainer.optimizer.state_dict()["state"].items():
         for slot, value in slots.items():
-            tensors[f"optimizer.{index}.{slot}"] = torch.as_tensor(value).detach().cpu()
+            tensors[f"optimizer.{names[index]}.{slot}"] = torch.as_tensor(value).detach().cpu()
     exports.write_tensors(tensors, path / "training_state.safetensors")
-    document = {
-        "progress": asdict(trainer.progress),
-        "optimizer_groups": state["param_groups"],
-        "scheduler": trainer.scheduler.state_dict(),
-    }
-    (path / "training_state.json").write_text(json.dumps(document, indent=1))
+    (path / "training_state.json").write_text(json.dumps({"progress": asdict(trainer.progress)}, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -99,21 +95,27 @@ def check_frozen(wire: LatentWire, before: Mapping[str, str]) -> None:
 
 
 def load_training(path: Path, trainer: Trainer) -> None:
-    """Continue exactly where a checkpoint stopped: weights, optimiser, schedule and progress.
+    """Continue exactly where a checkpoint stopped: weights, optimiser and progress.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one, and
+    :class:`CheckpointError` where the optimiser's state is that of other parameters.
     """
     check_same_run(read_run(path), trainer.wire.run, path)
     load_weights(path, trainer.wire)
     document = json.loads((Path(path) / "training_state.json").read_text())
-    tensors = load_file(Path(path) / "training_state.safetensors")
+    names = parameter_names(trainer.wire.interlingua, trainer.optimizer)
+    former = former_names(trainer.wire.interlingua, trainer.config)
+    places = {name: place for place, name in enumerate(names)}
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".")
-            state.setdefault(int(index), {})[slot] = tensor
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": document["optimizer_groups"]})
-    trainer.scheduler.load_state_dict(document["scheduler"])
+    for key, tensor in load_file(Path(path) / "training_state.safetensors").items():
+        name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+        name = former[int(name)] if name.isdigit() and int(name) < len(former) else name
+        if name not in places:
+            raise CheckpointError(f"{path} must hold the optimiser state of this wire, got one of {name}; restore it")
+        state.setdefault(places[name], {})[slot] = tensor
+    # Rates and decays are the configuration's, which a resumed run keeps.
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.progress = Progress(**document["progress"])
 
 

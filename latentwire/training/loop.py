@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import get_scheduler
 
 from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
@@ -24,7 +23,7 @@ from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.models.message import Message
 from latentwire.receivers.base import LossTask, part
-from latentwire.training.optimizer import optimizer_of
+from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
 from latentwire.training.progress import Progress
 from latentwire.training.workers import Workers
 
@@ -58,13 +57,6 @@ class Trainer:
             if self.config.compile:
                 lm.fuse()
         self.optimizer = optimizer_of(wire.interlingua, self.config)
-        self.scheduler = get_scheduler(
-            "cosine_with_min_lr",
-            self.optimizer,
-            num_warmup_steps=min(self.config.warmup_steps, self.total_steps // 2),
-            num_training_steps=self.total_steps,
-            scheduler_specific_kwargs={"min_lr_rate": self.config.min_lr_ratio},
-        )
 
     @contextmanager
     def stopped_by(self, signum: signal.Signals) -> Iterator[None]:
@@ -123,7 +115,7 @@ class Trainer:
             at_evaluation()
 
     def step(self, table: pa.Table) -> dict[str, float]:
-        """One optimiser step on this worker's rows; returns the loss and its terms (this worker's share).
+        """One optimiser step on this worker's rows, of which there may be none; returns its share of the loss and its terms.
 
         Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it would have drawn.
         """
@@ -146,6 +138,7 @@ class Trainer:
     def _update(self, parameters: list[torch.nn.Parameter]) -> float:
         """Clip, and change the weights if the gradient is finite; returns its norm over all workers."""
         self.workers.sum_gradients(parameters)
+        set_rates(self.optimizer, rate_share(self.progress.step, self.total_steps, self.config))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -158,7 +151,6 @@ class Trainer:
                     f"gradients must be finite, got norm {norm} in {self.progress.bad_in_a_row} steps in a row at step "
                     f"{self.progress.step}; lower training.encoder_lr and adapter_lr, or use float32 receivers"
                 )
-        self.scheduler.step()
         self.progress.step += 1
         return norm
 
@@ -175,7 +167,7 @@ class Trainer:
         self.wire.interlingua.encoder.dropout.p = dropout
         names = self._receivers_of(step)
         counts = {name: self._counts(weights, name, batches) for name in names}
-        values: dict[str, float] = {"loss": 0.0}
+        values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in weights.terms}
         for index, batch in enumerate(batches):
             with part("encode"):
                 message = self.wire.interlingua.encode(batch.tokens)
@@ -220,7 +212,7 @@ class Trainer:
 
     def _own_counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
         parts = [term_counts(weights, batch.sequences[name]) for batch in batches]
-        return {term: sum(part[term] for part in parts) for term in weights.terms}
+        return {term: sum((part[term] for part in parts), 0.0) for term in weights.terms}
 
     def _read(
         self,
@@ -282,7 +274,7 @@ class Trainer:
             print(
                 f"step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
                 f"{'alignment' if progress.step <= self.config.alignment_steps else 'loss'} {progress.loss:.4f}  "
-                f"lr {self.scheduler.get_last_lr()[0]:.2e}  {rate:.1f} examples/s",
+                f"lr {self.optimizer.param_groups[0]['lr']:.2e}  {rate:.1f} examples/s",
                 flush=True,
             )
 
@@ -294,7 +286,7 @@ class Trainer:
 
         Texts without questions have ``dev_loss`` alone, and each of its terms.
         """
-        share = dev.take(pa.array(range(self.workers.rank, dev.num_rows, self.workers.size)))
+        share = dev.take(pa.array(range(self.workers.rank, dev.num_rows, self.workers.size), pa.int64()))
         texts = self.wire.run.data.dataset == "text"
         metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress

@@ -1,7 +1,9 @@
-"""What updates the weights: AdamW all of them, or Muon the matrices and AdamW the rest."""
+"""What updates the weights, and how fast: AdamW all of them, or Muon the matrices and AdamW the rest."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -16,22 +18,40 @@ _AdamW = partial(AdamW, betas=(0.9, 0.98), fused=True)
 def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
     """The optimiser of everything in ``interlingua`` that is trained: encoder and adapters (with features), each at its rate.
 
-    Vectors, gains and embeddings have no decay.
+    Only matrices decay (:func:`matrices_of`).
     """
-    groups, matrices = [], set()
+    matrices = matrices_of(interlingua)
+    groups = _groups(interlingua, config, matrices)
+    flat = {p for name, p in interlingua.named_parameters() if name in matrices and p.ndim == 2 and p.requires_grad}
+    if config.optimizer == "muon" and flat:
+        return MuonAndAdamW(_only(groups, flat, True), _only(groups, flat, False))
+    return _AdamW(groups)
+
+
+def matrices_of(module: nn.Module) -> set[str]:
+    """Names of the parameters that map one space to another: the rule for decay, and for Muon.
+
+    Biases, gains, embeddings and tables of vectors (queries, control vectors, positions) are none: they are what is read
+    or added as it stands, and have no decay.
+    """
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    return {
+        name
+        for name, p in module.named_parameters()
+        if id(p) not in embeddings and (p.ndim > 2 or (p.ndim == 2 and name.endswith(".weight")))
+    }
+
+
+def _groups(interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]) -> list[dict[str, Any]]:
+    """Parameters by part (its rate) and by whether they decay; empty groups are left out."""
+    groups = []
     parts = {"encoder": config.encoder_lr, "adapters": config.adapter_lr, "features": config.adapter_lr}
     for part, rate in parts.items():
-        named = {n: p for n, p in interlingua.named_parameters() if p.requires_grad and n.startswith(part)}
-        decayed = {name: p for name, p in named.items() if p.ndim >= 2 and "embed" not in name}
-        others = [p for name, p in named.items() if name not in decayed]
-        groups.append({"params": list(decayed.values()), "lr": rate, "weight_decay": config.weight_decay})
-        groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
-        # A table of vectors (queries, controls, places) is no map from one space to another: ``.weight`` alone is.
-        matrices |= {p for name, p in decayed.items() if p.ndim == 2 and name.endswith(".weight")}
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "muon" and matrices:
-        return MuonAndAdamW(_only(groups, matrices, True), _only(groups, matrices, False))
-    return _AdamW(groups)
+        named = {n: p for n, p in interlingua.named_parameters() if p.requires_grad and n.startswith(f"{part}.")}
+        for decay, chosen in ((config.weight_decay, True), (0.0, False)):
+            parameters = [p for name, p in named.items() if (name in decayed) is chosen]
+            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+    return [group for group in groups if group["params"]]
 
 
 def _only(groups: list[dict[str, Any]], chosen: set[nn.Parameter], wanted: bool) -> list[dict[str, Any]]:
@@ -40,8 +60,49 @@ def _only(groups: list[dict[str, Any]], chosen: set[nn.Parameter], wanted: bool)
     return [group for group in parted if group["params"]]
 
 
+def parameter_names(interlingua: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names of the optimiser's parameters, in the order by which its state counts them."""
+    names = {id(p): name for name, p in interlingua.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
+    """The same for checkpoints of versions that told parameters by their place alone.
+
+    Those let every table of two dimensions decay, so their groups held the parameters in another order.
+    """
+    former = {name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name}
+    groups = _groups(interlingua, config, former)
+    flat = {p for n, p in interlingua.named_parameters() if n in former and p.ndim == 2 and n.endswith(".weight")}
+    if config.optimizer == "muon" and any(p.requires_grad for p in flat):
+        groups = [*_only(groups, flat, True), *_only(groups, flat, False)]
+    names = {id(p): name for name, p in interlingua.named_parameters()}
+    return [names[id(p)] for group in groups for p in group["params"]]
+
+
+def rate_share(step: int, total: int, config: TrainingConfig) -> float:
+    """The share of its peak that every rate has in a step, counted from 0, of a run of ``total`` steps.
+
+    It rises in equal strides to the peak, which the last step of the warm-up has, and falls in a cosine to
+    ``min_lr_ratio``, which the last step of all has. No step has a rate of 0 unless ``min_lr_ratio`` says so.
+    """
+    warmup = min(config.warmup_steps, total // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    peak = max(warmup - 1, 0)
+    fallen = min(1.0, (step - peak) / max(1, total - 1 - peak))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * fallen)) / 2
+
+
+def set_rates(optimizer: Optimizer, share: float) -> None:
+    """Give every group this share of its peak rate."""
+    for group in optimizer.param_groups:
+        group.setdefault("peak_lr", group["lr"])
+        group["lr"] = group["peak_lr"] * share
+
+
 class MuonAndAdamW(Optimizer):
-    """torch's Muon for matrices and its AdamW for the others, as one optimiser to schedulers and checkpoints.
+    """torch's Muon for matrices and its AdamW for the others, as one optimiser to schedules and checkpoints.
 
     Muon's steps are scaled to the size of AdamW's, so both share a rate (arXiv 2502.16982).
     """

@@ -30,14 +30,21 @@ class Workers:
         return dict(zip(counts, total.tolist(), strict=True))
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up ``.grad`` over all workers, in one flat buffer."""
+        """Add up ``.grad`` over all workers, in one flat buffer.
+
+        A worker without rows has no gradient of its own and gets the others'. What no worker has one for keeps none: an
+        optimiser passes it over, as it does where one worker trains alone.
+        """
         if self.size == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([g.flatten() for g in gradients])
+        held = list(parameters)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in held]
+        has_P = torch.tensor([p.grad is not None for p in held]).to(gradients[0])
+        flat = torch.cat([*(g.flatten() for g in gradients), has_P])
         dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        *sums, has_P = flat.split([*(g.numel() for g in gradients), len(held)])
+        for parameter, summed, has in zip(held, sums, has_P.tolist(), strict=True):
+            parameter.grad = summed.view_as(parameter).clone() if has else None
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The workers' lists, joined in rank order, on every worker."""
