@@ -84,6 +84,14 @@ def test_streamed_questions_stay_with_their_context(monkeypatch: pytest.MonkeyPa
     assert ids_of(iter(epochs[0])) != ids_of(iter(epochs[1]))
 
 
+def test_a_worker_whose_stream_is_empty_has_a_batch_where_the_others_have_one() -> None:
+    """Fewer rows than workers: whoever had no step would leave the others waiting."""
+    training, nothing = TrainingConfig(questions_together=True), Windows(asked(1, np.random.default_rng(0)).slice(0, 0))
+    for keep_short in (True, False):
+        batches = streams.streamed_batches(nothing, training, 0, 4, keep_short=keep_short)
+        assert [batch.num_rows for batch in batches] == [0] * keep_short
+
+
 def lengths(count: int) -> pa.Table:
     return pa.table({"sender_bytes": np.random.default_rng(0).integers(1, 1000, count), "id": np.arange(count)})
 

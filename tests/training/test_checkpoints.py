@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from latentwire.evaluation.summary import summarise
 from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
 from latentwire.training import checkpoints
+from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from tests.conftest import untimed, wire_of
 
@@ -74,6 +76,47 @@ def test_files_have_the_permissions_that_the_umask_allows(wire: LatentWire, tmp_
 def test_an_export_has_no_training_state(wire: LatentWire, tmp_path: Path) -> None:
     path = checkpoints.save(tmp_path / "best", wire, {}, {})
     assert not list(path.glob("training_state*"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_that_numbers_its_parameters_goes_on_too(
+    run: RunConfig, table: pa.Table, tmp_path: Path, optimizer: str
+) -> None:
+    """Earlier versions told parameters by their place in groups where every table of vectors decayed."""
+    run = with_values(run, {"training.optimizer": optimizer, "training.epochs": 2, "features.coprocessor": {}})
+    trainer = Trainer(wire_of(run), 4)
+    batches = list(table_epochs(run.training, table)(0))
+    for rows in batches[:2]:
+        trainer.step(rows)
+    path = checkpoints.save(tmp_path / "two", trainer.wire, {}, {}, trainer)
+    shapes = {name: p.shape for name, p in trainer.wire.interlingua.named_parameters()}
+    order: list[str] = []
+    for part in ("encoder", "adapters", "features"):
+        own = [name for name in shapes if name.startswith(part)]
+        former = [name for name in own if len(shapes[name]) >= 2 and "embed" not in name]
+        order += [*former, *(name for name in own if name not in former)]
+    if optimizer == "muon":
+        first = [n for n in order if len(shapes[n]) == 2 and n.endswith(".weight") and "embed" not in n]
+        order = [*first, *(name for name in order if name not in first)]
+    tensors = {}
+    for key, tensor in load_file(path / "training_state.safetensors").items():
+        name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+        tensors[f"optimizer.{order.index(name)}.{slot}"] = tensor
+    assert len(tensors) > 100
+    document = {"progress": asdict(trainer.progress), "optimizer_groups": [{"lr": 0.0}], "scheduler": {"last_epoch": 2}}
+    resealed(path, "training_state.safetensors", save(tensors))
+    resealed(path, "training_state.json", json.dumps(document).encode())
+    resumed = Trainer(wire_of(run), 4)
+    checkpoints.load_training(path, resumed)
+    for one in (trainer, resumed):
+        one.step(batches[2])
+    for (name, expected), found in zip(
+        trainer.wire.interlingua.state_dict().items(), resumed.wire.interlingua.state_dict().values(), strict=True
+    ):
+        assert torch.equal(expected, found), name
+    resealed(path, "training_state.safetensors", save({"optimizer.encoder.nobody.exp_avg": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"must hold the optimiser state of this wire, got one of encoder\.nobody"):
+        checkpoints.load_training(path, resumed)
 
 
 VARIANTS: dict[str, dict] = {

@@ -6,28 +6,34 @@ import signal
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.data.sources import DataError
+from latentwire.evaluation.pin import evaluation_pin
 from latentwire.training import checkpoints
 from latentwire.training.kept import best_of, finished
 from latentwire.training.local import metric_of, train_here
 from latentwire.training.loop import Trainer, TrainingError
+from tests.conftest import shard_table
 
 
 @pytest.fixture
-def paths(table: pa.Table, tmp_path: Path) -> dict[shards.ShardSplit, Path]:
-    """Complete shards of sixteen rows for each split."""
+def paths(run: RunConfig, tmp_path: Path) -> dict[shards.ShardSplit, Path]:
+    """Complete shards of sixteen rows for each split, none of them in two."""
     found: dict[shards.ShardSplit, Path] = {}
-    for split in shards.SPLITS:
+    for seed, split in enumerate(shards.SPLITS):
+        table = shard_table(run, 16, seed=seed)
+        table = table.set_column(0, "id", pa.array([f"{split}-{row}" for row in range(16)]))
         found[split] = tmp_path / split
         found[split].mkdir()
         pq.write_table(table, found[split] / "0.parquet")
@@ -63,6 +69,26 @@ def test_what_is_asked_for_chooses_the_best_checkpoint(
     )
     values = {"training.evaluate_every": 2, "training.epochs": 2, "training.best_by": best_by}
     assert train_here(LatentWire(with_values(run, values)), paths, tmp_path / "run").name == f"step-{best:08d}"
+
+
+def test_training_rows_train_and_development_rows_choose(
+    run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation rows are for the chosen wire alone."""
+    seen: dict[str, set[str]] = {"step": set(), "evaluate": set()}
+    for name, ids in seen.items():
+        method = getattr(Trainer, name)
+
+        def spied(self: Trainer, rows: pa.Table, method: Any = method, ids: set[str] = ids) -> Any:
+            ids.update(rows["id"].to_pylist())
+            return method(self, rows)
+
+        monkeypatch.setattr(Trainer, name, spied)
+    best = train_here(LatentWire(run), paths, tmp_path / "run")
+    assert seen["step"] == {f"train-{row}" for row in range(16)}
+    assert seen["evaluate"] == {f"dev-{row}" for row in range(16)}
+    pinned = exports.read_manifest(best)["pins"]
+    assert pinned["evaluation_pin"] == evaluation_pin(paths["dev"], run)
 
 
 def test_texts_without_answers_have_only_a_loss(run: RunConfig) -> None:
