@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         torch.manual_seed(run.training.seed)
         shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
         self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
+        self._address: Callable[[str], str] | None = None  # how an export names models' directories
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
 
@@ -127,6 +129,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 f"{path} lets {', '.join(asking)} run code that comes with their weights; read that code, then say "
                 f"trust_remote_code=True"
             )
+        exports.check_models(path, run)
         wire = cls(run)
         wire.manifest = exports.load_weights(path, wire)
         wire._loaded = fingerprint(wire.interlingua)
@@ -146,7 +149,18 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         metrics = (
             known["metrics"] if fingerprint(self.interlingua) == self._loaded else {}
         )  # changed since: not its own
-        exports.save(save_directory, self, metrics, pins)
+        exports.save(save_directory, self, metrics, pins, address=self._address)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload an export with its model card to the Hub; returns the commit's address.
+
+        Receivers from directories are named by their last name alone: who loads it says where theirs are.
+        """
+        self._address = exports.by_name
+        try:
+            return super().push_to_hub(repo_id, **options)
+        finally:
+            self._address = None
 
     @property
     def encoder_id(self) -> str:
@@ -170,18 +184,32 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     # ------------------------------------------------------------------------------------------- sending and reading
 
     @torch.no_grad()
-    def encode(self, contexts: Sequence[str], questions: Sequence[str] | None = None) -> Message:
+    def encode(self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None) -> Message:
         """One message a context, to be sent by its ``to_bytes``; ``questions`` are part of it with ``send: prompt`` only.
 
-        Raises :class:`~latentwire.config.resolve.ConfigError` where that wire is given none.
+        A text alone is one context. Warns of contexts longer than the wire was trained for (``data.max_context_bytes``).
+        Raises :class:`~latentwire.config.resolve.ConfigError` for what is no text or empty, for another number of questions,
+        and where that wire is given none.
         """
         self.interlingua.eval()
+        contexts = texts_of("contexts", contexts)
         if questions is None and self.run.data.send == "prompt":
             raise ConfigError(
                 "this wire's messages hold the questions (data.send prompt), got none; give encode one a context"
             )
-        questions = questions if questions is not None else [""] * len(contexts)
+        questions = texts_of("questions", questions) if questions is not None else [""] * len(contexts)
+        if len(questions) != len(contexts):
+            raise ConfigError(
+                f"each context takes one question, got {len(contexts)} contexts and {len(questions)} questions"
+            )
         texts = [sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)]
+        sizes, limit = [len(text.encode()) for text in texts], self.run.data.max_context_bytes
+        if longer := sum(size > limit for size in sizes):
+            warnings.warn(
+                f"contexts should have at most {limit:,} bytes, as this wire was trained for (data.max_context_bytes), got "
+                f"{longer} longer, the longest of {max(sizes):,}: its message is a guess; cut it, or train with a higher limit",
+                stacklevel=_CALLER,
+            )
         return replace(self.interlingua.encode(texts), encoder=self.encoder_id)
 
     def receive(self, packet: bytes) -> Message:
@@ -194,8 +222,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return message
 
     @torch.no_grad()
-    def answer(self, message: Message | bytes, questions: Sequence[str], receiver: str) -> list[str]:
-        """Greedy answers of one receiver to one question per message; a packet is received first.
+    def answer(self, message: Message | bytes, questions: str | Iterable[str], receiver: str) -> list[str]:
+        """Greedy answers of one receiver to one question per message; a packet is received first. A text alone is one question.
 
         Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of questions.
         """
@@ -203,7 +231,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return self.decode(receiver, prompts, message)[0]
 
     @torch.no_grad()
-    def prompt_embeds(self, message: Message | bytes, questions: Sequence[str], receiver: str) -> list[torch.Tensor]:
+    def prompt_embeds(
+        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
+    ) -> list[torch.Tensor]:
         """One receiver's whole prompt to each question as input embeddings ``[positions, D]``, in its type, on the CPU.
 
         For engines that take embeddings in place of tokens: ``model.generate(inputs_embeds=…)``, vLLM's ``prompt_embeds``.
@@ -222,11 +252,16 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return [e_SD[-len(prompt.ids) :] for e_SD, prompt in zip(e_BSD, prompts, strict=True)]
 
     def _asked(
-        self, message: Message | bytes, questions: Sequence[str], receiver: str
+        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
     ) -> tuple[Message, list[layout.Sequence]]:
         """A message on this wire's device, and the prompt of each question to it."""
         if receiver not in self.receivers:
             raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")
+        questions = texts_of("questions", questions)
+        if not isinstance(message, Message | bytes | bytearray | memoryview):
+            raise ConfigError(
+                f"a message must be what encode gives, or its packet as bytes, got {_shown(message)}; one for all questions"
+            )
         message = (message if isinstance(message, Message) else self.receive(message)).to(self.interlingua.device)
         self.interlingua.eval()
         builder, slots = self.builders[receiver], message.slots(receiver)
@@ -234,7 +269,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             raise ConfigError(
                 f"each message takes one question, got {len(slots)} messages and {len(questions)} questions"
             )
-        question_ids = builder.tokenize([], list(questions), [])["question_ids"]
+        question_ids = builder.tokenize([], questions, [])["question_ids"]
         return message, [builder.latent(count, ids) for count, ids in zip(slots, question_ids, strict=True)]
 
     @property
@@ -292,3 +327,36 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             decoded = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         return [builder.answer_of(text) for text in texts], decoded
+
+
+_CALLER = 3  # frames from a warning to who called: torch's own wrapper stands between
+
+
+def texts_of(what: str, given: Any) -> list[str]:
+    """Texts as a list: a text alone is one of them.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else than texts that hold something and can be written as
+    UTF-8, and for none at all.
+    """
+    if isinstance(given, bytes | bytearray | Mapping) or not isinstance(given, str | Iterable):
+        raise ConfigError(
+            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a list of them"
+        )
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        raise ConfigError(f"{what} must hold at least one text, got none; give a str, or a list of them")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{what} must be texts that UTF-8 can write, got a lone surrogate at {place} ({error.reason}); decode it anew"
+            ) from error
+    return texts
+
+
+def _shown(value: Any) -> str:
+    """A value that is no text, in a few words."""
+    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"

@@ -87,8 +87,14 @@ def _receivers(run: RunConfig, manifest: dict[str, Any]) -> str:
     lines = ["| name | model | revision | SHA-256 of its weights |", "|---|---|---|---|"]
     for receiver in run.receivers:
         found = f"`{hashes[receiver.name]}`" if receiver.name in hashes else "not recorded"
-        lines.append(f"| {receiver.name} | `{receiver.model}` | {receiver.revision or '–'} | {found} |")
+        lines.append(f"| {receiver.name} | {_model(receiver.model)} | {receiver.revision or '–'} | {found} |")
     return "\n".join(lines)
+
+
+def _model(address: str) -> str:
+    """A Hub id, or the last name of a directory of its trainer's."""
+    local = address.startswith((".", "/"))
+    return f"a directory `{address.rpartition('/')[2]}`" if local else f"`{address}`"
 
 
 def _rows(run: RunConfig) -> str:

@@ -16,6 +16,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from latentwire.errors import UserError
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import owner
+from latentwire.models.weights import TOY_MODELS
 from latentwire.storage import give_umask, sha256
 
 if TYPE_CHECKING:
@@ -56,19 +58,22 @@ def save(
     metrics: dict[str, Any],
     pins: dict[str, Any],
     add: Callable[[Path], None] | None = None,
+    address: Callable[[str], str] | None = None,
 ) -> Path:
     """Write a wire to ``path``, which must be empty or not there yet.
 
     ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add`` writes further files
-    into the directory that it is given, before everything is hashed.
+    into the directory that it is given, before everything is hashed. ``address``: how the configuration names a model's
+    directory; ``None``: relative to ``path`` (:func:`beside`).
     """
     path = Path(path)
     check_free(path)
+    run = with_models(wire.run, address or partial(beside, path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.part-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     try:
-        (aside / "config.json").write_text(wire.run.model_dump_json(indent=1))
+        (aside / "config.json").write_text(run.model_dump_json(indent=1))
         for name, module in parts(wire).items():
             (aside / name).parent.mkdir(exist_ok=True)
             write_tensors(saved_tensors(module), aside / name)
@@ -89,7 +94,7 @@ def save(
             "metrics": metrics,
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        (aside / CARD).write_text(card.write(wire.run, manifest), encoding="utf-8")
+        (aside / CARD).write_text(card.write(run, manifest), encoding="utf-8")
         os.rename(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -100,6 +105,43 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write tensors as safetensors, readable by those whom the umask lets read."""
     save_file(tensors, file)
     give_umask(file)
+
+
+def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
+    """``run`` with another address of each model, its receivers' and its encoder's."""
+    values: dict[str, Any] = {
+        "receivers": [receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers]
+    }
+    if run.encoder.model is not None:
+        values["encoder.model"] = address(run.encoder.model)
+    return with_values(run, values, "receivers")
+
+
+def beside(path: Path, model: str) -> str:
+    """A model's directory as seen from the directory ``path``, beginning with a dot; a Hub id or an embedded model as it is.
+
+    Whoever gets both together, or under another root, finds one from the other; nobody learns where they lay.
+    """
+    if not is_directory(model):
+        return model
+    relative = Path(os.path.relpath(Path(model).resolve(), Path(path).resolve())).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def below(path: Path, model: str) -> str:
+    """A model's directory as seen from ``path`` where it lies below that, else as it is: for an export in an object store."""
+    inside = is_directory(model) and Path(model).resolve().is_relative_to(path.resolve())
+    return Path(model).resolve().relative_to(path.resolve()).as_posix() if inside else model
+
+
+def by_name(model: str) -> str:
+    """A model's directory by its last name, as if it lay in the export: for strangers, who must say where they have it."""
+    return f"./{Path(model).resolve().name}" if is_directory(model) else model
+
+
+def is_directory(model: str) -> bool:
+    """Whether a model is a directory of this machine."""
+    return model not in TOY_MODELS and Path(model).is_dir()
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
@@ -167,11 +209,40 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> RunConfig:
-    """The configuration a checkpoint was made with. Raises :class:`CheckpointError`."""
+    """The configuration a checkpoint was made with, with models' directories that it names from its own place as absolute paths.
+
+    Raises :class:`CheckpointError`.
+    """
     try:
-        return validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
+        run = validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
+
+    def found(model: str) -> str:
+        there = (Path(path) / model).resolve()
+        return str(there) if model.startswith(".") and there.is_dir() else model
+
+    return with_models(run, found)
+
+
+def check_models(path: Path, run: RunConfig) -> None:
+    """Raise :class:`CheckpointError` where a directory that the configuration of ``path`` names is not there."""
+    for place, receiver in enumerate(run.receivers):
+        if _is_path(receiver.model) and not Path(receiver.model).exists():
+            raise CheckpointError(
+                f"receiver {receiver.name} of {path} must be in a directory of this machine, {receiver.model} is not there; say "
+                f"where its weights are: LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub id>'}}), "
+                f"or --set receivers.{place}.model=<directory or Hub id>"
+            )
+    if run.encoder.model is not None and _is_path(run.encoder.model) and not Path(run.encoder.model).exists():
+        raise CheckpointError(
+            f"the encoder's backbone of {path} must be in a directory of this machine, {run.encoder.model} is not there; put "
+            f"its weights there, or --set encoder.model=<directory or Hub id>"
+        )
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
 def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] | None) -> RunConfig:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from huggingface_hub import HfApi
 from transformers import GenerationConfig
 
 import latentwire
+from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.card import write as card_of
 from latentwire.config import EncoderConfig, RunConfig
@@ -19,8 +23,11 @@ from latentwire.exports import CheckpointError, choose_receivers, read_run
 from latentwire.features.base import Feature
 from latentwire.features.registry import FEATURES
 from latentwire.models.message import Message
+from latentwire.models.weights import resolve
+from latentwire.storage import sha256
 from latentwire.training import checkpoints
 from latentwire.wire import WireError, join
+from tests.conftest import wire_of
 
 README = Path(__file__).parent.parent / "README.md"
 ROWS = list(toy_rows(5, seed=3))
@@ -114,6 +121,155 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(wir
         wire.answer(packet, QUESTIONS, "gpt")
     with pytest.raises(ConfigError, match="each message takes one question, got 5 messages and 2 questions"):
         wire.answer(packet, QUESTIONS[:2], "qwen")
+
+
+def test_a_text_alone_is_one_message_and_one_question(wire: LatentWire) -> None:
+    message = shaken(wire).encode(CONTEXTS[0])
+    assert len(message) == 1 and torch.equal(message.z_BLZ, wire.encode([CONTEXTS[0]]).z_BLZ)
+    answers = wire.answer(message, QUESTIONS[0], "qwen")
+    assert answers == wire.answer(message, [QUESTIONS[0]], "qwen") and len(answers) == 1
+    (e_SD,) = wire.prompt_embeds(message.to_bytes(), QUESTIONS[0], "llama")
+    assert len(e_SD) == len(wire.prompt_embeds(message, (q for q in QUESTIONS[:1]), "llama")[0])
+    assert len(wire.encode(tuple(CONTEXTS))) == len(CONTEXTS)
+
+
+WRONG = [
+    ([], "must hold at least one text, got none"),
+    (None, "must be a text or a list of texts, got None"),
+    (b"bytes", "must be a text or a list of texts, got a bytes"),
+    ({"a": "b"}, "must be a text or a list of texts, got a dict"),
+    (7, "must be a text or a list of texts, got 7"),
+    (["Ada lives in Oslo.", None], "must be texts that hold something, got None at 1"),
+    (["Ada", ["lives"]], "must be texts that hold something, got a list at 1"),
+    ("", "must be texts that hold something, got '' at 0"),
+    ([" \n"], r"must be texts that hold something, got ' \\n' at 0"),
+    ("Ada \ud800", "must be texts that UTF-8 can write, got a lone surrogate at 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "rule"), WRONG, ids=range(len(WRONG)))
+def test_what_is_no_text_is_told_in_one_line(wire: LatentWire, given: object, rule: str) -> None:
+    message = wire.encode(CONTEXTS[0])
+    calls = [("contexts", lambda: wire.encode(given))]  # type: ignore[arg-type]
+    calls += [("questions", lambda: wire.answer(message, given, "qwen"))]  # type: ignore[arg-type]
+    calls += [("questions", lambda: wire.prompt_embeds(message, given, "llama"))]  # type: ignore[arg-type]
+    if given is not None:  # which says that there are none
+        calls += [("questions", lambda: wire.encode(CONTEXTS[0], given))]  # type: ignore[arg-type]
+    for what, call in calls:
+        with pytest.raises(ConfigError, match=f"{what} {rule}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_do_not_match_are_told_in_one_line(wire: LatentWire) -> None:
+    with pytest.raises(ConfigError, match="each context takes one question, got 5 contexts and 2 questions"):
+        wire.encode(CONTEXTS, QUESTIONS[:2])
+    for given in (None, [wire.encode(CONTEXTS[0])], "packet"):
+        with pytest.raises(ConfigError, match="a message must be what encode gives, or its packet as bytes"):
+            wire.answer(given, QUESTIONS[0], "qwen")  # type: ignore[arg-type]
+
+
+def test_a_context_that_is_longer_than_any_trained_on_is_warned_of(run: RunConfig) -> None:
+    wire = wire_of(with_values(run, {"data.max_context_bytes": 20}))
+    texts = ["Ada lives in Oslo.", "\u00e4" * 11]  # 22 bytes
+    told = r"at most 20 bytes, .*\(data\.max_context_bytes\), got 1 longer, the longest of 22"
+    with pytest.warns(UserWarning, match=told) as caught:
+        assert len(wire.encode(texts)) == 2
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wire.encode(texts[0])
+
+
+def test_messages_are_sent_without_dropout(run: RunConfig) -> None:
+    wire = wire_of(with_values(run, {"encoder.latent_dropout": 0.5}))
+    wire.interlingua.train()
+    first = wire.encode(CONTEXTS)
+    wire.interlingua.train()
+    assert torch.equal(wire.encode(CONTEXTS).z_BLZ, first.z_BLZ) and bool((first.z_BLZ != 0).all())
+
+
+def elsewhere(run: RunConfig, folder: Path, place: str) -> tuple[RunConfig, Path]:
+    """The run with its llama in a directory below ``folder``."""
+    weights = folder / place / "my-llama"
+    shutil.copytree(resolve(run.receivers[0]), weights)
+    return with_values(run, {"receivers.0.model": str(weights)}), weights
+
+
+def test_an_export_finds_its_receivers_from_its_own_place(run: RunConfig, tmp_path: Path) -> None:
+    own, weights = elsewhere(run, tmp_path / "one", "models")
+    wire = shaken(LatentWire(own))
+    pins = {"receivers": wire.fingerprints()}
+    export = checkpoints.save(tmp_path / "one" / "runs" / "x" / "best", wire, {}, pins)
+    assert read_run(export).receivers[0].model == str(weights)
+    for file in (*export.glob("*.json"), export / "README.md"):
+        assert str(tmp_path) not in file.read_text(), file
+    assert "`my-llama`" in (export / "README.md").read_text()
+    (tmp_path / "one").rename(tmp_path / "other")  # the project is moved, or mounted elsewhere
+    moved = LatentWire.from_pretrained(tmp_path / "other" / "runs" / "x" / "best")
+    assert moved.run.receivers[0].model == str(tmp_path / "other" / "models" / "my-llama")
+    assert moved.encoder_id == wire.encoder_id
+    moved.save_pretrained(tmp_path / "again")
+    assert read_run(tmp_path / "again").receivers[0].model == moved.run.receivers[0].model
+
+
+def test_receivers_that_are_not_there_are_named_with_the_remedy(run: RunConfig, tmp_path: Path) -> None:
+    own, weights = elsewhere(run, tmp_path, "models")
+    wire = LatentWire(own)
+    export = checkpoints.save(tmp_path / "best", wire, {}, {"receivers": wire.fingerprints()})
+    config = json.loads((export / "config.json").read_text())
+    assert config["receivers"][0]["model"] == "../models/my-llama" and config["receivers"][1]["model"] == "toy-qwen"
+    weights.rename(tmp_path / "moved")
+    told = r"receiver llama of .*best must be in a directory .*models/my-llama is not there; .*receivers=\{'llama': "
+    with pytest.raises(CheckpointError, match=told + r".*or --set receivers\.0\.model="):
+        LatentWire.from_pretrained(export)
+    with pytest.raises(CheckpointError, match=told):
+        checkpoints.load_wire(export)
+    assert LatentWire.from_pretrained(
+        export, receivers={"llama": str(tmp_path / "moved"), "qwen": "toy-qwen"}
+    ).receivers
+    assert list(LatentWire.from_pretrained(export, receivers=["qwen"]).receivers) == ["qwen"]
+    # An export of an earlier version has absolute paths: it loads where they are, and is told alike where they are not.
+    for place, there in ((tmp_path / "moved", True), (weights, False)):
+        config["receivers"][0]["model"] = str(place)
+        manifest = json.loads((export / "manifest.json").read_text())
+        (export / "config.json").write_text(json.dumps(config))
+        manifest["files"]["config.json"] = sha256(export / "config.json")
+        (export / "manifest.json").write_text(json.dumps(manifest))
+        if there:
+            assert LatentWire.from_pretrained(export).encoder_id == wire.encoder_id
+        else:
+            with pytest.raises(CheckpointError, match=told):
+                LatentWire.from_pretrained(export)
+
+
+def test_a_backbone_that_is_not_there_is_named(run: RunConfig, tmp_path: Path) -> None:
+    own, weights = elsewhere(run, tmp_path, "models")
+    own = with_values(run, {"encoder.kind": "lm", "encoder.model": own.receivers[0].model, "encoder.tune": "lora"})
+    export = checkpoints.save(tmp_path / "best", LatentWire(own), {}, {})
+    assert json.loads((export / "config.json").read_text())["encoder"]["model"] == "../models/my-llama"
+    assert LatentWire.from_pretrained(export).run.encoder.model == str(weights)
+    weights.rename(tmp_path / "moved")
+    with pytest.raises(
+        CheckpointError, match=r"the encoder's backbone of .* must be in a directory .*--set encoder\.model="
+    ):
+        LatentWire.from_pretrained(export)
+
+
+def test_an_address_says_as_little_as_it_can(tmp_path: Path) -> None:
+    (tmp_path / "home" / "models" / "llama").mkdir(parents=True)
+    model = str(tmp_path / "home" / "models" / "llama")
+    assert exports.beside(tmp_path / "home" / "runs" / "best", model) == "../../models/llama"
+    assert exports.beside(tmp_path / "home", model) == "./models/llama"
+    assert exports.below(tmp_path / "home", model) == "models/llama"
+    assert exports.below(tmp_path / "home" / "runs", model) == model
+    assert exports.by_name(model) == "./llama"
+    for address in (exports.by_name, partial(exports.beside, tmp_path), partial(exports.below, tmp_path)):
+        assert [address(name) for name in ("toy-llama", "org/model", "receiver:llama")] == [
+            "toy-llama",
+            "org/model",
+            "receiver:llama",
+        ]
 
 
 def test_the_encoders_id_hangs_on_what_a_latent_means_and_on_nothing_else(wire: LatentWire, run: RunConfig) -> None:
@@ -218,6 +374,10 @@ def test_the_hub_gets_the_whole_directory_and_gives_it_back(
 
     monkeypatch.setattr("latentwire.assembly.snapshot_download", download)
     wire = LatentWire.from_pretrained(export)
+    own, _ = elsewhere(wire.run, tmp_path, "models")
+    assert LatentWire(own).push_to_hub("me/elsewhere") == "commit"
+    assert json.loads((store / "config.json").read_text())["receivers"][0]["model"] == "./my-llama"
+    shutil.rmtree(store)
     assert wire.push_to_hub("me/wire") == "commit"
     assert {str(f.relative_to(store)) for f in store.rglob("*") if f.is_file()} == {
         str(f.relative_to(export)) for f in export.rglob("*") if f.is_file()

@@ -36,9 +36,12 @@ def save(
 ) -> Path:
     """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not hold anything yet.
 
-    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings).
+    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). A checkpoint is its run's own and
+    names models as the run does; an export names their directories from its own place.
     """
-    return exports.save(path, wire, metrics, pins, partial(_save_training, trainer=trainer) if trainer else None)
+    if trainer is None:
+        return exports.save(path, wire, metrics, pins)
+    return exports.save(path, wire, metrics, pins, partial(_save_training, trainer=trainer), address=str)
 
 
 def _save_training(path: Path, *, trainer: Trainer) -> None:
@@ -195,5 +198,7 @@ def remove_files(path: Path, names: list[str]) -> None:
 def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
     """A wire from a checkpoint or export, with its manifest; loads the receivers too. ``run`` replaces its configuration."""
     read_manifest(path)
-    wire = LatentWire(run or read_run(path))
+    run = run or read_run(path)
+    exports.check_models(path, run)
+    wire = LatentWire(run)
     return wire, load_weights(path, wire)

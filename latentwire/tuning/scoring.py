@@ -10,6 +10,8 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -108,8 +110,10 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dic
             "evaluation_pin": evaluation_pin(validation, wire.run),
         }
     }
+    address = None if isinstance(export, Path) else partial(exports.below, Path.cwd())
     with directory(export, last=exports.MANIFEST) as folder:
-        checkpoints.save(folder, wire, {"development": manifest["metrics"], "validation": table}, pins)
+        metrics = {"development": manifest["metrics"], "validation": table}
+        exports.save(folder, wire, metrics, pins, address=address)
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
     return table

@@ -115,7 +115,9 @@ def test_a_checkpoint_that_numbers_its_parameters_goes_on_too(
     ):
         assert torch.equal(expected, found), name
     resealed(path, "training_state.safetensors", save({"optimizer.encoder.nobody.exp_avg": torch.zeros(1)}))
-    with pytest.raises(CheckpointError, match=r"must hold the optimiser state of this wire, got one of encoder\.nobody"):
+    with pytest.raises(
+        CheckpointError, match=r"must hold the optimiser state of this wire, got one of encoder\.nobody"
+    ):
         checkpoints.load_training(path, resumed)
 
 

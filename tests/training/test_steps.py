@@ -83,9 +83,7 @@ class Reference:
         losses, builder = self.losses, self.builder
         for row in self.rows:
             ids = builder.tokenize([row["context"]], [row["question"]], [row["answers"][0]])
-            context, question, answer = (
-                ids[key][0] for key in ("context_ids", "question_ids", "answer_ids")
-            )
+            context, question, answer = (ids[key][0] for key in ("context_ids", "question_ids", "answer_ids"))
             after = [*builder.mid_ids, *question, *builder.tail_ids, *builder.anchor_ids]
             target = [*answer, builder.stop_id]
             head = self.embed(builder.head_ids)
@@ -118,9 +116,7 @@ class Reference:
             assert pieces is not None
             ids_after = builder.tokenize([pieces[1]], [], [])["context_ids"][0]
             found["continuation_ce"] += self.said([head, self.soft(pieces[0]), further], ids_after)
-        return {
-            term: getattr(losses, f"{term}_weight") * torch.stack(values).mean() for term, values in found.items()
-        }
+        return {term: getattr(losses, f"{term}_weight") * torch.stack(values).mean() for term, values in found.items()}
 
 
 def five_rows(run: RunConfig) -> tuple[pa.Table, list[dict]]:
@@ -135,7 +131,9 @@ def five_rows(run: RunConfig) -> tuple[pa.Table, list[dict]]:
     return table, table.select(["id", "context", "question", "answers"]).to_pylist()
 
 
-@pytest.mark.parametrize("values", [{}, {"training.accumulation": 2, "training.logit_rows": 4}], ids=["whole", "parted"])
+@pytest.mark.parametrize(
+    "values", [{}, {"training.accumulation": 2, "training.logit_rows": 4}], ids=["whole", "parted"]
+)
 def test_losses_and_gradients_are_those_of_plain_loops_over_rows_and_tokens(run: RunConfig, values: dict) -> None:
     run = with_values(run, TERMS | values)
     table, rows = five_rows(run)
@@ -225,7 +223,9 @@ def test_schedules_begin_where_the_alignment_ends(
         "training.epochs": 2,
         "encoder.latent_dropout": 0.4,
         "losses.first_token_ce_weight": 1.0,
-        "losses.schedules": {name: {"kind": "linear", "steps": 2} for name in ("first_token_ce_weight", "latent_dropout")},
+        "losses.schedules": {
+            name: {"kind": "linear", "steps": 2} for name in ("first_token_ce_weight", "latent_dropout")
+        },
     }
     trainer = trainer_of(with_values(run, values), 16)
     weights_at, weights, dropped = loop.weights_at, [], []
@@ -244,7 +244,12 @@ def test_schedules_begin_where_the_alignment_ends(
 
 
 def test_a_message_is_finest_in_the_first_step_after_the_alignment(run: RunConfig, table: pa.Table) -> None:
-    values = {"training.alignment_steps": 3, "training.coarsening_steps": 4, "encoder.pooling": "spans", "encoder.latent_len": 3}
+    values = {
+        "training.alignment_steps": 3,
+        "training.coarsening_steps": 4,
+        "encoder.pooling": "spans",
+        "encoder.latent_len": 3,
+    }
     trainer = trainer_of(with_values(run, values), 16)
 
     def latents(step: int) -> list[int]:
@@ -265,5 +270,5 @@ def test_an_epoch_trains_on_every_row_once_in_an_order_of_its_own(run: RunConfig
     step = trainer.step
     trainer.step = lambda rows: seen.append(rows["id"].to_pylist()) or step(rows)  # type: ignore[method-assign, func-returns-value]
     trainer.train(table_epochs(trainer.config, table), lambda: None)
-    first, second = sum(seen[:4], []), sum(seen[4:], [])
+    first, second = ([row for ids in epoch for row in ids] for epoch in (seen[:4], seen[4:]))
     assert Counter(first) == Counter(second) == Counter(table["id"].to_pylist()) and first != second

@@ -112,11 +112,15 @@ class Threads:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, EVERYTHING | {"training.receivers_per_step": "one", "training.accumulation": 2}], ids=["answers", "all"]
+    "values",
+    [{}, EVERYTHING | {"training.receivers_per_step": "one", "training.accumulation": 2}],
+    ids=["answers", "all"],
 )
 def test_a_worker_without_rows_takes_part(values: dict, run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows for three workers, then development rows for one: nobody waits for ever, all end in one worker's weights."""
-    run = with_values(run, values | {"training.batch_size": 2, "training.alignment_steps": 1, "training.warmup_steps": 0})
+    run = with_values(
+        run, values | {"training.batch_size": 2, "training.alignment_steps": 1, "training.warmup_steps": 0}
+    )
     table = shard_table(run, 6)
     group = Threads(3, monkeypatch)
     # One after the other, since they draw from one generator; with receivers of their own, since features lay hooks on them.
