@@ -224,6 +224,14 @@ def test_a_small_packet_cannot_make_a_large_allocation() -> None:
     tracemalloc.stop()
 
 
+def test_private_latents_count_for_what_a_packet_may_unpack_to() -> None:
+    message = Message(torch.ones(2, 51, 8), torch.tensor([1, 1]), {"qwen": range(1, 51)})
+    size = 2 * 51 * 8 * 4
+    assert len(from_bytes(message.to_bytes(), limit=size)) == 2
+    with pytest.raises(WireError, match=f"must unpack to at most {size - 1:,} bytes, this one says {size:,}"):
+        from_bytes(message.to_bytes(), limit=size - 1)
+
+
 def test_values_of_every_width_at_their_ends() -> None:
     ends = torch.tensor([[[0.0, 65504.0, -65504.0, 6e-8, -1e-12, 1.0, -1.0]]])
     for bits in BITS:

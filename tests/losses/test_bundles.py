@@ -1,11 +1,13 @@
 """Weighted sums of loss terms, and how weights move."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from latentwire.config import LOSS_BUNDLES, LossConfig
+from latentwire.config.losses import Schedule
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.layout import Batch
 from latentwire.losses.bundles import PLAIN_CE, Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
@@ -136,6 +138,27 @@ def test_schedules_move_weights_and_k() -> None:
     assert middle.terms == {"answer_ce": pytest.approx(0.5), "first_k_ce": pytest.approx(1.0)}
     assert [weights_at(config, step).k for step in (0, 5, 10, 99)] == [1, 4, 8, 8]
     assert weights_at(config, 99).terms == {"first_k_ce": 2.0}
+
+
+def test_a_cosine_is_slow_at_both_ends() -> None:
+    schedule = Schedule(kind="cosine", start=0.2, end=1.0, steps=6)
+    shares = [(1 - math.cos(math.pi * step / 6)) / 2 for step in range(7)]
+    assert [schedule.factor(step) for step in range(7)] == pytest.approx([0.2 + 0.8 * share for share in shares])
+    assert shares[1] < 0.1 and schedule.factor(99) == 1
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 2])
+def test_an_answers_token_meets_its_own_teacher_whatever_stands_between(rows_at_once: int | None) -> None:
+    batch = batch_of([0, 0, 0, 0, 0], control=[0, -1, 1, -1, -1])
+    weights = weights_at(LossConfig(kd_weight=1.0, kd_temperature=2.0), 0)
+    teacher_NV = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    reader, teacher = Reader(LOGITS_NV, torch.clone), Teacher(teacher_rows(teacher_NV, 2.0))
+    terms = loss_terms(weights, batch, reader, teacher, term_counts(weights, batch), rows_at_once)
+    expected = 0.0
+    for row, place in enumerate((1, 3, 4)):
+        p_V, q_V = (teacher_NV[row] / 2).softmax(0), (LOGITS_NV[place] / 2).softmax(0)
+        expected += 4 * float((p_V * (p_V / q_V).log()).sum()) / 3
+    assert terms["kd"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_k_decides_what_the_first_tokens_are() -> None:

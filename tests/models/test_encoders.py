@@ -280,6 +280,25 @@ def test_calibration_sets_the_scale_of_the_prompt(calibration: str) -> None:
     assert hasattr(adapter, "gain") == (calibration == "learned")
 
 
+def test_a_held_scale_is_each_examples_own() -> None:
+    adapter = Adapter(AdapterConfig(calibration="embed_rms"), d_z=8, d_model=16, embed_rms=0.03)
+    with torch.no_grad():
+        adapter.down.bias.fill_(0.5)
+        adapter.up.weight.mul_(9)
+    keep_BL = torch.tensor([[True, True, True], [True, False, False]])
+    p_BLD = adapter(torch.randn(2, 3, 8) * torch.tensor([1.0, 9.0])[:, None, None], keep_BL).detach()
+    for row, count in ((0, 3), (1, 1)):
+        assert float(p_BLD[row, :count].square().mean().sqrt()) == pytest.approx(0.03, rel=1e-4)
+
+
+@pytest.mark.parametrize(("words", "latents"), [(1, 1), (3, 1), (4, 2), (6, 2), (7, 3), (0, 1)])
+def test_a_message_has_a_latent_for_every_so_many_tokens_and_for_what_is_left(words: int, latents: int) -> None:
+    encoder = InterlinguaEncoder(EncoderConfig(**SMALL | {"pooling": "spans", "tokens_per_latent": 3}), RECEIVERS)
+    tokens = encoder.tokenize([" ".join(["word"] * words)])  # a word is a patch
+    assert tokens.length_B.tolist() == [words] and encoder.slots(tokens, "qwen") == [latents]
+    assert encoder(tokens).length_B.tolist() == [latents]
+
+
 def test_held_scale_does_not_see_padding() -> None:
     adapter = Adapter(AdapterConfig(calibration="embed_rms"), d_z=8, d_model=16, embed_rms=0.03)
     z_BLZ, keep_BL = torch.randn(1, 4, 8), torch.tensor([[True, True, True, False]])

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from latentwire.config import SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.data import shards
+from latentwire.storage import Place
 from latentwire.tuning import sweep
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import longest_run
 from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.sweep import (
     Earlier,
+    Files,
     NothingRuns,
     common_pin,
     make_scheduler,
@@ -21,6 +25,15 @@ from latentwire.tuning.sweep import (
     replay,
     total_steps,
 )
+
+
+def test_trials_are_compared_on_development_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation rows are for the chosen wire alone."""
+    paths: dict[shards.ShardSplit, Place] = {split: tmp_path / split for split in shards.SPLITS}
+    monkeypatch.setattr(sweep.streams, "ray_dataset", lambda path, *_, **__: path.name)
+    monkeypatch.setattr(sweep.shards, "read_table", lambda path: path.name)
+    monkeypatch.setattr(sweep.ray.data, "from_arrow", lambda rows: SimpleNamespace(materialize=lambda: rows))
+    assert sweep.load_datasets(Files(paths, {}, ()), True) == {"train": "train", "dev": "dev"}
 
 
 def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
