@@ -140,8 +140,8 @@ def by_name(model: str) -> str:
 
 
 def is_directory(model: str) -> bool:
-    """Whether a model is a directory of this machine."""
-    return model not in TOY_MODELS and Path(model).is_dir()
+    """Whether a model is a directory (or file) of this machine."""
+    return model not in TOY_MODELS and Path(model).exists()
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
@@ -220,7 +220,7 @@ def read_run(path: Path) -> RunConfig:
 
     def found(model: str) -> str:
         there = (Path(path) / model).resolve()
-        return str(there) if model.startswith(".") and there.is_dir() else model
+        return str(there) if model.startswith(".") and there.exists() else model
 
     return with_models(run, found)
 
