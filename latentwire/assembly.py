@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import layout
+from latentwire.data.documents import TrainedOn
 from latentwire.data.layout import Batch, SequenceBuilder, collate, sender_text
 from latentwire.features import registry
 from latentwire.features.base import Reading
@@ -59,6 +61,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         torch.manual_seed(run.training.seed)
         shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
         self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
+        self.trained_on = TrainedOn()
+        """The documents that its weights have trained on."""
         self._address: Callable[[str], str] | None = None  # how an export names models' directories
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
@@ -318,13 +322,21 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         message: Message | None = None,
         own_ND: torch.Tensor | None = None,
     ) -> tuple[list[str], Decoded]:
-        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own."""
+        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own.
+
+        ``prefill_ms`` counts from here: adapter and features run before the receiver does, and belong to what a message costs.
+        """
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
+        if lm.device.type == "cuda":  # what the device was given before is none of this prompt's cost
+            torch.cuda.synchronize(lm.device)
+        began = time.perf_counter()
         batch = collate(prompts, side="left").to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
             soft_ND = soft_ND if own_ND is None else own_ND
+            prepared_ms = 1000 * (time.perf_counter() - began)
             decoded = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
+        decoded = replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         return [builder.answer_of(text) for text in texts], decoded
 

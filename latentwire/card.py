@@ -25,7 +25,15 @@ MODES = {
     "shuffled": "another row's message",
     "closed_book": "nothing",
 }
-COLUMNS = {"em": "EM", "f1": "F1", "nll": "NLL", "positions": "positions", "bytes": "bytes", "rows": "rows"}
+COLUMNS = {
+    "em": "EM",
+    "f1": "F1",
+    "nll": "NLL",
+    "positions": "positions",
+    "bytes": "bytes",
+    "rows": "rows",
+    "contexts": "contexts",
+}
 USAGE = """```python
 from latentwire import LatentWire
 
@@ -57,7 +65,7 @@ def write(run: RunConfig, manifest: dict[str, Any]) -> str:
         "## Data",
         f"{SOURCES[run.data.dataset]}. {_rows(run)} The encoder reads the {_sent(run)}.",
         "## Scores",
-        _scores(manifest["metrics"].get("validation") or {}, {receiver.name for receiver in run.receivers}),
+        _scores(manifest["metrics"], {receiver.name for receiver in run.receivers}),
         "## Use",
         USAGE.format(receiver=run.receivers[0].name),
         "## Licence",
@@ -106,13 +114,15 @@ def _sent(run: RunConfig) -> str:
     return "context alone; the question goes to the receiver" if run.data.send == "context" else "context and question"
 
 
-def _scores(validation: dict[str, Any], receivers: set[str]) -> str:
+def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
+    validation = metrics.get("validation") or {}
     if not validation:
         return "None: this wire was not scored on questions."
     present = [name for name in COLUMNS if any(name in row for rows in validation.values() for row in rows.values())]
+    resampled = "contexts" if "contexts" in present else "rows"
     lines = [
-        "On the validation split, once; in brackets 95 % bootstrap intervals; NLL in nats per token of the gold answer; bytes of "
-        "text or of the message as fp16.",
+        f"On validation rows: {_readings(metrics.get('readings'))}. In brackets 95 % bootstrap intervals over {resampled}; NLL in "
+        f"nats per token of the gold answer; bytes of text or of the message as fp16.",
         "",
         f"| the receiver reads | receiver | {' | '.join(COLUMNS[name] for name in present)} |",
         f"|{'---|' * (2 + len(present))}",
@@ -127,6 +137,18 @@ def _scores(validation: dict[str, Any], receivers: set[str]) -> str:
     return "\n".join(lines)
 
 
+def _readings(readings: dict[str, Any] | None) -> str:
+    """How often the rows were read before this wire was scored on them."""
+    if not readings:
+        return "how often they were read before this scoring is not recorded"
+    if not readings["wires"]:
+        return "no other wire was scored on them before"
+    return (
+        f"{readings['read_before']:,} of {readings['rows']:,} had been read before, in {readings['scorings']:,} scorings, by "
+        f"{readings['wires']:,} other wires"
+    )
+
+
 def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row:
         return "–"
@@ -139,8 +161,12 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def _made(run: RunConfig, manifest: dict[str, Any]) -> str:
     step = manifest["metrics"].get("development", manifest["metrics"]).get("step")
     total = sum(manifest["parameters"].values())
+    parts = ", ".join(
+        f"{name.removesuffix('.safetensors')} {count:,}" for name, count in manifest["parameters"].items()
+    )
     lines = [
-        f"- {total:,} trained parameters" + (f", {step:,} steps of {run.training.batch_size} rows" if step else ""),
+        f"- {total:,} trained parameters ({parts})"
+        + (f", {step:,} steps of {run.training.batch_size} rows" if step else ""),
         f"- seed {run.training.seed}; the whole configuration is in `config.json`",
         "- " + ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
         "- `manifest.json` has the hash of every file; a directory that does not fit it is refused",

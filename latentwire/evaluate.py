@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 from latentwire import exports
 from latentwire.config import DataConfig
@@ -29,7 +30,7 @@ from latentwire.storage import local, write_text
 from latentwire.threads import use_threads
 from latentwire.training.checkpoints import load_wire
 from latentwire.tuning import scoring
-from latentwire.tuning.output import asked, show_and_write
+from latentwire.tuning.output import asked, known_of, show_and_write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,9 +97,10 @@ def main() -> int:
             use_threads(run.training.cpus_per_worker)
             path = local_shards(run, (options.split,))[options.split]
             wire, _ = load_wire(folder, run)
+            known = known_of(folder, options.split, path)
         predictions = scoring.predict_settings(wire, path, wanted.rows, joint=not options.no_joint)
         probes = diagnose(wire, shards.read_table(path)) if options.diagnose else None
-        return show_and_write(options, wanted, predictions, run, probes)
+        return show_and_write(options, wanted, predictions, run, replace(known, probes=probes))
     except UserError as error:
         return fail(error)
 

@@ -1,9 +1,9 @@
 """A wire as a directory: safetensors and JSON, never pickle; written aside, then renamed, and checked when read.
 
 It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not trained),
-``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on, ``manifest.json``
-(format, hashes, parameter counts, package versions, pins, metrics) and ``README.md``, the model card. No receiver weight
-is in it. What training adds to go on from is in ``training/checkpoints.py``.
+``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on, ``trained_on.safetensors``
+(hashes of the documents it has trained on), ``manifest.json`` (format, hashes, parameter counts, package versions, pins,
+metrics) and ``README.md``, the model card. No receiver weight is in it. What training adds to go on from is in ``training/checkpoints.py``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from latentwire import card
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, validate, with_values
+from latentwire.data import documents
 from latentwire.errors import UserError
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.models.encoders import InterlinguaEncoder
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CARD = "README.md"
-FILES = ["config.json", MANIFEST, CARD, "interlingua.safetensors", "adapters/*.safetensors", "features/*.safetensors"]
+FILES = ["config.json", MANIFEST, CARD, "interlingua.safetensors", documents.FILE, "adapters/*.safetensors",
+         "features/*.safetensors"]  # fmt: skip
 """What an export consists of, as patterns."""
 PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
 
@@ -77,6 +79,7 @@ def save(
         for name, module in parts(wire).items():
             (aside / name).parent.mkdir(exist_ok=True)
             write_tensors(saved_tensors(module), aside / name)
+        wire.trained_on.save(aside)
         if add is not None:
             add(aside)
         manifest = {
@@ -90,6 +93,7 @@ def save(
             "encoder_id": wire.encoder_id,
             "packages": installed(PACKAGES),
             "python": platform.python_version(),
+            "trained_on": wire.trained_on.entry,
             "pins": pins,
             "metrics": metrics,
         }
@@ -208,6 +212,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def sizes(path: Path) -> dict[str, dict[str, int]]:
+    """Return the trained weights of a checkpoint or export: ``encoder`` (with all that every receiver shares) and each
+    receiver → ``parameters`` and ``bytes`` as stored. Weights of a backbone that is not trained are not among them."""
+    names = [receiver.name for receiver in read_run(path).receivers]
+    found = {name: {"parameters": 0, "bytes": 0} for name in ("encoder", *names)}
+    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*/*.safetensors")):
+        if file.parent == path and file.name != "interlingua.safetensors":
+            continue  # what training needs to go on, and no part of the wire
+        for name, tensor in load_file(file).items():
+            # What is made for one receiver lies under its name, in a file of its own or right in a feature's module.
+            words = [file.stem] if file.parent.name == "adapters" else name.split(".")[1:2]
+            part = words[0] if file.parent != path and words and words[0] in names else "encoder"
+            found[part]["parameters"] += tensor.numel()
+            found[part]["bytes"] += tensor.numel() * tensor.element_size()
+    return found
+
+
 def read_run(path: Path) -> RunConfig:
     """The configuration a checkpoint was made with, with models' directories that it names from its own place as absolute paths.
 
@@ -291,6 +312,7 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
             f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} ({wire.run.encoder.model}); "
             f"load the same weights"
         )
+    wire.trained_on = documents.read(path, manifest)
     for name, expected in manifest["pins"].get("receivers", {}).items():
         if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
             raise CheckpointError(

@@ -20,8 +20,10 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
+from latentwire.evaluation import readings
 from latentwire.options import add_flags, add_start, output_path, read_space, with_home
 from latentwire.threads import cores, use_threads
+from latentwire.training.checkpoints import check_development
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
 from latentwire.tuning import planner, report, scoring
@@ -50,6 +52,8 @@ def main() -> int:
         here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
         print(planner.plan(space, here, planner.node_memory()), flush=True)
         paths = local_shards(space.run)
+        if not options.resume:
+            check_development(space.run, paths["dev"])  # before receivers are loaded
         if options.profile:
             rows = streams.training_table(space.run, paths["train"])
             print(profile_steps(LatentWire(space.run), rows, options.profile, output / "profile"))
@@ -58,15 +62,16 @@ def main() -> int:
         export = output / "best"
         if export.exists():
             raise ConfigError(f"{export} exists: this run is finished; name another output_dir")
-        scores = scoring.score_and_export(best, paths["validation"], export)
+        scored = scoring.score_and_export(best, paths["validation"], export)
     except UserError as error:
         return fail(error)
     command = shlex.join(["python", *sys.argv])
-    scoring.write_results(output, {"command": command, "best": best, "validation": scores})
+    scoring.write_results(output, {"command": command, "best": best} | scored.document)
     rows = shards.read_manifest(paths["validation"])["rows"]
-    report.show(
-        [report.scores_table(scores, f"{space.run.data.dataset} validation, {rows} rows, {best.name}", space.run)]
-    )
+    title = f"{space.run.data.dataset} validation, {rows} rows, {best.name}"
+    report.show(report.scored_tables(scored, title, space.run))
+    if scored.scores:
+        print(readings.sentence(scored.readings))
     print(f"exported: {export}")
     return 0
 

@@ -9,6 +9,7 @@ The flags are those of latentwire/evaluate.py, and so are the scores, bit for bi
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import ray
 
@@ -20,7 +21,7 @@ from latentwire.evaluate import official, parser
 from latentwire.options import override_run, with_home
 from latentwire.storage import local
 from latentwire.tuning import planner, pool, remote, scoring, sweep
-from latentwire.tuning.output import asked, show_and_write
+from latentwire.tuning.output import asked, known_of, show_and_write
 
 
 def main() -> int:
@@ -42,13 +43,15 @@ def main() -> int:
         path = pipeline.ensure_shards(run, options.split)
         copies = options.copies or pool.copies_at_once(there, plan, memory)
         share = {"copies": copies, "cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
+        with local(checkpoint) as folder:
+            known = known_of(folder, options.split, path)
         predictions = pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
         probes = (
             remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
             if options.diagnose
             else None
         )
-        return show_and_write(options, wanted, predictions, run, probes)
+        return show_and_write(options, wanted, predictions, run, replace(known, probes=probes))
     except UserError as error:
         return fail(error)
 

@@ -18,6 +18,7 @@ from ray.train import TrainingFailedError
 
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
+from latentwire.evaluation import readings
 from latentwire.evaluation.pin import pins
 from latentwire.options import add_flags, add_start, output_place, read_space, with_home
 from latentwire.training import kept
@@ -52,6 +53,7 @@ def main() -> int:
             run,
             sweep.load_datasets(files, run.data.in_memory),
             files.train_rows,
+            files.shards["train"],
             folder=output,
             gpus_per_worker=plan.gpus_per_worker,
             pins=pins(files.shards, run),
@@ -61,7 +63,7 @@ def main() -> int:
         if cause := trial.cause_left(output):
             raise TrainingError(cause)
         best = kept.best_of(kept.finished(output), metric, mode)
-        scores = remote.on_cluster(
+        scored = remote.on_cluster(
             run,
             plan.gpus_per_worker,
             scoring.score_and_export,
@@ -74,8 +76,11 @@ def main() -> int:
     except TrainingFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    scoring.write_results(output, {"command": shlex.join(["python", *sys.argv]), "best": best, "validation": scores})
-    report.show([report.scores_table(scores, f"{run.data.dataset} validation", run)])
+    command = shlex.join(["python", *sys.argv])
+    scoring.write_results(output, {"command": command, "best": best} | scored.document)
+    report.show(report.scored_tables(scored, f"{run.data.dataset} validation", run))
+    if scored.scores:
+        print(readings.sentence(scored.readings))
     print(f"exported: {output / 'best'}")
     return 0
 

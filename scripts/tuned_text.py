@@ -23,7 +23,9 @@ import torch
 
 from latentwire.config import RunConfig
 from latentwire.data import layout, shards
+from latentwire.data.documents import TrainedOn
 from latentwire.data.local import local_shards
+from latentwire.evaluation import readings
 from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.statistics import interval
 from latentwire.options import add_flags, read_space, with_home
@@ -147,12 +149,18 @@ def main() -> None:
     training = shards.read_table(paths["train"]).to_pylist()
     random.Random(run.training.seed).shuffle(training)
     reader.train(training, options.steps, options.rows_per_step, options.rate)
-    scores = reader.score(shards.read_table(paths["validation"]).to_pylist())
+    rows = shards.read_table(paths["validation"]).to_pylist()
+    read = readings.note(
+        paths["validation"], f"text before {options.receiver}", TrainedOn().with_stage(run, paths["train"])
+    )
+    scores, contexts = reader.score(rows), [row["context"] for row in rows]
     cells = []
     for field, values in scores.items():
-        low, high = interval(values)
+        low, high = interval(values, contexts)
         cells.append(f"{field} {statistics.mean(values):.2f} [{low:.2f}, {high:.2f}]")
-    print(f"{options.receiver}, {len(values)} rows, text share {options.share}: {', '.join(cells)}")
+    counts = f"{len(values)} rows of {len(set(contexts))} contexts, which the intervals resample"
+    print(f"{options.receiver}, {counts}, text share {options.share}: {', '.join(cells)}")
+    print(readings.sentence(read))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ class DataConfig(Section):
     """Development rows scored at each evaluation."""
     validation_samples: int = Field(512, ge=0)
     """Rows of the untouched validation split scored once at the end. 0: all."""
+    validation_skip: int = Field(0, ge=0)
+    """Rows of the validation split to pass over first, in the order that ``seed`` draws them. A split that wires were compared on
+    has other rows for the final score: with 400 rows read so far, ``validation_skip: 400`` takes the next ones."""
     dev_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the training *documents* (articles, not rows) that make the development split."""
     seed: int = Field(0, ge=0)

@@ -68,6 +68,9 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None =
     print(f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
           f"{sum(manifest['rejects'].values()):,} rejected "
           f"({rejected or 'none'}; see rejects.jsonl), {path}", flush=True)  # fmt: skip
+    if split == "validation" and manifest["left"]:
+        print(f"shards validation: {manifest['left']:,} further rows of the split are beyond these; "
+              f"data.validation_skip={run.data.validation_skip + run.data.validation_samples} takes them", flush=True)  # fmt: skip
     if split == "dev" and manifest["rows"] < run.data.dev_samples:
         print(f"shards dev: data.dev_samples asks for {run.data.dev_samples:,} rows, data.dev_fraction {run.data.dev_fraction} of the "
               f"documents has {manifest['rows']:,}; raise it for steadier scores", flush=True)  # fmt: skip
@@ -104,7 +107,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     source = shards.source_of(split)
     pieces = sources.pieces(run.data, source)
     if not pieces:
-        raise _nothing_left(run, split, [])
+        raise _nothing_left(run, split, [], read=0)
     cleaned = (
         ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
         .map_batches(functools.partial(_read_and_clean, run=run, split=split), batch_size=1)
@@ -121,15 +124,19 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
         size += kept.nbytes
     every = np.concatenate(orders)
     order = np.unique(every)
+    read = len(order)
+    if split == "validation":
+        order = order[run.data.validation_skip :]
     wanted = {"train": run.data.samples, "dev": run.data.dev_samples, "validation": run.data.validation_samples}[split]
     mean_bytes = size / max(1, len(every))
+    left = len(order) - len(order[: wanted or None])
     order = order[: wanted or None]
     if len(order) == 0:
-        raise _nothing_left(run, split, rejects)
+        raise _nothing_left(run, split, rejects, read=read)
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
     first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
     last = int(order[-1])
-    held = np.bincount(_shard_of(every[every <= last], first), minlength=count)
+    held = np.bincount(_shard_of(every[(every >= first[0]) & (every <= last)], first), minlength=count)
     path.mkdir(parents=True, exist_ok=True)
     names = [f"{shard:05d}.parquet" for shard in range(count)]
     missing = {shard for shard, name in enumerate(names) if not (path / name).exists()}
@@ -152,17 +159,21 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
             done += 1
             if count > 1:
                 print(f"shards {split}: {done}/{count} files, {row['rows']:,} rows in the last", flush=True)
-    manifest = _manifest(run, split, path, names, rejects)
+    manifest = _manifest(run, split, path, names, rejects) | {"left": left}
     if manifest["rows"] == 0:
-        raise _nothing_left(run, split, rejects)
+        raise _nothing_left(run, split, rejects, read=read)
     write_text(path / shards.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
 
-def _nothing_left(run: RunConfig, split: shards.ShardSplit, rejects: list[dict[str, Any]]) -> sources.DataError:
+def _nothing_left(
+    run: RunConfig, split: shards.ShardSplit, rejects: list[dict[str, Any]], *, read: int
+) -> sources.DataError:
     told = "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
     if split == "dev" and not rejects:  # those of the training source are told with train
         told = f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it, or give more documents"
+    if split == "validation" and 0 < read <= run.data.validation_skip:
+        told = f"data.validation_skip {run.data.validation_skip:,} passes over all {read:,} of them; lower it"
     return sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({told})")
 
 

@@ -63,21 +63,20 @@ def _squad(row: dict[str, Any]) -> dict[str, Any]:
 
 def _hotpotqa(row: dict[str, Any]) -> dict[str, Any]:
     """Joins the titled paragraphs, one a line. Accepts the Hub's columns and the official JSON's lists of pairs."""
-    titles = _supporting_titles(row.get("supporting_facts"))
+    document = _supporting_titles(row.get("supporting_facts"))
     text = _paragraphs(row.get("context"))
-    document = " | ".join(sorted(set(titles))) if titles else _digest(text)
-    return _row(row, text, _text(row, "question"), document)
+    return _row(row, text, _text(row, "question"), document or _digest(text))
 
 
-def _supporting_titles(facts: Any) -> list[str]:
-    """Titles of the paragraphs that an answer hangs on; none where the row does not say."""
+def _supporting_titles(facts: Any) -> str:
+    """Return the titles of the paragraphs that an answer hangs on, which name its document; empty where the row has none."""
     if isinstance(facts, list):
         titles = [pair[0] if isinstance(pair, list) and pair else None for pair in facts]
     else:
         titles = (facts.get("title") if isinstance(facts, dict) else facts) or []
     if not isinstance(titles, list) or not all(isinstance(title, str) for title in titles):
         raise RowError("supporting_facts must be titles, each with a sentence's number")
-    return titles
+    return " | ".join(sorted(set(titles)))
 
 
 def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +84,9 @@ def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
     name = "text" if "text" in row else "context"
     value = row.get(name)
     text = _text(row, name) if value is None or isinstance(value, str) else _paragraphs(value)
-    document = row.get("title") or row.get("document") or _digest(text)
+    # As with questions, or a stage that asks them would be scored on what a stage of texts has trained on.
+    supporting = _supporting_titles(row.get("supporting_facts"))
+    document = row.get("title") or row.get("document") or supporting or _digest(text)
     return {"id": _digest(text), "document": str(document), "context": text, "question": "", "answers": []}
 
 

@@ -45,6 +45,8 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     # A split is not made anew because another split's size changes.
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
     data = {name: value for name, value in data.items() if name == sizes[split] or name not in sizes.values()}
+    if split != "validation" or not run.data.validation_skip:
+        del data["validation_skip"]  # so that shards of before it was there keep their names
     if split == "validation":
         del data["dev_fraction"], data["toy_questions"]  # which tell of the training rows alone
     if run.data.dataset == "toy":  # the generator's length follows from the samples asked for

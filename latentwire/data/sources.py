@@ -70,7 +70,7 @@ def _toy(config: DataConfig, split: Split) -> Iterator[dict[str, Any]]:
     if split == "train":
         count = round((config.samples or 20_000) / (1 - config.dev_fraction) * 1.1) + 4 * config.dev_samples
     else:
-        count = config.validation_samples or 512
+        count = (config.validation_samples or 512) + config.validation_skip
     seed = 2 * config.seed + (split == "validation")  # the two streams never share a seed
     questions = config.toy_questions if split == "train" else 1
     return toy_rows(count, seed=seed, people=config.toy_people, kinds=config.toy_kinds, questions=questions)

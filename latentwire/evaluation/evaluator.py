@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Prediction:
     text: str
     golds: list[str]
     context: str
+    context_id: str
+    """Identity of the context, by :func:`context_id`: rows that share it are resampled together."""
     question: str
     em: float
     f1: float
@@ -58,15 +61,26 @@ class Prediction:
     context_tokens: int
     """The whole context in this receiver's tokens."""
     forward_ms: float
-    """Time of one forward over prompt and gold answer, shared out over its batch like all times."""
+    """Time of one forward over prompt and gold answer, adapter and features included, shared out over its batch like all
+    times."""
     encode_ms: float
-    """Until the message is there; with ``bits``, packed and unpacked."""
+    """From the sender's token ids until the message is there; with ``bits``, packed and unpacked. 0 without a message."""
     prefill_ms: float
-    """From the prompt to the answer's first token."""
+    """From the message, or from the text's token ids, to the answer's first token: adapter, features and receiver."""
     decode_ms: float
     """From there to the answer's end."""
     joint_logp: float | None = None
     """Log-likelihood of this answer and its stop token, summed over all receivers; ``None`` where they were not asked."""
+
+    @property
+    def first_token_ms(self) -> float:
+        """Time from token ids to the answer's first token, the message's making included."""
+        return self.encode_ms + self.prefill_ms
+
+
+def context_id(context: str) -> str:
+    """Return a short hash that names a context."""
+    return hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,7 @@ def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], sett
         slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
         shown = {name: _shown(wire, name, rows, setting.mode, own) for name, own in slots.items()}
         return _Rows(rows, setting, None, slots, shown, [], 0.0)
-    began = time.perf_counter()
+    began = _now(wire.interlingua.device)
     message = wire.interlingua.encode(tokens)
     if setting.bits is not None:
         message = from_bytes(message.to_bytes(bits=setting.bits)).to(wire.interlingua.device)
@@ -171,10 +185,10 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     own_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
     answers, decoded = wire.decode(name, asked, message, own_ND)
     gold = collate(answered).to(lm.device)
+    began = _now(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
-        began = time.perf_counter()
         judged = lm.judge(gold, soft_ND if own_ND is None else own_ND)
-        seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     row_N = gold.row_N.cpu()
     nll_B = torch.zeros(count).index_add(0, row_N, judged.ce_N) / torch.bincount(row_N, minlength=count)
     likelier_B = judged.likelier_N[gold.offset_N.cpu() == 0].tolist()
@@ -185,11 +199,11 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
             id=rows["id"][i], receiver=name, setting=batch.setting.key, mode=mode, text=answer, golds=rows["answers"][i],
-            context=rows["context"][i], question=rows["question"][i], em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1),
-            first_5=float(likelier_B[i] < 5), positions=len(asked[i].ids), message_positions=len(asked[i].message),
-            bytes=sizes[i], context_bytes=len(rows["context"][i].encode()),
-            context_tokens=len(rows[f"{name}_context_ids"][i]), forward_ms=1000 * seconds / count,
-            encode_ms=batch.encode_ms, prefill_ms=decoded.prefill_ms / count,
+            context=rows["context"][i], context_id=context_id(rows["context"][i]), question=rows["question"][i],
+            em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1), first_5=float(likelier_B[i] < 5),
+            positions=len(asked[i].ids), message_positions=len(asked[i].message), bytes=sizes[i],
+            context_bytes=len(rows["context"][i].encode()), context_tokens=len(rows[f"{name}_context_ids"][i]),
+            forward_ms=1000 * seconds / count, encode_ms=batch.encode_ms, prefill_ms=decoded.prefill_ms / count,
             decode_ms=decoded.decode_ms / count,
         )  # fmt: skip
 

@@ -1,4 +1,8 @@
-"""How sure a mean is. scipy is imported by whoever asks: workers, which train, are without it sooner."""
+"""How sure a mean is. scipy is imported by whoever asks: workers, which train, are without it sooner.
+
+Rows that share a context are not independent: a message that lost a fact fails all of its questions. So intervals and tests
+resample contexts, each with all of its rows, and never single rows.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,54 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2_000
+DRAWS_AT_ONCE = 100
+"""Resamples that are held in memory together."""
+CONFIDENCE = 0.95
 SEED = 0  # of the resampling: the same scores have the same interval
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over rows; the mean itself, twice, where all values are equal."""
-    from scipy.stats import bootstrap
+def interval(values: Sequence[float], contexts: Sequence[str]) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean over rows, by a cluster bootstrap.
 
-    if len(set(values)) == 1:
-        return float(values[0]), float(values[0])
-    found = bootstrap(
-        (np.asarray(values),), np.mean, confidence_level=0.95, n_resamples=RESAMPLES, batch=200,
-        method="percentile", rng=np.random.default_rng(SEED),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    ``contexts``: each row's context, by any name that tells them apart. Contexts are drawn with replacement, and a resample's
+    mean is that of all rows of those drawn. One context alone has no interval: both ends are its mean.
+    """
+    total_G, count_G = _by_context(values, contexts)
+    groups, rng = len(total_G), np.random.default_rng(SEED)
+    means = []
+    for start in range(0, RESAMPLES, DRAWS_AT_ONCE):
+        drawn_RG = rng.integers(groups, size=(min(DRAWS_AT_ONCE, RESAMPLES - start), groups))
+        means.append(total_G[drawn_RG].sum(1) / count_G[drawn_RG].sum(1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
-    """Mean of ``first − second`` over rows that belong together, its 95 % interval (``low``, ``high``) and ``p``.
+def difference(first: Sequence[float], second: Sequence[float], contexts: Sequence[str]) -> dict[str, float]:
+    """Return the mean of ``first − second`` over rows that belong together, its 95 % interval (``low``, ``high``) and ``p``.
 
-    ``p``: how often so large a difference of either sign comes about where each row's two scores are swapped at random.
+    ``contexts``: as in :func:`interval`. ``p``: how often so large a difference of either sign comes about where the two scores
+    of all rows of a context are swapped at random.
     """
     from scipy.stats import permutation_test
 
     paired = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    low, high = interval(paired.tolist())
-    if not paired.any():
-        return {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    low, high = interval(paired.tolist(), contexts)
+    total_G, _ = _by_context(paired.tolist(), contexts)
+    if not total_G.any():  # every swap gives the same
+        return {"difference": 0.0, "low": low, "high": high, "p": 1.0}
     test = permutation_test(
-        (paired,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, batch=200, vectorized=True,
+        (total_G,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, batch=200, vectorized=True,
         rng=np.random.default_rng(SEED),
     )  # fmt: skip
     return {"difference": float(paired.mean()), "low": low, "high": high, "p": float(test.pvalue)}
+
+
+def _by_context(values: Sequence[float], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return each context's sum of values and number of rows, in the order in which contexts first appear."""
+    places = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
+    context_N = np.array([places[context] for context in contexts])
+    if len(context_N) != len(values):
+        raise ValueError(f"each value needs its context, got {len(values)} values and {len(context_N)} contexts")
+    total_G = np.bincount(context_N, weights=np.asarray(values, np.float64))
+    return total_G, np.bincount(context_N).astype(np.float64)

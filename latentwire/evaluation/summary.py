@@ -15,6 +15,7 @@ from latentwire.evaluation.statistics import difference, interval
 
 FIELDS = (
     "em", "f1", "nll", "first_1", "first_5", "positions", "bytes", "forward_ms", "encode_ms", "prefill_ms", "decode_ms",
+    "first_token_ms",
 )  # fmt: skip
 """What a row of the table has the mean of."""
 KINDS = 8
@@ -28,14 +29,17 @@ def means(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
-    """receiver → means, 95 % intervals (``em_low`` …) of EM and F1, ``compression_bytes`` and ``compression_tokens`` (context
-    over message), ``examples_per_s``, number of ``rows``. ``mean`` is over receivers, with what they are together.
+    """Return receiver → means, 95 % intervals over contexts (``em_low`` …) of EM and F1, ``compression_bytes`` and
+    ``compression_tokens`` (context over message), ``examples_per_s``, numbers of ``rows`` and of their ``contexts``.
+
+    ``mean`` is over receivers, with what they are together.
     """
     table: dict[str, dict[str, float]] = {}
     for name, own in _by_receiver(predictions).items():
-        table[name] = _means(own)
+        contexts = [p.context_id for p in own]
+        table[name] = _means(own) | {"contexts": len(set(contexts))}
         for field in ("em", "f1"):
-            table[name] |= _bounds(field, [getattr(p, field) for p in own])
+            table[name] |= _bounds(field, [getattr(p, field) for p in own], contexts)
         sent, places = sum(p.bytes for p in own), sum(p.message_positions for p in own)
         if sent and places:  # a closed book compresses nothing
             table[name]["compression_bytes"] = sum(p.context_bytes for p in own) / sent
@@ -76,19 +80,21 @@ def together(predictions: Sequence[Prediction]) -> dict[str, float]:
     chosen = [max(row, key=lambda p: 0.0 if p.joint_logp is None else p.joint_logp) for row in rows]
     for field in ("em", "f1"):
         values = [getattr(p, field) for p in chosen]
-        found |= {f"joint_{field}": float(np.mean(values))} | _bounds(f"joint_{field}", values)
+        bounds = _bounds(f"joint_{field}", values, [p.context_id for p in chosen])
+        found |= {f"joint_{field}": float(np.mean(values))} | bounds
     return found
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[str, dict[str, dict[str, float]]]:
     """receiver (and ``mean`` over them) → ``em``, ``f1`` and ``nll`` → paired ``difference`` with ``low``, ``high`` and ``p``.
 
-    Both must be of the same rows in the same order.
+    Both must be of the same rows in the same order; contexts are resampled.
     """
     one, other = _by_receiver(first), _by_receiver(second)
-    if [p.id for p in first] != [p.id for p in second]:
+    if [(p.id, p.receiver) for p in first] != [(p.id, p.receiver) for p in second]:
         raise ValueError("predictions must be of the same rows in the same order to be compared")
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
+    contexts = [p.context_id for p in next(iter(one.values()))]
     for field in ("em", "f1", "nll"):
         values = {
             name: np.array([[getattr(p, field) for p in side[name]] for side in (one, other)], np.float64)
@@ -96,7 +102,7 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[s
         }
         values["mean"] = np.mean(list(values.values()), axis=0)
         for name, (a, b) in values.items():
-            found[name][field] = difference(a, b)
+            found[name][field] = difference(a, b, contexts)
     return found
 
 
@@ -182,8 +188,8 @@ def _by_receiver(predictions: Sequence[Prediction]) -> dict[str, list[Prediction
     return found
 
 
-def _bounds(field: str, values: list[float]) -> dict[str, float]:
-    low, high = interval(values)
+def _bounds(field: str, values: list[float], contexts: list[str]) -> dict[str, float]:
+    low, high = interval(values, contexts)
     return {f"{field}_low": low, f"{field}_high": high}
 
 

@@ -12,6 +12,6 @@ class Decoded:
     rows: list[list[int]]
     """Token ids, up to and without the stop token."""
     prefill_ms: float
-    """From the prompt to the first token."""
+    """From the prompt to the first token; for a wire, from its message or the text's token ids."""
     decode_ms: float
     """From there to the end."""

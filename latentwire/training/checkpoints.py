@@ -22,6 +22,7 @@ from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.data import documents, shards
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
 from latentwire.training.loop import Trainer
@@ -72,6 +73,7 @@ def initialise(source: str | Place, wire: LatentWire) -> None:
             raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none")
         for name in common:
             exports.fill(path / name, parts[name], left_out=wire.receivers.keys() ^ known)
+        wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
     frozen = [name for name in missing if not all(p.requires_grad for p in parts[name].parameters())]
     if wire.run.training.train_only and frozen:
@@ -89,6 +91,16 @@ def take_up(trainer: Trainer, last: Place | None) -> None:
         print(f"resumed at step {trainer.progress.step} from {last}", flush=True)
     elif trainer.config.init_from is not None:
         initialise(trainer.config.init_from, trainer.wire)
+
+
+def check_development(run: RunConfig, dev: Place) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would be compared on rows of documents that the wire of
+    ``training.init_from`` has trained on. ``dev``: its development shards."""
+    if run.training.init_from is not None:
+        with local(place(run.training.init_from)) as path:
+            earlier = documents.read(path, read_manifest(path))
+        names = shards.read_table(dev, ["document"])["document"].to_pylist()
+        documents.check_development(earlier, str(run.training.init_from), names)
 
 
 def check_frozen(wire: LatentWire, before: Mapping[str, str]) -> None:
@@ -142,7 +154,7 @@ _FREE = re.compile(
     r"training\.(epochs|max_steps|evaluate_every|best_by|log_every|log_gradient_norms|init_from|max_failures|num_workers"
     r"|(cpus|gpus)_per_worker|worker_resources.*|max_bad_steps|sequential_models|logit_rows|gradient_checkpointing|compile)"
     r"|receivers\.\d+\.(model|revision|device|device_map|attn_implementation|trust_remote_code)|encoder\.model|evaluation\..*"
-    r"|data\.(data_dir|shard_dir|in_memory|stream_cpus|dev_samples|validation_samples)"
+    r"|data\.(data_dir|shard_dir|in_memory|stream_cpus|dev_samples|validation_samples|validation_skip)"
 )
 """Knobs that a resumed run may have otherwise: where things lie, what computes them, how long, and what is looked at."""
 

@@ -29,7 +29,8 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
 def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], output: Path) -> Place:
     """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
 
-    Keeps the best by ``training.best_by`` and the last.
+    Keeps the best by ``training.best_by`` and the last. Raises :class:`~latentwire.config.resolve.ConfigError` where development
+    rows are of documents that the wire it begins with has trained on.
     """
     train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
@@ -39,7 +40,10 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     folder = output / "checkpoints"
     kept.clear_debris(folder)
     previous = kept.finished(folder)
+    if not previous:
+        checkpoints.check_development(wire.run, paths["dev"])
     checkpoints.take_up(trainer, previous[-1] if previous else None)
+    wire.trained_on = wire.trained_on.with_stage(wire.run, paths["train"])
 
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)

@@ -8,6 +8,7 @@ from typing import Any
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.errors import fail
+from latentwire.evaluation import readings
 from latentwire.storage import Place
 from latentwire.tuning import (
     finals,
@@ -51,18 +52,18 @@ def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: 
     run = with_values(space.run, best.values)
     validation = files[variant_key(run)].shards["validation"]
     resume.set_aside(output / "best")
-    scores = remote.on_cluster(
+    scored = remote.on_cluster(
         run, plan.gpus_per_worker, scoring.score_and_export, best.checkpoint, validation, output / "best"
     )
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
-    grids = report.sweep_tables(rows, finalists, scores, best, run, space.tune)
-    gap = results.selection_gap(best, scores, space.tune.metric)
-    found = {"command": command, "best": vars(best), "selection": gap, "validation": scores, "trials": rows}
+    grids = report.sweep_tables(rows, finalists, scored, best, run, space.tune)
+    gap = results.selection_gap(best, scored.scores, space.tune.metric)
+    found = {"command": command, "best": vars(best), "selection": gap, "trials": rows} | scored.document
     found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
     scoring.write_results(output, found)
     report.show(grids)
-    print(line := report.verdict(best, gap, space.tune.metric))
+    print(line := f"{report.verdict(best, gap, space.tune.metric)}; {readings.sentence(scored.readings)}")
     if repeated is not None:
         was = repeated["trials"][str(repeated["trial"])]["score"]
         print(f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}")

@@ -6,15 +6,19 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.data import shards
+from latentwire.data import documents, shards
+from latentwire.evaluation import readings
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.settings import Setting, settings
 from latentwire.evaluation.summary import baseline_pairs, details, pairs
-from latentwire.storage import write_text
+from latentwire.storage import Place, write_text
 from latentwire.tuning import report, scoring
 
 
@@ -36,6 +40,26 @@ def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple
             f"has latents and a baseline, got {' and '.join(named) or 'none'}"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the wire that was scored, besides its predictions."""
+
+    sizes: dict[str, dict[str, int]]
+    """Its trained weights (:func:`latentwire.exports.sizes`)."""
+    readings: dict[str, Any] | None
+    """How often the rows were read before; ``None`` for rows that are there to be compared on, which nobody counts."""
+    probes: dict[str, float] | None = None
+    """What ``--diagnose`` found in its messages."""
+
+
+def known_of(folder: Path, split: str, rows: Place) -> Known:
+    """Return what is known of a wire's directory. A scoring of validation rows is recorded beside their shards."""
+    manifest, read = exports.read_manifest(folder), None
+    if split == "validation":
+        read = readings.note(rows, readings.wire_name(manifest), documents.read(folder, manifest))
+    return Known(exports.sizes(folder), read)
 
 
 @dataclass(frozen=True)
@@ -70,18 +94,25 @@ def show_and_write(
     wanted: Asked,
     predictions: Mapping[str, Sequence[Prediction]],
     run: RunConfig,
-    probes: dict[str, float] | None = None,
+    known: Known,
 ) -> int:
     """Print the tables and write what ``--output`` asks for; returns the exit status."""
     scores = scoring.summaries(predictions)
-    further = details(predictions, wanted.sides, wanted.types)
-    grids = [report.scores_table(scores, f"{options.checkpoint}, {options.split}", run), report.together_table(scores)]
+    further = details(predictions, wanted.sides, wanted.types) | {"weights": known.sizes}
+    grids = [
+        report.scores_table(scores, f"{options.checkpoint}, {options.split}", run),
+        report.together_table(scores),
+        report.weights_table(known.sizes),
+    ]
     if options.compare is not None:
         grids.append(report.comparisons_table(further["comparisons"]))
     report.show(grids)
-    if probes is not None:
-        further["diagnostics"] = probes
-        print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in probes.items()))
+    if known.readings is not None:
+        further["readings"] = known.readings
+        print(readings.sentence(known.readings))
+    if known.probes is not None:
+        further["diagnostics"] = known.probes
+        print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items()))
     if options.output and options.output.name.endswith(".json"):
         write_text(options.output, json.dumps(scores, indent=1))
     elif options.output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from latentwire.storage import Place, write_text
 if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
     from latentwire.tuning.finals import Finalist
     from latentwire.tuning.results import Best
+    from latentwire.tuning.scoring import Scored
 
 Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""
@@ -53,10 +54,13 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
     """One row per prompt kind and receiver: EM and F1 with their 95 % intervals, nats per answer token, and the costs.
 
-    Latents that were read with changed receivers (a feature like ``lora``) are labelled so.
+    Latents that were read with changed receivers (a feature like ``lora``) are labelled so. The title says what the intervals
+    resample: contexts, or rows in results of an earlier version, which did not count them.
     """
+    counted = [row["contexts"] for rows in scores.values() for row in rows.values() if "contexts" in row]
+    resampled = f"{max(counted):,} contexts" if counted else "rows"
     changed = "" if keeps_receivers_frozen(run) else ", not frozen"
-    header = ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "bytes", "ms", "rows"]
+    header = ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "bytes", "ms", "rows", "contexts"]
     body = [
         [
             label(key) + (changed if key.split()[0] in MESSAGE_MODES else ""),
@@ -64,23 +68,35 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
             *(f"{100 * row[field]:.1f} [{100 * row[f'{field}_low']:.1f}, {100 * row[f'{field}_high']:.1f}]" for field in ("em", "f1")),
             *(_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")),
             str(int(row["rows"])),
+            _number(row.get("contexts")),
         ]
         for key, receivers in scores.items()
         for receiver, row in receivers.items()
         if receiver != "mean"
     ]  # fmt: skip
-    return title, header, body
+    return f"{title}; 95 % intervals by resampling {resampled}", header, body
+
+
+def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
+    """What was trained: parameters and bytes of the encoder (all that receivers share) and of each receiver's own part."""
+    total = {field: sum(part[field] for part in sizes.values()) for field in ("parameters", "bytes")}
+    body = [
+        [name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"]
+        for name, part in {**sizes, "all of the wire": total}.items()
+    ]
+    return "trained weights", ["part", "parameters", "MB"], body
 
 
 def together_table(scores: dict[str, Any]) -> Grid:
     """What the receivers are as one, and what a message costs and saves, for each row of the table."""
     header = [
         "the receivers read", "agreement", "oracle EM", "oracle F1", "joint EM", "joint F1", "first token @1", "@5",
-        "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "decode ms", "examples/s",
+        "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "first token ms", "decode ms",
+        "examples/s",
     ]  # fmt: skip
     names = (
         "agreement", "oracle_em", "oracle_f1", "joint_em", "joint_f1", "first_1", "first_5", "compression_bytes",
-        "compression_tokens", "encode_ms", "prefill_ms", "decode_ms", "examples_per_s",
+        "compression_tokens", "encode_ms", "prefill_ms", "first_token_ms", "decode_ms", "examples_per_s",
     )  # fmt: skip
     body = [
         [label(key), *(_number(receivers["mean"].get(name)) for name in names)] for key, receivers in scores.items()
@@ -102,7 +118,11 @@ def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
         for pair in comparisons
         for receiver, found in pair["receivers"].items()
     ]
-    return "paired differences", ["first", "minus second", "receiver", "EM", "p", "F1", "p", "NLL", "p"], body
+    return (
+        "paired differences; 95 % intervals and p by contexts",
+        ["first", "minus second", "receiver", "EM", "p", "F1", "p", "NLL", "p"],
+        body,
+    )
 
 
 def _paired(found: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
@@ -142,15 +162,20 @@ def trial_tables(rows: list[dict[str, Any]], config: TuneConfig) -> list[Grid]:
 def sweep_tables(
     rows: list[dict[str, Any]],
     finalists: list[Finalist],
-    scores: dict[str, Any],
+    scored: Scored,
     best: Best,
     run: RunConfig,
     config: TuneConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, the finals where there are finalists, the winner's scores."""
+    """What a sweep ends with: its trials, the finals where there are finalists, the winner's scores and weights."""
     finals = [finals_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [*trial_tables(rows, config), *finals, scores_table(scores, title, run)]
+    return [*trial_tables(rows, config), *finals, *scored_tables(scored, title, run)]
+
+
+def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
+    """A wire's scores, what they took, and what of it was trained."""
+    return [scores_table(scored.scores, title, run), together_table(scored.scores), weights_table(scored.sizes)]
 
 
 def show(grids: list[Grid]) -> None:

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.evaluation import readings
 from latentwire.evaluation.settings import label
 from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
 from latentwire.tuning import figures, report, resume
@@ -50,6 +51,8 @@ def write(output: Place) -> Place:
         selection=document.get("selection") or {},
         metric=space.tune.metric,
         scores=report.scores_table(scores, f"{run.data.dataset} validation", run) if scores else None,
+        read=readings.sentence(document.get("readings")),
+        weights=report.weights_table(document["weights"]) if document.get("weights") else None,
         together=report.together_table(scores) if any("agreement" in row["mean"] for row in scores.values()) else None,
         retention=_retention(scores),
         chart=_draw(figures.scores_figure(scores)) if scores else "",

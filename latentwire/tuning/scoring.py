@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
+from latentwire.evaluation import readings
 from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
@@ -92,16 +93,34 @@ def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, f
     return diagnose(wire, shards.read_table(validation))
 
 
-def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scored:
+    """What is known of a wire at its end."""
+
+    scores: dict[str, Any]
+    """Setting's key → receiver → metrics on the validation split; empty for a wire pretrained on texts alone."""
+    readings: dict[str, Any]
+    """How often those rows were read before (:func:`latentwire.evaluation.readings.note`)."""
+    sizes: dict[str, dict[str, int]]
+    """Its trained weights (:func:`latentwire.exports.sizes`)."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What ``results.json`` says of them."""
+        return {"validation": self.scores, "readings": self.readings, "weights": self.sizes}
+
+
+def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Scored:
     """Score the chosen checkpoint once on the validation split, and export it without its training state.
 
-    A wire pretrained on texts alone has no scores: it is exported for a second stage.
+    The scoring is recorded beside the shards. A wire pretrained on texts alone has no scores: it is exported for a second stage.
     """
     if export.exists():
         raise ConfigError(f"an export must not overwrite anything, {export} exists; name another output_dir")
     with local(checkpoint) as folder:
         wire, manifest = checkpoints.load_wire(folder)
     texts = wire.run.data.dataset == "text"
+    read = {} if texts else readings.note(validation, readings.wire_name(manifest), wire.trained_on)
     predictions = {} if texts else predict_settings(wire, validation)
     table = summaries(predictions)
     pins = manifest["pins"] | {
@@ -112,11 +131,12 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> dic
     }
     address = None if isinstance(export, Path) else partial(exports.below, Path.cwd())
     with directory(export, last=exports.MANIFEST) as folder:
-        metrics = {"development": manifest["metrics"], "validation": table}
+        metrics = {"development": manifest["metrics"], "validation": table, "readings": read}
         exports.save(folder, wire, metrics, pins, address=address)
+        sizes = exports.sizes(folder)
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
-    return table
+    return Scored(table, read, sizes)
 
 
 def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:

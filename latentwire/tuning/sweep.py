@@ -18,9 +18,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.data import pipeline, shards, streams, teachers
+from latentwire.data import documents, pipeline, shards, streams, teachers
 from latentwire.evaluation.pin import evaluation_pin, pins
 from latentwire.storage import Place
+from latentwire.training import checkpoints
 from latentwire.tuning import progress
 from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
@@ -81,6 +82,9 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
         _make([needed.pop(path) for path in dev])
         common_pin(space, dev)
     _make(needed.values())
+    for run, own in zip(variants, named, strict=True):
+        checkpoints.check_development(run, own["dev"])
+        documents.of_shards(own["train"])  # once here, or every worker would read all of its rows for it
     continued = any(run.losses.continuation_ce_weight for run in (*variants, largest_run(space)))
     files: dict[str, Files] = {}
     for run, own in zip(variants, named, strict=True):
@@ -203,6 +207,7 @@ def run_sweep(
         key: Variant(
             load_datasets(own, space.run.data.in_memory),
             own.train_rows,
+            own.shards["train"],
             pins(own.shards, space.run) | ({} if receivers is None else {"receivers": dict(receivers)}),
         )
         for key, own in files.items()

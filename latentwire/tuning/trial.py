@@ -60,6 +60,8 @@ class Variant:
     datasets: dict[str, ray.data.Dataset]
     """``train``, of ``train_rows``, and ``dev``."""
     train_rows: int
+    train_shards: Place
+    """Where ``train`` lies: a wire keeps which documents it has trained on."""
     pins: dict[str, Any]
 
 
@@ -91,6 +93,7 @@ def drive_trial(
             run,
             variant.datasets,
             variant.train_rows,
+            variant.train_shards,
             folder=path,
             gpus_per_worker=gpus_per_worker,
             pins=variant.pins,
@@ -160,6 +163,7 @@ def make_trainer(
     run: RunConfig,
     datasets: dict[str, ray.data.Dataset],
     train_rows: int,
+    train_shards: Place,
     *,
     folder: Place,
     gpus_per_worker: float,
@@ -171,7 +175,8 @@ def make_trainer(
 ) -> TorchTrainer:
     """A TorchTrainer for one run, which goes on from the last checkpoint in ``folder``.
 
-    ``datasets``: ``train``, of so many rows, and ``dev``. The best checkpoint by ``metric`` and the last one are kept.
+    ``datasets``: ``train``, of so many rows from ``train_shards``, and ``dev``. The best checkpoint by ``metric`` and the last
+    one are kept.
     Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
     died in that moment could never go on. ``served``: replicas of the receivers, where the workers hold none themselves.
     """
@@ -184,7 +189,8 @@ def make_trainer(
     return PatientTrainer(
         train_worker,
         train_loop_config={
-            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows, "began": time.time(),
+            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows,
+            "train_shards": str(train_shards), "began": time.time(),
             "folder": str(folder), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
             "served": served,
         },

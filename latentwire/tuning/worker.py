@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from latentwire import exports
 from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
-from latentwire.data import streams
+from latentwire.data import documents, streams
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.shared import SharedReceiver
 from latentwire.storage import place
@@ -38,9 +38,9 @@ PREEMPTION_STEPS = 5
 def train(settings: dict[str, Any]) -> None:
     """Train; what would fail again in the same way leaves its cause and ends the run without another try.
 
-    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``began`` (when the trial did), ``folder`` of
-    its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker, ``served`` where its receivers are
-    shared.
+    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``train_shards``, ``began`` (when the trial
+    did), ``folder`` of its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker, ``served`` where
+    its receivers are shared.
     """
     run = RunConfig.model_validate(settings["run"])
     try:
@@ -68,12 +68,15 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
     last = broadcast_from_rank_zero([path.name for path in kept.finished(folder)][-1:])
     checkpoints.take_up(trainer, folder / last[0] if last else None)
+    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
+    if not last and run.training.init_from is not None:  # a searched one was not there to be checked before the sweep
+        documents.check_development(wire.trained_on, run.training.init_from, dev["document"].to_pylist())
+    wire.trained_on = wire.trained_on.with_stage(run, place(settings["train_shards"]))
     gauges = Gauges(folder.name)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
-    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
         only = settings["train_rows"] < run.training.batch_size

@@ -206,6 +206,27 @@ def test_the_name_changes_with_what_made_the_shards(own: RunConfig) -> None:
     assert shards.shard_path(other_parts, "train") != base
 
 
+def test_validation_rows_that_were_read_can_be_passed_over(own: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = Path(own.data.data_dir or "")
+    (folder / "validation.jsonl").write_text("\n".join(json.dumps(good(number)) for number in range(50)))
+
+    def ids(**values: int) -> list[str]:
+        path = pipeline.ensure_shards(
+            with_values(own, {f"data.validation_{k}": v for k, v in values.items()}), "validation"
+        )
+        return [str(name) for name in shards.read_table(path)["id"].to_pylist()]
+
+    whole = ids(samples=0)
+    assert len(whole) == 50 and ids(samples=20) == whole[:20]
+    assert "30 further rows of the split are beyond these; data.validation_skip=20 takes them" in capfd.readouterr().out
+    assert ids(samples=20, skip=20) == whole[20:40] and ids(samples=0, skip=35) == whole[35:]
+    with pytest.raises(DataError, match=r"got none \(data\.validation_skip 50 passes over all 50 of them; lower it\)"):
+        ids(skip=50)
+    skipping = with_values(own, {"data.validation_skip": 20})
+    assert shards.shard_path(skipping, "train") == shards.shard_path(own, "train")
+    assert "validation_skip" not in shards.shard_key(own, "validation")[1]["data"]  # older shards keep their names
+
+
 def test_a_source_of_bad_rows_only_is_an_error(own: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "data" / "validation.jsonl").write_bytes(b"{broken\n")
     with pytest.raises(DataError, match=r"must leave at least one row, got none \(1 × row must be JSON"):

@@ -12,7 +12,6 @@ from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, s
 from latentwire.evaluation.diagnostics import diagnose, probe
 from latentwire.evaluation.evaluator import donors, predict
 from latentwire.evaluation.settings import label, settings
-from latentwire.evaluation.statistics import interval
 from latentwire.evaluation.summary import compare, details, summarise
 from latentwire.losses.terms import token_ce
 from latentwire.models.decoded import Decoded
@@ -127,7 +126,6 @@ def test_scores_come_with_their_intervals(wire: LatentWire, rows: pa.Table) -> N
     assert row["em_high"] - row["em_low"] == pytest.approx(
         2 * 1.96 * (row["em"] * (1 - row["em"]) / 64) ** 0.5, rel=0.25
     )
-    assert interval([1.0, 1.0]) == (1.0, 1.0) and interval([0.0, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])
 
 
 def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) -> None:

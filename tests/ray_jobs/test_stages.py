@@ -44,7 +44,14 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     for name in ("interlingua", "adapters/llama", "adapters/qwen"):
         file = f"best/{name}.safetensors"
         assert (third / file).read_bytes() == (output / file).read_bytes()
-    assert set(json.loads((third / "results.json").read_text())["validation"]["latent"]) >= {"llama", "qwen", "phi"}
+    results = json.loads((third / "results.json").read_text())
+    assert set(results["validation"]["latent"]) >= {"llama", "qwen", "phi"} <= set(results["weights"])
+    # Its validation rows were read before, by the training of the pair's wire and by the evaluation above.
+    read = results["readings"]
+    assert (read["rows"], read["read_before"], read["scorings"], read["wires"], read["trained_on"]) == (16, 16, 2, 1, 0)
+    assert "16 of these 16 rows were read before, in 2 scoring(s) by 1 other wire(s)" in log_of(tmp_path)
+    own, joined = (json.loads((at / "best" / "manifest.json").read_text())["trained_on"] for at in (output, third))
+    assert own["documents"] == joined["documents"] == 200 and own["known"] and own["stages"] == joined["stages"]
 
 
 def test_texts_first_and_questions_after_them(job: Job, tmp_path: Path) -> None:

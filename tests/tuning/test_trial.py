@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.train
 import torch
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
+from latentwire import exports
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.models.weights import ReceiverError
@@ -115,6 +117,15 @@ class Stream:
             yield self.table.slice(start, size)
 
 
+def shards_of(table: pa.Table, path: Path) -> Path:
+    """The rows as complete shards; those of an earlier call, where they are there."""
+    if not path.exists():
+        path.mkdir(parents=True)
+        pq.write_table(table, path / "0.parquet")
+        (path / "manifest.json").write_text(json.dumps({"files": ["0.parquet"], "rows": table.num_rows}))
+    return path
+
+
 class Process(BaseException):
     """The worker's process, or its node, is gone."""
 
@@ -147,6 +158,7 @@ def work(
             "run": run.model_dump(mode="json"),
             "pins": pins,
             "train_rows": table.num_rows,
+            "train_shards": str(shards_of(table, folder.parent / "shards")),
             "began": 0.0,
             "gpus": 0.0,
             "served": None,
@@ -172,6 +184,9 @@ def test_a_preempted_worker_saves_and_another_goes_on(
     assert (again["step"], last["step"], again["dev_loss"]) == (4, 8, reports[0]["dev_loss"])
     assert last["dev_loss"] == whole["dev_loss"] and last["train_loss"] == whole["train_loss"]
     assert Path(last[CHECKPOINT_PATH_KEY]) == folder / "step-00000008"
+    record = exports.read_manifest(folder / "step-00000008")["trained_on"]
+    assert record["documents"] == len(set(table["document"].to_pylist())) == 16
+    assert [stage["documents"] for stage in record["stages"]] == [16] and record["known"]
     (only,) = work(run, table, folder, monkeypatch)  # died after its last checkpoint: told again, nothing is trained
     assert only["dev_loss"] == last["dev_loss"]
     (earlier,) = json.loads(only[EARLIER])  # which may not have arrived either
@@ -187,7 +202,7 @@ def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
     run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1})
     (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
     space = SpaceFile(run=run)
-    variants: Any = {variant_key(run): Variant({}, table.num_rows, {})}
+    variants: Any = {variant_key(run): Variant({}, table.num_rows, tmp_path, {})}
 
     def driver() -> StudySearch:
         return StudySearch(space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials")
@@ -221,6 +236,21 @@ def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
     assert best.trial == 1 and best.checkpoint.parent == tmp_path / "trials" / "trial-0"
     (row,) = trial_rows(study, space.tune)
     assert (row["state"], row["retries"]) == ("done", 0)
+
+
+def test_a_trial_that_begins_with_a_wire_is_not_compared_on_what_that_has_trained_on(
+    run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = with_values(run, {"training.max_steps": 1, "evaluation.max_answer_tokens": 1})
+    assert work(once, table, tmp_path / "first", monkeypatch)
+    (first,) = kept.finished(tmp_path / "first")
+    begun = with_values(
+        once, {"training.init_from": str(first)}
+    )  # as a search may draw it, after the sweep was checked
+    assert work(begun, table, tmp_path / "second", monkeypatch) == []
+    cause = str(cause_left(tmp_path / "second"))
+    assert f"development rows must be of documents that the wire of {first} has not trained on, got 16 of 16" in cause
+    assert "data.dev_fraction to at most 0.05" in cause and not kept.finished(tmp_path / "second")
 
 
 def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""A record of how often validation rows were read: what a split was compared on before, it no longer judges without bias.
+
+Every scoring of a wire on validation rows leaves a file under ``<shard_dir>/readings``: which wire, when, and hashes of the
+rows. Rows are known by what they ask and of what, so that another order, draw, prompt or receiver does not hide that they were
+read before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentwire.data import shards
+from latentwire.data.documents import TrainedOn
+from latentwire.storage import Place, StorageError, children, text_if_there, write_text
+
+FOLDER = "readings"
+"""Beside the directories of shards."""
+WEIGHTS = ("interlingua.safetensors", "adapters/", "features/")
+"""Files of a checkpoint or export that make a wire what it is."""
+
+
+def wire_name(manifest: Mapping[str, Any]) -> str:
+    """Return a short hash of a wire's weights, the same for a checkpoint and its export."""
+    weights = {name: digest for name, digest in manifest["files"].items() if name.startswith(WEIGHTS)}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
+    """Record that ``wire`` is scored on complete validation shards; return how often their rows were read before.
+
+    ``rows``; ``read_before``: those of them that an earlier scoring read; ``scorings``: earlier ones that read any of them;
+    ``wires``: other wires among those; ``again``: whether this wire has been scored on any of them before; ``trained_on``: rows of
+    documents that it has trained on.
+    """
+    table = shards.read_table(validation, ["context", "question", "document"])
+    rows = row_hashes(table)
+    folder = validation.parent / FOLDER
+    read_before: set[int] = set()
+    wires, scorings = set(), 0
+    for file in children(folder):
+        text = text_if_there(file) if file.name.endswith(".json") else None
+        if text is None:
+            continue
+        earlier = json.loads(text)
+        if shared := rows.intersection(earlier["rows"]):
+            read_before |= shared
+            scorings += 1
+            wires.add(earlier["wire"])
+    document = {"wire": wire, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": sorted(rows)}
+    try:
+        write_text(folder / f"{int(time.time())}-{uuid.uuid4().hex[:8]}.json", json.dumps(document))
+    except (OSError, StorageError) as error:  # shards that others own: their scores are none the worse for it
+        print(
+            f"this scoring is not recorded, so later ones will not count it: {folder} cannot be written ({error})",
+            flush=True,
+        )
+    return {
+        "rows": len(rows),
+        "read_before": len(read_before),
+        "scorings": scorings,
+        "wires": len(wires - {wire}),
+        "again": wire in wires,
+        "trained_on": trained_on.rows_of(table["document"].to_pylist()),
+    }
+
+
+def row_hashes(table: pa.Table) -> set[int]:
+    """Return a 53-bit hash (what JSON's readers hold exactly) of each row's context and question."""
+    pairs = zip(table["context"].to_pylist(), table["question"].to_pylist(), strict=True)
+    digests = b"".join(hashlib.sha256(f"{context}\0{question}".encode()).digest()[:8] for context, question in pairs)
+    return set((np.frombuffer(digests, "<u8") >> np.uint64(11)).tolist())
+
+
+def sentence(readings: Mapping[str, Any] | None) -> str:
+    """Say in one line how often the rows of a table were read before it."""
+    if not readings:
+        return "how often these rows were read before is not recorded"
+    seen = readings["trained_on"]
+    trained = f"; {seen:,} are of documents that this wire has trained on" if seen else ""
+    if not readings["scorings"]:
+        return f"none of these {readings['rows']:,} rows was read by a scoring before{trained}"
+    others = f"{readings['wires']:,} other wire(s)"
+    by = f"{others} and this one" if readings["again"] else others
+    advice = "" if not readings["wires"] else "; data.validation_skip takes rows that no comparison used"
+    return (
+        f"{readings['read_before']:,} of these {readings['rows']:,} rows were read before, in {readings['scorings']:,} "
+        f"scoring(s) by {by}{advice}{trained}"
+    )
