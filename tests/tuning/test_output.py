@@ -13,7 +13,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.evaluate import parser
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.settings import settings
-from latentwire.tuning.output import Asked, asked, compared, show_and_write
+from latentwire.tuning.output import Asked, Known, asked, compared, show_and_write
 
 ROWS = settings(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
 AT_8 = ("latent at 8 latents", "truncated at 8 latents")
@@ -61,10 +61,15 @@ def test_a_directory_gets_scores_details_and_every_answer(
     words = ["--checkpoint", "runs/x/best", "--compare", "--output", str(tmp_path / "scores")]
     options = parser().parse_args(words)
     wanted = Asked(rows, compared([], rows), {})
-    assert show_and_write(options, wanted, predictions, wire.run, {"cosine": 0.5}) == 0
+    sizes = {"encoder": {"parameters": 1_200, "bytes": 4_800}, "llama": {"parameters": 34, "bytes": 136}}
+    read = {"rows": 3, "read_before": 2, "scorings": 1, "wires": 1, "again": False, "trained_on": 0}
+    known = Known(sizes, read, {"cosine": 0.5})
+    assert show_and_write(options, wanted, predictions, wire.run, known) == 0
     told = capsys.readouterr().out
     assert "paired differences" in told and "latents: cosine 0.500" in told
     details = json.loads((tmp_path / "scores" / "details.json").read_text())
+    assert "1,234" in told and "2 of these 3 rows were read before" in told
+    assert (details["weights"], details["readings"]) == (sizes, read)
     assert details["diagnostics"] == {"cosine": 0.5} and len(details["comparisons"]) == 1
     assert set(json.loads((tmp_path / "scores" / "scores.json").read_text())) == {"text", "latent"}
     assert pq.read_table(tmp_path / "scores" / "predictions.parquet").num_rows == 2 * 2 * 3
