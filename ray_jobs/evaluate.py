@@ -13,14 +13,14 @@ from dataclasses import replace
 
 import ray
 
-from latentwire import exports
+from latentwire import cluster, exports
 from latentwire.config import SpaceFile
 from latentwire.data import pipeline
 from latentwire.errors import UserError, fail
 from latentwire.evaluate import official, parser
 from latentwire.options import override_run, with_home
 from latentwire.storage import local
-from latentwire.tuning import planner, pool, remote, scoring, sweep
+from latentwire.tuning import planner, pool, remote, scoring
 from latentwire.tuning.output import asked, known_of, show_and_write
 
 
@@ -37,7 +37,7 @@ def main() -> int:
             exports.read_manifest(folder)
             run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
         wanted = asked(options, run)
-        sweep.start_ray()
+        cluster.start_ray()
         plan = planner.plan_on_cluster(SpaceFile(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         path = pipeline.ensure_shards(run, options.split)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from latentwire import cluster
 from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, read_space, with_home
 from latentwire.tuning import autoscaler, sweep
@@ -23,7 +24,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
-        sweep.start_ray()
+        cluster.start_ray()
         sweep.prepare(space, space.run.training.gpus_each(autoscaler.cluster_resources()))
     except UserError as error:
         return fail(error)

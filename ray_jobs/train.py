@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ray.train import TrainingFailedError
 
+from latentwire import cluster
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
 from latentwire.evaluation import readings
@@ -43,7 +44,7 @@ def main() -> int:
         if (output / "best").exists():
             raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
         planner.check_start(run)
-        sweep.start_ray()
+        cluster.start_ray()
         plan = planner.plan_on_cluster(space)
         print(plan, flush=True)
         files = sweep.prepare(space, plan.gpus_per_worker)[variant_key(run)]

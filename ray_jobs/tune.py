@@ -4,6 +4,7 @@
     python ray_jobs/tune.py --space search_spaces/small.yaml --data_dir <directory with squad parquet>
     python ray_jobs/tune.py --resume runs/tune-<time>                    # after any death; --set tune.trials=20: more
     python ray_jobs/tune.py --resume runs/tune-<time> --retry_failed     # and take up again what failed
+    python ray_jobs/tune.py --resume runs/tune-<time> --force            # whose driver is dead on another machine
     python ray_jobs/tune.py --from_manifest runs/tune-<time>/manifest.json --trial 3     # one of its trials again
     ray job submit --working-dir . -- python ray_jobs/tune.py            # on a cluster
 
@@ -14,17 +15,18 @@ Everything lands in ``<storage_path>/<name>``: trials, ``best/`` (the export), `
 from __future__ import annotations
 
 import argparse
-import shlex
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from latentwire import cluster
 from latentwire.config.resolve import ConfigError
 from latentwire.errors import UserError, fail
 from latentwire.options import add_flags, input_place, output_place, read_space, refuse_flags, with_home
 from latentwire.storage import place
-from latentwire.tuning import forecast, job, manifest, planner, resume, sweep
+from latentwire.tuning import driver, forecast, lease, manifest, planner, resume
 from latentwire.tuning.progress import check_trackers
 from latentwire.tuning.searcher import check_draws, check_searchable
 
@@ -32,7 +34,8 @@ DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
 
 def main() -> int:
-    """Plan, prepare shards, search, score, export, report. Exit status 2 for a plain error, 1 for a failed sweep."""
+    """Plan, prepare shards, search, score, export, report. Exit status 2 for a plain error, 1 for a failed sweep or a time
+    budget that is over, 130 and 143 for Ctrl-C and SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--output_dir", type=output_place, help="directory or URI where results go; must not exist yet")
@@ -43,6 +46,11 @@ def main() -> int:
         "--retry_failed",
         action="store_true",
         help="with --resume: take failed trials up again, from their last checkpoints",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="take the sweep over from a driver that has given no heartbeat for two minutes",
     )
     parser.add_argument("--from_manifest", type=input_place, help="manifest of a sweep: run one of its trials again")
     parser.add_argument("--trial", type=int, help="which one (default: the best)")
@@ -58,6 +66,8 @@ def main() -> int:
             )
         if options.resume:
             output = options.resume.absolute()
+            if not options.dry_run:
+                lease.check(output, options.force)
             space = resume.read_space(output, options.assignments)
             retried = options.retry_failed and resume.has_failed(space, output)
             if resume.is_finished(space, output) and not retried:
@@ -71,24 +81,25 @@ def main() -> int:
             check_draws(space)
             name = time.strftime("tune-%Y%m%d-%H%M%S")
             output = (options.output_dir or place(space.tune.storage_path) / name).absolute()
-            if output.exists():
+            if not lease.is_empty(output):
                 raise ConfigError(
                     f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
                 )
         planner.check_start(space.run)
         check_searchable(space)
-        check_trackers(space.tune)
-        sweep.start_ray()
+        check_trackers(space.tune, output)
+        cluster.start_ray()
         plan = forecast.show(space, planner.plan_on_cluster(space), output, measured=options.dry_run)
         if options.dry_run:
             print(space.model_dump_json(indent=1))
             return 0
-        resume.write_space(space, output)
-        if options.retry_failed:
-            print("\n".join(resume.retry_failed(space, output) or ["no trial has failed"]), flush=True)
-        return job.search(space, plan, output, shlex.join(["python", *sys.argv]), repeated)
+        retry = options.retry_failed
+        return driver.drive(space, plan, output, sys.argv, repeated, retry=retry, force=options.force)
     except UserError as error:
         return fail(error)
+    except KeyboardInterrupt:
+        print("stopped: Ctrl-C, before anything was written", flush=True)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ class TuneConfig(Section):
     seed: int = Field(0, ge=0)
     """Seed of Optuna's sampler."""
     time_budget_minutes: float | None = Field(None, gt=0)
-    """Wall-clock limit of the search in minutes. ``None``: none."""
+    """Wall-clock limit of one command's search in minutes, finals included: then it stops as by Ctrl-C, scores nothing, and
+    ``--resume`` goes on with as much time again. ``None``: none."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
     """Experiment trackers that also get every evaluation, by Ray's callbacks (extra ``tracking``). TensorBoard's files are
     always written."""

@@ -21,6 +21,8 @@ def local_shards(
         return paths
     try:
         import ray
+
+        from latentwire.cluster import start_ray
     except ImportError as error:
         missing = [str(path) for path in paths.values() if not shards.complete(path)] or ["the teachers' columns"]
         raise sources.DataError(
@@ -28,7 +30,7 @@ def local_shards(
             f"by ray_jobs/preprocess.py with the same versions of tokenizers and transformers, and copy {run.data.shard_dir}"
         ) from error
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    start_ray(log_to_driver=False)
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:

@@ -13,6 +13,7 @@ from latentwire.config import IntDimension, SamplerConfig, SpaceFile
 from latentwire.storage import Place
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.results import Best, SweepError, find_best, within_limits
+from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import JOURNAL, evaluations, open_study, own_trials
 from latentwire.tuning.sweep import Files, run_sweep
 
@@ -36,7 +37,13 @@ class Finalist:
 
 
 def run_finals(
-    space: SpaceFile, plan: Plan, files: dict[str, Files], output: Place, study: optuna.Study, served: Any = None
+    space: SpaceFile,
+    plan: Plan,
+    files: dict[str, Files],
+    output: Place,
+    study: optuna.Study,
+    served: Any = None,
+    stop: Stop | None = None,
 ) -> tuple[Best, list[Finalist]]:
     """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
 
@@ -50,7 +57,7 @@ def run_finals(
     wanted = finals_space(space, chosen)
     trials = wanted.tune.trials + _others(wanted, output / FINALS)
     wanted = wanted.model_copy(update={"tune": wanted.tune.model_copy(update={"trials": trials})})
-    finals = run_sweep(wanted, plan, files, output / FINALS, served=served)
+    finals = run_sweep(wanted, plan, files, output / FINALS, served=served, stop=stop)
     held = []
     for trial in chosen:
         own = [t for t in own_trials(finals, (TrialState.COMPLETE,)) if _without_seed(t.params) == trial.params]

@@ -26,35 +26,48 @@ from latentwire.tuning import (
 )
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.space import variant_key
+from latentwire.tuning.stopping import Stop
 
 
-def search(space: SpaceFile, plan: Plan, output: Place, command: str, repeated: Mapping[str, Any] | None = None) -> int:
+def search(
+    space: SpaceFile,
+    plan: Plan,
+    output: Place,
+    command: str,
+    repeated: Mapping[str, Any] | None = None,
+    stop: Stop | None = None,
+) -> int:
     """Shards, trials, finals, scores, export, report; returns the exit status: 1 where every trial has failed.
 
-    ``repeated``: the manifest whose trial this is, whose data and receivers must be the same.
+    ``repeated``: the manifest whose trial this is, whose data and receivers must be the same. ``stop``: may end it before, by
+    :class:`~latentwire.tuning.stopping.SweepStopped`.
     """
+    stop = stop or Stop()
     if left := orphans.remove_orphaned_groups():
         print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
     files = sweep.prepare(space, plan.gpus_per_worker)
     pin = sweep.common_pin(space, {own.shards["dev"] for own in files.values()})
     if repeated is not None:
         manifest.check_data(repeated, files, pin)
+    stop.check_taken()
     manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))
     expected = None if repeated is None else repeated["receivers"]
     with fleet.serving(space, plan.sharing, expected) as served:
-        study = sweep.run_sweep(space, plan, files, output, expected, served)
+        study = sweep.run_sweep(space, plan, files, output, expected, served, stop)
         document = manifest.describe(space, files, pin, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
         try:
-            best, finalists = finals.run_finals(space, plan, files, output, study, served)
+            best, finalists = finals.run_finals(space, plan, files, output, study, served, stop)
         except results.SweepError as error:
             return _without_winner(results.trial_rows(study, space.tune), space, output, command, error)
     run = with_values(space.run, best.values)
     validation = files[variant_key(run)].shards["validation"]
+    stop.check_taken()
     resume.set_aside(output / "best")
     scored = remote.on_cluster(
         run, plan.gpus_per_worker, scoring.score_and_export, best.checkpoint, validation, output / "best"
     )
+    stop.check_taken()
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
     grids = report.sweep_tables(rows, finalists, scored, best, run, space.tune)

@@ -20,12 +20,23 @@ REPORT_SECONDS = 30
 """Between two tables in the terminal."""
 
 
-def check_trackers(config: TuneConfig) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` for a tracker whose package is not installed."""
+STORES = ("s3", "gs")
+"""Schemes of addresses where MLflow keeps no runs: it needs a server or a database."""
+
+
+def check_trackers(config: TuneConfig, output: Place) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for a tracker whose package is not installed, or that cannot write."""
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"tune.trackers {name} needs the package {name}, which is not installed; pip install 'latentwire[tracking]'"
+            )
+    if "mlflow" in config.trackers:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", str(output))
+        if uri.partition("://")[0] in STORES:
+            raise ConfigError(
+                f"tune.trackers mlflow keeps its runs in a server or a database, not in an object store, got {uri}; set "
+                f"MLFLOW_TRACKING_URI to a server (http://…) or a file that outlives this machine (sqlite:////nfs/mlflow.db)"
             )
 
 

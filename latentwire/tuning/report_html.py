@@ -21,7 +21,7 @@ from latentwire.tuning import figures, report, resume
 from latentwire.tuning.finals import Finalist
 from latentwire.tuning.results import trial_rows
 from latentwire.tuning.searcher import objectives
-from latentwire.tuning.study import JOURNAL, open_study, own_trials
+from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
 FILE = "report.html"
 EXAMPLES = 12
@@ -36,7 +36,11 @@ def write(output: Place) -> Place:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the fronts' studies are not news
     space = resume.read_space(output, [])
-    study = open_study(output / JOURNAL, output.name, objectives(space))
+    with read_study(output / JOURNAL, output.name, objectives(space)) as study:
+        return _write(output, space, study)
+
+
+def _write(output: Place, space: SpaceFile, study: optuna.Study) -> Place:
     document = _json(output / "results.json")
     scores = document.get("validation") or {}
     trials = trial_rows(study, space.tune)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-import optuna
 from optuna.trial import TrialState
 
 from latentwire.config import SpaceFile
@@ -15,7 +14,7 @@ from latentwire.storage import Place, delete, local, rename, write_text
 from latentwire.tuning import study as studies
 from latentwire.tuning.finals import FINALS
 from latentwire.tuning.searcher import objectives
-from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials
+from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
 from latentwire.tuning.trial import ERROR_FILE, trial_path
 
 SPACE_FILE = "space.json"
@@ -57,16 +56,20 @@ def read_space(output: Place, assignments: list[str]) -> SpaceFile:
 
 
 def is_finished(space: SpaceFile, output: Place) -> bool:
-    """Whether a sweep has all its trials and its results."""
+    """Whether a sweep has all its trials and its results. Nothing is written: another driver may have it."""
     if not (output / "results.json").exists():
         return False
-    study = open_study(output / JOURNAL, output.name, objectives(space))
-    return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials
+    with read_study(output / JOURNAL, output.name, objectives(space)) as study:
+        return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials
 
 
 def has_failed(space: SpaceFile, output: Place) -> bool:
-    """Return whether a sweep has failed trials, in its search or its finals."""
-    return any(own_trials(study, (TrialState.FAIL,)) for _, study in _studies(space, output))
+    """Return whether a sweep has failed trials, in its search or its finals; nothing is written."""
+    for folder, directed in _folders(space, output):
+        with read_study(folder / JOURNAL, folder.name, directed) as study:
+            if own_trials(study, (TrialState.FAIL,)):
+                return True
+    return False
 
 
 def retry_failed(space: SpaceFile, output: Place) -> list[str]:
@@ -76,7 +79,8 @@ def retry_failed(space: SpaceFile, output: Place) -> list[str]:
     Only while no driver runs.
     """
     lines: list[str] = []
-    for folder, study in _studies(space, output):
+    for folder, directed in _folders(space, output):
+        study = open_study(folder / JOURNAL, folder.name, directed)
         for number, failed in studies.retry_failed(study).items():
             delete(trial_path(folder / "trials", studies.directory_of(failed)) / ERROR_FILE)
             cause = failed.user_attrs.get(CAUSE, "no cause was told")
@@ -87,12 +91,12 @@ def retry_failed(space: SpaceFile, output: Place) -> list[str]:
     return lines
 
 
-def _studies(space: SpaceFile, output: Place) -> Iterator[tuple[Place, optuna.Study]]:
-    """Directories and studies of a sweep's search, and of its finals where there are any yet."""
+def _folders(space: SpaceFile, output: Place) -> Iterator[tuple[Place, Mapping[str, str]]]:
+    """Directories and objectives of a sweep's search, and of its finals where there are any yet."""
     first = {space.tune.metric: space.tune.mode}
     for folder, directed in ((output, objectives(space)), (output / FINALS, first)):
         if (folder / JOURNAL).exists():
-            yield folder, open_study(folder / JOURNAL, folder.name, directed)
+            yield folder, directed
 
 
 def set_aside(export: Place) -> None:

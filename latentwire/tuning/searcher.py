@@ -28,6 +28,7 @@ from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space import check_metrics
+from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
 from latentwire.tuning.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
 
@@ -81,13 +82,21 @@ class StudySearch(Searcher):
     """
 
     def __init__(
-        self, space: SpaceFile, *, journal: Place, name: str, trial_dir: Place, pin: str | None = None
+        self,
+        space: SpaceFile,
+        *,
+        journal: Place,
+        name: str,
+        trial_dir: Place,
+        pin: str | None = None,
+        stop: Stop | None = None,
     ) -> None:
         """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there. ``pin``: the
-        evaluation pin of every score, where it is known; earlier scores must have the same."""
+        evaluation pin of every score, where it is known; earlier scores must have the same. ``stop``: says when the sweep
+        ends before its trials do."""
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
         self.space, self.journal, self.name, self.trial_dir = space, journal, name, trial_dir
-        self.pin = pin
+        self.pin, self.stop = pin, stop or Stop()
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
@@ -118,6 +127,8 @@ class StudySearch(Searcher):
 
         What is drawn depends on the seed, the trial's number and the study alone, not on how often a driver died.
         """
+        if self.stop.reason is not None or not self.stop.may_write():
+            return Searcher.FINISHED
         left = next((t for t in self._running() if t.user_attrs.get(SESSION) != self.session), None)
         trials = self.study.get_trials(deepcopy=False)
         # Starting points that wait are asked for first, the earliest before the others.
@@ -135,7 +146,7 @@ class StudySearch(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep an evaluation, and those before it that a resumed trial tells again; one without finite objectives is left out."""
         trial = self._trials[trial_id]
-        if self._frozen(trial).state.is_finished():
+        if self._frozen(trial).state.is_finished() or not self.stop.may_write():
             return
         told = self._frozen(trial).user_attrs.get(EVALUATIONS, {})
         new: dict[str, dict[str, Any]] = {}
@@ -155,10 +166,12 @@ class StudySearch(Searcher):
         trial = self._trials[trial_id]
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
-        if self._frozen(trial).state.is_finished():
+        if self._frozen(trial).state.is_finished() or not self.stop.may_write():
             return
         reports = studies.evaluations(self._frozen(trial))
         last = reports[-1] if reports else None
+        if self.stop.reason is not None and (last is None or last["step"] < last["total_steps"]):
+            return  # cut, not ended: it goes on when the sweep does
         left = self._cause(trial, whole=last is not None and last["step"] >= last["total_steps"])
         if left is not None:
             self._fail(trial, left)
@@ -208,7 +221,7 @@ class StudySearch(Searcher):
         """Copy a journal whose place is an object store there: whenever a trial has ended, and else in a small share of the
         time, since large studies take a while. A copy that fails is made up for by the next one."""
         began = time.monotonic()
-        if not ended and began < self._copy_again:
+        if (not ended and began < self._copy_again) or not self.stop.may_write():
             return
         try:
             studies.keep_journal(self.journal)

@@ -3,10 +3,8 @@ Optuna's terms."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -17,11 +15,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from latentwire.config import CategoricalDimension, Dimension, FloatDimension
 from latentwire.config.resolve import ConfigError, search_order
-from latentwire.models.weights import cache_dir
-from latentwire.storage import Place, Remote, local, place, upload, write
+from latentwire.storage import Place, place
+from latentwire.tuning.journal import JOURNAL, keep_journal, own_journal, readable
 
-JOURNAL = "study.journal"
-"""Name of the journal in a sweep's directory."""
 SESSION, CAUSE, EVALUATIONS, WARM = "session", "cause", "evaluations", "warm_start"
 """User attributes of the study's trials: the driver that runs it; why it failed; step → what was reported; where a trial
 was taken from."""
@@ -30,6 +26,9 @@ RETRIES, DIRECTORY = "retries", "directory"
 the directory is named that it goes on in."""
 OBJECTIVES, PIN = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the evaluation pin that all of its scores have."""
+DIRECTIONS = {"max": "maximize", "min": "minimize"}
+"""A mode in Optuna's terms."""
+__all__ = ["JOURNAL", "keep_journal", "own_journal"]  # of the journal, beside the study that it holds
 
 
 def distribution(dim: Dimension) -> BaseDistribution:
@@ -63,14 +62,14 @@ def draw(trial: Trial, search: dict[str, Dimension]) -> dict[str, Any]:
 def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optuna.Study:
     """The study ``name`` of a journal file, made where it is not there yet. ``objectives``: metric → max or min.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where it is there with other objectives.
+    Writes into the journal, which only the driver that holds the sweep may do; :func:`read_study` is for all others. Raises
+    :class:`~latentwire.config.resolve.ConfigError` where it is there with other objectives, and
+    :class:`~latentwire.tuning.journal.JournalError` where it is damaged in its middle.
     """
-    file = own_journal(journal)
-    file.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(file))),
+        storage=JournalStorage(JournalFileBackend(str(own_journal(journal)))),
         study_name=name,
-        directions=[{"max": "maximize", "min": "minimize"}[mode] for mode in objectives.values()],
+        directions=[DIRECTIONS[mode] for mode in objectives.values()],
         load_if_exists=True,
     )
     wanted = [list(item) for item in objectives.items()]
@@ -78,6 +77,22 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
         raise ConfigError(f"study {name} of {journal} has objectives {study.user_attrs[OBJECTIVES]}, got {wanted}")
     study.set_user_attr(OBJECTIVES, wanted)
     return study
+
+
+@contextlib.contextmanager
+def read_study(journal: Place, name: str, objectives: Mapping[str, str]) -> Iterator[optuna.Study]:
+    """The study ``name`` of a journal, to be looked at while the block lasts: nothing is written, whoever else appends to it.
+
+    Where there is none yet, an empty one. Raises :class:`~latentwire.tuning.journal.JournalError` where the journal is damaged in
+    its middle.
+    """
+    if journal.exists():
+        with readable(journal) as file:
+            storage = JournalStorage(JournalFileBackend(str(file)))
+            if name in optuna.get_all_study_names(storage):
+                yield optuna.load_study(study_name=name, storage=storage)
+                return
+    yield optuna.create_study(study_name=name, directions=[DIRECTIONS[mode] for mode in objectives.values()])
 
 
 def pin_study(study: optuna.Study, pin: str) -> None:
@@ -92,35 +107,6 @@ def pin_study(study: optuna.Study, pin: str) -> None:
             f"decoding or metrics differ; start a new sweep"
         )
     study.set_user_attr(PIN, pin)
-
-
-def own_journal(journal: Place) -> Path:
-    """The journal as a file on this machine, which is what Optuna appends to: itself, or this machine's copy.
-
-    What the store holds is fetched unless this machine has the same and more. Should they differ, the store counts, and
-    what was here is kept under another name.
-    """
-    if isinstance(journal, Path):
-        return journal
-    file = _copy_of(journal)
-    if journal.exists():
-        stored = journal.read_bytes()
-        if not (file.exists() and file.read_bytes().startswith(stored)):
-            if file.exists():
-                file.rename(file.with_name(time.strftime(f"{JOURNAL}-until-%Y%m%d-%H%M%S")))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(file, lambda aside: aside.write_bytes(stored))
-    return file
-
-
-def keep_journal(journal: Place) -> None:
-    """Put this machine's copy of a journal into the store. Raises :class:`~latentwire.storage.StorageError`."""
-    if isinstance(journal, Remote):
-        upload(_copy_of(journal), journal)
-
-
-def _copy_of(journal: Remote) -> Path:
-    return cache_dir() / "studies" / hashlib.sha256(str(journal).encode()).hexdigest()[:16] / JOURNAL
 
 
 def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
@@ -172,7 +158,7 @@ def read_earlier(source: str | Place, objectives: Mapping[str, str], pin: str | 
     if not journal.is_file():
         raise ConfigError(f"tune.warm_start must be a sweep's directory or its {JOURNAL}, got {source}")
     found = []
-    with local(journal) as file:
+    with readable(journal) as file:
         storage = JournalStorage(JournalFileBackend(str(file)))
         for summary in optuna.get_all_study_summaries(storage):
             earlier = optuna.load_study(study_name=summary.study_name, storage=storage)

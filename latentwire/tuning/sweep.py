@@ -27,6 +27,7 @@ from latentwire.tuning.janitor import Janitor, clear_debris
 from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space import data_variants, largest_run, longest_run, variant_key
+from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
 from latentwire.tuning.trial import NUMBER, Variant, drive_trial
 
@@ -36,14 +37,6 @@ SHARDS_AT_ONCE = 3
 DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
 """What a trial's driver asks for: a sliver of a resource that every head has. Drivers must not take the CPUs that
 their own workers need (two of them would deadlock two cores), and a cluster needs nothing declared for this."""
-
-
-def start_ray() -> None:
-    """Join the cluster of ``RAY_ADDRESS`` (a submitted job has one), else start Ray on this machine.
-
-    The dashboard stays on: Train's cleaner of placement groups asks its State API, and a sweep hangs without it.
-    """
-    ray.init(ignore_reinit_error=True, log_to_driver=True)
 
 
 @dataclass(frozen=True)
@@ -97,8 +90,12 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
 
 def _make(wanted: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None:
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for made in [pool.submit(pipeline.ensure_shards, *of) for of in wanted]:
-            made.result()
+        try:
+            for made in [pool.submit(pipeline.ensure_shards, *of) for of in wanted]:
+                made.result()
+        except KeyboardInterrupt:
+            ray.shutdown()  # else the others, which nobody wants any more, would be waited for
+            raise
 
 
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
@@ -187,16 +184,19 @@ def run_sweep(
     output: Place,
     receivers: Mapping[str, str] | None = None,
     served: Any = None,
+    stop: Stop | None = None,
 ) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
     What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
     Trials that fail are told to the study, not raised. ``receivers``: hashes that their weights must have. ``served``: the
-    replicas that trials share, where they do.
+    replicas that trials share, where they do. ``stop``: may end the search before; then trials that run are cut, stay
+    unfinished in the study, and :class:`~latentwire.tuning.stopping.SweepStopped` is raised.
     """
+    stop = stop or Stop()
     config, trial_dir = space.tune, output / "trials"
     pin = common_pin(space, {own.shards["dev"] for own in files.values()})
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin)
+    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin, stop=stop)
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     janitor = Janitor(search)
     clear_debris(trial_dir)
@@ -223,14 +223,13 @@ def run_sweep(
         trial_dir=trial_dir,
         served=served,
     )
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
             num_samples=missing,
             max_concurrent_trials=plan.max_concurrent_trials,
-            time_budget_s=None if config.time_budget_minutes is None else 60 * config.time_budget_minutes,
             trial_dirname_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
             trial_name_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
         ),
@@ -238,14 +237,19 @@ def run_sweep(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(output / "tune"),
             verbose=1,
+            stop=stop,
             callbacks=[janitor, *progress.trackers(config, output)],
             progress_reporter=progress.table(space),
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
-    ).fit()
+    )
+    with stop.searching(config.time_budget_minutes):
+        tuner.fit()
+    if not stop.taken:
+        keep_journal(output / JOURNAL)
+    stop.check(complete=sum(trial.state.is_finished() for trial in own_trials(search.study)) >= config.trials)
     clear_debris(trial_dir)
     janitor.tidy()
-    keep_journal(output / JOURNAL)
     return search.study
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import ray
 import torch
 
+from latentwire import cluster
 from latentwire.assembly import LatentWire
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import sweep
 from tests.benchmarks import data, decoding, searching, sharing, steps, trials, workers
 from tests.benchmarks.measure import Row
 
@@ -35,7 +35,7 @@ def on_rows(space: SpaceFile, options: argparse.Namespace) -> list[Row]:
     paths = local_shards(run)
     table, dev = streams.training_table(run, paths["train"]), shards.read_table(paths["dev"])
     if "trial" in options.only:
-        sweep.start_ray()
+        cluster.start_ray()
         found += trials.rows(space, table, options.steps)
     ray.shutdown()  # what it keeps running would slow the others
     wire = LatentWire(run)
@@ -70,7 +70,7 @@ def main() -> int:
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))
     found: list[Row] = []
     if "preprocessing" in options.only:
-        sweep.start_ray()
+        cluster.start_ray()
         found.append(data.preprocessing(run))
     if {"trial", "steps", "workers", "decoding"} & set(options.only):
         found += on_rows(space.model_copy(update={"run": run}), options)

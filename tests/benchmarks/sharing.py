@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import ray
 
+from latentwire import cluster
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import load_space, with_values
 from latentwire.config.space import TuneConfig
@@ -93,7 +94,7 @@ def rows(space: SpaceFile, steps: int) -> list[Row]:
 def _sweep(run: RunConfig, receivers: Any, trials: int) -> Sweep:
     tune = TuneConfig(trials=trials, scheduler="none", receivers=receivers, max_concurrent_trials=trials)
     space = SpaceFile(run=run, tune=tune)
-    sweep.start_ray()
+    cluster.start_ray()
     try:
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,15 @@
 """The main job through real Ray workers, its plan, and what it refuses."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import struct
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -14,9 +20,10 @@ from tensorboardX.proto import event_pb2
 from latentwire import exports
 from latentwire.config.resolve import load_space
 from latentwire.tuning import scoring
-from latentwire.tuning.study import JOURNAL, open_study
+from latentwire.tuning.lease import LEASE_FILE
+from latentwire.tuning.study import JOURNAL, open_study, read_study
 from tests.conftest import untimed
-from tests.ray_jobs.conftest import TINY, Job, log_of
+from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +121,61 @@ def records(content: bytes) -> Iterator[bytes]:
         (length,) = struct.unpack_from("<Q", content, place)
         yield content[place + 12 : place + 12 + length]
         place += 16 + length
+
+
+def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> None:
+    """Nothing is scored, cut trials stay unfinished, and a second driver is refused meanwhile."""
+    output = tmp_path / "sweep"
+    steps = ("--max_steps=300", "--epochs=40", "--set", "training.evaluate_every=20")
+    flags = (*TINY, *steps, "--set", "tune.scheduler=none", "--set", "tune.trials=2")
+
+    def command(*arguments: str) -> subprocess.Popen:
+        """Start a command in a group of its own, as a terminal does."""
+        with (tmp_path / "log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "ray_jobs/tune.py", *arguments],
+                cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+        end = time.time() + 400
+        while not condition():
+            assert process.poll() is None and time.time() < end, log_of(tmp_path)
+            time.sleep(0.2)
+
+    def states() -> list[str]:
+        with read_study(output / JOURNAL, output.name, {"dev_f1": "max"}) as study:
+            return [trial.state.name for trial in study.trials]
+
+    process = command(*flags, "--set", f"data.shard_dir={tmp_path / 'shards'}", "--output_dir", str(output))
+    try:
+        wait_for((output / LEASE_FILE).exists, process)
+        second = subprocess.run(
+            [sys.executable, "ray_jobs/tune.py", "--resume", str(output), "--force"],
+            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert second.returncode == 2 and f"has process {process.pid} on" in second.stderr, second.stderr
+        wait_for(lambda: list(output.glob("trials/trial-0/step-*/manifest.json")), process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 130, log_of(tmp_path)
+        assert "stopped: Ctrl-C; 0 of 2 trials have ended" in log_of(tmp_path)
+        assert f"go on: python ray_jobs/tune.py --resume {output}\n" in log_of(tmp_path)
+        assert "Traceback" not in log_of(tmp_path) and "RUNNING" in states()
+
+        process = command("--resume", str(output), "--set", "tune.time_budget_minutes=0.05")
+        assert process.wait(300) == 1, log_of(tmp_path)
+        assert "stopped: tune.time_budget_minutes is over; 0 of 2" in log_of(tmp_path)
+        assert "Traceback" not in log_of(tmp_path) and states() == ["RUNNING"] * 2
+        kept = {path.name for path in output.iterdir()}
+        assert not kept & {LEASE_FILE, "results.json", "best", "predictions.parquet"}
+
+        process = command("--resume", str(output), "--set", "tune.time_budget_minutes=null")
+        assert process.wait(600) == 0, log_of(tmp_path)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "resumed at step" in log_of(tmp_path) and states() == ["COMPLETE"] * 2
+    assert (output / "best" / "manifest.json").exists() and not (output / LEASE_FILE).exists()
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) -> None:

@@ -10,20 +10,38 @@ import pytest
 
 from latentwire.config import SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.storage import Remote
 from latentwire.tuning import progress
 
 
 def test_a_missing_tracker_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    progress.check_trackers(TuneConfig())
+    progress.check_trackers(TuneConfig(), Path("runs"))
     with pytest.raises(ConfigError, match=r"tune\.trackers wandb needs the package wandb.*latentwire\[tracking\]"):
-        progress.check_trackers(TuneConfig(trackers=("wandb",)))
+        progress.check_trackers(TuneConfig(trackers=("wandb",)), Path("runs"))
+
+
+@pytest.mark.parametrize("uri", [None, "s3://bucket/mlflow"])
+def test_mlflow_beside_an_output_in_a_bucket_needs_a_place_of_its_own(
+    uri: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    config, output = TuneConfig(trackers=("mlflow",)), Remote("s3://bucket/sweep")
+    with pytest.raises(ConfigError, match=rf"not in an object store, got {uri or output}; set MLFLOW_TRACKING_URI"):
+        progress.check_trackers(config, output)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    progress.check_trackers(config, output)
+    progress.check_trackers(TuneConfig(), output)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mlflow_gets_every_evaluation_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = TuneConfig(trackers=("mlflow",))
-    progress.check_trackers(config)
+    progress.check_trackers(config, tmp_path)
     (callback,) = progress.trackers(config, tmp_path)
     callback.setup()
     trial: Any = SimpleNamespace(config={"encoder.latent_len": 6}, trial_id="a", logdir=str(tmp_path))

@@ -1,0 +1,267 @@
+"""One sweep has one driver: a lease in the sweep's directory, with a heartbeat, on a disk or in an
+object store.
+
+A driver writes its name into ``driver.json``, reads it back, and says again and again that it
+lives. Another one that comes reads that name and is refused before it has touched anything. A
+driver whose process is gone from this machine holds nothing; one on another machine, or one that
+stands still, is given up by ``--force`` alone, when nothing has been heard of it for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from latentwire.errors import UserError
+from latentwire.storage import Place, StorageError, children, delete, text_if_there, write_text
+
+LEASE_FILE = "driver.json"
+"""Name of the lease in a sweep's directory, while a driver has it."""
+BEAT_SECONDS = 10.0
+"""Seconds between two heartbeats."""
+LIMIT_SECONDS = 120.0
+"""Age of the last heartbeat from which on a driver may be given up by ``--force``."""
+WATCHED_BEATS = 3
+"""Beats for which a lease that is to be taken by force is watched before: ages go by two machines'
+clocks, which may differ."""
+SETTLE_SECONDS = 1.0
+"""Between writing a lease and reading it back: of two drivers that come at once, the one that wrote
+last has it."""
+
+
+class LeaseError(UserError):
+    """A sweep that another driver has; the message names the driver and the next move."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The driver that holds a sweep."""
+
+    token: str
+    """Name of this one command, unlike that of any other."""
+    host: str
+    machine: str
+    """Machine or container whose process ids these are: two may share a host name."""
+    pid: int
+    started: str
+    """Start of the process, as its machine counts time: another may have its id by now."""
+    heartbeat: float
+    """Time of the last heartbeat, in seconds since 1970."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last heartbeat, by this machine's clock."""
+        return time.time() - self.heartbeat
+
+    @property
+    def gone(self) -> bool:
+        """Return whether its process ran on this machine and has ended.
+
+        Of another machine's processes that cannot be told.
+        """
+        if self.machine != this_machine():
+            return False
+        try:
+            return start_of(self.pid) != self.started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, heartbeat {max(0.0, self.age):.0f} s old"
+
+
+def this_machine() -> str:
+    """Return a name of this machine or container, whose process ids are its own."""
+    boot, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.exists() and numbering.exists():
+        return f"{socket.gethostname()} {boot.read_text().strip()} {os.readlink(numbering)}"
+    return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def start_of(pid: int) -> str:
+    """Return when a process started.
+
+    In ticks since the boot where the system tells them, since its clock may be set meanwhile.
+    """
+    if Path("/proc/self/stat").exists():
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{psutil.Process(pid).create_time():.0f}"
+
+
+def read(sweep: Place) -> Driver | None:
+    """Return the driver that holds a sweep; ``None`` where there is none.
+
+    Raises :class:`LeaseError` where its lease cannot be read.
+    """
+    text = text_if_there(sweep / LEASE_FILE)
+    if text is None:
+        return None
+    try:
+        return Driver(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise LeaseError(
+            f"{sweep / LEASE_FILE} must say which driver has the sweep, got {text[:80]!r}; delete it if none runs"
+        ) from error
+
+
+def is_empty(sweep: Place) -> bool:
+    """Return whether a sweep's directory is missing, or holds nothing but a lease.
+
+    A driver that died as it began leaves no more than that.
+    """
+    if sweep.is_file():
+        return False
+    return all(path.name.lstrip(".").startswith(LEASE_FILE) for path in children(sweep))
+
+
+def check(sweep: Place, force: bool = False) -> None:
+    """Raise :class:`LeaseError` where another driver has a sweep; nothing is written. ``force``: as
+    for :meth:`Lease.take`."""
+    other = read(sweep)
+    if other is not None and not other.gone:
+        refuse(sweep, other, force)
+
+
+def refuse(sweep: Place, other: Driver, force: bool) -> None:
+    """Raise :class:`LeaseError` where the driver that holds a sweep lives, or might and ``force``
+    does not say otherwise."""
+    if other.age <= LIMIT_SECONDS:
+        raise LeaseError(
+            f"one sweep has one driver, and {sweep} has {other}: stop that one, or wait until it "
+            f"ends; --force takes over only where there was no heartbeat for {LIMIT_SECONDS:.0f} s"
+        )
+    if not force:
+        raise LeaseError(
+            f"one sweep has one driver, and {sweep} has {other}: it looks dead, but it may only "
+            f"stand still or be cut off; make sure that it has ended, then give the same command "
+            f"with --force"
+        )
+
+
+class Lease:
+    """The lease of one driver on a sweep, from :meth:`take` to :meth:`release`."""
+
+    def __init__(self, sweep: Place, lost: Callable[[str], None] = lambda why: None) -> None:
+        """``lost``: called once, with the reason, when another driver has taken the sweep."""
+        self.sweep, self.on_lost = sweep, lost
+        self.me = Driver(
+            uuid.uuid4().hex, socket.gethostname(), this_machine(), os.getpid(), start_of(os.getpid()), time.time()
+        )
+        self.lost = False
+        self.beaten = 0.0
+        """Time of the last heartbeat that was written, in seconds since 1970."""
+        self._ended = threading.Event()
+        self._turn = threading.Lock()
+        self._thread = threading.Thread(target=self._beat_on, name="sweep-lease", daemon=True)
+
+    def take(self, force: bool = False) -> None:
+        """Take the sweep, and beat from now on. ``force``: also from a driver of which nothing has
+        been heard for long.
+
+        Raises :class:`LeaseError` where another driver has it, before anything is written.
+        """
+        other = read(self.sweep)
+        if other is not None:
+            self._take_over(other, force)
+        self._write()
+        time.sleep(SETTLE_SECONDS)
+        holder = read(self.sweep)
+        if holder is None or holder.token != self.me.token:
+            raise LeaseError(
+                f"one sweep has one driver, and {holder} took {self.sweep} in the same moment; leave it to that one"
+            )
+        self._thread.start()
+
+    def _take_over(self, other: Driver, force: bool) -> None:
+        """Return where the sweep may be taken from another driver. Raises :class:`LeaseError` where
+        it may not."""
+        if other.gone:
+            print(f"the driver before is gone without a word ({other}): its sweep goes on here", flush=True)
+            return
+        refuse(self.sweep, other, force)
+        print(f"--force: watching for a sign of {other} for {WATCHED_BEATS * BEAT_SECONDS:.0f} s", flush=True)
+        time.sleep(WATCHED_BEATS * BEAT_SECONDS)
+        again = read(self.sweep)
+        if again is not None and again.heartbeat != other.heartbeat:
+            raise LeaseError(
+                f"--force takes over from a driver that is dead, and {self.sweep} has {again}, which lives"
+            )
+        print(f"taken over from {other}", flush=True)
+
+    def held(self) -> bool:
+        """Return whether the sweep is still this driver's.
+
+        The lease is read anew where the last heartbeat is old: a process that stood still (on a
+        suspended machine) asks before it writes anything.
+        """
+        if not self.lost and time.time() - self.beaten > 2 * BEAT_SECONDS:
+            self.beat()
+        return not self.lost
+
+    def beat(self) -> None:
+        """Say that this driver lives, unless another has taken the sweep. A store that does not
+        answer is asked again later."""
+        with self._turn:
+            if self.lost or self._ended.is_set():
+                return
+            try:
+                holder = read(self.sweep)
+                if holder is not None and holder.token != self.me.token:
+                    self.lost = True
+                else:
+                    self._write()
+            except LeaseError as error:
+                self.lost, holder = True, None
+                print(error, file=sys.stderr, flush=True)
+            except (StorageError, OSError) as error:
+                print(f"no heartbeat this time: {error}", file=sys.stderr, flush=True)
+                return
+        if self.lost:
+            self.on_lost(f"another driver has taken {self.sweep} ({holder})")
+
+    def release(self) -> None:
+        """Give the sweep back, if it is still this driver's."""
+        with self._turn:
+            self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        try:
+            holder = read(self.sweep)
+            if holder is not None and holder.token == self.me.token:
+                delete(self.sweep / LEASE_FILE)
+        except (LeaseError, StorageError, OSError) as error:
+            print(f"lease not given back, which the end of this process does too: {error}", file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        now = time.time()
+        record: dict[str, Any] = asdict(self.me) | {"heartbeat": now}
+        write_text(self.sweep / LEASE_FILE, json.dumps(record, indent=1))
+        self.beaten = now
+
+    def _beat_on(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            self.beat()
+
+
+@contextlib.contextmanager
+def held(sweep: Place, force: bool = False, lost: Callable[[str], None] = lambda why: None) -> Iterator[Lease]:
+    """Hold a sweep for as long as the block lasts, whatever ends it. Raises :class:`LeaseError`
+    where another driver has it."""
+    lease = Lease(sweep, lost)
+    lease.take(force)
+    try:
+        yield lease
+    finally:
+        lease.release()

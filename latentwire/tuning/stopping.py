@@ -1,0 +1,130 @@
+"""How a sweep stops before its trials have ended: by a signal, its time budget, or another driver
+that has taken it.
+
+Tune's own ways let what comes after the search run: finals, scores, export. Here the search ends,
+its trials stay unfinished in the study, and the command says how to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from ray.tune import Stopper
+
+from latentwire.tuning.lease import Lease
+
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+"""Signals that stop a sweep, and what a person calls them. Exit statuses are the shell's: 128 and
+the signal's number."""
+SIGINT_STATUS = 128 + signal.SIGINT
+"""Exit status after Ctrl-C."""
+NOT_THROUGH = 1
+"""Exit status where the time budget is over, and where another driver has taken the sweep."""
+
+
+class SweepStopped(KeyboardInterrupt):
+    """A sweep stops before its end; nothing has failed. No ``except Exception`` on the way keeps
+    it."""
+
+
+class Stop(Stopper):
+    """The reason for which a sweep is to stop, if any; Tune asks for it after every event."""
+
+    def __init__(self) -> None:
+        """Start without a reason to stop."""
+        self.reason: str | None = None
+        self.status = 0
+        """Exit status of the command."""
+        self.taken = False
+        """Whether another driver has taken the sweep: then nothing may be written any more."""
+        self.lease: Lease | None = None
+        """Lease of the driver on its sweep; ``None`` where it needs none."""
+        self.by_budget = False
+        """Whether time is all that ends it: what is complete then may be scored."""
+        self._deadline: float | None = None
+        self._searching = False
+
+    def __reduce__(self) -> tuple[type[Stop], tuple[()]]:
+        """Let Tune pickle its stopper: the copy is never looked at."""
+        return Stop, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Return that no single trial is stopped."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether the search ends now."""
+        if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self.by_budget = True
+            self.ask("tune.time_budget_minutes is over", NOT_THROUGH)
+        return self.reason is not None
+
+    def ask(self, reason: str, status: int) -> None:
+        """Let the sweep stop; the first reason counts."""
+        if self.reason is None:
+            self.reason, self.status = reason, status
+
+    def lose(self, why: str) -> None:
+        """Let the sweep stop because another driver has taken it."""
+        self.taken = True
+        self.ask(why, NOT_THROUGH)
+
+    def may_write(self) -> bool:
+        """Return whether the sweep is still this driver's."""
+        if self.lease is not None:
+            self.lease.held()
+        return not self.taken
+
+    def check_taken(self) -> None:
+        """Raise :class:`SweepStopped` where another driver has taken the sweep: its files are that
+        one's to write."""
+        if not self.may_write():
+            raise SweepStopped(self.reason)
+
+    def check(self, complete: bool) -> None:
+        """Raise :class:`SweepStopped` where the sweep is to stop; not for time that ran out as the
+        search was ``complete``."""
+        if self.reason is not None and not (complete and self.by_budget):
+            raise SweepStopped(self.reason)
+
+    @contextlib.contextmanager
+    def searching(self, minutes: float | None) -> Iterator[None]:
+        """Let a signal in the block end it in good order instead of at once; ``minutes``: of this
+        and all further such blocks."""
+        if self._deadline is None and minutes is not None:
+            self._deadline = time.monotonic() + 60 * minutes
+        self._searching = True
+        try:
+            yield
+        finally:
+            self._searching = False
+
+    @contextlib.contextmanager
+    def by_signals(self) -> Iterator[None]:
+        """Stop at a signal of :data:`SIGNALS` in the block; at a second one without waiting for the
+        search. Main thread only."""
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would let the finals and the scores begin
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        first = self.reason is None
+        self.ask(SIGNALS[signal.Signals(number)], 128 + number)
+        if not (first and self._searching):
+            raise SweepStopped(self.reason)
+        print(
+            "stopping: trials are cut and keep their checkpoints; once more to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )

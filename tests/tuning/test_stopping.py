@@ -1,0 +1,156 @@
+"""A sweep that is stopped ends in good order: what was cut is unfinished, and the command says how to go on."""
+
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search.searcher import Searcher
+
+from latentwire.config import SpaceFile
+from latentwire.tuning import driver, job, lease, resume, stopping
+from latentwire.tuning.lease import LEASE_FILE, LeaseError
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.stopping import Stop, SweepStopped
+from latentwire.tuning.study import JOURNAL
+
+ARGUMENTS = ["ray_jobs/tune.py", "--space", "space.yaml"]
+NO_PLAN: Any = None
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+
+
+def searching(output: Path, stop: Stop) -> StudySearch:
+    return StudySearch(SpaceFile(), journal=output / JOURNAL, name=output.name, trial_dir=output / "trials", stop=stop)
+
+
+def report(step: int, score: float = 0.5) -> dict[str, Any]:
+    return {"step": step, "total_steps": 9, "dev_f1": score, "wire_bytes": 64}
+
+
+@pytest.mark.parametrize("error", [False, True], ids=["cut", "driver ended by it"])
+def test_a_cut_trial_stays_unfinished_and_goes_on(tmp_path: Path, error: bool) -> None:
+    stop = Stop()
+    search = searching(tmp_path, stop)
+    for number in range(3):
+        search.suggest(str(number))
+    search.on_trial_result("0", report(3))
+    search.on_trial_result("2", report(9))
+    stop.ask("Ctrl-C", 130)
+    search.on_trial_complete("0", None if error else report(6), error)
+    search.on_trial_complete("1", None, error)
+    search.on_trial_complete("2", None if error else report(9))
+    assert search.suggest("3") == Searcher.FINISHED
+    states = [trial.state for trial in search.study.trials]
+    assert states == [TrialState.RUNNING, TrialState.RUNNING, TrialState.COMPLETE]  # the last had come to its end
+    again = searching(tmp_path, Stop())
+    assert [again.suggest(name)["study_trial"] for name in ("a", "b", "c")] == [0, 1, 3]
+
+
+def test_a_driver_that_lost_the_sweep_writes_nothing_more(tmp_path: Path) -> None:
+    stop = Stop()
+    search = searching(tmp_path, stop)
+    search.suggest("0")
+    before = (tmp_path / JOURNAL).read_bytes()
+    stop.lose("another driver has taken it")
+    search.on_trial_result("0", report(3))
+    search.on_trial_complete("0", report(9))
+    assert search.suggest("1") == Searcher.FINISHED and (tmp_path / JOURNAL).read_bytes() == before
+    with pytest.raises(SweepStopped, match="another driver"):
+        stop.check_taken()
+
+
+def test_a_time_budget_ends_the_search_and_nothing_that_is_complete() -> None:
+    stop = Stop()
+    with stop.searching(0.001):
+        assert not stop.stop_all()
+        time.sleep(0.1)
+        assert stop.stop_all() and stop.status == 1
+    with stop.searching(60):  # the finals have what is left of it
+        assert stop.stop_all()
+    stop.check(complete=True)
+    with pytest.raises(SweepStopped, match=r"tune\.time_budget_minutes is over"):
+        stop.check(complete=False)
+    with Stop().searching(None) as _:
+        pass
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_search_end_and_a_second_one_does_not(number: signal.Signals, status: int) -> None:
+    stop, before = Stop(), signal.getsignal(number)
+    with stop.by_signals():
+        with stop.searching(None):
+            os.kill(os.getpid(), number)
+            assert stop.stop_all() and stop.status == status
+            with pytest.raises(SweepStopped):
+                os.kill(os.getpid(), number)
+        with pytest.raises(SweepStopped):
+            stop.check(complete=True)
+    assert signal.getsignal(number) == before
+    with stop.by_signals(), pytest.raises(SweepStopped):  # outside of the search at once
+        os.kill(os.getpid(), number)
+
+
+def test_tune_may_pickle_it() -> None:
+    stop = Stop()
+    stop.ask("Ctrl-C", 130)
+    assert pickle.loads(pickle.dumps(stop)).reason is None
+
+
+def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, space = tmp_path / "a sweep", SpaceFile.model_validate({"tune": {"trials": 3}})
+
+    def search(space: SpaceFile, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
+        assert (output / LEASE_FILE).exists() and (output / resume.SPACE_FILE).exists()
+        with pytest.raises(LeaseError, match=f"has process {os.getpid()} on"):
+            driver.drive(space, NO_PLAN, output, ARGUMENTS, force=True)
+        held = searching(output, stop)
+        for number in range(2):
+            held.suggest(str(number))
+        held.on_trial_complete("0", report(9))
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(job, "search", search)
+    assert driver.drive(space, NO_PLAN, output, ARGUMENTS) == 130
+    told = capsys.readouterr().out
+    assert "stopped: Ctrl-C; 1 of 3 trials have ended" in told and "nothing was scored" in told
+    assert f"\ngo on: python ray_jobs/tune.py --resume '{output}'\n" in told
+    assert f"--resume '{output}' --set tune.trials=1\n" in told
+    assert not (output / LEASE_FILE).exists() and not (output / "results.json").exists()
+
+
+def test_rays_own_interrupt_counts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def search(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "search", search)
+    assert driver.drive(SpaceFile(), NO_PLAN, tmp_path, ARGUMENTS) == stopping.SIGINT_STATUS
+    assert "stopped: Ctrl-C; 0 of" in capsys.readouterr().out
+
+
+def test_a_lease_that_was_lost_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def search(space: SpaceFile, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
+        (output / LEASE_FILE).write_text((output / LEASE_FILE).read_text().replace(stop.lease.me.token, "another"))
+        stop.lease.beat()
+        stop.check_taken()
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(job, "search", search)
+    assert driver.drive(SpaceFile(), NO_PLAN, tmp_path, ARGUMENTS) == 1
+    told = capsys.readouterr().out
+    assert "stopped: another driver has taken" in told and "go on:" not in told
+    assert (tmp_path / LEASE_FILE).exists()
