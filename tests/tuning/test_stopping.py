@@ -140,6 +140,18 @@ def test_rays_own_interrupt_counts_too(
     assert "stopped: Ctrl-C; 0 of" in capsys.readouterr().out
 
 
+def test_failed_trials_are_taken_up_again_by_the_driver_that_holds_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def retry(space: SpaceFile, output: Path) -> list[str]:
+        assert (output / LEASE_FILE).exists()
+        return ["taken up"]
+
+    monkeypatch.setattr(resume, "retry_failed", retry)
+    monkeypatch.setattr(job, "search", lambda *_: 0)
+    assert driver.drive(SpaceFile(), NO_PLAN, tmp_path, ARGUMENTS, retry=True) == 0
+
+
 def test_a_lease_that_was_lost_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
