@@ -332,7 +332,7 @@ def collate(
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
-        head=min(min(row.message.start, *(p - 1 for p in row.supervised[:1])) for row in rows)
+        head=min(min((row.message.start, *(p - 1 for p in row.supervised[:1]))) for row in rows)
         if side == "right"
         else 0,
     )
