@@ -1,14 +1,25 @@
-"""Faults of the original, planted on purpose: ``pytest -p tests.faults`` with one named in ``LATENTWIRE_FAULT``.
+"""Faults planted on purpose, each with the fast tests that catch it: ``python -m tests.faults`` prints which of them did.
 
-``tests/test_planted_faults.py`` runs the suite's own oracles under each of them; every one must fail.
+Most are one line of the package as it would be with the fault in it. What the tests share is imported once; each fault then gets a
+process that is forked from there, so that none sees another's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import multiprocessing
 import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from latentwire.data import layout
@@ -17,8 +28,51 @@ from latentwire.models.lm import LMWrapper
 from latentwire.receivers.own import OwnReceiver
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is planted, and the names of the tests that must fail then."""
+
+    plant: Callable[[], None]
+    caught_by: tuple[str, ...]
+
+
+def swap(original: Any, broken: Any) -> None:
+    """Put one function in another's place, wherever it was imported to."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("latentwire", "tests.")):
+            for key in [key for key, value in vars(module).items() if value is original]:
+                setattr(module, key, broken)
+
+
+def change(place: str, line: str, fault: str) -> None:
+    """Plant a line: ``place`` is ``module:function`` or ``module:Class.method``, whose source has ``line`` once."""
+    module_name, _, path = place.partition(":")
+    module = importlib.import_module(module_name)
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, module)
+    found = vars(owner)[name]
+    original = found.fget if isinstance(found, property) else found
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(original)))
+    if source.count(line) != 1:
+        raise ValueError(f"a fault's line must stand once in {place}, {line!r} stands {source.count(line)} times; mend it")
+    made: dict[str, Any] = {}
+    exec(compile(source.replace(line, fault), f"<{place}>", "exec"), vars(module), made)
+    if owners:
+        setattr(owner, name, made[name])
+    else:
+        swap(found, made[name])
+
+
+def line(place: str, good: str, bad: str, *caught_by: str) -> Fault:
+    """A fault of one line."""
+    return Fault(functools.partial(change, f"latentwire.{place}", good, bad), caught_by)
+
+
+# ------------------------------------------------------------------------------- faults of what came before LatentWire
+
+
 def bos_twice() -> None:
-    """A second BOS after the first."""
+    """Put a second BOS after the first."""
     build = SequenceBuilder.__init__
 
     def broken(self: SequenceBuilder, *arguments: Any) -> None:
@@ -30,7 +84,7 @@ def bos_twice() -> None:
 
 
 def anchor_merged() -> None:
-    """The anchor's white space is left to the anchor, and nobody checks the boundary."""
+    """Leave the anchor's white space to the anchor, and the boundary unchecked."""
     build = SequenceBuilder.__init__
 
     def broken(self: SequenceBuilder, *arguments: Any) -> None:
@@ -43,18 +97,18 @@ def anchor_merged() -> None:
 
 
 def answer_shifted() -> None:
-    """Targets are predicted from their own positions: the label shift done twice."""
+    """Predict targets from their own positions: the label shift done twice."""
     collate = layout.collate
 
     def broken(*arguments: Any, **named: Any) -> Batch:
         batch = collate(*arguments, **named)
         return dataclasses.replace(batch, predict_N=batch.predict_N + 1)
 
-    layout.collate = broken
+    swap(collate, broken)
 
 
 def padding_attended() -> None:
-    """Attention over everything, padding too."""
+    """Attend to everything, padding too."""
     embed = LMWrapper.embed
 
     def broken(self: LMWrapper, batch: Batch, soft_ND: torch.Tensor | None) -> torch.Tensor:
@@ -65,7 +119,7 @@ def padding_attended() -> None:
 
 
 def wrong_teacher_row() -> None:
-    """Each position learns from its neighbour's teacher."""
+    """Let each position learn from its neighbour's teacher."""
     teach = OwnReceiver.teach
 
     def broken(self: OwnReceiver, *arguments: Any) -> Any:
@@ -77,9 +131,173 @@ def wrong_teacher_row() -> None:
     OwnReceiver.teach = broken  # type: ignore[method-assign]
 
 
-FAULTS = {
-    fault.__name__: fault for fault in (bos_twice, anchor_merged, answer_shifted, padding_attended, wrong_teacher_row)
-}
+# -------------------------------------------------------------------------------------------------------- all of them
 
-if "LATENTWIRE_FAULT" in os.environ:
-    FAULTS[os.environ["LATENTWIRE_FAULT"]]()
+RATES = "tests/training/test_optimizer.py::test_rates_rise_to_the_peak_and_fall_to_the_minimum"
+STEPS = "tests/training/test_steps.py::"
+PARTS = f"{STEPS}test_every_trained_parameter_moves_by_the_rate_of_its_part"
+REFERENCES = "tests/evaluation/test_references.py::"
+NLL = f"{REFERENCES}test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token"
+STATISTICS = "tests/evaluation/test_statistics.py::"
+LAYOUT = "tests/data/test_layout.py::"
+
+FAULTS = {
+    "bos_twice": Fault(bos_twice, (f"{LAYOUT}test_bos_stands_once_at_position_zero",)),
+    "anchor_merged": Fault(
+        anchor_merged,
+        (
+            f"{LAYOUT}test_anchor_that_merges_with_the_answer_is_an_error",
+            f"{LAYOUT}test_anchor_white_space_goes_with_the_answer",
+        ),
+    ),
+    "answer_shifted": Fault(
+        answer_shifted,
+        (
+            f"{LAYOUT}test_collate_supervises_answers_and_stops_and_nothing_else",
+            "tests/models/test_lm.py::test_ce_equals_the_models_own_loss",
+        ),
+    ),
+    "padding_attended": Fault(
+        padding_attended, ("tests/models/test_lm.py::test_the_side_of_the_padding_and_its_token_do_not_matter",)
+    ),
+    "wrong_teacher_row": Fault(
+        wrong_teacher_row,
+        (
+            "tests/training/test_teacher.py::test_each_row_is_what_the_receiver_says_one_token_at_a_time",
+            "tests/training/test_teacher.py::test_kd_is_zero_for_the_oracle_soft_prompt",
+        ),
+    ),
+    # Training
+    "the_cosine_never_ends": line(
+        "training.optimizer:rate_share", "max(1, total - 1 - peak)", "max(1, 10 * total - 1 - peak)", RATES
+    ),
+    "the_minimum_rate_is_ignored": line(
+        "training.optimizer:rate_share", "config.min_lr_ratio + (1 - config.min_lr_ratio)", "1.0", RATES
+    ),
+    "gradients_are_clipped_100_times_too_late": line(
+        "training.loop:Trainer._update", "self.config.clip_norm", "100 * self.config.clip_norm",
+        f"{STEPS}test_the_gradient_is_clipped_to_the_norm_that_is_asked_for",
+    ),
+    "dropout_repeats_in_every_step": line(
+        "training.loop:Trainer.step", "{self.progress.step} {self.workers.rank}", "{self.workers.rank}",
+        f"{STEPS}test_dropout_is_another_in_every_step_and_worker_and_the_same_when_resumed",
+    ),
+    "schedules_count_the_alignments_steps": line(
+        "training.loop:Trainer.backward", "self.progress.step - self.config.alignment_steps", "self.progress.step",
+        f"{STEPS}test_schedules_begin_where_the_alignment_ends",
+    ),
+    "features_learn_at_the_encoders_rate": line(
+        "training.optimizer:_groups", '"features": config.adapter_lr', '"features": config.encoder_lr', PARTS
+    ),
+    "the_gain_never_learns": line(
+        "models.adapter:Adapter.forward", "self.gain * p_BLD", "self.gain.detach() * p_BLD", PARTS
+    ),
+    "validation_rows_choose_the_checkpoint": line(
+        "training.local:train_here", 'shards.read_table(paths["dev"])', 'shards.read_table(paths["validation"])',
+        "tests/training/test_local.py::test_training_rows_train_and_development_rows_choose",
+    ),
+    "hidden_states_are_a_layer_early": line(
+        "models.lm:LMWrapper.supervised_states",
+        "round(depth * (len(output.hidden_states) - 1))", "max(0, round(depth * (len(output.hidden_states) - 1)) - 1)",
+        "tests/models/test_lm.py::test_states_are_those_that_layers_put_out",
+        "tests/data/test_teacher_files.py::test_columns_hold_what_the_model_itself_says",
+    ),
+    "embed_rms_is_that_of_the_table": line(
+        "models.lm:LMWrapper.embed_rms", "self.embed_tokens(ids).float()", "self.embed_tokens.weight[ids].float()",
+        "tests/models/test_lm.py::test_the_embeddings_scale_is_that_which_layers_read",
+    ),
+    # Evaluation
+    "scoring_leaves_dropout_on": line(
+        "evaluation.evaluator:predict", "wire.interlingua.eval()", "wire.interlingua.train()",
+        f"{REFERENCES}test_scoring_switches_dropout_off",
+    ),
+    "nll_leaves_out_the_stop": line(
+        "evaluation.evaluator:_predict_batch", "index_add(0, row_N, judged.ce_N)",
+        "index_add(0, row_N, judged.ce_N * (gold.target_N.cpu() != wire.builders[name].stop_id))", NLL,
+    ),
+    "nll_divides_by_one_more": line(
+        "evaluation.evaluator:_predict_batch",
+        "torch.bincount(row_N, minlength=count)", "(torch.bincount(row_N, minlength=count) + 1)", NLL,
+    ),
+    "differences_are_not_paired": line(
+        "evaluation.statistics:difference", "np.asarray(second, np.float64)", "np.asarray(second, np.float64)[::-1]",
+        f"{STATISTICS}test_a_difference_is_paired",
+    ),
+    "intervals_are_of_90_percent": line(
+        "evaluation.statistics:interval", "(1 - CONFIDENCE) / 2", "(1 - 0.9) / 2",
+        f"{STATISTICS}test_an_interval_is_as_wide_as_theory_says",
+    ),
+    "windows_begin_at_the_start": line(
+        "evaluation.baselines:kept_context", "random.Random(row).randint(0, len(context) - budget)", "0",
+        f"{REFERENCES}test_windows_begin_anywhere",
+    ),
+    "self_information_is_of_the_token_before": line(
+        "evaluation.baselines:self_information", ".judge(batch).ce_N", ".judge(batch).ce_N.roll(1)",
+        f"{REFERENCES}test_self_information_is_of_each_token_given_those_before_it",
+    ),
+    "answers_keep_all_their_lines": line(
+        "data.layout:SequenceBuilder.answer_of", 'text.strip().split("\\n")[0].strip()', "text.strip()",
+        "tests/evaluation/test_evaluator.py::test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line",
+    ),
+    # Data, and what travels
+    "development_rows_are_drawn_by_row": line(
+        "data.pipeline:_belongs", "row['document']", "row['id']",
+        "tests/data/test_passes.py::test_documents_are_dealt_out_whole_and_by_seed",
+    ),
+    "every_epoch_has_one_order": line(
+        "data.streams:epoch_seed", "+ epoch", "+ 0", "tests/data/test_orders.py::test_no_two_epochs_or_seeds_share_an_order"
+    ),
+    "joined_rows_read_each_others_messages": line(
+        "data.layout:join", "first_message += int(batch.message_R.max()) + 1", "first_message += len(batch.ids_BS)",
+        "tests/data/test_layout_maps.py::test_joined_batches_are_the_batch_of_all_their_rows",
+    ),
+    "a_stopped_trial_counts_as_complete": line(
+        "tuning.searcher:StudySearch._tell", 'reports[-1]["step"] < reports[-1]["total_steps"]', "False",
+        "tests/tuning/test_searcher.py::test_a_stopped_trial_is_pruned",
+    ),
+    "private_latents_stay_where_padding_was": line(
+        "models.message:Message.row", "own.start - padding", "own.start",
+        "tests/test_message.py::test_a_row_alone_reads_what_it_read_among_others",
+    ),
+}  # fmt: skip
+
+
+class _Failed:
+    """Keeps the names of tests that fail, without their parameters."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called by pytest."""
+        if report.failed:
+            self.names.add(report.nodeid.partition("[")[0])
+
+
+def run(tests: Iterable[str], fault: str | None = None) -> tuple[int, list[str]]:
+    """Run tests in this process under a fault; returns pytest's status and which of them fail."""
+    if fault is not None:
+        FAULTS[fault].plant()
+    failed = _Failed()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        status = pytest.main(["-q", "-p", "no:cacheprovider", *tests], plugins=[failed])
+    return int(status), sorted(failed.names)
+
+
+def main(names: list[str]) -> None:
+    """Print, for every fault or those that are named, and under "" for none of them, the status and the tests that failed."""
+    chosen = {name: fault for name, fault in FAULTS.items() if not names or name in names}
+    every = sorted({test for fault in chosen.values() for test in fault.caught_by})
+    run(["--collect-only", *every])
+    jobs: list[tuple[Iterable[str], str | None]] = [(every, None)]
+    jobs += [(fault.caught_by, name) for name, fault in chosen.items()]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.starmap(run, jobs, chunksize=1)
+    print(json.dumps(dict(zip(["", *chosen], found, strict=True))))
+
+
+if __name__ == "__main__":
+    # As tests import it: swap must find one module, not two.
+    from tests import faults
+
+    faults.main(sys.argv[1:])

@@ -45,9 +45,9 @@ def same(one: Batch, other: Batch) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_joined_batches_are_the_batch_of_all_their_rows(sequences: list[Sequence], side: str) -> None:
-    parts = [(sequences[:2], [1, 0]), (sequences[2:3], [0]), (sequences[3:], [2, 2])]
+    parts = [(sequences[:2], [2, 0]), (sequences[2:3], [0]), (sequences[3:], [2, 2])]
     batches = [collate(rows, side=side, messages=messages) for rows, messages in parts]
-    whole = collate(sequences, side=side, messages=[1, 0, 2, 5, 5])
+    whole = collate(sequences, side=side, messages=[2, 0, 3, 6, 6])
     same(join(batches, side=side), whole)
     assert len({batch.ids_BS.shape[1] for batch in batches}) == 3  # each is padded, on whichever side
     assert join(batches[:1], side=side) is batches[0]
