@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SPACE ?= search_spaces/toy.yaml
 ARGS ?=
 
-.PHONY: setup tune test lint format bench coverage receivers quantization clean
+.PHONY: setup tune test lint format bench coverage mutants receivers quantization clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,10 @@ bench: setup
 coverage: setup
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --cov=latentwire --cov-report=term-missing:skip-covered $(ARGS)
 
+# Which changes of the code the tests without Ray notice: docs/mutants.md. Twenty minutes of two cores.
+mutants: setup
+	$(BIN)/python scripts/mutants.py $(ARGS)
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -52,4 +56,4 @@ receivers: setup
 	$(BIN)/python scripts/small_receivers.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache mutants

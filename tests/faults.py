@@ -1,7 +1,8 @@
-"""Faults planted on purpose, each with the fast tests that catch it: ``python -m tests.faults`` prints which of them did.
+"""Faults planted on purpose, each with the fast tests that catch it.
 
-Most are one line of the package as it would be with the fault in it. What the tests share is imported once; each fault then gets a
-process that is forked from there, so that none sees another's.
+``python -m tests.faults`` prints which of them did. Most are one line of the package as it would be
+with the fault in it. What the tests share is imported once; each fault then gets a process that is
+forked from there, so that none sees another's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def change(place: str, line: str, fault: str) -> None:
     original = found.fget if isinstance(found, property) else found
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(original)))
     if source.count(line) != 1:
-        raise ValueError(f"a fault's line must stand once in {place}, {line!r} stands {source.count(line)} times; mend it")
+        raise ValueError(
+            f"a fault's line must stand once in {place}, {line!r} stands {source.count(line)} times; mend it"
+        )
     made: dict[str, Any] = {}
     exec(compile(source.replace(line, fault), f"<{place}>", "exec"), vars(module), made)
     if owners:
@@ -285,7 +288,10 @@ def run(tests: Iterable[str], fault: str | None = None) -> tuple[int, list[str]]
 
 
 def main(names: list[str]) -> None:
-    """Print, for every fault or those that are named, and under "" for none of them, the status and the tests that failed."""
+    """Print the status and the tests that failed for every fault, or those that are named.
+
+    Under "" it is that of all their tests without a fault.
+    """
     chosen = {name: fault for name, fault in FAULTS.items() if not names or name in names}
     every = sorted({test for fault in chosen.values() for test in fault.caught_by})
     run(["--collect-only", *every])

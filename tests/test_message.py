@@ -48,7 +48,11 @@ def test_a_row_alone_reads_what_it_read_among_others(message: Message) -> None:
 def test_a_layout_is_kept_around_other_latents_and_devices(message: Message) -> None:
     other = message.with_latents(message.z_BLZ + 1)
     assert torch.equal(other.z_BLZ, message.z_BLZ + 1)
-    assert (other.length_B is message.length_B, other.private, other.encoder) == (True, message.private, message.encoder)
+    assert (other.length_B is message.length_B, other.private, other.encoder) == (
+        True,
+        message.private,
+        message.encoder,
+    )
     moved = message.to("meta")
     assert moved.z_BLZ.is_meta and moved.length_B.is_meta and moved.private == message.private
 
@@ -88,7 +92,9 @@ def test_a_packet_is_laid_out_as_documented(message: Message) -> None:
 def test_integers_are_steps_of_their_groups_scale(bits: int) -> None:
     """Each group of 32 by the fp16 step that its largest entry needs; two nibbles a byte, the lower first."""
     rng = np.random.default_rng(0)
-    message = Message(torch.from_numpy(rng.normal(size=(1, 2, 67)).astype(np.float32) * 7), torch.tensor([2]), {}, "cd" * 16)
+    message = Message(
+        torch.from_numpy(rng.normal(size=(1, 2, 67)).astype(np.float32) * 7), torch.tensor([2]), {}, "cd" * 16
+    )
     scales, codes = [], []
     for row in message.z_BLZ[0].numpy():
         row_codes = []

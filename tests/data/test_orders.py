@@ -1,6 +1,7 @@
 """Columns that are read, teachers' beside them, and the order of rows, in which workers share every batch."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def test_teachers_columns_stand_beside_their_rows(tmp_path: Path) -> None:
         assert table.to_pydict() == {
             "id": list(range(10)), "llama_count": list(range(100, 110)), "qwen_count": list(range(200, 210))
         }  # fmt: skip
-    assert list(streams._read_file({"file": np.array(["0.parquet"])}, train=tmp_path, told=told, columns=["id"]))[0].equals(whole)
+    (read,) = streams._read_file({"file": np.array(["0.parquet"])}, train=tmp_path, told=told, columns=["id"])
+    assert read.equals(whole)
 
 
 @pytest.mark.parametrize("bucket_batches", [1, 4])
@@ -85,7 +87,7 @@ def test_workers_share_out_every_batch(world: int) -> None:
         [batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, 5, rank, world)]
         for rank in range(world)
     ]
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+    assert [list(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)] == whole
     assert {len(part) for share in shares for part in share} == {8 // world, -(-8 // world)}
 
 
@@ -108,8 +110,8 @@ def test_what_is_drawn_together_is_sorted_by_length_and_the_rest_is_not() -> Non
     assert len(batches) == 12
     for start in range(0, 12, 4):
         window = sorted(batches[start : start + 4])
-        assert sum(map(sorted, window), []) == sorted(sum(window, []))
-    first, second = sum(batches[:4], []), sum(batches[4:8], [])
+        assert list(chain.from_iterable(map(sorted, window))) == sorted(chain.from_iterable(window))
+    first, second = (list(chain.from_iterable(batches[start : start + 4])) for start in (0, 4))
     assert max(first) > min(second) and max(second) > min(first)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_blocks_are_bounded_and_hold_every_row_in_order(tmp_path: Path, monkeypa
 def test_rows_are_shuffled_by_numbers_that_a_sort_can_hold(tmp_path: Path) -> None:
     run = run_on(tmp_path, [good(number) for number in range(400)], data__dev_fraction=0.01)
     order = np.array([row["order"] for row in rows(run, "validation")])
-    assert len(np.unique(order)) == 400 and 0 <= order.min() and order.max() < 2**52
+    assert len(np.unique(order)) == 400 and order.min() >= 0 and order.max() < 2**52
     assert abs(order.mean() / 2**52 - 0.5) < 0.07 and order.max() > 0.95 * 2**52  # as if drawn evenly
     assert abs(np.corrcoef(order, np.arange(400))[0, 1]) < 0.2
     again = [row["order"] for row in rows(with_values(run, {"data.seed": 9}), "validation")]
@@ -100,13 +101,13 @@ def test_rows_of_one_context_stand_together_where_questions_do(tmp_path: Path) -
     run = run_on(tmp_path, asked, training__questions_together=True, data__dev_fraction=0.01)
     found = sorted(rows(run, "train"), key=lambda row: row["order"])
     contexts = [row["context"] for row in found]
-    changes = sum(one != other for one, other in zip(contexts, contexts[1:], strict=False))
+    changes = sum(one != other for one, other in pairwise(contexts))
     assert changes == len(set(contexts)) - 1  # each context once
     assert len({row["order"] for row in found}) == len(found)
     within = [int(row["id"][1:]) for row in found if row["context"] == contexts[0]]
     assert contexts[0] != asked[0]["context"] or within != sorted(within)
     apart = [row["context"] for row in sorted(rows(run, "validation"), key=lambda row: row["order"])]
-    assert sum(one != other for one, other in zip(apart, apart[1:], strict=False)) > 150  # only training rows do
+    assert sum(one != other for one, other in pairwise(apart)) > 150  # only training rows do
 
 
 def test_a_text_has_one_place_whatever_row_holds_it(tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_lengths_are_counted_by_powers_of_two() -> None:
     edges = pipeline.LENGTH_EDGES
     assert found.keys() == {"sender_bytes", "llama_answer_ids"} and list(edges[:4]) == [0, 8, 16, 32]
     for name, values in (("sender_bytes", sizes), ("llama_answer_ids", [len(row) for row in ids])):
-        expected = [sum(low <= value < high for value in values) for low, high in zip(edges, edges[1:], strict=False)]
+        expected = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
         assert found[name] == expected and sum(expected) == 7
 
 
@@ -337,7 +338,9 @@ def test_what_is_made_is_told_and_what_is_there_is_not_made(
     manifest |= {"rows": 63, "rejects": {}}
     pipeline.ensure_shards(run, "dev", tmp_path / "there")
     said = capsys.readouterr().out
-    assert "0 rejected (none; see" in said and "asks for 64 rows, data.dev_fraction 0.125 of the documents has 63" in said
+    assert (
+        "0 rejected (none; see" in said and "asks for 64 rows, data.dev_fraction 0.125 of the documents has 63" in said
+    )
     manifest |= {"rows": 64}
     for split in ("dev", "train"):
         pipeline.ensure_shards(run, split, tmp_path / "there")

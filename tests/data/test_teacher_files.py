@@ -49,7 +49,12 @@ def test_columns_are_known_by_what_they_hang_on(run: RunConfig, tmp_path: Path) 
         teachers.teacher_path(run, run.receivers[1], train),
     ]  # fmt: skip
     assert len({first, *others}) == 1 + len(others)
-    alike = [{"losses.kd_weight": 0.3}, {"losses.hidden_kd_weight": 2.0}, {"training.seed": 8}, {"encoder.latent_len": 3}]
+    alike = [
+        {"losses.kd_weight": 0.3},
+        {"losses.hidden_kd_weight": 2.0},
+        {"training.seed": 8},
+        {"encoder.latent_len": 3},
+    ]
     assert {path(values) for values in alike} == {first}
     assert teachers.paths(run, train) == {r.name: teachers.teacher_path(run, r, train) for r in run.receivers}
     assert teachers.paths(with_values(run, {"losses.kd_weight": 0.0, "losses.hidden_kd_weight": 0.0}), train) == {}
@@ -93,7 +98,9 @@ def test_columns_are_made_file_by_file_and_told_when_whole(
     assert teachers.ensure_teachers(run, train) == paths  # without Ray: nothing is missing
     said = capsys.readouterr().out
     size = sum((paths["llama"] / name).stat().st_size for name in ("0.parquet", "1.parquet"))
-    assert f"teacher llama: 6 rows, {size / 6 * 1_000 / 1e6:.2f} MB per 1,000 rows, reused from {paths['llama']}" in said
+    assert (
+        f"teacher llama: 6 rows, {size / 6 * 1_000 / 1e6:.2f} MB per 1,000 rows, reused from {paths['llama']}" in said
+    )
     assert teachers.ensure_teachers(with_values(run, {"losses.kd_weight": 0.0}), train) == {}
     assert capsys.readouterr().out == ""
 
@@ -139,14 +146,21 @@ def test_words_are_laid_out_for_every_answer_token() -> None:
     assert teacher is not None and teacher.rows is not None and teacher.rows.temperature == 4.0
     told = [0, 1, 4, 5]  # of the six tokens; the first row's third and its stop are not told of
     assert teacher.rows.ids_NK is not None and teacher.rows.log_tail_N is not None
-    assert teacher.rows.ids_NK.shape == (6, 2) and teacher.rows.ids_NK[told].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert teacher.rows.ids_NK.shape == (6, 2) and teacher.rows.ids_NK[told].tolist() == [
+        [1, 2],
+        [3, 4],
+        [5, 6],
+        [7, 8],
+    ]
     assert teacher.rows.log_p_NK[told].tolist() == [[-1, -2], [-3, -4], [-5, -6], [-7, -8]]
     assert teacher.rows.log_tail_N[told].tolist() == [-0.5, -0.25, -0.125, -2.0]
     shallow, deep = teacher.states
     assert shallow[told].tolist() == [[0, 1], [4, 5], [8, 9], [12, 13]]
     assert deep[told].tolist() == [[2, 3], [6, 7], [10, 11], [14, 15]]
     assert {tensor.dtype for tensor in (shallow, deep, teacher.rows.log_p_NK)} == {torch.float32}
-    words = teachers.teacher_of(table.drop_columns(["a_teacher_states"]), "a", both.model_copy(update={"hidden_kd_weight": 0.0}))
+    words = teachers.teacher_of(
+        table.drop_columns(["a_teacher_states"]), "a", both.model_copy(update={"hidden_kd_weight": 0.0})
+    )
     assert words is not None and words.rows is not None and words.states == ()
     states = teachers.teacher_of(table.drop_columns(["a_teacher_ids"]), "a", both.model_copy(update={"kd_weight": 0.0}))
     assert states is not None and states.rows is None and len(states.states) == 2

@@ -467,3 +467,89 @@ def test_a_study_keeps_its_objectives(search: StudySearch) -> None:
     assert search.study.user_attrs["objectives"] == [["dev_f1", "max"]]
     with pytest.raises(ConfigError, match=r"has objectives \[\['dev_f1', 'max'\]\], got \[\['dev_em', 'max'\]\]"):
         open_study(search.journal, search.name, {"dev_em": "max"})
+
+
+def test_what_is_kept_of_an_evaluation_is_plain_and_finite(search: StudySearch) -> None:
+    search.suggest("a")
+    said = report(1, 0.25) | {"note": "ok", "parts": [1, 2], "config": {"a": 1}, "nothing": None, EARLIER: "[]"}
+    search.on_trial_result("a", said)
+    for value in (float("nan"), float("inf"), "0.5", None):
+        search.on_trial_result("a", report(2, 0.5) | {"dev_f1": value})
+    search.on_trial_result("a", report(1, 0.75))  # a step is told once
+    assert evaluations(only(search.study)) == [report(1, 0.25) | {"note": "ok"}]
+    assert only(search.study).intermediate_values == {1: 0.25}
+
+
+def test_the_smaller_is_the_better_where_that_is_asked_for(tmp_path: Path) -> None:
+    search = search_over(tmp_path, metric="dev_loss", mode="min")
+    search.suggest("a")
+    for step, loss in ((1, 0.5), (2, 0.25), (3, 0.75)):
+        search.on_trial_result("a", report(step, None) | {"dev_loss": loss})
+    search.on_trial_complete("a", report(3, None) | {"dev_loss": 0.75})
+    assert only(search.study).value == 0.25
+    assert search.study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_a_driver_that_died_without_a_report_is_told_so(search: StudySearch) -> None:
+    search.suggest("a")
+    search.on_trial_complete("a", None)
+    assert only(search.study).state == TrialState.FAIL
+    assert only(search.study).user_attrs[CAUSE] == "finite dev_f1 needed, got no result"
+    search.suggest("b")
+    search.on_trial_result("b", report(3, 0.5))
+    search.on_trial_complete("b", None)  # its last report is the last that is known
+    assert search.study.trials[1].state == TrialState.COMPLETE
+
+
+def test_copies_take_a_small_share_of_the_time(search: StudySearch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a copy of two seconds none is made for forty, unless a trial ends."""
+    clock, copies = [100.0], list[float]()
+
+    def keep(journal: object) -> None:
+        copies.append(clock[0])
+        clock[0] += 2
+
+    monkeypatch.setattr(studies, "keep_journal", keep)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    search.suggest("a")
+    for step, at in ((1, 120.0), (2, 141.5), (3, 142.5)):
+        clock[0] = at
+        search.on_trial_result("a", report(step, 0.5) | {"total_steps": 9})
+    assert copies == [100.0, 142.5]
+    clock[0] = 150.0
+    search.on_trial_complete("a", report(9, 0.5) | {"total_steps": 9})
+    # The last report fell into the pause; its end did not.
+    assert copies == [100.0, 142.5, 150.0]
+
+
+def test_what_is_drawn_on_paper_is_no_news(tmp_path: Path) -> None:
+    before = optuna.logging.get_verbosity()
+    try:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        check_draws(search_over(tmp_path).space)
+        assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+        with pytest.raises(ConfigError):
+            check_draws(search_over(tmp_path, {"encoder.d_model": {"type": "int", "low": 64, "high": 128}}).space)
+        assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def test_an_unpickled_searcher_has_its_session_and_nothing_open(search: StudySearch) -> None:
+    run(search, [0.1, 0.2, 0.3])
+    again = pickle.loads(pickle.dumps(search))
+    assert again.session == search.session and again.study is not search.study
+    assert [trial.value for trial in again.study.trials] == [0.3]
+    assert again.space == search.space and (again.metric, again.mode) == ("dev_f1", "max")
+    fresh = StudySearch(search.space, journal=search.journal, name=search.name, trial_dir=search.trial_dir)
+    assert fresh.session != search.session
+
+
+def test_restored_searchers_forget_what_they_had_open(search: StudySearch, tmp_path: Path) -> None:
+    run(search, [0.1, 0.2, 0.3])
+    search.save(str(tmp_path / "record"))
+    other = search_over(tmp_path / "other")
+    run(other, [0.1, 0.2, 0.9], "theirs")
+    other.restore(str(tmp_path / "record"))
+    assert (other.journal, other.name) == (search.journal, search.name)
+    assert [trial.value for trial in other.study.trials] == [0.3] and not other._trials
