@@ -25,6 +25,11 @@ MODES = {
     "shuffled": "another row's message",
     "closed_book": "nothing",
 }
+UNTUNED_TEXT = (
+    "The receivers read text as they come, with the examples of their prompts; they were not trained to answer from it as the wire "
+    "was. Behind a few trained vectors a receiver can read the same text much better."
+)
+"""What a reader must know of rows whose text is read by a receiver that nothing was trained for."""
 COLUMNS = {
     "em": "EM",
     "f1": "F1",
@@ -134,7 +139,7 @@ def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
             if receiver in receivers:
                 cells = " | ".join(_cell(row, name) for name in present)
                 lines.append(f"| {read} | {receiver} | {cells} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", UNTUNED_TEXT])
 
 
 def _readings(readings: dict[str, Any] | None) -> str:

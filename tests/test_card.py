@@ -54,6 +54,7 @@ def test_scores_are_those_of_their_row_and_receiver() -> None:
             f"| {read} | {receiver} | {shown}{100 * first + 5:.1f}] | {10 * first:.3g} | 31 | 77 | 48 | 19 |"
         )
     assert "phi" not in text and "| mean |" not in text  # a receiver that stayed away, and no receiver at all
+    assert card.UNTUNED_TEXT in text
     assert (
         "20 of 48 had been read before, in 3 scorings, by 2 other wires" in text and "intervals over contexts" in text
     )

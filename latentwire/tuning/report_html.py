@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from latentwire.card import UNTUNED_TEXT
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import readings
@@ -58,7 +59,8 @@ def _write(output: Place, space: SpaceFile, study: optuna.Study) -> Place:
         read=readings.sentence(document.get("readings")),
         weights=report.weights_table(document["weights"]) if document.get("weights") else None,
         together=report.together_table(scores) if any("agreement" in row["mean"] for row in scores.values()) else None,
-        retention=_retention(scores),
+        shares=_shares_of_text(scores),
+        untuned=UNTUNED_TEXT,
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
         trials=report.trials_table(trials, space.tune),
@@ -94,7 +96,7 @@ def _draw(figure: go.Figure | str) -> str:
     return html
 
 
-def _retention(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
+def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
     """Each row of latents and receiver: EM and F1 as shares of full text's; ``None`` where that is 0."""
     text = scores.get("text", {})
     return [
