@@ -106,6 +106,7 @@ def test_every_mask_marks_what_it_names(sequences: list[Sequence], side: str) ->
     assert batch.target_N.tolist() == batch.ids_BS.flatten()[batch.predict_N + 1].tolist()
     texts = Sequence([5, 6, 7], 0, range(1, 2), range(2, 3), *2 * [range(3, 3)], None, range(0), False)
     assert not collate([texts]).latents_BS.any()  # a text's message is read as it is
+    assert collate([texts]).predict_N.dtype == collate([texts]).target_N.dtype == torch.long  # an index, of nothing
 
 
 def test_a_text_that_is_said_again_is_asked_for_after_its_cue(builder: SequenceBuilder) -> None:

@@ -85,6 +85,7 @@ def test_columns_are_made_file_by_file_and_told_when_whole(
         path.mkdir()
         assert not teachers.complete(run, train)
         reader = teachers.TeacherReader(run.model_dump(mode="json"), name, str(train), str(path))
+        assert (reader.lm.name, reader.builder.send) == (name, run.data.send)
         batch = {"file": np.array(["0.parquet"])}
         assert reader(batch) is batch and not teachers.complete(run, train)
         reader({"file": np.array(["1.parquet"])})
