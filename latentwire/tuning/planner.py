@@ -99,11 +99,12 @@ def check_start(run: RunConfig) -> None:
             exports.read_manifest(start)
 
 
-def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> Plan:
+def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float, *, files: bool = True) -> Plan:
     """Estimate a trial and count how many fit at once.
 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
-    where workers use GPUs. Raises :class:`PlanError` where not even one trial fits, and
+    where workers use GPUs; ``files``: whether receivers' weights and tokenizers are looked at, which a plan for
+    configurations alone has not. Raises :class:`PlanError` where not even one trial fits, and
     :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.data.layout.LayoutError` for
     receivers that cannot be had, whose weights are not whole, or whose tokenizers no prompt can be built
     with.
@@ -115,8 +116,9 @@ def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float) -> 
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
         )
-    receivers = tuple(_estimate(run, index, gpus_per_worker > 0) for index in range(len(run.receivers)))
-    builders(run)  # tells of a tokenizer that no prompt can be built with, before shards are made
+    receivers = tuple(_estimate(run, index, gpus_per_worker > 0, files) for index in range(len(run.receivers)))
+    if files:
+        builders(run)  # tells of a tokenizer that no prompt can be built with, before shards are made
     trainable, fixed = _encoder_and_adapters(run)
     steps = [r.bytes_step for r in receivers]
     step = max(steps) if training.sequential_models else sum(steps)
@@ -265,9 +267,9 @@ def _share(what: str, have: float, need: float) -> float:
     return times(have, need)
 
 
-def _estimate(run: RunConfig, index: int, on_gpu: bool) -> ReceiverEstimate:
+def _estimate(run: RunConfig, index: int, on_gpu: bool, files: bool) -> ReceiverEstimate:
     receiver = run.receivers[index]
-    lm: Any = skeleton(receiver)
+    lm: Any = skeleton(receiver, check=files)
     parameters = sum(p.numel() for p in lm.parameters())
     device = torch.device("cuda") if on_gpu else pick_device(receiver.device)
     width_bytes = torch.empty((), dtype=pick_dtype(receiver.dtype, device)).element_size()
@@ -288,7 +290,7 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
         shapes = {}
         for receiver in run.receivers:
             width = load_hf_config(receiver).get_text_config().hidden_size
-            shapes[receiver.name] = ReceiverShape(width, 1.0, functools.partial(skeleton, receiver))
+            shapes[receiver.name] = ReceiverShape(width, 1.0, functools.partial(skeleton, receiver, check=False))
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
         registry.check_training(interlingua.features)
         interlingua.train_only(run.training.train_only)

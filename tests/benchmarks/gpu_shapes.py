@@ -51,7 +51,7 @@ def model_of(name: str, scale: float, device: torch.device) -> Any:
 def wire_of(run: RunConfig, scale: float) -> LatentWire:
     """A wire between the two shapes."""
     device, waiting = pick_device(), iter(receiver.name for receiver in run.receivers)
-    with patch.object(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model_of(next(waiting), scale, device)):
+    with patch("latentwire.models.lm.load_model", lambda *_, **__: model_of(next(waiting), scale, device)):
         return LatentWire(run)
 
 

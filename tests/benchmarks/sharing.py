@@ -136,7 +136,7 @@ def on_one_gpu(accumulation: int) -> list[Row]:
         }
         run = with_values(space.run, values).model_copy(update={"receivers": tuple(receivers)})
         tune = TuneConfig(trials=1000, receivers="shared", joined_trials=1)
-        found = planner.plan(SpaceFile(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES)
+        found = planner.plan(SpaceFile(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES, files=False)
     assert found.sharing is not None
     shared, own = found.max_concurrent_trials, int(GPU_BYTES // found.bytes_per_worker)
     together = sum(found.sharing.bytes_per_replica.values()) + TOGETHER * found.sharing.bytes_per_worker
