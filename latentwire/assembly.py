@@ -92,7 +92,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
-        receivers: Sequence[str] | Mapping[str, str] | None = None,
+        receivers: str | Sequence[str] | Mapping[str, str] | None = None,
         trust_remote_code: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,

@@ -93,6 +93,7 @@ def main() -> int:
         with local(options.checkpoint) as folder:
             exports.read_manifest(folder)
             run = override_run(exports.read_run(folder), options.assignments)
+            exports.check_models(folder, run)
             wanted = asked(options, run)
             use_threads(run.training.cpus_per_worker)
             path = local_shards(run, (options.split,))[options.split]

@@ -266,13 +266,16 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def choose_receivers(run: RunConfig, chosen: Sequence[str] | Mapping[str, str] | None) -> RunConfig:
+def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None) -> RunConfig:
     """``run`` with the receivers of those names alone (``None``: all), from other places where a mapping names them.
+
+    A name alone is one of them.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder needs all of them.
     """
     if chosen is None:
         return run
+    chosen = [chosen] if isinstance(chosen, str) else chosen
     known = {receiver.name: receiver for receiver in run.receivers}
     if strange := [name for name in chosen if name not in known]:
         raise ConfigError(f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them")
@@ -338,4 +341,9 @@ def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> 
     try:
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"{file} must fit the configuration: {error}") from error
+        # torch names every tensor of another shape on a line of its own, below its heading.
+        fault = " ".join(next(iter(str(error).splitlines()[1:]), str(error)).split())
+        raise CheckpointError(
+            f"{file} must fit the configuration and its receivers, it does not ({fault.rstrip('.')}); name those that it "
+            f"was trained with"
+        ) from error

@@ -36,6 +36,7 @@ def main() -> int:
         with local(checkpoint) as folder:
             exports.read_manifest(folder)
             run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
+            exports.check_models(folder, run)
         wanted = asked(options, run)
         cluster.start_ray()
         plan = planner.plan_on_cluster(SpaceFile(run=run))

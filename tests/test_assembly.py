@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers import GenerationConfig
 
 import latentwire
-from latentwire import exports
+from latentwire import evaluate, exports
 from latentwire.assembly import LatentWire
 from latentwire.card import write as card_of
 from latentwire.config import EncoderConfig, RunConfig
@@ -213,7 +213,9 @@ def test_an_export_finds_its_receivers_from_its_own_place(run: RunConfig, tmp_pa
     assert read_run(tmp_path / "again").receivers[0].model == moved.run.receivers[0].model
 
 
-def test_receivers_that_are_not_there_are_named_with_the_remedy(run: RunConfig, tmp_path: Path) -> None:
+def test_receivers_that_are_not_there_are_named_with_the_remedy(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     own, weights = elsewhere(run, tmp_path, "models")
     wire = LatentWire(own)
     export = checkpoints.save(tmp_path / "best", wire, {}, {"receivers": wire.fingerprints()})
@@ -225,10 +227,17 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(run: RunConfig, 
         LatentWire.from_pretrained(export)
     with pytest.raises(CheckpointError, match=told):
         checkpoints.load_wire(export)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--checkpoint", str(export)])
+    assert evaluate.main() == 2
+    assert re.search(told, capsys.readouterr().err)
     assert LatentWire.from_pretrained(
         export, receivers={"llama": str(tmp_path / "moved"), "qwen": "toy-qwen"}
     ).receivers
-    assert list(LatentWire.from_pretrained(export, receivers=["qwen"]).receivers) == ["qwen"]
+    for name in ("qwen", ["qwen"]):
+        assert list(LatentWire.from_pretrained(export, receivers=name).receivers) == ["qwen"]
+    with pytest.raises(CheckpointError, match=r"qwen\.safetensors must fit .*size mismatch .*; name those") as caught:
+        LatentWire.from_pretrained(export, receivers={"qwen": "toy-phi"})
+    assert "\n" not in str(caught.value)
     # An export of an earlier version has absolute paths: it loads where they are, and is told alike where they are not.
     for place, there in ((tmp_path / "moved", True), (weights, False)):
         config["receivers"][0]["model"] = str(place)

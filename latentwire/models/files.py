@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 from latentwire.errors import UserError
@@ -103,6 +104,8 @@ def check_weights(directory: Path) -> None:
         refuse_pointer(file)
         if file.suffix == ".safetensors":
             check_safetensors(file)
+        else:
+            check_pickled(file)
 
 
 def check_safetensors(file: Path) -> None:
@@ -120,6 +123,17 @@ def check_safetensors(file: Path) -> None:
         raise ReceiverError(f"{file} {what}; fetch it again") from None
     if (whole := 8 + header_bytes + max(ends, default=0)) != size:
         raise ReceiverError(f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again")
+
+
+def check_pickled(file: Path) -> None:
+    """Raise :class:`ReceiverError` for a ``.bin`` file that is empty, or a zip archive without its end."""
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    # torch wrote other files than zip archives before version 1.6, and still reads them.
+    if not start or (start[:2] == b"PK" and not zipfile.is_zipfile(file)):
+        raise ReceiverError(
+            f"{file} must be a whole file of torch, it is cut at {file.stat().st_size:,} bytes; fetch it again"
+        )
 
 
 def refuse_pointer(file: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
@@ -58,6 +59,13 @@ def cut(folder: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
+def cut_pickle(folder: Path) -> None:
+    """Its weights as torch writes them, and half of that."""
+    (folder / "model.safetensors").rename(folder / "old")
+    torch.save(load_file(folder / "old"), folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:1_000])
+
+
 def foreign(folder: Path) -> None:
     shutil.copy(Path(resolve(RunConfig().receivers[1])) / "model.safetensors", folder)
 
@@ -82,6 +90,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "page": (lambda f: (f / "model.safetensors").write_text("<!DOCTYPE html> 404 Not Found"),
              r"model\.safetensors has no safetensors header; fetch it again"),
     "none": (lambda f: (f / "model.safetensors").unlink(), r"must hold weights \(model\.safetensors, or .*\), got config\.json, "),
+    "cut-pickle": (cut_pickle, r"pytorch_model\.bin must be a whole file of torch, it is cut at 1,000 bytes; fetch it again"),
     "part-missing": (lambda f: in_parts(f, missing=True), r"all 2 files that its index names, 1 are missing, b\.safetensors first"),
     "index": (lambda f: (in_parts(f), (f / "model.safetensors.index.json").write_text("{}")), "must map names of weights to files"),
     "foreign": (foreign, r"config\.json and weights of .* must be of one model, but model\.embed_tokens\.weight is "
