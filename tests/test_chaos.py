@@ -21,7 +21,7 @@ def chaos(folder: Path, *flags: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_six_deaths_change_nothing(tmp_path: Path) -> None:
     text = chaos(tmp_path, "--deaths", "6", "--trials", "8")
     assert "- deaths: 6 of 6" in text and "- trials: 8, all COMPLETE, none RUNNING" in text

@@ -152,7 +152,7 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
 
             wait_for(lambda: waited() >= 16 or process.poll() is not None, 400, lambda: log_of(tmp_path))
             cluster.add_node(num_cpus=1, resources={"trial_node": 1})
-            assert process.wait(400) == 0, log_of(tmp_path)
+            assert process.wait(800) == 0, log_of(tmp_path)
         finally:
             process.kill()
         resumed = {int(step) for step in re.findall(r"resumed at step (\d+) ", log_of(tmp_path))}
