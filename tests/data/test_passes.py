@@ -299,12 +299,12 @@ def test_no_rows_at_all_say_why(tmp_path: Path) -> None:
     assert pipeline._reasons(rejects) == {"context is missing": 3, "row must be JSON": 2}
     assert list(pipeline._reasons(rejects)) == ["context is missing", "row must be JSON"]
     assert "custom train must leave at least one row, got none (3 × context is missing; 2 × row must be JSON)" in str(
-        pipeline._nothing_left(run, "train", rejects)
+        pipeline._nothing_left(run, "train", rejects, read=5)
     )
-    assert "(the source is empty)" in str(pipeline._nothing_left(run, "train", []))
-    assert "is in data.dev_fraction 0.125; raise it" in str(pipeline._nothing_left(run, "dev", []))
-    assert "dev_fraction" not in str(pipeline._nothing_left(run, "dev", rejects))
-    assert isinstance(pipeline._nothing_left(run, "dev", []), DataError)
+    assert "(the source is empty)" in str(pipeline._nothing_left(run, "train", [], read=0))
+    assert "is in data.dev_fraction 0.125; raise it" in str(pipeline._nothing_left(run, "dev", [], read=0))
+    assert "dev_fraction" not in str(pipeline._nothing_left(run, "dev", rejects, read=5))
+    assert isinstance(pipeline._nothing_left(run, "dev", [], read=0), DataError)
 
 
 def test_errors_that_an_entry_point_tells_are_no_news_for_rays_log() -> None:
