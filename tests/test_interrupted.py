@@ -33,7 +33,12 @@ def begin(folder: Path, *flags: str) -> tuple[subprocess.Popen[bytes], list[psut
     (folder / "test_long.py").write_text(TEST)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, "test_long.py"]
     run = subprocess.Popen(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        # What starts this test in the background may have it ignore Ctrl-C, and so would the run.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     names = ("daemon", "script", "test")
     end = time.monotonic() + 120

@@ -40,7 +40,8 @@ def saved(wire: LatentWire, tmp_path: Path) -> Path:
 def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
     assert {str(f.relative_to(saved)) for f in saved.rglob("*") if f.is_file()} == {
         "config.json", "manifest.json", "interlingua.safetensors", "adapters/llama.safetensors",
-        "adapters/qwen.safetensors", "training_state.safetensors", "training_state.json", "README.md",
+        "adapters/qwen.safetensors", "training_state.safetensors", "training_state.json", "trained_on.safetensors",
+        "README.md",
     }  # fmt: skip
     adapter = {"norm.weight", "norm.bias", "skip.weight", "up.weight", "up.bias", "down.weight", "down.bias", "gain"}
     for name in ("llama", "qwen"):
