@@ -33,7 +33,7 @@ from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import owner
 from latentwire.models.weights import TOY_MODELS
-from latentwire.storage import give_umask, sha256
+from latentwire.storage import sha256
 
 if TYPE_CHECKING:
     from latentwire.assembly import LatentWire
@@ -107,8 +107,10 @@ def save(
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write tensors as safetensors, readable by those whom the umask lets read."""
+    file.touch()  # by the umask, which the file that safetensors puts in its place does not ask
+    mode = file.stat().st_mode
     save_file(tensors, file)
-    give_umask(file)
+    file.chmod(mode)
 
 
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:

@@ -197,19 +197,6 @@ def write(where: Place, fill: Callable[[Path], object]) -> None:
         upload(file, where)
 
 
-def give_umask(file: Path) -> None:
-    """Give a file the permissions that a new one has here: safetensors leaves those of a private one.
-
-    The umask can be read only by changing it, for all threads; so another new file tells it.
-    """
-    probe = file.with_name(f".{file.name}.mode-{uuid.uuid4().hex[:8]}")
-    try:
-        probe.touch(mode=0o666)
-        file.chmod(probe.stat().st_mode & 0o777)
-    finally:
-        probe.unlink(missing_ok=True)
-
-
 def write_text(where: Place, text: str) -> None:
     """A file of text, by :func:`write`; its directory is made."""
     where.parent.mkdir(parents=True, exist_ok=True)

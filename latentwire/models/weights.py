@@ -24,7 +24,7 @@ from torch import nn
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models import files
 from latentwire.models.files import ReceiverError as ReceiverError
-from latentwire.storage import expanded, give_umask, sha256
+from latentwire.storage import expanded, sha256
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 PROBE = "Where is Ada?"
@@ -315,8 +315,9 @@ def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
             folder.mkdir()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            readable = (folder / "config.json").stat().st_mode  # as the umask says; safetensors leaves private files
             for file in folder.glob("*.safetensors"):
-                give_umask(file)
+                file.chmod(readable)
             folder.rename(target)
     return target
 

@@ -8,7 +8,7 @@ import pytest
 
 from latentwire import exports
 from latentwire.assembly import LatentWire
-from latentwire.training import checkpoints, kept
+from latentwire.training import kept
 from latentwire.training.loop import Trainer
 
 
@@ -34,7 +34,14 @@ def dying(monkeypatch: pytest.MonkeyPatch, where: list[tuple[Any, str]], after: 
         monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
-WRITES = [(exports, "save_file"), (checkpoints, "save_file"), (Path, "write_text"), (exports.os, "rename")]
+WRITES = [
+    (exports, "save_file"),
+    (Path, "touch"),
+    (Path, "chmod"),
+    (Path, "write_text"),
+    (Path, "write_bytes"),
+    (exports.os, "rename"),
+]
 DELETES = [(Path, "unlink"), (Path, "rmdir"), (Path, "rename")]
 
 
