@@ -138,7 +138,7 @@ def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> 
             )  # fmt: skip
 
     def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
-        end = time.time() + 400
+        end = time.time() + 800
         while not condition():
             assert process.poll() is None and time.time() < end, log_of(tmp_path)
             time.sleep(0.2)
