@@ -275,7 +275,7 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
     monkeypatch.setattr(trial, "make_trainer", make_trainer)
     monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
     space = SpaceFile()
-    variants: Any = {variant_key(space.run): Variant({}, 16, {})}
+    variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     with contextlib.nullcontext() if again else pytest.raises(ray.train.WorkerGroupError):
         drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
     assert cause_left(tmp_path / "trial-3") == f"ValueError: {error}"
@@ -290,7 +290,7 @@ def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
     monkeypatch.setattr(trial, "make_trainer", make_trainer)
     monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
     space = SpaceFile()
-    variants: Any = {variant_key(space.run): Variant({}, 16, {})}
+    variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
     assert cause_left(tmp_path / "trial-3") == "receiver llama: no decoder"
 

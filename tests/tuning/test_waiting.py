@@ -100,7 +100,8 @@ def test_a_trials_controller_is_given_these_rules(
     monkeypatch.setattr(data_parallel_trainer.DataParallelTrainer, "_initialize_and_run_controller", start)
     two = with_values(run, {"training.num_workers": 2})
     make: Callable[..., Any] = trial.make_trainer
-    trainer = make(two, {}, 16, folder=tmp_path / "trial-7", gpus_per_worker=0.5, pins={}, metric="dev_f1", mode="max")
+    chosen = {"pins": {}, "metric": "dev_f1", "mode": "max"}
+    trainer = make(two, {}, 16, tmp_path, folder=tmp_path / "trial-7", gpus_per_worker=0.5, **chosen)
     with pytest.raises(Started):
         trainer.fit()
     policy = given["failure_policy"]
