@@ -27,4 +27,4 @@ def test_six_deaths_change_nothing(tmp_path: Path) -> None:
     assert "- deaths: 6 of 6" in text and "- trials: 8, all COMPLETE, none RUNNING" in text
     assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet"))
     deaths = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
-    assert deaths[-1]["finished"] >= 4  # they met trials that had ended, not only the first ones as they started
+    assert deaths[-1]["finished"] >= 3  # they met trials that had ended, not only the first ones as they started
