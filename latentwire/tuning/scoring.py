@@ -6,7 +6,6 @@ installed.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,7 +74,7 @@ def predict_settings(
     predictions: dict[str, list[Prediction]] = {}
     with ScoringProgress(table.num_rows * len(settings)) as progress:
         for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
-            on_rows = functools.partial(progress.advance, label(setting.key))
+            on_rows = partial(progress.advance, label(setting.key))
             predictions[setting.key] = list(predict(wire, table, setting, joint=joint, on_rows=on_rows))
             print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
     return predictions
