@@ -16,9 +16,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentwire.assembly import LatentWire
-    from latentwire.models.message import Message
-    from latentwire.wire import WireError
+    from latentwire.message import Message, WireError
+    from latentwire.model import LatentWire
 
 # Threads of one operation wait for each other asleep. By default they spin, and where other processes want the same cores,
 # what they wait for cannot run. OpenMP reads this once, when torch is loaded, and Ray's workers inherit it.
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __all__ = ["LatentWire", "Message", "WireError"]
 __version__ = "0.1.0"
 
-_HOMES = {"LatentWire": "latentwire.assembly", "Message": "latentwire.models.message", "WireError": "latentwire.wire"}
+_HOMES = {"LatentWire": "latentwire.model", "Message": "latentwire.message", "WireError": "latentwire.message"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,21 +16,23 @@ import sys
 from dataclasses import replace
 
 from latentwire import exports
+from latentwire.cli.flags import input_path, input_place, output_place
 from latentwire.config import DataConfig
+from latentwire.config.overrides import assigned, override_run
+from latentwire.config.places import sought
 from latentwire.config.resolve import ConfigError, validate
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
+from latentwire.evaluation import scoring
 from latentwire.evaluation.baselines import MODES
+from latentwire.evaluation.conditions import WIDTHS
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.metrics import DATASETS, score_file
-from latentwire.evaluation.settings import WIDTHS
-from latentwire.options import assigned, input_path, input_place, output_place, override_run, sought
+from latentwire.model import load_wire
+from latentwire.reports.scores import asked, known_of, show_and_write
 from latentwire.storage import local, write_text
 from latentwire.threads import use_threads
-from latentwire.training.checkpoints import load_wire
-from latentwire.tuning import scoring
-from latentwire.tuning.output import asked, known_of, show_and_write
 
 
 def parser() -> argparse.ArgumentParser:

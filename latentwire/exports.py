@@ -36,7 +36,7 @@ from latentwire.models.weights import TOY_MODELS
 from latentwire.storage import sha256
 
 if TYPE_CHECKING:
-    from latentwire.assembly import LatentWire
+    from latentwire.model import LatentWire
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from latentwire.cli.flags import input_place
 from latentwire.errors import UserError, fail
-from latentwire.options import input_place
-from latentwire.tuning import report_html
+from latentwire.reports import html
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
         "sweep", type=input_place, help="directory or URI of a sweep (one with space.json and study.journal)"
     )
     try:
-        print(report_html.write(parser.parse_args().sweep.absolute()))
+        print(html.write(parser.parse_args().sweep.absolute()))
     except UserError as error:
         return fail(error)
     return 0

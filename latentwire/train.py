@@ -15,18 +15,20 @@ import argparse
 import shlex
 import sys
 
-from latentwire.assembly import LatentWire
+from latentwire.cli.flags import add_flags, add_start, output_path, read_space
+from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
-from latentwire.evaluation import readings
-from latentwire.options import add_flags, add_start, output_path, read_space, with_home
+from latentwire.evaluation import readings, scoring
+from latentwire.model import LatentWire
+from latentwire.planning import planner
+from latentwire.reports import tables
 from latentwire.threads import cores, use_threads
 from latentwire.training.checkpoints import check_development
 from latentwire.training.local import train_here
 from latentwire.training.profile import profile_steps
-from latentwire.tuning import planner, report, scoring
 
 
 def main() -> int:
@@ -69,7 +71,7 @@ def main() -> int:
     scoring.write_results(output, {"command": command, "best": best} | scored.document)
     rows = shards.read_manifest(paths["validation"])["rows"]
     title = f"{space.run.data.dataset} validation, {rows} rows, {best.name}"
-    report.show(report.scored_tables(scored, title, space.run))
+    tables.show(tables.scored_tables(scored, title, space.run))
     if scored.scores:
         print(readings.sentence(scored.readings))
     print(f"exported: {export}")

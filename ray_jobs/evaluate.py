@@ -13,15 +13,18 @@ from dataclasses import replace
 
 import ray
 
-from latentwire import cluster, exports
+from latentwire import exports
 from latentwire.config import SpaceFile
+from latentwire.config.overrides import override_run
+from latentwire.config.places import with_home
 from latentwire.data import pipeline
+from latentwire.distributed import cluster, remote, scoring_pool
 from latentwire.errors import UserError, fail
 from latentwire.evaluate import official, parser
-from latentwire.options import override_run, with_home
+from latentwire.evaluation import scoring
+from latentwire.planning import planner
+from latentwire.reports.scores import asked, known_of, show_and_write
 from latentwire.storage import local
-from latentwire.tuning import planner, pool, remote, scoring
-from latentwire.tuning.output import asked, known_of, show_and_write
 
 
 def main() -> int:
@@ -42,11 +45,11 @@ def main() -> int:
         plan = planner.plan_on_cluster(SpaceFile(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         path = pipeline.ensure_shards(run, options.split)
-        copies = options.copies or pool.copies_at_once(there, plan, memory)
+        copies = options.copies or scoring_pool.copies_at_once(there, plan, memory)
         share = {"copies": copies, "cpus": plan.cpus_per_worker, "gpus": plan.gpus_per_worker}
         with local(checkpoint) as folder:
             known = known_of(folder, options.split, path)
-        predictions = pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
+        predictions = scoring_pool.predict_pool(checkpoint, path, wanted.rows, run, joint=not options.no_joint, **share)
         probes = (
             remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
             if options.diagnose

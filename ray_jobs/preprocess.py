@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentwire import cluster
+from latentwire.cli.flags import add_flags, read_space
+from latentwire.config.places import with_home
+from latentwire.distributed import cluster, sweep_files
 from latentwire.errors import UserError, fail
-from latentwire.options import add_flags, read_space, with_home
-from latentwire.tuning import autoscaler, sweep
+from latentwire.planning import autoscaler
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -25,7 +26,7 @@ def main() -> int:
     try:
         space = with_home(read_space(options, DEFAULT_SPACE))
         cluster.start_ray()
-        sweep.prepare(space, space.run.training.gpus_each(autoscaler.cluster_resources()))
+        sweep_files.prepare(space, space.run.training.gpus_each(autoscaler.cluster_resources()))
     except UserError as error:
         return fail(error)
     return 0

@@ -16,17 +16,19 @@ from pathlib import Path
 
 from ray.train import TrainingFailedError
 
-from latentwire import cluster
+from latentwire.cli.flags import add_flags, add_start, output_place, read_space
+from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError
+from latentwire.distributed import cluster, remote, sweep_files, trial
 from latentwire.errors import UserError, fail
-from latentwire.evaluation import readings
-from latentwire.evaluation.pin import pins
-from latentwire.options import add_flags, add_start, output_place, read_space, with_home
-from latentwire.training import kept
+from latentwire.evaluation import readings, scoring
+from latentwire.evaluation.protocol import pins
+from latentwire.planning import planner
+from latentwire.planning.variants import variant_key
+from latentwire.reports import tables
+from latentwire.training import step_checkpoints
 from latentwire.training.local import metric_of
 from latentwire.training.loop import TrainingError
-from latentwire.tuning import planner, remote, report, scoring, sweep, trial
-from latentwire.tuning.space import variant_key
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"
 
@@ -47,12 +49,12 @@ def main() -> int:
         cluster.start_ray()
         plan = planner.plan_on_cluster(space)
         print(plan, flush=True)
-        files = sweep.prepare(space, plan.gpus_per_worker)[variant_key(run)]
-        kept.clear_debris(output)
+        files = sweep_files.prepare(space, plan.gpus_per_worker)[variant_key(run)]
+        step_checkpoints.clear_debris(output)
         metric, mode = metric_of(run)
         trial.make_trainer(
             run,
-            sweep.load_datasets(files, run.data.in_memory),
+            sweep_files.load_datasets(files, run.data.in_memory),
             files.train_rows,
             files.shards["train"],
             folder=output,
@@ -63,7 +65,7 @@ def main() -> int:
         ).fit()
         if cause := trial.cause_left(output):
             raise TrainingError(cause)
-        best = kept.best_of(kept.finished(output), metric, mode)
+        best = step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode)
         scored = remote.on_cluster(
             run,
             plan.gpus_per_worker,
@@ -79,7 +81,7 @@ def main() -> int:
         return 1
     command = shlex.join(["python", *sys.argv])
     scoring.write_results(output, {"command": command, "best": best} | scored.document)
-    report.show(report.scored_tables(scored, f"{run.data.dataset} validation", run))
+    tables.show(tables.scored_tables(scored, f"{run.data.dataset} validation", run))
     if scored.scores:
         print(readings.sentence(scored.readings))
     print(f"exported: {output / 'best'}")

@@ -21,13 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentwire import cluster
+from latentwire.cli.flags import add_flags, input_place, output_place, read_space, refuse_flags
+from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError
+from latentwire.distributed import cluster
 from latentwire.errors import UserError, fail
-from latentwire.options import add_flags, input_place, output_place, read_space, refuse_flags, with_home
+from latentwire.planning import forecast, planner
 from latentwire.storage import place
-from latentwire.tuning import driver, forecast, lease, manifest, planner, resume
-from latentwire.tuning.progress import check_trackers
+from latentwire.tuning import driver, lease, manifest, resume
+from latentwire.tuning.console import check_trackers
 from latentwire.tuning.searcher import check_draws, check_searchable
 
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "toy.yaml"

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from latentwire.assembly import LatentWire
+from latentwire.cli.flags import add_flags, read_space
 from latentwire.config import RunConfig
+from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.data.local import local_shards
@@ -30,11 +31,10 @@ from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
-from latentwire.options import add_flags, read_space, with_home
+from latentwire.model import LatentWire, load_wire
+from latentwire.planning.variants import variant_key
 from latentwire.storage import write_text
-from latentwire.training.checkpoints import load_wire
 from latentwire.training.local import train_here
-from latentwire.tuning.space import variant_key
 
 MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 

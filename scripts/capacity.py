@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data.layout import Batch, collate
 from latentwire.data.toy import Facts, context_of, facts
+from latentwire.model import LatentWire
 from latentwire.models.slots import projections
+from latentwire.prompts.sequences import Batch, collate
 
 Read = Callable[[str, Batch], AbstractContextManager[torch.Tensor | None]]
 """Receiver and batch → the soft vectors ``[N, D]`` of its slots, with whatever acts inside the receiver attached."""

@@ -41,14 +41,14 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_placement_groups
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
+from latentwire.distributed import sweep_files
+from latentwire.model import LatentWire
+from latentwire.planning.variants import variant_key
 from latentwire.training.loop import Trainer
-from latentwire.tuning import sweep
 from latentwire.tuning.resume import SPACE_FILE
 from latentwire.tuning.searcher import objectives
-from latentwire.tuning.space import variant_key
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
 
 REPOSITORY = Path(__file__).parent.parent
@@ -328,13 +328,13 @@ def leaked() -> tuple[list[str], list[str]]:
 def undisturbed(output: Path) -> dict[int, float]:
     """Trial → the value that its configuration gives in this process, on the same rows in the same order."""
     space = load_space(output / SPACE_FILE)
-    files = sweep.prepare(space, 0.0)
+    files = sweep_files.prepare(space, 0.0)
     study = open_study(output / JOURNAL, output.name, objectives(space))
     values: dict[int, float] = {}
     for trial in own_trials(study):
         run = with_values(space.run, dict(trial.params))
         own = files[variant_key(run)]
-        datasets = sweep.load_datasets(own, run.data.in_memory)
+        datasets = sweep_files.load_datasets(own, run.data.in_memory)
         rows = datasets["train"].iterator()
         dev = pa.concat_tables(datasets["dev"].iter_batches(batch_size=None, batch_format="pyarrow"))
         trainer = Trainer(LatentWire(run), max(1, own.train_rows // run.training.batch_size))

@@ -18,18 +18,18 @@ import optuna
 import pyarrow as pa
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SamplerConfig, SpaceFile
+from latentwire.config.places import with_home
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
+from latentwire.distributed.trial import NUMBER
 from latentwire.errors import UserError, fail
-from latentwire.options import with_home
+from latentwire.model import LatentWire
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL, own_trials
-from latentwire.tuning.trial import NUMBER
 
 SPACE = Path(__file__).parent / "compare_samplers.yaml"
 SAMPLERS = ("tpe", "random")

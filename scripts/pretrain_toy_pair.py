@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.data.toy import context_of, facts, toy_rows
+from latentwire.prompts.sequences import SequenceBuilder, collate
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -21,12 +21,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import load_space, set_path
-from latentwire.training import kept
-from latentwire.tuning.janitor import Janitor
+from latentwire.distributed.trial import trial_path
+from latentwire.training import step_checkpoints
+from latentwire.tuning.checkpoint_budget import Janitor
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.sweep import make_scheduler
-from latentwire.tuning.trial import trial_path
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "llama_qwen.yaml"
 EVALUATIONS = 8
@@ -42,10 +42,10 @@ class Simulated:
 
     def save(self, folder: Path, metrics: dict[str, Any]) -> None:
         """What its worker would do: a checkpoint of no weights, and away with all but its best and its last."""
-        path = folder / kept.step_name(self.step)
+        path = folder / step_checkpoints.step_name(self.step)
         path.mkdir(parents=True)
         (path / "manifest.json").write_text(json.dumps({"files": {}, "metrics": metrics}))
-        kept.keep_best_and_last(folder, "dev_f1", "max")
+        step_checkpoints.keep_best_and_last(folder, "dev_f1", "max")
 
     def report(self) -> dict[str, Any]:
         """The next evaluation, as large as a real one."""

@@ -18,16 +18,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentwire.assembly import LatentWire
+from latentwire.cli.flags import add_flags, add_start, read_space
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.overrides import override_run
+from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
-from latentwire.evaluation.settings import Setting
+from latentwire.evaluation import scoring
+from latentwire.evaluation.conditions import Setting
 from latentwire.exports import choose_receivers, read_run
-from latentwire.options import add_flags, add_start, override_run, read_space, with_home
+from latentwire.model import LatentWire
 from latentwire.training.local import train_here
-from latentwire.tuning import scoring
 
 
 def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:

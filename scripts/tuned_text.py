@@ -21,15 +21,17 @@ from typing import Any
 
 import torch
 
+from latentwire.cli.flags import add_flags, read_space
 from latentwire.config import RunConfig
-from latentwire.data import layout, shards
+from latentwire.config.places import with_home
+from latentwire.data import shards
 from latentwire.data.documents import TrainedOn
 from latentwire.data.local import local_shards
 from latentwire.evaluation import readings
 from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.statistics import interval
-from latentwire.options import add_flags, read_space, with_home
-from latentwire.receivers.own import OwnReceiver
+from latentwire.prompts import sequences
+from latentwire.receivers.local import OwnReceiver
 
 START = "Answer each question with a short span copied from the passage. Be brief and exact.\n"
 """Text whose token embeddings the vectors start from, repeated where it is too short."""
@@ -55,12 +57,12 @@ class TextReader:
         config = run.receivers[0]
         self.run, self.share, self.name = run, share, config.name
         self.lm = OwnReceiver(config)
-        self.builder = layout.SequenceBuilder(self.lm.tokenizer, config, run.prompt, run.data.send)
+        self.builder = sequences.SequenceBuilder(self.lm.tokenizer, config, run.prompt, run.data.send)
         start_ids = self.lm.tokenizer(START, add_special_tokens=False).input_ids
         start_ids = (start_ids * (1 + count // len(start_ids)))[:count]
         self.vectors_PD = torch.nn.Parameter(self.lm.token_embeddings(torch.tensor(start_ids)).float().clone())
 
-    def prompt(self, row: dict[str, Any], answered: bool) -> layout.Sequence:
+    def prompt(self, row: dict[str, Any], answered: bool) -> sequences.Sequence:
         """Return the text prompt of a row with slots for the vectors after BOS, and its answer where ``answered``."""
         context_ids = row[f"{self.name}_context_ids"]
         context_ids = context_ids[: round(self.share * len(context_ids))]
@@ -73,7 +75,7 @@ class TextReader:
 
         return replace(
             text,
-            ids=[*text.ids[:begin], *[layout.SLOT_ID] * count, *text.ids[begin:]],
+            ids=[*text.ids[:begin], *[sequences.SLOT_ID] * count, *text.ids[begin:]],
             message=range(begin, begin + count),
             question=shifted(text.question),
             anchor=shifted(text.anchor),
@@ -89,7 +91,7 @@ class TextReader:
 
     def nll(self, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy of each supervised token ``[N]``, differentiable in the vectors, and its row ``[N]``."""
-        batch = layout.collate([self.prompt(row, True) for row in rows]).to(self.lm.device)
+        batch = sequences.collate([self.prompt(row, True) for row in rows]).to(self.lm.device)
         logits_NV = self.lm.supervised_logits(batch, self.soft(len(rows))).float()
         return torch.nn.functional.cross_entropy(logits_NV, batch.target_N, reduction="none"), batch.row_N
 
@@ -119,7 +121,7 @@ class TextReader:
         size = self.run.evaluation.batch_size
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            prompts = layout.collate([self.prompt(row, False) for row in part], side="left").to(self.lm.device)
+            prompts = sequences.collate([self.prompt(row, False) for row in part], side="left").to(self.lm.device)
             length = self.run.evaluation.max_answer_tokens
             decoded = self.lm.generate(prompts, self.builder.stop_ids, length, self.soft(len(part)))
             texts = self.lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
-from latentwire.receivers.own import OwnReceiver
+from latentwire.model import LatentWire
+from latentwire.receivers.local import OwnReceiver
 from tests.guard import pytest_configure  # noqa: F401  (a hook: what a run starts ends with it)
 
 # Each test starts its own Ray: one that another user left running here must not be joined.

@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.data import layout
-from latentwire.data.layout import Batch, SequenceBuilder
 from latentwire.models.lm import LMWrapper
-from latentwire.receivers.own import OwnReceiver
+from latentwire.prompts import sequences
+from latentwire.prompts.sequences import Batch, SequenceBuilder
+from latentwire.receivers.local import OwnReceiver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def anchor_merged() -> None:
 
 def answer_shifted() -> None:
     """Predict targets from their own positions: the label shift done twice."""
-    collate = layout.collate
+    collate = sequences.collate
 
     def broken(*arguments: Any, **named: Any) -> Batch:
         batch = collate(*arguments, **named)
@@ -142,7 +142,7 @@ PARTS = f"{STEPS}test_every_trained_parameter_moves_by_the_rate_of_its_part"
 REFERENCES = "tests/evaluation/test_references.py::"
 NLL = f"{REFERENCES}test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token"
 STATISTICS = "tests/evaluation/test_statistics.py::"
-LAYOUT = "tests/data/test_layout.py::"
+LAYOUT = "tests/prompts/test_builder.py::"
 
 FAULTS = {
     "bos_twice": Fault(bos_twice, (f"{LAYOUT}test_bos_stands_once_at_position_zero",)),
@@ -239,7 +239,7 @@ FAULTS = {
         f"{REFERENCES}test_self_information_is_of_each_token_given_those_before_it",
     ),
     "answers_keep_all_their_lines": line(
-        "data.layout:SequenceBuilder.answer_of", 'text.strip().split("\\n")[0].strip()', "text.strip()",
+        "prompts.sequences:SequenceBuilder.answer_of", 'text.strip().split("\\n")[0].strip()', "text.strip()",
         "tests/evaluation/test_evaluator.py::test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line",
     ),
     # Data, and what travels
@@ -251,7 +251,7 @@ FAULTS = {
         "data.streams:epoch_seed", "+ epoch", "+ 0", "tests/data/test_orders.py::test_no_two_epochs_or_seeds_share_an_order"
     ),
     "joined_rows_read_each_others_messages": line(
-        "data.layout:join", "first_message += int(batch.message_R.max()) + 1", "first_message += len(batch.ids_BS)",
+        "prompts.sequences:join", "first_message += int(batch.message_R.max()) + 1", "first_message += len(batch.ids_BS)",
         "tests/data/test_layout_maps.py::test_joined_batches_are_the_batch_of_all_their_rows",
     ),
     "a_stopped_trial_counts_as_complete": line(
@@ -259,7 +259,7 @@ FAULTS = {
         "tests/tuning/test_searcher.py::test_a_stopped_trial_is_pruned",
     ),
     "private_latents_stay_where_padding_was": line(
-        "models.message:Message.row", "own.start - padding", "own.start",
+        "message:Message.row", "own.start - padding", "own.start",
         "tests/test_message.py::test_a_row_alone_reads_what_it_read_among_others",
     ),
 }  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from latentwire.cli.flags import add_flags
 from latentwire.config.resolve import ConfigError
-from latentwire.options import add_flags
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "ablate.py"))
 

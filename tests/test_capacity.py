@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.model import LatentWire
 from latentwire.models.weights import fingerprint
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "capacity.py"))

@@ -11,11 +11,11 @@ import ray
 from ray._private import utils
 from ray.exceptions import AuthenticationError
 
-from latentwire import cluster
-from latentwire.cluster import ClusterError
+from latentwire.distributed import cluster
+from latentwire.distributed.cluster import ClusterError
 from tests.s3 import free_port
 
-JOB = "from latentwire.cluster import start_ray; start_ray()"
+JOB = "from latentwire.distributed.cluster import start_ray; start_ray()"
 
 
 def start(**environment: str) -> str:
@@ -33,7 +33,7 @@ def test_a_temporary_directory_too_long_for_sockets(tmp_path: Path) -> None:
     folder.mkdir()
     said = start(RAY_ADDRESS="local", TMPDIR=str(folder))
     assert f"paths of Ray's sockets may have 107 bytes, got a temporary directory {folder}" in said
-    assert said.startswith("latentwire.cluster.ClusterError: ") and "export RAY_TMPDIR=/tmp/ray-" in said
+    assert said.startswith("latentwire.distributed.cluster.ClusterError: ") and "export RAY_TMPDIR=/tmp/ray-" in said
 
 
 def test_a_temporary_directory_of_another_user() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from latentwire.cli.flags import add_flags, read_space
 from latentwire.config import (
     CategoricalDimension,
     FloatDimension,
@@ -18,7 +19,6 @@ from latentwire.config import (
     SpaceFile,
 )
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
-from latentwire.options import add_flags, read_space
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.evaluation.conditions import Setting
 from latentwire.evaluation.evaluator import predict
-from latentwire.evaluation.settings import Setting
 from latentwire.features.registry import FEATURES
+from latentwire.model import LatentWire, load_wire
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 from tests.conftest import SMALL, shard_table
@@ -62,7 +62,7 @@ def test_a_wire_trained_on_it_answers_alike_on_the_cpu(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "wire", trainer.wire, {}, {"receivers": trainer.wire.fingerprints()})
     found = []
     for device in ("cuda", "cpu"):
-        wire, _ = checkpoints.load_wire(tmp_path / "wire", run_on(device, {"features.deep_prefix": {}}))
+        wire, _ = load_wire(tmp_path / "wire", run_on(device, {"features.deep_prefix": {}}))
         found.append([p for mode in ("latent", "text") for p in predict(wire, table, Setting(mode))])
     assert [p.text for p in found[0]] == [p.text for p in found[1]]
     assert [p.nll for p in found[0]] == pytest.approx([p.nll for p in found[1]], rel=1e-3, abs=1e-5)

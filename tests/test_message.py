@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentwire.models.message import Message
-from latentwire.wire import WireError, from_bytes, join, packed_size
+from latentwire.message import Message, WireError, from_bytes, join, packed_size
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import re
 import typing
 from pathlib import Path
 
+from latentwire.cli.flags import FLAGS
 from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig, TuneConfig
 from latentwire.config.resolve import knobs
 from latentwire.features.base import Feature
 from latentwire.features.registry import FEATURES
-from latentwire.options import FLAGS
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = re.compile(r"[\w./]+\.(?:py|jinja|yaml)\b")

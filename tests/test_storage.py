@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentwire import exports, storage
-from latentwire.assembly import LatentWire
+from latentwire.cli.flags import input_path, input_place, output_path, output_place
 from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, validate
+from latentwire.model import LatentWire
 from latentwire.models.weights import cache_dir
-from latentwire.options import input_path, input_place, output_path, output_place, with_home
 from latentwire.storage import Place, Remote, StorageError
-from latentwire.training import checkpoints, kept
+from latentwire.training import checkpoints, step_checkpoints
 from latentwire.training.loop import Trainer
 from latentwire.tuning import study as studies
 from tests.s3 import answering, bucket, free_port, point_to
@@ -164,11 +165,11 @@ def test_credentials_in_an_address_are_refused_and_not_quoted(uri: str) -> None:
 
 def test_what_another_process_has_just_deleted_is_nothing_to_delete(root: Place) -> None:
     path = root / "step-00000001"
-    assert kept.metrics_of(path) == {}
+    assert step_checkpoints.metrics_of(path) == {}
     checkpoints.remove(path)
     storage.write_text(path / "manifest.json", json.dumps({"files": {"config.json": ""}, "metrics": {"dev_f1": 0.5}}))
     storage.write_text(path / "config.json", "{}")
-    assert kept.metrics_of(path) == {"dev_f1": 0.5} and kept.finished(root) == [path]
+    assert step_checkpoints.metrics_of(path) == {"dev_f1": 0.5} and step_checkpoints.finished(root) == [path]
     for _ in range(2):
         checkpoints.remove(path)
     assert not path.exists()
@@ -180,8 +181,8 @@ def test_a_part_of_a_checkpoint_in_a_store_is_written_again(wire: LatentWire, ro
     trainer.progress.step = 2
     if not isinstance(root, Path):  # on a disk it would have another name
         storage.write_text(root / "run" / "step-00000002" / "config.json", "{}")
-    path = kept.save_step(root / "run", wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
-    assert kept.finished(root / "run") == [path]
+    path = step_checkpoints.save_step(root / "run", wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
+    assert step_checkpoints.finished(root / "run") == [path]
     with storage.local(path) as folder:
         assert exports.read_manifest(folder)["metrics"] == {"dev_f1": 0.5}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentwire.config import RunConfig
-from latentwire.data.layout import collate
+from latentwire.prompts.sequences import collate
 from scripts.tuned_text import TextReader, alone
 
 ROWS = 4

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
+from latentwire.model import LatentWire, load_wire
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
@@ -68,5 +68,5 @@ def test_eight_examples_through_a_real_receiver(real_receivers: Path, tmp_path: 
     assert scores["smollm2"]["em"] == 1.0
     assert summarise(list(predict(trainer.wire, eight, "shuffled")))["smollm2"]["em"] < 0.5
     path = checkpoints.save(tmp_path / "best", trainer.wire, {}, {"receivers": frozen})
-    again, _ = checkpoints.load_wire(path)
+    again, _ = load_wire(path)
     assert untimed(summarise(list(predict(again, eight, "latent")))) == untimed(scores)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from latentwire.config import RunConfig
-from latentwire.data.layout import CONTINUE, RECONSTRUCT, Batch, Sequence, SequenceBuilder, collate, sender_text
 from latentwire.data.teachers import teacher_of
 from latentwire.losses.bundles import Teacher
 from latentwire.models.pooling import Coarsening
+from latentwire.prompts.sequences import CONTINUE, RECONSTRUCT, Batch, Sequence, SequenceBuilder, collate, sender_text
 
 CUT_BETWEEN = (0.3, 0.8)
 """Where a text is parted into message and continuation, as shares of its words."""

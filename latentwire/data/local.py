@@ -22,7 +22,7 @@ def local_shards(
     try:
         import ray
 
-        from latentwire.cluster import start_ray
+        from latentwire.distributed.cluster import start_ray
     except ImportError as error:
         missing = [str(path) for path in paths.values() if not shards.complete(path)] or ["the teachers' columns"]
         raise sources.DataError(

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 
 from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
-from latentwire.data.layout import SequenceBuilder, sender_text
 from latentwire.errors import UserError
 from latentwire.models.encoders import encoder_tokenizer, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
+from latentwire.prompts.sequences import SequenceBuilder, sender_text
 from latentwire.storage import Place, read_footer, sha256, write, write_text
 
 BLOCK_ROWS = 1_024

@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.data import sources
-from latentwire.data.layout import LAYOUT_VERSION, SequenceBuilder
-from latentwire.data.templates import rendered
 from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.weights import load_tokenizer
+from latentwire.prompts.sequences import LAYOUT_VERSION, SequenceBuilder
+from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, place, read_parquet
 
 SHARD_VERSION = 3

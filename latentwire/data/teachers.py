@@ -24,12 +24,12 @@ import torch
 
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.data import shards
-from latentwire.data.layout import SequenceBuilder, collate
 from latentwire.data.pipeline import quiet_ray_data
 from latentwire.losses.bundles import Teacher
 from latentwire.losses.terms import TeacherRows, normalised, teacher_rows
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import resolve
+from latentwire.prompts.sequences import SequenceBuilder, collate
 from latentwire.storage import Place, place, read_parquet, size, write
 from latentwire.threads import use_threads
 

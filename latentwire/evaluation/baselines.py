@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from latentwire.assembly import LatentWire
-from latentwire.data.layout import collate
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import collate
 
 Mode = Literal["text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"]
 MODE_NAMES: dict[Mode, str] = {

@@ -7,8 +7,8 @@ import random
 import pyarrow as pa
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
+from latentwire.model import LatentWire
 
 LEAST = 4
 """Rows, at least, that a class of the probe has."""

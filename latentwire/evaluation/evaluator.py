@@ -12,14 +12,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.data.batches import sender_texts
-from latentwire.data.layout import Sequence, collate
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
+from latentwire.evaluation.conditions import Setting
 from latentwire.evaluation.metrics import em_f1
-from latentwire.evaluation.settings import Setting
-from latentwire.models.message import Message
-from latentwire.wire import from_bytes
+from latentwire.message import Message, from_bytes
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import Sequence, collate
 
 METRIC_VERSION = 3
 """Raised whenever the same wire would score differently; part of the evaluation pin."""

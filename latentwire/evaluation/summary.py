@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from latentwire.evaluation.conditions import Setting
 from latentwire.evaluation.evaluator import Prediction
-from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.statistics import difference, interval
 
 FIELDS = (

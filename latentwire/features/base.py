@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from latentwire.config import RunConfig
+from latentwire.message import Message
 from latentwire.models.interlingua import ReceiverShape
-from latentwire.models.message import Message
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import nn
 
 from latentwire.config import RefinerFeature, RunConfig
 from latentwire.features.base import Feature
+from latentwire.message import Message
 from latentwire.models.attention import Block, rotary_of
 from latentwire.models.interlingua import ReceiverShape
-from latentwire.models.message import Message
 
 
 class Refiner(Feature):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from latentwire.config import LossConfig
-from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT, Batch
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import (
     TeacherRows,
@@ -17,6 +16,7 @@ from latentwire.losses.terms import (
     kd_hidden_states_first_k,
     token_ce,
 )
+from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch
 
 PLAIN_CE = ("answer_ce", "first_k_ce", "first_token_ce", "reconstruction_ce", "continuation_ce")
 """Terms that are the cross-entropy of their tokens, and differ in these alone."""

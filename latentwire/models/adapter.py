@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from latentwire.config import AdapterConfig
-from latentwire.data.layout import CONTROLS
+from latentwire.prompts.sequences import CONTROLS
 
 
 class Adapter(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
+from latentwire.message import Message
 from latentwire.models.backbones import PretrainedStates
-from latentwire.models.message import Message
 from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_spans
 from latentwire.models.states import ByteStates, States
 from latentwire.models.weights import backbone_source, load_tokenizer
@@ -134,7 +134,7 @@ class InterlinguaEncoder(nn.Module):
 
     def spans(self, tokens: EncoderTokens, receiver: str) -> torch.Tensor:
         """Start and end ``[B, L, 2]``, as shares of the text, of the stretch that each latent for one receiver begins
-        with, in the order of :meth:`~latentwire.models.message.Message.read_by`. On the CPU."""
+        with, in the order of :meth:`~latentwire.message.Message.read_by`. On the CPU."""
         span_BL2 = text_spans(tokens.bytes_BS, tokens.length_B, tokens.latents_B, tokens.ends_BS)
         if own := len(self.private.get(receiver, range(0))):
             private_BP2 = text_spans(tokens.bytes_BS, tokens.length_B, torch.full_like(tokens.latents_B, own))

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from latentwire.config import RunConfig
-from latentwire.data.layout import ANSWER, Batch
+from latentwire.message import Message
 from latentwire.models.adapter import Adapter
 from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
-from latentwire.models.message import Message
+from latentwire.prompts.sequences import ANSWER, Batch
 
 
 @dataclass(frozen=True)

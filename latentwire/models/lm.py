@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import ReceiverConfig
-from latentwire.data.layout import Batch
 from latentwire.models.decoded import Decoded
 from latentwire.models.pooling import overlap_means
 from latentwire.models.slots import added_to_slots
@@ -28,6 +27,7 @@ from latentwire.models.weights import (
     pick_dtype,
     receiver_shape,
 )
+from latentwire.prompts.sequences import Batch
 
 if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
     from transformers import Cache

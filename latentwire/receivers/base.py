@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentwire.config import LossConfig, ReceiverConfig
-from latentwire.data.layout import Batch
+from latentwire.prompts.sequences import Batch
 from latentwire.losses.bundles import Teacher, Weights
 from latentwire.models.decoded import Decoded
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.receivers.own import OwnReceiver
+from latentwire.receivers.local import OwnReceiver
 from latentwire.receivers.requests import LookUp, Request
 
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from latentwire.data.layout import Batch, join
+from latentwire.prompts.sequences import Batch, join
 from latentwire.losses.bundles import Reader
 from latentwire.models.decoded import Decoded
 from latentwire.receivers.base import Judgement, LossTask
-from latentwire.receivers.own import OwnReceiver
+from latentwire.receivers.local import OwnReceiver
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
+from latentwire.model import LatentWire
 from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
 from latentwire.training.loop import Trainer
 from latentwire.training.optimizer import former_names, parameter_names
@@ -205,12 +205,3 @@ def remove_files(path: Path, names: list[str]) -> None:
     for folder in (*folders, path):
         if not any(folder.iterdir()):
             folder.rmdir()
-
-
-def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
-    """A wire from a checkpoint or export, with its manifest; loads the receivers too. ``run`` replaces its configuration."""
-    read_manifest(path)
-    run = run or read_run(path)
-    exports.check_models(path, run)
-    wire = LatentWire(run)
-    return wire, load_weights(path, wire)

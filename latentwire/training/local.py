@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, TrainingConfig
 from latentwire.data import shards, streams
-from latentwire.evaluation.pin import pins
+from latentwire.evaluation.protocol import pins
+from latentwire.model import LatentWire
 from latentwire.storage import Place
-from latentwire.training import checkpoints, kept
+from latentwire.training import checkpoints, step_checkpoints
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
 
@@ -38,8 +38,8 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     frozen = wire.fingerprints()
     pinned = pins(paths, wire.run) | {"receivers": frozen}
     folder = output / "checkpoints"
-    kept.clear_debris(folder)
-    previous = kept.finished(folder)
+    step_checkpoints.clear_debris(folder)
+    previous = step_checkpoints.finished(folder)
     if not previous:
         checkpoints.check_development(wire.run, paths["dev"])
     checkpoints.take_up(trainer, previous[-1] if previous else None)
@@ -48,16 +48,16 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)
         print("evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
-        kept.save_step(folder, wire, metrics, pinned, trainer, *metric_of(wire.run))
+        step_checkpoints.save_step(folder, wire, metrics, pinned, trainer, *metric_of(wire.run))
 
     with trainer.stopped_by(signal.SIGTERM):
         trainer.train(table_epochs(wire.run.training, train), at_evaluation)
     if trainer.stop_asked:
-        kept.save_step(folder, wire, {}, pinned, trainer, *metric_of(wire.run))
+        step_checkpoints.save_step(folder, wire, {}, pinned, trainer, *metric_of(wire.run))
         step = trainer.progress.step
         raise TrainingError(f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on")
     checkpoints.check_frozen(wire, frozen)
-    return kept.best_of(kept.finished(folder), *metric_of(wire.run))
+    return step_checkpoints.best_of(step_checkpoints.finished(folder), *metric_of(wire.run))
 
 
 def metric_of(run: RunConfig) -> tuple[str, str]:

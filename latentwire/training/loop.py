@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
 from latentwire.evaluation.evaluator import predict
@@ -21,7 +20,8 @@ from latentwire.evaluation.summary import means
 from latentwire.features.registry import check_training
 from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
-from latentwire.models.message import Message
+from latentwire.message import Message
+from latentwire.model import LatentWire
 from latentwire.receivers.base import LossTask, part
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
 from latentwire.training.progress import Progress

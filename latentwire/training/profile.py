@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from latentwire.assembly import LatentWire
+from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError

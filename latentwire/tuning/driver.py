@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentwire.config import SpaceFile
+from latentwire.planning.planner import Plan
 from latentwire.storage import Place
 from latentwire.tuning import job, lease, resume
-from latentwire.tuning.planner import Plan
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.stopping import SIGINT_STATUS, Stop
 from latentwire.tuning.study import JOURNAL, own_trials, read_study

@@ -7,25 +7,14 @@ from typing import Any
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.distributed import orphans, remote, replica_sets, sweep_files
 from latentwire.errors import fail
-from latentwire.evaluation import readings
+from latentwire.evaluation import readings, scoring
+from latentwire.planning.planner import Plan
+from latentwire.planning.variants import variant_key
+from latentwire.reports import html, tables
 from latentwire.storage import Place
-from latentwire.tuning import (
-    finals,
-    fleet,
-    janitor,
-    manifest,
-    orphans,
-    remote,
-    report,
-    report_html,
-    results,
-    resume,
-    scoring,
-    sweep,
-)
-from latentwire.tuning.planner import Plan
-from latentwire.tuning.space import variant_key
+from latentwire.tuning import checkpoint_budget, manifest, reruns, results, resume, sweep
 from latentwire.tuning.stopping import Stop
 
 
@@ -45,19 +34,19 @@ def search(
     stop = stop or Stop()
     if left := orphans.remove_orphaned_groups():
         print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
-    files = sweep.prepare(space, plan.gpus_per_worker)
-    pin = sweep.common_pin(space, {own.shards["dev"] for own in files.values()})
+    files = sweep_files.prepare(space, plan.gpus_per_worker)
+    pin = sweep_files.common_pin(space, {own.shards["dev"] for own in files.values()})
     if repeated is not None:
         manifest.check_data(repeated, files, pin)
     stop.check_taken()
     manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))
     expected = None if repeated is None else repeated["receivers"]
-    with fleet.serving(space, plan.sharing, expected) as served:
+    with replica_sets.serving(space, plan.sharing, expected) as served:
         study = sweep.run_sweep(space, plan, files, output, expected, served, stop)
         document = manifest.describe(space, files, pin, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
         try:
-            best, finalists = finals.run_finals(space, plan, files, output, study, served, stop)
+            best, finalists = reruns.run_finals(space, plan, files, output, study, served, stop)
         except results.SweepError as error:
             return _without_winner(results.trial_rows(study, space.tune), space, output, command, error)
     run = with_values(space.run, best.values)
@@ -70,22 +59,22 @@ def search(
     stop.check_taken()
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
-    grids = report.sweep_tables(rows, finalists, scored, best, run, space.tune)
+    grids = tables.sweep_tables(rows, finalists, scored, best, run, space.tune)
     gap = results.selection_gap(best, scored.scores, space.tune.metric)
     found = {"command": command, "best": vars(best), "selection": gap, "trials": rows} | scored.document
     found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
     scoring.write_results(output, found)
-    report.show(grids)
-    print(line := f"{report.verdict(best, gap, space.tune.metric)}; {readings.sentence(scored.readings)}")
+    tables.show(grids)
+    print(line := f"{tables.verdict(best, gap, space.tune.metric)}; {readings.sentence(scored.readings)}")
     if repeated is not None:
         was = repeated["trials"][str(repeated["trial"])]["score"]
         print(f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}")
     sweep.tidy_at_last(space, output)
-    held = janitor.bytes_in([output / "trials", output / finals.FINALS])
+    held = checkpoint_budget.bytes_in([output / "trials", output / reruns.FINALS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")
     line = f"{line}; exported to `{output / 'best'}`"
-    print(f"report: {report.write_report(output, line, grids, command)}, {report_html.write(output)}")
+    print(f"report: {tables.write_report(output, line, grids, command)}, {html.write(output)}")
     return 1 if all(row["state"] == "failed" for row in rows) else 0
 
 
@@ -93,8 +82,8 @@ def _without_winner(
     rows: list[dict[str, Any]], space: SpaceFile, output: Place, command: str, error: results.SweepError
 ) -> int:
     """What the trials came to all the same; returns the exit status."""
-    grids = report.trial_tables(rows, space.tune)
-    report.show(grids)
-    print(f"report: {report.write_report(output, f'No winner: {error}', grids, command)}, {report_html.write(output)}")
+    grids = tables.trial_tables(rows, space.tune)
+    tables.show(grids)
+    print(f"report: {tables.write_report(output, f'No winner: {error}', grids, command)}, {html.write(output)}")
     status = fail(error)
     return 1 if all(row["state"] == "failed" for row in rows) else status

@@ -20,12 +20,12 @@ import ray
 import torch
 
 from latentwire.config import SamplerConfig, SpaceFile
+from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, check_search, set_path, validate
-from latentwire.options import assigned
+from latentwire.distributed.sweep_files import Files
 from latentwire.storage import Place, children, write_text
-from latentwire.training import kept
+from latentwire.training import step_checkpoints
 from latentwire.tuning.study import RETRIES, evaluations, own_trials
-from latentwire.tuning.sweep import Files
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -97,7 +97,7 @@ def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
 def receiver_hashes(output: Place) -> dict[str, str]:
     """Receiver → hash of its weights, as the sweep's workers found them; empty before the first checkpoint."""
     for folder in children(output / "trials"):
-        for path in kept.finished(folder):
+        for path in step_checkpoints.finished(folder):
             pins = json.loads((path / "manifest.json").read_text())["pins"]
             return dict(pins.get("receivers", {}))
     return {}

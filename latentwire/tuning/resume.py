@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from optuna.trial import TrialState
 
 from latentwire.config import SpaceFile
+from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, load_space
-from latentwire.options import assigned
+from latentwire.distributed.trial import ERROR_FILE, trial_path
 from latentwire.storage import Place, delete, local, rename, write_text
 from latentwire.tuning import study as studies
-from latentwire.tuning.finals import FINALS
+from latentwire.tuning.reruns import FINALS
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
-from latentwire.tuning.trial import ERROR_FILE, trial_path
 
 SPACE_FILE = "space.json"
 """The resolved space in a sweep's directory."""

@@ -24,13 +24,13 @@ from ray.tune.search.searcher import Searcher
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import with_values
+from latentwire.distributed.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
+from latentwire.planning.variants import check_metrics
 from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
-from latentwire.tuning.space import check_metrics
 from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
-from latentwire.tuning.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
 
 COPY_PAUSE = 20
 """How many times as long as a copy of the journal took, none is made unless a trial ends."""

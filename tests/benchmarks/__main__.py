@@ -15,13 +15,14 @@ from pathlib import Path
 import ray
 import torch
 
-from latentwire import cluster
-from latentwire.assembly import LatentWire
+from latentwire.cli.flags import add_flags, read_space
 from latentwire.config import SpaceFile
+from latentwire.config.places import with_home
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
-from latentwire.options import add_flags, read_space, with_home
+from latentwire.distributed import cluster
+from latentwire.model import LatentWire
 from tests.benchmarks import data, decoding, searching, sharing, steps, trials, workers
 from tests.benchmarks.measure import Row
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import ray
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import pipeline, shards, sources, streams
 from latentwire.data.batches import TrainingCollator, padding
+from latentwire.model import LatentWire
 from tests.benchmarks.measure import Row
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.evaluation.evaluator import predict
+from latentwire.model import LatentWire
 from tests.benchmarks.measure import Row, in_turns
 
 

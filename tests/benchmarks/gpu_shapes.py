@@ -16,11 +16,11 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
+from latentwire.model import LatentWire
 from latentwire.models.weights import pick_device
 from latentwire.training.loop import Trainer
 

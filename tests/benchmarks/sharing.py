@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import ray
 
-from latentwire import cluster
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import load_space, with_values
 from latentwire.config.space import TuneConfig
-from latentwire.tuning import planner, service, sweep
+from latentwire.distributed import cluster, replica_sets, sweep_files
+from latentwire.planning import planner
+from latentwire.tuning import sweep
 from latentwire.tuning.study import evaluations
 from tests.benchmarks.gpu_shapes import SHAPES
 from tests.benchmarks.measure import Row
@@ -98,8 +99,8 @@ def _sweep(run: RunConfig, receivers: Any, trials: int) -> Sweep:
     try:
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
         with tempfile.TemporaryDirectory() as folder:
-            files = sweep.prepare(space, plan.gpus_per_worker)
-            with Peak() as peak, service.serving(space, plan.sharing) as served:
+            files = sweep_files.prepare(space, plan.gpus_per_worker)
+            with Peak() as peak, replica_sets.serving(space, plan.sharing) as served:
                 study = sweep.run_sweep(space, plan, files, Path(folder) / "sweep", served=served)
             rate, starts, parts = 0.0, [], {}
             for half, end in map(evaluations, study.trials):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import teachers
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import token_ce
+from latentwire.model import LatentWire
 from latentwire.training.loop import Trainer
 from tests.benchmarks.measure import Row, in_turns, peak_bytes
 

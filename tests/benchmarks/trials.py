@@ -13,13 +13,15 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import with_values
 from latentwire.config.space import TuneConfig
+from latentwire.distributed import sweep_files
+from latentwire.model import LatentWire
+from latentwire.planning import planner
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
-from latentwire.tuning import planner, sweep
+from latentwire.tuning import sweep
 from latentwire.tuning.study import evaluations
 from tests.benchmarks.measure import Row
 
@@ -30,7 +32,7 @@ def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
     space = SpaceFile(run=run, tune=TuneConfig(trials=1, scheduler="none"))
     plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
     with tempfile.TemporaryDirectory() as folder:
-        files = sweep.prepare(space, plan.gpus_per_worker)
+        files = sweep_files.prepare(space, plan.gpus_per_worker)
         (trial,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep").trials
         half, end = evaluations(trial)
     examples = steps * run.training.batch_size
@@ -70,5 +72,5 @@ def second_half_seconds(run: RunConfig, table: pa.Table, rank: int = 0, world: i
 def _imports() -> float:
     """Seconds that a fresh interpreter takes for what a worker imports."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import latentwire.tuning.worker"], check=True)
+    subprocess.run([sys.executable, "-c", "import latentwire.distributed.worker"], check=True)
     return time.perf_counter() - began

@@ -4,12 +4,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator, cut, padding
-from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT
+from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
+from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT
 from tests.conftest import shard_table, wire_of
 
 

@@ -9,16 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import documents, pipeline, shards
 from latentwire.data.documents import FILE, UNKNOWN, TrainedOn
 from latentwire.data.rows import clean
+from latentwire.distributed import sweep_files
 from latentwire.exports import CheckpointError
-from latentwire.training import checkpoints
+from latentwire.model import LatentWire, load_wire
 from latentwire.training.local import train_here
-from latentwire.tuning import sweep
 from tests.conftest import shard_table, wire_of
 
 FRACTIONS = (0.1, 0.3)
@@ -98,7 +97,7 @@ def test_a_stage_that_would_be_compared_on_what_an_earlier_one_trained_on_is_ref
 def test_a_receiver_that_joins_is_held_to_the_same(run: RunConfig, tmp_path: Path) -> None:
     table, (small, large) = of_documents(run), FRACTIONS
     first = stage(run, table, tmp_path / "first", dev_fraction=small)
-    export = exports.save(tmp_path / "best", checkpoints.load_wire(first)[0], {}, {})
+    export = exports.save(tmp_path / "best", load_wire(first)[0], {}, {})
     joined = with_values(run, {"training.train_only": ["qwen"], "training.init_from": str(export)})
     with pytest.raises(ConfigError, match=r"development rows must be of documents"):
         stage(joined, table, tmp_path / "joined", export, dev_fraction=large)
@@ -110,7 +109,7 @@ def test_a_sweep_is_held_to_the_same_before_it_starts(run: RunConfig, tmp_path: 
     first = stage(run, table, tmp_path / "first", dev_fraction=small)
     values = {"data.shard_dir": str(tmp_path / "shards"), "training.init_from": str(first)}
 
-    def prepared(fraction: float) -> dict[str, sweep.Files]:
+    def prepared(fraction: float) -> dict[str, sweep_files.Files]:
         """The files of a sweep whose shards are there already."""
         own = with_values(run, values | {"data.dev_fraction": fraction})
         for split, path in splits(own, table, tmp_path / f"parts-{fraction}").items():
@@ -118,7 +117,7 @@ def test_a_sweep_is_held_to_the_same_before_it_starts(run: RunConfig, tmp_path: 
             if not named.exists():  # validation rows hang on no share
                 named.parent.mkdir(exist_ok=True)
                 path.rename(named)
-        return sweep.prepare(SpaceFile(run=own), 0.0)
+        return sweep_files.prepare(SpaceFile(run=own), 0.0)
 
     with pytest.raises(ConfigError, match=rf"development rows must be of .*dev_fraction to at most {small}"):
         prepared(large)

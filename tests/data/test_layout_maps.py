@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
-from latentwire.data.layout import ANSWER, CONTINUE, RECONSTRUCT, Batch, Sequence, SequenceBuilder, collate, join
 from latentwire.data.shards import builders
 from latentwire.models.weights import load_tokenizer
+from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch, Sequence, SequenceBuilder, collate, join
 
 
 @pytest.fixture(scope="module")

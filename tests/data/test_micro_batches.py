@@ -6,11 +6,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingBatch, TrainingCollator, cut, once, padding, sender_texts
-from latentwire.data.layout import Batch, collate
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import Batch, collate
 from tests.conftest import shard_table
 
 

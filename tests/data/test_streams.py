@@ -21,7 +21,7 @@ from latentwire.config import RunConfig, TrainingConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
 from latentwire.data.sources import DataError
-from latentwire.tuning.trial import data_config
+from latentwire.distributed.trial import data_config
 
 
 def ids_of(batches: Iterator[pa.Table]) -> list[str]:

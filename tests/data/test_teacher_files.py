@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import teachers
+from latentwire.model import LatentWire
 from tests.conftest import frozen, shard_table
 
 KD = {"losses.kd_weight": 1.0, "losses.kd_top_k": 3, "losses.kd_temperature": 2.0, "losses.k": 2}

@@ -6,11 +6,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams, teachers
 from latentwire.data.local import local_shards
+from latentwire.model import LatentWire
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table
 

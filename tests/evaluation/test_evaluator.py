@@ -4,18 +4,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data.layout import collate
 from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, self_information
+from latentwire.evaluation.conditions import label, settings
 from latentwire.evaluation.diagnostics import diagnose, probe
 from latentwire.evaluation.evaluator import donors, predict
-from latentwire.evaluation.settings import label, settings
 from latentwire.evaluation.summary import compare, details, summarise
 from latentwire.losses.terms import token_ce
+from latentwire.model import LatentWire
 from latentwire.models.decoded import Decoded
-from latentwire.tuning import report
+from latentwire.prompts.sequences import collate
+from latentwire.reports import tables
 from tests.conftest import SMALL, shard_table, untimed, wire_of
 
 
@@ -277,7 +277,7 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
         summarise(found["text"])["qwen"]["em"] - summarise(found["closed_book"])["qwen"]["em"]
     )  # fmt: skip
     assert pair["receivers"]["qwen"]["nll"]["high"] < 0  # the gold answers are likelier from the text
-    shown = report.comparisons_table([pair])[2][1]
+    shown = tables.comparisons_table([pair])[2][1]
     assert (
         shown[2] == "qwen"
         and shown[3] == f"{100 * gap['difference']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"

@@ -10,12 +10,11 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from latentwire.assembly import LatentWire
 from latentwire.data import shards
-from latentwire.evaluation import progress
+from latentwire.evaluation import progress, scoring
+from latentwire.evaluation.conditions import Setting
 from latentwire.evaluation.progress import ScoringProgress, duration
-from latentwire.evaluation.settings import Setting
-from latentwire.tuning import scoring
+from latentwire.model import LatentWire
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.card import write as card_of
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.documents import TrainedOn, document_hashes
 from latentwire.evaluate import main as evaluate
 from latentwire.evaluation import readings
+from latentwire.evaluation.scoring import score_and_export
+from latentwire.model import LatentWire
 from latentwire.training import checkpoints
-from latentwire.tuning.scoring import score_and_export
 from tests.conftest import shard_table
 
 NOTHING = TrainedOn()

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.baselines import kept_context, self_information
+from latentwire.evaluation.conditions import Setting
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import context_id, predict
 from latentwire.evaluation.metrics import em_f1
-from latentwire.evaluation.settings import Setting
 from latentwire.evaluation.summary import summarise
-from latentwire.tuning.report import scores_table, together_table, weights_table
+from latentwire.model import LatentWire
+from latentwire.reports.tables import scores_table, together_table, weights_table
 from tests.conftest import SMALL, shard_table, wire_of
 
 

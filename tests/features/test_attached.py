@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data.layout import collate
 from latentwire.features.base import Reading
 from latentwire.features.latent_adapters import GatedCrossAttention
 from latentwire.features.slot_kv import SlotKeyValues
-from latentwire.models.message import Message
+from latentwire.message import Message
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import collate
 from tests.conftest import wire_of
 from tests.features.test_features import shake
 

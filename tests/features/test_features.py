@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from torch.profiler import profile
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.config import FeaturesConfig, RunConfig, SpaceFile
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator
-from latentwire.data.layout import collate
 from latentwire.evaluation.evaluator import predict
 from latentwire.features.base import Feature, Reading
 from latentwire.features.registry import FEATURES, keeps_receivers_frozen
+from latentwire.model import LatentWire, load_wire
 from latentwire.models.weights import ReceiverError
+from latentwire.planning.planner import plan
+from latentwire.prompts.sequences import collate
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
-from latentwire.tuning.planner import plan
 from tests.conftest import wire_of
 
 NAMES = list(FEATURES)
@@ -117,7 +117,7 @@ def test_it_is_saved_exported_and_loaded(featured: LatentWire, name: str, table:
     saved = load_file(path / f"features/{name}.safetensors")
     assert saved.keys() == featured.interlingua.features[name].state_dict().keys()
     assert exports.read_manifest(path)["receivers_frozen"] == FEATURES[name].keeps_receivers_frozen
-    again, _ = checkpoints.load_wire(path)
+    again, _ = load_wire(path)
     assert torch.equal(logits(again, table), logits(featured, table))
 
 

@@ -9,10 +9,10 @@ import torch
 from latentwire.config import LOSS_BUNDLES, LossConfig
 from latentwire.config.losses import Schedule
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data.layout import Batch
 from latentwire.losses.bundles import PLAIN_CE, Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import teacher_rows
+from latentwire.prompts.sequences import Batch
 
 NOTHING = torch.zeros(0)
 LOGITS_NV = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertModel
 
 from latentwire.config import AdapterConfig, EncoderConfig, RunConfig
+from latentwire.message import Message
 from latentwire.models import backbones
 from latentwire.models.adapter import Adapter
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import STATES, InterlinguaEncoder, token_rows
 from latentwire.models.low_rank import updates_of
-from latentwire.models.message import Message
 from latentwire.models.slots import heads_of_entries, projections
 from latentwire.models.weights import ReceiverError, load_tokenizer
 

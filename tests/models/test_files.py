@@ -17,7 +17,7 @@ from latentwire.config.resolve import with_values
 from latentwire.models import weights
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import ReceiverError, load_tokenizer, resolve, skeleton
-from latentwire.tuning.planner import plan
+from latentwire.planning.planner import plan
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 

@@ -19,7 +19,7 @@ from tensorboardX.proto import event_pb2
 
 from latentwire import exports
 from latentwire.config.resolve import load_space
-from latentwire.tuning import scoring
+from latentwire.evaluation import scoring
 from latentwire.tuning.lease import LEASE_FILE
 from latentwire.tuning.study import JOURNAL, open_study, read_study
 from tests.conftest import untimed

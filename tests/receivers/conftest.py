@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
+from latentwire.model import LatentWire
 from latentwire.config import RunConfig
-from latentwire.receivers.own import OwnReceiver
+from latentwire.receivers.local import OwnReceiver
 from latentwire.receivers.replica import Replica
 from latentwire.receivers.requests import Request
-from latentwire.receivers.shared import Facts, SharedReceiver
+from latentwire.receivers.remote import Facts, SharedReceiver
 
 
 class Direct:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
+from latentwire.model import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingCollator
-from latentwire.data.layout import collate
+from latentwire.prompts.sequences import collate
 from latentwire.losses.bundles import term_counts, weights_at
 from latentwire.receivers.base import LossTask
 from latentwire.receivers.replica import Replica

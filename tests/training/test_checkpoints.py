@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save
 
 from latentwire import exports, storage
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
+from latentwire.model import LatentWire, load_wire
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
@@ -138,7 +138,7 @@ from pathlib import Path
 import pyarrow.parquet as pq, torch
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
-from latentwire.training.checkpoints import load_wire
+from latentwire.model import load_wire
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 for path in sorted(root.glob("*/checkpoint")):
@@ -203,18 +203,18 @@ def test_a_changed_file_is_refused(saved: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"qwen\.safetensors must hash to .* it was changed or cut off"):
-        checkpoints.load_wire(saved)
+        load_wire(saved)
 
 
 def test_a_missing_file_is_refused(saved: Path) -> None:
     (saved / "interlingua.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"must hold interlingua\.safetensors"):
-        checkpoints.load_wire(saved)
+        load_wire(saved)
 
 
 def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
-        checkpoints.load_wire(tmp_path)
+        load_wire(tmp_path)
 
 
 @pytest.mark.parametrize(

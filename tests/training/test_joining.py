@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentwire.assembly import LatentWire
+from latentwire.cli.flags import add_flags, add_start, read_space
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.exports import CheckpointError
 from latentwire.features.registry import FEATURES
+from latentwire.model import LatentWire
 from latentwire.models.interlingua import owner
-from latentwire.options import add_flags, add_start, read_space
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer

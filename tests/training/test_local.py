@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentwire import exports
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.data.sources import DataError
-from latentwire.evaluation.pin import evaluation_pin
+from latentwire.evaluation.protocol import evaluation_pin
+from latentwire.model import LatentWire
 from latentwire.training import checkpoints
-from latentwire.training.kept import best_of, finished
 from latentwire.training.local import metric_of, train_here
 from latentwire.training.loop import Trainer, TrainingError
+from latentwire.training.step_checkpoints import best_of, finished
 from tests.conftest import shard_table
 
 

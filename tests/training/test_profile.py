@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from latentwire.assembly import LatentWire
 from latentwire.config.resolve import with_values
+from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
 from latentwire.training.loop import TrainingError
 from latentwire.training.profile import profile_steps

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import cut
-from latentwire.models.message import Message
+from latentwire.message import Message
+from latentwire.model import LatentWire
 from latentwire.training import loop
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer

@@ -4,12 +4,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingBatch, TrainingCollator
-from latentwire.data.layout import collate
 from latentwire.losses.bundles import Reader, loss_terms, term_counts, weights_at
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import collate
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table
 

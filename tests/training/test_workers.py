@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from latentwire.assembly import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.model import LatentWire
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from latentwire.training.workers import Workers

@@ -9,11 +9,11 @@ import pytest
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError
+from latentwire.distributed.sweep_files import Files
+from latentwire.distributed.trial import trial_path
 from latentwire.tuning import manifest
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
-from latentwire.tuning.sweep import Files
-from latentwire.tuning.trial import trial_path
 
 SPACE = {
     "run": {"data": {"dataset": "custom", "data_dir": "s3://bucket/rows"}, "training": {"seed": 7}},

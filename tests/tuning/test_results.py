@@ -9,8 +9,10 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire.config import RunConfig, SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.tuning import remote, results, scoring
-from latentwire.tuning.report import front_table
+from latentwire.distributed import remote
+from latentwire.evaluation import scoring
+from latentwire.reports.tables import front_table
+from latentwire.tuning import results
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 

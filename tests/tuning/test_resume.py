@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from latentwire.cli.flags import add_flags, refuse_flags
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError
-from latentwire.options import add_flags, refuse_flags
+from latentwire.distributed.trial import ERROR_FILE, trial_path
 from latentwire.tuning import resume
-from latentwire.tuning.finals import FINALS
+from latentwire.tuning.reruns import FINALS
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
-from latentwire.tuning.trial import ERROR_FILE, trial_path
 
 
 @pytest.fixture

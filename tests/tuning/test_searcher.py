@@ -17,6 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from latentwire.config import SpaceFile
 from latentwire.config.resolve import ConfigError, load_space
+from latentwire.distributed.trial import EARLIER, ERROR_FILE, NUMBER, TAKES_UP, trial_path
 from latentwire.storage import StorageError
 from latentwire.tuning import searcher
 from latentwire.tuning import study as studies
@@ -24,7 +25,6 @@ from latentwire.tuning.results import find_best
 from latentwire.tuning.samplers import CLASSES, make_sampler
 from latentwire.tuning.searcher import StudySearch, check_draws, check_searchable
 from latentwire.tuning.study import CAUSE, JOURNAL, evaluations, open_study, own_trials
-from latentwire.tuning.trial import EARLIER, ERROR_FILE, NUMBER, TAKES_UP, trial_path
 
 RATE = "training.encoder_lr"
 SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}

@@ -10,30 +10,23 @@ import pytest
 from latentwire.config import SpaceFile, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
+from latentwire.distributed import sweep_files
+from latentwire.distributed.sweep_files import Files, common_pin, prepare
+from latentwire.planning.variants import longest_run, total_steps
 from latentwire.storage import Place
 from latentwire.tuning import sweep
 from latentwire.tuning.searcher import StudySearch
-from latentwire.tuning.space import longest_run
 from latentwire.tuning.study import JOURNAL
-from latentwire.tuning.sweep import (
-    Earlier,
-    Files,
-    NothingRuns,
-    common_pin,
-    make_scheduler,
-    prepare,
-    replay,
-    total_steps,
-)
+from latentwire.tuning.sweep import Earlier, NothingRuns, make_scheduler, replay
 
 
 def test_trials_are_compared_on_development_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The validation rows are for the chosen wire alone."""
     paths: dict[shards.ShardSplit, Place] = {split: tmp_path / split for split in shards.SPLITS}
-    monkeypatch.setattr(sweep.streams, "ray_dataset", lambda path, *_, **__: path.name)
-    monkeypatch.setattr(sweep.shards, "read_table", lambda path: path.name)
-    monkeypatch.setattr(sweep.ray.data, "from_arrow", lambda rows: SimpleNamespace(materialize=lambda: rows))
-    assert sweep.load_datasets(Files(paths, {}, ()), True) == {"train": "train", "dev": "dev"}
+    monkeypatch.setattr(sweep_files.streams, "ray_dataset", lambda path, *_, **__: path.name)
+    monkeypatch.setattr(sweep_files.shards, "read_table", lambda path: path.name)
+    monkeypatch.setattr(sweep_files.ray.data, "from_arrow", lambda rows: SimpleNamespace(materialize=lambda: rows))
+    assert sweep_files.load_datasets(Files(paths, {}, ()), True) == {"train": "train", "dev": "dev"}
 
 
 def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
@@ -89,11 +82,11 @@ def test_trials_on_different_development_rows_are_refused(monkeypatch: pytest.Mo
     search = {"data.dev_samples": {"type": "categorical", "choices": [8, 16]}}
     space = SpaceFile.model_validate({"search": search})
     dev = [Path("dev-8"), Path("dev-16")]
-    monkeypatch.setattr(sweep, "evaluation_pin", lambda path, run: "same")
+    monkeypatch.setattr(sweep_files, "evaluation_pin", lambda path, run: "same")
     assert common_pin(space, dev) == "same"
-    monkeypatch.setattr(sweep, "evaluation_pin", lambda path, run: path.name)
+    monkeypatch.setattr(sweep_files, "evaluation_pin", lambda path, run: path.name)
     made: list[str] = []
-    monkeypatch.setattr(sweep.pipeline, "ensure_shards", lambda run, split, path: made.append(split))
+    monkeypatch.setattr(sweep_files.pipeline, "ensure_shards", lambda run, split, path: made.append(split))
     with pytest.raises(
         ConfigError, match=r"the same development rows, got 2 different sets; .* among data\.dev_samples"
     ):

@@ -1,0 +1,219 @@
+"""The replicas of a sweep: as many as there is room for now, and more as the cluster grows.
+
+The wait for the first ones has a limit.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.distributed.replicas import ASKING, ReplicaActor, Served
+from latentwire.distributed.trial import ZERO_COPY
+from latentwire.distributed.waiting import room
+from latentwire.models.weights import ReceiverError
+from latentwire.planning.autoscaler import cluster_resources
+from latentwire.planning.devices import hold
+from latentwire.planning.sharing import Sharing
+
+SAY_SECONDS = 30
+"""Between two lines on what the first replicas wait for."""
+GROW_SECONDS = 15
+"""Between two looks at whether the cluster has grown."""
+ANSWER_SECONDS = 60
+"""That a replica has at a sweep's end to give its account: its node may be gone, for good."""
+
+
+class Fleet:
+    """Replicas of every receiver of a run, in sets of one of each."""
+
+    def __init__(self, run: RunConfig, sharing: Sharing, expected: Mapping[str, str] | None) -> None:
+        """``expected``: hashes that the weights must have."""
+        self.run, self.sharing, self.expected = run, sharing, expected
+        self.served: dict[str, list[Served]] = {receiver.name: [] for receiver in run.receivers}
+        """Those that trials may ask: their weights are loaded, and are what they should be."""
+        self.hashes: dict[str, str] = dict(expected or {})
+        self.sets = 0
+        self._begun: dict[str, list[Any]] = {receiver.name: [] for receiver in run.receivers}
+        self._joining: list[tuple[str, Any, Any, Any]] = []
+        """Receiver, actor, and what it will say: its node, and the facts of its weights."""
+        self._planned_gpus = cluster_resources().get("GPU", 0.0)
+        self._ends = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    # ------------------------------------------------------------------------------------------------------ beginning
+
+    def start(self, minutes: float) -> None:
+        """Begin what there is room for now, at least one set, and wait until it is loaded.
+
+        Raises :class:`~latentwire.models.weights.ReceiverError` where the first replicas have found no
+        room in so many minutes, or have other weights than they should.
+        """
+        self._begin(self._sets_on(ray.available_resources()))
+        self._wait_for_room(minutes)
+        here = [joining for joining in self._joining if _is_there(joining[2])]
+        for joining in here:
+            self._join(*joining)
+        self._watch = threading.Thread(target=self._grow, name="replicas", daemon=True)
+        self._watch.start()
+
+    def _sets_on(self, resources: Mapping[str, float]) -> int:
+        """Return how many sets belong on some resources: their part of all that was planned for."""
+        replicas = self.sharing.replicas
+        if not any(self.sharing.gpus_per_replica.values()):
+            return replicas
+        gpus = resources.get("GPU", 0.0)
+        sets = min(replicas, math.floor(replicas * gpus / max(1.0, self._planned_gpus)))
+        while sets > 1 and not hold(gpus, self.sharing.gpus_of_replicas(sets)):
+            sets -= 1
+        return max(1, sets)
+
+    def _begin(self, sets: int) -> None:
+        group = {"asking": 2 * ASKING, "telling": 2}
+        remote = ray.remote(concurrency_groups=group)(ReplicaActor)
+        settings = self.run.training.model_dump(mode="json", include={"gradient_checkpointing", "compile"})
+        for _ in range(self.sets, sets):
+            for receiver in self.run.receivers:
+                actor = remote.options(
+                    num_cpus=0,
+                    num_gpus=self.sharing.gpus_per_replica[receiver.name],
+                    scheduling_strategy="SPREAD",
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    runtime_env={"env_vars": ZERO_COPY},
+                ).remote(receiver.model_dump(mode="json"), settings, self.sharing.most_positions, self.sharing.threads)
+                self._begun[receiver.name].append(actor)
+                self._joining.append((receiver.name, actor, actor.node.remote(), actor.facts.remote()))
+        self.sets = max(self.sets, sets)
+
+    def _wait_for_room(self, minutes: float) -> None:
+        """Wait until a replica of each receiver has a place, and once for the others begun with."""
+        began = time.monotonic()
+        while True:
+            left = 60 * minutes - (time.monotonic() - began)
+            nodes = [node for _, _, node, _ in self._joining]
+            ray.wait(nodes, num_returns=len(nodes), timeout=max(0.0, min(SAY_SECONDS, left)))
+            without = dict.fromkeys(name for name, _, _, _ in self._joining)
+            for name, _, node, _ in self._joining:
+                if _is_there(node):
+                    without.pop(name, None)
+            if not without:
+                return
+            needed = {"GPU": sum(self.sharing.gpus_per_replica[name] for name in without)}
+            what = f"room for {' and '.join(without)}, {needed['GPU']:g} GPU: {room(needed)}"
+            if left <= 0:
+                raise ReceiverError(
+                    f"shared receivers must find room within tune.wait_minutes ({minutes:g}), there was no {what}; free some, "
+                    f"add nodes, raise tune.wait_minutes, or set tune.receivers: own"
+                )
+            print(f"shared receivers wait for {what}; {left / 60:.1f} minutes are left", flush=True)
+
+    def _join(self, name: str, actor: Any, node: Any, facts: Any) -> None:
+        """Let trials ask a replica that has loaded its weights. Raises as :meth:`start` does."""
+        self._joining = [joining for joining in self._joining if joining[1] is not actor]
+        try:
+            found = ray.get(facts).fingerprint
+        except RayTaskError as error:
+            raise error.cause from error
+        if found != self.hashes.setdefault(name, found):
+            wanted = f"hash {self.hashes[name]}" + (" as in the manifest" if self.expected else ", as the first has")
+            raise ReceiverError(f"replicas of receiver {name} must have {wanted}, got {found}")
+        self.served[name].append(Served(ray.get(node), actor))
+
+    # --------------------------------------------------------------------------------------------------- while it runs
+
+    def _grow(self) -> None:
+        while not self._ends.wait(GROW_SECONDS):
+            try:
+                self.look()
+            except (RayError, ReceiverError) as error:
+                print(f"shared receivers: a replica does not join: {error}", flush=True)
+
+    def look(self) -> None:
+        """Begin replicas on what the cluster has grown by, and tell trials of those that are loaded."""
+        self._begin(self._sets_on(ray.cluster_resources()))
+        for joining in [joining for joining in self._joining if _is_there(joining[3])]:
+            self._join(*joining)
+            print(f"shared receivers: {joining[0]} has {len(self.served[joining[0]])} replicas now", flush=True)
+        for served in self.served.values():
+            served[0].actor.meet.remote(list(served))
+
+    # ------------------------------------------------------------------------------------------------------------- end
+
+    def account(self) -> None:
+        """Print what each receiver's replicas did. Raises RuntimeError for changed weights."""
+        self._end_watch()
+        for name, served in self.served.items():
+            told = _answers([one.actor.told.remote() for one in served])
+            print(usage(name, told), flush=True)
+            hashes = _answers([one.actor.fingerprint.remote() for one in served])
+            if set(hashes) - {self.hashes[name]}:
+                raise RuntimeError(f"frozen receivers must not change, {name} did")
+            if len(hashes) < len(served):
+                print(
+                    f"shared {name}: {len(served) - len(hashes)} replica(s) are gone and were not checked", flush=True
+                )
+
+    def stop(self) -> None:
+        """End all replicas."""
+        self._end_watch()
+        for actor in (actor for own in self._begun.values() for actor in own):
+            ray.kill(actor)
+
+    def _end_watch(self) -> None:
+        self._ends.set()
+        if self._watch is not None:
+            self._watch.join()
+
+
+def _is_there(reference: Any) -> bool:
+    return bool(ray.wait([reference], timeout=0)[0])
+
+
+def _answers(references: Sequence[Any]) -> list[Any]:
+    """What comes within :data:`ANSWER_SECONDS`."""
+    return ray.get(ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)[0])
+
+
+@contextmanager
+def serving(
+    space: SpaceFile, sharing: Sharing | None, expected: Mapping[str, str] | None = None
+) -> Iterator[dict[str, list[Served]] | None]:
+    """Replicas of every receiver while this context lasts; ``None`` where trials have their own.
+
+    They die with this driver. ``expected``: hashes that the weights must have. Raises
+    :class:`~latentwire.models.weights.ReceiverError` where they have others, replicas differ, or the
+    first have found no room within ``tune.wait_minutes``, and RuntimeError for weights that have
+    changed at the end.
+    """
+    if sharing is None:
+        yield None
+        return
+    fleet = Fleet(space.run, sharing, expected)
+    try:
+        fleet.start(space.tune.wait_minutes)
+        print(f"shared receivers: {sharing}", flush=True)
+        yield fleet.served
+        fleet.account()
+    finally:
+        fleet.stop()
+
+
+def usage(name: str, told: Sequence[Mapping[str, Any]]) -> str:
+    """A line on what a receiver's replicas did."""
+    accounts = [account for one in told for account in one["accounts"].values()]
+    requests, joined = (sum(account[what] for account in accounts) for what in ("requests", "joined"))
+    seconds, waited = (sum(account[what] for account in accounts) for what in ("seconds", "waited"))
+    return (
+        f"shared {name}: {requests:,} requests of {len(accounts)} trials in {sum(one['passes'] for one in told):,} passes, "
+        f"{joined:,} of them joined; {seconds:.1f} s of passes, {waited:.1f} s of waiting; "
+        f"{sum(one['waiting'] for one in told)} wait still"
+    )

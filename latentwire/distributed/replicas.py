@@ -1,0 +1,141 @@
+"""Frozen receivers as a service of one sweep: replicas that trials share, and the way to them."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from latentwire.config import ReceiverConfig, RunConfig
+from latentwire.models.weights import pick_device
+from latentwire.receivers.base import Receiver
+from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.remote import Facts, SharedReceiver
+from latentwire.receivers.replica import Replica
+from latentwire.receivers.requests import LookUp, Request
+
+ASKING = 64
+"""Requests that a replica holds in its queue; who asks beyond that waits until there is room."""
+
+
+ANSWER_SECONDS = 10
+"""That a trial waits for a replica to say which others there are."""
+
+# Tensors that came through shared memory are read-only, and so they are used: nothing here writes into one.
+for told in ("Zero-copy tensor serialization is enabled", "The given NumPy array is not writable"):
+    warnings.filterwarnings("ignore", message=told)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One replica, as trials are told of it."""
+
+    node: str
+    actor: Any
+
+
+class ReplicaActor:
+    """A :class:`~latentwire.receivers.replica.Replica` in a process of its own.
+
+    It loads its weights beside, so that it can say at once that there was room for it; all else
+    waits for them.
+    """
+
+    def __init__(self, receiver: dict[str, Any], training: dict[str, Any], most_positions: int, threads: int) -> None:
+        """``receiver``, ``training``: dumped sections; ``training`` says how activations are kept and layers compiled."""
+        if not torch.cuda.is_available():
+            torch.set_num_threads(threads)
+        self.peers: list[Served] = []
+        self._loading = ThreadPoolExecutor(1).submit(_load, receiver, training, most_positions)
+
+    def node(self) -> str:
+        """Return the id of the node that this replica is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    @ray.method(concurrency_group="asking")
+    def ask(self, asker: str, request: Request | LookUp) -> Any:
+        """The answer to one request."""
+        return self._loading.result()[0].ask(asker, request)
+
+    @ray.method(concurrency_group="telling")
+    def facts(self) -> Facts:
+        """Of the weights, when they were loaded."""
+        return self._loading.result()[1]
+
+    @ray.method(concurrency_group="telling")
+    def fingerprint(self) -> str:
+        """Of the weights, as they are now."""
+        return self._loading.result()[0].lm.fingerprint()
+
+    @ray.method(concurrency_group="telling")
+    def told(self) -> dict[str, Any]:
+        """Accounts of all trials, passes so far, and what waits."""
+        replica = self._loading.result()[0]
+        return {"accounts": replica.told(), "passes": replica.passes, "waiting": replica.waiting}
+
+    @ray.method(concurrency_group="telling")
+    def meet(self, peers: list[Served]) -> None:
+        """Learn which replicas of the receiver there are now."""
+        self.peers = peers
+
+    @ray.method(concurrency_group="telling")
+    def met(self) -> list[Served]:
+        """Return the replicas of the receiver that this one has heard of; none after a restart."""
+        return self.peers
+
+
+def _load(receiver: dict[str, Any], training: dict[str, Any], most_positions: int) -> tuple[Replica, Facts]:
+    lm = OwnReceiver(ReceiverConfig.model_validate(receiver))
+    if training["gradient_checkpointing"]:
+        lm.recompute_activations()
+    if training["compile"]:
+        lm.fuse()
+    facts = Facts.of(lm)
+    return Replica(lm, most_positions=most_positions, most_waiting=ASKING), facts
+
+
+class RayChannel:
+    """The way from one trial to the nearest replica of a receiver. Ray starts a replica that died again, and asks it again."""
+
+    def __init__(self, replicas: Sequence[Served], asker: str) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        near = [replica for replica in replicas if replica.node == here] or list(replicas)
+        self.actor, self.asker = near[zlib.crc32(asker.encode()) % len(near)].actor, asker
+
+    def facts(self) -> Facts:
+        """Of its weights, when they were loaded."""
+        return ray.get(self.actor.facts.remote())
+
+    def ask(self, request: Request | LookUp) -> Any:
+        """The answer; raises what answering it raised there."""
+        try:
+            return ray.get(self.actor.ask.remote(self.asker, request))
+        except RayTaskError as error:
+            raise error.cause from error
+
+
+def current(served: Sequence[Served]) -> Sequence[Served]:
+    """Return the replicas that there are now: those the sweep began with, or more that the first knows."""
+    try:
+        return ray.get(served[0].actor.met.remote(), timeout=ANSWER_SECONDS) or served
+    except GetTimeoutError:  # it is being started again
+        return served
+
+
+def shared_receivers(run: RunConfig, served: Mapping[str, Sequence[Served]], asker: str) -> dict[str, Receiver]:
+    """A run's receivers, each through the nearest of its replicas."""
+    device = pick_device()
+    alone = not run.training.gradient_checkpointing  # which allows no cache
+    return {
+        receiver.name: SharedReceiver(
+            receiver, RayChannel(current(served[receiver.name]), asker), device, head_is_text=alone
+        )
+        for receiver in run.receivers
+    }

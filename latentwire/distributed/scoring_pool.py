@@ -1,0 +1,116 @@
+"""Score a split with several copies of a wire at once: a Ray Data actor pool over batches of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from latentwire.config import RunConfig
+from latentwire.data import shards
+from latentwire.data.pipeline import quiet_ray_data
+from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.progress import duration, seconds_left
+from latentwire.model import load_wire
+from latentwire.planning.devices import pieces, times
+from latentwire.planning.planner import Plan
+from latentwire.storage import Place, local, place
+from latentwire.threads import use_threads
+
+PARTS = 4
+"""Parts of the work for each copy of the wire, so that none waits long for the last."""
+
+
+class Scorer:
+    """One copy of a wire, and the split's rows; called with a part of the work."""
+
+    def __init__(
+        self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, joint: bool, cpus: float
+    ) -> None:
+        use_threads(cpus)
+        with local(place(checkpoint)) as folder:
+            self.wire, _ = load_wire(folder, run)
+        self.table, self.settings, self.joint = shards.read_table(place(path)), settings, joint
+
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        """``setting``, ``start``, ``stop`` → the predictions of those rows, with their place."""
+        found = []
+        for index, start, stop in zip(batch["setting"], batch["start"], batch["stop"], strict=True):
+            rows = range(int(start), int(stop))
+            predictions = predict(self.wire, self.table, self.settings[int(index)], rows, joint=self.joint)
+            found += [dataclasses.asdict(p) | {"place": [int(index), int(start), n]} for n, p in enumerate(predictions)]
+        return pa.Table.from_pylist(found, _SCHEMA)
+
+
+def predict_pool(
+    checkpoint: Place,
+    path: Place,
+    settings: tuple[Setting, ...],
+    run: RunConfig,
+    *,
+    joint: bool = True,
+    copies: int,
+    cpus: float,
+    gpus: float,
+) -> dict[str, list[Prediction]]:
+    """Setting's key → predictions, as :func:`~latentwire.evaluation.evaluator.predict` gives them. Needs Ray initialised.
+
+    Parts begin where batches do, so that it does not matter how many ``copies`` share the work.
+    """
+    import ray.data
+
+    quiet_ray_data()
+    size, total = run.evaluation.batch_size, shards.read_manifest(path)["rows"]
+    stride = size * max(1, -(-total // (size * PARTS * copies)))
+    parts = [
+        {"setting": index, "start": start, "stop": min(start + stride, total)}
+        for index in range(len(settings))
+        for start in range(0, total, stride)
+    ]
+    scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        Scorer,
+        fn_constructor_args=(str(checkpoint), str(path), settings, run, joint, cpus),
+        batch_size=1,
+        concurrency=min(copies, len(parts)),
+        num_cpus=cpus,
+        num_gpus=gpus,
+    )
+    rows: list[dict[str, Any]] = []
+    began, work = time.monotonic(), total * len(settings)
+    for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+        rows += part.to_pylist()
+        done = len(rows) // len(run.receivers)
+        left = duration(seconds_left(done, work, time.monotonic() - began))
+        print(f"scored {done:,}/{work:,} rows of {len(settings)} settings, about {left} left", flush=True)
+    rows.sort(key=lambda row: tuple(row["place"]))
+    found: dict[str, list[Prediction]] = {setting.key: [] for setting in settings}
+    for row in rows:
+        del row["place"]
+        found[row["setting"]].append(Prediction(**row | {"golds": list(row["golds"])}))
+    return found
+
+
+def copies_at_once(resources: dict[str, float], plan: Plan, memory: float) -> int:
+    """How many copies of a wire the cluster holds: by CPUs, and by GPUs or, where there are none, memory in bytes."""
+    cpus = times(resources.get("CPU", 1.0), plan.cpus_per_worker)
+    if plan.gpus_per_worker:
+        return max(1, min(cpus, pieces(resources.get("GPU", 0.0), plan.gpus_per_worker)))
+    return max(1, int(min(cpus, memory / plan.bytes_per_worker)))
+
+
+_TYPES = {
+    "str": pa.string(),
+    "Mode": pa.string(),
+    "float": pa.float64(),
+    "int": pa.int64(),
+    "list[str]": pa.list_(pa.string()),
+}
+_SCHEMA = pa.schema(
+    [
+        *((field.name, _TYPES[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(Prediction)),
+        ("place", pa.list_(pa.int64())),
+    ]
+)

@@ -1,0 +1,211 @@
+"""One run on Ray: the trial's driver, and the TorchTrainer that it starts.
+
+Every trial has a driver and a controller, each a fresh process that imports this module: it is light on purpose, and what
+the workers run lies in :mod:`latentwire.distributed.worker`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.config.resolve import with_values
+from latentwire.distributed.waiting import PatientTrainer, is_lasting
+from latentwire.planning.variants import variant_key
+from latentwire.receivers.memory import is_out_of_memory
+from latentwire.storage import Place, delete, text_if_there, write_text
+
+NUMBER = "study_trial"
+"""Key of a trial's number among the values that Tune gets."""
+TAKES_UP = "takes_up_trial"
+"""Key, there too, of the number of the failed trial whose directory a trial goes on in."""
+EARLIER = "earlier_evaluations"
+"""Key of the reports before the one that a resumed trial makes again, as JSON."""
+ERROR_FILE = "error.txt"
+"""Where a trial's driver or worker leaves the cause of a failure."""
+
+ROOM_SECONDS = "120"
+"""How often a trial that waits for room says so. It waits for as long as it takes: the planner has
+refused what could never start."""
+START_FAILURES = 2
+"""Deaths of a trial's workers as they start that count as no failure of the training."""
+
+
+ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+"""Lets Ray put tensors into shared memory without another copy; set where a process starts."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What every worker of a trial runs: :func:`latentwire.distributed.worker.train`."""
+    from latentwire.distributed import worker
+
+    worker.train(settings)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the trials of one data variant train on, and what their metrics hang on."""
+
+    datasets: dict[str, ray.data.Dataset]
+    """``train``, of ``train_rows``, and ``dev``."""
+    train_rows: int
+    train_shards: Place
+    """Where ``train`` lies: a wire keeps which documents it has trained on."""
+    pins: dict[str, Any]
+
+
+def trial_path(trial_dir: Place, number: int) -> Place:
+    """Where a trial keeps its checkpoints, whichever driver runs it."""
+    return trial_dir / f"trial-{number}"
+
+
+def drive_trial(
+    values: dict[str, Any],
+    *,
+    space: SpaceFile,
+    variants: Mapping[str, Variant],
+    gpus_per_worker: float,
+    trial_dir: Place,
+    served: Any = None,
+) -> None:
+    """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
+
+    The cause of a failure is left in :data:`ERROR_FILE`. A trial that would fail again in the same way (values that do not go
+    together, out of memory, no finite gradients) leaves it and returns; any other is raised, for Tune to start the trial again.
+    """
+    path = trial_path(trial_dir, values.get(TAKES_UP, values[NUMBER]))
+    run = space.run
+    try:
+        run = with_values(run, {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)})
+        variant = variants[variant_key(run)]
+        make_trainer(
+            run,
+            variant.datasets,
+            variant.train_rows,
+            variant.train_shards,
+            folder=path,
+            gpus_per_worker=gpus_per_worker,
+            pins=variant.pins,
+            metric=space.tune.metric,
+            mode=space.tune.mode,
+            callbacks=[TuneReportCallback()],
+            served=served,
+        ).fit()
+    except Exception as error:
+        leave_cause(path, run, error)
+        if not (is_lasting(error) or is_out_of_memory(error)):
+            raise
+
+
+def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
+    """Write why a trial failed, and how large it was where that is why, aside and renamed."""
+    told = getattr(error, "controller_failure", error)  # of Train's, the one that says what happened
+    lines = str(told).strip().splitlines() or [type(told).__name__]
+    cause = lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)  # there, of a traceback
+    if is_out_of_memory(error):
+        cause = f"out of memory with {size_of(run)}: {cause}"
+    write_text(path / ERROR_FILE, cause)
+
+
+def cause_left(path: Place) -> str | None:
+    """Why the last attempt at a run failed, where one did."""
+    return text_if_there(path / ERROR_FILE)
+
+
+def size_of(run: RunConfig) -> str:
+    """What a run's memory hangs on, in a line."""
+    training, encoder = run.training, run.encoder
+    length = (
+        f"{encoder.tokens_per_latent} tokens per latent"
+        if encoder.tokens_per_latent
+        else f"latent_len {encoder.latent_len}"
+    )
+    receivers = " and ".join(f"{receiver.model} ({receiver.dtype})" for receiver in run.receivers)
+    return (
+        f"batch_size {training.batch_size} over {training.num_workers} worker(s) in {training.accumulation} part(s), "
+        f"sequential_models {str(training.sequential_models).lower()}, {length}, d_z {encoder.d_z}, {receivers}"
+    )
+
+
+def name_cluster() -> None:
+    """Tell the actors that Train starts which Ray they belong to, as it hands its own settings on.
+
+    Train's cleaner of placement groups asks the State API, which looks for a Ray on the machine. Where it finds several it
+    refuses, and the trial would never end.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+
+
+def data_config() -> ray.train.DataConfig:
+    """Return how Train hands datasets to workers: ``train`` in shares, ``dev`` whole, both in order.
+
+    Train reads them by options of its own, not by those that they were made with. A resumed run skips
+    the batches that it has used: in an order that hangs on which task ends first it would repeat some
+    rows and leave out others.
+    """
+    in_order = ray.data.ExecutionOptions(preserve_order=True)
+    return ray.train.DataConfig(datasets_to_split=["train"], execution_options=in_order)
+
+
+def make_trainer(
+    run: RunConfig,
+    datasets: dict[str, ray.data.Dataset],
+    train_rows: int,
+    train_shards: Place,
+    *,
+    folder: Place,
+    gpus_per_worker: float,
+    pins: dict[str, Any],
+    metric: str,
+    mode: str,
+    callbacks: list[Any] | None = None,
+    served: Any = None,
+) -> TorchTrainer:
+    """A TorchTrainer for one run, which goes on from the last checkpoint in ``folder``.
+
+    ``datasets``: ``train``, of so many rows from ``train_shards``, and ``dev``. The best checkpoint by ``metric`` and the last
+    one are kept.
+    Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
+    died in that moment could never go on. ``served``: replicas of the receivers, where the workers hold none themselves.
+    """
+    delete(folder / ERROR_FILE)
+    name_cluster()
+    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, ROOM_SECONDS)  # Train hands it on
+    resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
+    if gpus_per_worker:
+        resources["GPU"] = gpus_per_worker
+    return PatientTrainer(
+        train_worker,
+        train_loop_config={
+            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows,
+            "train_shards": str(train_shards), "began": time.time(),
+            "folder": str(folder), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
+            "served": served,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            callbacks=callbacks,
+            worker_runtime_env={} if served is None else {"env_vars": ZERO_COPY},
+            failure_config=ray.train.FailureConfig(
+                max_failures=run.training.max_failures, controller_failure_limit=START_FAILURES
+            ),
+        ),
+        datasets=datasets,
+        dataset_config=data_config(),
+    )  # fmt: skip

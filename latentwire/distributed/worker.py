@@ -1,0 +1,154 @@
+"""What every worker of a trial runs. Apart from :mod:`latentwire.distributed.trial`, whose importers need no receivers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import ray.data
+import ray.train
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
+
+from latentwire import exports
+from latentwire.config import RunConfig
+from latentwire.data import documents, streams
+from latentwire.distributed.prometheus import Gauges
+from latentwire.distributed.replicas import shared_receivers
+from latentwire.distributed.trial import EARLIER, leave_cause
+from latentwire.distributed.waiting import is_lasting
+from latentwire.model import LatentWire
+from latentwire.receivers.memory import is_out_of_memory
+from latentwire.receivers.remote import SharedReceiver
+from latentwire.storage import place
+from latentwire.threads import use_threads
+from latentwire.training import checkpoints, step_checkpoints
+from latentwire.training.loop import Trainer
+from latentwire.training.workers import Workers
+
+PREEMPTION_STEPS = 5
+"""Steps between two looks for a notice that this node goes away: all workers look together, which costs milliseconds."""
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Train; what would fail again in the same way leaves its cause and ends the run without another try.
+
+    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``train_shards``, ``began`` (when the trial
+    did), ``folder`` of its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker, ``served`` where
+    its receivers are shared.
+    """
+    run = RunConfig.model_validate(settings["run"])
+    try:
+        _train(run, settings)
+    except Exception as error:
+        if run.training.num_workers > 1 or not (is_lasting(error) or is_out_of_memory(error)):
+            raise  # of several workers the others would wait for this one
+        leave_cause(place(settings["folder"]), run, error)
+        print(f"error: {error}", flush=True)
+
+
+def _train(run: RunConfig, settings: dict[str, Any]) -> None:
+    entered = time.time()
+    use_threads(run.training.cpus_per_worker)  # Ray leaves torch at the machine's count
+    cap_memory(settings["gpus"])
+    workers = Workers()
+    served = settings["served"]
+    wire = LatentWire(run, None if served is None else shared_receivers(run, served, settings["folder"]))
+    frozen = wire.fingerprints()
+    if (expected := settings["pins"].get("receivers", frozen)) != frozen:
+        raise exports.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
+    pins = settings["pins"] | {"receivers": frozen}
+    batch_size = run.training.batch_size // workers.size
+    trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
+    folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
+    last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
+    checkpoints.take_up(trainer, folder / last[0] if last else None)
+    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
+    if not last and run.training.init_from is not None:  # a searched one was not there to be checked before the sweep
+        documents.check_development(wire.trained_on, run.training.init_from, dev["document"].to_pylist())
+    wire.trained_on = wire.trained_on.with_stage(run, place(settings["train_shards"]))
+    gauges = Gauges(folder.name)
+    held = sum(lm.held_bytes for lm in wire.receivers.values())
+    started = start_times(settings["began"], entered)
+    print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
+    rows = ray.train.get_dataset_shard("train")
+
+    def epochs(epoch: int) -> Iterator[pa.Table]:
+        only = settings["train_rows"] < run.training.batch_size
+        for batch in streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only):
+            if trainer.progress.step % PREEMPTION_STEPS == 0:
+                save_if_preempted()
+            yield batch
+
+    told: list[Any] = []
+
+    def save_if_preempted() -> None:
+        """Save once when this node is about to go; Ray starts the run again elsewhere, which counts as no failure."""
+        notice = ray.train.get_preemption_info()
+        if notice is not None and not told:
+            told.append(notice)
+            if workers.rank == 0:
+                path = step_checkpoints.save_step(folder, wire, {}, pins, trainer, *chosen)
+                print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
+
+    reported = trainer.progress.evaluations
+
+    def placed(metrics: dict[str, Any]) -> dict[str, Any]:
+        """With the step where TensorBoard puts a point, and the checkpoint."""
+        step = metrics["step"]
+        return metrics | {"timesteps_total": step, CHECKPOINT_PATH_KEY: str(folder / step_checkpoints.step_name(step))}
+
+    traffic = Traffic(wire, trainer)
+
+    def report() -> None:
+        metrics: dict[str, Any] = {f"start_{what}_s": value for what, value in started.items()} | traffic.since_last()
+        metrics |= trainer.evaluate(dev)
+        traffic.begin()
+        if trainer.progress.step >= trainer.total_steps:
+            checkpoints.check_frozen(wire, frozen)
+        reported.append(metrics)
+        if workers.rank == 0:
+            read = (trainer.progress.positions - trainer.progress.padded) / max(trainer.progress.seconds, 1e-9)
+            gauges.show(metrics | {"tokens_per_s": read, "receiver_bytes": held})
+            step_checkpoints.save_step(folder, wire, metrics, pins, trainer, *chosen)
+        ray.train.report(placed(metrics))
+
+    if reported:  # the process that saved them may have died before all were told; a scheduler judges the last alone
+        *earlier, latest = map(placed, reported)
+        ray.train.report(latest | {EARLIER: json.dumps(earlier)})
+    trainer.train(epochs, report)
+
+
+class Traffic:
+    """What goes to shared receivers and back for training, from one evaluation's end to the next one's beginning."""
+
+    def __init__(self, wire: LatentWire, trainer: Trainer) -> None:
+        self.shared = [lm for lm in wire.receivers.values() if isinstance(lm, SharedReceiver)]
+        self.trainer = trainer
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.step, self.bytes = self.trainer.progress.step, sum(lm.bytes_sent for lm in self.shared)
+
+    def since_last(self) -> dict[str, float]:
+        """``shared_mb_per_step``; nothing where receivers are the worker's own."""
+        steps, sent = self.trainer.progress.step - self.step, sum(lm.bytes_sent for lm in self.shared) - self.bytes
+        return {"shared_mb_per_step": sent / 1e6 / max(1, steps)} if self.shared else {}
+
+
+def cap_memory(gpus: float) -> None:
+    """Keep a worker that has a share of a GPU to that share of its memory: Ray counts shares, but holds nobody to them."""
+    if 0 < gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+def start_times(began: float, entered: float) -> dict[str, float]:
+    """Seconds from a trial's start to this process (Ray's part), to its own code (imports), and to here (loading)."""
+    here = psutil.Process().create_time()
+    return {"process": here - began, "code": entered - here, "loading": time.time() - entered}

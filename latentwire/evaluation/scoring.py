@@ -1,0 +1,148 @@
+"""Scores of a checkpoint beside the baselines, and its export: for the plain commands and for every worker.
+
+Neither Ray nor Optuna is imported here, so that :mod:`latentwire.train` and :mod:`latentwire.evaluate` run where they are not
+installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentwire import exports
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.data import shards
+from latentwire.evaluation import readings
+from latentwire.evaluation.baselines import FINAL_MODES
+from latentwire.evaluation.conditions import Setting, label
+from latentwire.evaluation.diagnostics import diagnose
+from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.progress import ScoringProgress
+from latentwire.evaluation.protocol import evaluation_pin
+from latentwire.evaluation.summary import summarise
+from latentwire.model import LatentWire, load_wire
+from latentwire.storage import Place, directory, local, write, write_text
+
+
+def check_questions(run: RunConfig) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a configuration's rows ask nothing that could be scored."""
+    if run.data.dataset == "text":
+        raise ConfigError(
+            "scores need questions, dataset text has none; name others, e.g. --set data.dataset=squad "
+            "--set losses.bundle=answer"
+        )
+
+
+FINAL_SETTINGS = tuple(
+    Setting(mode, bits=bits) for mode in FINAL_MODES for bits in ((None, 8, 4) if mode == "latent" else (None,))
+)
+"""What a sweep's winner is scored with: every mode, and the latents also as they travel in fewer bits."""
+
+
+def score(
+    path: Place,
+    validation: Place,
+    settings: tuple[Setting, ...] = FINAL_SETTINGS,
+    run: RunConfig | None = None,
+) -> dict[str, Any]:
+    """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
+
+    ``run`` replaces the configuration it was saved with (other data, decoding or device).
+    """
+    with local(path) as folder:
+        wire, _ = load_wire(folder, run)
+    return summaries(predict_settings(wire, validation, settings))
+
+
+def predict_settings(
+    wire: LatentWire, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, *, joint: bool = True
+) -> dict[str, list[Prediction]]:
+    """Setting's key → the receivers' answers to all rows of complete shards.
+
+    ``joint``: receivers also judge each other's answers.
+    """
+    table = shards.read_table(validation)
+    predictions: dict[str, list[Prediction]] = {}
+    with ScoringProgress(table.num_rows * len(settings)) as progress:
+        for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
+            on_rows = partial(progress.advance, label(setting.key))
+            predictions[setting.key] = list(predict(wire, table, setting, joint=joint, on_rows=on_rows))
+            print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
+    return predictions
+
+
+def summaries(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
+    """Setting's key → receiver → metrics."""
+    return {key: summarise(found) for key, found in predictions.items()}
+
+
+def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, float]:
+    """Reload a checkpoint in this process and look into its messages."""
+    with local(path) as folder:
+        wire, _ = load_wire(folder, run)
+    return diagnose(wire, shards.read_table(validation))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of a wire at its end."""
+
+    scores: dict[str, Any]
+    """Setting's key → receiver → metrics on the validation split; empty for a wire pretrained on texts alone."""
+    readings: dict[str, Any]
+    """How often those rows were read before (:func:`latentwire.evaluation.readings.note`)."""
+    sizes: dict[str, dict[str, int]]
+    """Its trained weights (:func:`latentwire.exports.sizes`)."""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What ``results.json`` says of them."""
+        return {"validation": self.scores, "readings": self.readings, "weights": self.sizes}
+
+
+def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Scored:
+    """Score the chosen checkpoint once on the validation split, and export it without its training state.
+
+    The scoring is recorded beside the shards. A wire pretrained on texts alone has no scores: it is exported for a second stage.
+    """
+    if export.exists():
+        raise ConfigError(f"an export must not overwrite anything, {export} exists; name another output_dir")
+    with local(checkpoint) as folder:
+        wire, manifest = load_wire(folder)
+    texts = wire.run.data.dataset == "text"
+    read = {} if texts else readings.note(validation, readings.wire_name(manifest), wire.trained_on)
+    predictions = {} if texts else predict_settings(wire, validation)
+    table = summaries(predictions)
+    pins = manifest["pins"] | {
+        "validation": {
+            "shards": shards.read_manifest(validation)["key"],
+            "evaluation_pin": evaluation_pin(validation, wire.run),
+        }
+    }
+    address = None if isinstance(export, Path) else partial(exports.below, Path.cwd())
+    with directory(export, last=exports.MANIFEST) as folder:
+        metrics = {"development": manifest["metrics"], "validation": table, "readings": read}
+        exports.save(folder, wire, metrics, pins, address=address)
+        sizes = exports.sizes(folder)
+    if predictions:
+        write_predictions(predictions, export.parent / "predictions.parquet")
+    return Scored(table, read, sizes)
+
+
+def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:
+    """One row per prediction, written aside and renamed."""
+    rows = pa.Table.from_pylist([asdict(p) for found in predictions.values() for p in found])
+    write(path, lambda file: pq.write_table(rows, file))
+
+
+def write_results(output: Place, document: dict[str, Any]) -> None:
+    """``results.json``, whole or as it was."""
+    write_text(output / "results.json", json.dumps(document, indent=1, default=str))

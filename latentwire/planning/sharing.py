@@ -1,0 +1,164 @@
+"""Whether the trials of a sweep share frozen receivers, and what that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from latentwire.config import RunConfig, SpaceFile
+from latentwire.features.registry import FEATURES
+from latentwire.models.weights import backbone_source, load_hf_config
+from latentwire.planning.devices import pieces, times
+
+PROMPT_POSITIONS = 64
+"""Positions of template, question and answer beside the slots."""
+CUDA_CONTEXT_BYTES = 600e6
+"""Of a process on a GPU before it holds anything."""
+ENCODER_WORDS = 25
+"""Numbers kept per position, layer and unit of width for the backward pass of an encoder that is trained: autograd held 23
+for ``byte`` and 25 for a Llama of four layers."""
+BYTES_PER_TOKEN = 4
+"""Of the sender's text, about."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Replicas of a sweep's receivers, and what is left for its trials."""
+
+    replicas: int
+    """Of each receiver."""
+    bytes_per_replica: dict[str, int]
+    """Receiver → weights, and the activations of its largest pass."""
+    gpus_per_replica: dict[str, float]
+    most_positions: int
+    """Rows times positions of a pass that answers several trials; 0: every trial is answered alone."""
+    threads: int
+    """Of a replica without a GPU: all cores where one trial runs at a time, else the replicas share them."""
+    bytes_per_worker: int
+    gpus_per_worker: float
+
+    def gpus_of_replicas(self, sets: int) -> list[float]:
+        """Return the shares of GPUs of so many sets of replicas, in the order in which they begin."""
+        return list(self.gpus_per_replica.values()) * sets
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {self.bytes_per_replica[name] / 1e9:.2f} GB"
+            + (f" ({gpus:g} GPU)" if (gpus := self.gpus_per_replica[name]) else "")
+            for name in self.bytes_per_replica
+        ]
+        return (
+            f"{self.replicas} replica(s) each of {', '.join(parts)}; a trial's worker then needs "
+            f"{self.bytes_per_worker / 1e9:.2f} GB"
+            + (f", {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else "")
+        )
+
+
+def obstacles(space: SpaceFile) -> list[str]:
+    """Knobs of a space that need the receivers' weights in each trial's own process."""
+    run, found = space.run, []
+    for name, feature in FEATURES.items():
+        searched = any(path.startswith(f"features.{name}") for path in space.search)
+        if feature.needs_weights and (getattr(run.features, name) is not None or searched):
+            found.append(f"features.{name} acts on the receivers' own layers")
+    if run.training.log_gradient_norms:
+        found.append("training.log_gradient_norms takes a backward pass per term")
+    found += [f"{receiver.name} lies on several devices" for receiver in run.receivers if receiver.device_map != "none"]
+    fixed = ("receivers", "training.gradient_checkpointing", "training.compile", "training.log_gradient_norms")
+    found += [f"{path} is searched" for path in space.search if path.startswith(fixed)]
+    return found
+
+
+def rows_of(run: RunConfig) -> int:
+    """Rows that one worker of a trial has in hand at once."""
+    return max(1, run.training.batch_size // (run.training.num_workers * run.training.accumulation))
+
+
+def final_slots(run: RunConfig) -> int:
+    """Soft slots of the longest message when the coarsening is over: of a text as long as it may be, at the shortest stride."""
+    encoder, strides = run.encoder, run.training.tokens_per_latent
+    if encoder.tokens_per_latent is None:
+        return encoder.latent_len + encoder.private_len
+    return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / min(strides or (encoder.tokens_per_latent,)))
+
+
+def slots_of(run: RunConfig) -> int:
+    """Soft slots of the longest message of any training step."""
+    if not run.training.coarsening_steps:
+        return final_slots(run)
+    first = math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / run.training.coarsening_from)
+    return max(first, final_slots(run))
+
+
+def positions_of(run: RunConfig, slots: int) -> int:
+    """Rows times positions that a receiver reads at once for one worker of a trial, with messages of so many slots."""
+    return rows_of(run) * (slots + PROMPT_POSITIONS)
+
+
+def encoder_bytes(run: RunConfig) -> int:
+    """Activations of the encoder for one step of the longest texts."""
+    encoder = run.encoder
+    layers, width = encoder.layers, encoder.d_model
+    if encoder.pretrained:
+        config = load_hf_config(backbone_source(encoder, {r.name: r for r in run.receivers})).get_text_config()
+        layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
+    positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
+    return 4 * ENCODER_WORDS * positions * layers * width
+
+
+def share(
+    space: SpaceFile,
+    run: RunConfig,
+    weights_and_steps: Mapping[str, tuple[int, int]],
+    trainable: int,
+    resources: Mapping[str, float],
+    memory_bytes: float,
+    base_bytes: float,
+) -> Sharing:
+    """The replicas that a sweep would have.
+
+    ``run``: the largest of the space. ``weights_and_steps``: receiver → bytes of its weights, and of one trial's step.
+    ``memory_bytes``: of a GPU where workers use GPUs, else of a node. ``base_bytes``: of a process that has imported everything.
+    """
+    gpus = resources.get("GPU", 0.0) if run.training.gpus_per_worker != 0 else 0.0
+    together = space.tune.joined_trials or (4 if gpus else 1)
+    context = CUDA_CONTEXT_BYTES if gpus else base_bytes
+    bytes_per_replica = {
+        name: int(weights + together * step + context) for name, (weights, step) in weights_and_steps.items()
+    }
+    worker = int(16 * trainable + encoder_bytes(run) + context)
+    given = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
+
+    def share_of_gpu(size: float) -> float:
+        return math.ceil(1000 * size / memory_bytes) / 1000 if gpus else 0.0
+
+    return Sharing(
+        replicas=space.tune.replicas or max(1, int(gpus)),
+        bytes_per_replica=bytes_per_replica,
+        gpus_per_replica={name: share_of_gpu(size) for name, size in bytes_per_replica.items()},
+        # Not of the longer messages that a run begins with: so many short ones would be joined.
+        most_positions=together * positions_of(run, final_slots(run)) if together > 1 else 0,
+        threads=psutil.cpu_count(logical=False) or 1,
+        bytes_per_worker=worker,
+        gpus_per_worker=given if gpus and given < 1 else share_of_gpu(worker),
+    )
+
+
+def trials_in(memory_bytes: float, sharing: Sharing) -> int:
+    """Trials whose workers fit beside one replica of each receiver: on a GPU, or on a node without GPUs."""
+    return max(0, int((memory_bytes - sum(sharing.bytes_per_replica.values())) / sharing.bytes_per_worker))
+
+
+def at_once(
+    sharing: Sharing, cpus: float, cpus_per_trial: float, gpus: float, memory_bytes: float, workers: int
+) -> int:
+    """Trials of so many workers at once beside the replicas; 0 where there is no room."""
+    room = [times(cpus, cpus_per_trial)]
+    if sharing.gpus_per_worker:
+        room.append(pieces(gpus, sharing.gpus_per_worker, sharing.gpus_of_replicas(sharing.replicas)) // workers)
+    else:
+        room.append(trials_in(memory_bytes, sharing) // workers)
+    return max(0, int(min(room)))

@@ -1,0 +1,369 @@
+"""The one place where text becomes a token sequence.
+
+Training, teacher, evaluation and decoding all read sequences from here. A prompt is a row of pieces, each tokenised on
+its own (:mod:`latentwire.prompts.pieces`) and joined as ids::
+
+    [BOS] head | context or soft slots | mid | question | tail | anchor | answer | stop
+
+A text prompt puts the context's tokens where a latent prompt has its soft slots; every other position is equal token
+by token, because it *is* the same piece. With ``send: prompt`` the message replaces ``context | mid | question``.
+Nothing outside this file counts positions: the index maps of :class:`Sequence` and :class:`Batch` say where things are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+from latentwire.config import PromptConfig, ReceiverConfig
+from latentwire.prompts import templates
+from latentwire.prompts.pieces import Pieces
+from latentwire.prompts.templates import LayoutError as LayoutError
+
+LAYOUT_VERSION = 2
+"""Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
+
+ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
+"""What a row's targets are: the answer, or the text that a control embedding right after the message asks for (the message's
+own, said again, or what follows it). The place of a control among a receiver's control embeddings."""
+CONTROLS = (RECONSTRUCT, CONTINUE)
+
+SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
+
+_PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids of one prompt and where its parts stand (half-open ranges of positions)."""
+
+    ids: list[int]
+    bos: int | None
+    message: range
+    """Where the sender's text or, in a latent prompt, the soft slots stand."""
+    question: range
+    anchor: range
+    answer: range
+    stop: int | None
+    """Position of the stop token; ``None`` where there is none."""
+    supervised: range
+    """Positions that are targets: answer and stop, or the reconstructed message; empty in a prompt to be answered."""
+    soft: bool
+    """Whether ``message`` is to be filled with a soft prompt."""
+    control: int = ANSWER
+    """Which of :data:`CONTROLS` stands right after the message, where one does."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences. N counts supervised tokens over all rows."""
+
+    ids_BS: torch.Tensor
+    attention_BS: torch.Tensor
+    """1 at real positions; padding gets no attention."""
+    latents_BS: torch.Tensor
+    """True where the soft prompt's latents stand."""
+    control_BS: torch.Tensor
+    """True where a control embedding stands."""
+    question_BS: torch.Tensor
+    """True at the question's tokens."""
+    message_R: torch.Tensor
+    """The message that each row reads."""
+    control_R: torch.Tensor
+    """Each row's control embedding, or :data:`ANSWER`."""
+    predict_N: torch.Tensor
+    """Flat index into B × S of the position whose logits predict the target (the one before it)."""
+    target_N: torch.Tensor
+    """Supervised token ids: answer, then stop."""
+    offset_N: torch.Tensor
+    """Place of the target in its answer, from 0."""
+    row_N: torch.Tensor
+    """Row that the target belongs to."""
+    head: int = 0
+    """Leading positions before anything that changes from row to row or is predicted: the same tokens in all rows. 0 in
+    rows that are padded to the left."""
+    head_H: torch.Tensor | None = None
+    """Ids of a head that was taken off the rows; ``attention_BS`` still counts it, all other positions do not."""
+
+    @property
+    def slots_BS(self) -> torch.Tensor:
+        """True wherever a soft vector stands: latents and controls."""
+        return self.latents_BS | self.control_BS
+
+    @property
+    def control_N(self) -> torch.Tensor:
+        """The control of each target's row, :data:`ANSWER` where the target belongs to one."""
+        return self.control_R[self.row_N]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    def after_head(self) -> Batch:
+        """The same rows without the tokens that all of them begin with, which go to ``head_H``."""
+        width, names = self.ids_BS.shape[1], ("ids_BS", "latents_BS", "control_BS", "question_BS")
+        rows: dict[str, Any] = {name: getattr(self, name)[:, self.head :] for name in names}
+        row_N, place_N = self.predict_N // width, self.predict_N % width
+        return replace(
+            self,
+            **rows,
+            predict_N=row_N * (width - self.head) + place_N - self.head,
+            head=0,
+            head_H=self.ids_BS[0, : self.head],
+        )
+
+
+def sender_text(send: Literal["context", "prompt"], context: str, question: str) -> str:
+    """What the encoder compresses. It knows no receiver: one message serves all of them."""
+    return context if send == "context" else f"{context}\nQuestion: {question}"
+
+
+class SequenceBuilder:
+    """Builds sequences for one receiver under one prompt configuration."""
+
+    def __init__(
+        self, tokenizer: Any, receiver: ReceiverConfig, prompt: PromptConfig, send: Literal["context", "prompt"]
+    ) -> None:
+        self.tokenizer, self.receiver, self.send = tokenizer, receiver, send
+        self.anchor_text = prompt.anchor.rstrip()
+        self.answer_lead = prompt.anchor[len(self.anchor_text) :]
+        self.chat = templates.is_chat(tokenizer, receiver)
+        """Whether a prompt is a turn of a chat, whose answer ends with the turn. Else it is a list of
+        lines, whose answer is one."""
+        text = templates.around(tokenizer, receiver)
+        self._mid_text, self._tail_text = text.mid.rstrip(" "), text.tail
+        # It belongs to the question's first word, as in running text.
+        self._question_lead = text.mid[len(self._mid_text) :]
+        self._pieces = Pieces(tokenizer, receiver.name)
+        bos_id = tokenizer.bos_token_id
+        self.head_ids = self._pieces.first(text.head)
+        self.bos: int | None = 0 if self._wants_bos(text.head) else None
+        if self.bos == 0 and self.head_ids[:1] != [bos_id]:
+            self.head_ids = [bos_id, *self.head_ids]
+        if receiver.bos == "no" and bos_id is not None and self.head_ids[:1] == [bos_id]:
+            self.head_ids = self.head_ids[1:]  # the template's own
+        if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not self.chat:
+            raise LayoutError(
+                f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}"
+            )
+        self.mid_ids = self._pieces.following(self._mid_text)
+        self.tail_ids = self._pieces.following(self._tail_text)
+        self.anchor_ids = self._pieces.after(self._tail_text, self.anchor_text)
+        closing = self._tail_text + self.anchor_text
+        self._answers_anew = self._pieces.begins_anew(closing, f"{self.answer_lead}a")
+        self._before_answer = closing if self._pieces.marks_beginnings else self.anchor_text or self._tail_text
+        self.newline_ids = self._pieces.following("\n")
+        self.stop_id, self.stop_ids = self._stops()
+        self._probe()
+
+    # ------------------------------------------------------------------------------------------------- tokenising
+
+    def tokenize(self, contexts: list[str], questions: list[str], answers: list[str]) -> dict[str, list[list[int]]]:
+        """Ids of the three pieces that change from row to row, for a column of rows."""
+        return {
+            "context_ids": self._pieces.of_user(contexts),
+            "question_ids": self._pieces.of_user([self._question_lead + question for question in questions]),
+            "answer_ids": self._pieces.of_user(
+                [self.answer_lead + answer for answer in answers], anew=self._answers_anew
+            ),
+        }
+
+    def check_boundaries(self, answers: list[str], answer_ids: list[list[int]]) -> list[bool]:
+        """Whether anchor and answer, tokenised as one text, give the same ids as joined; one flag per answer."""
+        before_ids = self._template_ids(self._before_answer)
+        joint = self._pieces.all_following([self._before_answer + self.answer_lead + answer for answer in answers])
+        return [whole == before_ids + ids for whole, ids in zip(joint, answer_ids, strict=True)]
+
+    def answer_of(self, text: str) -> str:
+        """Return the answer in decoded text: a chat's whole turn, a plain continuation's first line.
+
+        Some tokenizers join a plain answer's newline with a punctuation mark, which is no stop token
+        then.
+        """
+        return text.strip() if self.chat else text.strip().split("\n")[0].strip()
+
+    # --------------------------------------------------------------------------------------------------- sequences
+
+    def text(self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
+        """The full-text prompt; an empty context makes it the closed book. Answer and stop are added where given."""
+        message = self.message_ids(context_ids, question_ids)
+        mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
+        return self._join(message, mid, question, answer_ids, soft=False)
+
+    def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
+        """The tokens that a latent prompt's slots stand for."""
+        return [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
+
+    def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
+        """The same prompt with ``slots`` soft positions in place of the message."""
+        mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
+        return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
+
+    def controlled(self, slots: int, control: int, text_ids: list[int], given: int = 0) -> Sequence:
+        """Soft slots, a control embedding, and a text as targets: the message said again, or what follows it.
+
+        Its first ``given`` tokens are read and not asked for.
+        """
+        start = len(self.head_ids)
+        text = start + slots + 1
+        nowhere = range(text, text)
+        return Sequence(
+            ids=[*self.head_ids, *[SLOT_ID] * (slots + 1), *text_ids],
+            bos=self.bos, message=range(start, start + slots), question=nowhere, anchor=nowhere, answer=nowhere, stop=None,
+            supervised=range(text + given, text + len(text_ids)), soft=True, control=control,
+        )  # fmt: skip
+
+    def _join(
+        self, message: list[int], mid: list[int], question: list[int], answer: list[int] | None, *, soft: bool
+    ) -> Sequence:
+        start = len(self.head_ids)
+        question_at = start + len(message) + len(mid)
+        anchor_at = question_at + len(question) + len(self.tail_ids)
+        answer_at = anchor_at + len(self.anchor_ids)
+        ids = [*self.head_ids, *message, *mid, *question, *self.tail_ids, *self.anchor_ids]
+        if answer is not None:
+            ids += [*answer, self.stop_id]
+        return Sequence(
+            ids=ids,
+            bos=self.bos,
+            message=range(start, start + len(message)),
+            question=range(question_at, question_at + len(question)),
+            anchor=range(anchor_at, answer_at),
+            answer=range(answer_at, answer_at + len(answer or [])),
+            stop=None if answer is None else answer_at + len(answer),
+            supervised=range(answer_at, len(ids)) if answer is not None else range(0),
+            soft=soft,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- template
+
+    def _wants_bos(self, head: str) -> bool:
+        token = self.tokenizer.bos_token
+        if self.receiver.bos == "yes" and token is None:
+            raise LayoutError(f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none")
+        if self.receiver.bos != "auto" or token is None:
+            return self.receiver.bos == "yes"
+        if self.chat:
+            return head.startswith(token)
+        return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+
+    def _stops(self) -> tuple[int, tuple[int, ...]]:
+        """The supervised stop token, and every token that ends decoding.
+
+        A plain prompt is a list of lines, so its answer ends with the line; a chat turn ends with the special token that the
+        template writes after it, which for some models is not EOS.
+        """
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise LayoutError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
+        if self.chat:
+            end = self._turn_end()
+            stop = eos if end is None else end
+            return stop, tuple(dict.fromkeys((stop, eos)))
+        if len(self.newline_ids) != 1:
+            raise LayoutError(
+                f"template: plain needs a newline that is one token, {self.receiver.model} gives {self.newline_ids}"
+            )
+        return self.newline_ids[0], (self.newline_ids[0], eos)
+
+    def _turn_end(self) -> int | None:
+        """The special token right after an assistant's turn; ``None`` where the template writes none."""
+        after = templates.after_answer(self.tokenizer, self.receiver)
+        ids = self._template_ids(after)[:1]
+        return ids[0] if ids and not self.tokenizer.decode(ids, skip_special_tokens=True) else None
+
+    def _probe(self) -> None:
+        """A few answers of every kind: an anchor that merges with them is refused before any row is read."""
+        answers = list(_PROBE_ANSWERS)
+        ids = self.tokenize([], [], answers)["answer_ids"]
+        for answer, good in zip(answers, self.check_boundaries(answers, ids), strict=True):
+            if not good:
+                raise LayoutError(
+                    f"anchor and answer must tokenise alike alone and joined, {self.anchor_text + self.answer_lead!r} "
+                    f"+ {answer!r} does not for {self.receiver.name}; end the anchor with a space or a newline"
+                )
+
+    def _template_ids(self, text: str) -> list[int]:
+        """Ids of our own text behind other text."""
+        return self._pieces.following(text)
+
+
+def collate(
+    sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "right", messages: list[int] | None = None
+) -> Batch:
+    """Pad sequences to one length: to the right for training, to the left for decoding. Padding is told by length.
+
+    ``messages``: the message that each sequence reads; ``None``: each its own, in order.
+    """
+    rows = list(sequences)
+    width = max(len(row.ids) for row in rows)
+    ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_BS = torch.zeros(len(rows), width, dtype=torch.long)
+    latents_BS, control_BS, question_BS = torch.zeros(3, len(rows), width, dtype=torch.bool)
+    predict, target, offset, row_of = [], [], [], []
+    for index, row in enumerate(rows):
+        shift = 0 if side == "right" else width - len(row.ids)
+        ids_BS[index, shift : shift + len(row.ids)] = torch.tensor(row.ids)
+        attention_BS[index, shift : shift + len(row.ids)] = 1
+        question_BS[index, shift + row.question.start : shift + row.question.stop] = True
+        if row.soft:
+            latents_BS[index, shift + row.message.start : shift + row.message.stop] = True
+        if row.control != ANSWER:
+            control_BS[index, shift + row.message.stop] = True
+        for place, position in enumerate(row.supervised):
+            predict.append(index * width + shift + position - 1)
+            target.append(row.ids[position])
+            offset.append(place)
+            row_of.append(index)
+    return Batch(
+        ids_BS=ids_BS,
+        attention_BS=attention_BS,
+        latents_BS=latents_BS,
+        control_BS=control_BS,
+        question_BS=question_BS,
+        message_R=torch.tensor(list(range(len(rows))) if messages is None else messages, dtype=torch.long),
+        control_R=torch.tensor([row.control for row in rows], dtype=torch.long),
+        predict_N=torch.tensor(predict, dtype=torch.long),
+        target_N=torch.tensor(target, dtype=torch.long),
+        offset_N=torch.tensor(offset, dtype=torch.long),
+        row_N=torch.tensor(row_of, dtype=torch.long),
+        head=min(min((row.message.start, *(p - 1 for p in row.supervised[:1]))) for row in rows)
+        if side == "right"
+        else 0,
+    )
+
+
+def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> Batch:
+    """Several batches as one, padded to the longest; rows, slots and targets stay in order. Heads must not be off yet.
+
+    ``side``: where the padding stands, as :func:`collate` was told for each of them.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.ids_BS.shape[1] for batch in batches)
+    names = ("ids_BS", "attention_BS", "latents_BS", "control_BS", "question_BS")
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*names, "message_R", "predict_N", "row_N")}
+    first_row = first_message = 0
+    for batch in batches:
+        missing = width - batch.ids_BS.shape[1]
+        shift = missing if side == "left" else 0
+        for name in names:
+            rows[name].append(F.pad(getattr(batch, name), (shift, missing - shift)))
+        row_N, place_N = batch.predict_N // batch.ids_BS.shape[1], batch.predict_N % batch.ids_BS.shape[1]
+        rows["predict_N"].append((first_row + row_N) * width + shift + place_N)
+        rows["row_N"].append(first_row + batch.row_N)
+        rows["message_R"].append(first_message + batch.message_R)
+        first_row += len(batch.ids_BS)
+        first_message += int(batch.message_R.max()) + 1
+    head = min(batch.head for batch in batches)
+    heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
+    as_they_are = {
+        name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("control_R", "target_N", "offset_N")
+    }
+    joined = {name: torch.cat(parts) for name, parts in rows.items()}
+    return Batch(**joined, **as_they_are, head=head if len(heads) == 1 else 0)

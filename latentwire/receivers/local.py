@@ -1,0 +1,58 @@
+"""A receiver whose weights are in this process."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from latentwire.config import LossConfig
+from latentwire.prompts.sequences import Batch
+from latentwire.losses.bundles import Reader, Teacher, loss_terms
+from latentwire.losses.terms import teacher_rows, token_ce
+from latentwire.models.lm import LMWrapper
+from latentwire.receivers.base import Judgement, LossTask, part
+
+
+class OwnReceiver(LMWrapper):
+    """An :class:`~latentwire.models.lm.LMWrapper` that also computes what is trained on, and what is scored."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of frozen weights."""
+        return sum(p.numel() * p.element_size() for p in self.lm.parameters())
+
+    def skeleton(self) -> nn.Module:
+        """The model itself."""
+        return self.lm
+
+    @torch.no_grad()
+    def teach(self, told: Teacher | Batch, settings: LossConfig) -> Teacher:
+        """What it says on texts as it is: call it where no feature is attached."""
+        told = told.to(self.device)
+        if isinstance(told, Teacher):
+            return told
+        depths = settings.hidden_kd_depths if settings.hidden_kd_weight > 0 else ()
+        with part(f"teach {self.name}"):
+            hidden_ND, states = self.supervised_states(self.read_head(told), None, depths)
+            return Teacher(teacher_rows(self.logits(hidden_ND), settings.kd_temperature, settings.kd_top_k), states)
+
+    def losses(self, task: LossTask, soft_ND: torch.Tensor) -> torch.Tensor:
+        """Each term's weighted share of the loss ``[T]``, differentiable in ``soft_ND`` and in what features attach."""
+        with part(f"read {self.name}"):
+            hidden_ND, states = self.supervised_states(task.batch, soft_ND, task.depths)
+        return self.shares(task, Reader(hidden_ND, self.logits, states))
+
+    def shares(self, task: LossTask, reader: Reader) -> torch.Tensor:
+        """The same, from what it made of the supervised positions already."""
+        assert not isinstance(task.teacher, Batch), "teach comes first"
+        with part(f"loss {self.name}"):
+            shares = loss_terms(task.weights, task.batch, reader, task.teacher, task.counts, task.rows_at_once)
+            return torch.stack(list(shares.values()))
+
+    @torch.no_grad()
+    def judge(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> Judgement:
+        """How likely the supervised tokens are."""
+        logits_NV = self.supervised_logits(batch, soft_ND)
+        target_N = batch.target_N.to(logits_NV.device)
+        likelier_N = (logits_NV > logits_NV.gather(1, target_N[:, None])).sum(1)
+        return Judgement(token_ce(logits_NV, target_N).cpu(), likelier_N.cpu())

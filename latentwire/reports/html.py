@@ -1,0 +1,161 @@
+"""``report.html``: a sweep in one file that opens offline. Everything in it that was text somewhere is escaped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import optuna
+import plotly.graph_objects as go
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from latentwire.card import UNTUNED_TEXT
+from latentwire.config import SpaceFile
+from latentwire.config.resolve import with_values
+from latentwire.evaluation import readings
+from latentwire.evaluation.conditions import label
+from latentwire.reports import figures, tables
+from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
+from latentwire.tuning import resume
+from latentwire.tuning.reruns import Finalist
+from latentwire.tuning.results import trial_rows
+from latentwire.tuning.searcher import objectives
+from latentwire.tuning.study import JOURNAL, own_trials, read_study
+
+FILE = "report.html"
+EXAMPLES = 12
+"""Rows whose answers stand side by side."""
+COLOURS = ["#2563a8", "#c2571a", "#3f8f4f", "#8a4fa3", "#a8873b", "#4b5563"]
+
+
+def write(output: Place) -> Place:
+    """Write a sweep's report from what lies in its directory; parts that are not there yet are left out.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where ``output`` holds no sweep.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the fronts' studies are not news
+    space = resume.read_space(output, [])
+    with read_study(output / JOURNAL, output.name, objectives(space)) as study:
+        return _write(output, space, study)
+
+
+def _write(output: Place, space: SpaceFile, study: optuna.Study) -> Place:
+    document = _json(output / "results.json")
+    scores = document.get("validation") or {}
+    trials = trial_rows(study, space.tune)
+    best = document.get("best")
+    finalists = [Finalist(**finalist) for finalist in document.get("finalists") or []]
+    run = with_values(space.run, best["values"]) if best else space.run
+    pictures: list[figures.Figure] = figures.search_figures(study, space.tune)
+    page = _template().render(
+        title=output.name,
+        command=document.get("command"),
+        best=best,
+        selection=document.get("selection") or {},
+        metric=space.tune.metric,
+        scores=tables.scores_table(scores, f"{run.data.dataset} validation", run) if scores else None,
+        read=readings.sentence(document.get("readings")),
+        weights=tables.weights_table(document["weights"]) if document.get("weights") else None,
+        together=tables.together_table(scores) if any("agreement" in row["mean"] for row in scores.values()) else None,
+        shares=_shares_of_text(scores),
+        untuned=UNTUNED_TEXT,
+        chart=_draw(figures.scores_figure(scores)) if scores else "",
+        pictures=[(name, about, _draw(what)) for name, about, what in pictures],
+        trials=tables.trials_table(trials, space.tune),
+        finals=tables.finals_table(finalists, space.tune.metric) if finalists else None,
+        failures=[row for row in trials if row["state"] == "failed"],
+        examples=_examples(output / "predictions.parquet"),
+        costs=_costs(study, space, output),
+        manifest=_manifest(output / "manifest.json"),
+        plotly=get_plotlyjs() if scores or any(not isinstance(what, str) for *_, what in pictures) else "",
+    )
+    write_text(output / FILE, page)
+    return output / FILE
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("latentwire.tuning", "")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "report.html.jinja"
+    )
+
+
+def _draw(figure: go.Figure | str) -> str:
+    """A picture as HTML; a text stays one. plotly escapes what could end its script."""
+    if isinstance(figure, str):
+        return f"<p>{jinja2.filters.escape(figure)}</p>"
+    figure.update_layout(
+        title=None, template="plotly_white", colorway=COLOURS, height=380, autosize=True, width=None,
+        margin={"l": 60, "r": 20, "t": 48, "b": 60}, font={"family": "system-ui, sans-serif", "size": 12},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )  # fmt: skip
+    config = {"responsive": True, "displayModeBar": False}
+    html: str = plotly.io.to_html(figure, config=config, include_plotlyjs=False, full_html=False, default_width="100%")
+    return html
+
+
+def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
+    """Each row of latents and receiver: EM and F1 as shares of full text's; ``None`` where that is 0."""
+    text = scores.get("text", {})
+    return [
+        (label(key), name, *(row[field] / text[name][field] if text[name][field] else None for field in ("em", "f1")))
+        for key, receivers in scores.items()
+        if key.split()[0] == "latent"
+        for name, row in receivers.items()
+        if name != "mean" and name in text
+    ]
+
+
+def _examples(file: Place) -> list[dict[str, Any]]:
+    """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
+    if not file.exists() or "context" not in read_footer(file).schema.to_arrow_schema().names:
+        return []
+    columns = ["id", "receiver", "mode", "setting", "text", "golds", "em", "question", "context"]
+    rows: dict[str, dict[str, Any]] = {}
+    for p in read_parquet(file, columns).to_pylist():
+        row = rows.setdefault(
+            p["id"], {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
+        )
+        if p["mode"] in ("text", "latent"):
+            row["answers"].append((label(p["setting"]), p["receiver"], p["text"], p["em"] == 1, p["mode"]))
+    latent = {key: [right for *_, right, mode in row["answers"] if mode == "latent"] for key, row in rows.items()}
+    good = [rows[key] for key, right in latent.items() if right and all(right)]
+    bad = [rows[key] for key, right in latent.items() if not (right and all(right))]
+    turns = [row for pair in zip(good, bad, strict=False) for row in pair]
+    rest = [*good[len(bad) :], *bad[len(good) :]]
+    return [*turns, *rest][:EXAMPLES]
+
+
+def _costs(study: optuna.Study, space: SpaceFile, output: Place) -> list[tuple[str, str]]:
+    """What the search took: trials' wall-clock times the CPUs and GPUs that their workers hold, and disk."""
+    training = space.run.training
+    hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
+    gpus = training.gpus_per_worker
+    nodes = _json(output / "manifest.json").get("hardware", {}).get("nodes", [])
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    files = files_below(output)
+    disk = sum(files.values())
+    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
+    return [
+        ("trials, wall-clock", f"{hours:.2f} h"),
+        ("CPU-hours", f"{hours * training.cpus_per_worker * training.num_workers:.2f}"),
+        ("GPU-hours", f"{hours * gpus * training.num_workers:.2f}"),
+        ("disk", f"{disk / 1e6:,.1f} MB, of which checkpoints {weights / 1e6:,.1f} MB"),
+    ]
+
+
+def _manifest(file: Place) -> list[tuple[str, str]]:
+    """The manifest's entries as text, the long ones indented."""
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False))
+        for name, value in _json(file).items()
+    ]
+
+
+def _json(file: Place) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found

@@ -1,0 +1,80 @@
+"""Groups that a killed driver leaves are removed, and nobody else's."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from ray.util.state.common import ActorState, JobState, PlacementGroupState
+
+from latentwire.distributed.orphans import orphaned, remove_orphaned_groups
+
+RESTLESS = """
+import sys, time, ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+placement_group([{"CPU": 0.01}], name=sys.argv[2], lifetime="detached")
+
+@ray.remote(num_cpus=0)
+class Maker:
+    def run(self):
+        while True:
+            remove_placement_group(placement_group([{"CPU": 0.01}]))
+
+makers = [Maker.remote() for _ in range(3)]
+waiting = [maker.run.remote() for maker in makers]
+print("ready", flush=True)
+time.sleep(600)
+"""
+"""A driver whose actors ask for groups without pause."""
+
+
+def test_only_groups_of_ended_jobs_without_actors_are_orphans() -> None:
+    def group(name: str, job: str, detached: bool = False) -> PlacementGroupState:
+        return PlacementGroupState(
+            placement_group_id=name, name="", creator_job_id=job, state="CREATED", is_detached=detached
+        )
+
+    def job(job_id: str, status: str) -> JobState:
+        return JobState(job_id=job_id, type="DRIVER", status=status, entrypoint="")
+
+    def actor(job_id: str) -> ActorState:
+        fields = dict.fromkeys(("actor_id", "class_name", "name", "node_id", "pid", "ray_namespace"), "1")
+        return ActorState(state="ALIVE", job_id=job_id, **fields)
+
+    jobs = [job("01", "RUNNING"), job("02", "SUCCEEDED"), job("03", "FAILED"), job("04", "STOPPED")]
+    groups = [group("a", "01"), group("b", "02"), group("c", "02", detached=True), group("d", "03"), group("e", "04")]
+    assert orphaned(groups, jobs, [actor("01"), actor("03")]) == ["b", "e"]
+
+
+@pytest.mark.slow
+def test_what_a_killed_driver_left_is_removed() -> None:
+    import ray
+    from ray.util import placement_group_table
+    from ray.util.placement_group import placement_group
+
+    ray.init(num_cpus=2)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        mine = placement_group([{"CPU": 0.01}], name="mine")
+        kept = {"mine"}
+        for attempt in range(10):  # about two of three drivers leave one
+            command = [sys.executable, "-c", RESTLESS, address, f"kept {attempt}"]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+                assert driver.stdout is not None and driver.stdout.readline() == b"ready\n"
+                kept.add(f"kept {attempt}")
+                time.sleep(1.5)
+                assert remove_orphaned_groups() == []  # its job is there
+                driver.kill()
+            time.sleep(6)  # Ray's own removing, and the ends of the actors
+            if removed := remove_orphaned_groups():
+                break
+        assert removed, "no driver left a group: Ray may have mended it, and this could go"
+        end = time.time() + 20
+        while {g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"} != kept:
+            assert time.time() < end, placement_group_table()
+            time.sleep(0.2)
+        assert remove_orphaned_groups() == [] and mine.wait(5)
+    finally:
+        ray.shutdown()

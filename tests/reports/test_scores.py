@@ -1,0 +1,75 @@
+"""What ``--compare`` sets side by side."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.evaluate import parser
+from latentwire.evaluation.conditions import settings
+from latentwire.evaluation.evaluator import predict
+from latentwire.model import LatentWire
+from latentwire.reports.scores import Asked, Known, asked, compared, show_and_write
+
+ROWS = settings(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
+AT_8 = ("latent at 8 latents", "truncated at 8 latents")
+AT_4 = ("latent at 4 latents", "truncated at 4 latents")
+
+
+def test_two_modes_are_compared_where_their_budgets_meet() -> None:
+    assert compared(["latent", "truncated"], ROWS) == [AT_8, AT_4]
+    assert compared(["latent at 8 latents", "latent at 4 latents"], ROWS) == [(AT_8[0], AT_4[0])]
+
+
+@pytest.mark.parametrize("named", [None, []])
+def test_without_names_latents_are_compared_with_every_baseline(named: list[str] | None) -> None:
+    found = compared(named, ROWS)
+    assert [pair for pair in found if "truncated" in pair[1]] == [AT_8, AT_4]
+    assert {(a, b) for a, b in found if b == "text"} == {(AT_8[0], "text"), (AT_4[0], "text")}
+    assert len(set(found)) == len(found) and all(a.startswith("latent at") for a, _ in found)
+    assert {b.partition(" ")[0] for _, b in found} == {"text", "truncated", "shuffled"}
+
+
+@pytest.mark.parametrize("named", [["latent"], ["latent", "truncated", "text"], ["latent", "window"], ["text", "text"]])
+def test_rows_that_the_table_lacks_are_refused(named: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--compare must name two different rows of the table \(text, latent at 8"):
+        compared(named, ROWS)
+
+
+def test_a_table_with_nothing_to_compare_says_so_only_where_asked() -> None:
+    alone = settings(RunConfig(), ["text"])
+    assert compared(None, alone) == []
+    with pytest.raises(ConfigError, match="got none"):
+        compared([], alone)
+
+
+def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint() -> None:
+    options = parser().parse_args(["--checkpoint", "runs/x/best", "--data_dir", "elsewhere"])
+    with pytest.raises(ConfigError, match=r"--data_dir belongs to --predictions, .*by --set data\.data_dir=elsewhere"):
+        asked(options, RunConfig())
+
+
+def test_a_directory_gets_scores_details_and_every_answer(
+    wire: LatentWire, table: pa.Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = settings(wire.run, ["text", "latent"])
+    predictions = {row.key: list(predict(wire, table.slice(0, 3), row)) for row in rows}
+    words = ["--checkpoint", "runs/x/best", "--compare", "--output", str(tmp_path / "scores")]
+    options = parser().parse_args(words)
+    wanted = Asked(rows, compared([], rows), {})
+    sizes = {"encoder": {"parameters": 1_200, "bytes": 4_800}, "llama": {"parameters": 34, "bytes": 136}}
+    read = {"rows": 3, "read_before": 2, "scorings": 1, "wires": 1, "again": False, "trained_on": 0}
+    known = Known(sizes, read, {"cosine": 0.5})
+    assert show_and_write(options, wanted, predictions, wire.run, known) == 0
+    told = capsys.readouterr().out
+    assert "paired differences" in told and "latents: cosine 0.500" in told
+    details = json.loads((tmp_path / "scores" / "details.json").read_text())
+    assert "1,234" in told and "2 of these 3 rows were read before" in told
+    assert (details["weights"], details["readings"]) == (sizes, read)
+    assert details["diagnostics"] == {"cosine": 0.5} and len(details["comparisons"]) == 1
+    assert set(json.loads((tmp_path / "scores" / "scores.json").read_text())) == {"text", "latent"}
+    assert pq.read_table(tmp_path / "scores" / "predictions.parquet").num_rows == 2 * 2 * 3
