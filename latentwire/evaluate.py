@@ -101,7 +101,7 @@ def main() -> int:
             path = local_shards(run, (options.split,))[options.split]
             wire, _ = load_wire(folder, run)
             known = known_of(folder, options.split, path)
-        predictions = scoring.predict_settings(wire, path, wanted.rows, joint=not options.no_joint)
+        predictions = scoring.predict_conditions(wire, path, wanted.rows, joint=not options.no_joint)
         probes = diagnose(wire, shards.read_table(path)) if options.diagnose else None
         return show_and_write(options, wanted, predictions, run, replace(known, probes=probes))
     except UserError as error:

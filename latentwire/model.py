@@ -25,9 +25,9 @@ from latentwire.models.decoded import Decoded
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import ReceiverError, fingerprint
 from latentwire.prompts import sequences
-from latentwire.prompts.sequences import Batch, SequenceBuilder, collate, sender_text
+from latentwire.prompts.sequences import Batch, PromptBuilder, collate, sender_text
 from latentwire.receivers.base import Receiver
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.local import LocalReceiver
 
 LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
 """Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever they come from."""
@@ -47,14 +47,16 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         """Loads the receivers and draws fresh trainable weights from ``run.training.seed``.
 
         ``receivers``: those of the run, by name, where they are held elsewhere. Raises
-        :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.LayoutError`.
+        :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.PromptError`.
         """
         self.run = run
         self.receivers: dict[str, Receiver] = (
-            {receiver.name: OwnReceiver(receiver) for receiver in run.receivers} if receivers is None else {**receivers}
+            {receiver.name: LocalReceiver(receiver) for receiver in run.receivers}
+            if receivers is None
+            else {**receivers}
         )
         self.builders = {
-            name: SequenceBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send)
+            name: PromptBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send)
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
@@ -66,18 +68,18 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
 
-    def own(self, receiver: str) -> OwnReceiver:
+    def own(self, receiver: str) -> LocalReceiver:
         """A receiver whose weights are in this process. Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one."""
         found = self.receivers[receiver]
-        if not isinstance(found, OwnReceiver):
+        if not isinstance(found, LocalReceiver):
             raise ReceiverError(
                 f"this needs the weights of receiver {receiver} in this process, they are shared; load it here"
             )
         return found
 
-    def own_receivers(self) -> list[OwnReceiver]:
+    def local_receivers(self) -> list[LocalReceiver]:
         """Those whose weights are in this process."""
-        return [receiver for receiver in self.receivers.values() if isinstance(receiver, OwnReceiver)]
+        return [receiver for receiver in self.receivers.values() if isinstance(receiver, LocalReceiver)]
 
     def fingerprints(self) -> dict[str, str]:
         """Receiver → hash of its weights, which never change."""
@@ -256,7 +258,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     def _asked(
         self, message: Message | bytes, questions: str | Iterable[str], receiver: str
-    ) -> tuple[Message, list[sequences.Sequence]]:
+    ) -> tuple[Message, list[sequences.PromptSequence]]:
         """A message on this wire's device, and the prompt of each question to it."""
         if receiver not in self.receivers:
             raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")

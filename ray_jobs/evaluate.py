@@ -14,7 +14,7 @@ from dataclasses import replace
 import ray
 
 from latentwire import exports
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.overrides import override_run
 from latentwire.config.places import with_home
 from latentwire.data import pipeline
@@ -38,11 +38,11 @@ def main() -> int:
         checkpoint = options.checkpoint.absolute()
         with local(checkpoint) as folder:
             exports.read_manifest(folder)
-            run = with_home(SpaceFile(run=override_run(exports.read_run(folder), options.assignments))).run
+            run = with_home(SweepConfig(run=override_run(exports.read_run(folder), options.assignments))).run
             exports.check_models(folder, run)
         wanted = asked(options, run)
         cluster.start_ray()
-        plan = planner.plan_on_cluster(SpaceFile(run=run))
+        plan = planner.plan_on_cluster(SweepConfig(run=run))
         there, memory = ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
         path = pipeline.ensure_shards(run, options.split)
         copies = options.copies or scoring_pool.copies_at_once(there, plan, memory)

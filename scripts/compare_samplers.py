@@ -18,7 +18,7 @@ import optuna
 import pyarrow as pa
 import torch
 
-from latentwire.config import RunConfig, SamplerConfig, SpaceFile
+from latentwire.config import RunConfig, SamplerConfig, SweepConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
@@ -43,7 +43,7 @@ def train(run: RunConfig, rows: pa.Table, dev: pa.Table) -> dict[str, float]:
     return found[-1]
 
 
-def sweep(space: SpaceFile, name: str, seed: int, output: Path) -> list[float]:
+def sweep(space: SweepConfig, name: str, seed: int, output: Path) -> list[float]:
     """Scores of one sweep's trials in their order; what its study holds already is not run again."""
     tune = space.tune.model_copy(update={"sampler": SamplerConfig(name=name), "seed": seed})  # type: ignore[arg-type]
     space = space.model_copy(update={"tune": tune})

@@ -16,7 +16,7 @@ from annotated_types import BaseMetadata
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.space import CategoricalDimension, FloatDimension, IntDimension
 
 PAGE = Path(__file__).parent.parent / "docs" / "knobs.md"
@@ -33,7 +33,7 @@ def page() -> str:
     """The whole page."""
     dimensions = (FloatDimension, IntDimension, CategoricalDimension)
     searched = (line for one in dimensions for line in sections(one, f"search.<path>: {one.__name__}"))
-    return "\n".join([HEAD, *sections(SpaceFile, ""), *searched]) + "\n"
+    return "\n".join([HEAD, *sections(SweepConfig, ""), *searched]) + "\n"
 
 
 def sections(model: type[BaseModel], path: str) -> Iterator[str]:

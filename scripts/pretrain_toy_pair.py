@@ -38,7 +38,7 @@ from transformers import (
 
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.data.toy import context_of, facts, toy_rows
-from latentwire.prompts.sequences import SequenceBuilder, collate
+from latentwire.prompts.sequences import PromptBuilder, collate
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -125,7 +125,7 @@ class Task:
         self.rng = random.Random(f"pretrain {model} {seed}")
         self.tokenizer = tokenizer
         self.builders = [
-            SequenceBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context") for anchor in ANCHORS
+            PromptBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context") for anchor in ANCHORS
         ]
         special = set(tokenizer.all_special_ids)
         self.ids = [token for token in range(len(tokenizer)) if token not in special]
@@ -200,7 +200,7 @@ def exact_match(
     Greedy decoding gives the whole answer exactly when every token of it is the likeliest after the gold ones before
     it, so one forward is enough.
     """
-    builder = SequenceBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context")
+    builder = PromptBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context")
     rows = list(toy_rows(count, seed=HELD_OUT_SEED, people=shape[0], kinds=shape[1]))
     ids = builder.tokenize([r["context"] for r in rows], [r["question"] for r in rows], [r["answers"][0] for r in rows])
     built = [

@@ -1,4 +1,4 @@
-"""What orchestration costs: many trials that train nothing, through the real searcher, study, ASHA and janitor.
+"""What orchestration costs: many trials that train nothing, through the real searcher, study, ASHA and budget.
 
     python scripts/simulate_sweep.py --trials 1000 --at_once 64
 
@@ -19,11 +19,11 @@ from typing import Any
 import optuna
 from ray.tune.schedulers import TrialScheduler
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import load_space, set_path
 from latentwire.distributed.trial import trial_path
 from latentwire.training import step_checkpoints
-from latentwire.tuning.checkpoint_budget import Janitor
+from latentwire.tuning.checkpoint_budget import CheckpointBudget
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.sweep import make_scheduler
@@ -55,11 +55,11 @@ class Simulated:
         return real | {"dev_f1": score, "step": self.step, "total_steps": STEPS, "training_iteration": self.step}
 
 
-def simulate(space: SpaceFile, at_once: int, folder: Path) -> dict[str, float]:
+def simulate(space: SweepConfig, at_once: int, folder: Path) -> dict[str, float]:
     """Run the sweep; returns seconds by what they were spent on, and the study's size."""
     search = StudySearch(space, journal=folder / JOURNAL, name="simulated", trial_dir=folder / "trials")
     scheduler = make_scheduler(space.tune, STEPS)
-    janitor = Janitor(search)
+    budget = CheckpointBudget(search)
     spent = {"suggest": 0.0, "report": 0.0, "end": 0.0, "tidy": 0.0}
     running: list[Simulated] = []
     started = ended = 0
@@ -89,7 +89,7 @@ def simulate(space: SpaceFile, at_once: int, folder: Path) -> dict[str, float]:
                 print(f"{ended} trials: {sum(spent.values()) / ended:.3f} s each so far", flush=True)
         else:
             running.append(trial)
-        timed("tidy", janitor.tidy)
+        timed("tidy", budget.tidy)
     return spent | {"journal_mb": (folder / JOURNAL).stat().st_size / 1e6}
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     set_path(tree, "tune.trials", options.trials)
     set_path(tree, "tune.metric", "dev_f1")
     with tempfile.TemporaryDirectory() as folder:
-        found = simulate(SpaceFile.model_validate(tree), options.at_once, Path(folder))
+        found = simulate(SweepConfig.model_validate(tree), options.at_once, Path(folder))
     size = found.pop("journal_mb")
     each = ", ".join(f"{what} {1000 * seconds / options.trials:.1f} ms" for what, seconds in found.items())
     print(f"{options.trials} trials, {options.at_once} at once: {sum(found.values()):.1f} s of the driver; per trial: {each}; "

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.cli.flags import add_flags, add_start, read_space
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.overrides import override_run
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.local import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation import scoring
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.exports import choose_receivers, read_run
 from latentwire.model import LatentWire
 from latentwire.training.local import train_here
@@ -55,7 +55,7 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began
     alone = choose_receivers(read_run(best), [name])
-    scores = scoring.score(best, paths["validation"], (Setting("text"), Setting("latent")), alone)
+    scores = scoring.score(best, paths["validation"], (Condition("text"), Condition("latent")), alone)
     text, latent = (scores[mode][name] for mode in ("text", "latent"))
     own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
     return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}
@@ -83,7 +83,7 @@ def main() -> int:
         if options.add_receiver is None:
             raise ConfigError("a receiver must join, got no --add_receiver; name it, and the wire by --from")
         run = with_home(read_space(options)).run
-        base = with_home(SpaceFile(run=read_run(options.base))).run
+        base = with_home(SweepConfig(run=read_run(options.base))).run
         (name,) = run.training.train_only
         configs = {"joined": run}
         if "scratch" in options.ways:

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("predictions", type=Path, help="predictions.parquet of a run on the toy")
     parser.add_argument("--latents", type=int, help="those of a message; at most as many as facts")
     options = parser.parse_args()
-    rows = [row for row in pq.read_table(options.predictions).to_pylist() if row["setting"] == "latent"]
+    rows = [row for row in pq.read_table(options.predictions).to_pylist() if row["condition"] == "latent"]
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         found[row["receiver"]][place_of(row)].append(row["em"])

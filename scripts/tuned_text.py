@@ -31,7 +31,7 @@ from latentwire.evaluation import readings
 from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.statistics import interval
 from latentwire.prompts import sequences
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.local import LocalReceiver
 
 START = "Answer each question with a short span copied from the passage. Be brief and exact.\n"
 """Text whose token embeddings the vectors start from, repeated where it is too short."""
@@ -56,13 +56,13 @@ class TextReader:
         """Load the receiver; its ``count`` vectors begin as token embeddings of :data:`START`."""
         config = run.receivers[0]
         self.run, self.share, self.name = run, share, config.name
-        self.lm = OwnReceiver(config)
-        self.builder = sequences.SequenceBuilder(self.lm.tokenizer, config, run.prompt, run.data.send)
+        self.lm = LocalReceiver(config)
+        self.builder = sequences.PromptBuilder(self.lm.tokenizer, config, run.prompt, run.data.send)
         start_ids = self.lm.tokenizer(START, add_special_tokens=False).input_ids
         start_ids = (start_ids * (1 + count // len(start_ids)))[:count]
         self.vectors_PD = torch.nn.Parameter(self.lm.token_embeddings(torch.tensor(start_ids)).float().clone())
 
-    def prompt(self, row: dict[str, Any], answered: bool) -> sequences.Sequence:
+    def prompt(self, row: dict[str, Any], answered: bool) -> sequences.PromptSequence:
         """Return the text prompt of a row with slots for the vectors after BOS, and its answer where ``answered``."""
         context_ids = row[f"{self.name}_context_ids"]
         context_ids = context_ids[: round(self.share * len(context_ids))]

@@ -16,7 +16,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.data.toy import toy_rows
 from latentwire.model import LatentWire
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.local import LocalReceiver
 from tests.guard import pytest_configure  # noqa: F401  (a hook: what a run starts ends with it)
 
 # Each test starts its own Ray: one that another user left running here must not be joined.
@@ -81,9 +81,9 @@ def wire_of(run: RunConfig) -> LatentWire:
 
 
 @functools.cache
-def frozen(receivers: tuple[ReceiverConfig, ...]) -> dict[str, OwnReceiver]:
+def frozen(receivers: tuple[ReceiverConfig, ...]) -> dict[str, LocalReceiver]:
     """Receivers by their names."""
-    return {receiver.name: OwnReceiver(receiver) for receiver in receivers}
+    return {receiver.name: LocalReceiver(receiver) for receiver in receivers}
 
 
 @pytest.fixture(scope="session")

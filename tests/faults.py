@@ -25,8 +25,8 @@ import torch
 
 from latentwire.models.lm import LMWrapper
 from latentwire.prompts import sequences
-from latentwire.prompts.sequences import Batch, SequenceBuilder
-from latentwire.receivers.local import OwnReceiver
+from latentwire.prompts.sequences import Batch, PromptBuilder
+from latentwire.receivers.local import LocalReceiver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +76,27 @@ def line(place: str, good: str, bad: str, *caught_by: str) -> Fault:
 
 def bos_twice() -> None:
     """Put a second BOS after the first."""
-    build = SequenceBuilder.__init__
+    build = PromptBuilder.__init__
 
-    def broken(self: SequenceBuilder, *arguments: Any) -> None:
+    def broken(self: PromptBuilder, *arguments: Any) -> None:
         build(self, *arguments)
         if self.bos == 0:
             self.head_ids = [self.head_ids[0], *self.head_ids]
 
-    SequenceBuilder.__init__ = broken  # type: ignore[method-assign]
+    PromptBuilder.__init__ = broken  # type: ignore[method-assign]
 
 
 def anchor_merged() -> None:
     """Leave the anchor's white space to the anchor, and the boundary unchecked."""
-    build = SequenceBuilder.__init__
+    build = PromptBuilder.__init__
 
-    def broken(self: SequenceBuilder, *arguments: Any) -> None:
+    def broken(self: PromptBuilder, *arguments: Any) -> None:
         build(self, *arguments)
         self.anchor_ids = self._template_ids(self.anchor_text + self.answer_lead)
         self.answer_lead = ""
 
-    SequenceBuilder.__init__ = broken  # type: ignore[method-assign]
-    SequenceBuilder.check_boundaries = lambda self, answers, ids: [True] * len(answers)  # type: ignore[method-assign]
+    PromptBuilder.__init__ = broken  # type: ignore[method-assign]
+    PromptBuilder.check_boundaries = lambda self, answers, ids: [True] * len(answers)  # type: ignore[method-assign]
 
 
 def answer_shifted() -> None:
@@ -123,15 +123,15 @@ def padding_attended() -> None:
 
 def wrong_teacher_row() -> None:
     """Let each position learn from its neighbour's teacher."""
-    teach = OwnReceiver.teach
+    teach = LocalReceiver.teach
 
-    def broken(self: OwnReceiver, *arguments: Any) -> Any:
+    def broken(self: LocalReceiver, *arguments: Any) -> Any:
         teacher = teach(self, *arguments)
         assert teacher.rows is not None
         rows = dataclasses.replace(teacher.rows, log_p_NK=teacher.rows.log_p_NK.roll(1, 0))
         return dataclasses.replace(teacher, rows=rows)
 
-    OwnReceiver.teach = broken  # type: ignore[method-assign]
+    LocalReceiver.teach = broken  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------------------------- all of them
@@ -235,11 +235,11 @@ FAULTS = {
         f"{REFERENCES}test_windows_begin_anywhere",
     ),
     "self_information_is_of_the_token_before": line(
-        "evaluation.baselines:self_information", ".judge(batch).ce_N", ".judge(batch).ce_N.roll(1)",
+        "evaluation.baselines:self_information", ".score_answers(batch).ce_N", ".score_answers(batch).ce_N.roll(1)",
         f"{REFERENCES}test_self_information_is_of_each_token_given_those_before_it",
     ),
     "answers_keep_all_their_lines": line(
-        "prompts.sequences:SequenceBuilder.answer_of", 'text.strip().split("\\n")[0].strip()', "text.strip()",
+        "prompts.sequences:PromptBuilder.answer_of", 'text.strip().split("\\n")[0].strip()', "text.strip()",
         "tests/evaluation/test_evaluator.py::test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line",
     ),
     # Data, and what travels

@@ -16,7 +16,7 @@ from latentwire.config import (
     LossConfig,
     RunConfig,
     Schedule,
-    SpaceFile,
+    SweepConfig,
 )
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
 
@@ -104,7 +104,7 @@ def test_missing_file_names_the_shipped_spaces() -> None:
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "presets").glob("*.yaml")), ids=lambda p: p.name)
 def test_presets_are_single_runs_that_differ_from_the_defaults(file: Path) -> None:
     space = load_space(file)
-    assert not space.search and space.run != RunConfig() and space.tune == SpaceFile().tune
+    assert not space.search and space.run != RunConfig() and space.tune == SweepConfig().tune
 
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
@@ -210,7 +210,7 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def test_every_knob_has_its_docstring_and_every_number_its_bounds() -> None:
     seen = set()
-    for model in {*sections(SpaceFile), Schedule, FloatDimension, IntDimension, CategoricalDimension}:
+    for model in {*sections(SweepConfig), Schedule, FloatDimension, IntDimension, CategoricalDimension}:
         assert model.__doc__, model
         for name, field in model.model_fields.items():
             seen.add(f"{model.__name__}.{name}")

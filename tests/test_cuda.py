@@ -8,7 +8,7 @@ import torch
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import predict
 from latentwire.features.registry import FEATURES
 from latentwire.model import LatentWire, load_wire
@@ -63,7 +63,7 @@ def test_a_wire_trained_on_it_answers_alike_on_the_cpu(tmp_path: Path) -> None:
     found = []
     for device in ("cuda", "cpu"):
         wire, _ = load_wire(tmp_path / "wire", run_on(device, {"features.deep_prefix": {}}))
-        found.append([p for mode in ("latent", "text") for p in predict(wire, table, Setting(mode))])
+        found.append([p for mode in ("latent", "text") for p in predict(wire, table, Condition(mode))])
     assert [p.text for p in found[0]] == [p.text for p in found[1]]
     assert [p.nll for p in found[0]] == pytest.approx([p.nll for p in found[1]], rel=1e-3, abs=1e-5)
 
@@ -74,6 +74,6 @@ def test_bfloat16_token_embeddings_through_the_latent_path_equal_text(name: str)
     wire, table = LatentWire(run), shard_table(run, 8)
     assert wire.receivers[name].lm.dtype == torch.bfloat16
     text, oracle = (
-        [p.nll for p in predict(wire, table, Setting(mode)) if p.receiver == name] for mode in ("text", "embeddings")
+        [p.nll for p in predict(wire, table, Condition(mode)) if p.receiver == name] for mode in ("text", "embeddings")
     )
     assert oracle == pytest.approx(text, rel=0.05, abs=0.05)

@@ -13,7 +13,7 @@ import pytest
 
 from latentwire import exports, storage
 from latentwire.cli.flags import input_path, input_place, output_path, output_place
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, validate
 from latentwire.model import LatentWire
@@ -128,7 +128,7 @@ def test_a_journal_goes_on_from_what_the_store_holds(
 
 def test_outputs_go_to_a_bucket_that_is_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTWIRE_HOME", "s3://bucket/latentwire")
-    space = with_home(SpaceFile())
+    space = with_home(SweepConfig())
     assert space.run.data.shard_dir == "s3://bucket/latentwire/shards"
     assert space.tune.storage_path == "s3://bucket/latentwire/runs"
     assert with_home(space) == space
@@ -146,7 +146,7 @@ def test_models_directories_are_absolute_for_workers_that_run_elsewhere(
         "search": {"encoder.model": models, "training.encoder_lr": rate},
         "tune": {"start_with": [{"encoder.model": "mini"}]},
     }
-    found = with_home(SpaceFile.model_validate(tree))
+    found = with_home(SweepConfig.model_validate(tree))
     assert found.run.encoder.model == str(tmp_path / "mini")
     assert found.search["encoder.model"].choices == (str(tmp_path / "mini"), "org/hub-id")
     assert found.search["training.encoder_lr"].when == {"encoder.model": (str(tmp_path / "mini"),)}
@@ -216,7 +216,7 @@ def test_a_jobs_inputs_are_sought_where_its_outputs_go(monkeypatch: pytest.Monke
         },
         "tune": {"warm_start": "runs/best"},
     }
-    space = with_home(SpaceFile.model_validate(tree))
+    space = with_home(SweepConfig.model_validate(tree))
     assert space.run.data.data_dir == str(written / "rows")
     assert space.run.training.init_from == space.tune.warm_start == str(upload / "runs" / "best")
     assert [receiver.model for receiver in space.run.receivers] == [str(written / "model"), "org/name"]
@@ -253,7 +253,7 @@ def test_home_and_variables_in_paths_are_replaced_wherever_one_is_given(
             "tune": {"warm_start": given, "storage_path": given},
             "search": {"encoder.model": {"type": "categorical", "choices": [given, "org/name"]}},
         }
-        space = with_home(SpaceFile.model_validate(tree))
+        space = with_home(SweepConfig.model_validate(tree))
         run, tune = space.run, space.tune
         named = [run.data.data_dir, run.data.shard_dir, run.encoder.model, run.training.init_from]
         named += [run.receivers[0].model, tune.warm_start, tune.storage_path, space.search["encoder.model"].choices[0]]

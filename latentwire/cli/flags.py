@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentwire import exports
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.overrides import assigned, typed
 from latentwire.config.places import at_home, sought
 from latentwire.config.resolve import ConfigError, knobs, load_space
@@ -59,7 +59,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
                         "of --from: its adapter alone is trained, all else stays as it is")  # fmt: skip
 
 
-def read_space(options: argparse.Namespace, default: Path | None = None) -> SpaceFile:
+def read_space(options: argparse.Namespace, default: Path | None = None) -> SweepConfig:
     """The space file with the flags laid over it; with ``--from``, that wire's configuration instead of one.
 
     Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.exports.CheckpointError` for ``--from``.

@@ -1,6 +1,6 @@
 """Every knob of LatentWire, once.
 
-A :class:`RunConfig` says everything about one training run; a :class:`SpaceFile` (the YAML files in
+A :class:`RunConfig` says everything about one training run; a :class:`SweepConfig` (the YAML files in
 ``search_spaces/``) adds what a sweep varies and how it is searched. The tree of models here is the tree of objects
 that the package builds: ``run.encoder`` is what ``models/encoders.py`` reads, ``run.losses`` what ``losses/`` reads.
 """
@@ -23,7 +23,7 @@ from latentwire.config.space import (
     FloatDimension,
     IntDimension,
     SamplerConfig,
-    SpaceFile,
+    SweepConfig,
     TuneConfig,
 )
 from latentwire.config.training import EvaluationConfig, TrainingConfig
@@ -52,7 +52,7 @@ __all__ = [
     "SamplerConfig",
     "Schedule",
     "Section",
-    "SpaceFile",
+    "SweepConfig",
     "TrainingConfig",
     "TuneConfig",
     "default_receivers",

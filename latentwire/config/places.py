@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import set_path
 from latentwire.storage import Place, expanded, place
 
@@ -40,7 +40,7 @@ def sought(address: str) -> Place:
     return where
 
 
-def with_home(space: SpaceFile) -> SpaceFile:
+def with_home(space: SweepConfig) -> SweepConfig:
     """The space with every local path made absolute: Ray's workers run in directories of their own.
 
     Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, ``init_from``, ``warm_start``,
@@ -64,7 +64,7 @@ def with_home(space: SpaceFile) -> SpaceFile:
         set_path(tree, "tune.warm_start", str(sought(space.tune.warm_start).absolute()))
     for receiver in tree["run"]["receivers"]:
         receiver["model"] = _absolute(receiver["model"])
-    return SpaceFile.model_validate(tree)
+    return SweepConfig.model_validate(tree)
 
 
 def _absolute(model: Any) -> Any:

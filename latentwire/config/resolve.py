@@ -24,7 +24,7 @@ from latentwire.config import (
     LossConfig,
     RunConfig,
     Section,
-    SpaceFile,
+    SweepConfig,
     default_receivers,
 )
 from latentwire.errors import UserError
@@ -34,7 +34,7 @@ class ConfigError(UserError):
     """A configuration that breaks a rule: the message quotes rule, value and place."""
 
 
-def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SpaceFile:
+def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SweepConfig:
     """Read a space file (YAML, or JSON where it is so named; ``None``: all defaults) and lay ``overrides`` (dotted path → value) over it.
 
     Raises :class:`ConfigError` with the file, the path inside it, the rule and the value.
@@ -57,7 +57,7 @@ def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None 
             raise ConfigError(f"{path} must hold a mapping with run, search and tune, got {type(tree).__name__}")
     for dotted, value in (overrides or {}).items():
         set_path(tree, dotted, value)
-    space = validate(SpaceFile, tree, where, given=overrides or {})
+    space = validate(SweepConfig, tree, where, given=overrides or {})
     check_search(space, where)
     return space
 
@@ -124,7 +124,7 @@ def _index(node: list[Any], key: str, dotted: str) -> int:
     )
 
 
-def check_search(space: SpaceFile, where: str) -> None:
+def check_search(space: SweepConfig, where: str) -> None:
     """Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are tried.
 
     Conditions and starting points must name dimensions of the space and values that these can take.

@@ -167,7 +167,7 @@ class TuneConfig(Section):
         return max if self.mode == "max" else min
 
 
-class SpaceFile(Section):
+class SweepConfig(Section):
     """A YAML file in ``search_spaces/``."""
 
     run: RunConfig = RunConfig()

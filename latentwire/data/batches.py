@@ -15,7 +15,15 @@ from latentwire.config import RunConfig
 from latentwire.data.teachers import teacher_of
 from latentwire.losses.bundles import Teacher
 from latentwire.models.pooling import Coarsening
-from latentwire.prompts.sequences import CONTINUE, RECONSTRUCT, Batch, Sequence, SequenceBuilder, collate, sender_text
+from latentwire.prompts.sequences import (
+    CONTINUE,
+    RECONSTRUCT,
+    Batch,
+    PromptBuilder,
+    PromptSequence,
+    collate,
+    sender_text,
+)
 
 CUT_BETWEEN = (0.3, 0.8)
 """Where a text is parted into message and continuation, as shares of its words."""
@@ -42,7 +50,7 @@ class TrainingBatch:
 class TrainingCollator:
     """Turns a table of shard rows into one step's micro-batches."""
 
-    def __init__(self, run: RunConfig, builders: Mapping[str, SequenceBuilder], encoder: Any) -> None:
+    def __init__(self, run: RunConfig, builders: Mapping[str, PromptBuilder], encoder: Any) -> None:
         """``encoder``: its tokenizer and its count of slots are used, its weights are not."""
         self.send, self.builders = run.data.send, dict(builders)
         self.training, self.losses = run.training, run.losses
@@ -104,7 +112,7 @@ class TrainingCollator:
         """
         builder = self.builders[name]
         messages: list[int] = []
-        sequences: list[Sequence] = []
+        sequences: list[PromptSequence] = []
         own = [
             builder.message_ids(*ids)
             for ids in zip(texts[f"{name}_context_ids"], texts[f"{name}_question_ids"], strict=True)
@@ -135,7 +143,7 @@ class TrainingCollator:
         given = min(start, self.cue)
         return ids[start - given : start + self.stretch], given
 
-    def _texts(self, name: str, rows: Mapping[str, list]) -> list[Sequence]:
+    def _texts(self, name: str, rows: Mapping[str, list]) -> list[PromptSequence]:
         columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
         return [self.builders[name].text(*pieces) for pieces in zip(*columns, strict=True)]
 

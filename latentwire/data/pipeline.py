@@ -28,7 +28,7 @@ from latentwire.data import shards, sources
 from latentwire.errors import UserError
 from latentwire.models.encoders import encoder_tokenizer, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
-from latentwire.prompts.sequences import SequenceBuilder, sender_text
+from latentwire.prompts.sequences import PromptBuilder, sender_text
 from latentwire.storage import Place, read_footer, sha256, write, write_text
 
 BLOCK_ROWS = 1_024
@@ -347,7 +347,7 @@ def _lengths(table: pa.Table) -> dict[str, list[int]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _builders(run_json: str) -> dict[str, SequenceBuilder]:
+def _builders(run_json: str) -> dict[str, PromptBuilder]:
     return shards.builders(RunConfig.model_validate_json(run_json))
 
 

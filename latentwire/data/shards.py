@@ -18,7 +18,7 @@ from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.data import sources
 from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.weights import load_tokenizer
-from latentwire.prompts.sequences import LAYOUT_VERSION, SequenceBuilder
+from latentwire.prompts.sequences import PROMPT_VERSION, PromptBuilder
 from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, place, read_parquet
 
@@ -53,7 +53,7 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
         data["samples"] = run.data.samples if split != "validation" else None
     spec = {
         "shard_version": TOY_VERSION if run.data.dataset == "toy" else SHARD_VERSION,
-        "layout_version": LAYOUT_VERSION,
+        "layout_version": PROMPT_VERSION,
         "split": split,
         "source": sources.fingerprint(run.data, source_of(split)),
         "data": data,
@@ -113,9 +113,9 @@ def read_table(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
     return pa.concat_tables([read_parquet(path / name, columns) for name in names])
 
 
-def builders(run: RunConfig) -> dict[str, SequenceBuilder]:
+def builders(run: RunConfig) -> dict[str, PromptBuilder]:
     """A sequence builder per receiver; loads tokenizers only."""
     return {
-        receiver.name: SequenceBuilder(load_tokenizer(receiver), receiver, run.prompt, run.data.send)
+        receiver.name: PromptBuilder(load_tokenizer(receiver), receiver, run.prompt, run.data.send)
         for receiver in run.receivers
     }

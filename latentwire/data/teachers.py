@@ -29,7 +29,7 @@ from latentwire.losses.bundles import Teacher
 from latentwire.losses.terms import TeacherRows, normalised, teacher_rows
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import resolve
-from latentwire.prompts.sequences import SequenceBuilder, collate
+from latentwire.prompts.sequences import PromptBuilder, collate
 from latentwire.storage import Place, place, read_parquet, size, write
 from latentwire.threads import use_threads
 
@@ -138,7 +138,7 @@ class TeacherReader:
         use_threads(self.run.training.cpus_per_worker)
         receiver = next(receiver for receiver in self.run.receivers if receiver.name == name)
         self.lm = LMWrapper(receiver)
-        self.builder = SequenceBuilder(self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send)
+        self.builder = PromptBuilder(self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """``file``: names of shard files."""
@@ -148,7 +148,7 @@ class TeacherReader:
         return batch
 
 
-def read_columns(lm: LMWrapper, builder: SequenceBuilder, run: RunConfig, table: pa.Table) -> pa.Table:
+def read_columns(lm: LMWrapper, builder: PromptBuilder, run: RunConfig, table: pa.Table) -> pa.Table:
     """One receiver's teacher columns for shard rows, in their order.
 
     ``<name>_teacher_count`` says of how many supervised positions a row tells, K at most; ``…_ids`` and ``…_log_p`` hold

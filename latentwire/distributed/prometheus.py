@@ -20,7 +20,7 @@ SHOWN = {
 """Name, after ``latentwire_``, and what it says."""
 
 
-class Gauges:
+class TrialMetrics:
     """One trial's gauges, labelled by its name."""
 
     def __init__(self, trial: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.distributed.replicas import ASKING, ReplicaActor, Served
 from latentwire.distributed.trial import ZERO_COPY
 from latentwire.distributed.waiting import room
@@ -185,7 +185,7 @@ def _answers(references: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def serving(
-    space: SpaceFile, sharing: Sharing | None, expected: Mapping[str, str] | None = None
+    space: SweepConfig, sharing: Sharing | None, expected: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, list[Served]] | None]:
     """Replicas of every receiver while this context lasts; ``None`` where trials have their own.
 

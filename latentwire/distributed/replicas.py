@@ -16,8 +16,8 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.models.weights import pick_device
 from latentwire.receivers.base import Receiver
-from latentwire.receivers.local import OwnReceiver
-from latentwire.receivers.remote import Facts, SharedReceiver
+from latentwire.receivers.local import LocalReceiver
+from latentwire.receivers.remote import Facts, RemoteReceiver
 from latentwire.receivers.replica import Replica
 from latentwire.receivers.requests import LookUp, Request
 
@@ -92,11 +92,11 @@ class ReplicaActor:
 
 
 def _load(receiver: dict[str, Any], training: dict[str, Any], most_positions: int) -> tuple[Replica, Facts]:
-    lm = OwnReceiver(ReceiverConfig.model_validate(receiver))
+    lm = LocalReceiver(ReceiverConfig.model_validate(receiver))
     if training["gradient_checkpointing"]:
         lm.recompute_activations()
     if training["compile"]:
-        lm.fuse()
+        lm.compile_layers()
     facts = Facts.of(lm)
     return Replica(lm, most_positions=most_positions, most_waiting=ASKING), facts
 
@@ -134,7 +134,7 @@ def shared_receivers(run: RunConfig, served: Mapping[str, Sequence[Served]], ask
     device = pick_device()
     alone = not run.training.gradient_checkpointing  # which allows no cache
     return {
-        receiver.name: SharedReceiver(
+        receiver.name: RemoteReceiver(
             receiver, RayChannel(current(served[receiver.name]), asker), device, head_is_text=alone
         )
         for receiver in run.receivers

@@ -11,7 +11,7 @@ import pyarrow as pa
 from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.data.pipeline import quiet_ray_data
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.progress import duration, seconds_left
 from latentwire.model import load_wire
@@ -28,19 +28,19 @@ class Scorer:
     """One copy of a wire, and the split's rows; called with a part of the work."""
 
     def __init__(
-        self, checkpoint: str, path: str, settings: tuple[Setting, ...], run: RunConfig, joint: bool, cpus: float
+        self, checkpoint: str, path: str, conditions: tuple[Condition, ...], run: RunConfig, joint: bool, cpus: float
     ) -> None:
         use_threads(cpus)
         with local(place(checkpoint)) as folder:
             self.wire, _ = load_wire(folder, run)
-        self.table, self.settings, self.joint = shards.read_table(place(path)), settings, joint
+        self.table, self.conditions, self.joint = shards.read_table(place(path)), conditions, joint
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        """``setting``, ``start``, ``stop`` → the predictions of those rows, with their place."""
+        """``condition``, ``start``, ``stop`` → the predictions of those rows, with their place."""
         found = []
-        for index, start, stop in zip(batch["setting"], batch["start"], batch["stop"], strict=True):
+        for index, start, stop in zip(batch["condition"], batch["start"], batch["stop"], strict=True):
             rows = range(int(start), int(stop))
-            predictions = predict(self.wire, self.table, self.settings[int(index)], rows, joint=self.joint)
+            predictions = predict(self.wire, self.table, self.conditions[int(index)], rows, joint=self.joint)
             found += [dataclasses.asdict(p) | {"place": [int(index), int(start), n]} for n, p in enumerate(predictions)]
         return pa.Table.from_pylist(found, _SCHEMA)
 
@@ -48,7 +48,7 @@ class Scorer:
 def predict_pool(
     checkpoint: Place,
     path: Place,
-    settings: tuple[Setting, ...],
+    conditions: tuple[Condition, ...],
     run: RunConfig,
     *,
     joint: bool = True,
@@ -56,7 +56,7 @@ def predict_pool(
     cpus: float,
     gpus: float,
 ) -> dict[str, list[Prediction]]:
-    """Setting's key → predictions, as :func:`~latentwire.evaluation.evaluator.predict` gives them. Needs Ray initialised.
+    """Condition's key → predictions, as :func:`~latentwire.evaluation.evaluator.predict` gives them. Needs Ray initialised.
 
     Parts begin where batches do, so that it does not matter how many ``copies`` share the work.
     """
@@ -66,30 +66,30 @@ def predict_pool(
     size, total = run.evaluation.batch_size, shards.read_manifest(path)["rows"]
     stride = size * max(1, -(-total // (size * PARTS * copies)))
     parts = [
-        {"setting": index, "start": start, "stop": min(start + stride, total)}
-        for index in range(len(settings))
+        {"condition": index, "start": start, "stop": min(start + stride, total)}
+        for index in range(len(conditions))
         for start in range(0, total, stride)
     ]
     scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         Scorer,
-        fn_constructor_args=(str(checkpoint), str(path), settings, run, joint, cpus),
+        fn_constructor_args=(str(checkpoint), str(path), conditions, run, joint, cpus),
         batch_size=1,
         concurrency=min(copies, len(parts)),
         num_cpus=cpus,
         num_gpus=gpus,
     )
     rows: list[dict[str, Any]] = []
-    began, work = time.monotonic(), total * len(settings)
+    began, work = time.monotonic(), total * len(conditions)
     for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         rows += part.to_pylist()
         done = len(rows) // len(run.receivers)
         left = duration(seconds_left(done, work, time.monotonic() - began))
-        print(f"scored {done:,}/{work:,} rows of {len(settings)} settings, about {left} left", flush=True)
+        print(f"scored {done:,}/{work:,} rows of {len(conditions)} conditions, about {left} left", flush=True)
     rows.sort(key=lambda row: tuple(row["place"]))
-    found: dict[str, list[Prediction]] = {setting.key: [] for setting in settings}
+    found: dict[str, list[Prediction]] = {condition.key: [] for condition in conditions}
     for row in rows:
         del row["place"]
-        found[row["setting"]].append(Prediction(**row | {"golds": list(row["golds"])}))
+        found[row["condition"]].append(Prediction(**row | {"golds": list(row["golds"])}))
     return found
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import ray
 import ray.data
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, pipeline, shards, streams, teachers
-from latentwire.evaluation.protocol import evaluation_pin
+from latentwire.evaluation.protocol import protocol_hash
 from latentwire.planning.variants import data_variants, largest_run, variant_key
 from latentwire.storage import Place
 from latentwire.training import checkpoints
@@ -43,11 +43,11 @@ class Files:
         return shards.read_manifest(self.shards["train"])["rows"]
 
 
-def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
+def prepare(space: SweepConfig, gpus_per_worker: float) -> dict[str, Files]:
     """Shards and teachers' columns of every data variant the space can draw, by :func:`variant_key`.
 
     A few splits are made at once: one small source is one task, which leaves the other cores idle. Raises
-    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_pin` does, before training rows are made.
+    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_protocol_hash` does, before training rows are made.
     """
     variants = data_variants(space)
     named = [{split: shards.shard_path(run, split) for split in shards.SPLITS} for run in variants]
@@ -55,7 +55,7 @@ def prepare(space: SpaceFile, gpus_per_worker: float) -> dict[str, Files]:
     dev = [path for path, of in needed.items() if of[1] == "dev"]
     if len(dev) > 1:
         _make([needed.pop(path) for path in dev])
-        common_pin(space, dev)
+        common_protocol_hash(space, dev)
     _make(needed.values())
     for run, own in zip(variants, named, strict=True):
         checkpoints.check_development(run, own["dev"])
@@ -89,13 +89,13 @@ def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     }
 
 
-def common_pin(space: SpaceFile, dev: Iterable[Place]) -> str:
+def common_protocol_hash(space: SweepConfig, dev: Iterable[Place]) -> str:
     """The evaluation pin that all trials share. ``dev``: shards of development rows.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the development rows: scores on
     different rows say nothing about the wires.
     """
-    found = {evaluation_pin(path, space.run) for path in dev}
+    found = {protocol_hash(path, space.run) for path in dev}
     if len(found) > 1:
         searched = ", ".join(path for path in space.search if path.startswith(shards.SHARD_KNOBS))
         raise ConfigError(

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed.waiting import PatientTrainer, is_lasting
 from latentwire.planning.variants import variant_key
@@ -73,7 +73,7 @@ def trial_path(trial_dir: Place, number: int) -> Place:
 def drive_trial(
     values: dict[str, Any],
     *,
-    space: SpaceFile,
+    space: SweepConfig,
     variants: Mapping[str, Variant],
     gpus_per_worker: float,
     trial_dir: Place,

@@ -18,13 +18,13 @@ from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.data import documents, streams
-from latentwire.distributed.prometheus import Gauges
+from latentwire.distributed.prometheus import TrialMetrics
 from latentwire.distributed.replicas import shared_receivers
 from latentwire.distributed.trial import EARLIER, leave_cause
 from latentwire.distributed.waiting import is_lasting
 from latentwire.model import LatentWire
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.receivers.remote import SharedReceiver
+from latentwire.receivers.remote import RemoteReceiver
 from latentwire.storage import place
 from latentwire.threads import use_threads
 from latentwire.training import checkpoints, step_checkpoints
@@ -67,12 +67,12 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
     folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
-    checkpoints.take_up(trainer, folder / last[0] if last else None)
+    checkpoints.restore(trainer, folder / last[0] if last else None)
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
     if not last and run.training.init_from is not None:  # a searched one was not there to be checked before the sweep
         documents.check_development(wire.trained_on, run.training.init_from, dev["document"].to_pylist())
     wire.trained_on = wire.trained_on.with_stage(run, place(settings["train_shards"]))
-    gauges = Gauges(folder.name)
+    gauges = TrialMetrics(folder.name)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
@@ -128,7 +128,7 @@ class Traffic:
     """What goes to shared receivers and back for training, from one evaluation's end to the next one's beginning."""
 
     def __init__(self, wire: LatentWire, trainer: Trainer) -> None:
-        self.shared = [lm for lm in wire.receivers.values() if isinstance(lm, SharedReceiver)]
+        self.shared = [lm for lm in wire.receivers.values() if isinstance(lm, RemoteReceiver)]
         self.trainer = trainer
         self.begin()
 

@@ -61,4 +61,4 @@ def self_information(wire: LatentWire, receiver: str, context: list[int], questi
     prompt = wire.builders[receiver].text(context, question)
     start = prompt.message.start
     batch = collate([dataclasses.replace(prompt, supervised=range(start, start + len(context)))])
-    return wire.receivers[receiver].judge(batch).ce_N
+    return wire.receivers[receiver].score_answers(batch).ce_N

@@ -29,7 +29,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Condition:
     """One row of the table. ``budget``: ``None`` for the wire's own length, and for modes that have none."""
 
     mode: Mode
@@ -60,13 +60,13 @@ def label(key: str) -> str:
     return f"{next(name for known, name in MODE_NAMES.items() if known == mode)} {rest}".strip()
 
 
-def settings(
+def conditions(
     run: RunConfig,
     modes: Sequence[Mode],
     tokens_per_latent: Sequence[int] = (),
     latent_len: Sequence[int] = (),
     bits: Sequence[Literal[16, 8, 4]] = (),
-) -> tuple[Setting, ...]:
+) -> tuple[Condition, ...]:
     """The rows of a table in their order: text, then for every budget the messages and what is as short, then the rest.
 
     ``bits``: widths in which the messages are sent besides. Without budgets the wire's own length is the only one. Raises
@@ -91,12 +91,12 @@ def settings(
         *(Budget("latent_len", value) for value in latent_len),
     ]
     chosen = [mode for mode in MODES if mode in modes]
-    first = [Setting(mode) for mode in chosen if mode == "text"]
+    first = [Condition(mode) for mode in chosen if mode == "text"]
     bound = [
-        Setting(mode, budget, width)
+        Condition(mode, budget, width)
         for budget in budgets or [None]
         for mode in chosen
         if mode in BUDGET_MODES
         for width in ((None, *bits) if mode == "latent" else (None,))
     ]
-    return (*first, *bound, *(Setting(mode) for mode in chosen if mode != "text" and mode not in BUDGET_MODES))
+    return (*first, *bound, *(Condition(mode) for mode in chosen if mode != "text" and mode not in BUDGET_MODES))

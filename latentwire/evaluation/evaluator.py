@@ -14,11 +14,11 @@ import torch
 
 from latentwire.data.batches import sender_texts
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.metrics import em_f1
 from latentwire.message import Message, from_bytes
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import Sequence, collate
+from latentwire.prompts.sequences import PromptSequence, collate
 
 METRIC_VERSION = 3
 """Raised whenever the same wire would score differently; part of the evaluation pin."""
@@ -32,7 +32,7 @@ class Prediction:
 
     id: str
     receiver: str
-    setting: str
+    condition: str
     """Key of the row of the table: the mode, then budget and width where there are any."""
     mode: Mode
     text: str
@@ -87,7 +87,7 @@ class _Rows:
     """A batch of rows and the message that stands for them, where one does."""
 
     rows: dict[str, list]
-    setting: Setting
+    condition: Condition
     message: Message | None
     slots: dict[str, list[int]]
     """Each receiver's soft positions for the message of each row."""
@@ -101,7 +101,7 @@ class _Rows:
 def predict(
     wire: LatentWire,
     table: pa.Table,
-    setting: Setting | Mode,
+    condition: Condition | Mode,
     rows: range | None = None,
     *,
     joint: bool = False,
@@ -109,21 +109,21 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predictions of every receiver for rows of ``table`` (shard columns; ``rows``: all), batch by batch.
 
-    ``setting``: what the receivers read; a mode alone has messages of the wire's own length. ``joint``: where receivers
+    ``condition``: what the receivers read; a mode alone has messages of the wire's own length. ``joint``: where receivers
     disagree, each also says how likely it finds every one's answer. Batches begin at multiples of the batch size wherever
     ``rows`` does, so that parts of a table give what the whole gives. ``on_rows`` is told of each batch how many rows it had.
     """
-    setting = setting if isinstance(setting, Setting) else Setting(setting)
+    condition = condition if isinstance(condition, Condition) else Condition(condition)
     wire.interlingua.eval()
     size, rows = wire.run.evaluation.batch_size, rows if rows is not None else range(table.num_rows)
-    others = donors(table["context"].to_pylist()) if setting.mode == "shuffled" else None
+    others = donors(table["context"].to_pylist()) if condition.mode == "shuffled" else None
     for start in range(rows.start, rows.stop, size):
         part = table.slice(start, min(size, rows.stop - start))
         sent = part if others is None else table.take(others[start : start + part.num_rows])
-        batch = _encode(wire, part.to_pydict(), sent.select(["context", "question"]).to_pydict(), setting)
+        batch = _encode(wire, part.to_pydict(), sent.select(["context", "question"]).to_pydict(), condition)
         found = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
         if joint and any(len({own.text for own in row}) > 1 for row in zip(*found, strict=True)):
-            found = [_judged(wire, batch, own) for own in found]
+            found = [_score_answers(wire, batch, own) for own in found]
         if on_rows is not None:
             on_rows(part.num_rows)
         for own in found:
@@ -141,27 +141,27 @@ def donors(contexts: list[str]) -> list[int]:
     return found
 
 
-def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], setting: Setting) -> _Rows:
+def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], condition: Condition) -> _Rows:
     encoder, z_bytes = wire.interlingua.encoder, LATENT_BYTES * wire.run.encoder.d_z
-    tokens = setting.tokenize(encoder, sender_texts(wire.run.data.send, sent))
-    if setting.mode not in MESSAGE_MODES:
+    tokens = condition.tokenize(encoder, sender_texts(wire.run.data.send, sent))
+    if condition.mode not in MESSAGE_MODES:
         slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
-        shown = {name: _shown(wire, name, rows, setting.mode, own) for name, own in slots.items()}
-        return _Rows(rows, setting, None, slots, shown, [], 0.0)
+        shown = {name: _shown(wire, name, rows, condition.mode, own) for name, own in slots.items()}
+        return _Rows(rows, condition, None, slots, shown, [], 0.0)
     began = _now(wire.interlingua.device)
     message = wire.interlingua.encode(tokens)
-    if setting.bits is not None:
-        message = from_bytes(message.to_bytes(bits=setting.bits)).to(wire.interlingua.device)
+    if condition.bits is not None:
+        message = from_bytes(message.to_bytes(bits=condition.bits)).to(wire.interlingua.device)
     seconds = _now(message.z_BLZ.device) - began
     slots = {name: message.slots(name) for name in wire.receivers}
     size = len(message)
     private = sum(map(len, message.private.values()))
     sizes = (
         [z_bytes * (length + private) for length in message.length_B.tolist()]
-        if setting.bits is None
-        else [len(message.row(row).to_bytes(bits=setting.bits)) for row in range(size)]
+        if condition.bits is None
+        else [len(message.row(row).to_bytes(bits=condition.bits)) for row in range(size)]
     )
-    return _Rows(rows, setting, message, slots, {name: [] for name in slots}, sizes, 1000 * seconds / size)
+    return _Rows(rows, condition, message, slots, {name: [] for name in slots}, sizes, 1000 * seconds / size)
 
 
 def _shown(wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int]) -> list[list[int]]:
@@ -177,7 +177,7 @@ def _now(device: torch.device) -> float:
 
 
 def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Prediction]:
-    lm, rows, mode, message = wire.receivers[name], batch.rows, batch.setting.mode, batch.message
+    lm, rows, mode, message = wire.receivers[name], batch.rows, batch.condition.mode, batch.message
     count = len(rows["id"])
     asked = _prompts(wire, name, batch, [None] * count)
     answered = _prompts(wire, name, batch, rows[f"{name}_answer_ids"])
@@ -186,7 +186,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     gold = collate(answered).to(lm.device)
     began = _now(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
-        judged = lm.judge(gold, soft_ND if own_ND is None else own_ND)
+        judged = lm.score_answers(gold, soft_ND if own_ND is None else own_ND)
     seconds = time.perf_counter() - began
     row_N = gold.row_N.cpu()
     nll_B = torch.zeros(count).index_add(0, row_N, judged.ce_N) / torch.bincount(row_N, minlength=count)
@@ -197,7 +197,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
-            id=rows["id"][i], receiver=name, setting=batch.setting.key, mode=mode, text=answer, golds=rows["answers"][i],
+            id=rows["id"][i], receiver=name, condition=batch.condition.key, mode=mode, text=answer, golds=rows["answers"][i],
             context=rows["context"][i], context_id=context_id(rows["context"][i]), question=rows["question"][i],
             em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1), first_5=float(likelier_B[i] < 5),
             positions=len(asked[i].ids), message_positions=len(asked[i].message), bytes=sizes[i],
@@ -207,23 +207,23 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
         )  # fmt: skip
 
 
-def _judged(wire: LatentWire, batch: _Rows, own: list[Prediction]) -> list[Prediction]:
+def _score_answers(wire: LatentWire, batch: _Rows, own: list[Prediction]) -> list[Prediction]:
     """One receiver's predictions with the log-likelihood that all receivers together give to its answers."""
     count = len(own)
     total_B = torch.zeros(count, dtype=torch.float64)
     for name, lm in wire.receivers.items():
         ids = wire.builders[name].tokenize([], [], [p.text for p in own])["answer_ids"]
         said = collate(_prompts(wire, name, batch, ids)).to(lm.device)
-        own_ND = _embeddings(wire, name, batch) if batch.setting.mode == "embeddings" else None
+        own_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
         with wire.reading(name, said, batch.message) as soft_ND:
-            judged = lm.judge(said, soft_ND if own_ND is None else own_ND)
+            judged = lm.score_answers(said, soft_ND if own_ND is None else own_ND)
         total_B.index_add_(0, said.row_N.cpu(), -judged.ce_N.double())
     return [dataclasses.replace(p, joint_logp=float(logp)) for p, logp in zip(own, total_B, strict=True)]
 
 
-def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> list[Sequence]:
+def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> list[PromptSequence]:
     """Prompts to be answered where ``answers`` are ``None``, else with those ids as targets."""
-    builder, mode, shown = wire.builders[name], batch.setting.mode, batch.shown[name]
+    builder, mode, shown = wire.builders[name], batch.condition.mode, batch.shown[name]
     prompts = []
     for place, question in enumerate(batch.rows[f"{name}_question_ids"]):
         if mode in MESSAGE_MODES:

@@ -13,7 +13,7 @@ LINE_SECONDS = 30.0
 
 
 class ScoringProgress:
-    """A bar in a terminal; elsewhere a line now and then. Rows count once for each setting that they are scored in."""
+    """A bar in a terminal; elsewhere a line now and then. Rows count once for each condition that they are scored in."""
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         self.total, self.done = total, 0
@@ -43,7 +43,7 @@ class ScoringProgress:
         self.bar.stop()
 
     def advance(self, what: str, rows: int) -> None:
-        """``rows`` more are scored; ``what`` names the setting."""
+        """``rows`` more are scored; ``what`` names the condition."""
         self.done += rows
         self.bar.update(self.task, advance=rows, description=what)
         now = time.monotonic()

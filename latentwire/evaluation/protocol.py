@@ -11,7 +11,7 @@ from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.evaluation.evaluator import METRIC_VERSION
 from latentwire.models.weights import load_tokenizer
-from latentwire.prompts.sequences import LAYOUT_VERSION
+from latentwire.prompts.sequences import PROMPT_VERSION
 from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, read_footer, read_parquet
 
@@ -23,11 +23,11 @@ def pins(paths: Mapping[shards.ShardSplit, Place], run: RunConfig) -> dict[str, 
     return {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
         "evaluation": run.evaluation.model_dump(),
-        "evaluation_pin": evaluation_pin(paths["dev"], run),
+        "evaluation_pin": protocol_hash(paths["dev"], run),
     }
 
 
-def evaluation_pin(path: Place, run: RunConfig) -> str:
+def protocol_hash(path: Place, run: RunConfig) -> str:
     """Hash of the rows of complete shards (their content, in order), layout version, decoding limit, metric version and rules.
 
     What chat templates write around a prompt is in it too: it may hold a date, or hang on
@@ -43,7 +43,7 @@ def evaluation_pin(path: Place, run: RunConfig) -> str:
             digest.update(json.dumps(row, sort_keys=True).encode())
     decides: dict[str, Any] = {
         "rows": digest.hexdigest(),
-        "layout_version": LAYOUT_VERSION,
+        "layout_version": PROMPT_VERSION,
         "metric_version": METRIC_VERSION,
         "rules": run.data.dataset,
         "decoding": {"max_answer_tokens": run.evaluation.max_answer_tokens},

@@ -22,11 +22,11 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation import readings
 from latentwire.evaluation.baselines import FINAL_MODES
-from latentwire.evaluation.conditions import Setting, label
+from latentwire.evaluation.conditions import Condition, label
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.progress import ScoringProgress
-from latentwire.evaluation.protocol import evaluation_pin
+from latentwire.evaluation.protocol import protocol_hash
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire, load_wire
 from latentwire.storage import Place, directory, local, write, write_text
@@ -41,8 +41,8 @@ def check_questions(run: RunConfig) -> None:
         )
 
 
-FINAL_SETTINGS = tuple(
-    Setting(mode, bits=bits) for mode in FINAL_MODES for bits in ((None, 8, 4) if mode == "latent" else (None,))
+FINAL_CONDITIONS = tuple(
+    Condition(mode, bits=bits) for mode in FINAL_MODES for bits in ((None, 8, 4) if mode == "latent" else (None,))
 )
 """What a sweep's winner is scored with: every mode, and the latents also as they travel in fewer bits."""
 
@@ -50,37 +50,37 @@ FINAL_SETTINGS = tuple(
 def score(
     path: Place,
     validation: Place,
-    settings: tuple[Setting, ...] = FINAL_SETTINGS,
+    conditions: tuple[Condition, ...] = FINAL_CONDITIONS,
     run: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """Reload a checkpoint in this process and score it on complete shards: setting's key → receiver → metrics.
+    """Reload a checkpoint in this process and score it on complete shards: condition's key → receiver → metrics.
 
     ``run`` replaces the configuration it was saved with (other data, decoding or device).
     """
     with local(path) as folder:
         wire, _ = load_wire(folder, run)
-    return summaries(predict_settings(wire, validation, settings))
+    return summaries(predict_conditions(wire, validation, conditions))
 
 
-def predict_settings(
-    wire: LatentWire, validation: Place, settings: tuple[Setting, ...] = FINAL_SETTINGS, *, joint: bool = True
+def predict_conditions(
+    wire: LatentWire, validation: Place, conditions: tuple[Condition, ...] = FINAL_CONDITIONS, *, joint: bool = True
 ) -> dict[str, list[Prediction]]:
-    """Setting's key → the receivers' answers to all rows of complete shards.
+    """Condition's key → the receivers' answers to all rows of complete shards.
 
     ``joint``: receivers also judge each other's answers.
     """
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
-    with ScoringProgress(table.num_rows * len(settings)) as progress:
-        for number, setting in enumerate(settings, start=1):  # minutes each with real receivers
-            on_rows = partial(progress.advance, label(setting.key))
-            predictions[setting.key] = list(predict(wire, table, setting, joint=joint, on_rows=on_rows))
-            print(f"scored {number}/{len(settings)}: {label(setting.key)}, {table.num_rows:,} rows", flush=True)
+    with ScoringProgress(table.num_rows * len(conditions)) as progress:
+        for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
+            on_rows = partial(progress.advance, label(condition.key))
+            predictions[condition.key] = list(predict(wire, table, condition, joint=joint, on_rows=on_rows))
+            print(f"scored {number}/{len(conditions)}: {label(condition.key)}, {table.num_rows:,} rows", flush=True)
     return predictions
 
 
 def summaries(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
-    """Setting's key → receiver → metrics."""
+    """Condition's key → receiver → metrics."""
     return {key: summarise(found) for key, found in predictions.items()}
 
 
@@ -96,7 +96,7 @@ class Scored:
     """What is known of a wire at its end."""
 
     scores: dict[str, Any]
-    """Setting's key → receiver → metrics on the validation split; empty for a wire pretrained on texts alone."""
+    """Condition's key → receiver → metrics on the validation split; empty for a wire pretrained on texts alone."""
     readings: dict[str, Any]
     """How often those rows were read before (:func:`latentwire.evaluation.readings.note`)."""
     sizes: dict[str, dict[str, int]]
@@ -119,12 +119,12 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Sco
         wire, manifest = load_wire(folder)
     texts = wire.run.data.dataset == "text"
     read = {} if texts else readings.note(validation, readings.wire_name(manifest), wire.trained_on)
-    predictions = {} if texts else predict_settings(wire, validation)
+    predictions = {} if texts else predict_conditions(wire, validation)
     table = summaries(predictions)
     pins = manifest["pins"] | {
         "validation": {
             "shards": shards.read_manifest(validation)["key"],
-            "evaluation_pin": evaluation_pin(validation, wire.run),
+            "evaluation_pin": protocol_hash(validation, wire.run),
         }
     }
     address = None if isinstance(export, Path) else partial(exports.below, Path.cwd())

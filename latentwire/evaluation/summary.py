@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.statistics import difference, interval
 
@@ -106,12 +106,12 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[s
     return found
 
 
-def pairs(settings: Iterable[Setting], first: str, second: str) -> list[tuple[str, str]]:
+def pairs(conditions: Iterable[Condition], first: str, second: str) -> list[tuple[str, str]]:
     """Keys of the rows to compare: those two, or, where only modes are named, all of them with the same budget."""
-    settings = list(settings)
+    conditions = list(conditions)
 
-    def named(name: str) -> list[Setting]:
-        return [s for s in settings if s.key == name] or [s for s in settings if s.mode == name]
+    def named(name: str) -> list[Condition]:
+        return [s for s in conditions if s.key == name] or [s for s in conditions if s.mode == name]
 
     found = [
         (a.key, b.key)
@@ -122,10 +122,10 @@ def pairs(settings: Iterable[Setting], first: str, second: str) -> list[tuple[st
     return found
 
 
-def baseline_pairs(settings: Sequence[Setting]) -> list[tuple[str, str]]:
+def baseline_pairs(conditions: Sequence[Condition]) -> list[tuple[str, str]]:
     """Every row of latents beside each of its baselines."""
-    others = dict.fromkeys(s.mode for s in settings if s.mode != "latent")
-    return [pair for mode in others for pair in pairs(settings, "latent", mode)]
+    others = dict.fromkeys(s.mode for s in conditions if s.mode != "latent")
+    return [pair for mode in others for pair in pairs(conditions, "latent", mode)]
 
 
 def details(

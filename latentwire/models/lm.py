@@ -228,8 +228,8 @@ class LMWrapper(nn.Module):
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
         self._recomputed = [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    def fuse(self, backend: str = "inductor") -> None:
-        """Let ``torch.compile`` fuse the receiver's layers; the first steps take minutes."""
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Let ``torch.compile`` compile_layers the receiver's layers; the first steps take minutes."""
         self.lm.base_model.compile(dynamic=True, backend=backend)
 
     @torch.no_grad()

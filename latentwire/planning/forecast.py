@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentwire.config import LossConfig, RunConfig, SpaceFile
+from latentwire.config import LossConfig, RunConfig, SweepConfig
 from latentwire.data import shards, teachers
 from latentwire.models.weights import load_hf_config
 from latentwire.planning.autoscaler import addable_nodes, living_nodes
@@ -130,7 +130,7 @@ class Forecast:
         return lines
 
 
-def forecast(space: SpaceFile, plan: Plan, output: Place) -> Forecast:
+def forecast(space: SweepConfig, plan: Plan, output: Place) -> Forecast:
     """Estimate a sweep. Raises :class:`~latentwire.planning.planner.PlanError` where its checkpoints would not fit the disk."""
     tune, run = space.tune, largest_run(space)
     finals = tune.finalists * tune.final_seeds
@@ -196,7 +196,7 @@ def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
     return float(trained + evaluations * evaluated * 2 * (2 * frozen + plan.trainable_parameters))
 
 
-def _files(space: SpaceFile) -> tuple[list[str], int, int | None]:
+def _files(space: SweepConfig) -> tuple[list[str], int, int | None]:
     """A line for all shards and columns, bytes of columns to be made, and the training rows where they are known."""
     lines: dict[str, None] = {}
     missing, rows = 0, space.run.data.samples or None
@@ -229,7 +229,7 @@ def _column_bytes(losses: LossConfig, width: int) -> int:
     return teachers.most_tokens(losses) * (words + states)
 
 
-def show(space: SpaceFile, plan: Plan, output: Place, rate: float | None = None) -> Plan:
+def show(space: SweepConfig, plan: Plan, output: Place, rate: float | None = None) -> Plan:
     """Print plan and forecast, and return the plan that fits the cluster's nodes. Needs Ray.
 
     ``rate``: FLOP/s of a worker, where it was measured. Raises :class:`~latentwire.planning.planner.PlanError` for

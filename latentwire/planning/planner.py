@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from latentwire import exports
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.data.shards import builders
 from latentwire.errors import UserError
 from latentwire.features import registry
@@ -108,13 +108,13 @@ def check_start(run: RunConfig) -> None:
             exports.read_manifest(start)
 
 
-def plan(space: SpaceFile, resources: dict[str, float], memory_bytes: float, *, files: bool = True) -> Plan:
+def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *, files: bool = True) -> Plan:
     """Estimate a trial and count how many fit at once.
 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
     where workers use GPUs; ``files``: whether receivers' weights and tokenizers are looked at, which a plan for
     configurations alone has not. Raises :class:`PlanError` where not even one trial fits, and
-    :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.LayoutError` for
+    :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.PromptError` for
     receivers that cannot be had, whose weights are not whole, or whose tokenizers no prompt can be built
     with.
     """
@@ -205,7 +205,7 @@ def _own_at_once(found: Plan, run: RunConfig, gpus: float, memory_bytes: float) 
 
 
 def _sharing(
-    space: SpaceFile, run: RunConfig, found: Plan, resources: dict[str, float], memory_bytes: float
+    space: SweepConfig, run: RunConfig, found: Plan, resources: dict[str, float], memory_bytes: float
 ) -> Sharing | None:
     """The replicas that the trials could share; ``None`` where they should not or cannot."""
     wanted, against = space.tune.receivers, obstacles(space)
@@ -227,13 +227,13 @@ def _sharing(
     return share(space, run, sizes, found.trainable_parameters, resources, memory_bytes, WORKER_BASE_BYTES)
 
 
-def alone(space: SpaceFile) -> SpaceFile:
+def alone(space: SweepConfig) -> SweepConfig:
     """The space of a run that is no trial of a sweep: nothing is searched, and nobody is there to share its receivers with."""
     tune = space.tune.model_copy(update={"trials": 1, "receivers": "own"})
     return space.model_copy(update={"search": {}, "tune": tune})
 
 
-def plan_on_cluster(space: SpaceFile) -> Plan:
+def plan_on_cluster(space: SweepConfig) -> Plan:
     """:func:`plan` for the cluster that Ray is connected to."""
     resources = cluster_resources()
     gpus, told = space.run.training.gpus_each(resources), space.tune.gpu_memory_gb

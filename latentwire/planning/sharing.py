@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.features.registry import FEATURES
 from latentwire.models.weights import backbone_source, load_hf_config
 from latentwire.planning.devices import pieces, times
@@ -57,7 +57,7 @@ class Sharing:
         )
 
 
-def obstacles(space: SpaceFile) -> list[str]:
+def obstacles(space: SweepConfig) -> list[str]:
     """Knobs of a space that need the receivers' weights in each trial's own process."""
     run, found = space.run, []
     for name, feature in FEATURES.items():
@@ -110,7 +110,7 @@ def encoder_bytes(run: RunConfig) -> int:
 
 
 def share(
-    space: SpaceFile,
+    space: SweepConfig,
     run: RunConfig,
     weights_and_steps: Mapping[str, tuple[int, int]],
     trainable: int,

@@ -6,13 +6,13 @@ import functools
 import json
 from typing import Any
 
-from latentwire.config import CategoricalDimension, RunConfig, SpaceFile
+from latentwire.config import CategoricalDimension, RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, knobs, search_order, with_values
 from latentwire.data.shards import SHARD_KNOBS
 from latentwire.data.teachers import TEACHER_KNOBS, TEACHER_SIZES
 
 
-def check_metrics(space: SpaceFile) -> None:
+def check_metrics(space: SweepConfig) -> None:
     """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that its trials do not report."""
     tune, texts = space.tune, space.run.data.dataset == "text"
     if texts and not (tune.metric.startswith("dev_loss") and tune.mode == "min"):
@@ -41,7 +41,7 @@ def check_metrics(space: SpaceFile) -> None:
         raise ConfigError(f"tune.objectives are those besides tune.metric, got {tune.metric} in both")
 
 
-def data_variants(space: SpaceFile) -> list[RunConfig]:
+def data_variants(space: SweepConfig) -> list[RunConfig]:
     """The configurations whose shards or teachers' columns differ: every combination of searched choices of what they hang on
     that a trial can draw.
 
@@ -89,12 +89,12 @@ SMALLER_COSTS_MORE = ("encoder.tokens_per_latent", "training.accumulation", "tra
 """Knobs whose smaller values make longer messages or larger batches."""
 
 
-def largest_run(space: SpaceFile) -> RunConfig:
+def largest_run(space: SweepConfig) -> RunConfig:
     """The shared configuration with every searched number at the end that costs more: what a trial may cost at most."""
     return with_values(space.run, _largest(space), "largest trial of the space")
 
 
-def longest_run(space: SpaceFile) -> RunConfig:
+def longest_run(space: SweepConfig) -> RunConfig:
     """The shared configuration with what is searched of rows and steps at the end that makes for most steps."""
     values: dict[str, Any] = {}
     for dotted in ("training.epochs", "training.max_steps", "training.batch_size"):
@@ -104,7 +104,7 @@ def longest_run(space: SpaceFile) -> RunConfig:
     return with_values(space.run, values, "longest trial of the space")
 
 
-def _largest(space: SpaceFile) -> dict[str, Any]:
+def _largest(space: SweepConfig) -> dict[str, Any]:
     """A conditional dimension brings what it hangs on, unless another one has decided otherwise: then no trial has both."""
     values: dict[str, Any] = {}
     for dotted in search_order(space.search):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from latentwire.prompts.templates import LayoutError
+from latentwire.prompts.templates import PromptError
 
 LEADS = ("\n", ".")
 """What a piece may stand behind while it is tokenised: the second where the first would be one token
@@ -43,13 +43,13 @@ class Pieces:
     def after(self, before: str, text: str) -> list[int]:
         """Return the ids of our own text behind ``before``, which may end with a special token.
 
-        Raises :class:`LayoutError` where the two share a token.
+        Raises :class:`PromptError` where the two share a token.
         """
         if not self.marks_beginnings:
             return self.following(text)
         start, whole = self.following(before), self.following(before + text)
         if whole[: len(start)] != start:
-            raise LayoutError(
+            raise PromptError(
                 f"receiver {self.name}: {before!r} and {text!r} must not share a token, and do; "
                 f"end the first without a space"
             )
@@ -90,7 +90,7 @@ class Pieces:
         found = [one for one in ids if one is not None]
         if len(found) < len(ids):
             text = texts[ids.index(None)]
-            raise LayoutError(
+            raise PromptError(
                 f"receiver {self.name}: the tokens of {text[:40]!r} must be its own, its first joins "
                 f"what is before it; use another tokenizer, or leave such rows out"
             )

@@ -7,7 +7,7 @@ its own (:mod:`latentwire.prompts.pieces`) and joined as ids::
 
 A text prompt puts the context's tokens where a latent prompt has its soft slots; every other position is equal token
 by token, because it *is* the same piece. With ``send: prompt`` the message replaces ``context | mid | question``.
-Nothing outside this file counts positions: the index maps of :class:`Sequence` and :class:`Batch` say where things are.
+Nothing outside this file counts positions: the index maps of :class:`PromptSequence` and :class:`Batch` say where things are.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.prompts import templates
 from latentwire.prompts.pieces import Pieces
-from latentwire.prompts.templates import LayoutError as LayoutError
+from latentwire.prompts.templates import PromptError as PromptError
 
-LAYOUT_VERSION = 2
+PROMPT_VERSION = 2
 """Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
 
 ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
@@ -38,7 +38,7 @@ _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte
 
 
 @dataclass(frozen=True)
-class Sequence:
+class PromptSequence:
     """Token ids of one prompt and where its parts stand (half-open ranges of positions)."""
 
     ids: list[int]
@@ -123,7 +123,7 @@ def sender_text(send: Literal["context", "prompt"], context: str, question: str)
     return context if send == "context" else f"{context}\nQuestion: {question}"
 
 
-class SequenceBuilder:
+class PromptBuilder:
     """Builds sequences for one receiver under one prompt configuration."""
 
     def __init__(
@@ -148,7 +148,7 @@ class SequenceBuilder:
         if receiver.bos == "no" and bos_id is not None and self.head_ids[:1] == [bos_id]:
             self.head_ids = self.head_ids[1:]  # the template's own
         if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not self.chat:
-            raise LayoutError(
+            raise PromptError(
                 f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}"
             )
         self.mid_ids = self._pieces.following(self._mid_text)
@@ -189,7 +189,9 @@ class SequenceBuilder:
 
     # --------------------------------------------------------------------------------------------------- sequences
 
-    def text(self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
+    def text(
+        self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None
+    ) -> PromptSequence:
         """The full-text prompt; an empty context makes it the closed book. Answer and stop are added where given."""
         message = self.message_ids(context_ids, question_ids)
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
@@ -199,12 +201,12 @@ class SequenceBuilder:
         """The tokens that a latent prompt's slots stand for."""
         return [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
 
-    def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> Sequence:
+    def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> PromptSequence:
         """The same prompt with ``slots`` soft positions in place of the message."""
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
 
-    def controlled(self, slots: int, control: int, text_ids: list[int], given: int = 0) -> Sequence:
+    def controlled(self, slots: int, control: int, text_ids: list[int], given: int = 0) -> PromptSequence:
         """Soft slots, a control embedding, and a text as targets: the message said again, or what follows it.
 
         Its first ``given`` tokens are read and not asked for.
@@ -212,7 +214,7 @@ class SequenceBuilder:
         start = len(self.head_ids)
         text = start + slots + 1
         nowhere = range(text, text)
-        return Sequence(
+        return PromptSequence(
             ids=[*self.head_ids, *[SLOT_ID] * (slots + 1), *text_ids],
             bos=self.bos, message=range(start, start + slots), question=nowhere, anchor=nowhere, answer=nowhere, stop=None,
             supervised=range(text + given, text + len(text_ids)), soft=True, control=control,
@@ -220,7 +222,7 @@ class SequenceBuilder:
 
     def _join(
         self, message: list[int], mid: list[int], question: list[int], answer: list[int] | None, *, soft: bool
-    ) -> Sequence:
+    ) -> PromptSequence:
         start = len(self.head_ids)
         question_at = start + len(message) + len(mid)
         anchor_at = question_at + len(question) + len(self.tail_ids)
@@ -228,7 +230,7 @@ class SequenceBuilder:
         ids = [*self.head_ids, *message, *mid, *question, *self.tail_ids, *self.anchor_ids]
         if answer is not None:
             ids += [*answer, self.stop_id]
-        return Sequence(
+        return PromptSequence(
             ids=ids,
             bos=self.bos,
             message=range(start, start + len(message)),
@@ -245,7 +247,7 @@ class SequenceBuilder:
     def _wants_bos(self, head: str) -> bool:
         token = self.tokenizer.bos_token
         if self.receiver.bos == "yes" and token is None:
-            raise LayoutError(f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none")
+            raise PromptError(f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none")
         if self.receiver.bos != "auto" or token is None:
             return self.receiver.bos == "yes"
         if self.chat:
@@ -260,13 +262,13 @@ class SequenceBuilder:
         """
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise LayoutError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
+            raise PromptError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
         if self.chat:
             end = self._turn_end()
             stop = eos if end is None else end
             return stop, tuple(dict.fromkeys((stop, eos)))
         if len(self.newline_ids) != 1:
-            raise LayoutError(
+            raise PromptError(
                 f"template: plain needs a newline that is one token, {self.receiver.model} gives {self.newline_ids}"
             )
         return self.newline_ids[0], (self.newline_ids[0], eos)
@@ -283,7 +285,7 @@ class SequenceBuilder:
         ids = self.tokenize([], [], answers)["answer_ids"]
         for answer, good in zip(answers, self.check_boundaries(answers, ids), strict=True):
             if not good:
-                raise LayoutError(
+                raise PromptError(
                     f"anchor and answer must tokenise alike alone and joined, {self.anchor_text + self.answer_lead!r} "
                     f"+ {answer!r} does not for {self.receiver.name}; end the anchor with a space or a newline"
                 )
@@ -294,7 +296,7 @@ class SequenceBuilder:
 
 
 def collate(
-    sequences: Iterable[Sequence], *, side: Literal["right", "left"] = "right", messages: list[int] | None = None
+    sequences: Iterable[PromptSequence], *, side: Literal["right", "left"] = "right", messages: list[int] | None = None
 ) -> Batch:
     """Pad sequences to one length: to the right for training, to the left for decoding. Padding is told by length.
 

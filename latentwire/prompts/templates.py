@@ -17,7 +17,7 @@ is the one that Llama 3.1's own template writes where nobody names another."""
 DATE_CODES = "aAbBcdDeFgGhHIjmMnpSTuUVwWxXyYZ"
 
 
-class LayoutError(UserError):
+class PromptError(UserError):
     """Pieces that cannot be joined as token ids."""
 
 
@@ -33,15 +33,15 @@ class Around:
 def is_chat(tokenizer: Any, receiver: ReceiverConfig) -> bool:
     """Return whether prompts are turns of a chat.
 
-    Raises :class:`LayoutError` for knobs that need a chat template and have none.
+    Raises :class:`PromptError` for knobs that need a chat template and have none.
     """
     chat = receiver.template == "chat" or (receiver.template == "auto" and bool(tokenizer.chat_template))
     if chat and not tokenizer.chat_template:
-        raise LayoutError(
+        raise PromptError(
             f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain"
         )
     if receiver.template_options and not chat:
-        raise LayoutError(
+        raise PromptError(
             f"template_options need a chat template, receiver {receiver.name} is read as plain and "
             f"has {', '.join(receiver.template_options)}; leave them out"
         )
@@ -51,7 +51,7 @@ def is_chat(tokenizer: Any, receiver: ReceiverConfig) -> bool:
 def around(tokenizer: Any, receiver: ReceiverConfig) -> Around:
     """Return the text around context and question.
 
-    Raises :class:`LayoutError` for a template that changes them.
+    Raises :class:`PromptError` for a template that changes them.
     """
     lead = f"{receiver.instruction}\n" if receiver.instruction else ""
     content = f"{lead}Passage:\n{CONTEXT}\nQuestion: {QUESTION}"
@@ -60,7 +60,7 @@ def around(tokenizer: Any, receiver: ReceiverConfig) -> Around:
         turns = [{"role": "user", "content": content}]
         rendered = _apply(tokenizer, receiver, turns, add_generation_prompt=True)
     if rendered.count(CONTEXT) != 1 or rendered.count(QUESTION) != 1:
-        raise LayoutError(
+        raise PromptError(
             f"the chat template of {receiver.model} must write the user's text once, unchanged; use template: plain"
         )
     head, rest = rendered.split(CONTEXT)

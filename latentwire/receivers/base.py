@@ -45,7 +45,7 @@ class LossTask:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class AnswerScores:
     """How likely a receiver finds the supervised tokens, on the CPU."""
 
     ce_N: torch.Tensor
@@ -101,7 +101,7 @@ class Receiver(Protocol):
     def losses(self, task: LossTask, soft_ND: torch.Tensor) -> torch.Tensor:
         """Each term's weighted share of the loss ``[T]``, in the order of ``task.weights.terms``. Their sum is differentiable."""
 
-    def judge(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> Judgement:
+    def score_answers(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> AnswerScores:
         """How likely the supervised tokens are."""
 
     def generate(

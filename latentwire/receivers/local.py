@@ -10,10 +10,10 @@ from latentwire.prompts.sequences import Batch
 from latentwire.losses.bundles import Reader, Teacher, loss_terms
 from latentwire.losses.terms import teacher_rows, token_ce
 from latentwire.models.lm import LMWrapper
-from latentwire.receivers.base import Judgement, LossTask, part
+from latentwire.receivers.base import AnswerScores, LossTask, part
 
 
-class OwnReceiver(LMWrapper):
+class LocalReceiver(LMWrapper):
     """An :class:`~latentwire.models.lm.LMWrapper` that also computes what is trained on, and what is scored."""
 
     @property
@@ -50,9 +50,9 @@ class OwnReceiver(LMWrapper):
             return torch.stack(list(shares.values()))
 
     @torch.no_grad()
-    def judge(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> Judgement:
+    def score_answers(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> AnswerScores:
         """How likely the supervised tokens are."""
         logits_NV = self.supervised_logits(batch, soft_ND)
         target_N = batch.target_N.to(logits_NV.device)
         likelier_N = (logits_NV > logits_NV.gather(1, target_N[:, None])).sum(1)
-        return Judgement(token_ce(logits_NV, target_N).cpu(), likelier_N.cpu())
+        return AnswerScores(token_ce(logits_NV, target_N).cpu(), likelier_N.cpu())

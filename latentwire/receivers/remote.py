@@ -16,12 +16,12 @@ from latentwire.losses.bundles import Teacher
 from latentwire.losses.chunks import common_gradient
 from latentwire.models.decoded import Decoded
 from latentwire.models.weights import skeleton
-from latentwire.receivers.base import Judgement, LossTask
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.base import AnswerScores, LossTask
+from latentwire.receivers.local import LocalReceiver
 from latentwire.receivers.requests import (
     EmbedLookUp,
     GenerateRequest,
-    JudgeRequest,
+    ScoreRequest,
     LookUp,
     LossRequest,
     Prompt,
@@ -45,7 +45,7 @@ class Facts:
     """Attributes of its tokenizer."""
 
     @classmethod
-    def of(cls, lm: OwnReceiver) -> Facts:
+    def of(cls, lm: LocalReceiver) -> Facts:
         """Those of a receiver that is loaded."""
         special = {name: getattr(lm.tokenizer, name, None) for name in SPECIAL}
         return cls(lm.width, lm.embed_rms, lm.fingerprint(), special)
@@ -87,7 +87,7 @@ class RemoteTokenizer:
         return self._channel.ask(TokenizerLookUp("decode", ids, options))
 
 
-class SharedReceiver:
+class RemoteReceiver:
     """A :class:`~latentwire.receivers.base.Receiver` that asks a replica; its losses hand on the gradients that come back."""
 
     def __init__(self, config: ReceiverConfig, channel: Channel, device: torch.device, *, head_is_text: bool) -> None:
@@ -139,9 +139,9 @@ class SharedReceiver:
         """Each term's weighted share of the loss ``[T]``. Only their plain sum is differentiable."""
         return _Losses.apply(soft_ND, self._sum_added(), self, task)
 
-    def judge(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> Judgement:
+    def score_answers(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> AnswerScores:
         """How likely the supervised tokens are."""
-        return self._ask(JudgeRequest(batch.to("cpu"), self._prompt(soft_ND)))
+        return self._ask(ScoreRequest(batch.to("cpu"), self._prompt(soft_ND)))
 
     def generate(
         self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
@@ -164,7 +164,7 @@ class SharedReceiver:
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, soft_ND: torch.Tensor, added_NE: torch.Tensor | None, receiver: SharedReceiver, task: LossTask
+        ctx: Any, soft_ND: torch.Tensor, added_NE: torch.Tensor | None, receiver: RemoteReceiver, task: LossTask
     ) -> torch.Tensor:
         told = task.teacher.to("cpu") if task.teacher is not None else None
         sent = LossTask(task.batch.to("cpu"), task.weights, task.counts, told, task.settings, task.rows_at_once)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.local import LocalReceiver
 from latentwire.receivers.requests import LookUp, Request
 
 
@@ -47,7 +47,7 @@ class Replica:
     ``most_waiting`` wait is held until there is room.
     """
 
-    def __init__(self, lm: OwnReceiver, *, most_positions: int, most_waiting: int) -> None:
+    def __init__(self, lm: LocalReceiver, *, most_positions: int, most_waiting: int) -> None:
         """``most_positions``: rows times positions that a pass over several requests may have."""
         self.lm, self.most_positions = lm, most_positions
         self.accounts: dict[str, Account] = {}

@@ -14,8 +14,8 @@ import torch
 from latentwire.prompts.sequences import Batch, join
 from latentwire.losses.bundles import Reader
 from latentwire.models.decoded import Decoded
-from latentwire.receivers.base import Judgement, LossTask
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.base import AnswerScores, LossTask
+from latentwire.receivers.local import LocalReceiver
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Request(ABC):
 
     @staticmethod
     @abstractmethod
-    def answer(lm: OwnReceiver, requests: Sequence[Any]) -> list[Any]:
+    def answer(lm: LocalReceiver, requests: Sequence[Any]) -> list[Any]:
         """An answer to each of several requests that are alike, as if it had been alone."""
 
 
@@ -52,7 +52,7 @@ class LookUp(ABC):
     """One trial's question that nothing need be read for: answered at once and alone."""
 
     @abstractmethod
-    def answer(self, lm: OwnReceiver) -> Any:
+    def answer(self, lm: LocalReceiver) -> Any:
         """What is looked up."""
 
 
@@ -77,7 +77,7 @@ class LossRequest(Request):
         return LossRequest, self.task.depths, self.head_is_text, self.prompt.added_NE is None
 
     @staticmethod
-    def answer(lm: OwnReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
+    def answer(lm: LocalReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
         """Shares of the loss, and their sum's gradient with respect to the prompt, of every request."""
         tasks = [request.task for request in requests]
         teachers = [None if t.teacher is None else lm.teach(t.teacher, t.settings) for t in tasks]
@@ -118,7 +118,7 @@ class LossAnswer:
 
 
 @dataclass(frozen=True)
-class JudgeRequest(Request):
+class ScoreRequest(Request):
     """How likely are these answers?"""
 
     batch: Batch
@@ -132,17 +132,17 @@ class JudgeRequest(Request):
     @property
     def alike(self) -> Any:
         """All of them."""
-        return JudgeRequest, self.prompt.soft_ND is None, self.prompt.added_NE is None
+        return ScoreRequest, self.prompt.soft_ND is None, self.prompt.added_NE is None
 
     @staticmethod
-    def answer(lm: OwnReceiver, requests: Sequence[JudgeRequest]) -> list[Judgement]:
+    def answer(lm: LocalReceiver, requests: Sequence[ScoreRequest]) -> list[AnswerScores]:
         """A judgement of each."""
         batch = join([request.batch for request in requests]).to(lm.device)
         with ExitStack() as stack:
-            found = lm.judge(batch, _read_into(lm, batch, [r.prompt for r in requests], stack))
+            found = lm.score_answers(batch, _read_into(lm, batch, [r.prompt for r in requests], stack))
         sizes = [len(request.batch.target_N) for request in requests]
         return [
-            Judgement(ce_N.clone(), likelier_N.clone())  # a slice would carry the others' with it
+            AnswerScores(ce_N.clone(), likelier_N.clone())  # a slice would carry the others' with it
             for ce_N, likelier_N in zip(found.ce_N.split(sizes), found.likelier_N.split(sizes), strict=True)
         ]
 
@@ -169,7 +169,7 @@ class GenerateRequest(Request):
         return GenerateRequest, ends, self.prompt.soft_ND is None, self.prompt.added_NE is None
 
     @staticmethod
-    def answer(lm: OwnReceiver, requests: Sequence[GenerateRequest]) -> list[Decoded]:
+    def answer(lm: LocalReceiver, requests: Sequence[GenerateRequest]) -> list[Decoded]:
         """Answers to each; the times are those of the whole pass."""
         first = requests[0]
         batch = join([request.batch for request in requests], side="left").to(lm.device)
@@ -189,7 +189,7 @@ class EmbedLookUp(LookUp):
 
     ids: torch.Tensor
 
-    def answer(self, lm: OwnReceiver) -> torch.Tensor:
+    def answer(self, lm: LocalReceiver) -> torch.Tensor:
         """``[…, D]``."""
         return lm.token_embeddings(self.ids).cpu()
 
@@ -201,7 +201,7 @@ class SpanLookUp(LookUp):
     ids: list[list[int]]
     span_BL2: torch.Tensor
 
-    def answer(self, lm: OwnReceiver) -> torch.Tensor:
+    def answer(self, lm: LocalReceiver) -> torch.Tensor:
         """``[B, L, D]``."""
         return lm.span_embeddings(self.ids, self.span_BL2).cpu()
 
@@ -214,7 +214,7 @@ class TokenizerLookUp(LookUp):
     argument: Any
     options: dict[str, Any]
 
-    def answer(self, lm: OwnReceiver) -> Any:
+    def answer(self, lm: LocalReceiver) -> Any:
         """What the method returns; of an encoding the ids and what else was asked for, in a class that needs no transformers."""
         found = getattr(lm.tokenizer, self.method)(self.argument, **self.options)
         return SimpleNamespace(**found) if isinstance(found, Mapping) else found
@@ -227,7 +227,7 @@ def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:
     return Prompt(leaf(prompt.soft_ND), leaf(prompt.added_NE))
 
 
-def _read_into(lm: OwnReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack) -> torch.Tensor | None:
+def _read_into(lm: LocalReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack) -> torch.Tensor | None:
     """Lay all prompts over a joined batch; returns the soft vectors, or ``None`` for texts."""
     added = [prompt.added_NE for prompt in prompts if prompt.added_NE is not None]
     if added:

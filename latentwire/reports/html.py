@@ -13,7 +13,7 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from latentwire.card import UNTUNED_TEXT
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import readings
 from latentwire.evaluation.conditions import label
@@ -42,7 +42,7 @@ def write(output: Place) -> Place:
         return _write(output, space, study)
 
 
-def _write(output: Place, space: SpaceFile, study: optuna.Study) -> Place:
+def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
     document = _json(output / "results.json")
     scores = document.get("validation") or {}
     trials = trial_rows(study, space.tune)
@@ -65,7 +65,7 @@ def _write(output: Place, space: SpaceFile, study: optuna.Study) -> Place:
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
         trials=tables.trials_table(trials, space.tune),
-        finals=tables.finals_table(finalists, space.tune.metric) if finalists else None,
+        finals=tables.reruns_table(finalists, space.tune.metric) if finalists else None,
         failures=[row for row in trials if row["state"] == "failed"],
         examples=_examples(output / "predictions.parquet"),
         costs=_costs(study, space, output),
@@ -77,7 +77,7 @@ def _write(output: Place, space: SpaceFile, study: optuna.Study) -> Place:
 
 
 def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("latentwire.tuning", "")
+    loader = jinja2.PackageLoader("latentwire.reports", "")
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
         "report.html.jinja"
     )
@@ -111,16 +111,18 @@ def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | N
 
 def _examples(file: Place) -> list[dict[str, Any]]:
     """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
-    if not file.exists() or "context" not in read_footer(file).schema.to_arrow_schema().names:
+    names = read_footer(file).schema.to_arrow_schema().names if file.exists() else []
+    if "context" not in names:
         return []
-    columns = ["id", "receiver", "mode", "setting", "text", "golds", "em", "question", "context"]
+    condition = "condition" if "condition" in names else "setting"  # as files before 0.2 call it
+    columns = ["id", "receiver", "mode", condition, "text", "golds", "em", "question", "context"]
     rows: dict[str, dict[str, Any]] = {}
     for p in read_parquet(file, columns).to_pylist():
         row = rows.setdefault(
             p["id"], {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
         )
         if p["mode"] in ("text", "latent"):
-            row["answers"].append((label(p["setting"]), p["receiver"], p["text"], p["em"] == 1, p["mode"]))
+            row["answers"].append((label(p[condition]), p["receiver"], p["text"], p["em"] == 1, p["mode"]))
     latent = {key: [right for *_, right, mode in row["answers"] if mode == "latent"] for key, row in rows.items()}
     good = [rows[key] for key, right in latent.items() if right and all(right)]
     bad = [rows[key] for key, right in latent.items() if not (right and all(right))]
@@ -129,7 +131,7 @@ def _examples(file: Place) -> list[dict[str, Any]]:
     return [*turns, *rest][:EXAMPLES]
 
 
-def _costs(study: optuna.Study, space: SpaceFile, output: Place) -> list[tuple[str, str]]:
+def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple[str, str]]:
     """What the search took: trials' wall-clock times the CPUs and GPUs that their workers hold, and disk."""
     training = space.run.training
     hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600

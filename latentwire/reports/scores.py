@@ -14,7 +14,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.evaluation import readings, scoring
-from latentwire.evaluation.conditions import Setting, settings
+from latentwire.evaluation.conditions import Condition, conditions
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.summary import baseline_pairs, details, pairs
@@ -22,7 +22,7 @@ from latentwire.reports import tables
 from latentwire.storage import Place, write_text
 
 
-def compared(named: Sequence[str] | None, rows: Sequence[Setting]) -> list[tuple[str, str]]:
+def compared(named: Sequence[str] | None, rows: Sequence[Condition]) -> list[tuple[str, str]]:
     """The rows of the table to set side by side, by their keys: the two that ``--compare`` names, or latents and each baseline.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
@@ -67,7 +67,7 @@ class Asked:
     """What an evaluation was asked for, and what it reads of the data's source: before the scoring, which a file that cannot be
     read would lose."""
 
-    rows: tuple[Setting, ...]
+    rows: tuple[Condition, ...]
     """Of the table."""
     sides: list[tuple[str, str]]
     """Rows to set side by side, by their keys."""
@@ -84,7 +84,7 @@ def asked(options: argparse.Namespace, run: RunConfig) -> Asked:
             f"--set data.data_dir={options.data_dir}"
         )
     scoring.check_questions(run)
-    rows = settings(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
+    rows = conditions(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
     sides = compared(options.compare, rows)
     return Asked(rows, sides, question_types(run.data, shards.source_of(options.split)))
 

@@ -131,7 +131,7 @@ def _paired(found: dict[str, float], factor: int = 100, digits: int = 1) -> list
     return [f"{difference} [{low}, {high}]", f"{found['p']:.2g}"]
 
 
-def finals_table(finalists: list[Finalist], metric: str) -> Grid:
+def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
     """The best trials' scores in the search and with fresh seeds: how much of the first was luck."""
     body = [
         [
@@ -168,7 +168,7 @@ def sweep_tables(
     config: TuneConfig,
 ) -> list[Grid]:
     """What a sweep ends with: its trials, the finals where there are finalists, the winner's scores and weights."""
-    finals = [finals_table(finalists, config.metric)] if finalists else []
+    finals = [reruns_table(finalists, config.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
     return [*trial_tables(rows, config), *finals, *scored_tables(scored, title, run)]
 

@@ -83,7 +83,7 @@ def initialise(source: str | Place, wire: LatentWire) -> None:
     print(f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
 
 
-def take_up(trainer: Trainer, last: Place | None) -> None:
+def restore(trainer: Trainer, last: Place | None) -> None:
     """Go on from a run's last checkpoint; without one, begin with the wire that ``training.init_from`` names, where it does."""
     if last is not None:
         with local(last) as path:

@@ -42,7 +42,7 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     previous = step_checkpoints.finished(folder)
     if not previous:
         checkpoints.check_development(wire.run, paths["dev"])
-    checkpoints.take_up(trainer, previous[-1] if previous else None)
+    checkpoints.restore(trainer, previous[-1] if previous else None)
     wire.trained_on = wire.trained_on.with_stage(wire.run, paths["train"])
 
     def at_evaluation() -> None:

@@ -51,11 +51,11 @@ class Trainer:
         self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
         check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
-        for lm in wire.own_receivers():
+        for lm in wire.local_receivers():
             if self.config.gradient_checkpointing:
                 lm.recompute_activations()
             if self.config.compile:
-                lm.fuse()
+                lm.compile_layers()
         self.optimizer = optimizer_of(wire.interlingua, self.config)
 
     @contextmanager

@@ -18,7 +18,7 @@ from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import directory_of, evaluations, own_trials
 
 
-class Janitor(Callback):
+class CheckpointBudget(Callback):
     """Keeps the ``tune.keep_checkpoints`` best by ``tune.metric``, those within ``tune.constraints`` first.
 
     A trial's own worker keeps its best and its last; what of these is not among the best of the sweep goes when the trial

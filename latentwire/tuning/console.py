@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.tune import Callback, CLIReporter
 
-from latentwire.config import SpaceFile, TuneConfig
+from latentwire.config import SweepConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.storage import Place
 
@@ -76,7 +76,7 @@ class Table(CLIReporter):
         return (best if best is not None and self.by in best.last_result else None), self.by
 
 
-def table(space: SpaceFile) -> CLIReporter:
+def table(space: SweepConfig) -> CLIReporter:
     """Tune's table with the step, what is searched by, the losses and the pace, and what each trial drew.
 
     Ray 2.60 takes a reporter only without its newer output, whose table shows four metrics of its own choice.

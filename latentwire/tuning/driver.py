@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.planning.planner import Plan
 from latentwire.storage import Place
 from latentwire.tuning import job, lease, resume
@@ -16,7 +16,7 @@ from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
 
 def drive(
-    space: SpaceFile,
+    space: SweepConfig,
     plan: Plan,
     output: Place,
     arguments: Sequence[str],
@@ -52,7 +52,7 @@ def drive(
     return tell(stop, space, output, shlex.join(["python", arguments[0], "--resume", str(output)]))
 
 
-def tell(stop: Stop, space: SpaceFile, output: Place, again: str) -> int:
+def tell(stop: Stop, space: SweepConfig, output: Place, again: str) -> int:
     """Print why a sweep stopped and how it goes on; returns the exit status. ``again``: the command
     that goes on with it."""
     with read_study(output / JOURNAL, output.name, objectives(space)) as study:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed import orphans, remote, replica_sets, sweep_files
 from latentwire.errors import fail
@@ -19,7 +19,7 @@ from latentwire.tuning.stopping import Stop
 
 
 def search(
-    space: SpaceFile,
+    space: SweepConfig,
     plan: Plan,
     output: Place,
     command: str,
@@ -35,7 +35,7 @@ def search(
     if left := orphans.remove_orphaned_groups():
         print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
     files = sweep_files.prepare(space, plan.gpus_per_worker)
-    pin = sweep_files.common_pin(space, {own.shards["dev"] for own in files.values()})
+    pin = sweep_files.common_protocol_hash(space, {own.shards["dev"] for own in files.values()})
     if repeated is not None:
         manifest.check_data(repeated, files, pin)
     stop.check_taken()
@@ -46,7 +46,7 @@ def search(
         document = manifest.describe(space, files, pin, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
         try:
-            best, finalists = reruns.run_finals(space, plan, files, output, study, served, stop)
+            best, finalists = reruns.rerun_best(space, plan, files, output, study, served, stop)
         except results.SweepError as error:
             return _without_winner(results.trial_rows(study, space.tune), space, output, command, error)
     run = with_values(space.run, best.values)
@@ -70,7 +70,7 @@ def search(
         was = repeated["trials"][str(repeated["trial"])]["score"]
         print(f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}")
     sweep.tidy_at_last(space, output)
-    held = checkpoint_budget.bytes_in([output / "trials", output / reruns.FINALS])
+    held = checkpoint_budget.bytes_in([output / "trials", output / reruns.RERUNS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"exported: {output / 'best'}")
     line = f"{line}; exported to `{output / 'best'}`"
@@ -79,7 +79,7 @@ def search(
 
 
 def _without_winner(
-    rows: list[dict[str, Any]], space: SpaceFile, output: Place, command: str, error: results.SweepError
+    rows: list[dict[str, Any]], space: SweepConfig, output: Place, command: str, error: results.SweepError
 ) -> int:
     """What the trials came to all the same; returns the exit status."""
     grids = tables.trial_tables(rows, space.tune)

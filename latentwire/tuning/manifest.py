@@ -19,7 +19,7 @@ import psutil
 import ray
 import torch
 
-from latentwire.config import SamplerConfig, SpaceFile
+from latentwire.config import SamplerConfig, SweepConfig
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, check_search, set_path, validate
 from latentwire.distributed.sweep_files import Files
@@ -43,7 +43,7 @@ CREDENTIALS = re.compile(r"(?<=://)[^/@\s\"]+@")
 
 
 def describe(
-    space: SpaceFile,
+    space: SweepConfig,
     files: Mapping[str, Files],
     pin: str,
     output: Place,
@@ -78,7 +78,7 @@ def write(path: Place, document: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(document, indent=1))
 
 
-def trials(study: optuna.Study, space: SpaceFile) -> dict[str, Any]:
+def trials(study: optuna.Study, space: SweepConfig) -> dict[str, Any]:
     """Trial's number → its values, state and best score by ``tune.metric``.
 
     A trial that took up a failed one has that one's number too (``retries``).
@@ -164,14 +164,14 @@ def read(path: Place) -> dict[str, Any]:
     return document
 
 
-def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tuple[SpaceFile, dict[str, Any]]:
+def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tuple[SweepConfig, dict[str, Any]]:
     """A sweep of one trial, the manifest's ``number`` (``None``: the export's own, else the best), and the manifest.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for a trial that it does not know, for one whose receivers' hashes it
     does not hold, and for assignments that would make another trial of it.
     """
     document = read(path)
-    space = validate(SpaceFile, document["space"], f"{path}: space")
+    space = validate(SweepConfig, document["space"], f"{path}: space")
     scored = {int(key): trial for key, trial in document["trials"].items() if trial["score"] is not None}
     if number is None:
         best = space.tune.best_of(scored, key=lambda key: scored[key]["score"]) if scored else None
@@ -190,7 +190,7 @@ def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tu
                 f"a repeated trial keeps its configuration; only {', '.join(FREE)} can change, got {knob}"
             )
         set_path(tree, knob, value)
-    repeated: SpaceFile = validate(SpaceFile, tree, str(path))
+    repeated: SweepConfig = validate(SweepConfig, tree, str(path))
     check_search(repeated, str(path))
     return repeated, document | {"trial": number}
 

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from latentwire.config import IntDimension, SamplerConfig, SpaceFile
+from latentwire.config import IntDimension, SamplerConfig, SweepConfig
 from latentwire.distributed.sweep_files import Files
 from latentwire.planning.planner import Plan
 from latentwire.storage import Place
@@ -19,7 +19,7 @@ from latentwire.tuning.study import JOURNAL, evaluations, open_study, own_trials
 from latentwire.tuning.sweep import run_sweep
 
 SEED = "training.seed"
-FINALS = "finals"
+RERUNS = "finals"
 """Directory of the finals in a sweep's."""
 
 
@@ -37,8 +37,8 @@ class Finalist:
         return statistics.mean(self.fresh) if self.fresh else float("nan")
 
 
-def run_finals(
-    space: SpaceFile,
+def rerun_best(
+    space: SweepConfig,
     plan: Plan,
     files: dict[str, Files],
     output: Place,
@@ -55,10 +55,10 @@ def run_finals(
     chosen = best_trials(study, space)
     if not chosen:
         return find_best(study, space.tune), []
-    wanted = finals_space(space, chosen)
-    trials = wanted.tune.trials + _others(wanted, output / FINALS)
+    wanted = rerun_space(space, chosen)
+    trials = wanted.tune.trials + _others(wanted, output / RERUNS)
     wanted = wanted.model_copy(update={"tune": wanted.tune.model_copy(update={"trials": trials})})
-    finals = run_sweep(wanted, plan, files, output / FINALS, served=served, stop=stop)
+    finals = run_sweep(wanted, plan, files, output / RERUNS, served=served, stop=stop)
     held = []
     for trial in chosen:
         own = [t for t in own_trials(finals, (TrialState.COMPLETE,)) if _without_seed(t.params) == trial.params]
@@ -76,7 +76,7 @@ def run_finals(
     return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), [finalist for finalist, _ in held]
 
 
-def best_trials(study: optuna.Study, space: SpaceFile) -> list[FrozenTrial]:
+def best_trials(study: optuna.Study, space: SweepConfig) -> list[FrozenTrial]:
     """The ``tune.finalists`` best complete trials within the limits, best first; of trials with the same values the best one."""
     complete = [
         trial
@@ -88,7 +88,7 @@ def best_trials(study: optuna.Study, space: SpaceFile) -> list[FrozenTrial]:
     return distinct[: space.tune.finalists]
 
 
-def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:
+def rerun_space(space: SweepConfig, chosen: list[FrozenTrial]) -> SweepConfig:
     """The space of the finals: the chosen trials' values as starting points with fresh seeds, none stopped early."""
     first = space.run.training.seed + 1
     points = [trial.params | {SEED: seed} for trial in chosen for seed in range(first, first + space.tune.final_seeds)]
@@ -107,7 +107,7 @@ def finals_space(space: SpaceFile, chosen: list[FrozenTrial]) -> SpaceFile:
     return space.model_copy(update={"tune": tune, "search": space.search | {SEED: seeds}})
 
 
-def _others(space: SpaceFile, output: Place) -> int:
+def _others(space: SweepConfig, output: Place) -> int:
     """Return how many trials the finals' study has of finalists that are none any more.
 
     With more trials in the search, its best ones may be others.

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 
 from optuna.trial import TrialState
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.distributed.trial import ERROR_FILE, trial_path
 from latentwire.storage import Place, delete, local, rename, write_text
 from latentwire.tuning import study as studies
-from latentwire.tuning.reruns import FINALS
+from latentwire.tuning.reruns import RERUNS
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
 
@@ -30,12 +30,12 @@ CHANGEABLE = (
 """What a resumed sweep may change: not what its trials are compared by."""
 
 
-def write_space(space: SpaceFile, output: Place) -> None:
+def write_space(space: SweepConfig, output: Place) -> None:
     """Keep the resolved space in the sweep's directory, whole or as it was."""
     write_text(output / SPACE_FILE, space.model_dump_json(indent=1))
 
 
-def read_space(output: Place, assignments: list[str]) -> SpaceFile:
+def read_space(output: Place, assignments: list[str]) -> SweepConfig:
     """The space of a sweep that is to go on, with ``PATH=VALUE`` assignments laid over it.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep, and for assignments that would make its
@@ -55,7 +55,7 @@ def read_space(output: Place, assignments: list[str]) -> SpaceFile:
         return load_space(file, overrides)
 
 
-def is_finished(space: SpaceFile, output: Place) -> bool:
+def is_finished(space: SweepConfig, output: Place) -> bool:
     """Whether a sweep has all its trials and its results. Nothing is written: another driver may have it."""
     if not (output / "results.json").exists():
         return False
@@ -63,7 +63,7 @@ def is_finished(space: SpaceFile, output: Place) -> bool:
         return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials
 
 
-def has_failed(space: SpaceFile, output: Place) -> bool:
+def has_failed(space: SweepConfig, output: Place) -> bool:
     """Return whether a sweep has failed trials, in its search or its finals; nothing is written."""
     for folder, directed in _folders(space, output):
         with read_study(folder / JOURNAL, folder.name, directed) as study:
@@ -72,7 +72,7 @@ def has_failed(space: SpaceFile, output: Place) -> bool:
     return False
 
 
-def retry_failed(space: SpaceFile, output: Place) -> list[str]:
+def retry_failed(space: SweepConfig, output: Place) -> list[str]:
     """Have the failed trials of a sweep and its finals taken up again; returns a line for each.
 
     A new trial of the same values goes on in the failed one's directory, from its last checkpoint.
@@ -91,10 +91,10 @@ def retry_failed(space: SpaceFile, output: Place) -> list[str]:
     return lines
 
 
-def _folders(space: SpaceFile, output: Place) -> Iterator[tuple[Place, Mapping[str, str]]]:
+def _folders(space: SweepConfig, output: Place) -> Iterator[tuple[Place, Mapping[str, str]]]:
     """Directories and objectives of a sweep's search, and of its finals where there are any yet."""
     first = {space.tune.metric: space.tune.mode}
-    for folder, directed in ((output, objectives(space)), (output / FINALS, first)):
+    for folder, directed in ((output, objectives(space)), (output / RERUNS, first)):
         if (folder / JOURNAL).exists():
             yield folder, directed
 

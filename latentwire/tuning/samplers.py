@@ -13,7 +13,7 @@ from optuna import samplers
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from latentwire.config import CategoricalDimension, Dimension, FloatDimension, SpaceFile
+from latentwire.config import CategoricalDimension, Dimension, FloatDimension, SweepConfig
 from latentwire.config.resolve import ConfigError
 
 
@@ -45,7 +45,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 ONE_OBJECTIVE = ("cmaes",)
 
 
-def make_sampler(space: SpaceFile, number: int = 0) -> samplers.BaseSampler:
+def make_sampler(space: SweepConfig, number: int = 0) -> samplers.BaseSampler:
     """The sampler that ``tune.sampler`` names, for the study's trial ``number``: all it draws hangs on the seed, that
     number and the study, so that a sweep in pieces draws what it would draw in one.
 
@@ -78,7 +78,7 @@ def make_sampler(space: SpaceFile, number: int = 0) -> samplers.BaseSampler:
         raise ConfigError(f"sampler {name} refuses its options {options}: {error}") from error
 
 
-def grid(space: SpaceFile) -> dict[str, list[Any]]:
+def grid(space: SweepConfig) -> dict[str, list[Any]]:
     """Path → values, for a space of choices and steps without conditions.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for other spaces, and where there are fewer combinations than

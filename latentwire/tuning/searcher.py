@@ -22,7 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search.searcher import Searcher
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
 from latentwire.planning.variants import check_metrics
@@ -40,12 +40,12 @@ DRAWS = 64
 """Trials that are drawn on paper before a sweep begins."""
 
 
-def objectives(space: SpaceFile) -> dict[str, str]:
+def objectives(space: SweepConfig) -> dict[str, str]:
     """What a space is searched by: metric → max or min, the scheduler's first."""
     return {space.tune.metric: space.tune.mode, **space.tune.objectives}
 
 
-def check_searchable(space: SpaceFile) -> None:
+def check_searchable(space: SweepConfig) -> None:
     """Raise :class:`~latentwire.config.resolve.ConfigError` for a sampler, metric or earlier study that cannot serve."""
     check_metrics(space)
     make_sampler(space)
@@ -53,7 +53,7 @@ def check_searchable(space: SpaceFile) -> None:
         studies.read_earlier(space.tune.warm_start, objectives(space))
 
 
-def check_draws(space: SpaceFile) -> None:
+def check_draws(space: SweepConfig) -> None:
     """Raise :class:`~latentwire.config.resolve.ConfigError` where one of :data:`DRAWS` random trials of the space is no run.
 
     The ends of every dimension have been tried by themselves; this is for what lies between them, and for two together.
@@ -83,7 +83,7 @@ class StudySearch(Searcher):
 
     def __init__(
         self,
-        space: SpaceFile,
+        space: SweepConfig,
         *,
         journal: Place,
         name: str,
@@ -114,7 +114,7 @@ class StudySearch(Searcher):
             earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed, self.pin)
             study = studies.open_study(self.journal, self.name, directed)
             if self.pin is not None:
-                studies.pin_study(study, self.pin)
+                studies.record_protocol(study, self.pin)
             studies.enqueue(study, tune.start_with)
             studies.warm_start(study, earlier, self.space.search)
             self._study = study

@@ -95,7 +95,7 @@ def read_study(journal: Place, name: str, objectives: Mapping[str, str]) -> Iter
     yield optuna.create_study(study_name=name, directions=[DIRECTIONS[mode] for mode in objectives.values()])
 
 
-def pin_study(study: optuna.Study, pin: str) -> None:
+def record_protocol(study: optuna.Study, pin: str) -> None:
     """Write the evaluation pin into a study.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where its scores have another: rows, layout, decoding or metrics

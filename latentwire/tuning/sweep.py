@@ -12,15 +12,15 @@ from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from latentwire.config import SpaceFile, TuneConfig
-from latentwire.distributed.sweep_files import Files, common_pin, load_datasets
+from latentwire.config import SweepConfig, TuneConfig
+from latentwire.distributed.sweep_files import Files, common_protocol_hash, load_datasets
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
 from latentwire.evaluation.protocol import pins
 from latentwire.planning.planner import Plan
 from latentwire.planning.variants import longest_run, total_steps
 from latentwire.storage import Place
 from latentwire.tuning import console
-from latentwire.tuning.checkpoint_budget import Janitor, clear_debris
+from latentwire.tuning.checkpoint_budget import CheckpointBudget, clear_debris
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
@@ -80,7 +80,7 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
 
 
 def run_sweep(
-    space: SpaceFile,
+    space: SweepConfig,
     plan: Plan,
     files: dict[str, Files],
     output: Place,
@@ -97,10 +97,10 @@ def run_sweep(
     """
     stop = stop or Stop()
     config, trial_dir = space.tune, output / "trials"
-    pin = common_pin(space, {own.shards["dev"] for own in files.values()})
+    pin = common_protocol_hash(space, {own.shards["dev"] for own in files.values()})
     search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin, stop=stop)
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
-    janitor = Janitor(search)
+    budget = CheckpointBudget(search)
     clear_debris(trial_dir)
     missing = config.trials - len(ended)
     if missing <= 0:
@@ -140,7 +140,7 @@ def run_sweep(
             storage_path=str(output / "tune"),
             verbose=1,
             stop=stop,
-            callbacks=[janitor, *console.trackers(config, output)],
+            callbacks=[budget, *console.trackers(config, output)],
             progress_reporter=console.table(space),
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
@@ -151,12 +151,12 @@ def run_sweep(
         keep_journal(output / JOURNAL)
     stop.check(complete=sum(trial.state.is_finished() for trial in own_trials(search.study)) >= config.trials)
     clear_debris(trial_dir)
-    janitor.tidy()
+    budget.tidy()
     return search.study
 
 
-def tidy_at_last(space: SpaceFile, output: Place) -> None:
+def tidy_at_last(space: SweepConfig, output: Place) -> None:
     """Keep to the checkpoint budget once more when a while has passed: a stopped trial's worker may have saved since."""
-    Janitor(
+    CheckpointBudget(
         StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
     ).tidy_if_reached()

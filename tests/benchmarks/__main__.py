@@ -16,7 +16,7 @@ import ray
 import torch
 
 from latentwire.cli.flags import add_flags, read_space
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
@@ -30,7 +30,7 @@ PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "se
 DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
 
 
-def on_rows(space: SpaceFile, options: argparse.Namespace) -> list[Row]:
+def on_rows(space: SweepConfig, options: argparse.Namespace) -> list[Row]:
     """What needs the run's own shards: a trial under Ray, then, without Ray, steps and decoding."""
     run, found = space.run, []
     paths = local_shards(run)

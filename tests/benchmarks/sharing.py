@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import ray
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import load_space, with_values
 from latentwire.config.space import TuneConfig
 from latentwire.distributed import cluster, replica_sets, sweep_files
@@ -69,7 +69,7 @@ def _pss(process: psutil.Process) -> int:
         return 0
 
 
-def rows(space: SpaceFile, steps: int) -> list[Row]:
+def rows(space: SweepConfig, steps: int) -> list[Row]:
     """The second of two halves of ``steps`` steps each, and the memory at its worst."""
     run = in_halves(space.run, steps)
     own = _sweep(run, "own", 1)
@@ -94,7 +94,7 @@ def rows(space: SpaceFile, steps: int) -> list[Row]:
 
 def _sweep(run: RunConfig, receivers: Any, trials: int) -> Sweep:
     tune = TuneConfig(trials=trials, scheduler="none", receivers=receivers, max_concurrent_trials=trials)
-    space = SpaceFile(run=run, tune=tune)
+    space = SweepConfig(run=run, tune=tune)
     cluster.start_ray()
     try:
         plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
@@ -137,7 +137,7 @@ def on_one_gpu(accumulation: int) -> list[Row]:
         }
         run = with_values(space.run, values).model_copy(update={"receivers": tuple(receivers)})
         tune = TuneConfig(trials=1000, receivers="shared", joined_trials=1)
-        found = planner.plan(SpaceFile(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES, files=False)
+        found = planner.plan(SweepConfig(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES, files=False)
     assert found.sharing is not None
     shared, own = found.max_concurrent_trials, int(GPU_BYTES // found.bytes_per_worker)
     together = sum(found.sharing.bytes_per_replica.values()) + TOGETHER * found.sharing.bytes_per_worker

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.config.space import TuneConfig
 from latentwire.distributed import sweep_files
@@ -26,10 +26,10 @@ from latentwire.tuning.study import evaluations
 from tests.benchmarks.measure import Row
 
 
-def rows(space: SpaceFile, table: pa.Table, steps: int) -> list[Row]:
+def rows(space: SweepConfig, table: pa.Table, steps: int) -> list[Row]:
     """One trial of ``2 · steps`` steps through Data, Train and Tune, the second half beside the same steps of the bare loop."""
     run = in_halves(space.run, steps)
-    space = SpaceFile(run=run, tune=TuneConfig(trials=1, scheduler="none"))
+    space = SweepConfig(run=run, tune=TuneConfig(trials=1, scheduler="none"))
     plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
     with tempfile.TemporaryDirectory() as folder:
         files = sweep_files.prepare(space, plan.gpus_per_worker)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentwire import exports
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import documents, pipeline, shards
 from latentwire.data.documents import FILE, UNKNOWN, TrainedOn
@@ -117,7 +117,7 @@ def test_a_sweep_is_held_to_the_same_before_it_starts(run: RunConfig, tmp_path: 
             if not named.exists():  # validation rows hang on no share
                 named.parent.mkdir(exist_ok=True)
                 path.rename(named)
-        return sweep_files.prepare(SpaceFile(run=own), 0.0)
+        return sweep_files.prepare(SweepConfig(run=own), 0.0)
 
     with pytest.raises(ConfigError, match=rf"development rows must be of .*dev_fraction to at most {small}"):
         prepared(large)

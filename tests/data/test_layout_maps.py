@@ -10,20 +10,29 @@ import torch
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.shards import builders
 from latentwire.models.weights import load_tokenizer
-from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch, Sequence, SequenceBuilder, collate, join
+from latentwire.prompts.sequences import (
+    ANSWER,
+    CONTINUE,
+    RECONSTRUCT,
+    Batch,
+    PromptBuilder,
+    PromptSequence,
+    collate,
+    join,
+)
 
 
 @pytest.fixture(scope="module")
-def builder() -> SequenceBuilder:
+def builder() -> PromptBuilder:
     return builders(RunConfig())["llama"]
 
 
-def built(builder: SequenceBuilder, context: str, question: str, answer: str) -> tuple[list[int], ...]:
+def built(builder: PromptBuilder, context: str, question: str, answer: str) -> tuple[list[int], ...]:
     return tuple(column[0] for column in builder.tokenize([context], [question], [answer]).values())
 
 
 @pytest.fixture(scope="module")
-def sequences(builder: SequenceBuilder) -> list[Sequence]:
+def sequences(builder: PromptBuilder) -> list[PromptSequence]:
     """Two batches' worth: answers and controls, of several lengths."""
     _, question, answer = built(builder, "", "Where is the home of Ada?", "Oslo")
     said, short, _ = built(builder, "Ada lives in Oslo with Bo.", "Who?", "")
@@ -44,7 +53,7 @@ def same(one: Batch, other: Batch) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_joined_batches_are_the_batch_of_all_their_rows(sequences: list[Sequence], side: str) -> None:
+def test_joined_batches_are_the_batch_of_all_their_rows(sequences: list[PromptSequence], side: str) -> None:
     parts = [(sequences[:2], [2, 0]), (sequences[2:3], [0]), (sequences[3:], [2, 2])]
     batches = [collate(rows, side=side, messages=messages) for rows, messages in parts]
     whole = collate(sequences, side=side, messages=[2, 0, 3, 6, 6])
@@ -54,22 +63,24 @@ def test_joined_batches_are_the_batch_of_all_their_rows(sequences: list[Sequence
 
 
 def test_a_head_is_what_every_row_begins_with_and_nobody_is_asked_for(
-    builder: SequenceBuilder, sequences: list[Sequence]
+    builder: PromptBuilder, sequences: list[PromptSequence]
 ) -> None:
     head = len(builder.head_ids)
     assert head > 2
     assert collate(sequences).head == collate(sequences[:1]).head == head and collate(sequences, side="left").head == 0
     # A target that stands first in its row leaves nothing before the position that predicts it.
-    early = Sequence([5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(1, 3), True)
+    early = PromptSequence([5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(1, 3), True)
     assert collate([early]).head == 0 and collate([early, *sequences]).head == 0
-    nothing = Sequence([5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(0), True)
+    nothing = PromptSequence([5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(0), True)
     assert collate([nothing]).head == 2
-    other = collate([Sequence([9, *nothing.ids], None, range(3, 4), *3 * [range(4, 4)], None, range(0), True)])
+    other = collate([PromptSequence([9, *nothing.ids], None, range(3, 4), *3 * [range(4, 4)], None, range(0), True)])
     assert join([collate([nothing]), other]).head == 0  # heads of different tokens
     assert join([collate([nothing]), collate([nothing])]).head == 2
 
 
-def test_without_its_head_a_batch_predicts_the_same_tokens(builder: SequenceBuilder, sequences: list[Sequence]) -> None:
+def test_without_its_head_a_batch_predicts_the_same_tokens(
+    builder: PromptBuilder, sequences: list[PromptSequence]
+) -> None:
     whole = collate(sequences)
     cut, width = whole.after_head(), whole.ids_BS.shape[1] - whole.head
     assert cut.head == 0 and cut.head_H is not None and cut.head_H.tolist() == builder.head_ids
@@ -84,7 +95,7 @@ def test_without_its_head_a_batch_predicts_the_same_tokens(builder: SequenceBuil
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_every_mask_marks_what_it_names(sequences: list[Sequence], side: str) -> None:
+def test_every_mask_marks_what_it_names(sequences: list[PromptSequence], side: str) -> None:
     batch = collate(sequences, side=side)
     width = batch.ids_BS.shape[1]
     for index, row in enumerate(sequences):
@@ -104,12 +115,12 @@ def test_every_mask_marks_what_it_names(sequences: list[Sequence], side: str) ->
     assert batch.message_R.tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(batch.slots_BS, batch.latents_BS | batch.control_BS)
     assert batch.target_N.tolist() == batch.ids_BS.flatten()[batch.predict_N + 1].tolist()
-    texts = Sequence([5, 6, 7], 0, range(1, 2), range(2, 3), *2 * [range(3, 3)], None, range(0), False)
+    texts = PromptSequence([5, 6, 7], 0, range(1, 2), range(2, 3), *2 * [range(3, 3)], None, range(0), False)
     assert not collate([texts]).latents_BS.any()  # a text's message is read as it is
     assert collate([texts]).predict_N.dtype == collate([texts]).target_N.dtype == torch.long  # an index, of nothing
 
 
-def test_a_text_that_is_said_again_is_asked_for_after_its_cue(builder: SequenceBuilder) -> None:
+def test_a_text_that_is_said_again_is_asked_for_after_its_cue(builder: PromptBuilder) -> None:
     row = builder.controlled(2, CONTINUE, [11, 12, 13, 14], given=3)
     head = len(builder.head_ids)
     assert row.ids == [*builder.head_ids, 0, 0, 0, 11, 12, 13, 14]
@@ -118,7 +129,7 @@ def test_a_text_that_is_said_again_is_asked_for_after_its_cue(builder: SequenceB
     assert not row.question and not row.anchor and not row.answer
 
 
-def test_a_prompt_to_be_answered_ends_with_its_anchor(builder: SequenceBuilder) -> None:
+def test_a_prompt_to_be_answered_ends_with_its_anchor(builder: PromptBuilder) -> None:
     context, question, answer = built(builder, "Ada lives in Oslo.", "Where?", "Oslo")
     asked, answered = builder.text(context, question), builder.text(context, question, answer)
     assert answered.ids == [*asked.ids, *answer, builder.stop_id]
@@ -132,9 +143,9 @@ def test_a_prompt_to_be_answered_ends_with_its_anchor(builder: SequenceBuilder) 
     assert builder.latent(2, question).soft and builder.latent(2, question).supervised == range(0)
 
 
-def plain(send: str = "context", **knobs: str) -> SequenceBuilder:
+def plain(send: str = "context", **knobs: str) -> PromptBuilder:
     receiver = ReceiverConfig(name="llama", model="toy-llama", template="plain", **knobs)
-    return SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(), send)  # type: ignore[arg-type]
+    return PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(), send)  # type: ignore[arg-type]
 
 
 def test_a_plain_prompt_reads_as_it_is_written_down() -> None:
@@ -168,13 +179,13 @@ def test_bos_is_as_the_receiver_is_told() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
 
-    own = SequenceBuilder(Beginning(), automatic.receiver, PromptConfig(), "context")
+    own = PromptBuilder(Beginning(), automatic.receiver, PromptConfig(), "context")
     assert own.head_ids == always.head_ids and own.bos == 0
     assert without.stop_ids == (without.newline_ids[0], without.tokenizer.eos_token_id)
     assert without.stop_id == without.newline_ids[0]
 
 
-def test_equal_texts_have_equal_ids_in_their_places(builder: SequenceBuilder) -> None:
+def test_equal_texts_have_equal_ids_in_their_places(builder: PromptBuilder) -> None:
     texts = ["Bo", "Ada", "Bo", "", "Ada"]
     ids = builder.tokenize(texts, texts, texts)
     for column in ids.values():
@@ -184,7 +195,7 @@ def test_equal_texts_have_equal_ids_in_their_places(builder: SequenceBuilder) ->
     assert builder.tokenize([], [], []) == {"context_ids": [], "question_ids": [], "answer_ids": []}
 
 
-def test_a_batch_moves_whole(sequences: list[Sequence]) -> None:
+def test_a_batch_moves_whole(sequences: list[PromptSequence]) -> None:
     batch = collate(sequences).after_head()
     same(batch.to("cpu"), batch)
     moved = batch.to("meta")

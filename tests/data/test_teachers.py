@@ -65,7 +65,7 @@ def test_states_beyond_fp16_are_columns_like_any_other(run: RunConfig) -> None:
     values = {"losses.hidden_kd_weight": 1.0, "losses.k": 2, "losses.hidden_kd_depths": (0.5,)}
     trainer = Trainer(LatentWire(with_values(run, values)), 4)
     rows = shard_table(trainer.wire.run, 8)
-    for lm in trainer.wire.own_receivers():
+    for lm in trainer.wire.local_receivers():
         for parameter_name, parameter in lm.lm.named_parameters():
             if any(part in parameter_name for part in ("embed_tokens", "o_proj", "down_proj")):
                 parameter.mul_(1e6)

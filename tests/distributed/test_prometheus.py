@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 
 from latentwire.distributed import worker
-from latentwire.distributed.prometheus import SHOWN, Gauges
+from latentwire.distributed.prometheus import SHOWN, TrialMetrics
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_gauges_are_at_the_prometheus_endpoint() -> None:
 
         @ray.remote
         def work() -> None:
-            gauges = Gauges("trial-7")
+            gauges = TrialMetrics("trial-7")
             for f1 in (0.5, 0.25):
                 gauges.show({name: 2.0 for name in SHOWN if "f1" not in name} | {"dev_f1": f1})
             time.sleep(8)  # metrics are handed on every few seconds

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.distributed import replica_sets, waiting
 from latentwire.distributed.replica_sets import Fleet, serving
 from latentwire.models.weights import ReceiverError
@@ -119,7 +119,7 @@ def test_a_cluster_without_gpus_yet_is_asked_for_one_set(
 ) -> None:
     """And where it does not come the sweep says what it waited for, within its limit."""
     cluster.gpus = cluster.free = 0
-    space = SpaceFile.model_validate({"tune": {"wait_minutes": 0.001}}).model_copy(update={"run": run})
+    space = SweepConfig.model_validate({"tune": {"wait_minutes": 0.001}}).model_copy(update={"run": run})
     with (
         pytest.raises(
             ReceiverError,

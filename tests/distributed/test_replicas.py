@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from latentwire.config import RunConfig, SpaceFile, TuneConfig
+from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.distributed.replica_sets import serving, usage
 from latentwire.distributed.replicas import ReplicaActor, Served, shared_receivers
 from latentwire.model import LatentWire
@@ -35,7 +35,7 @@ def replica_processes() -> list[psutil.Process]:
 def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> None:
     import ray
 
-    space = SpaceFile(run=run, tune=TuneConfig(receivers="shared", trials=2))
+    space = SweepConfig(run=run, tune=TuneConfig(receivers="shared", trials=2))
     sharing = plan(space, {"CPU": 2}, 32e9).sharing
     assert sharing is not None
     table = shard_table(run, 4)

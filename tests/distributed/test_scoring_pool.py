@@ -11,7 +11,7 @@ import ray
 
 from latentwire.config.resolve import with_values
 from latentwire.distributed.scoring_pool import predict_pool
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.model import LatentWire, load_wire
 from latentwire.training import checkpoints
@@ -31,14 +31,14 @@ def test_a_pool_predicts_bit_for_bit_what_one_wire_does(wire: LatentWire, tmp_pa
     frozen = wire.fingerprints()
     checkpoint = checkpoints.save(tmp_path / "wire", wire, {}, {"receivers": frozen})
     run = with_values(wire.run, {"evaluation.batch_size": 4})
-    settings = (Setting("latent"), Setting("shuffled"), Setting("selected"), Setting("latent", bits=8))
+    conditions = (Condition("latent"), Condition("shuffled"), Condition("selected"), Condition("latent", bits=8))
     alone, _ = load_wire(checkpoint, run)
     ray.init(num_cpus=2, include_dashboard=False)
     try:
-        found = predict_pool(checkpoint, tmp_path / "shards", settings, run, copies=2, cpus=1, gpus=0)
+        found = predict_pool(checkpoint, tmp_path / "shards", conditions, run, copies=2, cpus=1, gpus=0)
     finally:
         ray.shutdown()
-    assert list(found) == [setting.key for setting in settings]
-    for setting in settings:
-        expected = [plain(p) for p in predict(alone, rows, setting, joint=True)]
-        assert [plain(p) for p in found[setting.key]] == expected
+    assert list(found) == [condition.key for condition in conditions]
+    for condition in conditions:
+        expected = [plain(p) for p in predict(alone, rows, condition, joint=True)]
+        assert [plain(p) for p in found[condition.key]] == expected

@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire import exports
-from latentwire.config import RunConfig, SpaceFile
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed import trial, worker
 from latentwire.distributed.trial import EARLIER, ERROR_FILE, NUMBER, Variant, cause_left, drive_trial, leave_cause
@@ -201,7 +201,7 @@ def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
     """Through study, driver and worker, of which the last ends as one whose process died."""
     run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1})
     (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
-    space = SpaceFile(run=run)
+    space = SweepConfig(run=run)
     variants: Any = {variant_key(run): Variant({}, table.num_rows, tmp_path, {})}
 
     def driver() -> StudySearch:
@@ -255,7 +255,7 @@ def test_a_trial_that_begins_with_a_wire_is_not_compared_on_what_that_has_traine
 
 def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path) -> None:
     values = {NUMBER: 3, "encoder.d_model": 65}
-    drive_trial(values, space=SpaceFile(), variants={}, gpus_per_worker=0.0, trial_dir=tmp_path)
+    drive_trial(values, space=SweepConfig(), variants={}, gpus_per_worker=0.0, trial_dir=tmp_path)
     assert str(cause_left(tmp_path / "trial-3")).startswith("d_model must be a multiple of 2 × heads, got d_model 65")
 
 
@@ -274,7 +274,7 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
 
     monkeypatch.setattr(trial, "make_trainer", make_trainer)
     monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
-    space = SpaceFile()
+    space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     with contextlib.nullcontext() if again else pytest.raises(ray.train.WorkerGroupError):
         drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
@@ -289,7 +289,7 @@ def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
 
     monkeypatch.setattr(trial, "make_trainer", make_trainer)
     monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
-    space = SpaceFile()
+    space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
     assert cause_left(tmp_path / "trial-3") == "receiver llama: no decoder"

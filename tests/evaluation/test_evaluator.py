@@ -7,7 +7,7 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, self_information
-from latentwire.evaluation.conditions import label, settings
+from latentwire.evaluation.conditions import conditions, label
 from latentwire.evaluation.diagnostics import diagnose, probe
 from latentwire.evaluation.evaluator import donors, predict
 from latentwire.evaluation.summary import compare, details, summarise
@@ -131,7 +131,7 @@ def test_scores_come_with_their_intervals(wire: LatentWire, rows: pa.Table) -> N
 def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) -> None:
     run = with_values(RunConfig(), SMALL | {"encoder.latent_len": 16, "encoder.tokens_per_latent": 4})
     wire = LatentWire(run)
-    chosen = settings(run, MODES, [4, 8])
+    chosen = conditions(run, MODES, [4, 8])
     assert [s.key for s in chosen] == [
         "text", *(f"{mode} at {n} tokens per latent" for n in (4, 8) for mode in BUDGET_MODES), "embeddings", "closed_book",
     ]  # fmt: skip
@@ -148,8 +148,8 @@ def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) ->
 
 def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, rows: pa.Table) -> None:
     found = {}
-    for setting in settings(wire.run, ["latent", "truncated"], latent_len=[6, 3]):
-        found[setting.key] = list(predict(wire, rows.slice(0, 4), setting))
+    for condition in conditions(wire.run, ["latent", "truncated"], latent_len=[6, 3]):
+        found[condition.key] = list(predict(wire, rows.slice(0, 4), condition))
     own, shorter = found["latent at 6 latents"], found["latent at 3 latents"]
     assert [p.text for p in own] == [p.text for p in predict(wire, rows.slice(0, 4), "latent")]
     assert [p.positions for p in shorter] == [p.positions - 3 for p in own]
@@ -172,7 +172,7 @@ def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, r
 )
 def test_budgets_that_a_wire_does_not_have_are_refused(values: dict, budgets: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        settings(with_values(RunConfig(), values), MODES, **budgets)
+        conditions(with_values(RunConfig(), values), MODES, **budgets)
 
 
 def test_parts_of_a_table_give_what_the_whole_gives(wire: LatentWire, rows: pa.Table) -> None:
@@ -195,7 +195,7 @@ def test_shuffled_messages_are_of_another_context(wire: LatentWire, rows: pa.Tab
 
 def test_a_width_costs_what_its_packet_has(wire: LatentWire, rows: pa.Table) -> None:
     few, texts = rows.slice(0, 4), rows.slice(0, 4)["context"].to_pylist()
-    found = {s.key: list(predict(wire, few, s)) for s in settings(wire.run, ["latent"], bits=[16, 8, 4])}
+    found = {s.key: list(predict(wire, few, s)) for s in conditions(wire.run, ["latent"], bits=[16, 8, 4])}
     for bits, key in ((16, "latent as fp16"), (8, "latent as int8"), (4, "latent as int4")):
         packets = [wire.encode([text]).to_bytes(bits=bits) for text in texts]
         assert [p.bytes for p in found[key]] == [len(packet) for packet in packets] * 2
@@ -242,7 +242,7 @@ def test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line(
     wire: LatentWire, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert wire.builders["qwen"].chat and not wire.builders["llama"].chat
-    for lm in wire.own_receivers():
+    for lm in wire.local_receivers():
         said = lm.tokenizer(" It is\nOslo.\n", add_special_tokens=False).input_ids
         answer = Decoded([said, said], 1.0, 1.0)
         monkeypatch.setattr(lm, "generate", lambda *_, answer=answer, **__: answer)
@@ -269,7 +269,7 @@ def test_one_receiver_is_together_with_nobody(wire: LatentWire, rows: pa.Table) 
 
 
 def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
-    chosen = settings(wire.run, ["text", "truncated", "closed_book"])
+    chosen = conditions(wire.run, ["text", "truncated", "closed_book"])
     found = {s.key: list(predict(wire, rows, s)) for s in chosen}
     (pair,) = details(found, [("text", "closed_book")])["comparisons"]
     gap = pair["receivers"]["qwen"]["em"]

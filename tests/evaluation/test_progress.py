@@ -12,7 +12,7 @@ from rich.console import Console
 
 from latentwire.data import shards
 from latentwire.evaluation import progress, scoring
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.progress import ScoringProgress, duration
 from latentwire.model import LatentWire
 
@@ -56,11 +56,11 @@ def test_times_are_said_as_people_say_them() -> None:
 def test_a_scoring_shows_each_batch(
     wire: LatentWire, table: pa.Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """16 rows in batches of 8, two settings: a line after each batch but the last."""
+    """16 rows in batches of 8, two conditions: a line after each batch but the last."""
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(shards, "read_table", lambda path: table)
-    settings = (Setting("closed_book"), Setting("text"))
-    predictions = scoring.predict_settings(wire, Path("somewhere"), settings, joint=False)
+    conditions = (Condition("closed_book"), Condition("text"))
+    predictions = scoring.predict_conditions(wire, Path("somewhere"), conditions, joint=False)
     assert [len(found) for found in predictions.values()] == [16 * len(wire.receivers)] * 2
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring ")]
     done = [re.search(r": (\d+)/32 rows, about .* left$", line) for line in said]

@@ -11,7 +11,7 @@ from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.baselines import kept_context, self_information
-from latentwire.evaluation.conditions import Setting
+from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import context_id, predict
 from latentwire.evaluation.metrics import em_f1
@@ -176,7 +176,7 @@ def test_scoring_switches_dropout_off(rows: pa.Table) -> None:
     wire.interlingua.train()
     first = [p.nll for p in predict(wire, rows.slice(0, 4), "latent")]
     wire.interlingua.train()
-    assert [p.nll for p in predict(wire, rows.slice(0, 4), Setting("latent"))] == first
+    assert [p.nll for p in predict(wire, rows.slice(0, 4), Condition("latent"))] == first
 
 
 def test_a_table_says_what_was_trained_and_what_intervals_resample(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.profiler import profile
 
 from latentwire import exports
-from latentwire.config import FeaturesConfig, RunConfig, SpaceFile
+from latentwire.config import FeaturesConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.batches import TrainingCollator
 from latentwire.evaluation.evaluator import predict
@@ -206,13 +206,13 @@ def test_an_update_of_the_output_head_is_refused_before_training_and_read_with_a
     with pytest.raises(ReceiverError, match=message):
         Trainer(wire, 8)
     with pytest.raises(ReceiverError, match=message):
-        plan(SpaceFile(run=headed), {"CPU": 2}, 64e9)
+        plan(SweepConfig(run=headed), {"CPU": 2}, 64e9)
 
 
 def test_no_layer_makes_the_host_wait_for_a_mask(run: RunConfig, table: pa.Table) -> None:
     """What a mask selects is counted on the device, and the host waits for the number: once a step, not once a projection."""
     trainer = Trainer(wire_of(with_values(run, {"features.deep_prefix": {}})), 8)
-    projections = sum(2 * len(receiver.lm.base_model.layers) for receiver in trainer.wire.own_receivers())
+    projections = sum(2 * len(receiver.lm.base_model.layers) for receiver in trainer.wire.local_receivers())
     with profile() as record:
         trainer.step(table.slice(0, 4))
     waits = sum(event.count for event in record.key_averages() if event.key == "aten::masked_select")

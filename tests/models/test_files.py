@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from latentwire import train
-from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SpaceFile
+from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.models import weights
 from latentwire.models.lm import LMWrapper
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def planned(model: Path) -> None:
     """Plan a run that reads with ``model``."""
     values = {"receivers.0.model": str(model), "receivers.0.bos": "auto"}
-    plan(SpaceFile(run=with_values(RunConfig(), values)), {"CPU": 2}, 64e9)
+    plan(SweepConfig(run=with_values(RunConfig(), values)), {"CPU": 2}, 64e9)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -128,7 +128,7 @@ def test_an_encoders_backbone_is_looked_at_too(folder: Path) -> None:
     encoder = EncoderConfig(kind="lm", model=str(folder), pooling="spans")
     run = RunConfig().model_copy(update={"encoder": encoder})
     with pytest.raises(ReceiverError, match=r"receiver encoder: .* the weights lack layers\.4\."):
-        plan(SpaceFile(run=run), {"CPU": 2}, 64e9)
+        plan(SweepConfig(run=run), {"CPU": 2}, 64e9)
 
 
 def test_quantised_weights_are_not_quantised_again(folder: Path) -> None:

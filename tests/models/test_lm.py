@@ -28,7 +28,7 @@ from latentwire.data.toy import toy_rows
 from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper, quantization_config
 from latentwire.models.weights import ReceiverError, load_tokenizer, pick_device, skeleton
-from latentwire.prompts.sequences import SequenceBuilder, collate
+from latentwire.prompts.sequences import PromptBuilder, collate
 
 PHI = ReceiverConfig(name="phi", model="toy-phi")
 ROWS = [
@@ -37,9 +37,9 @@ ROWS = [
 ]
 
 
-def load(config: ReceiverConfig) -> tuple[LMWrapper, SequenceBuilder, list]:
+def load(config: ReceiverConfig) -> tuple[LMWrapper, PromptBuilder, list]:
     lm = LMWrapper(config)
-    builder = SequenceBuilder(lm.tokenizer, config, PromptConfig(), "context")
+    builder = PromptBuilder(lm.tokenizer, config, PromptConfig(), "context")
     columns = builder.tokenize(*(list(column) for column in zip(*ROWS, strict=True)))
     return lm, builder, list(zip(*columns.values(), strict=True))
 
@@ -49,7 +49,7 @@ def load(config: ReceiverConfig) -> tuple[LMWrapper, SequenceBuilder, list]:
     params=[*RunConfig().receivers, PHI, "smollm2", "gemma3"],
     ids=["llama", "qwen", "phi", "smollm2", "gemma3"],
 )
-def receiver(request: pytest.FixtureRequest) -> tuple[LMWrapper, SequenceBuilder, list]:
+def receiver(request: pytest.FixtureRequest) -> tuple[LMWrapper, PromptBuilder, list]:
     if isinstance(request.param, str):
         folder: Path = request.getfixturevalue("real_receivers")
         return load(ReceiverConfig(name=request.param, model=str(folder / request.param)))
@@ -89,7 +89,7 @@ def test_a_compiled_receiver_says_the_same() -> None:
     is its own affair."""
     plain, builder, rows = load(RunConfig().receivers[0])
     traced = LMWrapper(plain.config)
-    traced.fuse(backend="eager")
+    traced.compile_layers(backend="eager")
     for slots in (3, 5):
         batch = collate([builder.latent(slots, question, answer) for _, question, answer in rows])
         soft_ND = torch.randn(2 * slots, plain.width, generator=torch.Generator().manual_seed(0)) * plain.embed_rms

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.planning.forecast import BYTES_PER_PARAMETER, fit, forecast
 from latentwire.planning.planner import PlanError, plan
 
 ENOUGH = 64e9
 
 
-def space(folder: Path, **sections: dict) -> SpaceFile:
+def space(folder: Path, **sections: dict) -> SweepConfig:
     run = {"data": {"shard_dir": str(folder), "samples": 640}, "training": {"batch_size": 32, "epochs": 2}}
-    return SpaceFile.model_validate({"run": run | sections.pop("run", {})} | sections)
+    return SweepConfig.model_validate({"run": run | sections.pop("run", {})} | sections)
 
 
 def node(name: str, cpus: float, memory: float = ENOUGH, alive: bool = True) -> dict:

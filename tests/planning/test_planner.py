@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from latentwire.config import RunConfig, SpaceFile, TuneConfig
+from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.config.resolve import with_values
 from latentwire.config.space import IntDimension
 from latentwire.distributed import scoring_pool
@@ -19,10 +19,10 @@ from latentwire.planning.sharing import obstacles, slots_of
 ENOUGH = 64e9
 
 
-def space(**values: object) -> SpaceFile:
+def space(**values: object) -> SweepConfig:
     named = {name.replace("__", "."): value for name, value in values.items()}
     tune = {name.removeprefix("tune."): named.pop(name) for name in list(named) if name.startswith("tune.")}
-    return SpaceFile(run=with_values(RunConfig(), named), tune=TuneConfig.model_validate(tune))
+    return SweepConfig(run=with_values(RunConfig(), named), tune=TuneConfig.model_validate(tune))
 
 
 def test_parameters_are_counted_from_the_configuration() -> None:
@@ -99,7 +99,7 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
     )  # toy receivers are small: replicas would cost more
     assert plan(space(tune__trials=1), eight, ENOUGH).sharing is None
     assert plan(planner.alone(space(tune__receivers="shared")), eight, ENOUGH).sharing is None
-    searched = SpaceFile.model_validate(
+    searched = SweepConfig.model_validate(
         {"search": {"losses.first_token_ce_weight": {"type": "float", "low": 0.1, "high": 1}}}
     )
     assert not planner.alone(searched).search  # a single run has what its ``run:`` says, and is planned by it

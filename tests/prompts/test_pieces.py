@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.models.weights import load_tokenizer
 from latentwire.prompts.pieces import Pieces
-from latentwire.prompts.sequences import LayoutError, SequenceBuilder
+from latentwire.prompts.sequences import PromptBuilder, PromptError
 
 CORPUS = [
     "Passage: Ada lives in Oslo. Question: Where is the home of Ada? Answer: Oslo",
@@ -50,7 +50,7 @@ def sentencepiece(scheme: str) -> Tokenizer:
     return tokenizer
 
 
-def builder_of(folder: Path, scheme: str, chat: str, anchor: str = "Answer: ") -> SequenceBuilder:
+def builder_of(folder: Path, scheme: str, chat: str, anchor: str = "Answer: ") -> PromptBuilder:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=sentencepiece(scheme), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -58,7 +58,7 @@ def builder_of(folder: Path, scheme: str, chat: str, anchor: str = "Answer: ") -
     fast.chat_template = CHATS[chat]
     fast.save_pretrained(folder)
     receiver = ReceiverConfig(name="tiny", model=str(folder))
-    return SequenceBuilder(load_tokenizer(_weighed(receiver)), receiver, PromptConfig(anchor=anchor), "context")
+    return PromptBuilder(load_tokenizer(_weighed(receiver)), receiver, PromptConfig(anchor=anchor), "context")
 
 
 def _weighed(receiver: ReceiverConfig) -> ReceiverConfig:
@@ -109,6 +109,6 @@ def test_pieces_that_share_a_token_are_refused(tmp_path: Path) -> None:
     pieces = Pieces(builder_of(tmp_path, "normalizer", "plain").tokenizer, "tiny")
     assert pieces.after("house", " Oslo") == pieces.following(" Oslo")
     with pytest.raises(
-        LayoutError, match="'house ' and 'Oslo' must not share a token, and do; end the first without a space"
+        PromptError, match="'house ' and 'Oslo' must not share a token, and do; end the first without a space"
     ):
         pieces.after("house ", "Oslo")

@@ -7,21 +7,21 @@ from tokenizers.normalizers import Replace
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.shards import builders
 from latentwire.models.weights import load_tokenizer
-from latentwire.prompts.sequences import LayoutError, SequenceBuilder, collate, sender_text
+from latentwire.prompts.sequences import PromptBuilder, PromptError, collate, sender_text
 
 CONTEXT, QUESTION, ANSWER = "Ada lives in Oslo.", "Where is the home of Ada?", "Oslo"
 
 
 @pytest.fixture(params=["llama", "qwen"])
-def builder(request: pytest.FixtureRequest) -> SequenceBuilder:
+def builder(request: pytest.FixtureRequest) -> PromptBuilder:
     return builders(RunConfig())[request.param]
 
 
-def pieces(builder: SequenceBuilder, context: str = CONTEXT, question: str = QUESTION) -> tuple:
+def pieces(builder: PromptBuilder, context: str = CONTEXT, question: str = QUESTION) -> tuple:
     return tuple(column[0] for column in builder.tokenize([context], [question], [ANSWER]).values())
 
 
-def test_everything_but_the_message_is_equal_token_by_token(builder: SequenceBuilder) -> None:
+def test_everything_but_the_message_is_equal_token_by_token(builder: PromptBuilder) -> None:
     context, question, answer = pieces(builder)
     text, latent = builder.text(context, question, answer), builder.latent(5, question, answer)
     assert [text.ids[i] for i in text.message] == context
@@ -30,7 +30,7 @@ def test_everything_but_the_message_is_equal_token_by_token(builder: SequenceBui
     assert text.ids[text.message.stop :] == latent.ids[latent.message.stop :]
 
 
-def test_index_maps_point_at_what_they_name(builder: SequenceBuilder) -> None:
+def test_index_maps_point_at_what_they_name(builder: PromptBuilder) -> None:
     _, question, answer = pieces(builder)
     built = builder.latent(3, question, answer)
     decode = builder.tokenizer.decode
@@ -53,8 +53,8 @@ def test_bos_stands_once_at_position_zero() -> None:
 
 def test_bos_that_does_not_exist_is_refused() -> None:
     receiver = ReceiverConfig(name="qwen", model="toy-qwen", bos="yes")
-    with pytest.raises(LayoutError, match="needs a tokenizer with a BOS token"):
-        SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "context")
+    with pytest.raises(PromptError, match="needs a tokenizer with a BOS token"):
+        PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "context")
 
 
 @pytest.mark.parametrize(
@@ -71,22 +71,22 @@ def test_tokenizers_that_cannot_be_read_from_are_refused(change: dict, knobs: di
     tokenizer = load_tokenizer(receiver)
     for name, value in change.items():
         setattr(tokenizer, name, value)
-    with pytest.raises(LayoutError, match=message):
-        SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
+    with pytest.raises(PromptError, match=message):
+        PromptBuilder(tokenizer, receiver, PromptConfig(), "context")
 
 
 def test_a_plain_prompt_needs_lines_that_end_with_one_token() -> None:
     receiver = ReceiverConfig(name="llama", model="toy-llama", template="plain")
     tokenizer = load_tokenizer(receiver)
     tokenizer.backend_tokenizer.normalizer = Replace("\n", "!?")
-    with pytest.raises(LayoutError, match=r"needs a newline that is one token, toy-llama gives \[\d+, \d+\]"):
-        SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
+    with pytest.raises(PromptError, match=r"needs a newline that is one token, toy-llama gives \[\d+, \d+\]"):
+        PromptBuilder(tokenizer, receiver, PromptConfig(), "context")
 
 
 def test_chat_without_a_template_is_refused() -> None:
     receiver = ReceiverConfig(name="llama", model="toy-llama", template="chat")
-    with pytest.raises(LayoutError, match="needs a tokenizer with a chat template"):
-        SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "context")
+    with pytest.raises(PromptError, match="needs a tokenizer with a chat template"):
+        PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "context")
 
 
 TURNS = (
@@ -100,16 +100,16 @@ def test_a_chat_turn_ends_with_the_templates_own_token_and_begins_as_it_is_told(
     tokenizer = load_tokenizer(receiver)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<turn>"]})
     tokenizer.chat_template = TURNS
-    built = SequenceBuilder(tokenizer, receiver, PromptConfig(), "context")
+    built = PromptBuilder(tokenizer, receiver, PromptConfig(), "context")
     end, eos, bos = tokenizer.convert_tokens_to_ids("<end>"), tokenizer.eos_token_id, tokenizer.bos_token_id
     assert built.stop_id == end and built.stop_ids == (end, eos) and built.head_ids[0] == bos
     tokenizer.chat_template = TURNS.replace("<end>", "")  # a turn that ends with its line
-    assert SequenceBuilder(tokenizer, receiver, PromptConfig(), "context").stop_ids == (eos,)
+    assert PromptBuilder(tokenizer, receiver, PromptConfig(), "context").stop_ids == (eos,)
     without = receiver.model_copy(update={"bos": "no"})
-    assert bos not in SequenceBuilder(tokenizer, without, PromptConfig(), "context").head_ids
+    assert bos not in PromptBuilder(tokenizer, without, PromptConfig(), "context").head_ids
 
 
-def test_special_tokens_in_a_users_text_stay_text(builder: SequenceBuilder) -> None:
+def test_special_tokens_in_a_users_text_stay_text(builder: PromptBuilder) -> None:
     hostile = f"Ada {builder.tokenizer.eos_token} lives"
     context, _, _ = pieces(builder, context=hostile)
     assert builder.tokenizer.eos_token_id not in context
@@ -118,22 +118,22 @@ def test_special_tokens_in_a_users_text_stay_text(builder: SequenceBuilder) -> N
 
 def test_anchor_that_merges_with_the_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     receiver = RunConfig().receivers[0]
-    builder = SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(anchor="Answer: Os"), "context")
+    builder = PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(anchor="Answer: Os"), "context")
     # " Oslo" is one token: as anchor " Os" and answer "lo" the model would never have seen it written so.
     assert builder.check_boundaries(["lo", "!"], builder.tokenize([], [], ["lo", "!"])["answer_ids"]) == [False, True]
     monkeypatch.setattr(builder, "_PROBE_ANSWERS", ("lo",))
-    with pytest.raises(LayoutError, match="end the anchor with a space or a newline"):
-        SequenceBuilder(builder.tokenizer, receiver, PromptConfig(anchor="Answer: Os"), "context")
+    with pytest.raises(PromptError, match="end the anchor with a space or a newline"):
+        PromptBuilder(builder.tokenizer, receiver, PromptConfig(anchor="Answer: Os"), "context")
 
 
-def test_anchor_white_space_goes_with_the_answer(builder: SequenceBuilder) -> None:
+def test_anchor_white_space_goes_with_the_answer(builder: PromptBuilder) -> None:
     joint = builder.tokenizer("Answer: Oslo", add_special_tokens=False).input_ids
     _, question, answer = pieces(builder)
     built = builder.latent(1, question, answer)
     assert built.ids[built.anchor.start : built.answer.stop] == joint
 
 
-def test_a_control_stands_between_message_and_text(builder: SequenceBuilder) -> None:
+def test_a_control_stands_between_message_and_text(builder: PromptBuilder) -> None:
     context, question, _ = pieces(builder)
     built = builder.controlled(4, 1, context)
     assert [built.ids[i] for i in built.supervised] == context
@@ -148,7 +148,7 @@ def test_a_control_stands_between_message_and_text(builder: SequenceBuilder) -> 
 
 def test_send_prompt_replaces_the_question_too() -> None:
     receiver = RunConfig().receivers[0]
-    builder = SequenceBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "prompt")
+    builder = PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(), "prompt")
     context, question, answer = pieces(builder)
     text, latent = builder.text(context, question, answer), builder.latent(2, question, answer)
     assert not latent.question
@@ -159,7 +159,7 @@ def test_send_prompt_replaces_the_question_too() -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_collate_supervises_answers_and_stops_and_nothing_else(builder: SequenceBuilder, side: str) -> None:
+def test_collate_supervises_answers_and_stops_and_nothing_else(builder: PromptBuilder, side: str) -> None:
     context, question, answer = pieces(builder)
     rows = [builder.text(context, question, answer), builder.text([], question, answer)]
     batch = collate(rows, side=side)

@@ -13,7 +13,7 @@ from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import shard_key
 from latentwire.models.weights import load_tokenizer, resolve
-from latentwire.prompts.sequences import LayoutError, SequenceBuilder
+from latentwire.prompts.sequences import PromptBuilder, PromptError
 from latentwire.prompts.templates import around, rendered
 
 LLAMA_3_2 = (
@@ -72,15 +72,15 @@ def test_templates_take_variables() -> None:
     assert around(loaded, receiver(template_options={"enable_thinking": True})).tail == "\nassistant\n"
     quiet = receiver(template_options={"enable_thinking": False})
     assert around(loaded, quiet).tail == "\nassistant\n<think>\n\n</think>\n\n"
-    ids = SequenceBuilder(loaded, quiet, PromptConfig(), "context").tail_ids
+    ids = PromptBuilder(loaded, quiet, PromptConfig(), "context").tail_ids
     assert loaded.decode(ids) == "\nassistant\n<think>\n\n</think>\n\n"
 
 
 def test_variables_that_nothing_reads_or_that_are_none_are_refused() -> None:
     with pytest.raises(
-        LayoutError, match="template_options need a chat template, receiver qwen is read as plain and has a; leave"
+        PromptError, match="template_options need a chat template, receiver qwen is read as plain and has a; leave"
     ):
-        SequenceBuilder(
+        PromptBuilder(
             tokenizer(THINKING), receiver(template="plain", template_options={"a": 1}), PromptConfig(), "context"
         )
     with pytest.raises(

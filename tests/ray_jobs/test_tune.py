@@ -75,7 +75,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
     scores = scoring.score(output / "best", validation)
     assert untimed(scores) == untimed(document["validation"])
-    assert [setting.key for setting in scoring.FINAL_SETTINGS] == list(scores)
+    assert [setting.key for setting in scoring.FINAL_CONDITIONS] == list(scores)
 
     report = (output / "report.md").read_text()
     assert "full text" in report and "3 trials" in report and "1 trials failed" in report

@@ -10,10 +10,10 @@ import torch
 
 from latentwire.model import LatentWire
 from latentwire.config import RunConfig
-from latentwire.receivers.local import OwnReceiver
+from latentwire.receivers.local import LocalReceiver
 from latentwire.receivers.replica import Replica
 from latentwire.receivers.requests import Request
-from latentwire.receivers.remote import Facts, SharedReceiver
+from latentwire.receivers.remote import Facts, RemoteReceiver
 
 
 class Direct:
@@ -32,7 +32,7 @@ class Direct:
 @pytest.fixture
 def replicas(run: RunConfig) -> Iterator[dict[str, Replica]]:
     """One replica of each receiver of the toy pair."""
-    made = {r.name: Replica(OwnReceiver(r), most_positions=10_000, most_waiting=8) for r in run.receivers}
+    made = {r.name: Replica(LocalReceiver(r), most_positions=10_000, most_waiting=8) for r in run.receivers}
     yield made
     for replica in made.values():
         replica.close()
@@ -44,7 +44,7 @@ def sharing_wire(replicas: dict[str, Replica]) -> Callable[[RunConfig, str], Lat
 
     def make(run: RunConfig, asker: str) -> LatentWire:
         receivers = {
-            r.name: SharedReceiver(r, Direct(replicas[r.name], asker), torch.device("cpu"), head_is_text=True)
+            r.name: RemoteReceiver(r, Direct(replicas[r.name], asker), torch.device("cpu"), head_is_text=True)
             for r in run.receivers
         }
         return LatentWire(run, receivers)

@@ -17,7 +17,7 @@ from latentwire.prompts.sequences import collate
 from latentwire.losses.bundles import term_counts, weights_at
 from latentwire.receivers.base import LossTask
 from latentwire.receivers.replica import Replica
-from latentwire.receivers.requests import GenerateRequest, JudgeRequest, LossRequest, Prompt, Request
+from latentwire.receivers.requests import GenerateRequest, ScoreRequest, LossRequest, Prompt, Request
 from tests.conftest import shard_table
 
 UNLIKE = (
@@ -69,7 +69,7 @@ def test_joined_losses_and_gradients_are_those_of_each_alone(
 
 def test_joined_answers_and_judgements_are_those_of_each_alone(run: RunConfig, replicas: dict[str, Replica]) -> None:
     lm = replicas["llama"].lm
-    asked: list[tuple[GenerateRequest, JudgeRequest]] = []
+    asked: list[tuple[GenerateRequest, ScoreRequest]] = []
     for seed, slots in enumerate((2, 7, 4)):
         wire = LatentWire(run)
         builder, columns = wire.builders["llama"], shard_table(run, 1 + seed, seed).to_pydict()
@@ -80,15 +80,15 @@ def test_joined_answers_and_judgements_are_those_of_each_alone(run: RunConfig, r
         asked.append(
             (
                 GenerateRequest(left, Prompt(soft_ND, None), builder.stop_ids, 5),
-                JudgeRequest(gold, Prompt(soft_ND, None)),
+                ScoreRequest(gold, Prompt(soft_ND, None)),
             )
         )
     assert len({generate.alike for generate, _ in asked}) == len({judge.alike for _, judge in asked}) == 1
     said = GenerateRequest.answer(lm, [generate for generate, _ in asked])
-    judged = JudgeRequest.answer(lm, [judge for _, judge in asked])
+    judged = ScoreRequest.answer(lm, [judge for _, judge in asked])
     for (generate, judge), own_said, own_judged in zip(asked, said, judged, strict=True):
         assert own_said.rows == GenerateRequest.answer(lm, [generate])[0].rows
-        alone = JudgeRequest.answer(lm, [judge])[0]
+        alone = ScoreRequest.answer(lm, [judge])[0]
         torch.testing.assert_close(own_judged.ce_N, alone.ce_N, atol=1e-4, rtol=1e-4)
         assert own_judged.likelier_N.tolist() == alone.likelier_N.tolist()
 

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import Prediction
@@ -24,7 +24,7 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 def prediction(row: int, receiver: str, mode: Mode, right: bool) -> Prediction:
     return Prediction(
-        id=str(row), receiver=receiver, setting=mode, mode=mode, text=f"{EVIL} {row}", golds=["red"], question=f"Why {EVIL}?",
+        id=str(row), receiver=receiver, condition=mode, mode=mode, text=f"{EVIL} {row}", golds=["red"], question=f"Why {EVIL}?",
         context=f"{EVIL} a context", context_id=str(row), em=float(right), f1=float(right), nll=1.0, first_1=1.0, first_5=1.0, positions=9,
         message_positions=4, bytes=64, context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0,
         decode_ms=1.0,
@@ -34,7 +34,7 @@ def prediction(row: int, receiver: str, mode: Mode, right: bool) -> Prediction:
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     output = tmp_path / "a<b>sweep"
-    space = SpaceFile.model_validate(
+    space = SweepConfig.model_validate(
         {
             "search": {
                 "encoder.d_z": {"type": "int", "low": 8, "high": 64},
@@ -122,7 +122,7 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
 
 def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_page(tmp_path: Path) -> None:
     sizes = {"encoder.d_z": {"type": "int", "low": 8, "high": 64}}
-    space = SpaceFile.model_validate({"search": sizes, "tune": {"objectives": {"wire_bytes": "min"}}})
+    space = SweepConfig.model_validate({"search": sizes, "tune": {"objectives": {"wire_bytes": "min"}}})
     resume.write_space(space, tmp_path)
     study = open_study(tmp_path / JOURNAL, tmp_path.name, {"dev_f1": "max", "wire_bytes": "min"})
     for number in range(4):
@@ -156,7 +156,7 @@ def test_predictions_of_an_earlier_format_leave_the_examples_out(sweep: Path) ->
         {
             k: v
             for k, v in dataclasses.asdict(prediction(0, "llama", "text", True)).items()
-            if k not in ("context", "setting")
+            if k not in ("context", "condition")
         }
     ]
     pq.write_table(pa.Table.from_pylist(old), sweep / "predictions.parquet")

@@ -10,12 +10,12 @@ import pytest
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluate import parser
-from latentwire.evaluation.conditions import settings
+from latentwire.evaluation.conditions import conditions
 from latentwire.evaluation.evaluator import predict
 from latentwire.model import LatentWire
 from latentwire.reports.scores import Asked, Known, asked, compared, show_and_write
 
-ROWS = settings(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
+ROWS = conditions(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
 AT_8 = ("latent at 8 latents", "truncated at 8 latents")
 AT_4 = ("latent at 4 latents", "truncated at 4 latents")
 
@@ -41,7 +41,7 @@ def test_rows_that_the_table_lacks_are_refused(named: list[str]) -> None:
 
 
 def test_a_table_with_nothing_to_compare_says_so_only_where_asked() -> None:
-    alone = settings(RunConfig(), ["text"])
+    alone = conditions(RunConfig(), ["text"])
     assert compared(None, alone) == []
     with pytest.raises(ConfigError, match="got none"):
         compared([], alone)
@@ -56,7 +56,7 @@ def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint() -> None:
 def test_a_directory_gets_scores_details_and_every_answer(
     wire: LatentWire, table: pa.Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = settings(wire.run, ["text", "latent"])
+    rows = conditions(wire.run, ["text", "latent"])
     predictions = {row.key: list(predict(wire, table.slice(0, 3), row)) for row in rows}
     words = ["--checkpoint", "runs/x/best", "--compare", "--output", str(tmp_path / "scores")]
     options = parser().parse_args(words)

@@ -18,7 +18,7 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.data.local import local_shards
 from latentwire.data.sources import DataError
-from latentwire.evaluation.protocol import evaluation_pin
+from latentwire.evaluation.protocol import protocol_hash
 from latentwire.model import LatentWire
 from latentwire.training import checkpoints
 from latentwire.training.local import metric_of, train_here
@@ -88,7 +88,7 @@ def test_training_rows_train_and_development_rows_choose(
     assert seen["step"] == {f"train-{row}" for row in range(16)}
     assert seen["evaluate"] == {f"dev-{row}" for row in range(16)}
     pinned = exports.read_manifest(best)["pins"]
-    assert pinned["evaluation_pin"] == evaluation_pin(paths["dev"], run)
+    assert pinned["evaluation_pin"] == protocol_hash(paths["dev"], run)
 
 
 def test_texts_without_answers_have_only_a_loss(run: RunConfig) -> None:

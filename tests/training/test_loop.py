@@ -301,7 +301,7 @@ def test_an_epoch_without_a_batch_is_an_error(run: RunConfig) -> None:
 
 def test_own_receivers_are_compiled_where_that_is_asked_for(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     fused: list[str] = []
-    monkeypatch.setattr(LMWrapper, "fuse", lambda lm: fused.append(lm.name))
+    monkeypatch.setattr(LMWrapper, "compile_layers", lambda lm: fused.append(lm.name))
     trainer_of(run, 8)
     assert not fused
     trainer_of(with_values(run, {"training.compile": True}), 8)

@@ -8,7 +8,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from latentwire.config import SpaceFile, TuneConfig
+from latentwire.config import SweepConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.storage import Remote
 from latentwire.tuning import console
@@ -62,7 +62,7 @@ def test_mlflow_gets_every_evaluation_without_a_server(tmp_path: Path, monkeypat
 
 def test_the_table_shows_what_is_searched_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "1")
-    space = SpaceFile.model_validate({
+    space = SweepConfig.model_validate({
         "search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 16}},
         "tune": {"metric": "dev_em", "constraints": {"wire_bytes": {"max": 9}}},
     })  # fmt: skip
@@ -87,7 +87,7 @@ class Shown:
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_table_has_a_place_for_a_trial_that_failed_before_it_was_evaluated(mode: str) -> None:
     rank = {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}
-    space = SpaceFile.model_validate({
+    space = SweepConfig.model_validate({
         "run": {"encoder": {"model": "receiver:llama"}},
         "search": {"encoder.kind": {"type": "categorical", "choices": ["byte", "lm"]}, "encoder.lora_rank": rank},
         "tune": {"mode": mode},

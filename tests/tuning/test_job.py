@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.tuning import job, results, resume
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 
 
 def test_a_sweep_whose_trials_all_failed_has_its_report_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output, space = tmp_path / "sweep", SpaceFile()
+    output, space = tmp_path / "sweep", SweepConfig()
     output.mkdir()
     resume.write_space(space, output)
     search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.distributed.sweep_files import Files
 from latentwire.distributed.trial import trial_path
@@ -37,7 +37,7 @@ FILES = {"one": Made({}, {}, ())}
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sweep of three trials: scores 0.3, 0.9, and one that failed."""
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
-    space = SpaceFile.model_validate(SPACE)
+    space = SweepConfig.model_validate(SPACE)
     unwarmed = space.model_copy(update={"tune": space.tune.model_copy(update={"warm_start": None})})
     search = StudySearch(unwarmed, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials")
     for number, score in enumerate((0.3, 0.9, None)):
@@ -58,7 +58,7 @@ def test_it_holds_what_repeats_a_run_and_no_secret(written: Path) -> None:
     document = json.loads(text)
     assert "secret" not in text and document["commands"][0].endswith("s3://bucket/rows")
     again = manifest.describe(
-        SpaceFile.model_validate(SPACE), FILES, "pin", written, "python ray_jobs/tune.py --resume x"
+        SweepConfig.model_validate(SPACE), FILES, "pin", written, "python ray_jobs/tune.py --resume x"
     )
     assert again["commands"] == [*document["commands"], "python ray_jobs/tune.py --resume x"]
     assert again["trials"] == document["trials"]

@@ -9,10 +9,10 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.planning.variants import check_metrics
-from latentwire.reports.tables import finals_table, verdict
+from latentwire.reports.tables import reruns_table, verdict
 from latentwire.tuning import reruns, results
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
@@ -25,7 +25,7 @@ SCORES = {4: 0.3, 6: 0.9, 8: 0.8, 10: 0.95}  # the best one is stopped early
 FRESH = {(6, 1): 0.5, (6, 2): 0.7, (8, 1): 0.75, (8, 2): 0.81}
 
 
-def search_all(space: SpaceFile, output: Path, steps: int = 6) -> Any:
+def search_all(space: SweepConfig, output: Path, steps: int = 6) -> Any:
     """What a sweep does, with scores from the tables above instead of training."""
     search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
     for number in range(space.tune.trials):
@@ -43,17 +43,17 @@ def search_all(space: SpaceFile, output: Path, steps: int = 6) -> Any:
 
 
 def test_the_best_mean_over_fresh_seeds_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = SpaceFile.model_validate(SPACE)
+    space = SweepConfig.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
     assert results.find_best(study, space.tune).score == 0.95
     monkeypatch.setattr(reruns, "run_sweep", lambda space, plan, files, output, **_: search_all(space, output))
     plan: Any = None
-    best, finalists = reruns.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    best, finalists = reruns.rerun_best(space, plan, {}, tmp_path / "sweep", study)
     assert [(f.trial, f.score, f.fresh) for f in finalists] == [(1, 0.9, (0.5, 0.7)), (2, 0.8, (0.75, 0.81))]
     assert (best.trial, best.step, best.score) == (2, 6, pytest.approx(0.78))
     assert best.values == {"encoder.latent_len": 8, reruns.SEED: 2}
     assert best.checkpoint == tmp_path / "sweep" / "finals" / "checkpoint-3"
-    assert finals_table(finalists, "dev_f1")[2][0] == ["1", "0.9", "0.5, 0.7", "0.6", "0.3"]
+    assert reruns_table(finalists, "dev_f1")[2][0] == ["1", "0.9", "0.5, 0.7", "0.6", "0.3"]
     gap = results.selection_gap(best, {"latent": {"mean": {"f1": 0.7}}}, "dev_f1")
     assert (
         verdict(best, gap, "dev_f1")
@@ -64,27 +64,27 @@ def test_the_best_mean_over_fresh_seeds_wins(tmp_path: Path, monkeypatch: pytest
 def test_where_all_fresh_runs_were_lost_the_best_evaluation_that_is_left_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = SpaceFile.model_validate(SPACE)
+    space = SweepConfig.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
 
-    def stopped(space: SpaceFile, plan: Any, files: Any, output: Path, **_: Any) -> Any:
+    def stopped(space: SweepConfig, plan: Any, files: Any, output: Path, **_: Any) -> Any:
         """Fresh runs that end early, as by a time budget."""
         return search_all(space, output, steps=9)
 
     monkeypatch.setattr(reruns, "run_sweep", stopped)
     plan: Any = None
-    best, finalists = reruns.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    best, finalists = reruns.rerun_best(space, plan, {}, tmp_path / "sweep", study)
     assert [f.fresh for f in finalists] == [(), ()] and math.isnan(finalists[0].mean)
     assert (best.score, best.values[reruns.SEED]) == (0.81, 2)
-    assert finals_table(finalists, "dev_f1")[2][0][2:4] == ["–", "nan"]
+    assert reruns_table(finalists, "dev_f1")[2][0][2:4] == ["–", "nan"]
 
 
 def test_finalists_that_more_trials_bring_are_trained_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = SpaceFile.model_validate(SPACE)
+    space = SweepConfig.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
     trained: list[tuple[int, int]] = []
 
-    def run(space: SpaceFile, plan: Any, files: Any, output: Path, **_: Any) -> Any:
+    def run(space: SweepConfig, plan: Any, files: Any, output: Path, **_: Any) -> Any:
         search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
         ended = sum(trial.state.is_finished() for trial in search.study.trials)
         (output / "manifest.json").write_text("{}")  # stands for that of every checkpoint
@@ -97,11 +97,11 @@ def test_finalists_that_more_trials_bring_are_trained_too(tmp_path: Path, monkey
 
     monkeypatch.setattr(reruns, "run_sweep", run)
     plan: Any = None
-    reruns.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    reruns.rerun_best(space, plan, {}, tmp_path / "sweep", study)
     study.add_trial(optuna.trial.create_trial(state=TrialState.COMPLETE, values=[0.97], params={"encoder.latent_len": 12},
                                         distributions=study.trials[0].distributions,
                                         user_attrs={"evaluations": {"6": {"step": 6, "dev_f1": 0.97}}}))  # fmt: skip
-    best, finalists = reruns.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    best, finalists = reruns.rerun_best(space, plan, {}, tmp_path / "sweep", study)
     assert trained == [(6, 1), (6, 2), (8, 1), (8, 2), (12, 1), (12, 2)]
     assert best.values["encoder.latent_len"] == 12 and [len(f.fresh) for f in finalists] == [2, 2]
 
@@ -109,10 +109,10 @@ def test_finalists_that_more_trials_bring_are_trained_too(tmp_path: Path, monkey
 def test_where_no_fresh_run_came_to_a_checkpoint_the_search_has_its_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    space = SpaceFile.model_validate(SPACE)
+    space = SweepConfig.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
 
-    def failing(space: SpaceFile, plan: Any, files: Any, output: Path, **_: Any) -> Any:
+    def failing(space: SweepConfig, plan: Any, files: Any, output: Path, **_: Any) -> Any:
         search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
         for number in range(space.tune.trials):
             search.suggest(str(number))
@@ -121,27 +121,27 @@ def test_where_no_fresh_run_came_to_a_checkpoint_the_search_has_its_winner(
 
     monkeypatch.setattr(reruns, "run_sweep", failing)
     plan: Any = None
-    best, finalists = reruns.run_finals(space, plan, {}, tmp_path / "sweep", study)
+    best, finalists = reruns.rerun_best(space, plan, {}, tmp_path / "sweep", study)
     assert (best.trial, best.score) == (3, 0.95) and [f.fresh for f in finalists] == [(), ()]
     assert "got none of 4 (the trial's driver died" in capsys.readouterr().out
 
 
 def test_without_finalists_the_best_trial_wins_as_it_is(tmp_path: Path) -> None:
-    space = SpaceFile.model_validate(SPACE | {"tune": SPACE["tune"] | {"finalists": 0}})
+    space = SweepConfig.model_validate(SPACE | {"tune": SPACE["tune"] | {"finalists": 0}})
     plan: Any = None
-    best, finalists = reruns.run_finals(space, plan, {}, tmp_path, search_all(space, tmp_path / "sweep"))
+    best, finalists = reruns.rerun_best(space, plan, {}, tmp_path, search_all(space, tmp_path / "sweep"))
     assert (best.trial, best.score, finalists) == (3, 0.95, [])
 
 
 def test_a_seed_cannot_be_searched_and_varied(tmp_path: Path) -> None:
     seeds = {"training.seed": {"type": "int", "low": 0, "high": 9}}
     with pytest.raises(ConfigError, match=r"training\.seed cannot be searched"):
-        check_metrics(SpaceFile.model_validate(SPACE | {"search": seeds, "tune": {"finalists": 1}}))
+        check_metrics(SweepConfig.model_validate(SPACE | {"search": seeds, "tune": {"finalists": 1}}))
 
 
 def test_trials_with_the_same_values_are_one_finalist(tmp_path: Path) -> None:
     points = [{"encoder.latent_len": n} for n in (6, 8, 10, 4)]
-    space = SpaceFile.model_validate(SPACE | {"tune": SPACE["tune"] | {"start_with": points}})
+    space = SweepConfig.model_validate(SPACE | {"tune": SPACE["tune"] | {"start_with": points}})
     study = search_all(space, tmp_path / "sweep")
     twice = study.trials[0]
     study.add_trial(twice)

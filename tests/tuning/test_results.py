@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
-from latentwire.config import RunConfig, SpaceFile, TuneConfig
+from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.distributed import remote
 from latentwire.evaluation import scoring
@@ -30,7 +30,7 @@ def test_an_error_on_a_worker_is_the_users_error() -> None:
 
 def told(folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig) -> optuna.Study:
     """A study with trials of six steps: their scores every third step, and the size of their messages."""
-    search = StudySearch(SpaceFile(tune=config), journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+    search = StudySearch(SweepConfig(tune=config), journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text("{}")  # stands for that of every checkpoint
     for number, (scores, size) in enumerate(trials):
@@ -70,7 +70,7 @@ def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
 
 
 def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:
-    search = StudySearch(SpaceFile(), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)
+    search = StudySearch(SweepConfig(), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)
     search.suggest("a")
     search.on_trial_complete("a", error=True)
     with pytest.raises(results.SweepError, match=r"got none of 1 \(the trial's driver died"):
@@ -81,7 +81,7 @@ def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:
 
 def test_starting_points_that_nobody_began_have_no_row(tmp_path: Path) -> None:
     points = ({"encoder.latent_len": 4}, {"encoder.latent_len": 8})
-    space = SpaceFile.model_validate(
+    space = SweepConfig.model_validate(
         {"search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 8}}, "tune": {"start_with": points}}
     )
     search = StudySearch(space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from latentwire.cli.flags import add_flags, refuse_flags
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.distributed.trial import ERROR_FILE, trial_path
 from latentwire.tuning import resume
-from latentwire.tuning.reruns import FINALS
+from latentwire.tuning.reruns import RERUNS
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 
@@ -18,7 +18,7 @@ from latentwire.tuning.study import JOURNAL
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """A sweep of one trial that has failed, without results yet."""
-    output, space = tmp_path / "sweep", SpaceFile.model_validate({"tune": {"trials": 1}})
+    output, space = tmp_path / "sweep", SweepConfig.model_validate({"tune": {"trials": 1}})
     output.mkdir()
     resume.write_space(space, output)
     search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
@@ -39,9 +39,9 @@ def test_it_is_finished_with_its_trials_and_its_results(sweep: Path) -> None:
 
 def test_failed_trials_are_taken_up_once_in_the_search_and_in_the_finals(sweep: Path) -> None:
     space = resume.read_space(sweep, [])
-    finals = SpaceFile.model_validate({"tune": {"trials": 2}})
-    folder = sweep / FINALS
-    search = StudySearch(finals, journal=folder / JOURNAL, name=FINALS, trial_dir=folder / "trials")
+    finals = SweepConfig.model_validate({"tune": {"trials": 2}})
+    folder = sweep / RERUNS
+    search = StudySearch(finals, journal=folder / JOURNAL, name=RERUNS, trial_dir=folder / "trials")
     for name in "ab":
         search.suggest(name)
     search.on_trial_complete("b", error=True)
@@ -64,7 +64,7 @@ def test_small_numbers_stay_numbers(tmp_path: Path) -> None:
         "search": {"training.encoder_lr": {"type": "float", "low": 1e-6, "high": 1e-3, "log": True}},
         "tune": {"start_with": [{"training.encoder_lr": 3e-6}]},
     }
-    space = SpaceFile.model_validate(tree)
+    space = SweepConfig.model_validate(tree)
     resume.write_space(space, tmp_path)
     assert resume.read_space(tmp_path, []) == space
 

@@ -15,7 +15,7 @@ from ray.tune import ExperimentAnalysis
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.search.optuna import OptunaSearch
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.distributed.trial import EARLIER, ERROR_FILE, NUMBER, TAKES_UP, trial_path
 from latentwire.storage import StorageError
@@ -31,7 +31,7 @@ SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 
 
 def search_over(folder: Path, search: dict[str, Any] = SPACE, **tune: Any) -> StudySearch:
-    space = SpaceFile.model_validate({"search": search, "tune": tune})
+    space = SweepConfig.model_validate({"search": search, "tune": tune})
     return StudySearch(space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials")
 
 
@@ -263,7 +263,7 @@ def test_an_earlier_sweep_warms_a_new_one(tmp_path: Path) -> None:
 
 def test_scores_with_another_pin_are_not_compared(tmp_path: Path) -> None:
     """An earlier sweep, a resumed one and its finals all open a study, which holds the pin of its scores."""
-    space = SpaceFile.model_validate({"search": SPACE})
+    space = SweepConfig.model_validate({"search": SPACE})
 
     def opened(name: str, pin: str, **tune: Any) -> StudySearch:
         other = space.model_copy(update={"tune": space.tune.model_copy(update=tune)})
@@ -297,7 +297,7 @@ def test_a_conditional_space_can_be_pickled(tmp_path: Path) -> None:
     rank = {"encoder.lora_rank": {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}}
     space = {"run": {"encoder": {"model": "receiver:llama"}}, "search": kind | rank}
     search = StudySearch(
-        SpaceFile.model_validate(space), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials"
+        SweepConfig.model_validate(space), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials"
     )
     values = [pickle.loads(pickle.dumps(search)).suggest(str(number)) for number in range(12)]
     assert {"encoder.lora_rank" in value for value in values} == {True, False}
@@ -309,7 +309,7 @@ def test_a_conditional_space_can_be_pickled(tmp_path: Path) -> None:
 def test_sweeps_that_share_a_storage_stay_apart(tmp_path: Path) -> None:
     journal = tmp_path / "shared" / JOURNAL
     for name in ("one", "two"):
-        space = SpaceFile.model_validate({"search": SPACE})
+        space = SweepConfig.model_validate({"search": SPACE})
         run(StudySearch(space, journal=journal, name=name, trial_dir=tmp_path / name), [0.1, 0.2, 0.3])
     assert len(open_study(journal, "one", {"dev_f1": "max"}).trials) == 1
     storage = optuna.storages.InMemoryStorage()

@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search.searcher import Searcher
 
-from latentwire.config import SpaceFile
+from latentwire.config import SweepConfig
 from latentwire.tuning import driver, job, lease, resume, stopping
 from latentwire.tuning.lease import LEASE_FILE, LeaseError
 from latentwire.tuning.searcher import StudySearch
@@ -28,7 +28,9 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def searching(output: Path, stop: Stop) -> StudySearch:
-    return StudySearch(SpaceFile(), journal=output / JOURNAL, name=output.name, trial_dir=output / "trials", stop=stop)
+    return StudySearch(
+        SweepConfig(), journal=output / JOURNAL, name=output.name, trial_dir=output / "trials", stop=stop
+    )
 
 
 def report(step: int, score: float = 0.5) -> dict[str, Any]:
@@ -107,9 +109,9 @@ def test_tune_may_pickle_it() -> None:
 def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, space = tmp_path / "a sweep", SpaceFile.model_validate({"tune": {"trials": 3}})
+    output, space = tmp_path / "a sweep", SweepConfig.model_validate({"tune": {"trials": 3}})
 
-    def search(space: SpaceFile, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
+    def search(space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
         assert (output / LEASE_FILE).exists() and (output / resume.SPACE_FILE).exists()
         with pytest.raises(LeaseError, match=f"has process {os.getpid()} on"):
             driver.drive(space, NO_PLAN, output, ARGUMENTS, force=True)
@@ -136,33 +138,33 @@ def test_rays_own_interrupt_counts_too(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "search", search)
-    assert driver.drive(SpaceFile(), NO_PLAN, tmp_path, ARGUMENTS) == stopping.SIGINT_STATUS
+    assert driver.drive(SweepConfig(), NO_PLAN, tmp_path, ARGUMENTS) == stopping.SIGINT_STATUS
     assert "stopped: Ctrl-C; 0 of" in capsys.readouterr().out
 
 
 def test_failed_trials_are_taken_up_again_by_the_driver_that_holds_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def retry(space: SpaceFile, output: Path) -> list[str]:
+    def retry(space: SweepConfig, output: Path) -> list[str]:
         assert (output / LEASE_FILE).exists()
         return ["taken up"]
 
     monkeypatch.setattr(resume, "retry_failed", retry)
     monkeypatch.setattr(job, "search", lambda *_: 0)
-    assert driver.drive(SpaceFile(), NO_PLAN, tmp_path, ARGUMENTS, retry=True) == 0
+    assert driver.drive(SweepConfig(), NO_PLAN, tmp_path, ARGUMENTS, retry=True) == 0
 
 
 def test_a_lease_that_was_lost_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def search(space: SpaceFile, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
+    def search(space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
         (output / LEASE_FILE).write_text((output / LEASE_FILE).read_text().replace(stop.lease.me.token, "another"))
         stop.lease.beat()
         stop.check_taken()
         raise AssertionError("goes on")
 
     monkeypatch.setattr(job, "search", search)
-    assert driver.drive(SpaceFile(), NO_PLAN, tmp_path, ARGUMENTS) == 1
+    assert driver.drive(SweepConfig(), NO_PLAN, tmp_path, ARGUMENTS) == 1
     told = capsys.readouterr().out
     assert "stopped: another driver has taken" in told and "go on:" not in told
     assert (tmp_path / LEASE_FILE).exists()

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from latentwire.config import SpaceFile, TuneConfig
+from latentwire.config import SweepConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.distributed import sweep_files
-from latentwire.distributed.sweep_files import Files, common_pin, prepare
+from latentwire.distributed.sweep_files import Files, common_protocol_hash, prepare
 from latentwire.planning.variants import longest_run, total_steps
 from latentwire.storage import Place
-from latentwire.tuning import sweep
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.sweep import Earlier, NothingRuns, make_scheduler, replay
@@ -31,7 +30,7 @@ def test_trials_are_compared_on_development_rows(tmp_path: Path, monkeypatch: py
 
 def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
     """Trials that reported these scores every third step."""
-    search = StudySearch(SpaceFile(), journal=folder / JOURNAL, name="sweep", trial_dir=folder)
+    search = StudySearch(SweepConfig(), journal=folder / JOURNAL, name="sweep", trial_dir=folder)
     for number, own in enumerate(scores):
         search.suggest(str(number))
         for place, score in enumerate(own, start=1):
@@ -73,18 +72,18 @@ def test_the_longest_trial_has_the_smallest_batches_and_the_most_epochs() -> Non
         "training.epochs": {"type": "int", "low": 1, "high": 3},
         "training.max_steps": {"type": "categorical", "choices": [100, 40]},
     }
-    space = SpaceFile.model_validate({"run": {"training": {"max_steps": 50}}, "search": search})
+    space = SweepConfig.model_validate({"run": {"training": {"max_steps": 50}}, "search": search})
     assert total_steps(longest_run(space), 320) == 60
-    assert longest_run(SpaceFile()) == SpaceFile().run
+    assert longest_run(SweepConfig()) == SweepConfig().run
 
 
 def test_trials_on_different_development_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     search = {"data.dev_samples": {"type": "categorical", "choices": [8, 16]}}
-    space = SpaceFile.model_validate({"search": search})
+    space = SweepConfig.model_validate({"search": search})
     dev = [Path("dev-8"), Path("dev-16")]
-    monkeypatch.setattr(sweep_files, "evaluation_pin", lambda path, run: "same")
-    assert common_pin(space, dev) == "same"
-    monkeypatch.setattr(sweep_files, "evaluation_pin", lambda path, run: path.name)
+    monkeypatch.setattr(sweep_files, "protocol_hash", lambda path, run: "same")
+    assert common_protocol_hash(space, dev) == "same"
+    monkeypatch.setattr(sweep_files, "protocol_hash", lambda path, run: path.name)
     made: list[str] = []
     monkeypatch.setattr(sweep_files.pipeline, "ensure_shards", lambda run, split, path: made.append(split))
     with pytest.raises(
