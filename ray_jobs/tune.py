@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latentwire.api import driver
 from latentwire.cli.flags import add_flags, input_place, output_place, read_space, refuse_flags
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError
@@ -28,7 +29,7 @@ from latentwire.distributed import cluster
 from latentwire.errors import UserError, fail
 from latentwire.planning import forecast, planner
 from latentwire.storage import place
-from latentwire.tuning import driver, lease, manifest, resume
+from latentwire.tuning import lease, manifest, resume
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.searcher import check_draws, check_searchable
 

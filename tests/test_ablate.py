@@ -10,7 +10,7 @@ import pytest
 from latentwire.cli.flags import add_flags
 from latentwire.config.resolve import ConfigError
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "ablate.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "ablate.py"))
 
 
 def options(folder: Path, *flags: str, names: list[str] | None = None) -> argparse.Namespace:

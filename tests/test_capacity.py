@@ -1,4 +1,4 @@
-"""The rungs of ``scripts/capacity.py``: vectors of a context's own are learned, and readers stay as they are."""
+"""The rungs of ``experiments/capacity.py``: vectors of a context's own are learned, and readers stay as they are."""
 
 import argparse
 import runpy
@@ -11,7 +11,7 @@ from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
 from latentwire.models.weights import fingerprint
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "capacity.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "capacity.py"))
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[list[float]]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from scripts.toy_errors import place_of, said_instead, sharing
+from experiments.toy_errors import place_of, said_instead, sharing
 
 CONTEXT = "Ada lives in Oslo. Ben lives in Rome. Ada works as baker. Cleo lives in Lima. Cleo works as pilot. Ben works as nurse."
 

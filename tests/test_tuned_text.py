@@ -1,4 +1,4 @@
-"""The text reader of ``scripts/tuned_text.py``: the whole text prompt behind vectors, of which alone it learns."""
+"""The text reader of ``experiments/tuned_text.py``: the whole text prompt behind vectors, of which alone it learns."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from experiments.tuned_text import TextReader, alone
 from latentwire.config import RunConfig
 from latentwire.prompts.sequences import collate
-from scripts.tuned_text import TextReader, alone
 
 ROWS = 4
 VECTORS = 3

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "upload_size.py"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "upload_size.py"
 
 
 def run(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.third_receiver import from_scratch, spent
 from latentwire.cli.flags import add_flags, add_start, read_space
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
@@ -20,7 +21,6 @@ from latentwire.models.interlingua import owner
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
-from scripts.third_receiver import from_scratch, spent
 from tests.conftest import shard_table
 from tests.training.test_loop import EVERYTHING
 

@@ -11,8 +11,9 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search.searcher import Searcher
 
+from latentwire.api import driver
 from latentwire.config import SweepConfig
-from latentwire.tuning import driver, job, lease, resume, stopping
+from latentwire.tuning import job, lease, resume, stopping
 from latentwire.tuning.lease import LEASE_FILE, LeaseError
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.stopping import Stop, SweepStopped

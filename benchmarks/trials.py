@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from benchmarks.measure import Row
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.config.space import TuneConfig
@@ -23,7 +24,6 @@ from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from latentwire.tuning import sweep
 from latentwire.tuning.study import evaluations
-from tests.benchmarks.measure import Row
 
 
 def rows(space: SweepConfig, table: pa.Table, steps: int) -> list[Row]:

@@ -1,7 +1,7 @@
 """Training steps at the shapes of Llama-3.1-8B and Qwen2.5-7B with random bf16 weights: no download, no Ray.
 
-python -m tests.benchmarks.gpu_shapes                              # one CUDA device of 80 GB or more
-python -m tests.benchmarks.gpu_shapes --scale 0.05 --batch_size 2  # a smaller copy, anywhere
+python -m benchmarks.gpu_shapes                              # one CUDA device of 80 GB or more
+python -m benchmarks.gpu_shapes --scale 0.05 --batch_size 2  # a smaller copy, anywhere
 """
 
 from __future__ import annotations

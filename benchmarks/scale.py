@@ -1,6 +1,6 @@
 """What sweeps of 10, 100 and 1,000 trials need on 8, 64 and 512 GPUs, from costs measured per unit.
 
-    python scripts/scale.py --gpu_hours 1 --trainable_m 60 --rows 80000
+    python benchmarks/scale.py --gpu_hours 1 --trainable_m 60 --rows 80000
 
 Prints the table of docs/scale.md. Measured: a trial's overhead, the driver's work per trial, processes' memory. Derived
 from formats: checkpoints and columns. Assumed, and therefore flags: what one trial trains.
@@ -14,12 +14,12 @@ OVERHEAD_S = 22
 """A trial's start and end beside its training: ``time_total_s`` less ``train_seconds`` in Tune's results of ``make tune`` on two
 cores, the longest of six (13 to 22 s)."""
 DRIVER_S = 0.086
-"""The sweep's driver per trial: suggestion, eight reports, end, checkpoints (scripts/simulate_sweep.py with 1,000 trials)."""
+"""The sweep's driver per trial: suggestion, eight reports, end, checkpoints (benchmarks/simulate_sweep.py with 1,000 trials)."""
 TRIAL_GB = 1.11
 """Memory of a running trial's processes beside its workers, shared pages by their share (``Pss``): its driver 0.26, Train's
 controller 0.26, SplitCoordinator, DatasetManager, PlacementGroupCleaner, SynchronizationActor and PreemptionWatcher 0.11 to 0.12."""
 STUDY_MB = 0.035
-"""The study's journal per trial with eight evaluations (scripts/simulate_sweep.py)."""
+"""The study's journal per trial with eight evaluations (benchmarks/simulate_sweep.py)."""
 
 
 def main() -> None:

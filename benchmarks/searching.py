@@ -10,12 +10,12 @@ from pathlib import Path
 
 import optuna
 
+from benchmarks.measure import Row
 from latentwire.config.resolve import load_space
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
-from tests.benchmarks.measure import Row
 
-SPACE = Path(__file__).parents[2] / "search_spaces" / "llama_qwen.yaml"
+SPACE = Path(__file__).parents[1] / "search_spaces" / "llama_qwen.yaml"
 MEASURED = 10
 """Suggestions that a median is taken of."""
 

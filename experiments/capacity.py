@@ -2,9 +2,9 @@
 
 Three rungs on fresh toy contexts, each with all its questions at once, from the receivers outwards:
 
-    python scripts/capacity.py slots --slots 4 2 1                         # soft slots, optimised for each context
-    python scripts/capacity.py latents --wire runs/eight/best              # a trained wire's latents, optimised for each context
-    python scripts/capacity.py encoder --wire runs/eight/best --seen 64    # its encoder, trained on a few contexts, readers as they are
+    python experiments/capacity.py slots --slots 4 2 1                         # soft slots, optimised for each context
+    python experiments/capacity.py latents --wire runs/eight/best              # a trained wire's latents, optimised for each context
+    python experiments/capacity.py encoder --wire runs/eight/best --seen 64    # its encoder, trained on a few contexts, readers as they are
 
 A rung that reaches exact match 1 is not the limit; the first that does not is where to look. Every context has
 its own vectors in the first two, as in arXiv 2502.13063; nothing of them would carry over to another context.

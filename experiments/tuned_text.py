@@ -4,7 +4,7 @@ A wire learns from training questions how they are answered; a frozen model that
 as it comes has not. Vectors that stand before the prompt, the same for every row, give the text
 that chance (prompt tuning, arXiv 2104.08691). Nothing but these vectors is trained.
 
-    python scripts/tuned_text.py --space search_spaces/small.yaml --receiver smollm2 --samples 1000 \\
+    python experiments/tuned_text.py --space search_spaces/small.yaml --receiver smollm2 --samples 1000 \\
       --data_dir <directory with SQuAD parquet> --set data.max_context_bytes=700 --set data.validation_samples=200
 
 ``--share 0.25`` shows the reader, in training and in scoring, the first quarter of each text's tokens.

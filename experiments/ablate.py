@@ -1,6 +1,6 @@
 """What each part of a recipe is worth: named variants of one space, trained with several seeds by the plain loop.
 
-    python scripts/ablate.py --space search_spaces/toy.yaml --variants scripts/ablation.yaml --output_dir runs/ablation
+    python experiments/ablate.py --space search_spaces/toy.yaml --variants experiments/ablation.yaml --output_dir runs/ablation
 
 The variants file maps a name to knobs (dotted path → value) laid over the space's ``run:``; an empty mapping is the
 recipe itself. Each pair of variant and seed has a directory of its own: the same command goes on where it was stopped.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.__main__ import PARTS
-from tests.benchmarks.sharing import on_one_gpu
+from benchmarks.__main__ import PARTS
+from benchmarks.sharing import on_one_gpu
 
 TAKES_LONG = {"sharing", "workers"}
 """Three sweeps, whose way tests/ray_jobs/test_sharing.py goes; seven processes, whose sums tests/training/test_workers.py does."""
@@ -18,7 +18,7 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "tests.benchmarks",
+        "benchmarks",
         "--repeats=1",
         "--steps=2",
         "--samples=64",
@@ -43,7 +43,7 @@ def test_the_planner_holds_more_trials_that_share() -> None:
 
 @pytest.mark.slow
 def test_the_large_shapes_run_in_a_small_copy() -> None:
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_shapes", "--scale=0.05", "--batch_size=2", "--steps=1"]
+    command = [sys.executable, "-m", "benchmarks.gpu_shapes", "--scale=0.05", "--batch_size=2", "--steps=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| joint", "| one receiver"))]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import ray
 
+from benchmarks.measure import Row
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import pipeline, shards, sources, streams
 from latentwire.data.batches import TrainingCollator, padding
 from latentwire.model import LatentWire
-from tests.benchmarks.measure import Row
 
 
 def preprocessing(run: RunConfig) -> Row:

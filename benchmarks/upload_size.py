@@ -1,6 +1,6 @@
 """What `ray job submit --working-dir .` would upload: its size, and where it is large the largest files.
 
-    python scripts/upload_size.py            # exit status 1 over 100 MB; Ray refuses 500 MB
+    python benchmarks/upload_size.py            # exit status 1 over 100 MB; Ray refuses 500 MB
 
 Files are chosen by Ray's own rules: everything that neither .gitignore nor .rayignore names.
 """

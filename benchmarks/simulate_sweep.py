@@ -1,6 +1,6 @@
 """What orchestration costs: many trials that train nothing, through the real searcher, study, ASHA and budget.
 
-    python scripts/simulate_sweep.py --trials 1000 --at_once 64
+    python benchmarks/simulate_sweep.py --trials 1000 --at_once 64
 
 Ray's own part (processes, placement) is left out: what is measured is what one driver must do for every suggestion, report and
 end of a trial, and how large its study grows. Trials' scores are drawn from their values; their checkpoints are manifests alone.

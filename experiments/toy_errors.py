@@ -1,6 +1,6 @@
 """Which toy questions a wire answers wrongly: by the place of the asked fact in its context, and what was said instead.
 
-    python scripts/toy_errors.py runs/one/predictions.parquet --latents 4
+    python experiments/toy_errors.py runs/one/predictions.parquet --latents 4
 
 ``--latents`` tells them also by what shares the asked fact's latent, for wires with ``encoder.span_ends: sentences``.
 """

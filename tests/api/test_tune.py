@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from latentwire.api import results, resume
+from latentwire.api import tune as job
 from latentwire.config import SweepConfig
-from latentwire.tuning import job, results, resume
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
+from benchmarks.measure import Row, in_turns, peak_bytes
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import teachers
@@ -12,7 +13,6 @@ from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import token_ce
 from latentwire.model import LatentWire
 from latentwire.training.loop import Trainer
-from tests.benchmarks.measure import Row, in_turns, peak_bytes
 
 
 def rows(run: RunConfig, table: pa.Table, repeats: int) -> list[Row]:

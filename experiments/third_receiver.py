@@ -1,7 +1,7 @@
 """What a further receiver costs: its retention against the steps spent, joined to a trained wire and from scratch.
 
     python latentwire/train.py --space search_spaces/toy.yaml --output_dir runs/pair
-    python scripts/third_receiver.py --from runs/pair/best --add_receiver phi=toy-phi --steps 100 200 400 800
+    python experiments/third_receiver.py --from runs/pair/best --add_receiver phi=toy-phi --steps 100 200 400 800
 
 ``joined``: the wire's encoder stays as it is, the receiver's own part is trained. ``scratch``: encoder and adapter of a wire
 for that receiver alone. Both take the wire's configuration, with alignment, coarsening and warm-up as the same shares of the

@@ -1,8 +1,8 @@
 """Speed and memory as ratios in one run: a Markdown table.
 
-python -m tests.benchmarks                                # the embedded toy pair
-python -m tests.benchmarks --space presets/squad.yaml --data_dir <directory with SQuAD parquet> --only preprocessing
-python -m tests.benchmarks --space search_spaces/small.yaml --data_dir <directory with SQuAD parquet> --only sharing --steps 8
+python -m benchmarks                                # the embedded toy pair
+python -m benchmarks --space presets/squad.yaml --data_dir <directory with SQuAD parquet> --only preprocessing
+python -m benchmarks --space search_spaces/small.yaml --data_dir <directory with SQuAD parquet> --only sharing --steps 8
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 import ray
 import torch
 
+from benchmarks import data, decoding, searching, sharing, steps, trials, workers
+from benchmarks.measure import Row
 from latentwire.cli.flags import add_flags, read_space
 from latentwire.config import SweepConfig
 from latentwire.config.places import with_home
@@ -23,11 +25,9 @@ from latentwire.data import shards, streams
 from latentwire.data.local import local_shards
 from latentwire.distributed import cluster
 from latentwire.model import LatentWire
-from tests.benchmarks import data, decoding, searching, sharing, steps, trials, workers
-from tests.benchmarks.measure import Row
 
 PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing")
-DEFAULT_SPACE = Path(__file__).parents[2] / "search_spaces" / "toy.yaml"
+DEFAULT_SPACE = Path(__file__).parents[1] / "search_spaces" / "toy.yaml"
 
 
 def on_rows(space: SweepConfig, options: argparse.Namespace) -> list[Row]:

@@ -11,6 +11,9 @@ from typing import Any
 import psutil
 import ray
 
+from benchmarks.gpu_shapes import SHAPES
+from benchmarks.measure import Row
+from benchmarks.trials import in_halves, start_parts
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import load_space, with_values
 from latentwire.config.space import TuneConfig
@@ -18,9 +21,6 @@ from latentwire.distributed import cluster, replica_sets, sweep_files
 from latentwire.planning import planner
 from latentwire.tuning import sweep
 from latentwire.tuning.study import evaluations
-from tests.benchmarks.gpu_shapes import SHAPES
-from tests.benchmarks.measure import Row
-from tests.benchmarks.trials import in_halves, start_parts
 
 TOGETHER = 4
 HOLDERS = ("ray::RayTrainWorker", "ray::ReplicaActor")
@@ -118,7 +118,7 @@ def on_one_gpu(accumulation: int) -> list[Row]:
 
     Batches of eight texts of up to 2 KiB, in so many parts.
     """
-    space = load_space(Path(__file__).parents[2] / "search_spaces" / "llama_qwen.yaml")
+    space = load_space(Path(__file__).parents[1] / "search_spaces" / "llama_qwen.yaml")
     with tempfile.TemporaryDirectory() as folder:
         models = {}
         for name, (kind, sizes) in SHAPES.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
+from benchmarks.measure import Row, in_turns
 from latentwire.evaluation.evaluator import predict
 from latentwire.model import LatentWire
-from tests.benchmarks.measure import Row, in_turns
 
 
 def beside_generate(wire: LatentWire, table: pa.Table, repeats: int) -> Row:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from benchmarks.measure import Row
+from benchmarks.trials import in_halves, second_half_seconds
 from latentwire.config import RunConfig
-from tests.benchmarks.measure import Row
-from tests.benchmarks.trials import in_halves, second_half_seconds
 
 COUNTS = (1, 2, 4)
 
