@@ -22,8 +22,8 @@ from latentwire.config import SweepConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams
-from latentwire.data.local import local_shards
 from latentwire.distributed import cluster
+from latentwire.distributed.local_shards import local_shards
 from latentwire.model import LatentWire
 
 PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing")

@@ -26,7 +26,7 @@ from latentwire.config import RunConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict

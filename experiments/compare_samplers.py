@@ -22,7 +22,7 @@ from latentwire.config import RunConfig, SamplerConfig, SweepConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.distributed.trial import NUMBER
 from latentwire.errors import UserError, fail
 from latentwire.model import LatentWire

@@ -23,7 +23,7 @@ from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.overrides import override_run
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation import scoring
 from latentwire.evaluation.conditions import Condition

@@ -26,7 +26,7 @@ from latentwire.config import RunConfig
 from latentwire.config.places import with_home
 from latentwire.data import shards
 from latentwire.data.documents import TrainedOn
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation import readings
 from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.statistics import interval

@@ -22,7 +22,7 @@ from latentwire.config.overrides import assigned, override_run
 from latentwire.config.places import sought
 from latentwire.config.resolve import ConfigError, validate
 from latentwire.data import shards
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation import scoring
 from latentwire.evaluation.baselines import MODES

@@ -19,7 +19,7 @@ from latentwire.cli.flags import add_flags, add_start, output_path, read_space
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards, streams
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.errors import UserError, fail
 from latentwire.evaluation import readings, scoring
 from latentwire.model import LatentWire

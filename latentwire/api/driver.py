@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latentwire.api import lease, resume
 from latentwire.api import tune as job
 from latentwire.config import SweepConfig
 from latentwire.planning.planner import Plan
 from latentwire.storage import Place
+from latentwire.tuning import lease, resume
 from latentwire.tuning.searcher import objectives
 from latentwire.tuning.stopping import SIGINT_STATUS, Stop
 from latentwire.tuning.study import JOURNAL, own_trials, read_study

@@ -9,7 +9,7 @@ import torch
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import shards, streams, teachers
-from latentwire.data.local import local_shards
+from latentwire.distributed.local_shards import local_shards
 from latentwire.model import LatentWire
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table

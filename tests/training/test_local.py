@@ -16,8 +16,8 @@ from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
-from latentwire.data.local import local_shards
 from latentwire.data.sources import DataError
+from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation.protocol import protocol_hash
 from latentwire.model import LatentWire
 from latentwire.training import checkpoints

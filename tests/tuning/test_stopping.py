@@ -12,8 +12,9 @@ from optuna.trial import TrialState
 from ray.tune.search.searcher import Searcher
 
 from latentwire.api import driver
+from latentwire.api import tune as job
 from latentwire.config import SweepConfig
-from latentwire.tuning import job, lease, resume, stopping
+from latentwire.tuning import lease, resume, stopping
 from latentwire.tuning.lease import LEASE_FILE, LeaseError
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.stopping import Stop, SweepStopped
