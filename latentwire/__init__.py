@@ -1,12 +1,13 @@
 """LatentWire: one text, compressed once into a few latent vectors, read by several frozen LLMs.
 
-    from latentwire import LatentWire
+    from latentwire import LatentWire, tune
 
-    wire = LatentWire.from_pretrained("runs/x/best")
+    result = tune("toy", output="runs/first", overrides={"tune.trials": 2})
+    wire = LatentWire.from_pretrained(result.export)
     packet = wire.encode(contexts).to_bytes(bits=8)
     answers = wire.answer(packet, questions, receiver="qwen")
 
-What stands here is loaded when it is used, so that the command lines start without what they do not need.
+A name is loaded when it is used, so that commands start without what they do not need.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentwire.api.evaluate import evaluate
+    from latentwire.api.train import train
+    from latentwire.api.tune import tune
+    from latentwire.config import RunConfig, SweepConfig
+    from latentwire.errors import UserError
     from latentwire.message import Message, WireError
     from latentwire.model import LatentWire
 
@@ -23,13 +29,37 @@ if TYPE_CHECKING:
 # what they wait for cannot run. OpenMP reads this once, when torch is loaded, and Ray's workers inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["LatentWire", "Message", "WireError"]
-__version__ = "0.1.0"
+__all__ = [
+    "LatentWire",
+    "Message",
+    "RunConfig",
+    "SweepConfig",
+    "UserError",
+    "WireError",
+    "evaluate",
+    "train",
+    "tune",
+]
+__version__ = "0.2.0"
 
-_HOMES = {"LatentWire": "latentwire.model", "Message": "latentwire.message", "WireError": "latentwire.message"}
+_HOMES = {
+    "LatentWire": "latentwire.model",
+    "Message": "latentwire.message",
+    "RunConfig": "latentwire.config",
+    "SweepConfig": "latentwire.config",
+    "UserError": "latentwire.errors",
+    "WireError": "latentwire.message",
+    "evaluate": "latentwire.api.evaluate",
+    "train": "latentwire.api.train",
+    "tune": "latentwire.api.tune",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module latentwire has no attribute {name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,21 +1,249 @@
-"""A sweep from its shards to its report: what ``ray_jobs/tune.py`` does once everything that could be refused has been."""
+"""Run a sweep: plan, lease, shards, trials, re-runs, scores, export, report."""
 
 from __future__ import annotations
 
+import shlex
+import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from latentwire.config import SweepConfig
-from latentwire.config.resolve import with_values
-from latentwire.distributed import orphans, remote, replica_sets, sweep_files
+from latentwire.config.places import at_home, with_home
+from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
 from latentwire.errors import fail
 from latentwire.evaluation import readings, scoring
+from latentwire.planning import forecast, planner
 from latentwire.planning.planner import Plan
-from latentwire.planning.variants import variant_key
+from latentwire.planning.variants import largest_run, variant_key
 from latentwire.reports import html, tables
-from latentwire.storage import Place
-from latentwire.tuning import checkpoint_budget, manifest, reruns, results, resume, sweep
-from latentwire.tuning.stopping import Stop
+from latentwire.storage import Place, place
+from latentwire.tuning import checkpoint_budget, lease, manifest, reruns, results, resume, sweep
+from latentwire.tuning.console import check_trackers
+from latentwire.tuning.results import Best, SweepError
+from latentwire.tuning.searcher import check_draws, check_searchable, objectives
+from latentwire.tuning.stopping import SIGINT_STATUS, Stop
+from latentwire.tuning.study import JOURNAL, own_trials, read_study
+
+if TYPE_CHECKING:
+    import optuna
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that lies in a directory: its trials, its winner, and where its files are."""
+
+    output: Place
+    """The sweep's directory."""
+
+    @cached_property
+    def config(self) -> SweepConfig:
+        """The resolved configuration."""
+        return resume.read_space(self.output, [])
+
+    @cached_property
+    def study(self) -> optuna.Study:
+        """A copy in memory of the Optuna study, with every trial."""
+        import optuna
+
+        with read_study(self.output / JOURNAL, self.output.name, objectives(self.config)) as stored:
+            study = optuna.create_study(study_name=stored.study_name, directions=stored.directions)
+            study.add_trials(own_trials(stored))
+            for key, value in stored.user_attrs.items():
+                study.set_user_attr(key, value)
+        return study
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """A table with a row per trial, best first: its state, metrics, and a column per searched path."""
+        import pandas as pd
+
+        rows = results.trial_rows(self.study, self.config.tune)
+        return pd.DataFrame([{key: row[key] for key in row if key != "values"} | row["values"] for row in rows])
+
+    @cached_property
+    def best(self) -> Best:
+        """The winner. Raises :class:`~latentwire.tuning.results.SweepError` where no trial left a checkpoint."""
+        return results.find_best(self.study, self.config.tune)
+
+    @property
+    def export(self) -> Place:
+        """Directory of the winner's wire, for :meth:`LatentWire.from_pretrained`."""
+        return self.output / "best"
+
+    @property
+    def report(self) -> Place:
+        """The report, one HTML file that opens offline."""
+        return self.output / html.FILE
+
+
+def tune(
+    config: SweepConfig | str | Path = "toy",
+    *,
+    output: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    verbose: bool = False,
+) -> SweepResult:
+    """Search a space on Ray, score the best wire once on the untouched split, and export it.
+
+    Args:
+        config: a configuration, the name of a shipped one, or a YAML file.
+        output: directory or URI for everything that is written; None: a new one under ``tune.storage_path``.
+        overrides: path → value laid over the configuration, e.g. ``{"tune.trials": 2}``.
+        verbose: show what workers and libraries print.
+
+    Raises:
+        UserError: a value that cannot be, too little memory, a directory that is taken.
+        SweepError: the sweep stopped before its end, or every trial failed.
+    """
+    if isinstance(config, SweepConfig):
+        config = (
+            SweepConfig.model_validate(config.model_dump()) if overrides is None else _overridden(config, overrides)
+        )
+    else:
+        config = load_space(config, {_full(path): value for path, value in (overrides or {}).items()})
+    space = with_home(config)
+    where = new_output(space, None if output is None else str(output))
+    check(space, where)
+    status = run(
+        space, where, program="latentwire tune", command=f"latentwire.tune(output={str(where)!r})", verbose=verbose
+    )
+    if status == SIGINT_STATUS:
+        raise KeyboardInterrupt
+    if status:
+        raise SweepError(f"the sweep in {where} must come to its end, it ended with status {status}; see its report")
+    return SweepResult(where)
+
+
+def _full(path: str) -> str:
+    return path if path.split(".")[0] in ("run", "tune", "search") else f"run.{path}"
+
+
+def _overridden(config: SweepConfig, overrides: Mapping[str, Any]) -> SweepConfig:
+    return load_space(None, config.model_dump(mode="json") | {_full(path): value for path, value in overrides.items()})
+
+
+def new_output(space: SweepConfig, output: str | None) -> Place:
+    """Return the directory of a new sweep: ``output``, or one named by the time.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where something lies in it.
+    """
+    name = time.strftime("tune-%Y%m%d-%H%M%S")
+    where = (place(at_home(output)) if output else place(space.tune.storage_path) / name).absolute()
+    if not lease.is_empty(where):
+        raise ConfigError(f"output_dir must not exist yet, got {where}; name another one, or --resume {where}")
+    return where
+
+
+def check(space: SweepConfig, output: Place) -> None:
+    """Raise a :class:`~latentwire.errors.UserError` for what could never run, before Ray starts."""
+    check_draws(space)
+    planner.check_start(space.run)
+    check_searchable(space)
+    check_trackers(space.tune, output)
+
+
+def run(
+    space: SweepConfig,
+    output: Place,
+    *,
+    program: str,
+    command: str,
+    repeated: Mapping[str, Any] | None = None,
+    retry: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Plan a checked sweep on the cluster and run it; return the exit status.
+
+    Args:
+        space: what is searched.
+        output: the sweep's directory.
+        program: words with which a person runs the command that goes on.
+        command: the whole command, for the record.
+        repeated: the manifest whose trial this is, where it is one.
+        retry: take its failed trials up again.
+        force: take the sweep over from a driver that has given no heartbeat for long.
+        dry_run: print plan, forecast and configuration, and stop.
+        verbose: show what workers and libraries print.
+    """
+    cluster.start_ray()
+    plan = planner.plan_on_cluster(space)
+    rate = remote.measure_rate(largest_run(space), plan.gpus_per_worker) if dry_run else None
+    plan = forecast.show(space, plan, output, rate)
+    if dry_run:
+        print(space.model_dump_json(indent=1))
+        return 0
+    return drive(space, plan, output, program, command, repeated, retry=retry, force=force)
+
+
+def drive(
+    space: SweepConfig,
+    plan: Plan,
+    output: Place,
+    program: str,
+    command: str,
+    repeated: Mapping[str, Any] | None = None,
+    *,
+    retry: bool = False,
+    force: bool = False,
+) -> int:
+    """Run a sweep as its only driver; returns the exit status.
+
+    Args:
+        space: what is searched.
+        plan: how many trials fit.
+        output: the sweep's directory.
+        program: words with which a person runs the command that goes on, e.g. ``latentwire tune``.
+        command: the whole command, for the record.
+        repeated: the manifest whose trial this is, where it is one.
+        retry: take its failed trials up again.
+        force: take the sweep over from a driver that has given no heartbeat for long.
+
+    Raises:
+        LeaseError: another driver has the sweep; nothing was touched.
+    """
+    stop = Stop()
+    try:
+        with lease.held(output, force, stop.lose) as stop.lease, stop.by_signals():
+            resume.write_space(space, output)
+            if retry:
+                lines = resume.retry_failed(space, output) or ["no trial has failed"]
+                print("\n".join(lines), flush=True)
+            return search(space, plan, output, command, repeated, stop)
+    except KeyboardInterrupt:  # Ray raises one of its own where a signal's handler raised in the middle of a call
+        stop.ask("Ctrl-C", SIGINT_STATUS)
+    return explain_stop(stop, space, output, f"{program} --resume {shlex.quote(str(output))}")
+
+
+def explain_stop(stop: Stop, space: SweepConfig, output: Place, again: str) -> int:
+    """Print why a sweep stopped and how it goes on, and return the exit status.
+
+    Args:
+        stop: its reason.
+        space: what is searched.
+        output: the sweep's directory.
+        again: the command that goes on with it.
+    """
+    with read_study(output / JOURNAL, output.name, objectives(space)) as study:
+        states = [trial.state for trial in own_trials(study)]
+    ended, trials = sum(state.is_finished() for state in states), space.tune.trials
+    print(
+        f"stopped: {stop.reason}; {ended} of {trials} trials have ended, what has not goes on from its "
+        f"checkpoints; all is kept, nothing was scored",
+        flush=True,
+    )
+    if stop.taken:
+        return stop.status
+    print(f"go on: {again}", flush=True)
+    if 0 < ended < trials:
+        print(f"or choose and score the best of those that have ended: {again} --set tune.trials={ended}", flush=True)
+    return stop.status
 
 
 def search(

@@ -1,0 +1,64 @@
+"""The console command ``latentwire``: one thin file a command, over the functions of ``latentwire/api``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from latentwire import __version__
+from latentwire.config.places import at_home
+from latentwire.errors import UserError, fail
+from latentwire.storage import place
+
+COMMANDS = ("tune", "train", "evaluate", "preprocess", "report", "ask", "doctor")
+
+app = App(
+    name="latentwire",
+    help="Train, tune and evaluate wires that hand one model's context to other frozen LLMs as a few vectors.",
+    version=__version__,
+    help_format="plaintext",
+)
+for _command in COMMANDS:
+    app.command(f"latentwire.cli.{_command}:{_command}", name=_command)  # imported when it is used
+app.register_install_completion_command(name="--install-completion")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 2 for an error that is the user's to mend.
+
+    Args:
+        words: the command line without the program's name; None: this process's own.
+    """
+    try:
+        status = app(
+            list(sys.argv[1:] if words is None else words),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except (UserError, CycloptsError) as error:
+        return fail(error)
+    return status if isinstance(status, int) else 0
+
+
+def as_written(words: Sequence[str], goes_on: bool = False) -> list[str]:
+    """Return a script's flags as the console command takes them.
+
+    Scripts also take ``--resume`` without a value: go on in ``--output_dir``.
+
+    Args:
+        words: flags of ``train.py`` and its like.
+        goes_on: resume wherever the output directory is there and its run has not finished.
+    """
+    given = [part for word in words for part in (word.split("=", 1) if word.startswith("--output") else [word])]
+    places = [index for index, word in enumerate(given) if word in ("--output", "--output_dir")]
+    bare = [i for i, word in enumerate(given) if word == "--resume" and (given[i + 1 :] or ["--"])[0].startswith("--")]
+    if not places or places[0] + 1 == len(given):
+        return list(words)
+    output = given[places[0] + 1]
+    if bare or (goes_on and place(at_home(output)).exists()):
+        kept = [word for i, word in enumerate(given) if i not in (places[0], places[0] + 1, *bare)]
+        return [*kept, "--resume", output]
+    return given

@@ -1,10 +1,12 @@
-"""Command-line flags: each one is a name for a knob of the configuration, and nothing else."""
+"""Command-line flags that commands share: each is a name for a knob of the configuration."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
 
 from latentwire import exports
 from latentwire.config import SweepConfig
@@ -12,6 +14,10 @@ from latentwire.config.overrides import assigned, typed
 from latentwire.config.places import at_home, sought
 from latentwire.config.resolve import ConfigError, knobs, load_space
 from latentwire.storage import Place, StorageError, place
+
+CONFIGURATION = Group("Configuration", sort_key=1)
+KNOBS = Group("Knobs (every other one by --set)", sort_key=2)
+START = Group("Begin with a trained wire", sort_key=3)
 
 FLAGS: dict[str, str] = {
     "samples": "data.samples",
@@ -34,62 +40,114 @@ FLAGS: dict[str, str] = {
 """Flag → dotted path into ``run``. Every other knob is reached by ``--set path=value``."""
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of :data:`FLAGS`, ``--set`` and ``--space``; values are checked by the configuration, not here."""
-    docs = {path: field.description for path, field in knobs()}
-    for flag, path in FLAGS.items():
-        text = docs.get(path) or f"Hub id or local directory of the receiver {flag.removesuffix('_id')}."
-        text = text.replace("``", "").replace("\n", " ").replace("%", "%%")
-        if flag == "sequential_models":
-            parser.add_argument(f"--{flag}", action="store_const", const=True, help=text)
-        else:
-            parser.add_argument(f"--{flag}", metavar="VALUE", help=text)
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
-                        help="any other knob of run or tune, e.g. --set training.encoder_lr=3e-4 --set tune.trials=4")  # fmt: skip
-    parser.add_argument(
-        "--space", type=input_path, help="space file (search_spaces/*.yaml); its `run:` is what flags override"
+Output = Annotated[
+    str | None, Parameter(name=["--output", "--output_dir"], help="Directory or URI for everything written.")
+]
+Resume = Annotated[str | None, Parameter(help="Directory of an unfinished run: go on there from its last checkpoint.")]
+Assignments = Annotated[
+    list[str],
+    Parameter(
+        name="--set",
+        help="PATH=VALUE of any knob, e.g. training.encoder_lr=3e-4 or tune.trials=4; repeatable.",
+        negative=(),
+        group=CONFIGURATION,
+        allow_leading_hyphen=True,
+    ),
+]
+Verbose = Annotated[bool, Parameter(help="Show what workers and libraries print.", negative=())]
+Ray = Annotated[bool, Parameter(help="Run on Ray: its cluster's workers, or this machine's.", negative=())]
+
+
+def _knob_parameter(flag: str, path: str, descriptions: dict[str, str | None]) -> Any:
+    """Return the annotated type of one flag of :data:`FLAGS`; the configuration checks its value."""
+    text = descriptions.get(path) or f"Hub id or local directory of receiver {flag.removesuffix('_id')}."
+    names = list(dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}")))
+    kind = bool | None if flag == "sequential_models" else str | None
+    summary = " ".join(text.replace("``", "").split())
+    return Annotated[kind, Parameter(name=names, help=summary, negative=(), group=KNOBS, allow_leading_hyphen=True)]
+
+
+def _flag_fields() -> list[Any]:
+    descriptions = {path: knob.description for path, knob in knobs()}
+    source = Parameter(
+        name=["--config", "--space"],
+        help="Name of a shipped configuration (toy, small, squad_pair …) or a YAML file.",
+        group=CONFIGURATION,
     )
+    fields: list[Any] = [("config", Annotated[str | None, source], field(default=None))]
+    fields.append(("assignments", Assignments, field(default_factory=list)))
+    for flag, path in FLAGS.items():
+        fields.append((flag, _knob_parameter(flag, path, descriptions), field(default=None)))
+    return fields
 
 
-def add_start(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a run that begins with a trained wire."""
-    parser.add_argument("--from", type=input_path, dest="base",
-                        help="export or checkpoint whose configuration and weights the run begins with")  # fmt: skip
-    parser.add_argument("--add_receiver", metavar="NAME=MODEL", help="a further receiver (Hub id or directory) for the wire "
-                        "of --from: its adapter alone is trained, all else stays as it is")  # fmt: skip
+Flags: Any = make_dataclass("Flags", _flag_fields())
+"""``--config``, ``--set`` and the flags of :data:`FLAGS`, as attributes."""
+
+_BASE = Parameter(
+    name="--from", help="Export or checkpoint whose configuration and weights the run begins with.", group=START
+)
+_JOINING = Parameter(
+    name=["--add_receiver", "--add-receiver"],
+    help="NAME=MODEL of a further receiver for the wire of --from: its adapter alone is trained.",
+    group=START,
+)
+StartFlags: Any = make_dataclass(
+    "StartFlags",
+    [
+        ("base", Annotated[str | None, _BASE], field(default=None)),
+        ("add_receiver", Annotated[str | None, _JOINING], field(default=None)),
+    ],
+)
+"""Flags of a run that begins with a trained wire."""
+
+Flags.__module__ = StartFlags.__module__ = __name__  # else no type hint of theirs is resolved
+NO_FLAGS, NO_START = Flags(), StartFlags()
+"""None of them given."""
+
+SharedFlags = Annotated[Flags, Parameter(name="*")]
+SharedStart = Annotated[StartFlags, Parameter(name="*")]
 
 
-def read_space(options: argparse.Namespace, default: Path | None = None) -> SweepConfig:
-    """The space file with the flags laid over it; with ``--from``, that wire's configuration instead of one.
+def read_config(flags: Any, default: str | None = None, start: Any = None) -> SweepConfig:
+    """Return the configuration of ``--config`` with the other flags laid over it.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.exports.CheckpointError` for ``--from``.
+    Args:
+        flags: a :data:`Flags`.
+        default: name of the configuration without ``--config``; None: every knob's own default.
+        start: a :data:`StartFlags`; with ``--from``, that wire's configuration is the one to begin with.
+
+    Raises:
+        ConfigError: an unknown knob, a value out of bounds, flags that exclude each other.
+        CheckpointError: ``--from`` holds no wire.
     """
-    if getattr(options, "base", None) or getattr(options, "add_receiver", None):
-        tree, overrides = begun_with(options), _overrides(options, True)
-        if "run.losses.bundle" in overrides:  # it would be outvoted by the weights that the wire was trained with
+    if start is not None and (start.base or start.add_receiver):
+        tree, overrides = begun_with(flags, start), _overrides(flags, True)
+        if "run.losses.bundle" in overrides:  # else outvoted by the weights the wire was trained with
             tree.pop("losses", None)
         return load_space(None, {"run": tree} | overrides)
-    return load_space(options.space or default, _overrides(options, options.space is not None or default is not None))
+    source = flags.config or default
+    return load_space(source, _overrides(flags, source is not None))
 
 
-def begun_with(options: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of ``--from``, and one more receiver where ``--add_receiver`` names it, whose part alone is trained.
+def begun_with(flags: Any, start: Any) -> dict[str, Any]:
+    """Return the configuration of ``--from``, with the receiver of ``--add_receiver`` joined to it.
 
-    The new one's messages shorten as they did for the others: the encoder, which stays as it is, has made such finer ones before.
-    Without a new one every part learns, and what could be learned only with alignment and coarsening is there already: both are off.
-    Flags may say otherwise.
+    A joining receiver alone is trained, and its messages shorten as they did for the others.
+    Without one every part learns; alignment and coarsening, which it has behind it, are off.
     """
-    name, sign, model = (options.add_receiver or "").partition("=")
-    if options.base is None or options.space is not None or (options.add_receiver and not sign):
+    name, sign, model = (start.add_receiver or "").partition("=")
+    if start.base is None or flags.config is not None or (start.add_receiver and not sign):
         raise ConfigError(
-            f"--from takes an export, whose configuration it keeps, and no --space; --add_receiver takes NAME=MODEL beside it; "
-            f"got --from {options.base}, --space {options.space}, --add_receiver {options.add_receiver}"
+            f"--from takes an export, whose configuration it keeps, and no --config; --add_receiver takes NAME=MODEL "
+            f"beside it; got --from {start.base}, --config {flags.config}, --add_receiver {start.add_receiver}"
         )
-    exports.read_manifest(options.base)
-    run = exports.read_run(options.base)
+    base = input_path(start.base)
+    exports.read_manifest(base)
+    run = exports.read_run(base)
     tree = run.model_dump(mode="json", exclude_unset=True)
-    tree["training"] = tree.get("training", {}) | {"init_from": str(options.base)}
-    if not options.add_receiver:
+    tree["training"] = tree.get("training", {}) | {"init_from": str(base)}
+    if not start.add_receiver:
         tree["training"] |= {"alignment_steps": 0, "coarsening_steps": 0, "train_only": []}
         return tree
     if run.encoder.private_len:
@@ -97,65 +155,65 @@ def begun_with(options: argparse.Namespace) -> dict[str, Any]:
             f"a receiver can join a wire without private latents, got encoder.private_len {run.encoder.private_len}: its "
             f"encoder would have to learn more of them; train a wire with private_len 0"
         )
-    tree["receivers"] = [receiver.model_dump(mode="json") for receiver in run.receivers] + [
-        {"name": name, "model": model}
-    ]
+    receivers = [receiver.model_dump(mode="json") for receiver in run.receivers]
+    tree["receivers"] = [*receivers, {"name": name, "model": model}]
     tree["training"] |= {"train_only": [name], "receivers_per_step": "all"}
     return tree
 
 
-def _overrides(options: argparse.Namespace, from_file: bool) -> dict[str, Any]:
+def _overrides(flags: Any, from_file: bool) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for flag, path in FLAGS.items():
-        if (value := getattr(options, flag)) is not None:
+        if (value := getattr(flags, flag)) is not None:
             overrides[f"run.{path}"] = value if isinstance(value, bool) else typed(path, value)
-    overrides |= assigned(options.assignments)
-    # A receiver that the flags replace is not the toy any more: what the default said about the toy goes with it.
+    overrides |= assigned(flags.assignments)
+    # A receiver that a flag names is no toy any more: the toy's way with BOS goes with it.
     for index, flag in enumerate(("llama_id", "qwen_id")):
-        if getattr(options, flag) is not None and not from_file:
+        if getattr(flags, flag) is not None and not from_file:
             overrides.setdefault(f"run.receivers.{index}.bos", "auto")
     return overrides
 
 
-def refuse_flags(options: argparse.Namespace, kept: str) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` for flags that a command would pass over: ``kept`` stays as it was."""
-    given = [f"--{flag}" for flag in (*FLAGS, "space") if getattr(options, flag) is not None]
+def refuse_flags(flags: Any, subject: str) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for flags that ``subject``, which keeps its
+    configuration, would pass over."""
+    given = [f"--{flag}" for flag in ("config", *FLAGS) if getattr(flags, flag) is not None]
     if given:
         raise ConfigError(
-            f"{kept} keeps its configuration, got {', '.join(given)}; leave that out, or start a new sweep"
+            f"{subject} keeps its configuration, got {', '.join(given)}; leave that out, or start a new sweep"
         )
 
 
 def input_place(address: str) -> Place:
-    """A flag's input, as :func:`sought`. Raises :class:`argparse.ArgumentTypeError`."""
+    """Return the place of a flag's input, sought here and then under the home of outputs."""
     try:
         return sought(address)
     except (ValueError, StorageError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise ConfigError(str(error)) from error
 
 
 def input_path(address: str) -> Path:
-    """A flag's input on this machine. Raises :class:`argparse.ArgumentTypeError`."""
-    return _here(input_place(address))
+    """Return a flag's input on this machine."""
+    return _on_this_machine(input_place(address))
 
 
 def output_path(address: str) -> Path:
-    """A flag's output on this machine. Raises :class:`argparse.ArgumentTypeError`."""
+    """Return a flag's output on this machine."""
     try:
-        return _here(place(address))
+        return _on_this_machine(place(address)).absolute()
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _here(where: Place) -> Path:
-    if not isinstance(where, Path):
-        raise argparse.ArgumentTypeError(f"must be a path on this machine, got {where}; copy it here and name the copy")
-    return where
+        raise ConfigError(str(error)) from error
 
 
 def output_place(address: str) -> Place:
-    """An output's place that a flag names, under :func:`home` where it is relative. Raises :class:`argparse.ArgumentTypeError`."""
+    """Return the place of a flag's output, under the home of outputs where it is relative."""
     try:
-        return place(at_home(address))
+        return place(at_home(address)).absolute()
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise ConfigError(str(error)) from error
+
+
+def _on_this_machine(where: Place) -> Path:
+    if not isinstance(where, Path):
+        raise ConfigError(f"must be a path on this machine, got {where}; copy it here and name the copy")
+    return where

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.evaluation import readings, scoring
+from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.conditions import Condition, conditions
-from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.summary import baseline_pairs, details, pairs
+from latentwire.message import Bits
 from latentwire.reports import tables
 from latentwire.storage import Place, write_text
 
@@ -51,72 +51,78 @@ class Known:
     readings: dict[str, Any] | None
     """How often the rows were read before; ``None`` for rows that are there to be compared on, which nobody counts."""
     probes: dict[str, float] | None = None
-    """What ``--diagnose`` found in its messages."""
+    """Probes of its latents, where they were asked for."""
 
 
-def known_of(folder: Path, split: str, rows: Place) -> Known:
+def known_of(folder: Path, split: str, rows: Place, probes: dict[str, float] | None = None) -> Known:
     """Return what is known of a wire's directory. A scoring of validation rows is recorded beside their shards."""
     manifest, read = exports.read_manifest(folder), None
     if split == "validation":
         read = readings.note(rows, readings.wire_name(manifest), documents.read(folder, manifest))
-    return Known(exports.sizes(folder), read)
+    return Known(exports.sizes(folder), read, probes)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an evaluation was asked for, and what it reads of the data's source: before the scoring, which a file that cannot be
-    read would lose."""
+class Questions:
+    """What an evaluation asks, checked before the scoring, which a file that cannot be read would lose."""
 
-    rows: tuple[Condition, ...]
-    """Of the table."""
+    conditions: tuple[Condition, ...]
+    """Rows of the table."""
     sides: list[tuple[str, str]]
-    """Rows to set side by side, by their keys."""
+    """Conditions to set side by side, by their keys."""
     types: dict[str, str]
     """id → type of its question, where the dataset has such."""
+    compared: bool
+    """Whether the table of paired differences was asked for."""
 
 
-def asked(options: argparse.Namespace, run: RunConfig) -> Asked:
-    """The flags, checked. Raises :class:`~latentwire.config.resolve.ConfigError`, and
-    :class:`~latentwire.data.sources.DataError` for data that cannot be read."""
-    if options.data_dir is not None:
-        raise ConfigError(
-            f"--data_dir belongs to --predictions, got {options.data_dir} with --checkpoint; name the directory by "
-            f"--set data.data_dir={options.data_dir}"
-        )
-    scoring.check_questions(run)
-    rows = conditions(run, options.modes, options.tokens_per_latent, options.latent_len, options.bits)
-    sides = compared(options.compare, rows)
-    return Asked(rows, sides, question_types(run.data, shards.source_of(options.split)))
-
-
-def show_and_write(
-    options: argparse.Namespace,
-    wanted: Asked,
-    predictions: Mapping[str, Sequence[Prediction]],
+def questions_of(
     run: RunConfig,
-    known: Known,
-) -> int:
-    """Print the tables and write what ``--output`` asks for; returns the exit status."""
-    scores = scoring.summaries(predictions)
-    further = details(predictions, wanted.sides, wanted.types) | {"weights": known.sizes}
+    split: shards.ShardSplit,
+    modes: Sequence[Mode],
+    tokens_per_latent: Sequence[int],
+    latent_len: Sequence[int],
+    bits: Sequence[Bits],
+    compare: Sequence[str] | None,
+) -> Questions:
+    """Return the checked conditions of an evaluation; see :func:`latentwire.evaluate` for the arguments.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.data.sources.DataError` for data
+    that cannot be read.
+    """
+    scoring.check_questions(run)
+    rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
+    types = question_types(run.data, shards.source_of(split))
+    return Questions(rows, compared(compare, rows), types, compare is not None)
+
+
+def show(evaluation: Any, title: str) -> None:
+    """Print the tables of an :class:`~latentwire.api.evaluate.Evaluation`."""
+    scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
     grids = [
-        tables.scores_table(scores, f"{options.checkpoint}, {options.split}", run),
+        tables.scores_table(scores, title, evaluation.run),
         tables.together_table(scores),
         tables.weights_table(known.sizes),
     ]
-    if options.compare is not None:
+    if questions.compared:
+        further = details(evaluation.predictions, questions.sides, questions.types)
         grids.append(tables.comparisons_table(further["comparisons"]))
     tables.show(grids)
     if known.readings is not None:
-        further["readings"] = known.readings
         print(readings.sentence(known.readings))
     if known.probes is not None:
-        further["diagnostics"] = known.probes
         print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items()))
-    if options.output and options.output.name.endswith(".json"):
-        write_text(options.output, json.dumps(scores, indent=1))
-    elif options.output:
-        write_text(options.output / "scores.json", json.dumps(scores, indent=1))
-        write_text(options.output / "details.json", json.dumps(further, indent=1))
-        scoring.write_predictions(predictions, options.output / "predictions.parquet")
-    return 0
+
+
+def write(evaluation: Any, output: Place) -> None:
+    """Write an evaluation's scores to a ``.json`` file, or scores, details and predictions to a directory."""
+    scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
+    if output.name.endswith(".json"):
+        write_text(output, json.dumps(scores, indent=1))
+        return
+    further = details(evaluation.predictions, questions.sides, questions.types) | {"weights": known.sizes}
+    further |= {} if known.readings is None else {"readings": known.readings}
+    further |= {} if known.probes is None else {"diagnostics": known.probes}
+    write_text(output / "scores.json", json.dumps(scores, indent=1))
+    write_text(output / "details.json", json.dumps(further, indent=1))
+    scoring.write_predictions(evaluation.predictions, output / "predictions.parquet")

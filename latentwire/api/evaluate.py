@@ -1,0 +1,134 @@
+"""Score a checkpoint or export beside its baselines, in this process or on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentwire import exports
+from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.places import sought, with_home
+from latentwire.config.resolve import with_values
+from latentwire.data import shards
+from latentwire.distributed.local_shards import local_shards
+from latentwire.evaluation import scoring
+from latentwire.evaluation.baselines import MODES, Mode
+from latentwire.evaluation.diagnostics import diagnose
+from latentwire.evaluation.evaluator import Prediction
+from latentwire.message import Bits
+from latentwire.model import load_wire
+from latentwire.planning import planner
+from latentwire.reports.scores import Known, Questions, known_of, questions_of
+from latentwire.storage import Place, local
+from latentwire.threads import use_threads
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers of every receiver to every row, under each condition."""
+
+    run: RunConfig
+    """The configuration that was evaluated."""
+    questions: Questions
+    """The rows of the table, and what is compared."""
+    predictions: Mapping[str, Sequence[Prediction]]
+    """Condition → one prediction for each row and receiver."""
+    known: Known
+    """The wire's sizes, how often the rows were read, and probes of the latents."""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Condition → receiver → metrics, with intervals over contexts."""
+        return scoring.summaries(self.predictions)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    split: shards.ShardSplit = "validation",
+    modes: Sequence[Mode] = MODES,
+    tokens_per_latent: Sequence[int] = (),
+    latent_len: Sequence[int] = (),
+    bits: Sequence[Bits] = (),
+    compare: Sequence[str] | None = None,
+    joint: bool = True,
+    probes: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    on_ray: bool = False,
+    copies: int | None = None,
+    verbose: bool = False,
+) -> Evaluation:
+    """Score a checkpoint or export on a split.
+
+    Args:
+        checkpoint: directory or URI of a checkpoint or export.
+        split: rows to score.
+        modes: what stands in for the context.
+        tokens_per_latent: lengths of message to score, each beside text cut to as many tokens.
+        latent_len: the same for a wire whose messages have a fixed length.
+        bits: also send the latents in packets of these widths.
+        compare: two conditions to set side by side, paired; empty: latents and each baseline.
+        joint: whether receivers also score each other's answers.
+        probes: also look into the latents.
+        overrides: path → value laid over the checkpoint's configuration.
+        on_ray: share the rows out over the cluster's workers; the scores are the same, bit for bit.
+        copies: wires at once on Ray; None: as many as the cluster holds.
+        verbose: show what workers and libraries print.
+
+    Raises:
+        UserError: no checkpoint there, unknown conditions, data that cannot be read.
+    """
+    where = sought(str(checkpoint)).absolute()
+    with local(where) as folder:
+        exports.read_manifest(folder)
+        run = with_values(exports.read_run(folder), dict(overrides or {}))
+        run = with_home(SweepConfig(run=run)).run
+        exports.check_models(folder, run)
+        questions = questions_of(run, split, modes, tokens_per_latent, latent_len, bits, compare)
+        if not on_ray:
+            use_threads(run.training.cpus_per_worker)
+            path = local_shards(run, (split,))[split]
+            wire, _ = load_wire(folder, run)
+            known = known_of(folder, split, path, diagnose(wire, shards.read_table(path)) if probes else None)
+            predictions = scoring.predict_conditions(wire, path, questions.conditions, joint=joint)
+            return Evaluation(run, questions, predictions, known)
+    return _on_ray(where, run, split, questions, joint, probes, copies)
+
+
+def _on_ray(
+    checkpoint: Place,
+    run: RunConfig,
+    split: shards.ShardSplit,
+    questions: Questions,
+    joint: bool,
+    probes: bool,
+    copies: int | None,
+) -> Evaluation:
+    """Score by a Ray Data actor pool: every GPU (or core) of the cluster takes part of the rows."""
+    import ray
+
+    from latentwire.data import pipeline
+    from latentwire.distributed import cluster, remote, scoring_pool
+
+    cluster.start_ray()
+    plan = planner.plan_on_cluster(SweepConfig(run=run))
+    memory = planner.node_memory(run.training.gpus_per_worker)
+    path = pipeline.ensure_shards(run, split)
+    looked = (
+        remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run) if probes else None
+    )
+    with local(checkpoint) as folder:
+        known = known_of(folder, split, path, looked)
+    predictions = scoring_pool.predict_pool(
+        checkpoint,
+        path,
+        questions.conditions,
+        run,
+        joint=joint,
+        copies=copies or scoring_pool.copies_at_once(ray.cluster_resources(), plan, memory),
+        cpus=plan.cpus_per_worker,
+        gpus=plan.gpus_per_worker,
+    )
+    return Evaluation(run, questions, predictions, known)

@@ -1,0 +1,191 @@
+"""Train one wire, in this process or on Ray, score it once, and export it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.places import at_home, with_home
+from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.data import shards, streams
+from latentwire.distributed.local_shards import local_shards
+from latentwire.evaluation import readings, scoring
+from latentwire.evaluation.protocol import pins
+from latentwire.evaluation.scoring import Scored
+from latentwire.model import LatentWire
+from latentwire.planning import planner
+from latentwire.planning.variants import variant_key
+from latentwire.reports import tables
+from latentwire.storage import Place, place
+from latentwire.threads import cores, use_threads
+from latentwire.training import step_checkpoints
+from latentwire.training.checkpoints import check_development
+from latentwire.training.local import metric_of, train_here
+from latentwire.training.loop import TrainingError
+from latentwire.training.profile import profile_steps
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    output: Place
+    """Directory of its checkpoints and results."""
+    checkpoint: Place
+    """The best checkpoint by the development rows."""
+    scores: dict[str, Any]
+    """Condition → receiver → metrics on the validation split; empty for a wire pretrained on texts alone."""
+
+    @property
+    def export(self) -> Place:
+        """Directory of the trained wire, for :meth:`LatentWire.from_pretrained`."""
+        return self.output / "best"
+
+
+def train(
+    config: RunConfig | SweepConfig | str | Path | None = None,
+    *,
+    output: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    on_ray: bool = False,
+    verbose: bool = False,
+) -> TrainResult:
+    """Train one wire, score its best checkpoint once on the validation split, and export it.
+
+    Args:
+        config: a run, the name of a shipped configuration, or a YAML file; None: every knob's default.
+        output: directory (on Ray also a URI) for checkpoints, results and the export.
+        overrides: path → value laid over the configuration, e.g. ``{"training.max_steps": 200}``.
+        resume: go on in ``output`` from its last checkpoint.
+        on_ray: use the workers of ``RAY_ADDRESS``'s cluster, or of a Ray started here.
+        verbose: show what workers and libraries print.
+
+    Raises:
+        UserError: a value that cannot be, too little memory, a directory that is taken.
+    """
+    match config:
+        case RunConfig():
+            space = SweepConfig(run=config)
+        case SweepConfig():
+            space = config
+        case _:
+            space = load_space(config)
+    if overrides:
+        space = space.model_copy(update={"run": with_values(space.run, dict(overrides))})
+    where = place(at_home(str(output))).absolute()
+    return run(
+        space, where, command=f"latentwire.train(output={str(where)!r})", resume=resume, on_ray=on_ray, verbose=verbose
+    )
+
+
+def run(
+    space: SweepConfig,
+    output: Place,
+    *,
+    command: str,
+    resume: bool = False,
+    on_ray: bool = False,
+    verbose: bool = False,
+) -> TrainResult:
+    """Train ``space.run`` as :func:`train` does. ``command``: for the record in ``results.json``."""
+    space = prepared(space, output, resume)
+    best, validation = (_on_ray if on_ray else _here)(space, output, resume, verbose)
+    if on_ray:
+        from latentwire.distributed import remote
+
+        gpus = planner.plan_on_cluster(space).gpus_per_worker
+        scored: Scored = remote.on_cluster(space.run, gpus, scoring.score_and_export, best, validation, output / "best")
+    else:
+        scored = scoring.score_and_export(best, validation, output / "best")
+    scoring.write_results(output, {"command": command, "best": best} | scored.document)
+    title = f"{space.run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
+    tables.show(tables.scored_tables(scored, title, space.run))
+    if scored.scores:
+        print(readings.sentence(scored.readings))
+    print(f"exported: {output / 'best'}")
+    return TrainResult(output, best, scored.scores)
+
+
+def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
+    """Return the run as planned alone, with absolute paths.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for a directory that is taken, and
+    :class:`~latentwire.exports.CheckpointError` where it would begin with half a checkpoint.
+    """
+    if output.exists() and not resume:
+        raise ConfigError(f"output_dir must not exist yet, got {output}; name another one, or --resume {output}")
+    if resume and not output.exists():
+        raise ConfigError(f"--resume must name a run's directory, got {output}, which is not there; leave it out")
+    if (output / "best").exists():
+        raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
+    space = planner.alone(with_home(space))
+    planner.check_start(space.run)
+    return space
+
+
+def profile(space: SweepConfig, output: Path, steps: int) -> str:
+    """Measure a few training steps in this process; return a table of where their time goes.
+
+    A Chrome trace lands in ``output/profile``.
+    """
+    space = prepared(space, output, resume=False)
+    paths = _planned_here(space)
+    wire = LatentWire(space.run)
+    return profile_steps(wire, streams.training_table(space.run, paths["train"]), steps, output / "profile")
+
+
+def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
+    """Print configuration and plan of a run in this process, and return its shards."""
+    run = space.run
+    print(f"run: {run.model_dump_json()}", flush=True)
+    print(f"threads: {use_threads(run.training.cpus_per_worker)} of {cores()} cores (training.cpus_per_worker)")
+    here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
+    print(planner.plan(space, here, planner.node_memory()), flush=True)
+    return local_shards(run)
+
+
+def _here(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> tuple[Place, Place]:
+    """Train in this process; return the best checkpoint and the validation shards."""
+    if not isinstance(output, Path):
+        raise ConfigError(f"must be a path on this machine, got {output}; copy it here, or train with --ray")
+    paths = _planned_here(space)
+    if not resume:
+        check_development(space.run, paths["dev"])  # before receivers are loaded
+    return train_here(LatentWire(space.run), paths, output), paths["validation"]
+
+
+def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> tuple[Place, Place]:
+    """Train by a TorchTrainer; return the best checkpoint and the validation shards."""
+    from ray.train import TrainingFailedError
+
+    from latentwire.distributed import cluster, sweep_files, trial
+
+    cluster.start_ray()
+    plan = planner.plan_on_cluster(space)
+    print(plan, flush=True)
+    run = space.run
+    files = sweep_files.prepare(space, plan.gpus_per_worker)[variant_key(run)]
+    step_checkpoints.clear_debris(output)
+    metric, mode = metric_of(run)
+    trainer = trial.make_trainer(
+        run,
+        sweep_files.load_datasets(files, run.data.in_memory),
+        files.train_rows,
+        files.shards["train"],
+        folder=output,
+        gpus_per_worker=plan.gpus_per_worker,
+        pins=pins(files.shards, run),
+        metric=metric,
+        mode=mode,
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingError(str(error)) from error
+    if cause := trial.cause_left(output):
+        raise TrainingError(cause)
+    return step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode), files.shards["validation"]

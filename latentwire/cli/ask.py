@@ -1,0 +1,67 @@
+"""``latentwire ask``: one question to an exported wire, from the text and from its latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from latentwire.config.resolve import ConfigError
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import PromptSequence
+
+
+def ask(
+    wire: str,
+    /,
+    *,
+    question: str,
+    context: str | None = None,
+    context_file: Annotated[Path | None, Parameter(name="--context_file")] = None,
+    receiver: str | None = None,
+) -> int:
+    """Ask one question of an exported wire; show what each receiver answers from the text and from the latents.
+
+    Args:
+        wire: Directory or Hub id of an export.
+        question: The question.
+        context: The text that is compressed.
+        context_file: A UTF-8 file with the text.
+        receiver: One receiver's name; all of them by default.
+    """
+    text = _context(context, context_file)
+    loaded = LatentWire.from_pretrained(wire, receivers=receiver)
+    message = loaded.encode([text], [question] if loaded.run.data.send == "prompt" else None)
+    table = Table("receiver", "from", "positions", "answer")
+    for name in loaded.receivers:
+        prompt = text_prompt(loaded, name, text, question)
+        ((from_text,), _) = loaded.decode(name, [prompt])
+        (from_latents,) = loaded.answer(message, question, name)
+        tokens = len(loaded.builders[name].tokenize([text], [], [])["context_ids"][0])
+        table.add_row(name, "text", f"{tokens} tokens", from_text)
+        table.add_row("", "latents", f"{message.slots(name)[0]} vectors", from_latents)
+    Console().print(table)
+    print(
+        f"message: {message.packed_size(16):,} bytes as fp16, {message.packed_size(8):,} as int8; text: {len(text.encode()):,}"
+    )
+    return 0
+
+
+def text_prompt(wire: LatentWire, receiver: str, text: str, question: str) -> PromptSequence:
+    """Return the prompt by which a receiver reads the whole text."""
+    ids = wire.builders[receiver].tokenize([text], [question], [])
+    return wire.builders[receiver].text(ids["context_ids"][0], ids["question_ids"][0])
+
+
+def _context(context: str | None, file: Path | None) -> str:
+    if (context is None) == (file is None):
+        raise ConfigError("a question needs --context TEXT or --context_file FILE, and not both; name one")
+    if file is None:
+        return str(context)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--context_file must be a text in UTF-8, got {file} ({error}); name another one") from error

@@ -1,0 +1,53 @@
+"""``latentwire train``: one wire, in this process or on Ray."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from latentwire.api import train as api
+from latentwire.cli.flags import (
+    NO_FLAGS,
+    NO_START,
+    Output,
+    Ray,
+    Resume,
+    SharedFlags,
+    SharedStart,
+    Verbose,
+    output_path,
+    output_place,
+    read_config,
+)
+from latentwire.config.resolve import ConfigError
+
+
+def train(
+    *,
+    flags: SharedFlags = NO_FLAGS,
+    start: SharedStart = NO_START,
+    output: Output = None,
+    resume: Resume = None,
+    ray: Ray = False,
+    profile: Annotated[int | None, Parameter(help="Only measure so many steps.")] = None,
+    verbose: Verbose = False,
+) -> int:
+    """Train one wire, score its best checkpoint once on the validation split, export it.
+
+    Checkpoints, the exported best/ and results.json land in the output directory. Without --ray the run stays in
+    this process, and Ray is started only where shards have to be made first.
+    """
+    if (output is None) == (resume is None):
+        raise ConfigError("a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one")
+    space = read_config(flags, start=start)
+    address = output or resume or ""
+    if profile is not None:
+        print(api.profile(space, output_path(address), profile))
+        return 0
+    where = output_place(address) if ray else output_path(address)
+    command = shlex.join(["python" if sys.argv[0].endswith(".py") else "", *sys.argv]).removeprefix("'' ")
+    api.run(space, where, command=command, resume=resume is not None, on_ray=ray, verbose=verbose)
+    return 0

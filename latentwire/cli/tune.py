@@ -1,0 +1,96 @@
+"""``latentwire tune``: search a space on Ray."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from latentwire.api import tune as api
+from latentwire.cli.flags import (
+    NO_FLAGS,
+    Output,
+    Resume,
+    SharedFlags,
+    Verbose,
+    input_place,
+    output_place,
+    read_config,
+    refuse_flags,
+)
+from latentwire.config.places import with_home
+from latentwire.config.resolve import ConfigError
+from latentwire.tuning import lease, manifest
+from latentwire.tuning import resume as resuming
+
+AGAIN = Group("Go on, or repeat", sort_key=4)
+
+
+def tune(
+    *,
+    flags: SharedFlags = NO_FLAGS,
+    output: Output = None,
+    resume: Annotated[Resume, Parameter(group=AGAIN)] = None,
+    retry_failed: Annotated[bool, Parameter(name="--retry_failed", negative=(), group=AGAIN)] = False,
+    force: Annotated[bool, Parameter(negative=(), group=AGAIN)] = False,
+    from_manifest: Annotated[str | None, Parameter(name="--from_manifest", group=AGAIN)] = None,
+    trial: Annotated[int | None, Parameter(group=AGAIN)] = None,
+    dry_run: Annotated[bool, Parameter(name="--dry_run", negative=())] = False,
+    verbose: Verbose = False,
+) -> int:
+    """Search a space on Ray, score the best wire once on the untouched split, export it.
+
+    Everything lands in the output directory: trials, best/ (the export), predictions.parquet, manifest.json,
+    results.json, report.md and report.html.
+
+    Args:
+        retry_failed: With --resume: take failed trials up again, from their last checkpoints.
+        force: Take the sweep over from a driver that has given no heartbeat for two minutes.
+        from_manifest: Manifest of a sweep: run one of its trials again.
+        trial: The trial of --from_manifest; the best by default.
+        dry_run: Print the configuration and the plan, then stop.
+    """
+    if resume or from_manifest:
+        refuse_flags(flags, "a resumed sweep" if resume else "a repeated trial")
+    if retry_failed and not resume:
+        raise ConfigError("--retry_failed takes up the failed trials of a sweep that --resume names, got no --resume")
+    repeated: dict[str, Any] | None = None
+    if resume:
+        where = output_place(resume)
+        if not dry_run:
+            lease.check(where, force)
+        space = resuming.read_space(where, flags.assignments)
+        retried = retry_failed and resuming.has_failed(space, where)
+        if resuming.is_finished(space, where) and not retried:
+            print(f"{where} has its {space.tune.trials} trials; add some by --set tune.trials=<more>")
+            return 0
+    else:
+        if from_manifest:
+            space, repeated = manifest.one_trial(input_place(from_manifest), trial, flags.assignments)
+        else:
+            space = with_home(read_config(flags, "toy"))
+        where = api.new_output(space, output)
+    try:
+        api.check(space, where)
+        return api.run(
+            space,
+            where,
+            program=program(),
+            command=shlex.join([*program().split(), *sys.argv[1:]]),
+            repeated=repeated,
+            retry=retry_failed,
+            force=force,
+            dry_run=dry_run,
+            verbose=verbose,
+        )
+    except KeyboardInterrupt:
+        print("stopped: Ctrl-C, before anything was written", flush=True)
+        return 128 + signal.SIGINT
+
+
+def program() -> str:
+    """Return the words that run this command again: a script's, or the console command's."""
+    return f"python {sys.argv[0]}" if sys.argv[0].endswith("tune.py") else "latentwire tune"
