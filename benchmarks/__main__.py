@@ -7,17 +7,20 @@ python -m benchmarks --space search_spaces/small.yaml --data_dir <directory with
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-from pathlib import Path
+from collections.abc import Collection
+from typing import Annotated, Literal, get_args
 
 import ray
 import torch
+from cyclopts import Parameter
 
-from benchmarks import data, decoding, searching, sharing, steps, trials, workers
+from benchmarks import data, decoding, searching, sharing, trials, workers
+from benchmarks import steps as steps_
 from benchmarks.measure import Row
-from latentwire.cli.flags import add_flags, read_space
+from latentwire.cli import run_script
+from latentwire.cli.flags import MANY, NO_FLAGS, SharedFlags, read_config
 from latentwire.config import SweepConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import with_values
@@ -26,71 +29,70 @@ from latentwire.distributed import cluster
 from latentwire.distributed.local_shards import local_shards
 from latentwire.model import LatentWire
 
-PARTS = ("preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing")
-DEFAULT_SPACE = Path(__file__).parents[1] / "search_spaces" / "toy.yaml"
+Part = Literal["preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
-def on_rows(space: SweepConfig, options: argparse.Namespace) -> list[Row]:
-    """What needs the run's own shards: a trial under Ray, then, without Ray, steps and decoding."""
-    run, found = space.run, []
+def on_rows(space: SweepConfig, only: Collection[str], count: int, repeats: int) -> list[Row]:
+    """Measure what needs the run's own shards: a trial under Ray, then, without Ray, steps and decoding."""
+    run, measured = space.run, []
     paths = local_shards(run)
     table, dev = streams.training_table(run, paths["train"]), shards.read_table(paths["dev"])
-    if "trial" in options.only:
+    if "trial" in only:
         cluster.start_ray()
-        found += trials.rows(space, table, options.steps)
+        measured += trials.rows(space, table, count)
     ray.shutdown()  # what it keeps running would slow the others
     wire = LatentWire(run)
-    if "steps" in options.only:
-        found += [data.padding_shares(wire, table), *steps.rows(run, table, options.repeats)]
-    if "workers" in options.only:
-        found += workers.rows(run, table, options.steps)
-    if "decoding" in options.only:
-        found.append(decoding.beside_generate(wire, dev, max(1, options.repeats // 5)))
-    return found
+    if "steps" in only:
+        measured += [data.padding_shares(wire, table), *steps_.rows(run, table, repeats)]
+    if "workers" in only:
+        measured += workers.rows(run, table, count)
+    if "decoding" in only:
+        measured.append(decoding.beside_generate(wire, dev, max(1, repeats // 5)))
+    return measured
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--repeats", type=int, default=15, help="measured turns of each side")
-    parser.add_argument(
-        "--steps", type=int, default=100, help="measured steps of the trial under Ray, and of several workers"
-    )
-    parser.add_argument("--finished", type=int, nargs="+", default=[10, 100, 1000], help="trials before a suggestion")
-    parser.add_argument(
-        "--vocabularies",
-        type=int,
-        nargs="+",
-        default=[49_152, 262_144],
-        help="tokens that the logits are measured over",
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="leave the other measurements out")
-    options = parser.parse_args()
-    space = with_home(read_space(options, DEFAULT_SPACE))
+def main(
+    *,
+    flags: SharedFlags = NO_FLAGS,
+    repeats: int = 15,
+    steps: int = 100,
+    finished: Annotated[tuple[int, ...], Parameter(**MANY)] = (10, 100, 1000),
+    vocabularies: Annotated[tuple[int, ...], Parameter(**MANY)] = (49_152, 262_144),
+    only: Annotated[tuple[Part, ...], Parameter(**MANY)] = PARTS,
+) -> int:
+    """Measure, and print a Markdown table of ratios.
+
+    Args:
+        repeats: Measured turns of each side.
+        steps: Measured steps of the trial under Ray, and of several workers.
+        finished: Trials before a suggestion.
+        vocabularies: Tokens that the logits are measured over.
+        only: Leave the other measurements out.
+    """
+    space = with_home(read_config(flags, "toy"))
     run = with_values(space.run, {"training.alignment_steps": 0, "training.coarsening_steps": 0})
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))
-    found: list[Row] = []
-    if "preprocessing" in options.only:
+    measured: list[Row] = []
+    if "preprocessing" in only:
         cluster.start_ray()
-        found.append(data.preprocessing(run))
-    if {"trial", "steps", "workers", "decoding"} & set(options.only):
-        found += on_rows(space.model_copy(update={"run": run}), options)
+        measured.append(data.preprocessing(run))
+    if {"trial", "steps", "workers", "decoding"} & set(only):
+        measured += on_rows(space.model_copy(update={"run": run}), only, steps, repeats)
     ray.shutdown()
-    if "sharing" in options.only:
-        found += [
-            *sharing.rows(space.model_copy(update={"run": run}), options.steps),
-            *itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4))),
-        ]
-    if "logits" in options.only:
-        for vocabulary in options.vocabularies:
-            found += steps.supervised_logits(options.repeats, vocabulary)
-        found += steps.chunked_logits(options.repeats, max(options.vocabularies))
-    if "searching" in options.only:
-        found += [searching.suggestion(finished) for finished in options.finished]
+    if "sharing" in only:
+        measured += sharing.rows(space.model_copy(update={"run": run}), steps)
+        measured += itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4)))
+    if "logits" in only:
+        for vocabulary in vocabularies:
+            measured += steps_.supervised_logits(repeats, vocabulary)
+        measured += steps_.chunked_logits(repeats, max(vocabularies))
+    if "searching" in only:
+        measured += [searching.suggestion(count) for count in finished]
     print("| what | ratio | goal | measured |\n|---|---|---|---|")
-    print("\n".join(map(str, found)))
+    print("\n".join(map(str, measured)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, __doc__))

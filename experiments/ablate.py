@@ -10,24 +10,26 @@ cross-entropy of recited tokens on the development split, at the length that mes
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import yaml
+from cyclopts import Parameter
 
-from latentwire.cli.flags import add_flags, read_space
+from latentwire.cli import run_script
+from latentwire.cli.flags import MANY, NO_FLAGS, SharedFlags, read_config
 from latentwire.config import RunConfig
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards
 from latentwire.distributed.local_shards import local_shards
-from latentwire.errors import UserError, fail
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
@@ -39,28 +41,25 @@ from latentwire.training.local import train_here
 MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
 
-def runs(options: argparse.Namespace) -> dict[str, RunConfig]:
-    """``<variant>-<seed>`` → its configuration. Raises :class:`ConfigError` for a variant that breaks a rule."""
-    if options.seed is not None:
-        raise ConfigError(
-            f"variants take their seeds from --seeds, got --seed {options.seed}; say --seeds {options.seed}"
-        )
-    space = with_home(read_space(options))
-    variants = yaml.safe_load(options.variants.read_text())
+def runs(flags: Any, variants_file: Path, names: Sequence[str] | None, seeds: Sequence[int]) -> dict[str, RunConfig]:
+    """Return ``<variant>-<seed>`` → its configuration. Raises :class:`ConfigError` for a variant that breaks a rule."""
+    if flags.seed is not None:
+        raise ConfigError(f"variants take their seeds from --seeds, got --seed {flags.seed}; say --seeds {flags.seed}")
+    space = with_home(read_config(flags))
+    variants = yaml.safe_load(variants_file.read_text())
     if not isinstance(variants, dict):
-        raise ConfigError(f"variants must map names to knobs, got {type(variants).__name__} ({options.variants})")
-    names = options.names or list(variants)
+        raise ConfigError(f"variants must map names to knobs, got {type(variants).__name__} ({variants_file})")
+    names = names or list(variants)
     if unknown := set(names) - set(variants):
         raise ConfigError(
-            f"--names takes variants of {options.variants} ({', '.join(variants)}), got {', '.join(unknown)}"
+            f"--names takes variants of {variants_file} ({', '.join(variants)}), got {', '.join(unknown)}"
         )
-    return {
-        f"{name}-{seed}": with_values(
-            space.run, (variants[name] or {}) | {"training.seed": seed}, f"{options.variants}: {name}"
-        )
-        for name in names
-        for seed in options.seeds
-    }
+    configs = {}
+    for name in names:
+        for seed in seeds:
+            values = (variants[name] or {}) | {"training.seed": seed}
+            configs[f"{name}-{seed}"] = with_values(space.run, values, f"{variants_file}: {name}")
+    return configs
 
 
 def train_one(run: RunConfig, output: Path) -> None:
@@ -100,44 +99,50 @@ def table(output: Path, wanted: dict[str, RunConfig]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run what is missing, a few at once, then print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--variants", type=Path, required=True, help="YAML: variant → knobs")
-    parser.add_argument("--names", nargs="+", help="only these variants, in this order")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and table.md go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--only", help="train this one run, <variant>-<seed>, in this process")
-    options = parser.parse_args()
-    try:
-        wanted = runs(options)
-        if options.only:
-            train_one(wanted[options.only], options.output_dir / options.only)
-            return 0
-        for run in {variant_key(run): run for run in wanted.values()}.values():
-            local_shards(run)
-    except UserError as error:
-        return fail(error)
-    missing = [key for key in wanted if not (options.output_dir / key / "scores.json").exists()]
+def main(
+    *,
+    flags: SharedFlags = NO_FLAGS,
+    variants: Path,
+    names: Annotated[list[str] | None, Parameter(**MANY)] = None,
+    output: Annotated[Path, Parameter(["--output", "--output_dir"])],
+    seeds: Annotated[tuple[int, ...], Parameter(**MANY)] = (0, 1, 2),
+    jobs: int = 2,
+    only: str | None = None,
+) -> int:
+    """Run what is missing, a few at once, then print and write the table.
+
+    Args:
+        variants: YAML: variant → knobs.
+        names: Only these variants, in this order.
+        output: Where the runs and table.md go.
+        seeds: Seeds of each variant.
+        jobs: Runs at once, one thread each.
+        only: Train this one run, <variant>-<seed>, in this process.
+    """
+    configs = runs(flags, variants, names, seeds)
+    if only:
+        train_one(configs[only], output / only)
+        return 0
+    for run in {variant_key(run): run for run in configs.values()}.values():
+        local_shards(run)
+    missing = [key for key in configs if not (output / key / "scores.json").exists()]
 
     def start(key: str) -> int:
-        folder = options.output_dir / key
+        folder = output / key
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("a") as log:
             code = subprocess.call([sys.executable, *sys.argv, "--only", key], stdout=log, stderr=subprocess.STDOUT)
         print(f"{key}: {'done' if code == 0 else f'failed, see {folder}/log'}", flush=True)
         return code
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         if any(list(pool.map(start, missing))):
             return 1
-    text = table(options.output_dir, wanted)
-    (options.output_dir / "table.md").write_text(text + "\n")
+    text = table(output, configs)
+    (output / "table.md").write_text(text + "\n")
     print(text)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, __doc__))

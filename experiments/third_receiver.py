@@ -11,20 +11,21 @@ override both, ``--scratch`` what is trained from scratch, which knows no other 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from latentwire.cli.flags import add_flags, add_start, read_space
+from cyclopts import Parameter
+
+from latentwire.cli import run_script
+from latentwire.cli.flags import MANY, NO_FLAGS, NO_START, SharedFlags, SharedStart, input_path, read_config
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.overrides import override_run
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.distributed.local_shards import local_shards
-from latentwire.errors import UserError, fail
 from latentwire.evaluation import scoring
 from latentwire.evaluation.conditions import Condition
 from latentwire.exports import choose_receivers, read_run
@@ -61,43 +62,37 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}
 
 
-def main() -> int:
-    """Train at every number of steps, both ways; print the table and write it beside the runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    add_start(parser)
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400, 800], help="steps to spend")
-    parser.add_argument(
-        "--ways", nargs="+", choices=["joined", "scratch"], default=["joined", "scratch"], help="which to train"
-    )
-    parser.add_argument(
-        "--scratch",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="a knob of what is trained from scratch alone",
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/third"), help="where the runs and table.json go")
-    options = parser.parse_args()
-    try:
-        if options.add_receiver is None:
-            raise ConfigError("a receiver must join, got no --add_receiver; name it, and the wire by --from")
-        run = with_home(read_space(options)).run
-        base = with_home(SweepConfig(run=read_run(options.base))).run
-        (name,) = run.training.train_only
-        configs = {"joined": run}
-        if "scratch" in options.ways:
-            configs["scratch"] = from_scratch(run, name, options.scratch)
-        rows = []
-        for steps in options.steps:
-            for way in options.ways:
-                found = measure(
-                    spent(configs[way], base, steps), name, (options.output_dir / f"{way}-{steps}").absolute()
-                )
-                rows.append({"steps": steps, "way": way} | found)
-                (options.output_dir / "table.json").write_text(json.dumps(rows, indent=1))
-    except UserError as error:
-        return fail(error)
+def main(
+    *,
+    flags: SharedFlags = NO_FLAGS,
+    start: SharedStart = NO_START,
+    steps: Annotated[tuple[int, ...], Parameter(**MANY)] = (100, 200, 400, 800),
+    ways: Annotated[tuple[Literal["joined", "scratch"], ...], Parameter(**MANY)] = ("joined", "scratch"),
+    scratch: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,
+    output: Annotated[Path, Parameter(["--output", "--output_dir"])] = Path("runs/third"),
+) -> int:
+    """Train at every number of steps, both ways; print the table and write it beside the runs.
+
+    Args:
+        steps: Steps to spend.
+        ways: Which to train.
+        scratch: PATH=VALUE of what is trained from scratch alone; repeatable.
+        output: Where the runs and table.json go.
+    """
+    if start.add_receiver is None:
+        raise ConfigError("a receiver must join, got no --add_receiver; name it, and the wire by --from")
+    run = with_home(read_config(flags, start=start)).run
+    base = with_home(SweepConfig(run=read_run(input_path(start.base)))).run
+    (name,) = run.training.train_only
+    configs = {"joined": run}
+    if "scratch" in ways:
+        configs["scratch"] = from_scratch(run, name, scratch or [])
+    rows = []
+    for count in steps:
+        for way in ways:
+            scores = measure(spent(configs[way], base, count), name, (output / f"{way}-{count}").absolute())
+            rows.append({"steps": count, "way": way} | scores)
+            (output / "table.json").write_text(json.dumps(rows, indent=1))
     print(
         "| steps | way | EM | F1 | NLL | EM of the full text | retention | seconds |\n|---|---|---|---|---|---|---|---|"
     )
@@ -111,4 +106,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, __doc__))

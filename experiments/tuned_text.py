@@ -12,16 +12,18 @@ that chance (prompt tuning, arXiv 2104.08691). Nothing but these vectors is trai
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 
-from latentwire.cli.flags import add_flags, read_space
+from latentwire.cli import run_script
+from latentwire.cli.flags import NO_FLAGS, SharedFlags, read_config
 from latentwire.config import RunConfig
 from latentwire.config.places import with_home
 from latentwire.data import shards
@@ -134,36 +136,43 @@ class TextReader:
         return scores
 
 
-def main() -> None:
-    """Train, score the validation rows, and print one line of a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--receiver", required=True, help="name of the receiver in the space")
-    parser.add_argument("--vectors", type=int, default=16, help="vectors before the text")
-    parser.add_argument("--steps", type=int, default=100, help="training steps; 0 scores the vectors as they start")
-    parser.add_argument("--rows_per_step", type=int, default=8, help="training questions of a step")
-    parser.add_argument("--rate", type=float, default=3e-2, help="peak learning rate")
-    parser.add_argument("--share", type=float, default=1.0, help="share of each text that is shown, from its beginning")
-    options = parser.parse_args()
-    run = alone(with_home(read_space(options)).run, options.receiver)
+def main(
+    *,
+    flags: SharedFlags = NO_FLAGS,
+    receiver: str,
+    vectors: int = 16,
+    steps: int = 100,
+    rows_per_step: Annotated[int, Parameter("--rows_per_step")] = 8,
+    rate: float = 3e-2,
+    share: float = 1.0,
+) -> None:
+    """Train, score the validation rows, and print one line of a Markdown table.
+
+    Args:
+        receiver: Name of the receiver in the configuration.
+        vectors: Vectors before the text.
+        steps: Training steps; 0 scores the vectors as they start.
+        rows_per_step: Training questions of a step.
+        rate: Peak learning rate.
+        share: Share of each text that is shown, from its beginning.
+    """
+    run = alone(with_home(read_config(flags)).run, receiver)
     paths = local_shards(run, ("train", "validation"))
-    reader = TextReader(run, options.vectors, options.share)
+    reader = TextReader(run, vectors, share)
     training = shards.read_table(paths["train"]).to_pylist()
     random.Random(run.training.seed).shuffle(training)
-    reader.train(training, options.steps, options.rows_per_step, options.rate)
+    reader.train(training, steps, rows_per_step, rate)
     rows = shards.read_table(paths["validation"]).to_pylist()
-    read = readings.note(
-        paths["validation"], f"text before {options.receiver}", TrainedOn().with_stage(run, paths["train"])
-    )
+    read = readings.note(paths["validation"], f"text before {receiver}", TrainedOn().with_stage(run, paths["train"]))
     scores, contexts = reader.score(rows), [row["context"] for row in rows]
     cells = []
     for field, values in scores.items():
         low, high = interval(values, contexts)
         cells.append(f"{field} {statistics.mean(values):.2f} [{low:.2f}, {high:.2f}]")
     counts = f"{len(values)} rows of {len(set(contexts))} contexts, which the intervals resample"
-    print(f"{options.receiver}, {counts}, text share {options.share}: {', '.join(cells)}")
+    print(f"{receiver}, {counts}, text share {share}: {', '.join(cells)}")
     print(readings.sentence(read))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main, __doc__))

@@ -6,11 +6,14 @@ import functools
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from cyclopts import App
 
+from latentwire.cli.flags import NO_FLAGS, NO_START, SharedFlags, SharedStart
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
@@ -37,6 +40,16 @@ SMALL = {
     "evaluation.max_answer_tokens": 6,
 }
 """Knobs of a wire that builds and steps in milliseconds."""
+
+
+def flags_of(*words: str) -> tuple[Any, Any]:
+    """Return the shared flags of a command line, and those of a run that begins with a wire."""
+
+    def command(*, flags: SharedFlags = NO_FLAGS, start: SharedStart = NO_START) -> tuple[Any, Any]:
+        return flags, start
+
+    app = App(default_command=command)
+    return app(words, exit_on_error=False, print_error=False, result_action="return_value")
 
 
 LONGEST_FIRST = (

@@ -1,14 +1,14 @@
 """Every bad configuration gets one clear error that quotes rule, value and place."""
 
-import argparse
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from latentwire.cli.flags import add_flags, read_space
+from latentwire.cli.flags import read_config
 from latentwire.config import (
     CategoricalDimension,
     FloatDimension,
@@ -19,6 +19,7 @@ from latentwire.config import (
     SweepConfig,
 )
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
+from tests.conftest import flags_of
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -120,14 +121,12 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
         with_values(RunConfig(), {"encoder.private_len": 2, "encoder.tokens_per_latent": 4})
 
 
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return parser.parse_args(words)
+def options(*words: str) -> Any:
+    return flags_of(*words)[0]
 
 
 def test_seed_flags_mean_what_they_say() -> None:
-    run = read_space(
+    run = read_config(
         options(
             *("--llama_id meta-llama/Meta-Llama-3.1-8B-Instruct --qwen_id Qwen/Qwen2.5-7B-Instruct --samples 87599 "
               "--epochs 24 --batch_size 64 --latent_len 32 --d_z 256 --encoder_type byte --dataset squad "
@@ -146,18 +145,18 @@ def test_seed_flags_mean_what_they_say() -> None:
 
 
 def test_set_reaches_every_knob_and_refuses_unknown_ones() -> None:
-    space = read_space(options("--set", "training.encoder_lr=3e-4", "--set", "tune.trials=3"))
+    space = read_config(options("--set", "training.encoder_lr=3e-4", "--set", "tune.trials=3"))
     assert space.run.training.encoder_lr == 3e-4
     assert space.tune.trials == 3
-    assert read_space(options("--set", "prompt.anchor=A: ")).run.prompt.anchor == "A: "
+    assert read_config(options("--set", "prompt.anchor=A: ")).run.prompt.anchor == "A: "
     with pytest.raises(ConfigError, match="did you mean encoder_lr"):
-        read_space(options("--set", "training.encoderlr=1"))
+        read_config(options("--set", "training.encoderlr=1"))
     with pytest.raises(ConfigError, match="PATH=VALUE"):
-        read_space(options("--set", "training.encoder_lr"))
-    phi = read_space(options("--set", "receivers.1={name: phi, model: toy-phi}")).run.receivers
+        read_config(options("--set", "training.encoder_lr"))
+    phi = read_config(options("--set", "receivers.1={name: phi, model: toy-phi}")).run.receivers
     assert [receiver.name for receiver in phi] == ["llama", "phi"]
     with pytest.raises(ConfigError, match=r"epochs: .*, got '\[3'"):  # no YAML: the text as it stands
-        read_space(options("--set", "training.epochs=[3"))
+        read_config(options("--set", "training.epochs=[3"))
 
 
 def test_with_values_checks_again() -> None:

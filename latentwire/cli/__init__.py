@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError
 
@@ -31,13 +31,18 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: the command line without the program's name; None: this process's own.
     """
+    return _call(app, words)
+
+
+def run_script(command: Callable[..., int | None], description: str | None = None) -> int:
+    """Run a script's one command with this process's arguments, and return its exit status."""
+    return _call(App(help=description, default_command=command, help_format="plaintext"))
+
+
+def _call(command: App, words: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if words is None else words)
     try:
-        status = app(
-            list(sys.argv[1:] if words is None else words),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
+        status = command(given, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
         return fail(error)
     return status if isinstance(status, int) else 0

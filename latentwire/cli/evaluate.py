@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import MutuallyExclusive
 
-from latentwire.cli.flags import Assignments, Output, Ray, Verbose, input_path, input_place, output_place
+from latentwire.cli.flags import MANY, Assignments, Output, Ray, Verbose, input_path, input_place, output_place
 from latentwire.config import DataConfig
 from latentwire.config.overrides import assigned
 from latentwire.config.places import sought
@@ -22,7 +22,6 @@ from latentwire.storage import write_text
 
 SUBJECT = Group("Scored", validator=MutuallyExclusive(), sort_key=1)
 BUDGET = Group("Lengths of message", validator=MutuallyExclusive(), sort_key=2)
-MANY = {"consume_multiple": True, "negative": ()}
 
 
 def evaluate(

@@ -1,6 +1,5 @@
 """A further receiver joins a trained wire: it learns to read, and what was there stays to the last bit."""
 
-import argparse
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.third_receiver import from_scratch, spent
-from latentwire.cli.flags import add_flags, add_start, read_space
+from latentwire.cli.flags import read_config
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.evaluation.evaluator import predict
@@ -21,7 +20,7 @@ from latentwire.models.interlingua import owner
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
-from tests.conftest import shard_table
+from tests.conftest import flags_of, shard_table
 from tests.training.test_loop import EVERYTHING
 
 PHI = {"name": "phi", "model": "toy-phi"}
@@ -53,10 +52,8 @@ def saved(run: RunConfig, folder: Path, table: pa.Table | None = None) -> Path:
 
 def begun(base: Path, *flags: str) -> RunConfig:
     """The run of ``--from`` with flags."""
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    add_start(parser)
-    return read_space(parser.parse_args(["--from", str(base), *flags])).run
+    given, start = flags_of("--from", str(base), *flags)
+    return read_config(given, start=start).run
 
 
 def joined(base: Path, *flags: str) -> RunConfig:

@@ -1,11 +1,10 @@
 """A sweep goes on as what it was."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 
-from latentwire.cli.flags import add_flags, refuse_flags
+from latentwire.cli.flags import refuse_flags
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.distributed.trial import ERROR_FILE, trial_path
@@ -13,6 +12,7 @@ from latentwire.tuning import resume
 from latentwire.tuning.reruns import RERUNS
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
+from tests.conftest import flags_of
 
 
 @pytest.fixture
@@ -78,11 +78,9 @@ def test_what_makes_trials_incomparable_is_refused(sweep: Path, assignment: str)
 
 
 def test_no_flag_is_passed_over(sweep: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    refuse_flags(parser.parse_args(["--set", "tune.trials=2"]), "a resumed sweep")
-    with pytest.raises(ConfigError, match=r"a resumed sweep keeps its configuration, got --max_steps, --space; leave"):
-        refuse_flags(parser.parse_args(["--max_steps=9", "--space=other.yaml"]), "a resumed sweep")
+    refuse_flags(flags_of("--set", "tune.trials=2")[0], "a resumed sweep")
+    with pytest.raises(ConfigError, match=r"a resumed sweep keeps its configuration, got --config, --max_steps; leave"):
+        refuse_flags(flags_of("--max_steps=9", "--space=other.yaml")[0], "a resumed sweep")
 
 
 def test_a_directory_without_a_sweep_is_refused(tmp_path: Path) -> None:
