@@ -13,8 +13,9 @@ from huggingface_hub import HfApi
 from transformers import GenerationConfig
 
 import latentwire
-from latentwire import evaluate, exports
+from latentwire import exports
 from latentwire.card import write as card_of
+from latentwire.cli import main
 from latentwire.config import EncoderConfig, RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.toy import toy_rows
@@ -226,8 +227,7 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(
         LatentWire.from_pretrained(export)
     with pytest.raises(CheckpointError, match=told):
         load_wire(export)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--checkpoint", str(export)])
-    assert evaluate.main() == 2
+    assert main(["evaluate", "--checkpoint", str(export)]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert LatentWire.from_pretrained(
         export, receivers={"llama": str(tmp_path / "moved"), "qwen": "toy-qwen"}

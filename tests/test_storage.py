@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,7 +191,7 @@ def test_relative_outputs_of_flags_go_home(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("LATENTWIRE_HOME", "s3://bucket/latentwire")
     assert output_place("runs/one") == Remote("s3://bucket/latentwire/runs/one")
     assert output_place(str(tmp_path)) == tmp_path and output_place("gs://x/y") == Remote("gs://x/y")
-    with pytest.raises(argparse.ArgumentTypeError, match="a URI must not hold credentials") as caught:
+    with pytest.raises(ConfigError, match="a URI must not hold credentials") as caught:
         output_place("s3://key:sesame@bucket/x")
     assert "sesame" not in str(caught.value)
 
@@ -228,7 +227,7 @@ def test_inputs_are_sought_in_a_bucket_too(port: int, tmp_path: Path, monkeypatc
     storage.write_text(home / "runs" / "best" / "manifest.json", "{}")
     monkeypatch.setenv("LATENTWIRE_HOME", str(home))
     assert input_place("runs/best") == home / "runs" / "best"
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a path on this machine, got s3://bucket/"):
+    with pytest.raises(ConfigError, match="must be a path on this machine, got s3://bucket/"):
         input_path("runs/best")
 
 

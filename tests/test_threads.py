@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentwire import evaluate, train
+from latentwire.api import evaluate, train
+from latentwire.cli import main
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.threads import cores, use_threads
@@ -46,9 +47,8 @@ def test_training_takes_the_threads_of_a_worker(
 ) -> None:
     for cpus in (2, 1):
         flags = ["--output_dir", str(tmp_path / "run"), "--set", f"training.cpus_per_worker={cpus}"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         monkeypatch.setattr(train, "local_shards", stop)
-        assert train.main() == 2
+        assert main(["train", *flags]) == 2
         assert torch.get_num_threads() == cpus
         assert f"threads: {cpus} of {cores()} cores (training.cpus_per_worker)" in capsys.readouterr().out
 
@@ -58,10 +58,8 @@ def test_an_evaluation_takes_the_threads_of_a_worker(tmp_path: Path, monkeypatch
     monkeypatch.setattr(evaluate.exports, "read_manifest", lambda folder: {})
     monkeypatch.setattr(evaluate.exports, "read_run", lambda folder: RunConfig())
     monkeypatch.setattr(evaluate, "local_shards", stop)
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", "--checkpoint", str(tmp_path), "--set", "training.cpus_per_worker=2"]
-    )
-    assert evaluate.main() == 2
+    monkeypatch.setattr(evaluate.exports, "check_models", lambda folder, run: None)
+    assert main(["evaluate", "--checkpoint", str(tmp_path), "--set", "training.cpus_per_worker=2"]) == 2
     assert torch.get_num_threads() == 2
 
 

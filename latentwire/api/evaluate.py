@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,12 @@ from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation import scoring
 from latentwire.evaluation.baselines import MODES, Mode
 from latentwire.evaluation.diagnostics import diagnose
-from latentwire.evaluation.evaluator import Prediction
 from latentwire.message import Bits
 from latentwire.model import load_wire
 from latentwire.planning import planner
-from latentwire.reports.scores import Known, Questions, known_of, questions_of
+from latentwire.reports.scores import Evaluation, Questions, known_of, questions_of
 from latentwire.storage import Place, local
 from latentwire.threads import use_threads
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The answers of every receiver to every row, under each condition."""
-
-    run: RunConfig
-    """The configuration that was evaluated."""
-    questions: Questions
-    """The rows of the table, and what is compared."""
-    predictions: Mapping[str, Sequence[Prediction]]
-    """Condition → one prediction for each row and receiver."""
-    known: Known
-    """The wire's sizes, how often the rows were read, and probes of the latents."""
-
-    @property
-    def scores(self) -> dict[str, Any]:
-        """Condition → receiver → metrics, with intervals over contexts."""
-        return scoring.summaries(self.predictions)
 
 
 def evaluate(

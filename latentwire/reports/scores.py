@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from latentwire.data import documents, shards
 from latentwire.evaluation import readings, scoring
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.conditions import Condition, conditions
+from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.summary import baseline_pairs, details, pairs
 from latentwire.message import Bits
@@ -96,8 +97,27 @@ def questions_of(
     return Questions(rows, compared(compare, rows), types, compare is not None)
 
 
-def show(evaluation: Any, title: str) -> None:
-    """Print the tables of an :class:`~latentwire.api.evaluate.Evaluation`."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers of every receiver to every row, under each condition."""
+
+    run: RunConfig
+    """The configuration that was evaluated."""
+    questions: Questions
+    """The rows of the table, and what is compared."""
+    predictions: Mapping[str, Sequence[Prediction]]
+    """Condition → one prediction for each row and receiver."""
+    known: Known
+    """The wire's sizes, how often the rows were read, and probes of the latents."""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Condition → receiver → metrics, with intervals over contexts."""
+        return scoring.summaries(self.predictions)
+
+
+def show(evaluation: Evaluation, title: str) -> None:
+    """Print an evaluation's tables."""
     scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
     grids = [
         tables.scores_table(scores, title, evaluation.run),
@@ -114,7 +134,7 @@ def show(evaluation: Any, title: str) -> None:
         print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items()))
 
 
-def write(evaluation: Any, output: Place) -> None:
+def write(evaluation: Evaluation, output: Place) -> None:
     """Write an evaluation's scores to a ``.json`` file, or scores, details and predictions to a directory."""
     scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
     if output.name.endswith(".json"):

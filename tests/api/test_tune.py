@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.api import results, resume
-from latentwire.api import tune as job
+from latentwire.api import tune as api
 from latentwire.config import SweepConfig
+from latentwire.tuning import results, resume
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL
 
@@ -19,7 +19,7 @@ def test_a_sweep_whose_trials_all_failed_has_its_report_too(tmp_path: Path, caps
     search.suggest("a")
     search.on_trial_complete("a", error=True)
     rows = results.trial_rows(search.study, space.tune)
-    assert job._without_winner(rows, space, output, "python …", results.SweepError("none is left")) == 1
+    assert api._without_winner(rows, space, output, "python …", results.SweepError("none is left")) == 1
     told = capsys.readouterr()
     assert "the trial's driver died" in told.out and told.err == "error: none is left\n"
     text = (output / "report.md").read_text()

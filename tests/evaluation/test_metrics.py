@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from torchmetrics.functional.text import squad
 
+from latentwire.cli import main
 from latentwire.config import DataConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data.sources import DataError
-from latentwire.evaluate import official, parser
 from latentwire.evaluation.metrics import em_f1, normalise, question_types, score_file
 
 
@@ -215,13 +215,14 @@ def test_predictions_name_a_configuration_and_nothing_else(tmp_path: Path, capsy
     for name in ("distractor", "fullwiki"):
         (tmp_path / f"hotpot_dev_{name}_v1.json").write_text(json.dumps([row | {"_id": name}]))
     (tmp_path / "answers.json").write_text(json.dumps({"answer": {"fullwiki": "yes"}}))
-    flags = ["--predictions", str(tmp_path / "answers.json"), "--dataset", "hotpotqa", "--data_dir", str(tmp_path)]
-    with pytest.raises(DataError, match=r"choose one by --set data\.config=distractor"):
-        official(parser().parse_args(flags))
-    assert official(parser().parse_args([*flags, "--set", "data.config=fullwiki"])) == 0
+    flags = ["evaluate", "--predictions", str(tmp_path / "answers.json"), "--dataset", "hotpotqa"]
+    flags += ["--data_dir", str(tmp_path)]
+    assert main(flags) == 2
+    assert "choose one by --set data.config=distractor" in capsys.readouterr().err
+    assert main([*flags, "--set", "data.config=fullwiki"]) == 0
     assert json.loads(capsys.readouterr().out)["em"] == 1.0
-    with pytest.raises(ConfigError, match=r"scored by the data alone, got --set evaluation\.batch_size; leave it out"):
-        official(parser().parse_args([*flags, "--set", "evaluation.batch_size=3"]))
+    assert main([*flags, "--set", "evaluation.batch_size=3"]) == 2
+    assert "scored by the data alone, got --set evaluation.batch_size; leave it out" in capsys.readouterr().err
 
 
 def test_lines_that_cannot_be_read_have_no_type_and_no_official_score(tmp_path: Path) -> None:

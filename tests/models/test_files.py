@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
-from latentwire import train
 from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.models import weights
@@ -151,8 +149,7 @@ def test_the_command_says_it_before_it_makes_shards(
         "--set",
         f"data.shard_dir={tmp_path / 'shards'}",
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *named])
-    assert train.main() != 0
+    assert main(["train", *named]) != 0
     said = capsys.readouterr()
     assert "by its header, got 1,000,000" in said.err.splitlines()[-1]
     assert not (tmp_path / "shards").exists() and not (tmp_path / "out").exists()

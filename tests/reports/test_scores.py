@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentwire.cli import main
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.evaluate import parser
 from latentwire.evaluation.conditions import conditions
 from latentwire.evaluation.evaluator import predict
 from latentwire.model import LatentWire
-from latentwire.reports.scores import Asked, Known, asked, compared, show_and_write
+from latentwire.reports.scores import Evaluation, Known, Questions, compared, show, write
 
 ROWS = conditions(RunConfig(), ["text", "latent", "truncated", "shuffled"], latent_len=[8, 4])
 AT_8 = ("latent at 8 latents", "truncated at 8 latents")
@@ -47,10 +47,10 @@ def test_a_table_with_nothing_to_compare_says_so_only_where_asked() -> None:
         compared([], alone)
 
 
-def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint() -> None:
-    options = parser().parse_args(["--checkpoint", "runs/x/best", "--data_dir", "elsewhere"])
-    with pytest.raises(ConfigError, match=r"--data_dir belongs to --predictions, .*by --set data\.data_dir=elsewhere"):
-        asked(options, RunConfig())
+def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--checkpoint", "runs/x/best", "--data_dir", "elsewhere"]) == 2
+    error = capsys.readouterr().err
+    assert "--data_dir belongs to --predictions, " in error and "by --set data.data_dir=elsewhere" in error
 
 
 def test_a_directory_gets_scores_details_and_every_answer(
@@ -58,13 +58,13 @@ def test_a_directory_gets_scores_details_and_every_answer(
 ) -> None:
     rows = conditions(wire.run, ["text", "latent"])
     predictions = {row.key: list(predict(wire, table.slice(0, 3), row)) for row in rows}
-    words = ["--checkpoint", "runs/x/best", "--compare", "--output", str(tmp_path / "scores")]
-    options = parser().parse_args(words)
-    wanted = Asked(rows, compared([], rows), {})
+    questions = Questions(rows, compared([], rows), {}, compared=True)
     sizes = {"encoder": {"parameters": 1_200, "bytes": 4_800}, "llama": {"parameters": 34, "bytes": 136}}
     read = {"rows": 3, "read_before": 2, "scorings": 1, "wires": 1, "again": False, "trained_on": 0}
     known = Known(sizes, read, {"cosine": 0.5})
-    assert show_and_write(options, wanted, predictions, wire.run, known) == 0
+    evaluation = Evaluation(wire.run, questions, predictions, known)
+    show(evaluation, "runs/x/best, validation")
+    write(evaluation, tmp_path / "scores")
     told = capsys.readouterr().out
     assert "paired differences" in told and "latents: cosine 0.500" in told
     details = json.loads((tmp_path / "scores" / "details.json").read_text())

@@ -11,8 +11,7 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search.searcher import Searcher
 
-from latentwire.api import driver
-from latentwire.api import tune as job
+from latentwire.api import tune as api
 from latentwire.config import SweepConfig
 from latentwire.tuning import lease, resume, stopping
 from latentwire.tuning.lease import LEASE_FILE, LeaseError
@@ -20,7 +19,7 @@ from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.stopping import Stop, SweepStopped
 from latentwire.tuning.study import JOURNAL
 
-ARGUMENTS = ["ray_jobs/tune.py", "--space", "space.yaml"]
+COMMAND = ("latentwire tune", "latentwire tune --config space.yaml")
 NO_PLAN: Any = None
 
 
@@ -116,7 +115,7 @@ def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
     def search(space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
         assert (output / LEASE_FILE).exists() and (output / resume.SPACE_FILE).exists()
         with pytest.raises(LeaseError, match=f"has process {os.getpid()} on"):
-            driver.drive(space, NO_PLAN, output, ARGUMENTS, force=True)
+            api.drive(space, NO_PLAN, output, *COMMAND, force=True)
         held = searching(output, stop)
         for number in range(2):
             held.suggest(str(number))
@@ -124,11 +123,11 @@ def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("goes on")
 
-    monkeypatch.setattr(job, "search", search)
-    assert driver.drive(space, NO_PLAN, output, ARGUMENTS) == 130
+    monkeypatch.setattr(api, "search", search)
+    assert api.drive(space, NO_PLAN, output, *COMMAND) == 130
     told = capsys.readouterr().out
     assert "stopped: Ctrl-C; 1 of 3 trials have ended" in told and "nothing was scored" in told
-    assert f"\ngo on: python ray_jobs/tune.py --resume '{output}'\n" in told
+    assert f"\ngo on: latentwire tune --resume '{output}'\n" in told
     assert f"--resume '{output}' --set tune.trials=1\n" in told
     assert not (output / LEASE_FILE).exists() and not (output / "results.json").exists()
 
@@ -139,8 +138,8 @@ def test_rays_own_interrupt_counts_too(
     def search(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "search", search)
-    assert driver.drive(SweepConfig(), NO_PLAN, tmp_path, ARGUMENTS) == stopping.SIGINT_STATUS
+    monkeypatch.setattr(api, "search", search)
+    assert api.drive(SweepConfig(), NO_PLAN, tmp_path, *COMMAND) == stopping.SIGINT_STATUS
     assert "stopped: Ctrl-C; 0 of" in capsys.readouterr().out
 
 
@@ -152,8 +151,8 @@ def test_failed_trials_are_taken_up_again_by_the_driver_that_holds_the_sweep(
         return ["taken up"]
 
     monkeypatch.setattr(resume, "retry_failed", retry)
-    monkeypatch.setattr(job, "search", lambda *_: 0)
-    assert driver.drive(SweepConfig(), NO_PLAN, tmp_path, ARGUMENTS, retry=True) == 0
+    monkeypatch.setattr(api, "search", lambda *_: 0)
+    assert api.drive(SweepConfig(), NO_PLAN, tmp_path, *COMMAND, retry=True) == 0
 
 
 def test_a_lease_that_was_lost_ends_the_command(
@@ -165,8 +164,8 @@ def test_a_lease_that_was_lost_ends_the_command(
         stop.check_taken()
         raise AssertionError("goes on")
 
-    monkeypatch.setattr(job, "search", search)
-    assert driver.drive(SweepConfig(), NO_PLAN, tmp_path, ARGUMENTS) == 1
+    monkeypatch.setattr(api, "search", search)
+    assert api.drive(SweepConfig(), NO_PLAN, tmp_path, *COMMAND) == 1
     told = capsys.readouterr().out
     assert "stopped: another driver has taken" in told and "go on:" not in told
     assert (tmp_path / LEASE_FILE).exists()
