@@ -13,6 +13,7 @@ import pytest
 import torch
 from cyclopts import App
 
+from latentwire.cli import LAST_WINS
 from latentwire.cli.flags import NO_FLAGS, NO_START, SharedFlags, SharedStart
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
@@ -48,7 +49,7 @@ def flags_of(*words: str) -> tuple[Any, Any]:
     def command(*, flags: SharedFlags = NO_FLAGS, start: SharedStart = NO_START) -> tuple[Any, Any]:
         return flags, start
 
-    app = App(default_command=command)
+    app = App(default_command=command, default_parameter=LAST_WINS)
     return app(words, exit_on_error=False, print_error=False, result_action="return_value")
 
 

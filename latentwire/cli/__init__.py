@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from latentwire import __version__
 from latentwire.config.places import at_home
@@ -14,11 +14,15 @@ from latentwire.storage import place
 
 COMMANDS = ("tune", "train", "evaluate", "preprocess", "report", "ask", "doctor")
 
+LAST_WINS = Parameter(allow_repeating=True)
+"""A flag that is given twice has its last value."""
+
 app = App(
     name="latentwire",
     help="Train, tune and evaluate wires that hand one model's context to other frozen LLMs as a few vectors.",
     version=__version__,
     help_format="plaintext",
+    default_parameter=LAST_WINS,
 )
 for _command in COMMANDS:
     app.command(f"latentwire.cli.{_command}:{_command}", name=_command)  # imported when it is used
@@ -36,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run_script(command: Callable[..., int | None], description: str | None = None) -> int:
     """Run a script's one command with this process's arguments, and return its exit status."""
-    return _call(App(help=description, default_command=command, help_format="plaintext"))
+    return _call(App(help=description, default_command=command, help_format="plaintext", default_parameter=LAST_WINS))
 
 
 def _call(command: App, words: Sequence[str] | None = None) -> int:

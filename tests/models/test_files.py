@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
+from latentwire.cli import main
 from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.models import weights

@@ -141,7 +141,7 @@ def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
             ("--set", "training.log_gradient_norms=true"),
             "log_gradient_norms needs an encoder that learns, got train_only phi",
         ),
-        (("--space", "search_spaces/toy.yaml"), "--from takes an export, whose configuration it keeps, and no --space"),
+        (("--config", "toy"), "--from takes an export, whose configuration it keeps, and no --config"),
         (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL beside it"),
         (("--add_receiver", "llama=toy-phi"), "receiver names must differ"),
     ]:
