@@ -12,7 +12,15 @@ from latentwire.config.places import at_home
 from latentwire.errors import UserError, fail
 from latentwire.storage import place
 
-COMMANDS = ("tune", "train", "evaluate", "preprocess", "report", "ask", "doctor")
+COMMANDS = {
+    "tune": "Search a space on Ray, score and export the best wire.",
+    "train": "Train one wire, here or on Ray.",
+    "evaluate": "Score a wire beside its baselines, or a file of answers.",
+    "preprocess": "Make shards and teachers' columns, and nothing else.",
+    "report": "Write a sweep's report anew.",
+    "ask": "Ask one question of an exported wire: text and latents side by side.",
+    "doctor": "Show what this machine and cluster have, and what is missing.",
+}
 
 LAST_WINS = Parameter(allow_repeating=True)
 """A flag that is given twice has its last value."""
@@ -24,8 +32,8 @@ app = App(
     help_format="plaintext",
     default_parameter=LAST_WINS,
 )
-for _command in COMMANDS:
-    app.command(f"latentwire.cli.{_command}:{_command}", name=_command)  # imported when it is used
+for _command, _summary in COMMANDS.items():  # imported when it is used
+    app.command(f"latentwire.cli.{_command}:{_command}", name=_command, help=_summary)
 app.register_install_completion_command(name="--install-completion")
 
 

@@ -1,0 +1,32 @@
+"""One question, answered from the text and from the message side by side."""
+
+from pathlib import Path
+
+import pytest
+
+from latentwire.cli import main
+from latentwire.model import LatentWire
+
+
+@pytest.fixture
+def export(wire: LatentWire, tmp_path: Path) -> Path:
+    wire.save_pretrained(tmp_path / "best")
+    return tmp_path / "best"
+
+
+def test_each_receiver_answers_from_both(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("Ben owns a duck. Ben lives in Seoul.")
+    question = ["--question", "Where is the home of Ben?", "--context_file", str(tmp_path / "text")]
+    assert main(["ask", str(export), *question]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("vectors") == 2 and "llama" in printed and "qwen" in printed
+    assert printed.count("Seoul") >= 1  # the frozen pair reads text by itself
+    assert "bytes as fp16" in printed
+    assert main(["ask", str(export), *question, "--receiver", "qwen"]) == 0
+    assert "llama" not in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_text_is_named(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
+    assert main(["ask", str(export), "--question=Who?", f"--context_file={tmp_path / 'text'}"]) == 2
+    assert "--context_file must be a text in UTF-8" in capsys.readouterr().err
