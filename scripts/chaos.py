@@ -75,7 +75,7 @@ NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc", "r
 """What Ray calls the processes of a Train worker, of a trial's driver and of a shared receiver."""
 SHARED_TOLERANCE = 1e-3
 """Relative, of values where receivers are shared: a replica computes with all cores, a trial's worker with one, and sums differ."""
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 """How long a victim may take to appear, and what a kill leaves to go away."""
 HEAD = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 2**28}
 """Of every cluster; the State API asks the dashboard."""
@@ -360,6 +360,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24, help="of each trial: more, to outlive more deaths")
     parser.add_argument("--spread", type=float, default=0.0, help="deaths are spread over this share of all steps")
     parser.add_argument("--trials", type=int, default=12, help="of the sweep")
+    parser.add_argument("--victims", nargs="+", choices=(*VICTIMS, "replica"), help="only these kinds")
     parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
     parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
     options = parser.parse_args()
@@ -369,7 +370,7 @@ def main() -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # as a worker of one CPU has
     rng = random.Random(options.seed)
-    kinds = VICTIMS + (("replica",) if options.receivers == "shared" else ())
+    kinds = options.victims or VICTIMS + (("replica",) if options.receivers == "shared" else ())
     victims = [kinds[number % len(kinds)] for number in range(options.deaths)]
     rng.shuffle(victims)
     bounds = tuple(options.pause), options.steps, options.spread, options.receivers, options.trials

@@ -22,9 +22,9 @@ def chaos(folder: Path, *flags: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_six_deaths_change_nothing(tmp_path: Path) -> None:
-    text = chaos(tmp_path, "--deaths", "6", "--trials", "8")
-    assert "- deaths: 6 of 6" in text and "- trials: 8, all COMPLETE, none RUNNING" in text
+def test_a_death_of_every_kind_changes_nothing(tmp_path: Path) -> None:
+    text = chaos(tmp_path, "--deaths", "4", "--trials", "5")
+    assert "- deaths: 4 of 4" in text and "- trials: 5, all COMPLETE, none RUNNING" in text
     assert all(f"| {victim} |" in text for victim in ("driver", "worker", "trial actor", "raylet"))
     deaths = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
-    assert deaths[-1]["finished"] >= 3  # they met trials that had ended, not only the first ones as they started
+    assert deaths[-1]["finished"] >= 2  # they met trials that had ended, not only the first ones as they started
