@@ -21,8 +21,6 @@ from latentwire.config import (
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
 from tests.conftest import flags_of
 
-REPOSITORY = Path(__file__).parent.parent
-
 
 def write(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "space.yaml"
@@ -95,17 +93,6 @@ def test_what_the_command_line_named_is_told_as_its_own(tmp_path: Path) -> None:
     told = str(caught.value).splitlines()
     assert "space.yaml: run.encoder.latent_len" in told[1] and len(told) == 3
     assert "(command line: run.receivers.0.modl)" in told[0] and "(command line: run.training.eval_every)" in told[2]
-
-
-def test_missing_file_names_the_shipped_spaces() -> None:
-    with pytest.raises(ConfigError, match=r"must exist, got nowhere\.yaml"):
-        load_space("nowhere.yaml")
-
-
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "presets").glob("*.yaml")), ids=lambda p: p.name)
-def test_presets_are_single_runs_that_differ_from_the_defaults(file: Path) -> None:
-    space = load_space(file)
-    assert not space.search and space.run != RunConfig() and space.tune == SweepConfig().tune
 
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:

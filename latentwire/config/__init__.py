@@ -1,8 +1,9 @@
 """Every knob of LatentWire, once.
 
-A :class:`RunConfig` says everything about one training run; a :class:`SweepConfig` (the YAML files in
-``search_spaces/``) adds what a sweep varies and how it is searched. The tree of models here is the tree of objects
-that the package builds: ``run.encoder`` is what ``models/encoders.py`` reads, ``run.losses`` what ``losses/`` reads.
+A :class:`RunConfig` says everything about one training run. A :class:`SweepConfig`, which is what a
+YAML file holds, adds what a sweep varies and how it is searched. The tree of models here is the tree
+of objects that the package builds: ``run.encoder`` is what ``models/encoders.py`` reads,
+``run.losses`` what ``losses/`` reads.
 """
 
 from latentwire.config.data import DataConfig

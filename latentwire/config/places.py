@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.config import SweepConfig
-from latentwire.config.resolve import set_path
 from latentwire.storage import Place, expanded, place
 
 
@@ -47,21 +46,21 @@ def with_home(space: SweepConfig) -> SweepConfig:
     models' directories) are :func:`sought`.
     """
     tree = space.model_dump(mode="json")
-    set_path(tree, "run.data.shard_dir", at_home(space.run.data.shard_dir))
-    set_path(tree, "tune.storage_path", at_home(space.tune.storage_path))
+    tree["run"]["data"]["shard_dir"] = at_home(space.run.data.shard_dir)
+    tree["tune"]["storage_path"] = at_home(space.tune.storage_path)
     if space.run.encoder.model is not None:
-        set_path(tree, "run.encoder.model", _absolute(space.run.encoder.model))
+        tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
     if (searched := tree["search"].get("encoder.model")) is not None:
         searched["choices"] = [_absolute(choice) for choice in searched["choices"]]
         for named in (*(dim["when"] for dim in tree["search"].values()), *tree["tune"]["start_with"]):
             if (value := named.get("encoder.model")) is not None:
                 named["encoder.model"] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
     if space.run.data.data_dir is not None:
-        set_path(tree, "run.data.data_dir", str(sought(space.run.data.data_dir).absolute()))
+        tree["run"]["data"]["data_dir"] = str(sought(space.run.data.data_dir).absolute())
     if space.run.training.init_from is not None:
-        set_path(tree, "run.training.init_from", str(sought(space.run.training.init_from).absolute()))
+        tree["run"]["training"]["init_from"] = str(sought(space.run.training.init_from).absolute())
     if space.tune.warm_start is not None:
-        set_path(tree, "tune.warm_start", str(sought(space.tune.warm_start).absolute()))
+        tree["tune"]["warm_start"] = str(sought(space.tune.warm_start).absolute())
     for receiver in tree["run"]["receivers"]:
         receiver["model"] = _absolute(receiver["model"])
     return SweepConfig.model_validate(tree)

@@ -6,15 +6,12 @@ there is one, the file and the path inside it.
 
 from __future__ import annotations
 
-import difflib
 import graphlib
-import json
 import typing
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from latentwire.config import (
@@ -27,36 +24,27 @@ from latentwire.config import (
     SweepConfig,
     default_receivers,
 )
-from latentwire.errors import UserError
+from latentwire.config.errors import ConfigError as ConfigError
+from latentwire.config.errors import nearest
+from latentwire.config.files import read_tree
 
 
-class ConfigError(UserError):
-    """A configuration that breaks a rule: the message quotes rule, value and place."""
+def load_space(source: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SweepConfig:
+    """Return a configuration with ``overrides`` laid over it.
 
+    Args:
+        source: the name of a shipped configuration (``toy``), or the path of a YAML or JSON file;
+            :mod:`latentwire.config.files` says how one extends others. None: all defaults.
+        overrides: path → value, e.g. ``{"run.training.epochs": 2}``.
 
-def load_space(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SweepConfig:
-    """Read a space file (YAML, or JSON where it is so named; ``None``: all defaults) and lay ``overrides`` (dotted path → value) over it.
-
-    Raises :class:`ConfigError` with the file, the path inside it, the rule and the value.
+    Raises:
+        ConfigError: no such configuration, or a value that breaks a rule; the message quotes the
+            file, the path inside it, the rule and the value.
     """
-    tree: Any = {}
-    where = "command line"
-    if path is not None:
-        where = str(path)
-        try:
-            text = Path(path).read_text(encoding="utf-8")  # JSON's 3e-6 is a text to YAML
-            tree = json.loads(text) if where.endswith(".json") else yaml.safe_load(text) or {}
-        except FileNotFoundError as error:
-            shipped = ", ".join(sorted(str(p) for p in Path("search_spaces").glob("*.yaml"))) or "none here"
-            raise ConfigError(f"space file must exist, got {path}; shipped spaces: {shipped}") from error
-        except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path} must be valid {'JSON' if where.endswith('.json') else 'YAML'}: {error}"
-            ) from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must hold a mapping with run, search and tune, got {type(tree).__name__}")
-    for dotted, value in (overrides or {}).items():
-        set_path(tree, dotted, value)
+    where = "command line" if source is None else str(source)
+    tree = {} if source is None else read_tree(source)
+    for path, value in (overrides or {}).items():
+        set_path(tree, path, value)
     space = validate(SweepConfig, tree, where, given=overrides or {})
     check_search(space, where)
     return space
@@ -138,7 +126,7 @@ def check_search(space: SweepConfig, where: str) -> None:
                 f"receivers cannot be searched, got {dotted} ({place}); compare them in sweeps of their own"
             )
         if dotted not in known:
-            raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){_nearest(dotted, known)}")
+            raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){nearest(dotted, known)}")
         if typing.get_origin(known[dotted].annotation) in (tuple, dict):
             raise ConfigError(
                 f"a number, choice or switch can be searched, {dotted} is none ({place}); set it under run"
@@ -175,7 +163,7 @@ def check_search(space: SweepConfig, where: str) -> None:
             place = f"{where}: tune.start_with[{number}]"
             if path not in space.search:
                 raise ConfigError(
-                    f"a starting point must name dimensions of the space, got {path} ({place}){_nearest(path, space.search)}"
+                    f"a starting point must name dimensions of the space, got {path} ({place}){nearest(path, space.search)}"
                 )
             _check_point(space.search[path], value, f"{place}.{path}")
 
@@ -196,7 +184,7 @@ def _check_conditions(search: dict[str, Dimension], where: str) -> None:
             if not isinstance(condition, CategoricalDimension):
                 raise ConfigError(
                     f"a condition must name a categorical dimension of the space, got {path} ({where}: search.{dotted}.when)"
-                    f"{_nearest(path, search)}"
+                    f"{nearest(path, search)}"
                 )
             strange = [value for value in wanted if value not in condition.choices]
             if strange:
@@ -244,7 +232,8 @@ def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[
     leaf = str(problem["loc"][-1]) if problem["loc"] else model.__name__
     if problem["type"] == "extra_forbidden":
         siblings = _fields_at(model, [str(part) for part in problem["loc"][:-1]])
-        return f"unknown key {leaf} ({at}){_nearest(leaf, siblings)}"
+        siblings += ["extends"] * (siblings == list(SweepConfig.model_fields))
+        return f"unknown key {leaf} ({at}){nearest(leaf, siblings)}"
     return f"{_rule(leaf, problem)} ({at})"
 
 
@@ -279,12 +268,3 @@ def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
         if inner:
             current = inner[0]
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    options = list(known)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    if not close:
-        leaves = {option.split(".")[-1]: option for option in options}
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(options)[:12])}"

@@ -168,7 +168,7 @@ class TuneConfig(Section):
 
 
 class SweepConfig(Section):
-    """A YAML file in ``search_spaces/``."""
+    """A configuration file: a shipped one, such as ``toy``, or your own, which may begin with ``extends: toy``."""
 
     run: RunConfig = RunConfig()
     """What all trials share."""

@@ -1,0 +1,25 @@
+"""What a configuration that breaks a rule is answered with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from latentwire.errors import UserError
+
+
+class ConfigError(UserError):
+    """A configuration that breaks a rule: the message quotes rule, value and place."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the known one that is nearest, else a list of them.
+
+    Of a dotted path the last part counts too, so that ``latent_len`` finds ``encoder.latent_len``.
+    """
+    options = list(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if not close:
+        leaves = {option.split(".")[-1]: option for option in options}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(options)[:16])}"
