@@ -1,4 +1,4 @@
-"""Write docs/knobs.md: every knob of a space file, with its default, its bounds and what it does.
+"""Write docs/knobs.md: every knob of a configuration file, its default, its bounds, what hangs on it, what it does.
 
 python scripts/knobs.py
 """
@@ -17,42 +17,68 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from latentwire.config import SweepConfig
+from latentwire.config.knobs import properties
 from latentwire.config.space import CategoricalDimension, FloatDimension, IntDimension
 
 PAGE = Path(__file__).parent.parent / "docs" / "knobs.md"
 HEAD = """# Every knob
 
-What a space file may hold, made from the configuration itself by `python scripts/knobs.py`; CI checks that it is current.
-`--set <path>=<value>` reaches every path below `run` without that prefix, and those below `tune` with it; `search` takes
-numbers, choices and switches below `run`, but none of `receivers`, and no lists or schedules.
+The knobs of a configuration file, written from the configuration itself by `python scripts/knobs.py`; CI checks that the
+page is current. `--set <path>=<value>` reaches every path below `run` without that prefix, and those below `tune` with it.
+`search` takes numbers, choices and switches below `run`, but none of `receivers`, and no lists or schedules.
+
+A file may begin with `extends:`, the name or path of one or several other configurations that it is laid over
+(`extends: toy`, `extends: [receivers/smollm2, my_recipe.yaml]`). The file wins over what it extends, and of these the
+later over the earlier. Sections merge knob by knob; lists and search dimensions are replaced whole, and a dimension that
+is `null` is taken out. Receivers given by name (`receivers: {smollm2: {model: …}}`) merge too, and all of them have what
+stands under `each`. The shipped files are in `latentwire/spaces`.
+
+The column *hangs on it* says what else a knob decides:
+
+| mark | meaning |
+|---|---|
+| shards | It names the shards, so a search varies it by choices alone. *content*: by what it stands for. *reading*: it does not. |
+| teachers | It names teachers' columns. *size*: those for the largest value serve the smaller ones. |
+| protocol | Scores under different values must not be compared. |
+| may change | It may be another one where a run or a sweep is resumed, or a trial repeated. |
+| smaller costs more | The smallest value needs most memory; of other knobs the largest. |
+| steps | A larger value makes for more, or fewer, optimiser steps. |
+| own receivers | Trials that differ in it cannot share receivers. |
+
 """
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
+LABELS = {
+    "may_change": "may change",
+    "smaller_costs_more": "smaller costs more",
+    "changes_receivers": "own receivers",
+}
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     dimensions = (FloatDimension, IntDimension, CategoricalDimension)
     searched = (line for one in dimensions for line in sections(one, f"search.<path>: {one.__name__}"))
-    return "\n".join([HEAD, *sections(SweepConfig, ""), *searched]) + "\n"
+    return "\n".join([HEAD.rstrip() + "\n", *sections(SweepConfig, ""), *searched]) + "\n"
 
 
 def sections(model: type[BaseModel], path: str) -> Iterator[str]:
-    """A table of a section's own knobs, then those of the sections in it."""
-    nested = {name: found for name, field in model.model_fields.items() if (found := section_in(field)) is not None}
-    own = {name: field for name, field in model.model_fields.items() if name not in nested}
-    if own:
-        yield f"\n## {f'`{path}`' if path else 'A space file'}\n\n{_prose(model.__doc__ or '')}\n"
-        yield "| knob | type | default | bounds | what |\n|---|---|---|---|---|"
-        yield from (f"| `{name}` | {kind(field)} | {default(field)} | {bounds(field)} | {_prose(field.description or '')} |"
-                    for name, field in own.items())  # fmt: skip
+    """Yield a table of a section's own knobs, then those of the sections in it."""
+    nested = {name: inner for name, field in model.model_fields.items() if (inner := section_in(field)) is not None}
+    fields = {name: field for name, field in model.model_fields.items() if name not in nested}
+    if fields:
+        yield f"\n## {f'`{path}`' if path else 'A configuration file'}\n\n{_prose(model.__doc__ or '')}\n"
+        yield "| knob | type | default | bounds | hangs on it | what |\n|---|---|---|---|---|---|"
+    for name, field in fields.items():
+        cells = [f"`{name}`", kind(field), default(field), bounds(field), marks(field), _prose(field.description or "")]
+        yield f"| {' | '.join(cells)} |"
     for name, (inner, many) in nested.items():
         yield from sections(inner, f"{path}.{name}".lstrip(".") + ("[]" if many else ""))
 
 
 def section_in(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
-    """The one section that a field holds, and whether it holds several."""
-    found = [one for one in _parts(field.annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
-    return (found[0], typing.get_origin(field.annotation) in (tuple, dict)) if len(found) == 1 else None
+    """Return the one section that a field holds, and whether it holds several of it."""
+    inner = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return (inner[0], typing.get_origin(field.annotation) in (tuple, dict)) if len(inner) == 1 else None
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -61,7 +87,7 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def kind(field: FieldInfo) -> str:
-    """Its type as a user would say it."""
+    """Return a knob's type as a user would say it."""
     return _kind(field.annotation).replace("|", "or")
 
 
@@ -82,31 +108,39 @@ def _kind(annotation: Any) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """What it is where nothing is said."""
+    """Return a knob's value where nothing is said."""
     if field.is_required():
         return "must be given"
-    found = field.get_default(call_default_factory=True)
-    if found is None:
+    value = field.get_default(call_default_factory=True)
+    if value is None:
         return "none"
-    if isinstance(found, bool):
-        return "yes" if found else "no"
-    return (
-        f"`{found if not isinstance(found, tuple | dict | str) else repr(found)}`" if found not in ((), {}) else "empty"
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value in ((), {}):
+        return "empty"
+    return f"`{repr(value) if isinstance(value, tuple | dict | str) else value}`"
 
 
 def bounds(field: FieldInfo) -> str:
-    """What its value must be within."""
-    told = [
-        f"{sign} {getattr(rule, name)}"
-        for rule in field.metadata if isinstance(rule, BaseMetadata)
-        for name, sign in SIGNS.items() if hasattr(rule, name)
-    ]  # fmt: skip
-    return ", ".join(told)
+    """Return what a knob's value must be within."""
+    rules = [rule for rule in field.metadata if isinstance(rule, BaseMetadata)]
+    return ", ".join(
+        f"{sign} {getattr(rule, name)}" for rule in rules for name, sign in SIGNS.items() if hasattr(rule, name)
+    )
+
+
+def marks(field: FieldInfo) -> str:
+    """Return a knob's properties, as the head of the page explains them."""
+    words = []
+    for name, value in properties(field).items():
+        label = LABELS.get(name, name)
+        detail = ", ".join(value) if isinstance(value, tuple) else value
+        words.append(label if value in (True, "value") else f"{label}: {detail}")
+    return "; ".join(words)
 
 
 def _prose(docstring: str) -> str:
-    """Docstring markup as Markdown, in one line."""
+    """Return docstring markup as Markdown, in one line."""
     text = re.sub(r":\w+:`~?[\w.]*?(\w+)`", r"`\1`", " ".join(docstring.split()))
     return text.replace("``", "`").replace("|", "\\|")
 

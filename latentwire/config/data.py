@@ -1,68 +1,67 @@
-"""Data and its splits."""
+"""The rows and their splits."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from latentwire.config.section import Address, Section
+from latentwire.config.section import Address, Section, knob
 
 
 class DataConfig(Section):
-    """What is read, and how it is split. All but ``shard_dir``, ``in_memory`` and ``stream_cpus`` names the shards;
-    of ``data_dir`` and ``config`` the files that they name count, and not the path."""
+    """The rows: where they come from and how they are split."""
 
-    dataset: Literal["toy", "squad", "hotpotqa", "custom", "text"] = "toy"
+    dataset: Literal["toy", "squad", "hotpotqa", "custom", "text"] = knob("toy", shards="value", protocol=True)
     """``custom``: jsonl/parquet with ``context``, ``question``, ``answers``. ``text``: jsonl/parquet with a ``text`` or
     ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without questions; a text that stands in several
     rows of a file is read once. ``toy`` is generated."""
-    data_dir: Address | None = None
+    data_dir: Address | None = knob(None, shards="content", may_change=("resumed run", "repeated trial"))
     """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with files of the training and the
     validation split: parquet in the Hub's schema, official JSON, a list of rows, or jsonl; the last
     three may be ``.gz``, ``.zst`` or ``.bz2``. A file, or its folder, is named after its split:
     ``train``, or ``validation``, ``valid``, ``val``, ``dev``, in any case. Where a folder of the
     dataset's name has them, it alone is read. ``None``: the Hub, where the dataset has an id there;
     ``toy`` reads no files."""
-    config: str | None = Field(None, min_length=1)
+    config: str | None = knob(None, min_length=1, shards="content")
     """Which of the dataset's configurations is read where there are several, e.g. ``distractor`` or
     ``fullwiki`` of HotpotQA: a word of the files' names or folders, or on the Hub its name there.
     ``None``: the only one; on the Hub, the usual one."""
-    samples: int = Field(20_000, ge=0)
+    samples: int = knob(20_000, ge=0, shards="value")
     """Training rows, drawn by seed after the development split is taken out. 0: all. With ``overflow: chunk`` this and the two below
     count rows before they are cut into chunks."""
-    dev_samples: int = Field(256, ge=1)
+    dev_samples: int = knob(256, ge=1, shards="value", may_change=("resumed run",))
     """Development rows scored at each evaluation."""
-    validation_samples: int = Field(512, ge=0)
+    validation_samples: int = knob(512, ge=0, shards="value", may_change=("resumed run",))
     """Rows of the untouched validation split scored once at the end. 0: all."""
-    validation_skip: int = Field(0, ge=0)
+    validation_skip: int = knob(0, ge=0, shards="value", may_change=("resumed run",))
     """Rows of the validation split to pass over first, in the order that ``seed`` draws them. A split that wires were compared on
     has other rows for the final score: with 400 rows read so far, ``validation_skip: 400`` takes the next ones."""
-    dev_fraction: float = Field(0.05, gt=0, lt=1)
+    dev_fraction: float = knob(0.05, gt=0, lt=1, shards="value")
     """Share of the training *documents* (articles, not rows) that make the development split."""
-    seed: int = Field(0, ge=0)
+    seed: int = knob(0, ge=0, shards="value")
     """Seed of the splits, of the draw of rows, and of the toy generator."""
-    send: Literal["context", "prompt"] = "context"
+    send: Literal["context", "prompt"] = knob("context", shards="value")
     """What is compressed: the context alone (the question travels as text), or context and question."""
-    max_context_bytes: int = Field(4_096, ge=16)
+    max_context_bytes: int = knob(4_096, ge=16, shards="value")
     """Longest sender text in UTF-8 bytes; longer rows follow ``overflow``."""
-    overflow: Literal["reject", "truncate", "chunk"] = "reject"
+    overflow: Literal["reject", "truncate", "chunk"] = knob("reject", shards="value")
     """What happens to a longer row: into the rejects file, cut at the end (counted), or, with ``dataset: text``, parted
     into rows that fit."""
-    toy_people: int = Field(3, ge=1, le=4)
+    toy_people: int = knob(3, ge=1, le=4, shards="value")
     """People in a toy context."""
-    toy_kinds: int = Field(2, ge=1, le=4)
+    toy_kinds: int = knob(2, ge=1, le=4, shards="value")
     """Facts about each of them."""
-    toy_questions: int = Field(1, ge=1, le=16)
+    toy_questions: int = knob(1, ge=1, le=16, shards="value")
     """Training rows of each toy context, one for each question; at most people × kinds. Other splits have one."""
-    shard_mib: float = Field(16.0, gt=0, le=4_096)
+    shard_mib: float = knob(16.0, gt=0, le=4_096, shards="value")
     """Size of the rows in one Parquet shard, in MiB, before they are tokenised and compressed."""
-    in_memory: bool = True
+    in_memory: bool = knob(True, shards="reading", may_change=("resumed run",))
     """Ray only: training rows are held in the object store, once for all trials. False: they are streamed from their
     shards in every epoch, however many there are; each trial then has ``stream_cpus`` for that."""
-    stream_cpus: float = Field(1.0, gt=0)
+    stream_cpus: float = knob(1.0, gt=0, shards="reading", may_change=("resumed run",))
     """CPUs kept free for each trial's reading tasks where rows are streamed."""
-    shard_dir: Address = "shards"
+    shard_dir: Address = knob("shards", shards="reading", may_change=("resumed run", "repeated trial"))
     """Directory or URI (``s3://…``, ``gs://…``) where shards live, in directories named by the hash of what made them."""
 
     @model_validator(mode="after")

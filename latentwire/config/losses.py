@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from latentwire.config.section import Section
+from latentwire.config.section import Section, knob
 
 LOSS_BUNDLES: dict[str, dict[str, Any]] = {
     "answer": {"answer_ce_weight": 1.0},
@@ -71,7 +71,7 @@ class LossConfig(Section):
     A ``bundle`` names a set of weights and schedules; every key given beside it wins over it.
     """
 
-    bundle: str | None = None
+    bundle: str | None = knob(None, teachers="value")
     """A named set of weights and schedules: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,
     ``autoencode``."""
     answer_ce_weight: float = Field(1.0, ge=0)
@@ -80,17 +80,17 @@ class LossConfig(Section):
     """First ``k`` answer tokens, mean over tokens."""
     first_token_ce_weight: float = Field(0.0, ge=0)
     """First answer token."""
-    kd_weight: float = Field(0.0, ge=0)
+    kd_weight: float = knob(0.0, ge=0, teachers="size")
     """KL from the teacher (the same receiver on the full text) at the first ``k`` answer tokens, mean over tokens."""
-    kd_temperature: float = Field(1.0, gt=0, le=100)
+    kd_temperature: float = knob(1.0, gt=0, le=100, teachers="value")
     """Softens both distributions of the KL, which is multiplied by its square (arXiv 1503.02531)."""
-    kd_top_k: int = Field(32, ge=0)
+    kd_top_k: int = knob(32, ge=0, teachers="value")
     """Teacher's likeliest tokens to compare one by one; the others count as one event. What the teachers say about them is
     computed once and kept beside the shards. 0: the whole vocabulary, which is too large to keep: every step runs the
     teachers."""
-    hidden_kd_weight: float = Field(0.0, ge=0)
+    hidden_kd_weight: float = knob(0.0, ge=0, teachers="size")
     """Squared distance to the teacher's layer-normalised hidden states at the first ``k`` answer tokens."""
-    hidden_kd_depths: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
+    hidden_kd_depths: tuple[float, ...] = knob((0.5, 1.0), min_length=1, teachers="value")
     """Layers of that comparison as fractions of the receiver's depth, each in [0, 1]."""
     reconstruction_ce_weight: float = Field(0.0, ge=0)
     """The message's own text, said again by the receiver from its soft prompt; mean over tokens. Dense where answers
@@ -103,7 +103,7 @@ class LossConfig(Section):
     finds an answer's. Only with ``reconstruction_tokens``."""
     continuation_ce_weight: float = Field(0.0, ge=0)
     """The text that follows, said by the receiver from the message of what comes before it; mean over tokens."""
-    k: int = Field(4, ge=1)
+    k: int = knob(4, ge=1, teachers="size")
     """Tokens that ``first_k_ce_weight`` and the ``kd`` terms weigh."""
     schedules: dict[str, Schedule] = Field(default_factory=dict)
     """Knob of this section (a weight, or ``k``), or ``latent_dropout``, to the factor on it over the steps."""

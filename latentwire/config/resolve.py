@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import graphlib
 import typing
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from latentwire.config import (
 from latentwire.config.errors import ConfigError as ConfigError
 from latentwire.config.errors import nearest
 from latentwire.config.files import read_tree
+from latentwire.config.knobs import knobs as knobs
 
 
 def load_space(source: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SweepConfig:
@@ -212,17 +213,6 @@ def _check_point(dimension: Dimension, value: Any, place: str) -> None:
         raise ConfigError(
             f"a starting point must be a number from {dimension.low} to {dimension.high}, got {value!r} ({place})"
         )
-
-
-def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of the configuration as (dotted path, pydantic ``FieldInfo``), receivers' excepted."""
-    for name, field in model.model_fields.items():
-        options = typing.get_args(field.annotation) or (field.annotation,)
-        sections = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if sections and name not in ("receivers", "schedules"):
-            yield from knobs(sections[0], f"{prefix}{name}.")
-        elif name != "receivers":
-            yield f"{prefix}{name}", field
 
 
 def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[str]) -> str:

@@ -1,10 +1,11 @@
-"""What every part of the configuration is."""
+"""The base of every part of the configuration, and how a knob is defined."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from latentwire.storage import expanded, refuse_secrets
 
@@ -19,3 +20,42 @@ class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors; instances do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+def knob(
+    *default: Any,
+    shards: Literal["value", "content", "reading"] | None = None,
+    teachers: Literal["value", "size"] | None = None,
+    protocol: bool = False,
+    may_change: Sequence[Literal["resumed run", "resumed sweep", "repeated trial"]] = (),
+    smaller_costs_more: bool = False,
+    steps: Literal["more", "fewer"] | None = None,
+    changes_receivers: bool = False,
+    **bounds: Any,
+) -> Any:
+    """Define a knob with what hangs on it; :func:`latentwire.config.knobs.paths_with` lists knobs by these properties.
+
+    Args:
+        default: its default; none where it must be given.
+        shards: shards hang on its ``value``, on the ``content`` of what it names (files, a
+            tokenizer, a rendered template), or only the way of ``reading`` them does. A search may
+            vary it by enumerable choices alone.
+        teachers: teachers' columns hang on its ``value``, or it is a ``size``: columns for the
+            largest value serve the smaller ones too. A search varies ``value`` by choices alone.
+        protocol: scores under different values must not be compared.
+        may_change: what goes on, or is repeated, under another value of it.
+        smaller_costs_more: a run with the smallest value needs most memory; otherwise the largest.
+        steps: a larger value makes for ``more`` or ``fewer`` optimiser steps.
+        changes_receivers: trials that differ in it cannot share receivers.
+        bounds: as for :func:`pydantic.Field`.
+    """
+    properties: dict[str, Any] = {
+        "shards": shards,
+        "teachers": teachers,
+        "protocol": protocol,
+        "may_change": tuple(may_change),
+        "smaller_costs_more": smaller_costs_more,
+        "steps": steps,
+        "changes_receivers": changes_receivers,
+    }
+    return Field(*default, json_schema_extra={name: value for name, value in properties.items() if value}, **bounds)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from latentwire.config.run import RunConfig
-from latentwire.config.section import Address, Section
+from latentwire.config.section import Address, Section, knob
 
 
 def _plain(value: Any) -> Any:
@@ -97,9 +97,9 @@ class Limit(Section):
 class TuneConfig(Section):
     """How the space is searched."""
 
-    trials: int = Field(8, ge=1)
+    trials: int = knob(8, ge=1, may_change=("resumed sweep",))
     """Trials in the sweep."""
-    max_concurrent_trials: int | None = Field(None, ge=1)
+    max_concurrent_trials: int | None = knob(None, ge=1, may_change=("resumed sweep",))
     """Upper limit of trials at once. ``None``: as many as the cluster's CPUs and GPUs hold."""
     receivers: Literal["auto", "own", "shared"] = "auto"
     """``own``: every trial loads the frozen receivers. ``shared``: trials ask replicas that hold them once (docs/sharing.md).
@@ -109,7 +109,7 @@ class TuneConfig(Section):
     receivers are shared only if this says what its workers have."""
     replicas: int | None = Field(None, ge=1)
     """Copies of each shared receiver. ``None``: one per GPU, or one where there are none."""
-    wait_minutes: float = Field(60.0, gt=0)
+    wait_minutes: float = knob(60.0, gt=0, may_change=("resumed sweep",))
     """Minutes that a sweep waits for room for its first shared receivers before it gives up. Trials
     wait as long as it takes."""
     joined_trials: int | None = Field(None, ge=1)
@@ -124,10 +124,10 @@ class TuneConfig(Section):
     """Training steps before a trial can be stopped: ASHA's first rung."""
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one of this many at each rung."""
-    max_failures: int = Field(1, ge=0)
+    max_failures: int = knob(1, ge=0, may_change=("resumed sweep",))
     """How often a trial whose driver or workers died for good is started again, from its last checkpoint. Waiting for room is
     no failure."""
-    keep_checkpoints: int = Field(4, ge=1)
+    keep_checkpoints: int = knob(4, ge=1, may_change=("resumed sweep",))
     """Checkpoints kept of all trials together, the best by ``metric``; each running trial's last and its own best, and
     each failed one's last, are kept besides."""
     metric: str = "dev_f1"
@@ -152,13 +152,13 @@ class TuneConfig(Section):
     """Fresh seeds for each finalist."""
     seed: int = Field(0, ge=0)
     """Seed of Optuna's sampler."""
-    time_budget_minutes: float | None = Field(None, gt=0)
+    time_budget_minutes: float | None = knob(None, gt=0, may_change=("resumed sweep",))
     """Wall-clock limit of one command's search in minutes, finals included: then it stops as by Ctrl-C, scores nothing, and
     ``--resume`` goes on with as much time again. ``None``: none."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
     """Experiment trackers that also get every evaluation, by Ray's callbacks (extra ``tracking``). TensorBoard's files are
     always written."""
-    storage_path: Address = "runs"
+    storage_path: Address = knob("runs", may_change=("repeated trial",))
     """Directory (local, NFS) or URI (``s3://…``, ``gs://…``) that holds the sweep's output directories."""
 
     @property

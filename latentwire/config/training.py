@@ -7,27 +7,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from latentwire.config.section import Address, Section
+from latentwire.config.section import Address, Section, knob
 
 
 class TrainingConfig(Section):
     """The optimisation loop."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = knob(1, ge=1, steps="more", may_change=("resumed run",))
     """Passes over the training rows."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = knob(None, ge=1, steps="more", may_change=("resumed run",))
     """Optimiser steps after which training ends, whatever the epochs say. ``None``: the epochs decide."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = knob(32, ge=1, steps="fewer")
     """Examples per optimiser step, over all workers and micro-batches together."""
     bucket_batches: int = Field(2, ge=1)
     """Batches that are drawn together, sorted by the length of their texts and then parted: less padding, but also
     batches that are less of a random sample. Where length tells what a text is about, many cost learning
     (docs/findings.md). 1: as drawn."""
-    questions_together: bool = False
+    questions_together: bool = knob(False, shards="value")
     """Rows with one context are shuffled as one and stand in one batch, which encodes it once for all its questions: less
     work, and each message hears at once of all that was asked of it; but also fewer contexts in a batch. ``samples`` takes
     whole contexts then. It names the training shards, whose order it decides."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = knob(1, ge=1, smaller_costs_more=True)
     """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: matrices are updated by Muon (arXiv 2502.16982), scaled to AdamW's steps so that rates can stay; vectors,
@@ -46,12 +46,12 @@ class TrainingConfig(Section):
     ``coarsening_from`` encoder tokens to its own length. A frozen receiver reads a fine message almost as it reads text;
     what it finds there is kept while the message gets shorter, and is hard to find otherwise. 0: the message has its
     own length from the start."""
-    coarsening_from: float = Field(1.0, ge=1, le=1024)
+    coarsening_from: float = knob(1.0, ge=1, le=1024, smaller_costs_more=True)
     """Encoder tokens per latent where the coarsening starts (``byte``: patches). The alignment has this length too."""
     tokens_per_latent: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((), max_length=64)
     """Each step draws one of these lengths for its messages in place of ``encoder.tokens_per_latent``, by seed and step:
     one wire whose sender chooses how short a message is. Empty: the encoder's own."""
-    init_from: Address | None = None
+    init_from: Address | None = knob(None, may_change=("resumed run",))
     """Directory or URI of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
     stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""
     train_only: tuple[str, ...] = ()
@@ -66,43 +66,43 @@ class TrainingConfig(Section):
     none."""
     clip_norm: float = Field(1.0, gt=0)
     """Global gradient norm that a step is clipped to."""
-    max_bad_steps: int = Field(10, ge=1)
+    max_bad_steps: int = knob(10, ge=1, may_change=("resumed run",))
     """Steps with a loss or gradient that is not finite are skipped and counted; this many in a row end the run."""
-    sequential_models: bool = False
+    sequential_models: bool = knob(False, may_change=("resumed run",))
     """Forward and backward one receiver after the other: peak memory is the largest receiver's graph, not the sum."""
-    logit_rows: int = Field(512, ge=1)
+    logit_rows: int = knob(512, ge=1, may_change=("resumed run",))
     """Supervised tokens whose logits exist at once. More of them in a step are taken in chunks of this size, each forward
     and backward, so that a large vocabulary costs the memory of one chunk."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = knob(False, changes_receivers=True, may_change=("resumed run",))
     """Receivers keep one state per layer for the backward pass and compute the others again: less memory, about a
     third more time."""
-    compile: bool = False
+    compile: bool = knob(False, changes_receivers=True, may_change=("resumed run",))
     """``torch.compile`` the receivers: faster on CUDA after minutes of compilation, not worth it on a CPU."""
     receivers_per_step: Literal["all", "one"] = "all"
     """``one``: each step trains through one receiver, drawn by seed and step (arXiv 2510.20535)."""
     autocast: bool = False
     """Encoder and adapters compute in bfloat16 (their weights stay fp32)."""
-    log_gradient_norms: bool = False
+    log_gradient_norms: bool = knob(False, changes_receivers=True, may_change=("resumed run",))
     """Also report the norm of each loss term's gradient with respect to the latents. Costs a backward per term."""
-    evaluate_every: int = Field(200, ge=1)
+    evaluate_every: int = knob(200, ge=1, may_change=("resumed run",))
     """Steps between evaluations; each one writes a checkpoint and reports to Tune."""
-    best_by: Literal["dev_f1", "dev_loss"] | None = None
+    best_by: Literal["dev_f1", "dev_loss"] | None = knob(None, may_change=("resumed run",))
     """What chooses the best checkpoint of a single run (a sweep's trials: ``tune.metric``). F1 is what is wanted; the loss
     tells more from few development rows (docs/real_pair.md). ``None``: F1, and the loss where texts have no answers."""
-    log_every: int = Field(20, ge=1)
+    log_every: int = knob(20, ge=1, may_change=("resumed run",))
     """Steps between progress lines."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, dropout and the order of rows."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = knob(1, ge=1, may_change=("resumed run",))
     """Data-parallel workers of one run (Ray only)."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = knob(1, gt=0, may_change=("resumed run", "repeated trial"))
     """CPUs that one worker asks Ray for; also the threads that it, or a plain command, computes with."""
-    gpus_per_worker: float | None = Field(None, ge=0)
+    gpus_per_worker: float | None = knob(None, ge=0, may_change=("resumed run", "repeated trial"))
     """GPUs that one worker asks Ray for. ``None``: 1 where the cluster has any, else 0."""
-    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = knob(default_factory=dict, may_change=("resumed run",))
     """Further resources that one worker asks Ray for, by name: a node type's own, e.g. ``{on_demand: 1}`` or
     ``{"accelerator_type:L40S": 0.001}``."""
-    max_failures: int = Field(2, ge=0)
+    max_failures: int = knob(2, ge=0, may_change=("resumed run",))
     """Worker deaths that one trial survives, each time from its last checkpoint."""
 
     def gpus_each(self, resources: Mapping[str, float]) -> float:
@@ -113,7 +113,7 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Free-running greedy decoding and its metrics."""
 
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = knob(64, ge=1, may_change=("resumed run",))
     """Examples decoded together."""
-    max_answer_tokens: int = Field(16, ge=1)
+    max_answer_tokens: int = knob(16, ge=1, protocol=True, may_change=("resumed run",))
     """Decoding limit in tokens, the same for every example: nothing is derived from the gold answer."""

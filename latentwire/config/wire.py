@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from latentwire.config.section import Model, Section
+from latentwire.config.section import Model, Section, knob
 
 TemplateOptions = dict[str, bool | int | float | str]
 
@@ -24,35 +24,35 @@ class ReceiverConfig(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Short name used in metrics, columns and file names, e.g. ``llama``."""
-    model: Model
+    model: Model = knob(shards="content", teachers="value", may_change=("resumed run",))
     """Hub id, local directory (safetensors, or one holding a ``.gguf`` file; where it holds both, the
     safetensors are read), a ``.gguf`` file, or an embedded one: ``toy-llama``, ``toy-qwen``,
     ``toy-phi``."""
-    revision: str | None = None
+    revision: str | None = knob(None, teachers="value", may_change=("resumed run",))
     """Hub revision (branch, tag or commit). ``None``: the default branch."""
-    template: Literal["auto", "chat", "plain"] = "auto"
+    template: Literal["auto", "chat", "plain"] = knob("auto", shards="value")
     """How the prompt is rendered: the tokenizer's chat template, a plain ``Passage/Question`` text, or ``auto``:
     chat where the tokenizer brings a template."""
-    bos: Literal["auto", "yes", "no"] = "auto"
+    bos: Literal["auto", "yes", "no"] = knob("auto", shards="value")
     """Whether BOS stands at position 0. ``auto``: where the chat template, or in plain the tokenizer itself, puts it."""
-    instruction: str = ""
+    instruction: str = knob("", shards="value")
     """Text put before the passage (in chat: at the start of the user's turn). Empty: none."""
-    template_options: TemplateOptions = Field(default_factory=dict)
+    template_options: TemplateOptions = knob(default_factory=dict, shards="content")
     """Variables of the chat template, such as ``{enable_thinking: false}`` or
     ``{date_string: 1 May 2026}``. A template that asks for today's date is told 26 July 2024, so that a
     prompt stays the same."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", teachers="value")
     """Weights' type. ``auto``: bfloat16 on CUDA, float32 elsewhere."""
-    device: str = "auto"
+    device: str = knob("auto", may_change=("resumed run",))
     """``auto`` (CUDA, then MPS, then CPU), or a torch device such as ``cuda:0``."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = knob("sdpa", may_change=("resumed run",))
     """Attention kernel that transformers uses, in an encoder that borrows this receiver's layers too (which has no
     ``flash_attention_2``). On a CPU ``eager`` trains faster while prompts are short, and needs memory for every pair of positions."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Literal["none", "int8", "nf4"] = knob("none", teachers="value")
     """Weights' storage: ``int8`` by torchao, ``nf4`` by bitsandbytes (both in the extra ``quantization``)."""
-    device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
+    device_map: Literal["none", "auto", "balanced", "sequential"] = knob("none", may_change=("resumed run",))
     """Spread a receiver that is larger than one GPU over all of them, by accelerate. ``none``: all on ``device``."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = knob(False, may_change=("resumed run",))
     """Run code that comes with the weights. Off unless asked for, per receiver."""
 
     def __hash__(self) -> int:
@@ -78,17 +78,17 @@ def default_receivers() -> tuple[ReceiverConfig, ...]:
 class PromptConfig(Section):
     """The literal text around the message."""
 
-    anchor: str = "Answer: "
+    anchor: str = knob("Answer: ", shards="value")
     """Text between prompt and answer. Its trailing white space is tokenised with the answer, as the LLM learned it."""
 
 
 class EncoderConfig(Section):
     """Text to latents."""
 
-    kind: Literal["byte", "st", "lm"] = "byte"
+    kind: Literal["byte", "st", "lm"] = knob("byte", shards="value")
     """Encoder family. ``byte``: from scratch, on UTF-8 bytes; ``st``: token states of a pretrained sentence encoder;
     ``lm``: those of a pretrained causal LM whose attention is made bidirectional (arXiv 2404.05961, 2510.20535)."""
-    model: Model | None = None
+    model: Model | None = knob(None, shards="value", may_change=("resumed run",))
     """Backbone of ``st`` and ``lm``: Hub id, local directory, an embedded toy, or ``receiver:<name>`` for a copy of that
     receiver's weights."""
     model_layers: int | None = Field(None, ge=1)
@@ -99,7 +99,7 @@ class EncoderConfig(Section):
     """Rank of those updates."""
     latent_len: int = Field(16, ge=1, le=4096)
     """Latent vectors in one message, unless ``tokens_per_latent`` says otherwise."""
-    tokens_per_latent: int | None = Field(None, ge=1, le=1024)
+    tokens_per_latent: int | None = knob(None, ge=1, le=1024, smaller_costs_more=True)
     """The message grows with the text: one latent for so many encoder tokens (``byte``: patches)."""
     pooling: Literal["queries", "spans"] = "queries"
     """Token states to latents: ``latent_len`` learned queries, interpolated where a message has another length, or the mean
@@ -111,7 +111,7 @@ class EncoderConfig(Section):
     span_parts: int = Field(1, ge=1, le=64)
     """A latent is so many parts side by side, each from an equal stretch of its span: what stands first and what stands last
     in it are then told apart. Needs ``pooling: spans``, and ``d_z`` as a multiple."""
-    split: Literal["none", "lines"] = "none"
+    split: Literal["none", "lines"] = knob("none", shards="value")
     """``lines``: every line of the text (in HotpotQA, every paragraph) is encoded alone and the messages are joined, so
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
     private_len: int = Field(0, ge=0, le=1024)

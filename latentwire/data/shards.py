@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from latentwire.config import ReceiverConfig, RunConfig
+from latentwire.config import DataConfig, ReceiverConfig, RunConfig
+from latentwire.config.knobs import paths_with
 from latentwire.data import sources
 from latentwire.models.encoders import encoder_tokenizer
 from latentwire.models.weights import load_tokenizer
@@ -29,8 +30,6 @@ TOY_VERSION = 2
 ShardSplit = Literal["train", "dev", "validation"]
 SPLITS: tuple[ShardSplit, ...] = ("train", "dev", "validation")
 
-SHARD_KNOBS = ("data.", "prompt.", "encoder.kind", "encoder.model", "encoder.split", "training.questions_together")
-"""Parts of the configuration that shards depend on; a search may vary them only by enumerable choices."""
 MANIFEST = "manifest.json"
 
 
@@ -41,7 +40,7 @@ def source_of(split: ShardSplit) -> sources.Split:
 
 def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     """The hash that names a split's shards, and what went into it. Tokenizers are loaded, weights are not."""
-    data = run.data.model_dump(exclude={"shard_dir", "data_dir", "config", "in_memory", "stream_cpus"})
+    data = run.data.model_dump(include=set(paths_with("shards", "value", DataConfig)))
     # A split is not made anew because another split's size changes.
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
     data = {name: value for name, value in data.items() if name == sizes[split] or name not in sizes.values()}
@@ -70,12 +69,8 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
 def _reads(receiver: ReceiverConfig) -> dict[str, Any]:
     """Return what a receiver's columns hang on besides the rows."""
     tokenizer = load_tokenizer(receiver)
-    reads: dict[str, Any] = {
-        "template": receiver.template,
-        "bos": receiver.bos,
-        "instruction": receiver.instruction,
-        "tokenizer": tokenizer_hash(tokenizer),
-    }
+    reads = receiver.model_dump(include=set(paths_with("shards", "value", ReceiverConfig)))
+    reads["tokenizer"] = tokenizer_hash(tokenizer)
     if (text := rendered(tokenizer, receiver)) is not None:
         reads["rendered"] = text
     return reads

@@ -35,10 +35,6 @@ from latentwire.threads import use_threads
 
 TEACHER_VERSION = 2
 """Raised whenever the same columns would hold other numbers."""
-TEACHER_KNOBS = ("losses.bundle", "losses.kd_temperature", "losses.kd_top_k", "losses.hidden_kd_depths")
-"""What columns hang on, beside shards and receivers; a search may vary it only by enumerable choices."""
-TEACHER_SIZES = ("losses.k", "losses.kd_weight", "losses.hidden_kd_weight")
-"""What decides how many of them there are: the largest values serve the smaller ones."""
 BATCH_ROWS = 32
 """Texts that a teacher reads together."""
 

@@ -10,6 +10,7 @@ import ray
 import ray.data
 
 from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, pipeline, shards, streams, teachers
 from latentwire.evaluation.protocol import protocol_hash
@@ -97,7 +98,7 @@ def common_protocol_hash(space: SweepConfig, dev: Iterable[Place]) -> str:
     """
     found = {protocol_hash(path, space.run) for path in dev}
     if len(found) > 1:
-        searched = ", ".join(path for path in space.search if path.startswith(shards.SHARD_KNOBS))
+        searched = ", ".join(path for path in paths_with("shards") if path in space.search)
         raise ConfigError(
             f"all trials must be scored on the same development rows, got {len(found)} different sets; what makes them "
             f"differ must not be searched, which is among {searched}"

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from latentwire.config import RunConfig
+from latentwire.config import EvaluationConfig, RunConfig
+from latentwire.config.knobs import paths_with
 from latentwire.data import shards
 from latentwire.evaluation.evaluator import METRIC_VERSION
 from latentwire.models.weights import load_tokenizer
@@ -46,7 +47,7 @@ def protocol_hash(path: Place, run: RunConfig) -> str:
         "layout_version": PROMPT_VERSION,
         "metric_version": METRIC_VERSION,
         "rules": run.data.dataset,
-        "decoding": {"max_answer_tokens": run.evaluation.max_answer_tokens},
+        "decoding": run.evaluation.model_dump(include=set(paths_with("protocol", model=EvaluationConfig))),
     }
     chats = {receiver.name: rendered(load_tokenizer(receiver), receiver) for receiver in run.receivers}
     if chats := {name: text for name, text in chats.items() if text is not None}:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.knobs import paths_with
 from latentwire.features.registry import FEATURES
 from latentwire.models.weights import backbone_source, load_hf_config
 from latentwire.planning.devices import pieces, times
@@ -67,8 +68,7 @@ def obstacles(space: SweepConfig) -> list[str]:
     if run.training.log_gradient_norms:
         found.append("training.log_gradient_norms takes a backward pass per term")
     found += [f"{receiver.name} lies on several devices" for receiver in run.receivers if receiver.device_map != "none"]
-    fixed = ("receivers", "training.gradient_checkpointing", "training.compile", "training.log_gradient_norms")
-    found += [f"{path} is searched" for path in space.search if path.startswith(fixed)]
+    found += [f"{path} is searched" for path in paths_with("changes_receivers") if path in space.search]
     return found
 
 

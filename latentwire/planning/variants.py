@@ -1,4 +1,4 @@
-"""What a search space asks of its trials: metrics they report, shards they need, the largest and the longest of them."""
+"""Conclusions from a search space: metrics that can be chosen by, files that trials need, the largest and longest trial."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 from typing import Any
 
 from latentwire.config import CategoricalDimension, RunConfig, SweepConfig
-from latentwire.config.resolve import ConfigError, knobs, search_order, with_values
-from latentwire.data.shards import SHARD_KNOBS
-from latentwire.data.teachers import TEACHER_KNOBS, TEACHER_SIZES
+from latentwire.config.knobs import knobs, paths_with
+from latentwire.config.resolve import ConfigError, search_order, with_values
+
+NAMES_FILES = frozenset(paths_with("shards") + paths_with("teachers", "value"))
+"""Knobs whose values need shards or teachers' columns of their own."""
 
 
 def check_metrics(space: SweepConfig) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that its trials do not report."""
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that no trial reports."""
     tune, texts = space.tune, space.run.data.dataset == "text"
     if texts and not (tune.metric.startswith("dev_loss") and tune.mode == "min"):
         raise ConfigError(
@@ -22,103 +24,105 @@ def check_metrics(space: SweepConfig) -> None:
         )
     names = ["", *(f"_{receiver.name}" for receiver in space.run.receivers)]
     kinds = ("dev_loss",) if texts else ("dev_f1", "dev_em", "dev_loss")
-    known = [f"{kind}{name}" for kind in kinds for name in names] + ([] if texts else ["wire_bytes"])
-    for place, named in (
-        ("metric", (tune.metric,)),
+    reported = [f"{kind}{name}" for kind in kinds for name in names] + ([] if texts else ["wire_bytes"])
+    for knob, metrics in (
+        ("metric", [tune.metric]),
         ("objectives", tune.objectives),
         ("constraints", tune.constraints),
     ):
-        for metric in named:
-            if metric not in known:
+        for metric in metrics:
+            if metric not in reported:
                 raise ConfigError(
-                    f"tune.{place} must name a reported metric, got {metric}; there are {', '.join(known)}"
+                    f"tune.{knob} must name a reported metric, got {metric}; there are {', '.join(reported)}"
                 )
     if tune.finalists and "training.seed" in space.search:
         raise ConfigError(
             "tune.finalists are trained with fresh seeds, so training.seed cannot be searched; leave it out"
         )
     if tune.metric in tune.objectives:
-        raise ConfigError(f"tune.objectives are those besides tune.metric, got {tune.metric} in both")
+        raise ConfigError(
+            f"tune.objectives are those besides tune.metric, got {tune.metric} in both; take it out there"
+        )
 
 
 def data_variants(space: SweepConfig) -> list[RunConfig]:
-    """The configurations whose shards or teachers' columns differ: every combination of searched choices of what they hang on
-    that a trial can draw.
+    """Return a configuration for each set of shards and teachers' columns that trials of a sweep can need.
 
-    Weights of the teachers' terms, and ``k``, stand at their largest: the columns then serve every trial. Raises
-    :class:`~latentwire.config.resolve.ConfigError` where such a dimension is not categorical: each of its values needs files
-    of its own, so there must be a few of them, known beforehand.
+    They are all combinations that a trial can draw of searched knobs of :data:`NAMES_FILES`. Weights
+    of the teachers' terms, and ``k``, stand at their largest: the columns then serve every trial.
+
+    Raises:
+        ConfigError: such a dimension is not categorical. Each of its values needs files of its own,
+            so there must be a few of them, known beforehand.
     """
-    drawn: list[dict[str, Any]] = [{}]
-    for dotted in search_order(space.search):
-        if not _needs_files(dotted):
+    combinations: list[dict[str, Any]] = [{}]
+    for path in search_order(space.search):
+        if path not in NAMES_FILES:
             continue
-        dim = space.search[dotted]
+        dim = space.search[path]
         if not isinstance(dim, CategoricalDimension):
-            raise ConfigError(f"search.{dotted} must be categorical, got {dim.type}: each value needs files of its own")
-        elsewhere = any(not _needs_files(other) for other in dim.when)  # then it may be drawn or not
-        longer: list[dict[str, Any]] = []
-        for values in drawn:
-            holds = all(values.get(other) in wanted for other, wanted in dim.when.items() if _needs_files(other))
-            if elsewhere or not holds:
-                longer.append(values)
-            if holds:
-                longer += [values | {dotted: choice} for choice in dim.choices]
-        drawn = longer
-    largest = {name: value for name, value in _largest(space).items() if name in TEACHER_SIZES}
-    return [with_values(space.run, largest | values) for values in drawn]
+            raise ConfigError(f"search.{path} must be categorical, got {dim.type}: each value needs files of its own")
+        conditions = {other: choices for other, choices in dim.when.items() if other in NAMES_FILES}
+        may_be_left_out = len(conditions) < len(dim.when)  # by a condition that names no files
+        extended: list[dict[str, Any]] = []
+        for values in combinations:
+            is_drawn = all(values.get(other) in choices for other, choices in conditions.items())
+            if may_be_left_out or not is_drawn:
+                extended.append(values)
+            if is_drawn:
+                extended += [values | {path: choice} for choice in dim.choices]
+        combinations = extended
+    sizes = paths_with("teachers", "size")
+    largest = {path: value for path, value in _largest(space).items() if path in sizes}
+    return [with_values(space.run, largest | values) for values in combinations]
 
 
 def variant_key(run: RunConfig) -> str:
-    """Names a run's shards and teachers' columns among those of its sweep: all that they hang on, and no tokenizer is loaded.
+    """Return a text that is the same for runs with the same shards and teachers' columns; loads no tokenizer.
 
-    A bundle is left out, since the knobs that it sets tell of it.
+    A bundle is left out of it: the knobs that it sets are in it.
     """
-    told = [path for path, _ in knobs() if _needs_files(path) and path != "losses.bundle"]
-    return json.dumps({path: functools.reduce(getattr, path.split("."), run) for path in told})
-
-
-def _needs_files(dotted: str) -> bool:
-    """Whether a knob is one, or lies in a section, that shards or teachers' columns hang on."""
-    return any(
-        dotted.startswith(knob) if knob.endswith(".") else dotted == knob for knob in (*SHARD_KNOBS, *TEACHER_KNOBS)
-    )
-
-
-SMALLER_COSTS_MORE = ("encoder.tokens_per_latent", "training.accumulation", "training.coarsening_from")
-"""Knobs whose smaller values make longer messages or larger batches."""
+    paths = [path for path, _ in knobs() if path in NAMES_FILES and path != "losses.bundle"]
+    return json.dumps({path: functools.reduce(getattr, path.split("."), run) for path in paths})
 
 
 def largest_run(space: SweepConfig) -> RunConfig:
-    """The shared configuration with every searched number at the end that costs more: what a trial may cost at most."""
+    """Return the shared configuration with every searched number at the end that needs more memory."""
     return with_values(space.run, _largest(space), "largest trial of the space")
 
 
 def longest_run(space: SweepConfig) -> RunConfig:
-    """The shared configuration with what is searched of rows and steps at the end that makes for most steps."""
+    """Return the shared configuration with the searched rows and steps at the end that makes for most steps."""
     values: dict[str, Any] = {}
-    for dotted in ("training.epochs", "training.max_steps", "training.batch_size"):
-        if (dim := space.search.get(dotted)) is not None:
-            ends = list(dim.choices) if isinstance(dim, CategoricalDimension) else [dim.low, dim.high]
-            values[dotted] = (min if dotted.endswith("batch_size") else max)(ends)
+    for extreme, paths in ((max, paths_with("steps", "more")), (min, paths_with("steps", "fewer"))):
+        for path in paths:
+            if (dim := space.search.get(path)) is not None:
+                ends = dim.choices if isinstance(dim, CategoricalDimension) else (dim.low, dim.high)
+                values[path] = extreme(ends)
     return with_values(space.run, values, "longest trial of the space")
 
 
 def _largest(space: SweepConfig) -> dict[str, Any]:
-    """A conditional dimension brings what it hangs on, unless another one has decided otherwise: then no trial has both."""
+    """Return values by path for :func:`largest_run`.
+
+    A conditional dimension brings the values that it is drawn under, unless another dimension has
+    brought other ones: then no trial has both.
+    """
     values: dict[str, Any] = {}
-    for dotted in search_order(space.search):
-        dim = space.search[dotted]
-        if any(values.get(other, wanted[0]) not in wanted for other, wanted in dim.when.items()):
+    smaller_costs_more = paths_with("smaller_costs_more")
+    for path in search_order(space.search):
+        dim = space.search[path]
+        if any(values.get(other, choices[0]) not in choices for other, choices in dim.when.items()):
             continue
-        values |= {other: wanted[0] for other, wanted in dim.when.items() if other not in values}
+        values |= {other: choices[0] for other, choices in dim.when.items() if other not in values}
+        costliest = min if path in smaller_costs_more else max
         if not isinstance(dim, CategoricalDimension):
-            values[dotted] = dim.low if dotted in SMALLER_COSTS_MORE else dim.high
+            values[path] = costliest(dim.low, dim.high)
         elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):
-            values[dotted] = (min if dotted in SMALLER_COSTS_MORE else max)(dim.choices)
+            values[path] = costliest(dim.choices)
     return values
 
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
-    """Optimiser steps of a run on that many rows."""
+    """Return the optimiser steps of a run on that many rows."""
     return min(run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12)

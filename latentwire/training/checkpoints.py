@@ -7,7 +7,6 @@ every random number follow. An export is the same directory without them.
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 
 from latentwire import exports
 from latentwire.config import RunConfig
+from latentwire.config.knobs import has_property
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
@@ -141,22 +141,13 @@ def check_same_run(before: RunConfig, now: RunConfig, path: Place) -> None:
     changed = [
         f"{name} {one.get(name)} → {other.get(name)}"
         for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name) and not _FREE.fullmatch(name)
+        if one.get(name) != other.get(name) and not has_property(name, "may_change", "resumed run")
     ]
     if changed:
         raise ConfigError(
             f"a resumed run keeps its configuration, {path} was made with another: {', '.join(changed)}; take that back, or "
             f"begin a new run with this wire by --from, elsewhere"
         )
-
-
-_FREE = re.compile(
-    r"training\.(epochs|max_steps|evaluate_every|best_by|log_every|log_gradient_norms|init_from|max_failures|num_workers"
-    r"|(cpus|gpus)_per_worker|worker_resources.*|max_bad_steps|sequential_models|logit_rows|gradient_checkpointing|compile)"
-    r"|receivers\.\d+\.(model|revision|device|device_map|attn_implementation|trust_remote_code)|encoder\.model|evaluation\..*"
-    r"|data\.(data_dir|shard_dir|in_memory|stream_cpus|dev_samples|validation_samples|validation_skip)"
-)
-"""Knobs that a resumed run may have otherwise: where things lie, what computes them, how long, and what is looked at."""
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ import ray
 import torch
 
 from latentwire.config import SamplerConfig, SweepConfig
+from latentwire.config.knobs import paths_with
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, check_search, set_path, validate
 from latentwire.distributed.sweep_files import Files
@@ -31,13 +32,7 @@ MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "sweep.json"
 """The same beside an export, with the winner's number."""
-FREE = (
-    "run.data.data_dir",
-    "run.data.shard_dir",
-    "tune.storage_path",
-    "run.training.cpus_per_worker",
-    "run.training.gpus_per_worker",
-)
+FREE = paths_with("may_change", "repeated trial", SweepConfig)
 """What a repeated trial may have otherwise: where things lie and what computes them."""
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s\"]+@")
 

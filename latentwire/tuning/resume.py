@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from optuna.trial import TrialState
 
 from latentwire.config import SweepConfig
+from latentwire.config.knobs import paths_with
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.distributed.trial import ERROR_FILE, trial_path
@@ -19,14 +20,7 @@ from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read
 
 SPACE_FILE = "space.json"
 """The resolved space in a sweep's directory."""
-CHANGEABLE = (
-    "tune.trials",
-    "tune.max_concurrent_trials",
-    "tune.time_budget_minutes",
-    "tune.max_failures",
-    "tune.keep_checkpoints",
-    "tune.wait_minutes",
-)
+CHANGEABLE = paths_with("may_change", "resumed sweep", SweepConfig)
 """What a resumed sweep may change: not what its trials are compared by."""
 
 

@@ -1,0 +1,67 @@
+"""All knobs by their paths, and by the properties that :func:`~latentwire.config.section.knob` gives them."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from latentwire.config.run import RunConfig
+
+
+def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every knob of a section and of those in it, by its path; receivers' are left out."""
+    for name, field in model.model_fields.items():
+        section = section_in(field.annotation)
+        if section is not None and name not in ("receivers", "schedules"):
+            yield from knobs(section, f"{prefix}{name}.")
+        elif name != "receivers":
+            yield f"{prefix}{name}", field
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field of this type holds, alone, optionally, or several times."""
+    options = typing.get_args(annotation) or (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def properties(field: FieldInfo) -> Mapping[str, Any]:
+    """Return a knob's properties; those that it does not have are left out."""
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}
+
+
+def paths_with(name: str, value: str | None = None, model: type[BaseModel] = RunConfig) -> tuple[str, ...]:
+    """Return the paths of all knobs that have a property.
+
+    Args:
+        name: the property, an argument of :func:`~latentwire.config.section.knob`.
+        value: only where it is this, or holds this. None: whatever it is.
+        model: the section whose knobs are meant.
+    """
+    return tuple(path for path, field in knobs(model) if _has(field, name, value))
+
+
+def has_property(path: str, name: str, value: str | None = None) -> bool:
+    """Return whether the knob at a path below ``run`` has a property.
+
+    A path may go on below the knob, into a mapping or list: ``receivers.0.model``,
+    ``training.worker_resources.GPU``.
+    """
+    section: type[BaseModel] | None = RunConfig
+    field = None
+    for part in path.split("."):
+        if section is not None and part in section.model_fields:
+            field = section.model_fields[part]
+            section = section_in(field.annotation)
+    return field is not None and _has(field, name, value)
+
+
+def _has(field: FieldInfo, name: str, value: str | None) -> bool:
+    given = properties(field).get(name)
+    if value is None or given is None:
+        return given is not None
+    return value in given if isinstance(given, tuple) else given == value
