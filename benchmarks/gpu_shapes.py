@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
-from latentwire.data.toy import toy_rows
+from latentwire.dataset.toy import toy_rows
 from latentwire.model import LatentWire
 from latentwire.models.weights import pick_device
 from latentwire.training.loop import Trainer

@@ -68,7 +68,7 @@ def train_one(run: RunConfig, output: Path) -> None:
     paths = local_shards(run)
     wire, manifest = load_wire(train_here(LatentWire(run), paths, output))
     scores: dict[str, dict[str, dict[str, float]]]
-    if run.data.dataset == "text":
+    if not run.data.source.has_questions:
         metrics = {name: f"dev_loss_{name}" for name in wire.receivers} | {"mean": "dev_loss"}
         scores = {"latent": {name: {"nll": manifest["metrics"][metric]} for name, metric in metrics.items()}}
     else:
@@ -83,7 +83,7 @@ def table(output: Path, wanted: dict[str, RunConfig]) -> str:
     first = next(iter(wanted.values()))
     receivers = [receiver.name for receiver in first.receivers]
     recited = ("nats a token,", "nll", 1, 2)
-    title, score, factor, digits = recited if first.data.dataset == "text" else ("EM", "em", 100, 1)
+    title, score, factor, digits = recited if not first.data.source.has_questions else ("EM", "em", 100, 1)
     lines = ["| variant | " + " | ".join(f"{title} {receiver}" for receiver in receivers) + " | mean |"]
     lines.append("|---|" + "---|" * (len(receivers) + 1))
     for name in names:

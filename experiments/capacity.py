@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data.toy import Facts, context_of, facts
+from latentwire.dataset.toy import Facts, context_of, facts
 from latentwire.model import LatentWire
 from latentwire.models.slots import projections
 from latentwire.prompts.sequences import Batch, collate

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from latentwire.data.toy import KINDS, Facts
+from latentwire.dataset.toy import KINDS, Facts
 from latentwire.models.pooling import span_edges
 
 

@@ -8,13 +8,6 @@ from huggingface_hub import ModelCardData
 
 from latentwire.config import RunConfig
 
-SOURCES = {
-    "squad": "SQuAD v1.1 (Rajpurkar et al., 2016), CC BY-SA 4.0",
-    "hotpotqa": "HotpotQA (Yang et al., 2018), CC BY-SA 4.0",
-    "toy": "LatentWire's synthetic reading task: facts about people, drawn anew for every context",
-    "custom": "files of its trainer's own, with questions",
-    "text": "texts without questions",
-}
 MODES = {
     "text": "the full text",
     "latent": "**the message**",
@@ -68,7 +61,7 @@ def write(run: RunConfig, manifest: dict[str, Any]) -> str:
          else "The receivers are **not frozen**: low-rank updates of their weights act while they read a message."),
         _receivers(run, manifest),
         "## Data",
-        f"{SOURCES[run.data.dataset]}. {_rows(run)} The encoder reads the {_sent(run)}.",
+        f"{run.data.source.description}. {_rows(run)} The encoder reads the {_sent(run)}.",
         "## Scores",
         _scores(manifest["metrics"], {receiver.name for receiver in run.receivers}),
         "## Use",

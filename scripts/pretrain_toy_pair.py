@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.data.toy import context_of, facts, toy_rows
+from latentwire.dataset.toy import context_of, facts, toy_rows
 from latentwire.prompts.sequences import PromptBuilder, collate
 
 CHATML = (

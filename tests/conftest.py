@@ -18,7 +18,7 @@ from latentwire.cli.flags import NO_FLAGS, NO_START, SharedFlags, SharedStart
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
-from latentwire.data.toy import toy_rows
+from latentwire.dataset.toy import toy_rows
 from latentwire.model import LatentWire
 from latentwire.receivers.local import LocalReceiver
 from tests.guard import pytest_configure  # noqa: F401  (a hook: what a run starts ends with it)

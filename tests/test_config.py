@@ -60,7 +60,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("[1, 2]", "must hold a mapping"),
         ("run: {a: b: c}", "must be valid YAML"),
         ("run: {data: {overflow: chunk}}", "overflow chunk needs dataset text, got toy"),
-        ("run: {data: {dataset: sqaud}}", "dataset: input should be 'toy', 'squad'"),
+        ("run: {data: {dataset: sqaud}}", "dataset: input should be 'custom', 'hotpotqa'"),
         ("run: {data: {data_dir: here}}", "dataset toy is generated and reads no files, got data_dir here"),
         ("run: {data: {toy_questions: 7}}", "toy_questions must be ≤ toy_people × toy_kinds = 6, got 7"),
         ("run: {data: {send: prompt}, training: {questions_together: true}}", "needs contexts that questions share"),

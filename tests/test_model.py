@@ -18,7 +18,7 @@ from latentwire.card import write as card_of
 from latentwire.cli import main
 from latentwire.config import EncoderConfig, RunConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data.toy import toy_rows
+from latentwire.dataset.toy import toy_rows
 from latentwire.exports import CheckpointError, choose_receivers, read_run
 from latentwire.features.base import Feature
 from latentwire.features.registry import FEATURES

@@ -28,7 +28,7 @@ def evaluate(
     *,
     checkpoint: Annotated[str | None, Parameter(group=SUBJECT)] = None,
     predictions: Annotated[str | None, Parameter(group=SUBJECT)] = None,
-    dataset: Literal["squad", "hotpotqa"] = "squad",
+    dataset: str = "squad",
     data_dir: Annotated[str | None, Parameter(name="--data_dir")] = None,
     split: shards.ShardSplit = "validation",
     modes: Annotated[tuple[Mode, ...], Parameter(**MANY)] = MODES,

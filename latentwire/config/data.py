@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
 from latentwire.config.section import Address, Section, knob
+from latentwire.dataset import DATASETS, Dataset
+
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
 
 
 class DataConfig(Section):
     """The rows: where they come from and how they are split."""
 
-    dataset: Literal["toy", "squad", "hotpotqa", "custom", "text"] = knob("toy", shards="value", protocol=True)
+    dataset: DatasetName = knob("toy", shards="value", protocol=True)
     """``custom``: jsonl/parquet with ``context``, ``question``, ``answers``. ``text``: jsonl/parquet with a ``text`` or
     ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without questions; a text that stands in several
     rows of a file is read once. ``toy`` is generated."""
@@ -64,23 +70,26 @@ class DataConfig(Section):
     shard_dir: Address = knob("shards", shards="reading", may_change=("resumed run", "repeated trial"))
     """Directory or URI (``s3://…``, ``gs://…``) where shards live, in directories named by the hash of what made them."""
 
+    @property
+    def source(self) -> Dataset:
+        """The dataset that ``dataset`` names."""
+        return DATASETS[self.dataset]
+
     @model_validator(mode="after")
     def _files_where_they_are_read(self) -> DataConfig:
         given = {"data_dir": self.data_dir, "config": self.config}
         named = [f"{knob} {value}" for knob, value in given.items() if value is not None]
-        if self.dataset == "toy" and named:
-            others = ", ".join(
-                name for name in get_args(type(self).model_fields["dataset"].annotation) if name != "toy"
-            )
+        if self.source.generate is not None and named:
+            others = ", ".join(name for name, dataset in DATASETS.items() if dataset.generate is None)
             raise ValueError(
-                f"dataset toy is generated and reads no files, got {named[0]}; name the dataset that they hold, "
+                f"dataset {self.dataset} is generated and reads no files, got {named[0]}; name the dataset that they hold, "
                 f"one of {others}"
             )
         return self
 
     @model_validator(mode="after")
     def _chunks_are_texts(self) -> DataConfig:
-        if self.overflow == "chunk" and self.dataset != "text":
+        if self.overflow == "chunk" and self.source.has_questions:
             raise ValueError(
                 f"overflow chunk needs dataset text, got {self.dataset}: an answer may lie in another chunk; use truncate"
             )

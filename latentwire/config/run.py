@@ -57,19 +57,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"encoder.model must name one of the receivers {', '.join(names)}, got {self.encoder.model}"
             )
-        if self.training.questions_together and (self.data.send == "prompt" or self.data.dataset == "text"):
+        if self.training.questions_together and (self.data.send == "prompt" or not self.data.source.has_questions):
             raise ValueError(
                 "training.questions_together needs contexts that questions share, got data.send "
                 f"{self.data.send} and dataset {self.data.dataset}; set it false, or send the context alone"
             )
-        if self.data.dataset == "text" and self.losses.asking:
+        if not self.data.source.has_questions and self.losses.asking:
             raise ValueError(
-                f"dataset text has no questions, so the weights of terms that read answers must be 0, got "
+                f"dataset {self.data.dataset} has no questions, so the weights of terms that read answers must be 0, got "
                 f"{', '.join(self.losses.asking)}; set losses.bundle: pretrain, or these to 0"
             )
-        if self.data.dataset == "text" and self.training.best_by == "dev_f1":
+        if not self.data.source.has_questions and self.training.best_by == "dev_f1":
             raise ValueError(
-                "training.best_by must be dev_loss for dataset text, which has no answers to score, got dev_f1; leave it out"
+                f"training.best_by must be dev_loss for dataset {self.data.dataset}, which has no answers to score, "
+                "got dev_f1; leave it out"
             )
         prefix = self.features.deep_prefix
         if prefix is not None and self.encoder.d_z % prefix.head_parts:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from latentwire.config import DataConfig
-from latentwire.data.rows import Row, schema_of
+from latentwire.dataset import DATASETS, Row
 from latentwire.errors import UserError
 from latentwire.storage import at, explained, place
 
@@ -135,7 +135,7 @@ def _seen(listing: Iterable[fs.FileInfo], root: str) -> Iterator[File]:
 def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -> list[File]:
     """The split's files; of several configurations, those of the one that ``data.config`` names."""
     own = [file for file in files if split in file.splits]
-    known = schema_of(config.dataset).configurations
+    known = config.source.configurations
     if config.config is not None:
         if not any(_names(file, config.config) for file in files):
             held = ", ".join(sorted({"/".join(file.parts) for file in files})[:LISTED]) or "nothing"
@@ -259,7 +259,7 @@ def open_parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFi
             raise DataError(f"{path} must be Parquet: {error.__cause__}") from error
         raise
     columns = set(parquet.schema_arrow.names)
-    wanted = schema_of(dataset).columns
+    wanted = DATASETS[dataset].columns
     if not all(columns & names for names in wanted):
         listed = ", ".join(" or ".join(sorted(names)) for names in wanted)
         raise DataError(f"{path} must have columns {listed}, it has {', '.join(sorted(columns))}")

@@ -206,7 +206,7 @@ def _cleaned(
         order = _hash(f"{data.seed} {number} {file}")
         try:
             row = sources.clean(raw, data.dataset)
-            if data.dataset == "text":  # a paragraph that several rows hold has one place, where it is kept once
+            if not data.source.has_questions:  # a paragraph that several rows hold has one place, where it is kept once
                 order = _hash(f"{data.seed} {row['id']}")
             elif together:
                 order = _hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS | order % 2**ROW_BITS
@@ -277,7 +277,7 @@ def _write(
             f"a block must hold one shard's rows, got {table.num_rows} for shard {shard} of {held[shard]}"
         )
     table = table.sort_by("order")
-    if run.data.dataset == "text":
+    if not run.data.source.has_questions:
         table = _once(table)
     truncated = table["truncated"]
     table, reason = _tokenise(table.drop_columns(["order", "truncated"]), run, split)

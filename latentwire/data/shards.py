@@ -24,9 +24,7 @@ from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, place, read_parquet
 
 SHARD_VERSION = 3
-"""Of the code that makes rows of files; one more wherever the same files give other rows."""
-TOY_VERSION = 2
-"""Of the toy's generator, whose rows are those of this version still."""
+"""Version of the code that reads rows of files; one more wherever the same files give other rows."""
 ShardSplit = Literal["train", "dev", "validation"]
 SPLITS: tuple[ShardSplit, ...] = ("train", "dev", "validation")
 
@@ -48,10 +46,10 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
         del data["validation_skip"]  # so that shards of before it was there keep their names
     if split == "validation":
         del data["dev_fraction"], data["toy_questions"]  # which tell of the training rows alone
-    if run.data.dataset == "toy":  # the generator's length follows from the samples asked for
+    if run.data.source.generate is not None:  # its length follows from the samples asked for
         data["samples"] = run.data.samples if split != "validation" else None
     spec = {
-        "shard_version": TOY_VERSION if run.data.dataset == "toy" else SHARD_VERSION,
+        "shard_version": run.data.source.version or SHARD_VERSION,
         "layout_version": PROMPT_VERSION,
         "split": split,
         "source": sources.fingerprint(run.data, source_of(split)),

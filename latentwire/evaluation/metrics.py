@@ -18,10 +18,9 @@ from typing import Any
 from latentwire.config import DataConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import sources
+from latentwire.dataset import DATASETS
 
 YES_NO = ("yes", "no", "noanswer")
-DATASETS = ("squad", "hotpotqa")
-"""Datasets whose files of answers can be scored."""
 SHOWN = 80
 """Characters of a value that a message quotes."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -42,7 +41,7 @@ def em_f1(prediction: str, golds: Sequence[str], dataset: str = "squad") -> tupl
 def _scores(prediction: str, gold: str, dataset: str) -> dict[str, float]:
     said, right = normalise(prediction), normalise(gold)
     em = float(said == right)
-    if dataset == "hotpotqa" and not em and (said in YES_NO or right in YES_NO):
+    if DATASETS[dataset].exact_yes_no and not em and (said in YES_NO or right in YES_NO):
         return {"em": em, "f1": 0.0, "prec": 0.0, "recall": 0.0}
     words, gold_words = said.split(), right.split()
     same = sum((Counter(words) & Counter(gold_words)).values())
@@ -64,7 +63,10 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
         document = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--predictions must be a file of JSON, got {file}: {error}") from error
-    hotpot = data.dataset == "hotpotqa"
+    if data.source.official_scores is None:
+        scored = ", ".join(name for name, dataset in DATASETS.items() if dataset.official_scores)
+        raise ConfigError(f"--predictions must be for a dataset with official scores, {scored}; got {data.dataset}")
+    hotpot = data.source.official_scores == "hotpotqa"
     answers = document.get("answer") if hotpot and isinstance(document, dict) else document
     if not isinstance(answers, dict):
         wanted = '{"answer": {id: answer}, "sp": …}' if hotpot else "{id: answer}"
@@ -113,7 +115,7 @@ def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
     Rows that cannot be read have none: preprocessing counts them.
     """
     found = {}
-    for raw in _raw(data, split) if data.dataset == "hotpotqa" else ():
+    for raw in _raw(data, split) if data.source.official_scores == "hotpotqa" else ():
         try:
             row = sources.parsed(raw)
         except sources.RowError:
@@ -129,7 +131,7 @@ def _rows(data: DataConfig, split: sources.Split) -> list[dict[str, Any]]:
     for raw in _raw(data, split):
         try:
             row = sources.parsed(raw)
-            if data.dataset == "hotpotqa":
+            if data.source.official_scores == "hotpotqa":
                 own = {"answer": _only_answer(row), "supporting_facts": _gold_facts(row.get("supporting_facts"))}
             else:
                 own = {"answers": sources.answers_of(row)}

@@ -34,9 +34,9 @@ from latentwire.storage import Place, directory, local, write, write_text
 
 def check_questions(run: RunConfig) -> None:
     """Raise :class:`~latentwire.config.resolve.ConfigError` where a configuration's rows ask nothing that could be scored."""
-    if run.data.dataset == "text":
+    if not run.data.source.has_questions:
         raise ConfigError(
-            "scores need questions, dataset text has none; name others, e.g. --set data.dataset=squad "
+            f"scores need questions, dataset {run.data.dataset} has none; name others, e.g. --set data.dataset=squad "
             "--set losses.bundle=answer"
         )
 
@@ -117,7 +117,7 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Sco
         raise ConfigError(f"an export must not overwrite anything, {export} exists; name another output_dir")
     with local(checkpoint) as folder:
         wire, manifest = load_wire(folder)
-    texts = wire.run.data.dataset == "text"
+    texts = not wire.run.data.source.has_questions
     read = {} if texts else readings.note(validation, readings.wire_name(manifest), wire.trained_on)
     predictions = {} if texts else predict_conditions(wire, validation)
     table = summaries(predictions)

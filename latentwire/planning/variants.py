@@ -16,10 +16,10 @@ NAMES_FILES = frozenset(paths_with("shards") + paths_with("teachers", "value"))
 
 def check_metrics(space: SweepConfig) -> None:
     """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that no trial reports."""
-    tune, texts = space.tune, space.run.data.dataset == "text"
+    tune, texts = space.tune, not space.run.data.source.has_questions
     if texts and not (tune.metric.startswith("dev_loss") and tune.mode == "min"):
         raise ConfigError(
-            f"tune.metric must be dev_loss and tune.mode min for dataset text, which has no answers to score; "
+            f"tune.metric must be dev_loss and tune.mode min for dataset {space.run.data.dataset}, which has no answers to score; "
             f"got {tune.metric} and {tune.mode}"
         )
     names = ["", *(f"_{receiver.name}" for receiver in space.run.receivers)]

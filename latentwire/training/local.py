@@ -62,5 +62,5 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
 
 def metric_of(run: RunConfig) -> tuple[str, str]:
     """The metric that chooses a single run's best checkpoint, and whether more or less of it is better."""
-    best_by = run.training.best_by or ("dev_loss" if run.data.dataset == "text" else "dev_f1")
+    best_by = run.training.best_by or ("dev_loss" if not run.data.source.has_questions else "dev_f1")
     return best_by, "min" if best_by == "dev_loss" else "max"

@@ -287,7 +287,7 @@ class Trainer:
         Texts without questions have ``dev_loss`` alone, and each of its terms.
         """
         share = dev.take(pa.array(range(self.workers.rank, dev.num_rows, self.workers.size), pa.int64()))
-        texts = self.wire.run.data.dataset == "text"
+        texts = not self.wire.run.data.source.has_questions
         metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress
         rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)

@@ -13,7 +13,7 @@ from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import documents, pipeline, shards
 from latentwire.data.documents import FILE, UNKNOWN, TrainedOn
-from latentwire.data.rows import clean
+from latentwire.dataset import clean
 from latentwire.distributed import sweep_files
 from latentwire.exports import CheckpointError
 from latentwire.model import LatentWire, load_wire

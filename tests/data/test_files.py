@@ -15,8 +15,8 @@ import pytest
 
 from latentwire.config import DataConfig
 from latentwire.data import files
-from latentwire.data.rows import Row, RowError, clean
 from latentwire.data.sources import DataError, pieces, read
+from latentwire.dataset import Row, RowError, clean
 from latentwire.storage import StorageError
 from tests.data.test_rows import GOOD
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from latentwire.data.rows import Row, RowError, clean
+from latentwire.dataset import Row, RowError, clean
 
 GOOD = {
     "id": "1",

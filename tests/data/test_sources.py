@@ -5,18 +5,33 @@ from pathlib import Path
 
 import pytest
 
-from latentwire import card
 from latentwire.config import DataConfig
 from latentwire.data import sources
-from latentwire.data.rows import SCHEMAS, clean
 from latentwire.data.sources import DataError, pieces, read
+from latentwire.dataset import DATASETS, Dataset, clean
+from latentwire.dataset.base import QUESTION_COLUMNS
 from tests.data.test_rows import GOOD
 
 
-def test_every_dataset_has_a_schema_and_a_name_for_its_card() -> None:
-    known = set(typing.get_args(DataConfig.model_fields["dataset"].annotation))
-    assert known == set(card.SOURCES) == set(SCHEMAS) | {"toy", "custom"}  # these two are written as SQuAD is
-    assert set(sources.HUB_IDS) <= known
+@pytest.mark.parametrize("dataset", DATASETS.values(), ids=list(DATASETS))
+def test_every_dataset_says_all_that_differs(dataset: Dataset) -> None:
+    assert dataset.name in typing.get_args(DataConfig.model_fields["dataset"].annotation)
+    assert DATASETS[dataset.name] is dataset and dataset.description
+    assert (dataset.version is None) == (dataset.generate is None)
+    assert dataset.has_questions == (dataset.columns == QUESTION_COLUMNS)
+    row = clean({"context": "Rome is old.", "question": "What?", "answers": ["Rome"]}, "squad")
+    assert clean(row | {"context": [["Rome", ["Rome is old."]]]} if dataset.name == "hotpotqa" else row, dataset.name)
+
+
+def test_only_names_that_are_registered_are_taken() -> None:
+    assert set(typing.get_args(DataConfig.model_fields["dataset"].annotation)) == set(DATASETS)
+    with pytest.raises(ValueError, match="Input should be 'custom', 'hotpotqa', 'squad', 'text' or 'toy'"):
+        DataConfig.model_validate({"dataset": "sqaud"})
+
+
+def test_official_scripts_are_those_of_the_two_datasets() -> None:
+    assert [name for name, dataset in DATASETS.items() if dataset.official_scores] == ["hotpotqa", "squad"]
+    assert [name for name, dataset in DATASETS.items() if dataset.exact_yes_no] == ["hotpotqa"]
 
 
 def test_a_dataset_of_files_needs_their_directory() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 
-from latentwire.data.toy import toy_rows
+from latentwire.dataset.toy import toy_rows
 
 
 def test_the_seed_decides() -> None:

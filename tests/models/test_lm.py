@@ -24,7 +24,7 @@ from transformers import (
 )  # fmt: skip
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
-from latentwire.data.toy import toy_rows
+from latentwire.dataset.toy import toy_rows
 from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper, quantization_config
 from latentwire.models.weights import ReceiverError, load_tokenizer, pick_device, skeleton

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.data.toy import toy_rows
+from latentwire.dataset.toy import toy_rows
 from latentwire.evaluation.baselines import MODES
 from tests.conftest import untimed
 from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of

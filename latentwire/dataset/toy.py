@@ -10,7 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from latentwire.dataset.base import Dataset
+from latentwire.dataset.squad import clean
+
+if TYPE_CHECKING:
+    from latentwire.config import DataConfig
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -73,7 +79,7 @@ Facts = list[tuple[str, Kind, str]]
 
 
 def facts(rng: random.Random, people: int, kinds: int) -> Facts:
-    """``people`` × ``kinds`` facts (name, kind, value) in random order; no value stands twice."""
+    """Draw ``people`` × ``kinds`` facts (name, kind, value) in random order; no value stands twice."""
     names = rng.sample(NAMES, people)
     drawn = []
     for kind in rng.sample(KINDS, kinds):
@@ -83,12 +89,12 @@ def facts(rng: random.Random, people: int, kinds: int) -> Facts:
 
 
 def context_of(drawn: Facts) -> str:
-    """The text that states them."""
+    """Return the text that states these facts."""
     return " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn)
 
 
 def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2, questions: int = 1) -> Iterator[dict[str, Any]]:
-    """``count`` rows with ``id``, ``document``, ``context``, ``question`` and ``answers``; the seed decides all of them.
+    """Yield ``count`` rows with ``id``, ``document``, ``context``, ``question`` and ``answers``; the seed decides them.
 
     ``people`` and ``kinds`` are 1 to 4, ``questions`` to a context 1 to their product. A context is a document of its own.
     """
@@ -103,3 +109,23 @@ def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2, question
                 "question": kind.question.format(name=name),
                 "answers": [value],
             }
+
+
+def generate(data: DataConfig, split: Literal["train", "validation"]) -> Iterator[dict[str, Any]]:
+    """Yield a split's rows: of training rows enough, with a margin, when the development documents are taken out."""
+    if split == "train":
+        count = round((data.samples or 20_000) / (1 - data.dev_fraction) * 1.1) + 4 * data.dev_samples
+    else:
+        count = (data.validation_samples or 512) + data.validation_skip
+    seed = 2 * data.seed + (split == "validation")  # the two streams never share a seed
+    questions = data.toy_questions if split == "train" else 1
+    return toy_rows(count, seed=seed, people=data.toy_people, kinds=data.toy_kinds, questions=questions)
+
+
+DATASET = Dataset(
+    name="toy",
+    description="LatentWire's synthetic reading task: facts about people, drawn anew for every context",
+    clean=clean,
+    generate=generate,
+    version=2,
+)

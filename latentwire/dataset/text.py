@@ -1,0 +1,32 @@
+"""Texts without questions, from files of texts or from those of the question-answering datasets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentwire.dataset.base import Dataset
+from latentwire.dataset.hotpotqa import paragraphs, supporting_titles
+from latentwire.dataset.rows import digest, text_of
+
+
+def clean(row: dict[str, Any]) -> dict[str, Any]:
+    """Read the column ``text`` or ``context``; the text itself is the row's identity.
+
+    Documents are those that the questions about the same text have, or a stage that asks them would be
+    scored on what a stage of texts has trained on.
+    """
+    name = "text" if "text" in row else "context"
+    value = row.get(name)
+    text = text_of(row, name) if value is None or isinstance(value, str) else paragraphs(value)
+    supporting = supporting_titles(row.get("supporting_facts"))
+    document = row.get("title") or row.get("document") or supporting or digest(text)
+    return {"id": digest(text), "document": str(document), "context": text, "question": "", "answers": []}
+
+
+DATASET = Dataset(
+    name="text",
+    description="texts without questions",
+    clean=clean,
+    columns=(frozenset({"text", "context"}),),
+    has_questions=False,
+)
