@@ -6,7 +6,6 @@ import pytest
 
 from tests.test_chaos import chaos
 
-
 VICTIMS = ("driver", "worker", "replica")
 
 

@@ -51,6 +51,7 @@ class SweepResult:
         import optuna
 
         with read_study(self.output / JOURNAL, self.output.name, objectives(self.config)) as stored:
+            optuna.logging.set_verbosity(optuna.logging.WARNING)  # a copy is no news
             study = optuna.create_study(study_name=stored.study_name, directions=stored.directions)
             study.add_trials(own_trials(stored))
             for key, value in stored.user_attrs.items():

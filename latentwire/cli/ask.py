@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
@@ -33,6 +34,7 @@ def ask(
         receiver: One receiver's name; all of them by default.
     """
     text = _context(context, context_file)
+    disable_progress_bar()  # of weights that take a moment to load
     loaded = LatentWire.from_pretrained(wire, receivers=receiver)
     message = loaded.encode([text], [question] if loaded.run.data.send == "prompt" else None)
     table = Table("receiver", "from", "positions", "answer")
