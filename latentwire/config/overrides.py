@@ -12,29 +12,29 @@ from latentwire.config.resolve import ConfigError, knobs, with_values
 
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
-    """``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
+    """Return ``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
     return with_values(
         run, {path.removeprefix("run."): value for path, value in assigned(assignments).items()}, "--set"
     )
 
 
 def assigned(assignments: Iterable[str]) -> dict[str, Any]:
-    """``PATH=VALUE`` texts as path in a space file (``run.…``, which may be left out, or ``tune.…``) → value.
+    """Read ``PATH=VALUE`` texts as path (``run.…``, which may be left out, or ``tune.…``) → value.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where a sign is missing.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in assignments:
         path, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"--set takes PATH=VALUE, got {text}")
         path = path.removeprefix("run.")
-        found[path if path.startswith("tune.") else f"run.{path}"] = typed(path, value)
-    return found
+        values[path if path.startswith("tune.") else f"run.{path}"] = typed(path, value)
+    return values
 
 
 def typed(path: str, text: str) -> Any:
-    """A knob's text as it stands where the knob is a text, else as YAML reads it: ``3e-4``, ``true``, ``null``."""
+    """Return a knob's text as it stands where the knob is a text, else as YAML reads it: ``3e-4``, ``true``, ``null``."""
     field = dict(knobs()).get(path)
     if field is not None and field.annotation is str:
         return text

@@ -1,4 +1,4 @@
-"""Relative paths of a configuration and where they lie: outputs under a home, inputs wherever they are found."""
+"""Relative paths of a configuration: outputs lie under a home, inputs where they exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentwire.storage import Place, expanded, place
 
 
 def home() -> Place:
-    """Where relative outputs go: ``$LATENTWIRE_HOME`` (a directory or a URI), else the current directory.
+    """Return where relative outputs go: ``$LATENTWIRE_HOME`` (a directory or a URI), else the current directory.
 
     A submitted job runs in an unpacked copy of the project that Ray deletes later, so there it is ``~/latentwire``.
     """
@@ -21,15 +21,15 @@ def home() -> Place:
 
 
 def at_home(address: str) -> str:
-    """An output's address, under :func:`home` where it is relative."""
+    """Return an output's address, under :func:`home` where it is relative."""
     address = expanded(address)
     return address if "://" in address or Path(address).is_absolute() else str(home() / address)
 
 
 def sought(address: str) -> Place:
-    """An input's place: where the command was given, or else under :func:`home`, if it is there.
+    """Return an input's place: where the command was given, or else under :func:`home`, if it is there.
 
-    What one job has written is there, and the next one names it by the same relative path.
+    A job writes under home, and the next one names what it reads by the same relative path.
     """
     where = place(address)
     if isinstance(where, Path) and not where.is_absolute() and not where.exists():
@@ -40,7 +40,7 @@ def sought(address: str) -> Place:
 
 
 def with_home(space: SweepConfig) -> SweepConfig:
-    """The space with every local path made absolute: Ray's workers run in directories of their own.
+    """Return the space with every local path made absolute: Ray's workers run in directories of their own.
 
     Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, ``init_from``, ``warm_start``,
     models' directories) are :func:`sought`.
@@ -67,7 +67,7 @@ def with_home(space: SweepConfig) -> SweepConfig:
 
 
 def _absolute(model: Any) -> Any:
-    """A model's directory as an absolute path, sought as other inputs are; any other name as it is."""
+    """Return a model's directory as an absolute path, sought as other inputs are; any other name as it is."""
     if isinstance(model, str):
         for base in (Path.cwd(), home()):
             if isinstance(base, Path) and (base / expanded(model)).is_dir():

@@ -27,7 +27,7 @@ from latentwire.config import (
 from latentwire.config.errors import ConfigError as ConfigError
 from latentwire.config.errors import nearest
 from latentwire.config.files import read_tree
-from latentwire.config.knobs import knobs as knobs
+from latentwire.config.knobs import knobs, section_in
 
 
 def load_space(source: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SweepConfig:
@@ -52,7 +52,10 @@ def load_space(source: str | Path | None = None, overrides: dict[str, Any] | Non
 
 
 def validate(model: type[Section], tree: Any, where: str, given: Container[str] = ()) -> Any:
-    """``model.model_validate`` with errors in the project's form. ``given``: dotted paths that the command line named."""
+    """Return ``model.model_validate(tree)``, or raise :class:`ConfigError` with a line for each problem.
+
+    ``given``: paths that the command line named.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -61,31 +64,34 @@ def validate(model: type[Section], tree: Any, where: str, given: Container[str] 
 
 
 def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") -> RunConfig:
-    """A copy of ``run`` with dotted paths set, validated again.
+    """Return a copy of ``run`` with values set by their paths, validated again.
 
-    A ``losses.bundle`` among the values is outvoted by nothing but what was set beside the one before it: neither by defaults,
-    which stand in a configuration that was written out whole, nor by the bundle before it.
+    A ``losses.bundle`` among them is outvoted by nothing but what was set beside the one before it:
+    neither by that bundle, nor by defaults, which stand in a configuration that was written out whole.
     """
     tree = run.model_dump(mode="json", exclude_unset=True)
     if "losses.bundle" in values:
         before = LossConfig(bundle=run.losses.bundle).model_dump(mode="json")
-        tree["losses"] = {
-            name: value for name, value in run.losses.model_dump(mode="json").items() if value != before[name]
-        }
-    for dotted, value in values.items():
-        set_path(tree, dotted, value)
+        losses = run.losses.model_dump(mode="json")
+        tree["losses"] = {name: value for name, value in losses.items() if value != before[name]}
+    for path, value in values.items():
+        set_path(tree, path, value)
     return validate(RunConfig, tree, where)
 
 
-def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists. Raises :class:`ConfigError` beyond their ends."""
-    *parents, leaf = dotted.split(".")
+def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists.
+
+    Raises:
+        ConfigError: the path leads beyond a list's end, or below a value.
+    """
+    *parents, leaf = path.split(".")
     node: Any = tree
     for depth, key in enumerate(parents):
         if isinstance(node, list):
-            node = node[_index(node, key, dotted)]
+            node = node[_index(node, key, path)]
             continue
-        _check_section(node, dotted)
+        _check_section(node, path)
         following = parents[depth + 1] if depth + 1 < len(parents) else leaf
         if node.get(key) is None:  # absent, or a section that is switched off: naming a knob of it switches it on
             if key == "receivers" and following.isdigit():
@@ -94,110 +100,121 @@ def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 node[key] = {}
         node = node[key]
     if isinstance(node, list):
-        node[_index(node, leaf, dotted)] = value
+        node[_index(node, leaf, path)] = value
     else:
-        _check_section(node, dotted)
+        _check_section(node, path)
         node[leaf] = value
 
 
-def _check_section(node: Any, dotted: str) -> None:
+def _check_section(node: Any, path: str) -> None:
     if not isinstance(node, dict):
-        raise ConfigError(f"a path must end at a knob, got {dotted}, which goes on below the value {node!r}")
+        raise ConfigError(f"a path must end at a knob, got {path}, which goes on below the value {node!r}")
 
 
-def _index(node: list[Any], key: str, dotted: str) -> int:
+def _index(node: list[Any], key: str, path: str) -> int:
     if key.isdigit() and int(key) < len(node):
         return int(key)
     raise ConfigError(
-        f"a place in a list must be a number from 0 to {len(node) - 1}, got {key} ({dotted}); write further ones into a space file"
+        f"a place in a list must be a number from 0 to {len(node) - 1}, got {key} ({path}); write further ones into a "
+        f"configuration file"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- search
 
 
 def check_search(space: SweepConfig, where: str) -> None:
-    """Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are tried.
+    """Raise :class:`ConfigError` for a search that no trial could be drawn from.
 
-    Conditions and starting points must name dimensions of the space and values that these can take.
+    Each dimension must name a knob of ``run`` and stay inside that knob's own bounds; both ends are
+    tried. Conditions and starting points must name dimensions of the space and values that these take.
     """
     _check_conditions(space.search, where)
-    known = dict(knobs())
-    for dotted, dimension in space.search.items():
-        place = f"{where}: search.{dotted}"
-        if dotted.startswith("receivers"):
-            raise ConfigError(
-                f"receivers cannot be searched, got {dotted} ({place}); compare them in sweeps of their own"
-            )
-        if dotted not in known:
-            raise ConfigError(f"search paths must name a knob of run, got {dotted} ({place}){nearest(dotted, known)}")
-        if typing.get_origin(known[dotted].annotation) in (tuple, dict):
-            raise ConfigError(
-                f"a number, choice or switch can be searched, {dotted} is none ({place}); set it under run"
-            )
-        if isinstance(dimension, FloatDimension) and float not in _leaves(known[dotted].annotation):
-            raise ConfigError(
-                f"{dotted} is no real number, got type {dimension.type} ({place}); use int or categorical"
-            )
-        if isinstance(dimension, CategoricalDimension):
-            ends: list[tuple[str, Any]] = [(f"choices[{i}]", choice) for i, choice in enumerate(dimension.choices)]
-        else:
-            if dimension.low > dimension.high:
-                raise ConfigError(f"low must be ≤ high, got {dimension.low} > {dimension.high} ({place}.low)")
-            if dimension.log and (dimension.low <= 0 or dimension.step not in (None, 1)):
-                raise ConfigError(
-                    f"log needs low > 0 and no step, got low {dimension.low}, step {dimension.step} ({place})"
-                )
-            ends = [("low", dimension.low), ("high", dimension.high)]
-        for end, value in ends:
-            # Only the section is validated, so that dimensions which need each other (d_model and heads) can pass.
-            section, _, rest = dotted.partition(".")
-            base = getattr(space.run, section).model_dump(mode="json")
-            for path, wanted in dimension.when.items():
-                if path.startswith(f"{section}."):
-                    set_path(base, path.removeprefix(f"{section}."), wanted[0])
-            set_path(base, rest, value)
-            try:
-                type(getattr(space.run, section)).model_validate(base)
-            except ValidationError as error:
-                problem = error.errors()[0]
-                raise ConfigError(f"{_rule(dotted.split('.')[-1], problem)} ({place}.{end})") from error
+    fields = dict(knobs())
+    for path, dimension in space.search.items():
+        at = f"{where}: search.{path}"
+        _check_searchable(path, dimension, fields, at)
+        for end, value in _ends(dimension, at):
+            _check_end(space.run, path, dimension, value, f"{at}.{end}")
     for number, point in enumerate(space.tune.start_with):
         for path, value in point.items():
-            place = f"{where}: tune.start_with[{number}]"
+            at = f"{where}: tune.start_with[{number}]"
             if path not in space.search:
                 raise ConfigError(
-                    f"a starting point must name dimensions of the space, got {path} ({place}){nearest(path, space.search)}"
+                    f"a starting point must name dimensions of the space, got {path} ({at}){nearest(path, space.search)}"
                 )
-            _check_point(space.search[path], value, f"{place}.{path}")
+            _check_point(space.search[path], value, f"{at}.{path}")
 
 
-def _leaves(annotation: Any) -> list[Any]:
-    """The plain types of a knob: itself, or the members of its union."""
-    return (
-        [annotation]
-        if not typing.get_args(annotation)
-        else [t for a in typing.get_args(annotation) for t in _leaves(a)]
-    )
+def _check_searchable(path: str, dimension: Dimension, fields: dict[str, Any], at: str) -> None:
+    """Raise for a path that names no knob, or none that a dimension of this kind can vary."""
+    if path.startswith("receivers"):
+        raise ConfigError(f"receivers cannot be searched, got {path} ({at}); compare them in sweeps of their own")
+    if path not in fields:
+        raise ConfigError(f"search paths must name a knob of run, got {path} ({at}){nearest(path, fields)}")
+    annotation = fields[path].annotation
+    if typing.get_origin(annotation) in (tuple, dict):
+        raise ConfigError(f"a number, choice or switch can be searched, {path} is none ({at}); set it under run")
+    if isinstance(dimension, FloatDimension) and float not in _plain_types(annotation):
+        raise ConfigError(f"{path} is no real number, got type {dimension.type} ({at}); use int or categorical")
+
+
+def _plain_types(annotation: Any) -> list[Any]:
+    """Return a knob's own type, or those of its union."""
+    options = typing.get_args(annotation)
+    return [plain for option in options for plain in _plain_types(option)] if options else [annotation]
+
+
+def _ends(dimension: Dimension, at: str) -> list[tuple[str, Any]]:
+    """Return the values that stand for all of a dimension, each with its name in the file."""
+    if isinstance(dimension, CategoricalDimension):
+        return [(f"choices[{index}]", choice) for index, choice in enumerate(dimension.choices)]
+    if dimension.low > dimension.high:
+        raise ConfigError(f"low must be ≤ high, got {dimension.low} > {dimension.high} ({at}.low); swap them")
+    if dimension.log and (dimension.low <= 0 or dimension.step not in (None, 1)):
+        raise ConfigError(f"log needs low > 0 and no step, got low {dimension.low}, step {dimension.step} ({at})")
+    return [("low", dimension.low), ("high", dimension.high)]
+
+
+def _check_end(run: RunConfig, path: str, dimension: Dimension, value: Any, at: str) -> None:
+    """Raise where a knob does not take a value under the first values that the dimension is drawn under.
+
+    Only the knob's section is validated, so that dimensions which need each other (``d_model`` and
+    ``heads``) can pass.
+    """
+    name, _, rest = path.partition(".")
+    section = getattr(run, name)
+    tree = section.model_dump(mode="json")
+    for other, choices in dimension.when.items():
+        if other.startswith(f"{name}."):
+            set_path(tree, other.removeprefix(f"{name}."), choices[0])
+    set_path(tree, rest, value)
+    try:
+        type(section).model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{_rule(path.split('.')[-1], error.errors()[0])} ({at})") from error
 
 
 def _check_conditions(search: dict[str, Dimension], where: str) -> None:
-    for dotted, dimension in search.items():
-        for path, wanted in dimension.when.items():
-            condition = search.get(path)
+    for path, dimension in search.items():
+        for other, choices in dimension.when.items():
+            condition = search.get(other)
             if not isinstance(condition, CategoricalDimension):
                 raise ConfigError(
-                    f"a condition must name a categorical dimension of the space, got {path} ({where}: search.{dotted}.when)"
-                    f"{nearest(path, search)}"
+                    f"a condition must name a categorical dimension of the space, got {other} "
+                    f"({where}: search.{path}.when){nearest(other, search)}"
                 )
-            strange = [value for value in wanted if value not in condition.choices]
-            if strange:
+            unknown = [choice for choice in choices if choice not in condition.choices]
+            if unknown:
                 raise ConfigError(
-                    f"a condition's values must be among the choices {list(condition.choices)}, got {strange[0]!r} "
-                    f"({where}: search.{dotted}.when.{path})"
+                    f"a condition's values must be among the choices {list(condition.choices)}, got {unknown[0]!r} "
+                    f"({where}: search.{path}.when.{other})"
                 )
     search_order(search, where)
 
 
 def search_order(search: dict[str, Dimension], where: str = "search") -> list[str]:
-    """The searched paths, each after those that its conditions name. Raises :class:`ConfigError` for a circle."""
+    """Return the searched paths, each after those that its conditions name. Raises :class:`ConfigError` for a circle."""
     try:
         return list(graphlib.TopologicalSorter({path: list(dim.when) for path, dim in search.items()}).static_order())
     except graphlib.CycleError as error:
@@ -205,14 +222,17 @@ def search_order(search: dict[str, Dimension], where: str = "search") -> list[st
         raise ConfigError(f"conditions must not go round in a circle, got {circle} ({where}: search)") from error
 
 
-def _check_point(dimension: Dimension, value: Any, place: str) -> None:
+def _check_point(dimension: Dimension, value: Any, at: str) -> None:
     if isinstance(dimension, CategoricalDimension):
         if value not in dimension.choices:
-            raise ConfigError(f"a starting point must be among {list(dimension.choices)}, got {value!r} ({place})")
+            raise ConfigError(f"a starting point must be among {list(dimension.choices)}, got {value!r} ({at})")
     elif isinstance(value, bool | str) or not dimension.low <= value <= dimension.high:
         raise ConfigError(
-            f"a starting point must be a number from {dimension.low} to {dimension.high}, got {value!r} ({place})"
+            f"a starting point must be a number from {dimension.low} to {dimension.high}, got {value!r} ({at})"
         )
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
 
 
 def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[str]) -> str:
@@ -228,7 +248,7 @@ def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[
 
 
 def _rule(leaf: str, problem: Any) -> str:
-    """pydantic's finding as "latent_len must be ≥ 1, got 0"."""
+    """Return what pydantic objects to as "latent_len must be ≥ 1, got 0"."""
     bounds = {
         "greater_than_equal": ("≥", "ge"),
         "greater_than": (">", "gt"),
@@ -248,13 +268,9 @@ def _rule(leaf: str, problem: Any) -> str:
 
 
 def _fields_at(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """Names allowed at a place of the tree; list indices and union tags are passed over."""
-    current: Any = model
+    """Return the names allowed at a place of the tree; list indices and union tags are passed over."""
+    current: type[BaseModel] | None = model
     for part in loc:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) or part not in current.model_fields:
-            continue
-        current = current.model_fields[part].annotation
-        inner = [a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if inner:
-            current = inner[0]
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+        if current is not None and part in current.model_fields:
+            current = section_in(current.model_fields[part].annotation)
+    return [] if current is None else list(current.model_fields)

@@ -43,7 +43,7 @@ class TrainingBatch:
     message_ids: dict[str, list[list[int]]]
     """Each receiver's own token ids of each message's text, for the alignment."""
     teacher: dict[str, Batch | Teacher]
-    """Where a KD term is on: what the receiver said on the texts, or, where the rows do not tell, text prompts with the
+    """Where a KD term is on: the receiver's predictions on the texts, or, where the rows hold none, text prompts with the
     same answers in the same order for it to read."""
 
 
@@ -106,14 +106,21 @@ class TrainingCollator:
         slots: list[int],
         step: int,
     ) -> tuple[Batch, list[list[int]]]:
-        """What one receiver reads, and its own ids of each message's text.
+        """Return the sequences of one receiver, and its own ids of each message's text.
 
-        ``texts``: a row of each message; ``parted``: beginnings that messages follow those for, and what comes after them.
+        Args:
+            name: the receiver.
+            rows: columns of the micro-batch.
+            message_R: the message that each row reads.
+            texts: the same columns with one row for each message.
+            parted: beginnings of texts, which have further messages, and what comes after each.
+            slots: soft positions of each message, those of beginnings last.
+            step: optimiser steps done so far.
         """
         builder = self.builders[name]
         messages: list[int] = []
         sequences: list[PromptSequence] = []
-        own = [
+        text_ids = [
             builder.message_ids(*ids)
             for ids in zip(texts[f"{name}_context_ids"], texts[f"{name}_question_ids"], strict=True)
         ]
@@ -122,21 +129,21 @@ class TrainingCollator:
             asked = zip(message_R, rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True)
             sequences += [builder.latent(slots[m], question, answer) for m, question, answer in asked]
             messages += message_R
-        for m, ids in enumerate(own if self.reconstruct else ()):
-            said, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
-            sequences.append(builder.controlled(slots[m], RECONSTRUCT, said, given))
+        for m, ids in enumerate(text_ids if self.reconstruct else ()):
+            stretch, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
+            sequences.append(builder.controlled(slots[m], RECONSTRUCT, stretch, given))
             messages.append(m)
-        for m, ids in enumerate(after, start=len(own)):
+        for m, ids in enumerate(after, start=len(text_ids)):
             sequences.append(builder.controlled(slots[m], CONTINUE, ids))
             messages.append(m)
-        return collate(sequences, messages=messages), own + before
+        return collate(sequences, messages=messages), text_ids + before
 
     def _teachers(self, table: pa.Table, rows: Mapping[str, list]) -> dict[str, Batch | Teacher]:
-        """What each receiver said on the texts, where the rows tell, else the texts for it to read."""
+        """Return each receiver's predictions on the texts where the rows hold them, else the texts for it to read."""
         return {n: teacher_of(table, n, self.losses) or collate(self._texts(n, rows)) for n in self.builders}
 
     def _stretch(self, ids: list[int], seed: str) -> tuple[list[int], int]:
-        """What of a text is said again, after how many tokens that are given."""
+        """Return the stretch of a text that is recited, with the tokens given before it, and how many these are."""
         if self.stretch is None or len(ids) <= self.stretch:
             return ids, 0
         start = random.Random(seed).randint(0, len(ids) - self.stretch)
@@ -149,12 +156,12 @@ class TrainingCollator:
 
 
 def sender_texts(send: Literal["context", "prompt"], rows: Mapping[str, list]) -> list[str]:
-    """The encoder's input for columns ``context`` and ``question``."""
+    """Return the encoder's input for columns ``context`` and ``question``."""
     return [sender_text(send, c, q) for c, q in zip(rows["context"], rows["question"], strict=True)]
 
 
 def once(texts: list[Any]) -> tuple[list[int], list[int]]:
-    """For each text, as the encoder takes it, its place among the different ones; and where each of those stands first."""
+    """Return each text's place among the different ones, and the row where each of those stands first."""
     place_of: dict[Any, int] = {}
     first: list[int] = []
     places = []
@@ -168,7 +175,7 @@ def once(texts: list[Any]) -> tuple[list[int], list[int]]:
 
 
 def cut(text: str, row: str) -> tuple[str, str] | None:
-    """``text`` parted before a word, at a place that the row's id decides; ``None`` where it has fewer than 4 words."""
+    """Part ``text`` before a word, at a place that the row's id decides; None where it has fewer than 4 words."""
     words = [match.start() for match in re.finditer(r"\s\S", text)]
     if len(words) < 3:
         return None
@@ -179,7 +186,7 @@ def cut(text: str, row: str) -> tuple[str, str] | None:
 
 
 def padding(batches: Iterable[TrainingBatch]) -> tuple[int, int]:
-    """Positions of the receivers' rows that hold nothing, because another row of the batch is longer; and all positions."""
+    """Count the positions of the receivers' rows that are padding, and all positions."""
     attention = [sequences.attention_BS for batch in batches for sequences in batch.sequences.values()]
     positions = sum(a.numel() for a in attention)
     return positions - sum(int(a.sum()) for a in attention), positions

@@ -1,4 +1,4 @@
-"""Which documents a wire has trained on, so that no later stage is scored on them.
+"""A record of the documents that a wire has trained on, so that no later stage is scored on them.
 
 Development rows are drawn by document, each stage by its own seed and share: what one stage holds out, another may train on. A
 wire therefore carries 8 bytes for every document that any of its stages read, and what these drew by.
@@ -21,9 +21,9 @@ from latentwire.data import shards
 from latentwire.storage import Place, local, read_parquet, write
 
 FILE = "trained_on.safetensors"
-"""Beside a wire's weights: the hashes of all documents."""
-KEPT = "documents.safetensors"
-"""In a directory of shards: those of its rows, made once."""
+"""The file beside a wire's weights with the hashes of all documents."""
+SHARDS_FILE = "documents.safetensors"
+"""Beside shards: the hashes of the documents of their rows, computed once."""
 _KEY = "documents"
 
 
@@ -32,18 +32,23 @@ class TrainedOn:
     """The documents that a wire has trained on, over all of its stages."""
 
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """One of each, sorted."""
+    """A 64-bit hash of each document, sorted."""
     stages: tuple[dict[str, Any], ...] = ()
-    """Of each stage: ``dataset``, ``seed``, ``dev_fraction``, number of ``documents``."""
+    """``dataset``, ``seed``, ``dev_fraction`` and number of ``documents`` of each stage."""
     known: bool = True
     """``False`` where an earlier stage left no record."""
 
     def with_stage(self, run: RunConfig, train: Place) -> TrainedOn:
         """Return the record with the documents of a run's training shards; the same where it has them already."""
-        own, data = of_shards(train), run.data
-        stage = {"dataset": data.dataset, "seed": data.seed, "dev_fraction": data.dev_fraction, "documents": len(own)}
+        hashes, data = of_shards(train), run.data
+        stage = {
+            "dataset": data.dataset,
+            "seed": data.seed,
+            "dev_fraction": data.dev_fraction,
+            "documents": len(hashes),
+        }
         stages = self.stages if stage in self.stages else (*self.stages, stage)
-        return TrainedOn(np.union1d(self.hashes, own), stages, self.known)
+        return TrainedOn(np.union1d(self.hashes, hashes), stages, self.known)
 
     def rows_of(self, names: Sequence[str]) -> int:
         """Return how many rows, by their documents' names, are of documents among these."""
@@ -55,12 +60,12 @@ class TrainedOn:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What the wire's manifest says of them."""
+        """The record in the wire's manifest."""
         return {"documents": len(self.hashes), "known": self.known, "stages": list(self.stages)}
 
 
 UNKNOWN = TrainedOn(known=False)
-"""Of a wire that an earlier version wrote."""
+"""The record of a wire that an earlier version wrote."""
 
 
 def read(folder: Path, manifest: dict[str, Any]) -> TrainedOn:
@@ -73,13 +78,13 @@ def read(folder: Path, manifest: dict[str, Any]) -> TrainedOn:
 
 def of_shards(path: Place) -> np.ndarray:
     """Return the sorted hashes of the documents in complete shards; they are kept there for whoever asks again."""
-    file = path / KEPT
+    file = path / SHARDS_FILE
     if not file.exists():
-        found = np.empty(0, np.int64)
+        hashes = np.empty(0, np.int64)
         for name in shards.read_manifest(path)["files"]:
             names = set(read_parquet(path / name, ["document"])["document"].to_pylist())
-            found = np.union1d(found, document_hashes(names))
-        write(file, lambda aside: aside.write_bytes(save({_KEY: found})))
+            hashes = np.union1d(hashes, document_hashes(names))
+        write(file, lambda aside: aside.write_bytes(save({_KEY: hashes})))
     with local(file) as copy:
         return load_file(copy)[_KEY]
 

@@ -44,12 +44,12 @@ LISTED = 20
 
 
 class DataError(UserError):
-    """Data that cannot be read at all; says what was expected, what was found and where."""
+    """Data that cannot be read at all; the message quotes what was expected, what is there, and where."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: row groups of a Parquet file, bytes of a file of lines, or all."""
+    """A part of a source that one task reads: row groups of a Parquet file, bytes of a file of lines, or all."""
 
     name: str
     """The file's path in its file system; the dataset's name where there is no file."""
@@ -58,7 +58,7 @@ class Piece:
     stop: int = ALL
     """Row, or byte, after the last."""
     key: str = ""
-    """What tells the file from the split's others, wherever the directory is; empty without a file."""
+    """The name that tells the file from the split's others, wherever the directory is; empty without a file."""
     form: Form = "lines"
 
 
@@ -82,16 +82,16 @@ class File:
 
     @property
     def splits(self) -> set[Split]:
-        """The splits that its name, or else that of the nearest folder with such a word, says."""
+        """The splits that its name, or else the nearest folder with such a word, names."""
         for part in reversed(self.parts):
-            found = {split for split, words in SPLIT_WORDS.items() if any(_has(part, word) for word in words)}
-            if found:
-                return found
+            splits = {split for split, words in SPLIT_WORDS.items() if any(_has(part, word) for word in words)}
+            if splits:
+                return splits
         return set()
 
 
 def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, File]]:
-    """The file system of a data directory, and a split's files there by their keys.
+    """Return the file system of a data directory, and a split's files there by their keys.
 
     A key is the file's path below the folder that the split's files have in common. Hidden files, and
     those whose names begin with ``_``, are passed over, and so are folders of such names. Raises
@@ -133,8 +133,8 @@ def _seen(listing: Iterable[fs.FileInfo], root: str) -> Iterator[File]:
 
 
 def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -> list[File]:
-    """The split's files; of several configurations, those of the one that ``data.config`` names."""
-    own = [file for file in files if split in file.splits]
+    """Return the split's files; of several configurations, those of the one that ``data.config`` names."""
+    of_split = [file for file in files if split in file.splits]
     known = config.source.configurations
     if config.config is not None:
         if not any(_names(file, config.config) for file in files):
@@ -143,10 +143,10 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
                 f"data.config must be a word of a file's name or folder in {config.data_dir}, "
                 f"got {config.config} for {held}"
             )
-        named = [file for file in own if _names(file, config.config)]
+        named = [file for file in of_split if _names(file, config.config)]
         # A split that configurations share, as HotpotQA's training rows are, names none of them.
-        return named or [file for file in own if not any(_names(file, word) for word in known)]
-    labels = {word for word in known if any(_names(file, word) for file in own)}
+        return named or [file for file in of_split if not any(_names(file, word) for word in known)]
+    labels = {word for word in known if any(_names(file, word) for file in of_split)}
     if known:
         splits: defaultdict[str, set[Split]] = defaultdict(set)
         for file in files:
@@ -159,7 +159,7 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
             f"{config.data_dir} must hold one configuration of {config.dataset}, its {split} files are of "
             f"{' and '.join(listed)}; choose one by --set data.config={listed[0]}, or name its directory by --data_dir"
         )
-    return own
+    return of_split
 
 
 def _names(file: File, word: str) -> bool:
@@ -167,18 +167,18 @@ def _names(file: File, word: str) -> bool:
 
 
 def _has(name: str, word: str) -> bool:
-    """Whether a name has a word, in any case; with letters beside it, it is part of another one."""
+    """Return whether a name has a word, in any case; with letters beside it, it is part of another one."""
     return re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name, re.IGNORECASE) is not None
 
 
 def system_of(config: DataConfig) -> tuple[fs.FileSystem, str]:
-    """The file system of the data directory, and its path there."""
+    """Return the file system of the data directory, and its path there."""
     with explained(f"data_dir {config.data_dir}"):
         return at(place(config.data_dir or ""))
 
 
 def _plain_name(name: str) -> str:
-    """A file's name in lower case, without the extension of a compression."""
+    """Return a file's name in lower case, without the extension of a compression."""
     name = name.lower()
     suffix = PurePosixPath(name).suffix
     return name.removesuffix(suffix) if suffix in COMPRESSIONS else name
@@ -189,7 +189,7 @@ def _compression(path: str) -> str | None:
 
 
 def _open(system: fs.FileSystem, path: str) -> io.BufferedReader:
-    """A file's bytes, decompressed."""
+    """Open a file's bytes, decompressed."""
     compression = _compression(path)
     if compression is None:
         return io.BufferedReader(system.open_input_file(path))
@@ -200,7 +200,7 @@ def _open(system: fs.FileSystem, path: str) -> io.BufferedReader:
 
 
 def pieces(config: DataConfig, split: Split) -> list[Piece]:
-    """What tasks can read side by side. Raises :class:`DataError` for files without such data."""
+    """Return what tasks can read side by side. Raises :class:`DataError` for files without such data."""
     system, files = find(config, split)
     return [piece for key, file in files.items() for piece in _pieces(system, file, key, config.dataset)]
 
@@ -225,7 +225,7 @@ def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterat
 
 
 def _form(system: fs.FileSystem, file: File) -> Form:
-    """What a file of JSON is, whatever its name: people save either form under the other's name."""
+    """Return the form of a file of JSON, whatever its name: people save either form under the other's name."""
     first = second = b""
     with explained(file.path), _open(system, file.path) as stream:
         for line in _lines_of(stream):
@@ -250,7 +250,7 @@ def _has_rows(line: bytes) -> bool:
 
 
 def open_parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFile:
-    """A Parquet file with the dataset's columns. Raises :class:`DataError`."""
+    """Open a Parquet file with the dataset's columns. Raises :class:`DataError`."""
     try:
         with explained(path):
             parquet = pq.ParquetFile(system.open_input_file(path))
@@ -259,9 +259,9 @@ def open_parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFi
             raise DataError(f"{path} must be Parquet: {error.__cause__}") from error
         raise
     columns = set(parquet.schema_arrow.names)
-    wanted = DATASETS[dataset].columns
-    if not all(columns & names for names in wanted):
-        listed = ", ".join(" or ".join(sorted(names)) for names in wanted)
+    required = DATASETS[dataset].columns
+    if not all(columns & names for names in required):
+        listed = ", ".join(" or ".join(sorted(names)) for names in required)
         raise DataError(f"{path} must have columns {listed}, it has {', '.join(sorted(columns))}")
     return parquet
 
@@ -270,7 +270,7 @@ def open_parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFi
 
 
 def read(config: DataConfig, piece: Piece) -> Iterator[Row]:
-    """The raw rows of one piece, streamed."""
+    """Yield the raw rows of one piece."""
     system, _ = system_of(config)
     if piece.form == "parquet":
         yield from _parquet_rows(open_parquet(system, piece.name, config.dataset), piece)
@@ -287,7 +287,7 @@ def read(config: DataConfig, piece: Piece) -> Iterator[Row]:
 
 
 def _parquet_rows(parquet: pq.ParquetFile, piece: Piece) -> Iterator[Row]:
-    """The rows of the piece's row groups, each decoded once."""
+    """Yield the rows of the piece's row groups, each decoded once."""
     start, groups = 0, []
     for group in range(parquet.num_row_groups):
         if piece.start <= start < piece.stop:
@@ -299,7 +299,7 @@ def _parquet_rows(parquet: pq.ParquetFile, piece: Piece) -> Iterator[Row]:
 
 
 def _table_rows(table: pa.Table) -> Iterator[Row]:
-    """Rows as columns. One whose text is no UTF-8 is passed on raw, to be rejected."""
+    """Yield a table's rows. One whose text is no UTF-8 is passed on raw, to be rejected."""
     try:
         yield from table.to_pylist()
     except UnicodeDecodeError as error:
@@ -312,7 +312,7 @@ def _table_rows(table: pa.Table) -> Iterator[Row]:
 
 
 def _lines(system: fs.FileSystem, piece: Piece) -> Iterator[bytes]:
-    """The lines that begin in the piece's bytes."""
+    """Yield the lines that begin in the piece's bytes."""
     with explained(piece.name), _open(system, piece.name) as stream:
         place = piece.start
         if place:
@@ -326,14 +326,14 @@ def _lines(system: fs.FileSystem, piece: Piece) -> Iterator[bytes]:
 
 
 def _lines_of(stream: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines that are not blank, without a byte order mark and white space around them."""
+    """Yield lines that are not blank, without a byte order mark and white space around them."""
     for line in stream:
         if text := line.removeprefix(codecs.BOM_UTF8).strip():
             yield text
 
 
 def _official(document: Any, file: str) -> Iterator[Any]:
-    """SQuAD's nested articles, HotpotQA's list, or a plain list of rows, alone or under ``data``."""
+    """Yield the rows of SQuAD's nested articles, HotpotQA's list, or a plain list, alone or under ``data``."""
     entries = document.get("data") if isinstance(document, dict) else document
     if not isinstance(entries, list):
         raise DataError(

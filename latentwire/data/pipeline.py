@@ -45,18 +45,31 @@ FOOTER = b"latentwire"
 """Key of a shard's own counts in its Parquet metadata."""
 
 CLEAN = pa.schema(
-    [
-        ("order", pa.int64()), ("reason", pa.string()), ("truncated", pa.bool_()), ("id", pa.string()),
-        ("document", pa.string()), ("context", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())),
-    ]
-)  # fmt: skip
+    {
+        "order": pa.int64(),
+        "reason": pa.string(),
+        "truncated": pa.bool_(),
+        "id": pa.string(),
+        "document": pa.string(),
+        "context": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+    }
+)
 
 
 def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None = None) -> Place:
-    """Make a split's shards unless complete ones are there; returns their directory. Needs Ray initialised to make them.
+    """Make a split's shards unless complete ones are there, and return their directory.
 
-    ``path``: that directory, where it has been named before (tokenizers are loaded and files hashed for it). Raises
-    :class:`~latentwire.data.sources.DataError` for a source that cannot be read or leaves no row.
+    Ray must be initialised to make them.
+
+    Args:
+        run: the configuration that names them.
+        split: the split.
+        path: their directory, where the caller has named it: that loads tokenizers and hashes files.
+
+    Raises:
+        DataError: the source cannot be read, or leaves no row.
     """
     path = shards.shard_path(run, split) if path is None else path
     if shards.complete(path):
@@ -65,15 +78,23 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None =
         return path
     manifest = _make(run, split, path)
     rejected = ", ".join(f"{count:,} × {reason}" for reason, count in manifest["rejects"].items())
-    print(f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
-          f"{sum(manifest['rejects'].values()):,} rejected "
-          f"({rejected or 'none'}; see rejects.jsonl), {path}", flush=True)  # fmt: skip
+    print(
+        f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
+        f"{sum(manifest['rejects'].values()):,} rejected ({rejected or 'none'}; see rejects.jsonl), {path}",
+        flush=True,
+    )
     if split == "validation" and manifest["left"]:
-        print(f"shards validation: {manifest['left']:,} further rows of the split are beyond these; "
-              f"data.validation_skip={run.data.validation_skip + run.data.validation_samples} takes them", flush=True)  # fmt: skip
+        print(
+            f"shards validation: {manifest['left']:,} further rows of the split are beyond these; "
+            f"data.validation_skip={run.data.validation_skip + run.data.validation_samples} takes them",
+            flush=True,
+        )
     if split == "dev" and manifest["rows"] < run.data.dev_samples:
-        print(f"shards dev: data.dev_samples asks for {run.data.dev_samples:,} rows, data.dev_fraction {run.data.dev_fraction} of the "
-              f"documents has {manifest['rows']:,}; raise it for steadier scores", flush=True)  # fmt: skip
+        print(
+            f"shards dev: data.dev_samples asks for {run.data.dev_samples:,} rows, data.dev_fraction "
+            f"{run.data.dev_fraction} of the documents has {manifest['rows']:,}; raise it for steadier scores",
+            flush=True,
+        )
     return path
 
 
@@ -92,7 +113,7 @@ def quiet_ray_data() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether the exception that is being logged is none that an entry point prints in one line.
+    """Return whether the exception that is being logged is none that an entry point prints in one line.
 
     Ray Data takes them for faults of its own: two tracebacks, and a request to report them to its makers.
     """
@@ -119,18 +140,19 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     for table in cleaned.iter_batches(batch_size=None, batch_format="pyarrow"):
         good = pc.equal(table["reason"], "")
         rejects += table.filter(pc.invert(good)).select(["reason", "id", "context"]).to_pylist()
-        kept = table.filter(good)
-        orders.append(kept["order"].to_numpy())
-        size += kept.nbytes
+        table = table.filter(good)
+        orders.append(table["order"].to_numpy())
+        size += table.nbytes
     every = np.concatenate(orders)
     order = np.unique(every)
     read = len(order)
     if split == "validation":
         order = order[run.data.validation_skip :]
-    wanted = {"train": run.data.samples, "dev": run.data.dev_samples, "validation": run.data.validation_samples}[split]
+    limits = {"train": run.data.samples, "dev": run.data.dev_samples, "validation": run.data.validation_samples}
+    limit = limits[split] or None
     mean_bytes = size / max(1, len(every))
-    left = len(order) - len(order[: wanted or None])
-    order = order[: wanted or None]
+    left = len(order) - len(order[:limit])
+    order = order[:limit]
     if len(order) == 0:
         raise _nothing_left(run, split, rejects, read=read)
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
@@ -169,12 +191,15 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
 def _nothing_left(
     run: RunConfig, split: shards.ShardSplit, rejects: list[dict[str, Any]], *, read: int
 ) -> sources.DataError:
-    told = "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
-    if split == "dev" and not rejects:  # those of the training source are told with train
-        told = f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it, or give more documents"
+    cause = "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
+    if split == "dev" and not rejects:  # those of the training source are reported with train
+        cause = (
+            f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it, or give more "
+            f"documents"
+        )
     if split == "validation" and 0 < read <= run.data.validation_skip:
-        told = f"data.validation_skip {run.data.validation_skip:,} passes over all {read:,} of them; lower it"
-    return sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({told})")
+        cause = f"data.validation_skip {run.data.validation_skip:,} passes over all {read:,} of them; lower it"
+    return sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({cause})")
 
 
 def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
@@ -185,7 +210,7 @@ def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit) -> Iterator[pa.Table]:
-    """One piece's rows of this split in common columns, or with a reason."""
+    """Yield one piece's rows of this split in common columns, or with a reason."""
     piece = sources.Piece(**{name: values.tolist()[0] for name, values in batch.items()})
     source = shards.source_of(split)
     block: list[dict[str, Any]] = []
@@ -217,7 +242,7 @@ def _cleaned(
 
 
 def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
-    """The row where its text fits the encoder's bytes, else what ``overflow`` makes of it."""
+    """Yield the row where its text fits the encoder's bytes, else what ``overflow`` makes of it."""
     size = len(sender_text(data.send, row["context"], row["question"]).encode())
     if size <= data.max_context_bytes:
         yield row | {"truncated": False}
@@ -234,7 +259,7 @@ def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
 
 
 def _belongs(row: dict[str, Any], run: RunConfig, split: shards.ShardSplit) -> bool:
-    """Development rows are those of the documents whose seeded hash falls under ``dev_fraction``."""
+    """Return whether a row is of a split: of development where its document's seeded hash falls under ``dev_fraction``."""
     if split == "validation":
         return True
     if row["reason"]:  # a rejected row of the training source is reported with train
@@ -255,7 +280,7 @@ def _shard_of(order: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 def _choose(table: pa.Table, first: np.ndarray, last: int, missing: set[int]) -> pa.Table:
-    """The good rows of shards that are not there yet."""
+    """Return the good rows of shards that are not there yet."""
     order = table["order"].to_numpy()
     keep = (
         (order <= last)
@@ -268,7 +293,7 @@ def _choose(table: pa.Table, first: np.ndarray, last: int, missing: set[int]) ->
 def _write(
     table: pa.Table, run: RunConfig, split: shards.ShardSplit, path: Place, first: np.ndarray, held: np.ndarray
 ) -> pa.Table:
-    """Tokenise one shard's rows and leave its file; returns how many rows it holds."""
+    """Tokenise one shard's rows, write its file, and return how many rows it holds."""
     if table.num_rows == 0:
         return pa.table({"rows": pa.array([], pa.int64())})
     shard = int(_shard_of(table["order"].to_numpy(), first)[0])
@@ -284,30 +309,30 @@ def _write(
     good = pc.equal(reason, "")
     rejects = table.append_column("reason", reason).filter(pc.invert(good)).select(["reason", "id", "context"])
     table = table.filter(good)
-    told = {
+    counts = {
         "rows": table.num_rows,
         "truncated": pc.sum(truncated.filter(good)).as_py() or 0,
         "rejects": rejects.to_pylist(),
         "lengths": _lengths(table),
     }
-    table = table.replace_schema_metadata({FOOTER: json.dumps(told)})
+    table = table.replace_schema_metadata({FOOTER: json.dumps(counts)})
     write(path / f"{shard:05d}.parquet", lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
     return pa.table({"rows": [table.num_rows]})
 
 
 def _once(table: pa.Table) -> pa.Table:
-    """The first of the rows with the same id."""
+    """Return the first of the rows with the same id."""
     _, places = np.unique(np.asarray(table["id"].to_pylist()), return_index=True)
     return table.take(np.sort(places))
 
 
 def _tokenise(table: pa.Table, run: RunConfig, split: shards.ShardSplit) -> tuple[pa.Table, pa.Array]:
-    """Adds each receiver's ids of context, question and first gold answer, and in training those that the encoder reads.
+    """Add each receiver's ids of context, question and first gold answer, and in training those that the encoder reads.
 
-    Also returns each row's reason not to be used, empty where there is none.
+    Returns the table, and each row's reason not to be used, empty where there is none.
     """
     context, question, golds = (table[name].to_pylist() for name in ("context", "question", "answers"))
-    answers = [found[0] if found else "" for found in golds]
+    answers = [texts[0] if texts else "" for texts in golds]
     reasons = [""] * table.num_rows
     columns: dict[str, pa.Array] = {}
     for name, builder in _builders(run.model_dump_json()).items():
@@ -331,14 +356,14 @@ def _tokenise(table: pa.Table, run: RunConfig, split: shards.ShardSplit) -> tupl
 
 
 def id_lists(rows: list[list[int]]) -> pa.Array:
-    """Lists of ids as an Arrow column; by way of one flat array, which is ten times as fast as pyarrow's own way."""
+    """Return lists of ids as an Arrow column, by way of one flat array: ten times as fast as pyarrow's own way."""
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(ends[-1]))
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
 
 
 def _lengths(table: pa.Table) -> dict[str, list[int]]:
-    """Rows per bin of :data:`LENGTH_EDGES`, for every column of ids and the sender's bytes."""
+    """Count rows per bin of :data:`LENGTH_EDGES`, for every column of ids and the sender's bytes."""
     sizes = {"sender_bytes": table["sender_bytes"].to_numpy()}
     for name in table.column_names:
         if name.endswith("_ids") and name != "encoder_ids":
@@ -363,22 +388,24 @@ def _encoder_tokenizer(run_json: str) -> Any:
 def _manifest(
     run: RunConfig, split: shards.ShardSplit, path: Place, names: list[str], rejects: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Counts, hashes and lengths of all files, and the rejects of both passes beside them."""
+    """Return counts, hashes and lengths of all files; the rejects of both passes are written beside them."""
     key, spec = shards.shard_key(run, split)
-    told = [json.loads(read_footer(path / name).metadata[FOOTER]) for name in names]
-    rejects = [*rejects, *(row for one in told for row in one["rejects"])]
+    footers = [json.loads(read_footer(path / name).metadata[FOOTER]) for name in names]
+    rejects = [*rejects, *(row for footer in footers for row in footer["rejects"])]
     lines = [
         json.dumps({"reason": row["reason"], "id": row["id"], "row": (row["context"] or "")[:500]}) for row in rejects
     ]
     write_text(path / "rejects.jsonl", "".join(f"{line}\n" for line in lines))
-    lengths = {name: np.sum([one["lengths"][name] for one in told], axis=0).tolist() for name in told[0]["lengths"]}
+    lengths = {}
+    for name in footers[0]["lengths"]:
+        lengths[name] = np.sum([footer["lengths"][name] for footer in footers], axis=0).tolist()
     return {
         "key": key,
-        "rows": sum(one["rows"] for one in told),
-        "truncated": sum(one["truncated"] for one in told),
+        "rows": sum(footer["rows"] for footer in footers),
+        "truncated": sum(footer["truncated"] for footer in footers),
         "rejects": _reasons(rejects),
         "files": names,
-        "file_rows": [one["rows"] for one in told],
+        "file_rows": [footer["rows"] for footer in footers],
         "sha256": [sha256(path / name) for name in names],
         "lengths": {"edges": LENGTH_EDGES[:-1], **lengths},
         "spec": spec,

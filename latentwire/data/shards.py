@@ -32,20 +32,20 @@ MANIFEST = "manifest.json"
 
 
 def source_of(split: ShardSplit) -> sources.Split:
-    """The split of the source whose rows a split of the shards has: ``dev`` is a part of the training rows."""
+    """Return the split of the source that holds a split's rows: ``dev`` is a part of the training rows."""
     return "validation" if split == "validation" else "train"
 
 
 def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
-    """The hash that names a split's shards, and what went into it. Tokenizers are loaded, weights are not."""
+    """Return the hash that names a split's shards, and what went into it. Tokenizers are loaded, weights are not."""
     data = run.data.model_dump(include=set(paths_with("shards", "value", DataConfig)))
     # A split is not made anew because another split's size changes.
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
     data = {name: value for name, value in data.items() if name == sizes[split] or name not in sizes.values()}
     if split != "validation" or not run.data.validation_skip:
-        del data["validation_skip"]  # so that shards of before it was there keep their names
+        del data["validation_skip"]  # shards are older than this knob, and keep their names
     if split == "validation":
-        del data["dev_fraction"], data["toy_questions"]  # which tell of the training rows alone
+        del data["dev_fraction"], data["toy_questions"]  # knobs of training rows alone
     if run.data.source.generate is not None:  # its length follows from the samples asked for
         data["samples"] = run.data.samples if split != "validation" else None
     spec = {
@@ -75,18 +75,18 @@ def _reads(receiver: ReceiverConfig) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of a fast tokenizer's full definition and chat template."""
+    """Return a hash of a fast tokenizer's full definition and chat template."""
     text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shard_path(run: RunConfig, split: ShardSplit) -> Place:
-    """Where a split's shards are, or will be."""
+    """Return the directory of a split's shards, whether they are there or not."""
     return place(run.data.shard_dir).absolute() / f"{run.data.dataset}-{split}-{shard_key(run, split)[0]}"
 
 
 def read_manifest(path: Place) -> dict[str, Any]:
-    """The manifest of complete shards. Raises :class:`~latentwire.data.sources.DataError` where there is none."""
+    """Read the manifest of complete shards. Raises :class:`~latentwire.data.sources.DataError` where there is none."""
     file = path / MANIFEST
     if not file.exists():
         raise sources.DataError(
@@ -96,18 +96,18 @@ def read_manifest(path: Place) -> dict[str, Any]:
 
 
 def complete(path: Place) -> bool:
-    """Whether all shards of this directory are there."""
+    """Return whether all shards of this directory are there."""
     return (path / MANIFEST).exists()
 
 
 def read_table(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of complete shards, in the order they were written. ``columns``: ``None`` for all."""
+    """Read all rows of complete shards, in the order they were written. ``columns``: ``None`` for all."""
     names = read_manifest(path)["files"]
     return pa.concat_tables([read_parquet(path / name, columns) for name in names])
 
 
 def builders(run: RunConfig) -> dict[str, PromptBuilder]:
-    """A sequence builder per receiver; loads tokenizers only."""
+    """Return a sequence builder per receiver; loads tokenizers only."""
     return {
         receiver.name: PromptBuilder(load_tokenizer(receiver), receiver, run.prompt, run.data.send)
         for receiver in run.receivers

@@ -1,8 +1,9 @@
-"""Shards on their way to a training loop: which columns, joined with the teachers', in which order, in which batches."""
+"""Batches for a training loop: columns of shards and teachers, joined, ordered by seed, parted by length."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ SHUFFLE_ROWS = 2_048
 
 
 def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
-    """What training steps read: ids, and text only where the encoder's ids are its bytes or texts are cut between words.
+    """Return the columns that training steps read.
 
+    They are ids, and text only where the encoder's ids are its bytes or texts are cut between words.
     ``continued``: another trial on the same rows has a continuation loss.
     """
     pieces = ("context", "question", "answer")
@@ -36,31 +38,48 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
 
 
 def read_joined(
-    name: str, train: Place, told: Mapping[str, Place], columns: Sequence[str], rows: int | None = None
+    name: str, train: Place, teacher_paths: Mapping[str, Place], columns: Sequence[str], rows: int | None = None
 ) -> Iterator[pa.Table]:
-    """One shard file's rows with the columns of all teachers, ``rows`` at a time (``None``: all at once)."""
+    """Yield one shard file's rows with the columns of all teachers.
+
+    Args:
+        name: the file's name, the same for shards and teachers.
+        train: directory of the training shards.
+        teacher_paths: receiver → directory of its teacher's columns.
+        columns: columns of the shards to read.
+        rows: rows that come at a time. None: all of them.
+    """
     table = read_parquet(train / name, columns)
-    for path in told.values():
-        said = read_parquet(path / name)
-        for column in said.column_names:
-            table = table.append_column(column, said[column])
+    for path in teacher_paths.values():
+        teacher = read_parquet(path / name)
+        for column in teacher.column_names:
+            table = table.append_column(column, teacher[column])
     for start in range(0, table.num_rows, rows or max(1, table.num_rows)):
         yield table.slice(start, rows)
 
 
 def training_table(run: RunConfig, train: Place) -> pa.Table:
-    """All training rows in memory."""
-    names, told = shards.read_manifest(train)["files"], teachers.paths(run, train)
-    return pa.concat_tables(table for name in names for table in read_joined(name, train, told, training_columns(run)))
+    """Read all training rows into memory."""
+    teacher_paths, columns = teachers.paths(run, train), training_columns(run)
+    files = [read_joined(name, train, teacher_paths, columns) for name in shards.read_manifest(train)["files"]]
+    return pa.concat_tables(itertools.chain.from_iterable(files))
 
 
-def ray_dataset(train: Place, told: Mapping[str, Place], columns: Sequence[str], *, in_memory: bool) -> Any:
-    """Training rows as a Ray Dataset; Ray must be running.
+def ray_dataset(train: Place, teacher_paths: Mapping[str, Place], columns: Sequence[str], *, in_memory: bool) -> Any:
+    """Return training rows as a Ray Dataset; Ray must be running.
 
-    ``in_memory``: held in the object store, once for all trials. Else read anew in every epoch, block by block, by tasks
-    whose CPUs the planner reserves. Either way in the order of the files and of their rows, whichever
-    task ends first: a run that is resumed skips the batches that it has used. Raises
-    :class:`~latentwire.data.sources.DataError` for rows that the store cannot hold.
+    Rows come in the order of the files and of their rows, whichever task ends first: a run that is
+    resumed skips the batches that it has used.
+
+    Args:
+        train: directory of the training shards.
+        teacher_paths: receiver → directory of its teacher's columns.
+        columns: columns of the shards to read.
+        in_memory: hold the rows in the object store, once for all trials. Else they are read anew in
+            every epoch, block by block, by tasks whose CPUs the planner reserves.
+
+    Raises:
+        DataError: the object store cannot hold the rows.
     """
     import ray
     import ray.data
@@ -78,7 +97,7 @@ def ray_dataset(train: Place, told: Mapping[str, Place], columns: Sequence[str],
                 f"training rows in memory must fit the object store, got {size / 1e9:.1f} GB for {room / 1e9:.1f} GB; "
                 f"set data.in_memory false to stream them from {train}, or add nodes"
             )
-    read = functools.partial(_read_file, train=train, told=dict(told), columns=list(columns))
+    read = functools.partial(_read_file, train=train, teacher_paths=dict(teacher_paths), columns=list(columns))
     files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names))
     dataset = files.map_batches(read, batch_size=1)
     dataset.context.execution_options.preserve_order = True
@@ -96,7 +115,7 @@ def _read_file(batch: Mapping[str, np.ndarray], **options: Any) -> Iterator[pa.T
 def shuffled_batches(
     table: pa.Table, training: TrainingConfig, epoch: int, rank: int = 0, world: int = 1
 ) -> Iterator[pa.Table]:
-    """One epoch of whole batches in an order told by (seed, epoch); each worker takes its share of every batch.
+    """Yield one epoch of whole batches in an order drawn by (seed, epoch); each worker takes its share of every batch.
 
     A last batch that is not full is left out, unless it is the only one.
     """
@@ -111,7 +130,7 @@ def shuffled_batches(
 def streamed_batches(
     stream: Any, training: TrainingConfig, epoch: int, size: int, *, keep_short: bool
 ) -> Iterator[pa.Table]:
-    """One epoch of a worker's own Ray stream in batches of ``size`` rows, shuffled within a buffer by (seed, epoch).
+    """Yield one epoch of a worker's Ray stream in batches of ``size`` rows, shuffled within a buffer by (seed, epoch).
 
     With ``keep_short`` there is always a batch: one without rows where the other workers have them all.
     """
@@ -138,24 +157,28 @@ def streamed_batches(
 
 
 def _parts(table: pa.Table, training: TrainingConfig, seed: int, size: int) -> Iterator[tuple[int, pa.Table]]:
-    """The rows in an order told by ``seed``, in parts of as many batches as are drawn together; each with its first place.
+    """Yield the rows in an order drawn by ``seed``, a part for every ``bucket_batches`` batches, each with its first place.
 
-    Neighbours with one sender text stay neighbours where questions go together.
+    Groups of rows are shuffled: single rows, or, where questions go together, neighbours with one
+    sender text, which stay neighbours.
     """
-    first = np.arange(table.num_rows)
+    starts = np.arange(table.num_rows)
     if training.questions_together:
         sender = table["sender_hash"].to_numpy()
-        first = np.flatnonzero(np.append(True, sender[1:] != sender[:-1]))
-    drawn = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).numpy()
-    count = np.diff(np.append(first, table.num_rows))[drawn]
-    order = np.repeat(first[drawn] - (count.cumsum() - count), count) + np.arange(table.num_rows)
+        starts = np.flatnonzero(np.append(True, sender[1:] != sender[:-1]))
+    drawn = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).numpy()
+    sizes = np.diff(np.append(starts, table.num_rows))[drawn]
+    # The n-th row of the new order, in a group that begins at row b of it, is row start + (n - b) of the
+    # old one. With starts [0, 2, 3], sizes 2, 1 and 2, and groups drawn as 2, 0, 1: [3, 4, 0, 1, 2].
+    begins = sizes.cumsum() - sizes
+    order = np.repeat(starts[drawn] - begins, sizes) + np.arange(table.num_rows)
     rows = size * training.bucket_batches
     for start in range(0, table.num_rows, rows):
         yield start, table.take(order[start : start + rows])
 
 
 def length_buckets(table: pa.Table, size: int, seed: int, *, keep_short: bool = False) -> Iterator[pa.Table]:
-    """Whole batches of ``size`` rows whose sender texts are about as long, in an order told by ``seed``.
+    """Yield whole batches of ``size`` rows whose sender texts are about as long, in an order drawn by ``seed``.
 
     Rows that fill no batch are left out, before the sorting so that no length is favoured; ``keep_short`` keeps them
     where there is no whole batch at all.
@@ -169,5 +192,5 @@ def length_buckets(table: pa.Table, size: int, seed: int, *, keep_short: bool = 
 
 
 def epoch_seed(training: TrainingConfig, epoch: int) -> int:
-    """The seed of an epoch's order of rows."""
+    """Return the seed of an epoch's order of rows."""
     return training.seed * 1_000_003 + epoch

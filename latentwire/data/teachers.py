@@ -1,10 +1,11 @@
-"""What each receiver says on the full text, computed once for all trials and kept beside the shards.
+"""Predictions of each receiver on the full text, computed once for all trials and kept beside the shards.
 
-A teacher is the receiver itself, reading the row's text instead of its message. It never changes, so its words at the
-first K supervised positions (log-probabilities of its likeliest tokens, and hidden states of chosen layers) are columns:
-``<shard_dir>/teacher-<receiver>-<hash>`` holds one Parquet file for every file of the training shards, row by row.
-The hash covers the shards, the receiver's weights and what is kept. A file that is there is whole; what is missing is
-made by a Ray Data actor pool, so a run that was killed goes on where it stopped.
+A teacher is the receiver itself, reading the row's text instead of its message. It never changes, so
+its log-probabilities of the likeliest tokens and its hidden states of chosen layers, at the first K
+supervised positions, are columns: ``<shard_dir>/teacher-<receiver>-<hash>`` holds one Parquet file
+for every file of the training shards, row by row. The hash covers the shards, the receiver's weights
+and the knobs that decide what is kept. A file that is there is whole; what is missing is made by a
+Ray Data actor pool, so a run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ BATCH_ROWS = 32
 
 
 def needed(losses: LossConfig) -> bool:
-    """Whether a run compares with teachers, and with few enough tokens that columns can hold what they say."""
+    """Return whether a run compares with teachers, and with few enough tokens for columns to hold them."""
     return losses.hidden_kd_weight > 0 or (losses.kd_weight > 0 and losses.kd_top_k > 0)
 
 
 def most_tokens(losses: LossConfig) -> int:
-    """K: the largest ``k`` that the schedule reaches."""
+    """Return K, the largest ``k`` that the schedule reaches."""
     schedule = losses.schedules.get("k")
     return max(1, round(losses.k * max((schedule.start, schedule.end) if schedule else (1.0,))))
 
 
 def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Place:
-    """Where one receiver's columns for these training shards are, or will be."""
+    """Return the directory of one receiver's columns for these training shards, whether they are there or not."""
     losses = run.losses
     spec = {
         "teacher_version": TEACHER_VERSION,
@@ -67,7 +68,7 @@ def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Plac
 
 
 def _weights(receiver: ReceiverConfig) -> Any:
-    """What identifies weights without reading them: a Hub id, or names, sizes and times of a directory's files."""
+    """Return what identifies weights unread: a Hub id, or names, sizes and times of a directory's files."""
     path = Path(resolve(receiver))
     if not path.is_dir():
         return receiver.model
@@ -76,34 +77,45 @@ def _weights(receiver: ReceiverConfig) -> Any:
 
 
 def paths(run: RunConfig, train: Place) -> dict[str, Place]:
-    """Receiver → where its columns are, or will be; empty where the run needs none."""
+    """Return receiver → directory of its columns; empty where the run needs none."""
     return {r.name: teacher_path(run, r, train) for r in run.receivers} if needed(run.losses) else {}
 
 
 def complete(run: RunConfig, train: Place) -> bool:
-    """Whether every column that the run needs is there."""
+    """Return whether every column that the run needs is there."""
     files = shards.read_manifest(train)["files"]
     return all((path / name).exists() for path in paths(run, train).values() for name in files)
 
 
 def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str, Place]:
-    """Make every receiver's columns for complete training shards, unless they are there: receiver → directory.
+    """Make every receiver's columns for complete training shards, unless they are there.
 
-    Nothing where the run needs none. Needs Ray initialised to make them; ``gpus``: what one reader asks for.
+    Ray must be initialised to make them.
+
+    Args:
+        run: the configuration; where it needs no columns, none are made.
+        train: the shards.
+        gpus: GPUs that one reader asks for.
+
+    Returns:
+        Receiver → directory of its columns.
     """
-    made = paths(run, train)
+    directories = paths(run, train)
     files = shards.read_manifest(train)["files"]
-    for receiver in run.receivers if made else ():
-        path = made[receiver.name]
+    for receiver in run.receivers if directories else ():
+        path = directories[receiver.name]
         missing = [name for name in files if not (path / name).exists()]
         if missing:
             path.mkdir(parents=True, exist_ok=True)
             _make(run, receiver, train, path, missing, gpus)
         rows = shards.read_manifest(train)["rows"]
         held = sum(size(path / name) for name in files)
-        print(f"teacher {receiver.name}: {rows:,} rows, {held / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
-              f"{'made in' if missing else 'reused from'} {path}", flush=True)  # fmt: skip
-    return made
+        print(
+            f"teacher {receiver.name}: {rows:,} rows, {held / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
+            f"{'made in' if missing else 'reused from'} {path}",
+            flush=True,
+        )
+    return directories
 
 
 def _make(run: RunConfig, receiver: ReceiverConfig, train: Place, path: Place, missing: list[str], gpus: float) -> None:
@@ -127,7 +139,7 @@ def _make(run: RunConfig, receiver: ReceiverConfig, train: Place, path: Place, m
 
 
 class TeacherReader:
-    """One actor of the pool: holds a receiver, reads a shard file, leaves its columns in a file of the same name."""
+    """One actor of the pool: holds a receiver, reads a shard file, writes its columns into a file of the same name."""
 
     def __init__(self, run: Mapping[str, Any], name: str, train: str, path: str) -> None:
         self.run, self.train, self.path = RunConfig.model_validate(run), place(train), place(path)
@@ -137,7 +149,7 @@ class TeacherReader:
         self.builder = PromptBuilder(self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``file``: names of shard files."""
+        """Write the columns of shard files; ``batch["file"]`` holds their names."""
         for name in batch["file"]:
             table = read_columns(self.lm, self.builder, self.run, read_parquet(self.train / name))
             write(self.path / name, functools.partial(pq.write_table, table))
@@ -145,63 +157,67 @@ class TeacherReader:
 
 
 def read_columns(lm: LMWrapper, builder: PromptBuilder, run: RunConfig, table: pa.Table) -> pa.Table:
-    """One receiver's teacher columns for shard rows, in their order.
+    """Return one receiver's teacher columns for shard rows, in their order.
 
-    ``<name>_teacher_count`` says of how many supervised positions a row tells, K at most; ``…_ids`` and ``…_log_p`` hold
-    top-k entries for each of them, ``…_log_tail`` one, ``…_states`` all chosen layers' states,
-    layer-normalised as the loss compares them: raw ones may go beyond fp16's 65,504 (Gemma 3 270M
-    reaches 29,824). Floats as fp16.
+    ``<name>_teacher_count`` is a row's number of supervised positions that the others describe, K at
+    most. For each of them ``…_ids`` and ``…_log_p`` hold top-k entries, ``…_log_tail`` one, and
+    ``…_states`` all chosen layers' states, layer-normalised as the loss compares them: raw ones may go
+    beyond fp16's 65,504 (Gemma 3 270M reaches 29,824). Floats are fp16.
     """
     losses, k = run.losses, most_tokens(run.losses)
     depths = losses.hidden_kd_depths if losses.hidden_kd_weight > 0 else ()
     rows = table.select([f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]).to_pydict()
     sequences = [builder.text(*pieces) for pieces in zip(*rows.values(), strict=True)]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # alike in length, so little padding
-    found: list[dict[str, np.ndarray]] = [{}] * len(sequences)
+    outputs: list[dict[str, np.ndarray]] = [{}] * len(sequences)
     for start in range(0, len(order), BATCH_ROWS):
         chosen = order[start : start + BATCH_ROWS]
         batch = collate(replace(sequences[i], supervised=sequences[i].supervised[:k]) for i in chosen).to(lm.device)
         with torch.no_grad():
             hidden_ND, states = lm.supervised_states(lm.read_head(batch), None, depths)
-            said = _said(lm, hidden_ND, states, losses)
+            tensors = _tensors(lm, hidden_ND, states, losses)
         for number, index in enumerate(chosen):
-            mine_N = (batch.row_N == number).cpu()
-            found[index] = {name: tensor[mine_N].flatten().numpy() for name, tensor in said.items()}
+            in_row_N = (batch.row_N == number).cpu()
+            outputs[index] = {name: tensor[in_row_N].flatten().numpy() for name, tensor in tensors.items()}
     types = {"ids": pa.int32(), "log_p": pa.float16(), "log_tail": pa.float16(), "states": pa.float16()}
-    columns = {name: pa.array([row[name] for row in found], pa.list_(types[name])) for name in found[0]}
+    columns = {name: pa.array([row[name] for row in outputs], pa.list_(types[name])) for name in outputs[0]}
     columns["count"] = pa.array([len(sequence.supervised[:k]) for sequence in sequences], pa.int32())
     return pa.table({f"{lm.name}_teacher_{name}": column for name, column in columns.items()})
 
 
-def _said(
+def _tensors(
     lm: LMWrapper, hidden_ND: torch.Tensor, states: list[torch.Tensor], losses: LossConfig
 ) -> dict[str, torch.Tensor]:
-    said = {}
+    tensors = {}
     if losses.kd_weight > 0 and losses.kd_top_k > 0:
         rows = teacher_rows(lm.logits(hidden_ND), losses.kd_temperature, losses.kd_top_k)
         assert rows.ids_NK is not None and rows.log_tail_N is not None
-        said = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
+        tensors = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
     if states:
-        said["states"] = torch.stack([normalised(state_ND) for state_ND in states], 1).half()
-    return {name: tensor.cpu() for name, tensor in said.items()}
+        tensors["states"] = torch.stack([normalised(state_ND) for state_ND in states], 1).half()
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None:
-    """One receiver's words for a batch of shard rows, as the losses take them; ``None`` where columns are missing.
+    """Return one receiver's predictions for a batch of shard rows, as the losses take them.
 
-    A row stands for every supervised token of every answer. Those after the first K hold nothing, and are not asked for:
-    K is the largest ``k`` of the run, or of the whole sweep.
+    N counts every supervised token of every answer. Rows of those after the first K hold nothing, and
+    no loss reads them: K is the largest ``k`` of the run, or of the whole sweep.
+
+    Returns:
+        None where columns are missing, or no term needs them.
     """
-    wanted = ["ids"] * (losses.kd_weight > 0) + ["states"] * (losses.hidden_kd_weight > 0)
-    if not wanted or any(f"{name}_teacher_{column}" not in table.column_names for column in wanted):
+    needed_columns = ["ids"] * (losses.kd_weight > 0) + ["states"] * (losses.hidden_kd_weight > 0)
+    if not needed_columns or any(f"{name}_teacher_{column}" not in table.column_names for column in needed_columns):
         return None
     answers, counts = table[f"{name}_answer_ids"].to_pylist(), table[f"{name}_teacher_count"].to_pylist()
-    keep_N = torch.cat([torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)])
+    has_columns_N = torch.cat([torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)])
 
     def spread(column: str, dtype: torch.dtype) -> torch.Tensor:
         flat = table[f"{name}_teacher_{column}"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        told_ME = torch.from_numpy(flat.copy()).to(dtype).view(int(keep_N.sum()), -1)
-        return torch.zeros(len(keep_N), told_ME.shape[1], dtype=dtype).masked_scatter(keep_N[:, None], told_ME)
+        values_ME = torch.from_numpy(flat.copy()).to(dtype).view(int(has_columns_N.sum()), -1)
+        empty_NE = torch.zeros(len(has_columns_N), values_ME.shape[1], dtype=dtype)
+        return empty_NE.masked_scatter(has_columns_N[:, None], values_ME)
 
     rows: TeacherRows | None = None
     states: tuple[torch.Tensor, ...] = ()

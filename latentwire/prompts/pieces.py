@@ -81,17 +81,17 @@ class Pieces:
             return self.tokenizer(texts, **options).input_ids
         ids: list[list[int] | None] = [None] * len(texts)
         for lead in LEADS:
-            left = [place for place, found in enumerate(ids) if found is None]
+            left = [place for place, tokens in enumerate(ids) if tokens is None]
             start = self.tokenizer(lead, **options).input_ids
             wholes = self.tokenizer([lead + texts[place] for place in left], **options).input_ids if left else []
             for place, whole in zip(left, wholes, strict=True):
                 if whole[: len(start)] == start:
                     ids[place] = whole[len(start) :]
-        found = [one for one in ids if one is not None]
-        if len(found) < len(ids):
+        complete = [tokens for tokens in ids if tokens is not None]
+        if len(complete) < len(ids):
             text = texts[ids.index(None)]
             raise PromptError(
                 f"receiver {self.name}: the tokens of {text[:40]!r} must be its own, its first joins "
                 f"what is before it; use another tokenizer, or leave such rows out"
             )
-        return found
+        return complete

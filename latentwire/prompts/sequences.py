@@ -28,8 +28,8 @@ PROMPT_VERSION = 2
 """Raised whenever the same text would give other ids or positions; part of every shard's and evaluation's hash."""
 
 ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
-"""What a row's targets are: the answer, or the text that a control embedding right after the message asks for (the message's
-own, said again, or what follows it). The place of a control among a receiver's control embeddings."""
+"""A row's targets: the answer, or the text that a control embedding right after the message asks for, which is the message's own
+or what follows it. The numbers of controls are their places among a receiver's control embeddings."""
 CONTROLS = (RECONSTRUCT, CONTINUE)
 
 SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
@@ -100,12 +100,12 @@ class Batch:
         return self.control_R[self.row_N]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
         tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def after_head(self) -> Batch:
-        """The same rows without the tokens that all of them begin with, which go to ``head_H``."""
+        """Return the rows without the tokens that all of them begin with, which go to ``head_H``."""
         width, names = self.ids_BS.shape[1], ("ids_BS", "latents_BS", "control_BS", "question_BS")
         rows: dict[str, Any] = {name: getattr(self, name)[:, self.head :] for name in names}
         row_N, place_N = self.predict_N // width, self.predict_N % width
@@ -119,7 +119,7 @@ class Batch:
 
 
 def sender_text(send: Literal["context", "prompt"], context: str, question: str) -> str:
-    """What the encoder compresses. It knows no receiver: one message serves all of them."""
+    """Return the text that the encoder compresses. It knows no receiver: one message serves all of them."""
     return context if send == "context" else f"{context}\nQuestion: {question}"
 
 
@@ -164,7 +164,7 @@ class PromptBuilder:
     # ------------------------------------------------------------------------------------------------- tokenising
 
     def tokenize(self, contexts: list[str], questions: list[str], answers: list[str]) -> dict[str, list[list[int]]]:
-        """Ids of the three pieces that change from row to row, for a column of rows."""
+        """Return the ids of the three pieces that change from row to row, for a column of rows."""
         return {
             "context_ids": self._pieces.of_user(contexts),
             "question_ids": self._pieces.of_user([self._question_lead + question for question in questions]),
@@ -174,7 +174,7 @@ class PromptBuilder:
         }
 
     def check_boundaries(self, answers: list[str], answer_ids: list[list[int]]) -> list[bool]:
-        """Whether anchor and answer, tokenised as one text, give the same ids as joined; one flag per answer."""
+        """Return for each answer whether anchor and answer, tokenised as one text, give the same ids as joined."""
         before_ids = self._template_ids(self._before_answer)
         joint = self._pieces.all_following([self._before_answer + self.answer_lead + answer for answer in answers])
         return [whole == before_ids + ids for whole, ids in zip(joint, answer_ids, strict=True)]
@@ -192,33 +192,44 @@ class PromptBuilder:
     def text(
         self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None
     ) -> PromptSequence:
-        """The full-text prompt; an empty context makes it the closed book. Answer and stop are added where given."""
+        """Return the full-text prompt; an empty context makes it the closed book. Answer and stop follow where given."""
         message = self.message_ids(context_ids, question_ids)
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join(message, mid, question, answer_ids, soft=False)
 
     def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
-        """The tokens that a latent prompt's slots stand for."""
+        """Return the tokens that a latent prompt's slots stand for."""
         return [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
 
     def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> PromptSequence:
-        """The same prompt with ``slots`` soft positions in place of the message."""
+        """Return the same prompt with ``slots`` soft positions in place of the message."""
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
 
     def controlled(self, slots: int, control: int, text_ids: list[int], given: int = 0) -> PromptSequence:
-        """Soft slots, a control embedding, and a text as targets: the message said again, or what follows it.
+        """Return soft slots, a control embedding, and a text as targets.
 
-        Its first ``given`` tokens are read and not asked for.
+        Args:
+            slots: soft positions.
+            control: :data:`RECONSTRUCT`, for the message's own text, or :data:`CONTINUE`, for what follows it.
+            text_ids: that text.
+            given: its first tokens that are read and not predicted.
         """
         start = len(self.head_ids)
         text = start + slots + 1
         nowhere = range(text, text)
         return PromptSequence(
             ids=[*self.head_ids, *[SLOT_ID] * (slots + 1), *text_ids],
-            bos=self.bos, message=range(start, start + slots), question=nowhere, anchor=nowhere, answer=nowhere, stop=None,
-            supervised=range(text + given, text + len(text_ids)), soft=True, control=control,
-        )  # fmt: skip
+            bos=self.bos,
+            message=range(start, start + slots),
+            question=nowhere,
+            anchor=nowhere,
+            answer=nowhere,
+            stop=None,
+            supervised=range(text + given, text + len(text_ids)),
+            soft=True,
+            control=control,
+        )
 
     def _join(
         self, message: list[int], mid: list[int], question: list[int], answer: list[int] | None, *, soft: bool
@@ -255,7 +266,7 @@ class PromptBuilder:
         return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
 
     def _stops(self) -> tuple[int, tuple[int, ...]]:
-        """The supervised stop token, and every token that ends decoding.
+        """Return the supervised stop token, and every token that ends decoding.
 
         A plain prompt is a list of lines, so its answer ends with the line; a chat turn ends with the special token that the
         template writes after it, which for some models is not EOS.
@@ -274,13 +285,13 @@ class PromptBuilder:
         return self.newline_ids[0], (self.newline_ids[0], eos)
 
     def _turn_end(self) -> int | None:
-        """The special token right after an assistant's turn; ``None`` where the template writes none."""
+        """Return the special token right after an assistant's turn; None where the template writes none."""
         after = templates.after_answer(self.tokenizer, self.receiver)
         ids = self._template_ids(after)[:1]
         return ids[0] if ids and not self.tokenizer.decode(ids, skip_special_tokens=True) else None
 
     def _probe(self) -> None:
-        """A few answers of every kind: an anchor that merges with them is refused before any row is read."""
+        """Raise :class:`PromptError` for an anchor that merges with answers, before any row is read: try one of every kind."""
         answers = list(_PROBE_ANSWERS)
         ids = self.tokenize([], [], answers)["answer_ids"]
         for answer, good in zip(answers, self.check_boundaries(answers, ids), strict=True):
@@ -291,16 +302,19 @@ class PromptBuilder:
                 )
 
     def _template_ids(self, text: str) -> list[int]:
-        """Ids of our own text behind other text."""
+        """Return the ids of our own text behind other text."""
         return self._pieces.following(text)
 
 
 def collate(
     sequences: Iterable[PromptSequence], *, side: Literal["right", "left"] = "right", messages: list[int] | None = None
 ) -> Batch:
-    """Pad sequences to one length: to the right for training, to the left for decoding. Padding is told by length.
+    """Pad sequences to one length; the attention mask follows from their lengths, never from token ids.
 
-    ``messages``: the message that each sequence reads; ``None``: each its own, in order.
+    Args:
+        sequences: rows of one receiver.
+        side: where padding stands: to the right for training, to the left for decoding.
+        messages: the message that each sequence reads. None: each its own, in order.
     """
     rows = list(sequences)
     width = max(len(row.ids) for row in rows)
@@ -322,6 +336,10 @@ def collate(
             target.append(row.ids[position])
             offset.append(place)
             row_of.append(index)
+    firsts = [
+        row.supervised[0] - 1 for row in rows if row.supervised
+    ]  # the positions that predict a row's first target
+    head = min([*(row.message.start for row in rows), *firsts]) if side == "right" else 0
     return Batch(
         ids_BS=ids_BS,
         attention_BS=attention_BS,
@@ -334,16 +352,16 @@ def collate(
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
-        head=min(min((row.message.start, *(p - 1 for p in row.supervised[:1]))) for row in rows)
-        if side == "right"
-        else 0,
+        head=head,
     )
 
 
 def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> Batch:
-    """Several batches as one, padded to the longest; rows, slots and targets stay in order. Heads must not be off yet.
+    """Return several batches as one, padded to the longest; rows, slots and targets stay in order.
 
-    ``side``: where the padding stands, as :func:`collate` was told for each of them.
+    Args:
+        batches: of one receiver, none of them :meth:`Batch.after_head`.
+        side: where padding stands, the same as for :func:`collate` of each of them.
     """
     if len(batches) == 1:
         return batches[0]
@@ -356,16 +374,16 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
         shift = missing if side == "left" else 0
         for name in names:
             rows[name].append(F.pad(getattr(batch, name), (shift, missing - shift)))
+        # A flat index of the old B × S grid is a row and a place in it, each of which moves.
         row_N, place_N = batch.predict_N // batch.ids_BS.shape[1], batch.predict_N % batch.ids_BS.shape[1]
         rows["predict_N"].append((first_row + row_N) * width + shift + place_N)
         rows["row_N"].append(first_row + batch.row_N)
         rows["message_R"].append(first_message + batch.message_R)
         first_row += len(batch.ids_BS)
         first_message += int(batch.message_R.max()) + 1
+    for name in ("control_R", "target_N", "offset_N"):
+        rows[name] = [getattr(batch, name) for batch in batches]
     head = min(batch.head for batch in batches)
     heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
-    as_they_are = {
-        name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("control_R", "target_N", "offset_N")
-    }
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
-    return Batch(**joined, **as_they_are, head=head if len(heads) == 1 else 0)
+    return Batch(**joined, head=head if len(heads) == 1 else 0)

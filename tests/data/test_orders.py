@@ -41,15 +41,17 @@ def test_teachers_columns_stand_beside_their_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": range(10), "unread": range(10)}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"llama_count": range(100, 110)}), tmp_path / "llama" / "0.parquet")
     pq.write_table(pa.table({"qwen_count": range(200, 210)}), tmp_path / "qwen" / "0.parquet")
-    told = {name: tmp_path / name for name in ("llama", "qwen")}
-    parts = list(streams.read_joined("0.parquet", tmp_path, told, ["id"], 4))
+    teacher_paths = {name: tmp_path / name for name in ("llama", "qwen")}
+    parts = list(streams.read_joined("0.parquet", tmp_path, teacher_paths, ["id"], 4))
     assert [part.num_rows for part in parts] == [4, 4, 2]
-    (whole,) = streams.read_joined("0.parquet", tmp_path, told, ["id"])
+    (whole,) = streams.read_joined("0.parquet", tmp_path, teacher_paths, ["id"])
     for table in (pa.concat_tables(parts), whole):
         assert table.to_pydict() == {
             "id": list(range(10)), "llama_count": list(range(100, 110)), "qwen_count": list(range(200, 210))
         }  # fmt: skip
-    (read,) = streams._read_file({"file": np.array(["0.parquet"])}, train=tmp_path, told=told, columns=["id"])
+    (read,) = streams._read_file(
+        {"file": np.array(["0.parquet"])}, train=tmp_path, teacher_paths=teacher_paths, columns=["id"]
+    )
     assert read.equals(whole)
 
 
