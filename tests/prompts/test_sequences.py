@@ -121,7 +121,7 @@ def test_anchor_that_merges_with_the_answer_is_an_error(monkeypatch: pytest.Monk
     builder = PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(anchor="Answer: Os"), "context")
     # " Oslo" is one token: as anchor " Os" and answer "lo" the model would never have seen it written so.
     assert builder.check_boundaries(["lo", "!"], builder.tokenize([], [], ["lo", "!"])["answer_ids"]) == [False, True]
-    monkeypatch.setattr(builder, "_PROBE_ANSWERS", ("lo",))
+    monkeypatch.setattr("latentwire.prompts.sequences._PROBE_ANSWERS", ("lo",))
     with pytest.raises(PromptError, match="end the anchor with a space or a newline"):
         PromptBuilder(builder.tokenizer, receiver, PromptConfig(anchor="Answer: Os"), "context")
 
