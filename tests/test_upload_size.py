@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.upload_size import uploaded
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "upload_size.py"
 
 
@@ -26,3 +28,11 @@ def test_large_files_are_named_and_ignored_ones_are_not(tmp_path: Path) -> None:
 
 def test_this_repository_is_small_enough() -> None:
     assert run(SCRIPT.parent.parent).returncode == 0
+
+
+def test_the_whole_package_is_uploaded() -> None:
+    """Patterns for folders of outputs must not name folders of the package."""
+    repository = SCRIPT.parent.parent
+    sent = {path for _, path in uploaded(repository)}
+    package = {path.relative_to(repository) for path in (repository / "latentwire").rglob("*") if path.is_file()}
+    assert {path for path in package if "__pycache__" not in path.parts} <= sent

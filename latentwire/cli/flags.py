@@ -128,14 +128,8 @@ def read_config(flags: Any, default: str | None = None, start: Any = None) -> Sw
         if "run.losses.bundle" in overrides:  # else outvoted by the weights the wire was trained with
             tree.pop("losses", None)
         return load_space(None, {"run": tree} | overrides)
-    source = default if flags.config is None else _sought_config(flags.config)
+    source = flags.config or default
     return load_space(source, _overrides(flags, source is not None))
-
-
-def _sought_config(named: str) -> str | Path:
-    """Return a file here or under the home of outputs, else the name, which may be a shipped one."""
-    where = input_place(named)
-    return where if isinstance(where, Path) and where.is_file() else named
 
 
 def begun_with(flags: Any, start: Any) -> dict[str, Any]:

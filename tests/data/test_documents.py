@@ -122,7 +122,9 @@ def test_a_sweep_is_held_to_the_same_before_it_starts(run: RunConfig, tmp_path: 
     with pytest.raises(ConfigError, match=rf"development rows must be of .*dev_fraction to at most {small}"):
         prepared(large)
     (files,) = prepared(small).values()
-    assert (files.shards["train"] / documents.SHARDS_FILE).exists()  # for the workers, which do not read all rows for it
+    assert (
+        files.shards["train"] / documents.SHARDS_FILE
+    ).exists()  # for the workers, which do not read all rows for it
 
 
 def test_a_wire_of_an_earlier_version_is_begun_with_and_said_to_be_unknown(
