@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from latentwire.config import LossConfig, ReceiverConfig
-from latentwire.prompts.sequences import Batch
 from latentwire.losses.bundles import Teacher, Weights
 from latentwire.models.decoded import Decoded
+from latentwire.prompts.sequences import Batch
 
 PART = "step: "
 """What the names of a step's parts begin with in a profile."""
@@ -41,7 +41,7 @@ class LossTask:
     @property
     def depths(self) -> tuple[float, ...]:
         """Where in the receiver states are compared, as fractions of its depth."""
-        return self.settings.hidden_kd_depths if "hidden_kd" in self.weights.terms else ()
+        return self.settings.hidden_kd_depths if self.weights.reads_states else ()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from latentwire.config import LossConfig
-from latentwire.prompts.sequences import Batch
-from latentwire.losses.bundles import Reader, Teacher, loss_terms
+from latentwire.losses.bundles import Reader, Teacher, loss_terms, state_depths
 from latentwire.losses.terms import teacher_rows, token_ce
 from latentwire.models.lm import LMWrapper
+from latentwire.prompts.sequences import Batch
 from latentwire.receivers.base import AnswerScores, LossTask, part
 
 
@@ -31,7 +31,7 @@ class LocalReceiver(LMWrapper):
         told = told.to(self.device)
         if isinstance(told, Teacher):
             return told
-        depths = settings.hidden_kd_depths if settings.hidden_kd_weight > 0 else ()
+        depths = state_depths(settings)
         with part(f"teach {self.name}"):
             hidden_ND, states = self.supervised_states(self.read_head(told), None, depths)
             return Teacher(teacher_rows(self.logits(hidden_ND), settings.kd_temperature, settings.kd_top_k), states)
