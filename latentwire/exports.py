@@ -175,7 +175,7 @@ def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
 
 def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's weights, without those of a pretrained backbone that is not trained: the manifest holds their hash."""
-    fixed = module.pinned_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
+    fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
     return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
 
 

@@ -68,7 +68,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
 
-    def own(self, receiver: str) -> LocalReceiver:
+    def local_receiver(self, receiver: str) -> LocalReceiver:
         """A receiver whose weights are in this process. Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one."""
         found = self.receivers[receiver]
         if not isinstance(found, LocalReceiver):
@@ -252,7 +252,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 f"use answer, or train one without features.{acting[0]}"
             )
         message, prompts = self._asked(message, questions, receiver)
-        lm, batch = self.own(receiver), collate(prompts, side="left")
+        lm, batch = self.local_receiver(receiver), collate(prompts, side="left")
         e_BSD = lm.embed(batch, self.interlingua.soft_rows(receiver, message, batch)).cpu()
         return [e_SD[-len(prompt.ids) :] for e_SD, prompt in zip(e_BSD, prompts, strict=True)]
 

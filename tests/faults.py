@@ -123,15 +123,15 @@ def padding_attended() -> None:
 
 def wrong_teacher_row() -> None:
     """Let each position learn from its neighbour's teacher."""
-    teach = LocalReceiver.teach
+    read_teacher = LocalReceiver.read_teacher
 
     def broken(self: LocalReceiver, *arguments: Any) -> Any:
-        teacher = teach(self, *arguments)
+        teacher = read_teacher(self, *arguments)
         assert teacher.rows is not None
         rows = dataclasses.replace(teacher.rows, log_p_NK=teacher.rows.log_p_NK.roll(1, 0))
         return dataclasses.replace(teacher, rows=rows)
 
-    LocalReceiver.teach = broken  # type: ignore[method-assign]
+    LocalReceiver.read_teacher = broken  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------------------------- all of them

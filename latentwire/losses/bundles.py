@@ -39,12 +39,12 @@ class Weights:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher must read this step's texts."""
+        """True where a teacher must read this step's texts."""
         return any(TERMS[name].needs_teacher for name in self.terms)
 
     @property
     def reads_states(self) -> bool:
-        """Whether a term compares states of inner layers."""
+        """True where a term compares states of inner layers."""
         return any(TERMS[name].reads == "states" for name in self.terms)
 
 
@@ -62,7 +62,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The same receiver's output on the full text, at the answers' tokens in their order."""
+    """The receiver's output on the full text, at the answers' tokens in their order."""
 
     rows: TeacherRows | None
     states: Sequence[torch.Tensor] = ()

@@ -43,7 +43,7 @@ def k_token_ce_from_prefix(
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """A teacher's tempered distributions at N positions: its likeliest tokens, and the mass of the others."""
+    """A teacher's tempered distributions at N positions: likeliest tokens, and the others' mass."""
 
     ids_NK: torch.Tensor | None
     """Token ids of the columns; ``None``: the whole vocabulary, in order."""
@@ -186,7 +186,7 @@ def distillation(tokens: Tokens) -> torch.Tensor:
 
 
 def state_distillation(tokens: Tokens) -> torch.Tensor:
-    """Return the squared distance ``[A]`` to the teacher's states, of tokens that are all answers'."""
+    """Return the squared distance ``[A]`` to the teacher's states; all tokens are answers'."""
     return kd_hidden_states_first_k(tokens.states, tokens.teacher_states, tokens.offset_N, tokens.k)
 
 
@@ -203,9 +203,9 @@ class LossTerm:
     span: Literal["all", "first_k", "first"] = "all"
     """Tokens of each sequence that it averages over."""
     reads: Literal["logits", "states"] = "logits"
-    """What the receiver must give for it. Terms of states read answers alone, and are not chunked."""
+    """Output of the receiver that it reads. Terms of states read answers alone, unchunked."""
     needs_teacher: bool = False
-    """Whether the same of a teacher is needed: logits or states on the full text."""
+    """A teacher must give the same output, logits or states, on the full text."""
 
     @property
     def knob(self) -> str:

@@ -66,7 +66,7 @@ class PretrainedStates(States):
         """SHA-256 of the backbone's weights where they are not trained (a checkpoint leaves them out), else ``None``."""
         return None if self.tuned == "full" else fingerprint(self.backbone)
 
-    def pinned_parameters(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         """Those of a backbone that is not trained."""
         if self.tuned == "full":
             return frozenset()

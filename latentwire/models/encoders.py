@@ -123,9 +123,9 @@ class InterlinguaEncoder(nn.Module):
         """Hash of a pretrained backbone that is not trained; ``None`` where there is none."""
         return self.states.fingerprint()
 
-    def pinned_parameters(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         """Names of the parameters of a backbone that is not trained: its hash stands for them, they are never saved."""
-        return frozenset(f"states.{name}" for name in self.states.pinned_parameters())
+        return frozenset(f"states.{name}" for name in self.states.frozen_parameters())
 
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
         """Soft-prompt positions that each text's message will take at one receiver, known before encoding."""

@@ -101,7 +101,7 @@ class Interlingua(nn.Module):
             if (found or "encoder") not in names:
                 parameter.requires_grad_(False)
 
-    def taught_by(self) -> list[str]:
+    def training_receivers(self) -> list[str]:
         """Receivers whose reading teaches something: all where the encoder learns, else those that are trained."""
         learns = not self.trained or "encoder" in self.trained
         return [name for name in self.adapters if learns or name in self.trained]

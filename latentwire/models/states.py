@@ -42,7 +42,7 @@ class States(nn.Module, ABC):
         """Hash of weights that are not trained; ``None`` where all are."""
         return None
 
-    def pinned_parameters(self) -> frozenset[str]:
+    def frozen_parameters(self) -> frozenset[str]:
         """Names of the parameters that this hash stands for: they are never saved."""
         return frozenset()
 

@@ -201,7 +201,7 @@ class Trainer:
 
     def _receivers_of(self, step: int) -> list[str]:
         """The receivers that this step trains through; the same on every worker."""
-        names = self.wire.interlingua.taught_by()
+        names = self.wire.interlingua.training_receivers()
         if self.config.receivers_per_step == "all":
             return names
         return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
@@ -231,7 +231,7 @@ class Trainer:
         sequences = batch.sequences[name].to(lm.device)
         if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:  # which allows no cache
             sequences = lm.read_head(sequences)
-        teacher = lm.teach(batch.teacher[name], losses) if weights.needs_teacher else None
+        teacher = lm.read_teacher(batch.teacher[name], losses) if weights.needs_teacher else None
         # One backward per term needs a graph per term, which chunks do not have.
         rows = None if self.config.log_gradient_norms else self.config.logit_rows
         soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
@@ -251,7 +251,7 @@ class Trainer:
 
         Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut it differently.
         """
-        total, names = 0.0, self.wire.interlingua.taught_by()
+        total, names = 0.0, self.wire.interlingua.training_receivers()
         own = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
         messages = self.workers.sum_counts(own, self.wire.interlingua.device)["messages"]
         for batch in batches:

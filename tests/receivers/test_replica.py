@@ -161,7 +161,7 @@ def test_the_longest_unserved_comes_first_and_what_fits_goes_with_it() -> None:
     open_.set()
     desk.finish()
     assert desk.log == [["a1"], ["b1", "c1"], ["a2", "a3"], ["a4"]]
-    told = desk.replica.told()
+    told = desk.replica.usage()
     assert (told["a"]["requests"], told["a"]["joined"], told["b"]["joined"]) == (4, 2, 1)
     assert told["b"]["waited"] > 0 and desk.replica.passes == 4 and desk.replica.waiting == 0
 
