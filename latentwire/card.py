@@ -19,8 +19,9 @@ MODES = {
     "closed_book": "nothing",
 }
 UNTUNED_TEXT = (
-    "The receivers read text as they come, with the examples of their prompts; they were not trained to answer from it as the wire "
-    "was. Behind a few trained vectors a receiver can read the same text much better."
+    "The receivers read text as they come, with the examples of their prompts; they were not "
+    "trained to answer from it as the wire was. Behind a few trained vectors a receiver can read "
+    "the same text much better."
 )
 """What a reader must know of rows whose text is read by a receiver that nothing was trained for."""
 COLUMNS = {
@@ -84,7 +85,9 @@ def _message_size(run: RunConfig) -> str:
     if encoder.tokens_per_latent is not None:
         return f"one latent for every {encoder.tokens_per_latent} of its tokens,"
     parts = "a line" if encoder.split == "lines" else "a text"
-    private = f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    private = (
+        f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    )
     return f"{encoder.latent_len} latents {parts}{private},"
 
 
@@ -93,7 +96,9 @@ def _receivers(run: RunConfig, manifest: dict[str, Any]) -> str:
     lines = ["| name | model | revision | SHA-256 of its weights |", "|---|---|---|---|"]
     for receiver in run.receivers:
         found = f"`{hashes[receiver.name]}`" if receiver.name in hashes else "not recorded"
-        lines.append(f"| {receiver.name} | {_model(receiver.model)} | {receiver.revision or '–'} | {found} |")
+        lines.append(
+            f"| {receiver.name} | {_model(receiver.model)} | {receiver.revision or '–'} | {found} |"
+        )
     return "\n".join(lines)
 
 
@@ -109,14 +114,22 @@ def _rows(run: RunConfig) -> str:
 
 
 def _sent(run: RunConfig) -> str:
-    return "context alone; the question goes to the receiver" if run.data.send == "context" else "context and question"
+    return (
+        "context alone; the question goes to the receiver"
+        if run.data.send == "context"
+        else "context and question"
+    )
 
 
 def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
     validation = metrics.get("validation") or {}
     if not validation:
         return "None: this wire was not scored on questions."
-    present = [name for name in COLUMNS if any(name in row for rows in validation.values() for row in rows.values())]
+    present = [
+        name
+        for name in COLUMNS
+        if any(name in row for rows in validation.values() for row in rows.values())
+    ]
     resampled = "contexts" if "contexts" in present else "rows"
     lines = [
         f"On validation rows: {_readings(metrics.get('readings'))}. In brackets 95 % bootstrap intervals over {resampled}; NLL in "
@@ -142,8 +155,8 @@ def _readings(readings: dict[str, Any] | None) -> str:
     if not readings["wires"]:
         return "no other wire was scored on them before"
     return (
-        f"{readings['read_before']:,} of {readings['rows']:,} had been read before, in {readings['scorings']:,} scorings, by "
-        f"{readings['wires']:,} other wires"
+        f"{readings['read_before']:,} of {readings['rows']:,} had been read before, in "
+        f"{readings['scorings']:,} scorings, by {readings['wires']:,} other wires"
     )
 
 
@@ -160,7 +173,8 @@ def _made(run: RunConfig, manifest: dict[str, Any]) -> str:
     step = manifest["metrics"].get("development", manifest["metrics"]).get("step")
     total = sum(manifest["parameters"].values())
     parts = ", ".join(
-        f"{name.removesuffix('.safetensors')} {count:,}" for name, count in manifest["parameters"].items()
+        f"{name.removesuffix('.safetensors')} {count:,}"
+        for name, count in manifest["parameters"].items()
     )
     lines = [
         f"- {total:,} trained parameters ({parts})"
@@ -170,5 +184,7 @@ def _made(run: RunConfig, manifest: dict[str, Any]) -> str:
         "- `manifest.json` has the hash of every file; a directory that does not fit it is refused",
     ]
     if run.training.train_only:
-        lines.insert(1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was")
+        lines.insert(
+            1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was"
+        )
     return "\n".join(lines)

@@ -1,9 +1,11 @@
 """A wire as a directory: safetensors and JSON, never pickle; written aside, then renamed, and checked when read.
 
-It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not trained),
-``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on, ``trained_on.safetensors``
-(hashes of the documents it has trained on), ``manifest.json`` (format, hashes, parameter counts, package versions, pins,
-metrics) and ``README.md``, the model card. No receiver weight is in it. What training adds to go on from is in ``training/checkpoints.py``.
+It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not
+trained), ``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that
+is on, ``trained_on.safetensors`` (hashes of the documents it has trained on), ``manifest.json``
+(format, hashes, parameter counts, package versions, pins, metrics) and ``README.md``, the model
+card. No receiver weight is in it. What training adds to go on from is in
+``training/checkpoints.py``.
 """
 
 from __future__ import annotations
@@ -44,14 +46,23 @@ CARD = "README.md"
 FILES = ["config.json", MANIFEST, CARD, "interlingua.safetensors", documents.FILE, "adapters/*.safetensors",
          "features/*.safetensors"]  # fmt: skip
 """What an export consists of, as patterns."""
-PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
+PACKAGES = (
+    "latentwire",
+    "ray",
+    "torch",
+    "transformers",
+    "datasets",
+    "optuna",
+    "pyarrow",
+    "safetensors",
+)
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be trusted or does not fit; the message says what was expected and what was found."""
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 def save(
@@ -64,9 +75,10 @@ def save(
 ) -> Path:
     """Write a wire to ``path``, which must be empty or not there yet.
 
-    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add`` writes further files
-    into the directory that it is given, before everything is hashed. ``address``: how the configuration names a model's
-    directory; ``None``: relative to ``path`` (:func:`beside`).
+    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add``
+    writes further files into the directory that it is given, before everything is hashed.
+    ``address``: how the configuration names a model's directory; ``None``: relative to ``path``
+    (:func:`beside`).
     """
     path = Path(path)
     check_free(path)
@@ -84,9 +96,14 @@ def save(
             add(aside)
         manifest = {
             "format_version": FORMAT_VERSION,
-            "files": {str(f.relative_to(aside)): sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
+            "files": {
+                str(f.relative_to(aside)): sha256(f)
+                for f in sorted(aside.rglob("*"))
+                if f.is_file()
+            },
             "parameters": {
-                name: sum(t.numel() for t in saved_tensors(part).values()) for name, part in parts(wire).items()
+                name: sum(t.numel() for t in saved_tensors(part).values())
+                for name, part in parts(wire).items()
             },
             "receivers_frozen": keeps_receivers_frozen(wire.run),
             "backbone": wire.interlingua.encoder.backbone_fingerprint(),
@@ -116,7 +133,9 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
     """``run`` with another address of each model, its receivers' and its encoder's."""
     values: dict[str, Any] = {
-        "receivers": [receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers]
+        "receivers": [
+            receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers
+        ]
     }
     if run.encoder.model is not None:
         values["encoder.model"] = address(run.encoder.model)
@@ -126,7 +145,8 @@ def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
 def beside(path: Path, model: str) -> str:
     """A model's directory as seen from the directory ``path``, beginning with a dot; a Hub id or an embedded model as it is.
 
-    Whoever gets both together, or under another root, finds one from the other; nobody learns where they lay.
+    Whoever gets both together, or under another root, finds one from the other; nobody learns where
+    they lay.
     """
     if not is_directory(model):
         return model
@@ -162,24 +182,34 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 def check_free(path: Path) -> None:
     """Raise :class:`CheckpointError` where a wire would overwrite something."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
+        raise CheckpointError(
+            f"a checkpoint must not overwrite anything, {path} exists; name another directory"
+        )
 
 
 def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
     """File → the module whose weights it holds."""
     interlingua = wire.interlingua
     found: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
-    found |= {f"adapters/{name}.safetensors": adapter for name, adapter in interlingua.adapters.items()}
-    return found | {f"features/{name}.safetensors": feature for name, feature in interlingua.features.items()}
+    found |= {
+        f"adapters/{name}.safetensors": adapter for name, adapter in interlingua.adapters.items()
+    }
+    return found | {
+        f"features/{name}.safetensors": feature for name, feature in interlingua.features.items()
+    }
 
 
 def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's weights, without those of a pretrained backbone that is not trained: the manifest holds their hash."""
     fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
-    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
+    return {
+        name: t.detach().cpu().contiguous()
+        for name, t in module.state_dict().items()
+        if name not in fixed
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -187,16 +217,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not file.exists():
         raise CheckpointError(
-            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
+            f"a checkpoint must hold manifest.json, {path} does not; name the directory that "
+            f"holds it"
         )
     try:
         manifest = json.loads(file.read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
+        raise CheckpointError(
+            f"{file} must be the JSON that latentwire writes ({error}); restore it"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
+            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version "
+            f"that wrote it"
         )
     for name, expected in files.items():
         part = (Path(path) / name).resolve()
@@ -204,26 +238,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
         if not part.exists():
             raise CheckpointError(
-                f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
+                f"{path} must hold {name} as its manifest says, it is missing; copy the whole "
+                f"directory"
             )
         found = sha256(part)
         if found != expected:
             raise CheckpointError(
-                f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; it was changed or cut off"
+                f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; "
+                f"it was changed or cut off"
             )
     return manifest
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
-    """Return the trained weights of a checkpoint or export: ``encoder`` (with all that every receiver shares) and each
-    receiver → ``parameters`` and ``bytes`` as stored. Weights of a backbone that is not trained are not among them."""
+    """Return the trained weights of a checkpoint or export: ``encoder`` (with all that every
+    receiver shares) and each receiver → ``parameters`` and ``bytes`` as stored. Weights of a
+    backbone that is not trained are not among them."""
     names = [receiver.name for receiver in read_run(path).receivers]
     found = {name: {"parameters": 0, "bytes": 0} for name in ("encoder", *names)}
     for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*/*.safetensors")):
         if file.parent == path and file.name != "interlingua.safetensors":
             continue  # what training needs to go on, and no part of the wire
         for name, tensor in load_file(file).items():
-            # What is made for one receiver lies under its name, in a file of its own or right in a feature's module.
+            # What is made for one receiver lies under its name, in a file of its own or right in a
+            # feature's module.
             words = [file.stem] if file.parent.name == "adapters" else name.split(".")[1:2]
             part = words[0] if file.parent != path and words and words[0] in names else "encoder"
             found[part]["parameters"] += tensor.numel()
@@ -237,7 +275,9 @@ def read_run(path: Path) -> RunConfig:
     Raises :class:`CheckpointError`.
     """
     try:
-        run = validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
+        run = validate(
+            RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json"
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
 
@@ -253,14 +293,20 @@ def check_models(path: Path, run: RunConfig) -> None:
     for place, receiver in enumerate(run.receivers):
         if _is_path(receiver.model) and not Path(receiver.model).exists():
             raise CheckpointError(
-                f"receiver {receiver.name} of {path} must be in a directory of this machine, {receiver.model} is not there; say "
-                f"where its weights are: LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub id>'}}), "
-                f"or --set receivers.{place}.model=<directory or Hub id>"
+                f"receiver {receiver.name} of {path} must be in a directory of this machine, "
+                f"{receiver.model} is not there; say where its weights are: "
+                f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
+                f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
             )
-    if run.encoder.model is not None and _is_path(run.encoder.model) and not Path(run.encoder.model).exists():
+    if (
+        run.encoder.model is not None
+        and _is_path(run.encoder.model)
+        and not Path(run.encoder.model).exists()
+    ):
         raise CheckpointError(
-            f"the encoder's backbone of {path} must be in a directory of this machine, {run.encoder.model} is not there; put "
-            f"its weights there, or --set encoder.model=<directory or Hub id>"
+            f"the encoder's backbone of {path} must be in a directory of this machine, "
+            f"{run.encoder.model} is not there; put its weights there, or --set "
+            f"encoder.model=<directory or Hub id>"
         )
 
 
@@ -268,32 +314,47 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None) -> RunConfig:
+def choose_receivers(
+    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
+) -> RunConfig:
     """``run`` with the receivers of those names alone (``None``: all), from other places where a mapping names them.
 
     A name alone is one of them.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder needs all of them.
+    Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder
+    needs all of them.
     """
     if chosen is None:
         return run
     chosen = [chosen] if isinstance(chosen, str) else chosen
     known = {receiver.name: receiver for receiver in run.receivers}
     if strange := [name for name in chosen if name not in known]:
-        raise ConfigError(f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them")
+        raise ConfigError(
+            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of "
+            f"them"
+        )
     if run.encoder.private_len and len(chosen) < len(known):
         raise ConfigError(
-            f"encoder.private_len {run.encoder.private_len} makes latents for each of {', '.join(known)}, got only "
-            f"{', '.join(chosen)}; name all of them"
+            f"encoder.private_len {run.encoder.private_len} makes latents for each of "
+            f"{', '.join(known)}, got only {', '.join(chosen)}; name all of them"
         )
     places = dict(chosen) if isinstance(chosen, Mapping) else {}
     values: dict[str, Any] = {
-        "receivers": [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
+        "receivers": [
+            known[name].model_dump() | ({"model": places[name]} if name in places else {})
+            for name in chosen
+        ]
     }
-    learned = run.training.train_only  # of a wire that one of them joined: what stays away cannot be named
-    values["training.train_only"] = [name for name in learned if name in chosen or name == "encoder"]
+    learned = (
+        run.training.train_only
+    )  # of a wire that one of them joined: what stays away cannot be named
+    values["training.train_only"] = [
+        name for name in learned if name in chosen or name == "encoder"
+    ]
     lender = run.encoder.lender
-    if lender is not None and lender not in chosen:  # the encoder is still built like the receiver that stays away
+    if (
+        lender is not None and lender not in chosen
+    ):  # the encoder is still built like the receiver that stays away
         values["encoder.model"] = known[lender].model
     return with_values(run, values, "receivers")
 
@@ -301,8 +362,8 @@ def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, 
 def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     """Put a checkpoint's encoder and adapters into ``wire``; returns the manifest.
 
-    Raises :class:`CheckpointError` for changed files, other shapes or keys, or receivers whose weights hash differently
-    from those it was trained with.
+    Raises :class:`CheckpointError` for changed files, other shapes or keys, or receivers whose
+    weights hash differently from those it was trained with.
     """
     path = Path(path)
     manifest, run = read_manifest(path), read_run(path)
@@ -314,15 +375,16 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     backbone = wire.interlingua.encoder.backbone_fingerprint()
     if backbone != manifest["backbone"]:
         raise CheckpointError(
-            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} ({wire.run.encoder.model}); "
-            f"load the same weights"
+            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} "
+            f"({wire.run.encoder.model}); load the same weights"
         )
     wire.trained_on = documents.read(path, manifest)
     for name, expected in manifest["pins"].get("receivers", {}).items():
         if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
             raise CheckpointError(
-                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got {found[:12]}… "
-                f"({wire.receivers[name].config.model}); load the same weights and dtype"
+                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got "
+                f"{found[:12]}… ({wire.receivers[name].config.model}); load the same weights and "
+                f"dtype"
             )
     return manifest
 
@@ -335,17 +397,23 @@ def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> 
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out}
+        raise CheckpointError(
+            f"{file} must be readable safetensors ({error}); restore it"
+        ) from error
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out
+    }
     wanted = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
     if differing := tensors.keys() ^ wanted:
-        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
+        raise CheckpointError(
+            f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}"
+        )
     try:
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         # torch names every tensor of another shape on a line of its own, below its heading.
         fault = " ".join(next(iter(str(error).splitlines()[1:]), str(error)).split())
         raise CheckpointError(
-            f"{file} must fit the configuration and its receivers, it does not ({fault.rstrip('.')}); name those that it "
-            f"was trained with"
+            f"{file} must fit the configuration and its receivers, it does not "
+            f"({fault.rstrip('.')}); name those that it was trained with"
         ) from error

@@ -30,14 +30,16 @@ from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
 
 LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
-"""Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever they come from."""
+"""Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever
+they come from."""
 
 
 class LatentWire(ModelHubMixin, library_name="latentwire"):
     """Text → one message → answers from every receiver.
 
-    ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a configuration, or load an
-    export with :meth:`from_pretrained`; :meth:`save_pretrained` and :meth:`push_to_hub` write one.
+    ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a
+    configuration, or load an export with :meth:`from_pretrained`; :meth:`save_pretrained` and
+    :meth:`push_to_hub` write one.
     """
 
     manifest: dict[str, Any] | None = None
@@ -47,7 +49,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         """Loads the receivers and draws fresh trainable weights from ``run.training.seed``.
 
         ``receivers``: those of the run, by name, where they are held elsewhere. Raises
-        :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.PromptError`.
+        :class:`~latentwire.models.weights.ReceiverError` or
+        :class:`~latentwire.prompts.sequences.PromptError`.
         """
         self.run = run
         self.receivers: dict[str, Receiver] = (
@@ -60,8 +63,13 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
-        shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
-        self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
+        shapes = {
+            name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
+            for name, lm in self.receivers.items()
+        }
+        self.interlingua = Interlingua(run, shapes, registry.build).to(
+            next(iter(self.receivers.values())).device
+        )
         self.trained_on = TrainedOn()
         """The documents that its weights have trained on."""
         self._address: Callable[[str], str] | None = None  # how an export names models' directories
@@ -73,19 +81,22 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         found = self.receivers[receiver]
         if not isinstance(found, LocalReceiver):
             raise ReceiverError(
-                f"this needs the weights of receiver {receiver} in this process, they are shared; load it here"
+                f"this needs the weights of receiver {receiver} in this process, they are shared; "
+                f"load it here"
             )
         return found
 
     def local_receivers(self) -> list[LocalReceiver]:
         """Those whose weights are in this process."""
-        return [receiver for receiver in self.receivers.values() if isinstance(receiver, LocalReceiver)]
+        return [
+            receiver for receiver in self.receivers.values() if isinstance(receiver, LocalReceiver)
+        ]
 
     def fingerprints(self) -> dict[str, str]:
         """Receiver → hash of its weights, which never change."""
         return {name: receiver.fingerprint() for name, receiver in self.receivers.items()}
 
-    # ------------------------------------------------------------------------------------------- loading and saving
+    # --------------------------------------------------------------------------- loading and saving
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -102,11 +113,13 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> LatentWire:
         """The wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
 
-        ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the same weights where they
-        lie elsewhere than when the wire was trained. ``trust_remote_code``: whether receivers may run code that comes with
-        their weights where the export asks for it; a stranger's export could. Raises
-        :class:`~latentwire.exports.CheckpointError` for a place that holds no wire, or one that its manifest does not fit,
-        :class:`~latentwire.config.resolve.ConfigError` and :class:`~latentwire.models.weights.ReceiverError`.
+        ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the
+        same weights where they lie elsewhere than when the wire was trained. ``trust_remote_code``:
+        whether receivers may run code that comes with their weights where the export asks for it; a
+        stranger's export could. Raises :class:`~latentwire.exports.CheckpointError` for a place
+        that holds no wire, or one that its manifest does not fit,
+        :class:`~latentwire.config.resolve.ConfigError` and
+        :class:`~latentwire.models.weights.ReceiverError`.
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
@@ -125,14 +138,17 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             except (OSError, ValueError) as error:
                 raise exports.CheckpointError(
                     f"a wire must be a directory or a Hub id, got {pretrained_model_name_or_path} "
-                    f"({str(error).strip().splitlines()[0]}); name its best/ directory, or log in with `hf auth login`"
+                    f"({str(error).strip().splitlines()[0]}); name its best/ directory, or log in "
+                    f"with `hf auth login`"
                 ) from error
         exports.read_manifest(path)
         run = exports.choose_receivers(exports.read_run(path), receivers)
-        if asking := [r.name for r in run.receivers if r.trust_remote_code and not trust_remote_code]:
+        if asking := [
+            r.name for r in run.receivers if r.trust_remote_code and not trust_remote_code
+        ]:
             raise exports.CheckpointError(
-                f"{path} lets {', '.join(asking)} run code that comes with their weights; read that code, then say "
-                f"trust_remote_code=True"
+                f"{path} lets {', '.join(asking)} run code that comes with their weights; read "
+                f"that code, then say trust_remote_code=True"
             )
         exports.check_models(path, run)
         wire = cls(run)
@@ -143,7 +159,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write an export with its model card to a directory that holds nothing yet; ``push_to_hub=True``: to the Hub too.
 
-        Metrics are those of the export it was loaded from, as long as its weights are. Raises :class:`~latentwire.exports.CheckpointError`.
+        Metrics are those of the export it was loaded from, as long as its weights are. Raises
+        :class:`~latentwire.exports.CheckpointError`.
         """
         exports.check_free(Path(save_directory))  # the mixin removes a config.json that is there
         return super().save_pretrained(save_directory, **options)
@@ -159,7 +176,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload an export with its model card to the Hub; returns the commit's address.
 
-        Receivers from directories are named by their last name alone: who loads it says where theirs are.
+        Receivers from directories are named by their last name alone: who loads it says where
+        theirs are.
         """
         self._address = exports.by_name
         try:
@@ -178,36 +196,52 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         for feature in self.interlingua.features.values():
             if feature.acts_on_message:
                 parts.append(feature)
-        state = [(id(tensor), tensor._version) for tensor in (*parts.parameters(), *parts.buffers())]
+        state = [
+            (id(tensor), tensor._version) for tensor in (*parts.parameters(), *parts.buffers())
+        ]
         if self._encoder_id[0] != state:
-            # Without defaults: a knob that a later version adds leaves the ids of what was trained before it.
-            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES, exclude_defaults=True)
-            digest = hashlib.sha256(f"{fingerprint(parts)} {knobs} {self.run.data.send}".encode()).hexdigest()
+            # Without defaults: a knob that a later version adds leaves the ids of what was trained
+            # before it.
+            knobs = self.run.encoder.model_dump_json(
+                exclude=LENGTHS_AND_PLACES, exclude_defaults=True
+            )
+            digest = hashlib.sha256(
+                f"{fingerprint(parts)} {knobs} {self.run.data.send}".encode()
+            ).hexdigest()
             self._encoder_id = state, digest[:32]
         return self._encoder_id[1]
 
-    # ------------------------------------------------------------------------------------------- sending and reading
+    # -------------------------------------------------------------------------- sending and reading
 
     @torch.no_grad()
-    def encode(self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None) -> Message:
+    def encode(
+        self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None
+    ) -> Message:
         """One message a context, to be sent by its ``to_bytes``; ``questions`` are part of it with ``send: prompt`` only.
 
-        A text alone is one context. Warns of contexts longer than the wire was trained for (``data.max_context_bytes``).
-        Raises :class:`~latentwire.config.resolve.ConfigError` for what is no text or empty, for another number of questions,
-        and where that wire is given none.
+        A text alone is one context. Warns of contexts longer than the wire was trained for
+        (``data.max_context_bytes``). Raises :class:`~latentwire.config.resolve.ConfigError` for
+        what is no text or empty, for another number of questions, and where that wire is given
+        none.
         """
         self.interlingua.eval()
         contexts = texts_of("contexts", contexts)
         if questions is None and self.run.data.send == "prompt":
             raise ConfigError(
-                "this wire's messages hold the questions (data.send prompt), got none; give encode one a context"
+                "this wire's messages hold the questions (data.send prompt), got none; give "
+                "encode one a context"
             )
-        questions = texts_of("questions", questions) if questions is not None else [""] * len(contexts)
+        questions = (
+            texts_of("questions", questions) if questions is not None else [""] * len(contexts)
+        )
         if len(questions) != len(contexts):
             raise ConfigError(
-                f"each context takes one question, got {len(contexts)} contexts and {len(questions)} questions"
+                f"each context takes one question, got {len(contexts)} contexts and "
+                f"{len(questions)} questions"
             )
-        texts = [sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)]
+        texts = [
+            sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)
+        ]
         sizes, limit = [len(text.encode()) for text in texts], self.run.data.max_context_bytes
         if longer := sum(size > limit for size in sizes):
             warnings.warn(
@@ -222,15 +256,19 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         message = from_bytes(packet, expect=self.encoder_id)
         if (d_z := message.z_BLZ.shape[2]) != self.run.encoder.d_z:
             raise WireError(
-                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender must check them"
+                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender "
+                f"must check them"
             )
         return message
 
     @torch.no_grad()
-    def answer(self, message: Message | bytes, questions: str | Iterable[str], receiver: str) -> list[str]:
+    def answer(
+        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
+    ) -> list[str]:
         """Greedy answers of one receiver to one question per message; a packet is received first. A text alone is one question.
 
-        Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of questions.
+        Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another
+        number of questions.
         """
         message, prompts = self._asked(message, questions, receiver)
         return self.decode(receiver, prompts, message)[0]
@@ -241,15 +279,16 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> list[torch.Tensor]:
         """One receiver's whole prompt to each question as input embeddings ``[positions, D]``, in its type, on the CPU.
 
-        For engines that take embeddings in place of tokens: ``model.generate(inputs_embeds=…)``, vLLM's ``prompt_embeds``.
-        ``builders[receiver].stop_ids`` end the answer. Raises :class:`~latentwire.config.resolve.ConfigError` as
-        :meth:`answer` does, and where a feature acts inside the receiver, which no embedding can carry.
+        For engines that take embeddings in place of tokens: ``model.generate(inputs_embeds=…)``,
+        vLLM's ``prompt_embeds``. ``builders[receiver].stop_ids`` end the answer. Raises
+        :class:`~latentwire.config.resolve.ConfigError` as :meth:`answer` does, and where a feature
+        acts inside the receiver, which no embedding can carry.
         """
         features: Any = self.interlingua.features.items()
         if acting := [name for name, feature in features if feature.acts_inside]:
             raise ConfigError(
-                f"prompt_embeds needs a wire whose features end before the receiver, got {', '.join(acting)}; "
-                f"use answer, or train one without features.{acting[0]}"
+                f"prompt_embeds needs a wire whose features end before the receiver, got "
+                f"{', '.join(acting)}; use answer, or train one without features.{acting[0]}"
             )
         message, prompts = self._asked(message, questions, receiver)
         lm, batch = self.local_receiver(receiver), collate(prompts, side="left")
@@ -261,21 +300,30 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> tuple[Message, list[sequences.PromptSequence]]:
         """A message on this wire's device, and the prompt of each question to it."""
         if receiver not in self.receivers:
-            raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")
+            raise ConfigError(
+                f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one "
+                f"of them"
+            )
         questions = texts_of("questions", questions)
         if not isinstance(message, Message | bytes | bytearray | memoryview):
             raise ConfigError(
-                f"a message must be what encode gives, or its packet as bytes, got {_shown(message)}; one for all questions"
+                f"a message must be what encode gives, or its packet as bytes, got "
+                f"{_shown(message)}; one for all questions"
             )
-        message = (message if isinstance(message, Message) else self.receive(message)).to(self.interlingua.device)
+        message = (message if isinstance(message, Message) else self.receive(message)).to(
+            self.interlingua.device
+        )
         self.interlingua.eval()
         builder, slots = self.builders[receiver], message.slots(receiver)
         if len(questions) != len(slots):
             raise ConfigError(
-                f"each message takes one question, got {len(slots)} messages and {len(questions)} questions"
+                f"each message takes one question, got {len(slots)} messages and {len(questions)} "
+                f"questions"
             )
         question_ids = builder.tokenize([], questions, [])["question_ids"]
-        return message, [builder.latent(count, ids) for count, ids in zip(slots, question_ids, strict=True)]
+        return message, [
+            builder.latent(count, ids) for count, ids in zip(slots, question_ids, strict=True)
+        ]
 
     @property
     def reads_heads_alike(self) -> bool:
@@ -283,7 +331,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return not any(feature.acts_on_text for feature in self.interlingua.features.values())
 
     @contextmanager
-    def reading(self, receiver: str, batch: Batch, message: Message | None) -> Iterator[torch.Tensor | None]:
+    def reading(
+        self, receiver: str, batch: Batch, message: Message | None
+    ) -> Iterator[torch.Tensor | None]:
         """The soft vectors ``[N, D]`` of a batch, with the features attached to the receiver that is about to read it.
 
         Without a message the prompts are text: nothing is attached, as for teachers and baselines.
@@ -297,7 +347,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             if acting:
                 reading = self._reading(receiver, batch, message)
                 for feature in acting:
-                    stack.enter_context(feature.attached(receiver, self.receivers[receiver], reading))
+                    stack.enter_context(
+                        feature.attached(receiver, self.receivers[receiver], reading)
+                    )
             yield self.interlingua.soft_rows(receiver, message, batch)
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
@@ -325,18 +377,23 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> tuple[list[str], Decoded]:
         """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own.
 
-        ``prefill_ms`` counts from here: adapter and features run before the receiver does, and belong to what a message costs.
+        ``prefill_ms`` counts from here: adapter and features run before the receiver does, and
+        belong to what a message costs.
         """
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
-        if lm.device.type == "cuda":  # what the device was given before is none of this prompt's cost
+        if (
+            lm.device.type == "cuda"
+        ):  # what the device was given before is none of this prompt's cost
             torch.cuda.synchronize(lm.device)
         began = time.perf_counter()
         batch = collate(prompts, side="left").to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
             soft_ND = soft_ND if own_ND is None else own_ND
             prepared_ms = 1000 * (time.perf_counter() - began)
-            decoded = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
+            decoded = lm.generate(
+                batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND
+            )
         decoded = replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         return [builder.answer_of(text) for text in texts], decoded
@@ -348,31 +405,42 @@ _CALLER = 3  # frames from a warning to who called: torch's own wrapper stands b
 def texts_of(what: str, given: Any) -> list[str]:
     """Texts as a list: a text alone is one of them.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else than texts that hold something and can be written as
-    UTF-8, and for none at all.
+    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else than texts that hold
+    something and can be written as UTF-8, and for none at all.
     """
     if isinstance(given, bytes | bytearray | Mapping) or not isinstance(given, str | Iterable):
         raise ConfigError(
-            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a list of them"
+            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a "
+            f"list of them"
         )
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
-        raise ConfigError(f"{what} must hold at least one text, got none; give a str, or a list of them")
+        raise ConfigError(
+            f"{what} must hold at least one text, got none; give a str, or a list of them"
+        )
     for place, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out")
+            raise ConfigError(
+                f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave "
+                f"it out"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"{what} must be texts that UTF-8 can write, got a lone surrogate at {place} ({error.reason}); decode it anew"
+                f"{what} must be texts that UTF-8 can write, got a lone surrogate at {place} "
+                f"({error.reason}); decode it anew"
             ) from error
     return texts
 
 
 def _shown(value: Any) -> str:
     """A value that is no text, in a few words."""
-    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    return (
+        repr(value)
+        if value is None or isinstance(value, str | int | float)
+        else f"a {type(value).__name__}"
+    )
 
 
 def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:

@@ -24,8 +24,8 @@ class Reading:
     keep_RL: torch.Tensor
     """The real latents of each sequence's message."""
     latents_RS: torch.Tensor
-    """Where they stand in the sequences, padding included: those of the pass that holds the prompt. A decode step after it
-    has one position, whose states are another shape and are left alone."""
+    """Where they stand in the sequences, padding included: those of the pass that holds the prompt.
+    A decode step after it has one position, whose states are another shape and are left alone."""
     embed: Callable[[torch.Tensor], torch.Tensor]
     """The receiver's embeddings ``[…, D]`` of token ids."""
     question_RQ: torch.Tensor
@@ -41,25 +41,29 @@ class Reading:
 class Feature(nn.Module):
     """An opt-in extension of the wire. Its parameters are trained, saved and exported with the wire's own.
 
-    A feature changes the message (:meth:`refine`), what a receiver computes while it reads one (:meth:`attached`), or
-    both. Reading text, as teachers and baselines do, never meets a feature.
+    A feature changes the message (:meth:`refine`), what a receiver computes while it reads one
+    (:meth:`attached`), or both. Reading text, as teachers and baselines do, never meets a feature.
     """
 
     keeps_receivers_frozen = True
-    """Whether the receivers' own weights act unchanged. Results of features that say no are labelled."""
+    """Whether the receivers' own weights act unchanged. Results of features that say no are
+    labelled."""
 
     acts_on_text = False
-    """Whether anything changes at positions before the message, whose keys and values are else computed once for all
-    steps."""
+    """Whether anything changes at positions before the message, whose keys and values are else
+    computed once for all steps."""
 
     needs_weights = False
-    """Whether it acts on layers of the receiver itself (``lm.lm``), which must then be in this process."""
+    """Whether it acts on layers of the receiver itself (``lm.lm``), which must then be in this
+    process."""
 
-    def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         """``options``: the feature's own section of the configuration.
 
-        What is made for each receiver goes into a ``ModuleDict`` or ``ParameterDict`` by their names, right in the feature: a
-        receiver that joins later then trains its own part alone.
+        What is made for each receiver goes into a ``ModuleDict`` or ``ParameterDict`` by their
+        names, right in the feature: a receiver that joins later then trains its own part alone.
         """
         super().__init__()
 
@@ -87,6 +91,7 @@ class Feature(nn.Module):
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Act on ``lm``, a :class:`~latentwire.receivers.base.Receiver`, while it reads: in training, prefill and every decode step.
 
-        No logit hangs on what the last layer gives at the latents: whatever is made for it would never learn.
+        No logit hangs on what the last layer gives at the latents: whatever is made for it would
+        never learn.
         """
         yield

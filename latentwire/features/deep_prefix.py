@@ -17,18 +17,23 @@ from latentwire.models.interlingua import ReceiverShape
 class DeepPrefix(Feature):
     """An MLP per receiver from each latent to its slot's keys and values. Nothing more than the latents is sent.
 
-    With ``head_parts`` it maps each part of a latent's entries to those of the part's own heads. A head compares a
-    query with one key per slot: of two facts in one latent it can find one by its key, or both mixed, and nothing in the
-    loss tells heads to choose differently; this does (docs/findings.md).
+    With ``head_parts`` it maps each part of a latent's entries to those of the part's own heads. A
+    head compares a query with one key per slot: of two facts in one latent it can find one by its
+    key, or both mixed, and nothing in the loss tells heads to choose differently; this does
+    (docs/findings.md).
     """
 
-    def __init__(self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.parts = options.head_parts
         width = run.encoder.d_z // self.parts
         self.hidden = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU())
+                name: nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU()
+                )
                 for name in receivers
             }
         )
@@ -42,6 +47,8 @@ class DeepPrefix(Feature):
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Adds to keys and values at the slots."""
-        state_NPM = self.hidden[receiver](reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1)))
+        state_NPM = self.hidden[receiver](
+            reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1))
+        )
         with lm.added_to_slots(self.slots[receiver](state_NPM), reading.latents_RS):
             yield

@@ -23,7 +23,9 @@ class LatentAdapters(Feature):
     acts_on_text = True
     needs_weights = True
 
-    def __init__(self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.depths = options.depths
         self.attention = nn.ModuleDict(
@@ -46,7 +48,9 @@ class LatentAdapters(Feature):
 
                 def look(_: nn.Module, __: tuple, output: Any, attention: Any = attention) -> Any:
                     state = output[0] if isinstance(output, tuple) else output
-                    own = state.to(reading.z_RLZ.device, torch.float32)  # the layer may be on another device
+                    own = state.to(
+                        reading.z_RLZ.device, torch.float32
+                    )  # the layer may be on another device
                     state = state + attention(own, reading.z_RLZ, reading.keep_RL).to(state)
                     return (state, *output[1:]) if isinstance(output, tuple) else state
 
@@ -67,9 +71,13 @@ class GatedCrossAttention(nn.Module):
         self.out = nn.Linear(width, d_model)
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor
+    ) -> torch.Tensor:
         """What is added to ``x_RSD``; ``keep_RL``: the real latents."""
         key, value = self.key_value(z_RLZ).chunk(2, dim=-1)
-        query, key, value = (split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value))
+        query, key, value = (
+            split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value)
+        )
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RL[:, None, None])
         return self.gate.tanh() * self.out(merge(read))

@@ -22,7 +22,9 @@ class Lora(Feature):
     acts_on_text = True
     needs_weights = True
 
-    def __init__(self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.updates = nn.ModuleDict()
         self.heads: dict[str, str] = {}
@@ -31,7 +33,9 @@ class Lora(Feature):
             model: Any = shape.skeleton()
             self.updates[name] = updates_of(model, options.targets, options.rank, options.alpha)
             head = model.get_output_embeddings()
-            paths = [path.split(".")[-1] for path, module in model.named_modules() if module is head]
+            paths = [
+                path.split(".")[-1] for path, module in model.named_modules() if module is head
+            ]
             if taken := [path for path in paths if path in options.targets]:
                 self.heads[name] = taken[0]
 
@@ -42,8 +46,8 @@ class Lora(Feature):
         """
         for receiver, target in self.heads.items():
             raise ReceiverError(
-                f"features.lora.targets must be layers before the output head, got {target}, the head of "
-                f"receiver {receiver}; leave it out"
+                f"features.lora.targets must be layers before the output head, got {target}, the "
+                f"head of receiver {receiver}; leave it out"
             )
 
     @contextmanager

@@ -13,7 +13,8 @@ from latentwire.models.weights import ReceiverError
 class SlotKeyValues(nn.Module):
     """States ``[N, P, M]`` → ``[N, E]``, what is added to the slots' keys and values in all layers of one receiver; zero at first.
 
-    Each of the P parts of a state makes those of every P-th key-value head, counted through the layers.
+    Each of the P parts of a state makes those of every P-th key-value head, counted through the
+    layers.
     """
 
     def __init__(self, lm: nn.Module, width: int, feature: str, parts: int = 1) -> None:
@@ -22,7 +23,8 @@ class SlotKeyValues(nn.Module):
         head_E = heads_of_entries(lm, feature)
         if (heads := int(head_E[-1]) + 1) < parts:
             raise ReceiverError(
-                f"{feature}.head_parts must be ≤ the {heads} key-value heads in all layers of the receiver, got {parts}; lower it"
+                f"{feature}.head_parts must be ≤ the {heads} key-value heads in all layers of the "
+                f"receiver, got {parts}; lower it"
             )
         self.out = nn.Linear(width, len(head_E))
         nn.init.zeros_(self.out.weight)
@@ -38,6 +40,8 @@ class SlotKeyValues(nn.Module):
         """``[N, P, M]`` → ``[N, E]``."""
         if len(self.sizes) == 1:
             return self.out(state_NPM.squeeze(1))
-        weights, biases = (t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias))
+        weights, biases = (
+            t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias)
+        )
         made = [F.linear(*part) for part in zip(state_NPM.unbind(1), weights, biases, strict=True)]
         return torch.cat(made, 1)[:, self.place_E]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch
 
-# ------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 def token_ce(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def normalised(state_ND: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(state_ND.float(), state_ND.shape[-1:])
 
 
-# ---------------------------------------------------------------------------------------- terms
+# -------------------------------------------------------------------------------------------- terms
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Checkpoints: a wire's directory (``latentwire/exports.py``) with what training needs to go on exactly where it stopped.
 
-``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser and progress, from which rates and
-every random number follow. An export is the same directory without them.
+``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser and
+progress, from which rates and every random number follow. An export is the same directory without
+them.
 """
 
 from __future__ import annotations
@@ -24,25 +25,40 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.model import LatentWire
-from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
+from latentwire.storage import (
+    Place,
+    delete,
+    delete_directory,
+    files_below,
+    local,
+    place,
+    text_if_there,
+)
 from latentwire.training.loop import Trainer
 from latentwire.training.optimizer import former_names, parameter_names
 from latentwire.training.progress import Progress
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 def save(
-    path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, Any], trainer: Trainer | None = None
+    path: Path,
+    wire: LatentWire,
+    metrics: dict[str, Any],
+    pins: dict[str, Any],
+    trainer: Trainer | None = None,
 ) -> Path:
     """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not hold anything yet.
 
-    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). A checkpoint is its run's own and
-    names models as the run does; an export names their directories from its own place.
+    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). A
+    checkpoint is its run's own and names models as the run does; an export names their directories
+    from its own place.
     """
     if trainer is None:
         return exports.save(path, wire, metrics, pins)
-    return exports.save(path, wire, metrics, pins, partial(_save_training, trainer=trainer), address=str)
+    return exports.save(
+        path, wire, metrics, pins, partial(_save_training, trainer=trainer), address=str
+    )
 
 
 def _save_training(path: Path, *, trainer: Trainer) -> None:
@@ -52,35 +68,49 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
         for slot, value in slots.items():
             tensors[f"optimizer.{names[index]}.{slot}"] = torch.as_tensor(value).detach().cpu()
     exports.write_tensors(tensors, path / "training_state.safetensors")
-    (path / "training_state.json").write_text(json.dumps({"progress": asdict(trainer.progress)}, indent=1))
+    (path / "training_state.json").write_text(
+        json.dumps({"progress": asdict(trainer.progress)}, indent=1)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def initialise(source: str | Place, wire: LatentWire) -> None:
     """Start a fresh wire from an earlier one: every part that both have; what is new keeps its fresh weights.
 
-    ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver that the earlier wire did
-    not have is new. Raises :class:`CheckpointError` for a part of another shape, a checkpoint that has nothing in common, or a
-    part that ``training.train_only`` keeps as it is and that is not there.
+    ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver
+    that the earlier wire did not have is new. Raises :class:`CheckpointError` for a part of another
+    shape, a checkpoint that has nothing in common, or a part that ``training.train_only`` keeps as
+    it is and that is not there.
     """
     parts = exports.parts(wire)
     with local(place(source)) as path:
-        manifest, known = read_manifest(path), {receiver.name for receiver in read_run(path).receivers}
+        manifest, known = (
+            read_manifest(path),
+            {receiver.name for receiver in read_run(path).receivers},
+        )
         common = [name for name in parts if name in manifest["files"]]
         if not common:
-            raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none")
+            raise CheckpointError(
+                f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none"
+            )
         for name in common:
             exports.fill(path / name, parts[name], left_out=wire.receivers.keys() ^ known)
         wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
-    frozen = [name for name in missing if not all(p.requires_grad for p in parts[name].parameters())]
+    frozen = [
+        name for name in missing if not all(p.requires_grad for p in parts[name].parameters())
+    ]
     if wire.run.training.train_only and frozen:
         raise CheckpointError(
-            f"init_from must hold what train_only keeps as it is, {source} has no {', '.join(frozen)}; train it too"
+            f"init_from must hold what train_only keeps as it is, {source} has no "
+            f"{', '.join(frozen)}; train it too"
         )
-    print(f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
+    print(
+        f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}",
+        flush=True,
+    )
 
 
 def restore(trainer: Trainer, last: Place | None) -> None:
@@ -94,8 +124,9 @@ def restore(trainer: Trainer, last: Place | None) -> None:
 
 
 def check_development(run: RunConfig, dev: Place) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would be compared on rows of documents that the wire of
-    ``training.init_from`` has trained on. ``dev``: its development shards."""
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would be compared on rows
+    of documents that the wire of ``training.init_from`` has trained on. ``dev``: its development
+    shards."""
     if run.training.init_from is not None:
         with local(place(run.training.init_from)) as path:
             earlier = documents.read(path, read_manifest(path))
@@ -112,8 +143,8 @@ def check_frozen(wire: LatentWire, before: Mapping[str, str]) -> None:
 def load_training(path: Path, trainer: Trainer) -> None:
     """Continue exactly where a checkpoint stopped: weights, optimiser and progress.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one, and
-    :class:`CheckpointError` where the optimiser's state is that of other parameters.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one,
+    and :class:`CheckpointError` where the optimiser's state is that of other parameters.
     """
     check_same_run(read_run(path), trainer.wire.run, path)
     load_weights(path, trainer.wire)
@@ -126,7 +157,9 @@ def load_training(path: Path, trainer: Trainer) -> None:
         name, _, slot = key.removeprefix("optimizer.").rpartition(".")
         name = former[int(name)] if name.isdigit() and int(name) < len(former) else name
         if name not in places:
-            raise CheckpointError(f"{path} must hold the optimiser state of this wire, got one of {name}; restore it")
+            raise CheckpointError(
+                f"{path} must hold the optimiser state of this wire, got one of {name}; restore it"
+            )
         state.setdefault(places[name], {})[slot] = tensor
     # Rates and decays are the configuration's, which a resumed run keeps.
     groups = trainer.optimizer.state_dict()["param_groups"]
@@ -135,8 +168,9 @@ def load_training(path: Path, trainer: Trainer) -> None:
 
 
 def check_same_run(before: RunConfig, now: RunConfig, path: Place) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would go on with other knobs than it began with: half of
-    it would be another run's, and its manifest would tell of one."""
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would go on with other
+    knobs than it began with: half of it would be another run's, and its manifest would tell of one.
+    """
     one, other = (_flat(run.model_dump(mode="json")) for run in (before, now))
     changed = [
         f"{name} {one.get(name)} → {other.get(name)}"
@@ -145,24 +179,36 @@ def check_same_run(before: RunConfig, now: RunConfig, path: Place) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"a resumed run keeps its configuration, {path} was made with another: {', '.join(changed)}; take that back, or "
-            f"begin a new run with this wire by --from, elsewhere"
+            f"a resumed run keeps its configuration, {path} was made with another: "
+            f"{', '.join(changed)}; take that back, or begin a new run with this wire by --from, "
+            f"elsewhere"
         )
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     """Dotted path → value of everything that is no container."""
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    children = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else None
+    )
     if children is None:
         return {path: tree}
-    return {key: value for name, child in children for key, value in _flat(child, f"{path}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, child in children
+        for key, value in _flat(child, f"{path}.{name}".lstrip(".")).items()
+    }
 
 
 def remove(path: Place) -> None:
     """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there.
 
-    It is renamed first, so that no half of it is ever seen under its name. A store renames nothing at once: there the manifest,
-    which makes it whole, goes first. One that another process has just deleted is nothing to delete.
+    It is renamed first, so that no half of it is ever seen under its name. A store renames nothing
+    at once: there the manifest, which makes it whole, goes first. One that another process has just
+    deleted is nothing to delete.
     """
     if not isinstance(path, Path):
         for name in reversed(written_names(path)):
@@ -185,7 +231,11 @@ def written_names(path: Place) -> list[str]:
     if (manifest := text_if_there(path / exports.MANIFEST)) is not None:
         return [*json.loads(manifest)["files"], exports.CARD, exports.MANIFEST]
     fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
-    return [name for name in files_below(path) if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")]
+    return [
+        name
+        for name in files_below(path)
+        if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")
+    ]
 
 
 def remove_files(path: Path, names: list[str]) -> None:

@@ -29,8 +29,9 @@ def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world
 def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], output: Path) -> Place:
     """Train to the end under ``output/checkpoints``, continuing from the last checkpoint there; returns the best one.
 
-    Keeps the best by ``training.best_by`` and the last. Raises :class:`~latentwire.config.resolve.ConfigError` where development
-    rows are of documents that the wire it begins with has trained on.
+    Keeps the best by ``training.best_by`` and the last. Raises
+    :class:`~latentwire.config.resolve.ConfigError` where development rows are of documents that the
+    wire it begins with has trained on.
     """
     train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
@@ -47,7 +48,10 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
 
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)
-        print("evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+        print(
+            "evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
+            flush=True,
+        )
         step_checkpoints.save_step(folder, wire, metrics, pinned, trainer, *metric_of(wire.run))
 
     with trainer.stopped_by(signal.SIGTERM):
@@ -55,7 +59,9 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     if trainer.stop_asked:
         step_checkpoints.save_step(folder, wire, {}, pinned, trainer, *metric_of(wire.run))
         step = trainer.progress.step
-        raise TrainingError(f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on")
+        raise TrainingError(
+            f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on"
+        )
     checkpoints.check_frozen(wire, frozen)
     return step_checkpoints.best_of(step_checkpoints.finished(folder), *metric_of(wire.run))
 

@@ -38,7 +38,9 @@ class TrainingError(UserError):
 class Trainer:
     """One run's optimiser, schedule and progress."""
 
-    def __init__(self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None) -> None:
+    def __init__(
+        self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None
+    ) -> None:
         """``steps_per_epoch``: batches in one epoch, the same on every worker; at least 1."""
         self.wire, self.workers = wire, workers or Workers()
         self.config = wire.run.training
@@ -48,7 +50,9 @@ class Trainer:
         """Loss terms, prompt scales and, on request, gradient norms of the last step."""
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
-        self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
+        self.total_steps = min(
+            self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12
+        )
         check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
         for lm in wire.local_receivers():
@@ -69,14 +73,17 @@ class Trainer:
         try:
             yield
         finally:
-            signal.signal(signum, before)  # ours would keep the wire, its receivers and the optimiser in memory
+            signal.signal(
+                signum, before
+            )  # ours would keep the wire, its receivers and the optimiser in memory
 
-    # -------------------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
 
     def train(self, epochs: Epoch, at_evaluation: Callable[[], None]) -> None:
         """Train to the end, from wherever ``progress`` stands; ``at_evaluation`` is called every so many steps and last.
 
-        Raises :class:`TrainingError` after ``max_bad_steps`` steps in a row without a finite gradient.
+        Raises :class:`TrainingError` after ``max_bad_steps`` steps in a row without a finite
+        gradient.
         """
         config, progress = self.config, self.progress
         running: list[float] = []
@@ -95,7 +102,9 @@ class Trainer:
                 progress.first_step_seconds = progress.first_step_seconds or progress.seconds
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
                     mine = {"loss": sum(running) / len(running)}
-                    progress.loss = self.workers.sum_counts(mine, self.wire.interlingua.device)["loss"]
+                    progress.loss = self.workers.sum_counts(mine, self.wire.interlingua.device)[
+                        "loss"
+                    ]
                     if progress.first_loss is None and progress.step > config.alignment_steps:
                         progress.first_loss = progress.loss
                     running.clear()
@@ -108,7 +117,8 @@ class Trainer:
             else:
                 if used == 0:
                     raise TrainingError(
-                        "an epoch must hold at least one batch, got none; lower batch_size or add samples"
+                        "an epoch must hold at least one batch, got none; lower batch_size or add "
+                        "samples"
                     )
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         if (evaluated_at < progress.step or progress.step == 0) and not self.stop_asked:
@@ -117,9 +127,12 @@ class Trainer:
     def step(self, table: pa.Table) -> dict[str, float]:
         """One optimiser step on this worker's rows, of which there may be none; returns its share of the loss and its terms.
 
-        Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it would have drawn.
+        Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it
+        would have drawn.
         """
-        drawn = random.Random(f"dropout {self.config.seed} {self.progress.step} {self.workers.rank}")
+        drawn = random.Random(
+            f"dropout {self.config.seed} {self.progress.step} {self.workers.rank}"
+        )
         torch.manual_seed(drawn.getrandbits(63))
         interlingua = self.wire.interlingua.train()
         with part("collate"):
@@ -148,8 +161,9 @@ class Trainer:
             self.progress.bad_in_a_row += 1
             if self.progress.bad_in_a_row >= self.config.max_bad_steps:
                 raise TrainingError(
-                    f"gradients must be finite, got norm {norm} in {self.progress.bad_in_a_row} steps in a row at step "
-                    f"{self.progress.step}; lower training.encoder_lr and adapter_lr, or use float32 receivers"
+                    f"gradients must be finite, got norm {norm} in {self.progress.bad_in_a_row} "
+                    f"steps in a row at step {self.progress.step}; lower training.encoder_lr and "
+                    f"adapter_lr, or use float32 receivers"
                 )
         self.progress.step += 1
         return norm
@@ -157,8 +171,8 @@ class Trainer:
     def backward(self, batches: list[TrainingBatch]) -> dict[str, float]:
         """Forward and backward of this step's receivers; gradients are left in ``.grad``. Losses are means over receivers.
 
-        With ``sequential_models`` each receiver's graph is freed before the next one's is built; the encoder's graph
-        waits for the sum of their gradients with respect to the latents.
+        With ``sequential_models`` each receiver's graph is freed before the next one's is built;
+        the encoder's graph waits for the sum of their gradients with respect to the latents.
         """
         step = self.progress.step - self.config.alignment_steps
         losses = self.wire.run.losses
@@ -181,7 +195,10 @@ class Trainer:
                 for name in names:
                     shares, scale = self._read(name, batch, held, weights, counts[name], attached)
                     loss = torch.stack(list(shares.values())).sum() / len(names)
-                    _add(values, {f"{term}_{name}": float(share.detach()) for term, share in shares.items()})
+                    _add(
+                        values,
+                        {f"{term}_{name}": float(share.detach()) for term, share in shares.items()},
+                    )
                     if self.config.log_gradient_norms and index == 0:
                         values |= self._gradient_norms(name, shares, held.z_BLZ)
                     values[f"prompt_scale_{name}"] = scale
@@ -206,11 +223,17 @@ class Trainer:
             return names
         return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
 
-    def _counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
+    def _counts(
+        self, weights: Weights, name: str, batches: list[TrainingBatch]
+    ) -> dict[str, float]:
         """Tokens of each term in the whole step: all micro-batches of all workers."""
-        return self.workers.sum_counts(self._own_counts(weights, name, batches), self.wire.receivers[name].device)
+        return self.workers.sum_counts(
+            self._own_counts(weights, name, batches), self.wire.receivers[name].device
+        )
 
-    def _own_counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
+    def _own_counts(
+        self, weights: Weights, name: str, batches: list[TrainingBatch]
+    ) -> dict[str, float]:
         parts = [term_counts(weights, batch.sequences[name]) for batch in batches]
         return {term: sum((part[term] for part in parts), 0.0) for term in weights.terms}
 
@@ -225,11 +248,14 @@ class Trainer:
     ) -> tuple[dict[str, torch.Tensor], float]:
         """One receiver's weighted loss terms, and its prompt's RMS over the embeddings'.
 
-        ``attached`` holds the features in place, for activations that the backward pass computes again.
+        ``attached`` holds the features in place, for activations that the backward pass computes
+        again.
         """
         lm, losses = self.wire.receivers[name], self.wire.run.losses
         sequences = batch.sequences[name].to(lm.device)
-        if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:  # which allows no cache
+        if (
+            self.wire.reads_heads_alike and not self.config.gradient_checkpointing
+        ):  # which allows no cache
             sequences = lm.read_head(sequences)
         teacher = lm.read_teacher(batch.teacher[name], losses) if weights.needs_teacher else None
         # One backward per term needs a graph per term, which chunks do not have.
@@ -240,16 +266,21 @@ class Trainer:
         shares_T = lm.losses(LossTask(sequences, weights, counts, teacher, losses, rows), soft_ND)
         return dict(zip(weights.terms, shares_T, strict=True)), scale
 
-    def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:
+    def _gradient_norms(
+        self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor
+    ) -> dict[str, float]:
         return {
-            f"gradient_norm_{term}_{name}": float(torch.autograd.grad(share, z_BLZ, retain_graph=True)[0].norm())
+            f"gradient_norm_{term}_{name}": float(
+                torch.autograd.grad(share, z_BLZ, retain_graph=True)[0].norm()
+            )
             for term, share in shares.items()
         }
 
     def align(self, batches: list[TrainingBatch]) -> dict[str, float]:
         """Forward and backward of the alignment alone: soft prompts against token embeddings.
 
-        Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut it differently.
+        Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut
+        it differently.
         """
         total, names = 0.0, self.wire.interlingua.training_receivers()
         own = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
@@ -260,9 +291,13 @@ class Trainer:
             for name in names:
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
                 span_BL2 = self.wire.interlingua.encoder.spans(batch.tokens, name)
-                target_BLD = self.wire.receivers[name].span_embeddings(batch.message_ids[name], span_BL2)
+                target_BLD = self.wire.receivers[name].span_embeddings(
+                    batch.message_ids[name], span_BL2
+                )
                 target_BLD = target_BLD.to(p_BLD.device)
-                loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(names))
+                loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (
+                    messages * len(names)
+                )
             loss.backward()
             total += float(loss.detach())
         return {"loss": total}
@@ -278,15 +313,18 @@ class Trainer:
                 flush=True,
             )
 
-    # ------------------------------------------------------------------------------------------------------ evaluation
+    # ----------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
-        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each;
-        ``wire_bytes``, the mean size of a message in bytes as fp16; ``prompt_positions``, what a receiver reads in all.
+        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means
+        over receivers) and one each; ``wire_bytes``, the mean size of a message in bytes as fp16;
+        ``prompt_positions``, what a receiver reads in all.
 
         Texts without questions have ``dev_loss`` alone, and each of its terms.
         """
-        share = dev.take(pa.array(range(self.workers.rank, dev.num_rows, self.workers.size), pa.int64()))
+        share = dev.take(
+            pa.array(range(self.workers.rank, dev.num_rows, self.workers.size), pa.int64())
+        )
         texts = not self.wire.run.data.source.has_questions
         metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress
@@ -296,7 +334,9 @@ class Trainer:
             "total_steps": self.total_steps,
             "epoch": progress.epoch,
             "train_loss": progress.loss,
-            "first_train_loss": progress.first_loss if progress.first_loss is not None else progress.loss,
+            "first_train_loss": progress.first_loss
+            if progress.first_loss is not None
+            else progress.loss,
             "examples_per_s": rate,
             "train_seconds": progress.seconds,
             "first_step_s": progress.first_step_seconds,
@@ -308,17 +348,30 @@ class Trainer:
     def _last_terms(self) -> dict[str, float]:
         """What the last step told besides its loss: terms over all workers, norms and scales as this one found them."""
         own = {name: value for name, value in self.last_values.items() if name != "loss"}
-        parts = {name: value for name, value in own.items() if not name.startswith(("gradient_norm", "prompt_scale"))}
+        parts = {
+            name: value
+            for name, value in own.items()
+            if not name.startswith(("gradient_norm", "prompt_scale"))
+        }
         return own | (self.workers.sum_counts(parts, self.wire.interlingua.device) if parts else {})
 
     def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
-        predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])
+        predictions = self.workers.gather(
+            list(predict(self.wire, share, "latent")) if share.num_rows else []
+        )
         metrics: dict[str, float] = {}
         scores = means(predictions)
         for name, row in scores.items():
             suffix = "" if name == "mean" else f"_{name}"
-            metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}
-        return metrics | {"wire_bytes": scores["mean"]["bytes"], "prompt_positions": scores["mean"]["positions"]}
+            metrics |= {
+                f"dev_f1{suffix}": row["f1"],
+                f"dev_em{suffix}": row["em"],
+                f"dev_loss{suffix}": row["nll"],
+            }
+        return metrics | {
+            "wire_bytes": scores["mean"]["bytes"],
+            "prompt_positions": scores["mean"]["positions"],
+        }
 
     @torch.no_grad()
     def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:
@@ -327,9 +380,13 @@ class Trainer:
         size, interlingua = self.wire.run.evaluation.batch_size, self.wire.interlingua.eval()
         metrics = {"dev_loss": 0.0}
         for name, lm in self.wire.receivers.items():
-            totals: dict[str, float] = {f"{kind} {term}": 0.0 for kind in ("sum", "count") for term in weights.terms}
+            totals: dict[str, float] = {
+                f"{kind} {term}": 0.0 for kind in ("sum", "count") for term in weights.terms
+            }
             for start in range(0, share.num_rows, size):
-                for batch in self.collate(share.slice(start, size), self.total_steps, own_length=True):
+                for batch in self.collate(
+                    share.slice(start, size), self.total_steps, own_length=True
+                ):
                     counts = self._own_counts(weights, name, [batch])
                     message = interlingua.encode(batch.tokens)
                     with ExitStack() as attached:
@@ -338,7 +395,10 @@ class Trainer:
                     _add(totals, {f"sum {term}": float(share) for term, share in shares.items()})
                     _add(totals, {f"count {term}": count for term, count in counts.items()})
             totals = self.workers.sum_counts(totals, lm.device)
-            terms = {term: totals[f"sum {term}"] / max(1.0, totals[f"count {term}"]) for term in weights.terms}
+            terms = {
+                term: totals[f"sum {term}"] / max(1.0, totals[f"count {term}"])
+                for term in weights.terms
+            }
             metrics |= {f"dev_{term}_{name}": value for term, value in terms.items()}
             metrics[f"dev_loss_{name}"] = sum(terms.values())
             metrics["dev_loss"] += metrics[f"dev_loss_{name}"] / len(self.wire.receivers)

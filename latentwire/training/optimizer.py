@@ -22,7 +22,11 @@ def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
     """
     matrices = matrices_of(interlingua)
     groups = _groups(interlingua, config, matrices)
-    flat = {p for name, p in interlingua.named_parameters() if name in matrices and p.ndim == 2 and p.requires_grad}
+    flat = {
+        p
+        for name, p in interlingua.named_parameters()
+        if name in matrices and p.ndim == 2 and p.requires_grad
+    }
     if config.optimizer == "muon" and flat:
         return MuonAndAdamW(_only(groups, flat, True), _only(groups, flat, False))
     return _AdamW(groups)
@@ -31,8 +35,8 @@ def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
 def matrices_of(module: nn.Module) -> set[str]:
     """Names of the parameters that map one space to another: the rule for decay, and for Muon.
 
-    Biases, gains, embeddings and tables of vectors (queries, control vectors, positions) are none: they are what is read
-    or added as it stands, and have no decay.
+    Biases, gains, embeddings and tables of vectors (queries, control vectors, positions) are none:
+    they are what is read or added as it stands, and have no decay.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return {
@@ -42,21 +46,36 @@ def matrices_of(module: nn.Module) -> set[str]:
     }
 
 
-def _groups(interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]) -> list[dict[str, Any]]:
+def _groups(
+    interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]
+) -> list[dict[str, Any]]:
     """Parameters by part (its rate) and by whether they decay; empty groups are left out."""
     groups = []
-    parts = {"encoder": config.encoder_lr, "adapters": config.adapter_lr, "features": config.adapter_lr}
+    parts = {
+        "encoder": config.encoder_lr,
+        "adapters": config.adapter_lr,
+        "features": config.adapter_lr,
+    }
     for part, rate in parts.items():
-        named = {n: p for n, p in interlingua.named_parameters() if p.requires_grad and n.startswith(f"{part}.")}
+        named = {
+            n: p
+            for n, p in interlingua.named_parameters()
+            if p.requires_grad and n.startswith(f"{part}.")
+        }
         for decay, chosen in ((config.weight_decay, True), (0.0, False)):
             parameters = [p for name, p in named.items() if (name in decayed) is chosen]
             groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
     return [group for group in groups if group["params"]]
 
 
-def _only(groups: list[dict[str, Any]], chosen: set[nn.Parameter], wanted: bool) -> list[dict[str, Any]]:
+def _only(
+    groups: list[dict[str, Any]], chosen: set[nn.Parameter], wanted: bool
+) -> list[dict[str, Any]]:
     """The groups with those of their parameters that are (or are not) among the chosen; empty ones are left out."""
-    parted = [group | {"params": [p for p in group["params"] if (p in chosen) is wanted]} for group in groups]
+    parted = [
+        group | {"params": [p for p in group["params"] if (p in chosen) is wanted]}
+        for group in groups
+    ]
     return [group for group in parted if group["params"]]
 
 
@@ -69,11 +88,18 @@ def parameter_names(interlingua: nn.Module, optimizer: Optimizer) -> list[str]:
 def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
     """The same for checkpoints of versions that told parameters by their place alone.
 
-    Those let every table of two dimensions decay, so their groups held the parameters in another order.
+    Those let every table of two dimensions decay, so their groups held the parameters in another
+    order.
     """
-    former = {name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name}
+    former = {
+        name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name
+    }
     groups = _groups(interlingua, config, former)
-    flat = {p for n, p in interlingua.named_parameters() if n in former and p.ndim == 2 and n.endswith(".weight")}
+    flat = {
+        p
+        for n, p in interlingua.named_parameters()
+        if n in former and p.ndim == 2 and n.endswith(".weight")
+    }
     if config.optimizer == "muon" and any(p.requires_grad for p in flat):
         groups = [*_only(groups, flat, True), *_only(groups, flat, False)]
     names = {id(p): name for name, p in interlingua.named_parameters()}
@@ -83,8 +109,9 @@ def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
 def rate_share(step: int, total: int, config: TrainingConfig) -> float:
     """The share of its peak that every rate has in a step, counted from 0, of a run of ``total`` steps.
 
-    It rises in equal strides to the peak, which the last step of the warm-up has, and falls in a cosine to
-    ``min_lr_ratio``, which the last step of all has. No step has a rate of 0 unless ``min_lr_ratio`` says so.
+    It rises in equal strides to the peak, which the last step of the warm-up has, and falls in a
+    cosine to ``min_lr_ratio``, which the last step of all has. No step has a rate of 0 unless
+    ``min_lr_ratio`` says so.
     """
     warmup = min(config.warmup_steps, total // 2)
     if step < warmup:
@@ -117,7 +144,10 @@ class MuonAndAdamW(Optimizer):
     def _share(self) -> None:
         """Let both work on this optimiser's groups and state: whoever sets a rate or loads a state does it here."""
         count = len(self._muon.param_groups)
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self._muon.param_groups, self._adamw.param_groups = (
+            self.param_groups[:count],
+            self.param_groups[count:],
+        )
         self._muon.state = self._adamw.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -24,13 +24,19 @@ OPERATORS = 8
 def profile_steps(wire: LatentWire, train: pa.Table, steps: int, output: Path) -> str:
     """Train ``WARM_UP + steps`` steps; leaves ``trace.json`` (for ui.perfetto.dev or chrome://tracing) and ``shares.md``.
 
-    Returns the table of ``shares.md``: the share of each part of the measured steps, then the dearest operators.
-    Raises :class:`~latentwire.training.loop.TrainingError` where the rows do not suffice.
+    Returns the table of ``shares.md``: the share of each part of the measured steps, then the
+    dearest operators. Raises :class:`~latentwire.training.loop.TrainingError` where the rows do not
+    suffice.
     """
     trainer = Trainer(wire, WARM_UP + steps)
-    batches = list(zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False))
+    batches = list(
+        zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False)
+    )
     if len(batches) < WARM_UP + steps:
-        raise TrainingError(f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has {len(batches)}")
+        raise TrainingError(
+            f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has "
+            f"{len(batches)}"
+        )
     for _, batch in batches[:WARM_UP]:
         trainer.step(batch)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -52,12 +58,18 @@ def _shares(events: list[Any], seconds: float, steps: int) -> str:
 
     def row(what: str, host_us: float, device_us: float) -> str:
         cells = [what, f"{host_us / 1e3 / steps:.1f}", f"{host_us / 1e6 / seconds:.1%}"]
-        return " | ".join(["", *cells, *([f"{device_us / 1e3 / steps:.1f}"] if on_device else []), ""]).strip()
+        return " | ".join(
+            ["", *cells, *([f"{device_us / 1e3 / steps:.1f}"] if on_device else []), ""]
+        ).strip()
 
     parts = [event for event in events if event.key.startswith(PART)]
     parts.sort(key=lambda event: -event.cpu_time_total)
     operators = [event for event in events if not event.key.startswith(PART)]
-    operators.sort(key=lambda event: -max(event.self_device_time_total, 0 if on_device else event.self_cpu_time_total))
+    operators.sort(
+        key=lambda event: (
+            -max(event.self_device_time_total, 0 if on_device else event.self_cpu_time_total)
+        )
+    )
     head = ["part of a step", "ms", "share", *(["device ms"] if on_device else [])]
     rest = seconds * 1e6 - sum(event.cpu_time_total for event in parts)
     lines = [

@@ -33,4 +33,5 @@ class Progress:
     first_loss: float | None = None
     """Training loss of the first progress line after the alignment."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Under Ray, what was reported so far, in order: a report that was on its way when a process died is made again."""
+    """Under Ray, what was reported so far, in order: a report that was on its way when a process
+    died is made again."""

@@ -1,8 +1,9 @@
 """The checkpoints of one run: ``step-00000120`` and its like in one directory, each whole or not there.
 
-A checkpoint is written aside and renamed, and renamed before it is deleted, so a process that dies at any moment leaves no
-half of one: only directories whose names begin with a dot, which :func:`clear_debris` takes away. In an object store the manifest
-arrives last and goes first, and what has none is debris.
+A checkpoint is written aside and renamed, and renamed before it is deleted, so a process that dies
+at any moment leaves no half of one: only directories whose names begin with a dot, which
+:func:`clear_debris` takes away. In an object store the manifest arrives last and goes first, and
+what has none is debris.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from latentwire.training.loop import Trainer
 
 def finished(folder: Place) -> list[Place]:
     """Complete checkpoints, oldest first."""
-    return [path for path in children(folder) if path.name.startswith("step-") and (path / exports.MANIFEST).exists()]
+    return [
+        path
+        for path in children(folder)
+        if path.name.startswith("step-") and (path / exports.MANIFEST).exists()
+    ]
 
 
 def step_name(step: int) -> str:
@@ -30,8 +35,8 @@ def step_name(step: int) -> str:
 
 
 def metrics_of(path: Place) -> dict[str, Any]:
-    """What a checkpoint scored when it was saved; nothing for one that was saved because its run was stopped, or that another
-    process has just deleted."""
+    """What a checkpoint scored when it was saved; nothing for one that was saved because its run
+    was stopped, or that another process has just deleted."""
     manifest = text_if_there(path / exports.MANIFEST)
     return {} if manifest is None else json.loads(manifest)["metrics"]
 
@@ -58,7 +63,9 @@ def save_step(
 ) -> Place:
     """Save the trainer's step unless it is there already, then keep the run's best by ``metric`` and its last alone."""
     path = folder / step_name(trainer.progress.step)
-    if not (path / exports.MANIFEST).exists():  # a store may hold a part, of a process that died while it was sent
+    if not (
+        path / exports.MANIFEST
+    ).exists():  # a store may hold a part, of a process that died while it was sent
         with directory(path, last=exports.MANIFEST) as target:
             checkpoints.save(target, wire, metrics, pins, trainer)
     keep_best_and_last(folder, metric, mode)
@@ -78,11 +85,20 @@ def clear_debris(folder: Place) -> int:
     Only for a directory that no other process writes to.
     """
     if not isinstance(folder, Path):
-        halves = [p for p in children(folder) if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()]
+        halves = [
+            p
+            for p in children(folder)
+            if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()
+        ]
         for half in halves:
             checkpoints.remove(half)
         return len(halves)
-    left = [path for kind in ("part", "removed") for path in folder.glob(f".*.{kind}-*") if path.is_dir()]
+    left = [
+        path
+        for kind in ("part", "removed")
+        for path in folder.glob(f".*.{kind}-*")
+        if path.is_dir()
+    ]
     for path in left:
         checkpoints.remove_files(path, checkpoints.written_names(path))
     return len(left)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 class Workers:
     """Rank and size of the group that trains together, and its two sums. A single worker exchanges nothing.
 
-    Gradients are summed by hand rather than by DistributedDataParallel: the loss of each worker is already divided by
-    the token count of the joined batch, so the sum *is* the joined batch's gradient, also with a backward per receiver.
+    Gradients are summed by hand rather than by DistributedDataParallel: the loss of each worker is
+    already divided by the token count of the joined batch, so the sum *is* the joined batch's
+    gradient, also with a backward per receiver.
     """
 
     def __init__(self) -> None:
@@ -32,8 +33,8 @@ class Workers:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add up ``.grad`` over all workers, in one flat buffer.
 
-        A worker without rows has no gradient of its own and gets the others'. What no worker has one for keeps none: an
-        optimiser passes it over, as it does where one worker trains alone.
+        A worker without rows has no gradient of its own and gets the others'. What no worker has
+        one for keeps none: an optimiser passes it over, as it does where one worker trains alone.
         """
         if self.size == 1:
             return
