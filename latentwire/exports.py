@@ -3,7 +3,7 @@
 It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not
 trained), ``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that
 is on, ``trained_on.safetensors`` (hashes of the documents it has trained on), ``manifest.json``
-(format, hashes, parameter counts, package versions, pins, metrics) and ``README.md``, the model
+(format, hashes, parameter counts, package versions, provenance, metrics) and ``README.md``, the model
 card. No receiver weight is in it. What training adds to go on from is in
 ``training/checkpoints.py``.
 """
@@ -69,13 +69,13 @@ def save(
     path: Path,
     wire: LatentWire,
     metrics: dict[str, Any],
-    pins: dict[str, Any],
+    provenance: dict[str, Any],
     add: Callable[[Path], None] | None = None,
     address: Callable[[str], str] | None = None,
 ) -> Path:
     """Write a wire to ``path``, which must be empty or not there yet.
 
-    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add``
+    ``provenance``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add``
     writes further files into the directory that it is given, before everything is hashed.
     ``address``: how the configuration names a model's directory; ``None``: relative to ``path``
     (:func:`beside`).
@@ -111,7 +111,7 @@ def save(
             "packages": installed(PACKAGES),
             "python": platform.python_version(),
             "trained_on": wire.trained_on.entry,
-            "pins": pins,
+            "pins": provenance,
             "metrics": metrics,
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))

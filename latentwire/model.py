@@ -167,11 +167,11 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         known = self.manifest or {"metrics": {}, "pins": {}}
-        pins = known["pins"] | {"receivers": self.fingerprints()}
+        provenance = known["pins"] | {"receivers": self.fingerprints()}
         metrics = (
             known["metrics"] if fingerprint(self.interlingua) == self._loaded else {}
         )  # changed since: not its own
-        exports.save(save_directory, self, metrics, pins, address=self._address)
+        exports.save(save_directory, self, metrics, provenance, address=self._address)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload an export with its model card to the Hub; returns the commit's address.

@@ -17,7 +17,10 @@ from latentwire.models.interlingua import ReceiverShape
 
 
 class Coprocessor(Feature):
-    """Per receiver: a small transformer over latents and question; its states at the latents become keys and values."""
+    """A small transformer per receiver over latents and question.
+
+    Its states at the latents become keys and values.
+    """
 
     def __init__(
         self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
@@ -48,7 +51,7 @@ class Coprocessor(Feature):
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to keys and values at the slots."""
+        """Add to keys and values at the slots."""
         x_RLM = self.from_latents[receiver](reading.z_RLZ)
         x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
         x_RSM = torch.cat((x_RLM, x_RQM), 1)

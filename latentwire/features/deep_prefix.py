@@ -1,4 +1,4 @@
-"""Keys and values of the soft slots in every layer, computed from the latents (P-tuning v2, arXiv 2110.07602)."""
+"""Keys and values of the slots in every layer, from the latents (P-tuning v2, arXiv 2110.07602)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from latentwire.models.interlingua import ReceiverShape
 
 
 class DeepPrefix(Feature):
-    """An MLP per receiver from each latent to its slot's keys and values. Nothing more than the latents is sent.
+    """An MLP per receiver from each latent to its slot's keys and values.
 
     With ``head_parts`` it maps each part of a latent's entries to those of the part's own heads. A
     head compares a query with one key per slot: of two facts in one latent it can find one by its
@@ -46,7 +46,8 @@ class DeepPrefix(Feature):
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to keys and values at the slots."""
+        """Add to keys and values at the slots."""
+        # N real latents of all rows, each in P parts: [N, Z] → [N, P, Z/P] → [N, P, M].
         state_NPM = self.hidden[receiver](
             reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1))
         )

@@ -16,7 +16,7 @@ from latentwire.models.weights import ReceiverError
 
 
 class Lora(Feature):
-    """Updates of the named linear layers of every receiver, there only while it reads a message."""
+    """Updates of named linear layers of every receiver, only while it reads a message."""
 
     keeps_receivers_frozen = False
     acts_on_text = True
@@ -33,11 +33,12 @@ class Lora(Feature):
             model: Any = shape.skeleton()
             self.updates[name] = updates_of(model, options.targets, options.rank, options.alpha)
             head = model.get_output_embeddings()
-            paths = [
-                path.split(".")[-1] for path, module in model.named_modules() if module is head
-            ]
-            if taken := [path for path in paths if path in options.targets]:
-                self.heads[name] = taken[0]
+            # The head's names; a model may have it under several paths.
+            modules = model.named_modules()
+            names = [path.split(".")[-1] for path, module in modules if module is head]
+            targets = [target for target in names if target in options.targets]
+            if targets:
+                self.heads[name] = targets[0]
 
     def check_training(self) -> None:
         """Raise :class:`~latentwire.models.weights.ReceiverError` where an output head is a target.
@@ -52,6 +53,6 @@ class Lora(Feature):
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to the outputs of the updated layers."""
+        """Add to the outputs of the updated layers."""
         with attached(lm.lm, self.updates[receiver]):  # type: ignore[arg-type]
             yield

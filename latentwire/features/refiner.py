@@ -27,7 +27,7 @@ class Refiner(Feature):
         )
 
     def refine(self, message: Message) -> Message:
-        """Padding is not attended to; private latents are."""
+        """Return the message after the layers. Padding is not attended to; private latents are."""
         z_BLZ = message.z_BLZ
         place_L = torch.arange(z_BLZ.shape[1], device=z_BLZ.device)
         keep_BL = (place_L < message.length_B[:, None]) | (place_L >= message.shared)
