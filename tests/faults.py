@@ -259,7 +259,7 @@ FAULTS = {
         "tests/tuning/test_searcher.py::test_a_stopped_trial_is_pruned",
     ),
     "private_latents_stay_where_padding_was": line(
-        "message:Message.row", "own.start - padding", "own.start",
+        "message:Message.row", "columns.start - padding", "columns.start",
         "tests/test_message.py::test_a_row_alone_reads_what_it_read_among_others",
     ),
 }  # fmt: skip
