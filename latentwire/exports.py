@@ -82,7 +82,7 @@ def save(
 ) -> Path:
     """Write a wire to ``path``, which must be empty or not there yet.
 
-    ``provenance``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings).
+    ``provenance``: what the metrics depend on (shard keys, receivers' hashes, evaluation settings).
     ``add`` writes further files into the directory that it is given, before everything is hashed.
     ``address``: how the configuration names a model's directory; ``None``: relative to ``path``
     (:func:`beside`).

@@ -56,8 +56,8 @@ class Coprocessor(Feature):
         x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
         x_RSM = torch.cat((x_RLM, x_RQM), 1)
         keep_RS = torch.cat((reading.keep_RL, reading.question_keep_RQ.to(x_RLM.device)), 1)
-        # Counted over what is kept: how far the question is from the latents must not hang on
-        # another row's length.
+        # Positions count real latents and tokens alone: the question's distance from the latents
+        # must not depend on another row's length.
         rotary = rotary_at(keep_RS.cumsum(1) - 1, self.head_width)
         blocks: Any = self.blocks[receiver]
         for block in blocks:

@@ -123,8 +123,8 @@ def load_from(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
 def load_tokenizer(config: ReceiverConfig) -> Any:
     """Load the receiver's tokenizer, without its weights.
 
-    Raises :class:`ReceiverError`, also for one without a vocabulary: transformers makes such a one
-    for some architectures where no file of a tokenizer is there.
+    Raises :class:`ReceiverError`, also for one without a vocabulary: transformers makes that for
+    some architectures where no file of a tokenizer is there.
     """
     from transformers import AutoTokenizer
 

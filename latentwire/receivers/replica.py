@@ -104,7 +104,7 @@ class Replica:
         try:
             while (group := self._next()) is not None:
                 self._answer(group)
-        finally:  # at the end nobody waits; after a fault of ours nobody is to wait for ever
+        finally:  # after a fault here, nobody may wait for ever
             with self._changed:
                 self._closed = True
                 for waiting in self._waiting:

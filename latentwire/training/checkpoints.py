@@ -50,9 +50,9 @@ def save(
 ) -> Path:
     """Write a checkpoint (with ``trainer``) or an export (without) to an empty ``path``.
 
-    ``provenance``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). A
-    checkpoint is its run's own and names models as the run does; an export names their directories
-    from its own place.
+    ``provenance``: what the metrics depend on (shard keys, receivers' hashes, evaluation settings).
+    A checkpoint is its run's own and names models as the run does; an export names their
+    directories from its own place.
     """
     if trainer is None:
         return exports.save(path, wire, metrics, provenance)

@@ -73,11 +73,12 @@ def _only(
     groups: list[dict[str, Any]], chosen: set[nn.Parameter], among: bool
 ) -> list[dict[str, Any]]:
     """Keep of each group the parameters among the chosen (or the others); drop empty groups."""
-    parted = [
-        group | {"params": [p for p in group["params"] if (p in chosen) is among]}
-        for group in groups
-    ]
-    return [group for group in parted if group["params"]]
+    parted = []
+    for group in groups:
+        parameters = [p for p in group["params"] if (p in chosen) is among]
+        if parameters:
+            parted.append(group | {"params": parameters})
+    return parted
 
 
 def parameter_names(interlingua: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -143,7 +144,7 @@ class MuonAndAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both work on this optimiser's groups and state, which are set and loaded from outside."""
+        """Let both work on this optimiser's groups and state: rates are set and states loaded here."""
         count = len(self._muon.param_groups)
         self._muon.param_groups, self._adamw.param_groups = (
             self.param_groups[:count],

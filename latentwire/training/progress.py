@@ -33,5 +33,4 @@ class Progress:
     first_loss: float | None = None
     """Training loss of the first progress line after the alignment."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Reports so far, in order, under Ray: a report that was on its way when a process
-    died is made again."""
+    """Reports so far under Ray, in order: one that was on its way when a process died is sent again."""
