@@ -144,7 +144,7 @@ class MuonAndAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both work on this optimiser's groups and state: rates are set and states loaded here."""
+        """Let both work on this optimiser's groups and state, as rates and states are set here."""
         count = len(self._muon.param_groups)
         self._muon.param_groups, self._adamw.param_groups = (
             self.param_groups[:count],

@@ -33,4 +33,4 @@ class Progress:
     first_loss: float | None = None
     """Training loss of the first progress line after the alignment."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Reports so far under Ray, in order: one that was on its way when a process died is sent again."""
+    """Reports so far under Ray, in order: one that a process died over is sent again."""
