@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.model import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingCollator
-from latentwire.prompts.sequences import collate
 from latentwire.losses.bundles import term_counts, weights_at
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import collate
 from latentwire.receivers.base import LossTask
 from latentwire.receivers.replica import Replica
-from latentwire.receivers.requests import GenerateRequest, ScoreRequest, LossRequest, Prompt, Request
+from latentwire.receivers.requests import GenerateRequest, LossRequest, Prompt, Request, ScoreRequest
 from tests.conftest import shard_table
 
 UNLIKE = (
