@@ -62,7 +62,7 @@ class Contexts:
             rows = zip(ids["question_ids"], ids["answer_ids"], strict=True)
             batch = collate([builder.latent(slots, *row) for row in rows], messages=self.context_R)
             with read(name, batch) as soft_ND:
-                logits_NV = self.wire.own(name).supervised_logits(batch, soft_ND)
+                logits_NV = self.wire.local_receiver(name).supervised_logits(batch, soft_ND)
             losses.append(F.cross_entropy(logits_NV, batch.target_N))
         return torch.stack(losses).mean()
 

@@ -19,10 +19,21 @@ MODES = {
     "closed_book": "nothing",
 }
 UNTUNED_TEXT = (
-    "The receivers read text as they come, with the examples of their prompts; they were not trained to answer from it as the wire "
-    "was. Behind a few trained vectors a receiver can read the same text much better."
+    "The receivers read text as they come, with the examples of their prompts; they were not "
+    "trained to answer from it as the wire was. Behind a few trained vectors a receiver can read "
+    "the same text much better."
 )
-"""What a reader must know of rows whose text is read by a receiver that nothing was trained for."""
+"""A note on rows in which an untuned receiver reads text."""
+FROZEN = "The receivers are **frozen**: not one of their weights changes."
+NOT_FROZEN = (
+    "The receivers are **not frozen**: low-rank updates of their weights act while they read a "
+    "message."
+)
+LICENCE = (
+    "LatentWire's code is Apache-2.0. These weights were trained through the receivers above and "
+    "on the data above, and each of those has its own licence, which may bind what is derived from "
+    "it: look there before you pass them on."
+)
 COLUMNS = {
     "em": "EM",
     "f1": "F1",
@@ -42,36 +53,34 @@ answers = wire.answer(packet, [question], receiver="{receiver}")
 
 
 def write(run: RunConfig, manifest: dict[str, Any]) -> str:
-    """``README.md`` of an export: what it is, for which receivers, from what, how good beside the baselines."""
+    """Return the ``README.md`` of an export: receivers, data, scores beside baselines, use."""
     tags = ["latentwire", "soft-prompt", "context-compression"]
     data = ModelCardData(library_name="latentwire", tags=tags, language=None)
-    frozen = manifest["receivers_frozen"]
+    names = [receiver.name for receiver in run.receivers]
+    answer = "answer" if len(names) > 1 else "answers"
     size = _message_size(run)
     sections = [
         f"---\n{data.to_yaml()}\n---",
         "# A LatentWire",
-        "An encoder compresses a text into one message of latent vectors; an adapter per receiver turns it into a soft prompt, "
-        f"and {_listed([r.name for r in run.receivers])} {'answer' if len(run.receivers) > 1 else 'answers'} from it. The "
-        f"encoder is of kind `{run.encoder.kind}`; a message has {size} of width {run.encoder.d_z}. "
-        "Encoder and adapters are in this directory, as safetensors; no weight of a receiver is.",
+        f"An encoder compresses a text into one message of latent vectors; an adapter per receiver "
+        f"turns it into a soft prompt, and {_listed(names)} {answer} from it. The encoder is of "
+        f"kind `{run.encoder.kind}`; a message has {size} of width {run.encoder.d_z}. Encoder and "
+        f"adapters are in this directory, as safetensors; no weight of a receiver is.",
         f"Encoder id: `{manifest['encoder_id']}`. Packets of another encoder are refused.",
         "## Receivers",
-        ("The receivers are **frozen**: not one of their weights changes."
-         if frozen
-         else "The receivers are **not frozen**: low-rank updates of their weights act while they read a message."),
+        FROZEN if manifest["receivers_frozen"] else NOT_FROZEN,
         _receivers(run, manifest),
         "## Data",
         f"{run.data.source.description}. {_rows(run)} The encoder reads the {_sent(run)}.",
         "## Scores",
-        _scores(manifest["metrics"], {receiver.name for receiver in run.receivers}),
+        _scores(manifest["metrics"], set(names)),
         "## Use",
         USAGE.format(receiver=run.receivers[0].name),
         "## Licence",
-        "LatentWire's code is Apache-2.0. These weights were trained through the receivers above and on the data above, and "
-        "each of those has its own licence, which may bind what is derived from it: look there before you pass them on.",
+        LICENCE,
         "## How it was made",
-        _made(run, manifest),
-    ]  # fmt: skip
+        _origin(run, manifest),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -84,7 +93,9 @@ def _message_size(run: RunConfig) -> str:
     if encoder.tokens_per_latent is not None:
         return f"one latent for every {encoder.tokens_per_latent} of its tokens,"
     parts = "a line" if encoder.split == "lines" else "a text"
-    private = f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    private = (
+        f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    )
     return f"{encoder.latent_len} latents {parts}{private},"
 
 
@@ -92,13 +103,14 @@ def _receivers(run: RunConfig, manifest: dict[str, Any]) -> str:
     hashes = manifest["pins"].get("receivers", {})
     lines = ["| name | model | revision | SHA-256 of its weights |", "|---|---|---|---|"]
     for receiver in run.receivers:
-        found = f"`{hashes[receiver.name]}`" if receiver.name in hashes else "not recorded"
-        lines.append(f"| {receiver.name} | {_model(receiver.model)} | {receiver.revision or '–'} | {found} |")
+        sha256 = f"`{hashes[receiver.name]}`" if receiver.name in hashes else "not recorded"
+        model, revision = _model(receiver.model), receiver.revision or "–"
+        lines.append(f"| {receiver.name} | {model} | {revision} | {sha256} |")
     return "\n".join(lines)
 
 
 def _model(address: str) -> str:
-    """A Hub id, or the last name of a directory of its trainer's."""
+    """Show a Hub id, or the last name of a directory of its trainer's."""
     local = address.startswith((".", "/"))
     return f"a directory `{address.rpartition('/')[2]}`" if local else f"`{address}`"
 
@@ -109,18 +121,22 @@ def _rows(run: RunConfig) -> str:
 
 
 def _sent(run: RunConfig) -> str:
-    return "context alone; the question goes to the receiver" if run.data.send == "context" else "context and question"
+    if run.data.send == "context":
+        return "context alone; the question goes to the receiver"
+    return "context and question"
 
 
 def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
     validation = metrics.get("validation") or {}
     if not validation:
         return "None: this wire was not scored on questions."
-    present = [name for name in COLUMNS if any(name in row for rows in validation.values() for row in rows.values())]
+    scored = {name for rows in validation.values() for row in rows.values() for name in row}
+    present = [name for name in COLUMNS if name in scored]
     resampled = "contexts" if "contexts" in present else "rows"
     lines = [
-        f"On validation rows: {_readings(metrics.get('readings'))}. In brackets 95 % bootstrap intervals over {resampled}; NLL in "
-        f"nats per token of the gold answer; bytes of text or of the message as fp16.",
+        f"On validation rows: {_readings(metrics.get('readings'))}. In brackets 95 % bootstrap "
+        f"intervals over {resampled}; NLL in nats per token of the gold answer; bytes of text or "
+        f"of the message as fp16.",
         "",
         f"| the receiver reads | receiver | {' | '.join(COLUMNS[name] for name in present)} |",
         f"|{'---|' * (2 + len(present))}",
@@ -136,14 +152,14 @@ def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
 
 
 def _readings(readings: dict[str, Any] | None) -> str:
-    """How often the rows were read before this wire was scored on them."""
+    """Say how often the rows were read before this wire was scored on them."""
     if not readings:
         return "how often they were read before this scoring is not recorded"
     if not readings["wires"]:
         return "no other wire was scored on them before"
     return (
-        f"{readings['read_before']:,} of {readings['rows']:,} had been read before, in {readings['scorings']:,} scorings, by "
-        f"{readings['wires']:,} other wires"
+        f"{readings['read_before']:,} of {readings['rows']:,} had been read before, in "
+        f"{readings['scorings']:,} scorings, by {readings['wires']:,} other wires"
     )
 
 
@@ -156,11 +172,12 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{row[name]:.3g}" if name == "nll" else f"{row[name]:.0f}"
 
 
-def _made(run: RunConfig, manifest: dict[str, Any]) -> str:
+def _origin(run: RunConfig, manifest: dict[str, Any]) -> str:
     step = manifest["metrics"].get("development", manifest["metrics"]).get("step")
     total = sum(manifest["parameters"].values())
     parts = ", ".join(
-        f"{name.removesuffix('.safetensors')} {count:,}" for name, count in manifest["parameters"].items()
+        f"{name.removesuffix('.safetensors')} {count:,}"
+        for name, count in manifest["parameters"].items()
     )
     lines = [
         f"- {total:,} trained parameters ({parts})"
@@ -170,5 +187,7 @@ def _made(run: RunConfig, manifest: dict[str, Any]) -> str:
         "- `manifest.json` has the hash of every file; a directory that does not fit it is refused",
     ]
     if run.training.train_only:
-        lines.insert(1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was")
+        lines.insert(
+            1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was"
+        )
     return "\n".join(lines)

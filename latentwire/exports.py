@@ -1,9 +1,11 @@
-"""A wire as a directory: safetensors and JSON, never pickle; written aside, then renamed, and checked when read.
+"""A wire as a directory of safetensors and JSON: written aside, then renamed; checked when read.
 
-It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not trained),
-``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that is on, ``trained_on.safetensors``
-(hashes of the documents it has trained on), ``manifest.json`` (format, hashes, parameter counts, package versions, pins,
-metrics) and ``README.md``, the model card. No receiver weight is in it. What training adds to go on from is in ``training/checkpoints.py``.
+It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not
+trained), ``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that
+is on, ``trained_on.safetensors`` (hashes of the documents it has trained on), ``manifest.json``
+(format, hashes, parameter counts, package versions, provenance, metrics) and ``README.md``, the
+model card. No receiver weight is in it. What training adds to go on from is in
+``training/checkpoints.py``.
 """
 
 from __future__ import annotations
@@ -41,32 +43,49 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CARD = "README.md"
-FILES = ["config.json", MANIFEST, CARD, "interlingua.safetensors", documents.FILE, "adapters/*.safetensors",
-         "features/*.safetensors"]  # fmt: skip
-"""What an export consists of, as patterns."""
-PACKAGES = ("latentwire", "ray", "torch", "transformers", "datasets", "optuna", "pyarrow", "safetensors")
+FILES = [
+    "config.json",
+    MANIFEST,
+    CARD,
+    "interlingua.safetensors",
+    documents.FILE,
+    "adapters/*.safetensors",
+    "features/*.safetensors",
+]
+"""Files of an export, as patterns."""
+PACKAGES = (
+    "latentwire",
+    "ray",
+    "torch",
+    "transformers",
+    "datasets",
+    "optuna",
+    "pyarrow",
+    "safetensors",
+)
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be trusted or does not fit; the message says what was expected and what was found."""
+    """A checkpoint that cannot be trusted or does not fit; it says what was expected and found."""
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 def save(
     path: Path,
     wire: LatentWire,
     metrics: dict[str, Any],
-    pins: dict[str, Any],
+    provenance: dict[str, Any],
     add: Callable[[Path], None] | None = None,
     address: Callable[[str], str] | None = None,
 ) -> Path:
     """Write a wire to ``path``, which must be empty or not there yet.
 
-    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). ``add`` writes further files
-    into the directory that it is given, before everything is hashed. ``address``: how the configuration names a model's
-    directory; ``None``: relative to ``path`` (:func:`beside`).
+    ``provenance``: what the metrics depend on (shard keys, receivers' hashes, evaluation settings).
+    ``add`` writes further files into the directory that it is given, before everything is hashed.
+    ``address``: how the configuration names a model's directory; ``None``: relative to ``path``
+    (:func:`beside`).
     """
     path = Path(path)
     check_free(path)
@@ -82,19 +101,18 @@ def save(
         wire.trained_on.save(aside)
         if add is not None:
             add(aside)
+        files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
         manifest = {
             "format_version": FORMAT_VERSION,
-            "files": {str(f.relative_to(aside)): sha256(f) for f in sorted(aside.rglob("*")) if f.is_file()},
-            "parameters": {
-                name: sum(t.numel() for t in saved_tensors(part).values()) for name, part in parts(wire).items()
-            },
+            "files": {str(file.relative_to(aside)): sha256(file) for file in files},
+            "parameters": {name: _count(module) for name, module in parts(wire).items()},
             "receivers_frozen": keeps_receivers_frozen(wire.run),
             "backbone": wire.interlingua.encoder.backbone_fingerprint(),
             "encoder_id": wire.encoder_id,
             "packages": installed(PACKAGES),
             "python": platform.python_version(),
             "trained_on": wire.trained_on.entry,
-            "pins": pins,
+            "pins": provenance,
             "metrics": metrics,
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -107,16 +125,18 @@ def save(
 
 def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write tensors as safetensors, readable by those whom the umask lets read."""
-    file.touch()  # by the umask, which the file that safetensors puts in its place does not ask
+    file.touch()  # with the umask's mode, which safetensors' own file would not have
     mode = file.stat().st_mode
     save_file(tensors, file)
     file.chmod(mode)
 
 
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
-    """``run`` with another address of each model, its receivers' and its encoder's."""
+    """Return ``run`` with another address of each model, its receivers' and its encoder's."""
     values: dict[str, Any] = {
-        "receivers": [receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers]
+        "receivers": [
+            receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers
+        ]
     }
     if run.encoder.model is not None:
         values["encoder.model"] = address(run.encoder.model)
@@ -124,9 +144,10 @@ def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
 
 
 def beside(path: Path, model: str) -> str:
-    """A model's directory as seen from the directory ``path``, beginning with a dot; a Hub id or an embedded model as it is.
+    """Return a model's directory relative to the directory ``path``, beginning with a dot.
 
-    Whoever gets both together, or under another root, finds one from the other; nobody learns where they lay.
+    A Hub id or an embedded model stays as it is. Whoever gets both together, or under another root,
+    finds one from the other; nobody learns where they lay.
     """
     if not is_directory(model):
         return model
@@ -135,68 +156,95 @@ def beside(path: Path, model: str) -> str:
 
 
 def below(path: Path, model: str) -> str:
-    """A model's directory as seen from ``path`` where it lies below that, else as it is: for an export in an object store."""
+    """Return a model's directory relative to ``path`` where it lies below it, else as it is.
+
+    For an export in an object store.
+    """
     inside = is_directory(model) and Path(model).resolve().is_relative_to(path.resolve())
     return Path(model).resolve().relative_to(path.resolve()).as_posix() if inside else model
 
 
 def by_name(model: str) -> str:
-    """A model's directory by its last name, as if it lay in the export: for strangers, who must say where they have it."""
+    """Return a model's directory by its last name, as if it lay in the export.
+
+    For strangers, who must say where they have it.
+    """
     return f"./{Path(model).resolve().name}" if is_directory(model) else model
 
 
 def is_directory(model: str) -> bool:
-    """Whether a model is a directory (or file) of this machine."""
+    """Return whether a model is a directory (or file) of this machine."""
     return model not in TOY_MODELS and Path(model).exists()
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
-    """Package → version of those that are there: a plain run needs neither Ray nor Optuna."""
-    found = {}
+    """Return package → version of those that are there: a plain run needs no Ray or Optuna."""
+    versions = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def check_free(path: Path) -> None:
     """Raise :class:`CheckpointError` where a wire would overwrite something."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
+        raise CheckpointError(
+            f"a checkpoint must not overwrite anything, {path} exists; name another directory"
+        )
 
 
 def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
-    """File → the module whose weights it holds."""
+    """Return file → the module whose weights it holds."""
     interlingua = wire.interlingua
-    found: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
-    found |= {f"adapters/{name}.safetensors": adapter for name, adapter in interlingua.adapters.items()}
-    return found | {f"features/{name}.safetensors": feature for name, feature in interlingua.features.items()}
+    modules: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
+    for name, adapter in interlingua.adapters.items():
+        modules[f"adapters/{name}.safetensors"] = adapter
+    for name, feature in interlingua.features.items():
+        modules[f"features/{name}.safetensors"] = feature
+    return modules
 
 
 def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's weights, without those of a pretrained backbone that is not trained: the manifest holds their hash."""
-    fixed = module.pinned_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
-    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
+    """Return a module's weights, without those of a backbone that is not trained.
+
+    The manifest holds such a backbone's hash.
+    """
+    fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
+    return {
+        name: t.detach().cpu().contiguous()
+        for name, t in module.state_dict().items()
+        if name not in fixed
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+def _count(module: torch.nn.Module) -> int:
+    """Count the numbers that are saved of a module."""
+    return sum(tensor.numel() for tensor in saved_tensors(module).values())
+
+
+# ------------------------------------------------------------------------------------------ loading
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after every file it names has been hashed. Raises :class:`CheckpointError`."""
+    """Read the manifest and hash every file that it names. Raises :class:`CheckpointError`."""
     file = Path(path) / MANIFEST
     if not file.exists():
         raise CheckpointError(
-            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
+            f"a checkpoint must hold manifest.json, {path} does not; name the directory that "
+            f"holds it"
         )
     try:
         manifest = json.loads(file.read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
+        raise CheckpointError(
+            f"{file} must be the JSON that latentwire writes ({error}); restore it"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
+            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version "
+            f"that wrote it"
         )
     for name, expected in files.items():
         part = (Path(path) / name).resolve()
@@ -204,63 +252,77 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
         if not part.exists():
             raise CheckpointError(
-                f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
+                f"{path} must hold {name} as its manifest says, it is missing; copy the whole "
+                f"directory"
             )
-        found = sha256(part)
-        if found != expected:
+        actual = sha256(part)
+        if actual != expected:
             raise CheckpointError(
-                f"{part} must hash to {expected[:12]}… as its manifest says, got {found[:12]}…; it was changed or cut off"
+                f"{part} must hash to {expected[:12]}… as its manifest says, got {actual[:12]}…; "
+                f"it was changed or cut off"
             )
     return manifest
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:
-    """Return the trained weights of a checkpoint or export: ``encoder`` (with all that every receiver shares) and each
-    receiver → ``parameters`` and ``bytes`` as stored. Weights of a backbone that is not trained are not among them."""
+    """Measure the trained weights of a checkpoint or export.
+
+    Returns ``encoder`` (with all that receivers share) and each receiver → ``parameters`` and
+    ``bytes`` as stored. Weights of a backbone that is not trained are left out.
+    """
     names = [receiver.name for receiver in read_run(path).receivers]
-    found = {name: {"parameters": 0, "bytes": 0} for name in ("encoder", *names)}
+    totals = {name: {"parameters": 0, "bytes": 0} for name in ("encoder", *names)}
     for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*/*.safetensors")):
         if file.parent == path and file.name != "interlingua.safetensors":
-            continue  # what training needs to go on, and no part of the wire
+            continue  # the state of training, which is no part of the wire
         for name, tensor in load_file(file).items():
-            # What is made for one receiver lies under its name, in a file of its own or right in a feature's module.
+            # Parts for one receiver lie under its name, in a file of their own or right in a
+            # feature's module.
             words = [file.stem] if file.parent.name == "adapters" else name.split(".")[1:2]
             part = words[0] if file.parent != path and words and words[0] in names else "encoder"
-            found[part]["parameters"] += tensor.numel()
-            found[part]["bytes"] += tensor.numel() * tensor.element_size()
-    return found
+            totals[part]["parameters"] += tensor.numel()
+            totals[part]["bytes"] += tensor.numel() * tensor.element_size()
+    return totals
 
 
 def read_run(path: Path) -> RunConfig:
-    """The configuration a checkpoint was made with, with models' directories that it names from its own place as absolute paths.
+    """Read the configuration that a checkpoint was made with.
 
-    Raises :class:`CheckpointError`.
+    Models' directories that it names from its own place become absolute paths. Raises
+    :class:`CheckpointError`.
     """
+    file = Path(path) / "config.json"
     try:
-        run = validate(RunConfig, json.loads((Path(path) / "config.json").read_text()), f"{path}/config.json")
+        run = validate(RunConfig, json.loads(file.read_text()), str(file))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}/config.json must be readable JSON ({error})") from error
 
-    def found(model: str) -> str:
-        there = (Path(path) / model).resolve()
-        return str(there) if model.startswith(".") and there.exists() else model
+    def absolute(model: str) -> str:
+        folder = (Path(path) / model).resolve()
+        return str(folder) if model.startswith(".") and folder.exists() else model
 
-    return with_models(run, found)
+    return with_models(run, absolute)
 
 
 def check_models(path: Path, run: RunConfig) -> None:
-    """Raise :class:`CheckpointError` where a directory that the configuration of ``path`` names is not there."""
+    """Raise :class:`CheckpointError` where a model's directory in the configuration is missing."""
     for place, receiver in enumerate(run.receivers):
         if _is_path(receiver.model) and not Path(receiver.model).exists():
             raise CheckpointError(
-                f"receiver {receiver.name} of {path} must be in a directory of this machine, {receiver.model} is not there; say "
-                f"where its weights are: LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub id>'}}), "
-                f"or --set receivers.{place}.model=<directory or Hub id>"
+                f"receiver {receiver.name} of {path} must be in a directory of this machine, "
+                f"{receiver.model} is not there; say where its weights are: "
+                f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
+                f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
             )
-    if run.encoder.model is not None and _is_path(run.encoder.model) and not Path(run.encoder.model).exists():
+    if (
+        run.encoder.model is not None
+        and _is_path(run.encoder.model)
+        and not Path(run.encoder.model).exists()
+    ):
         raise CheckpointError(
-            f"the encoder's backbone of {path} must be in a directory of this machine, {run.encoder.model} is not there; put "
-            f"its weights there, or --set encoder.model=<directory or Hub id>"
+            f"the encoder's backbone of {path} must be in a directory of this machine, "
+            f"{run.encoder.model} is not there; put its weights there, or --set "
+            f"encoder.model=<directory or Hub id>"
         )
 
 
@@ -268,44 +330,55 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None) -> RunConfig:
-    """``run`` with the receivers of those names alone (``None``: all), from other places where a mapping names them.
+def choose_receivers(
+    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
+) -> RunConfig:
+    """Return ``run`` with the chosen receivers alone (``None``: all).
 
-    A name alone is one of them.
-
-    Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder needs all of them.
+    They are one name, several, or name → another place of its weights. Raises
+    :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder needs
+    all of them.
     """
     if chosen is None:
         return run
     chosen = [chosen] if isinstance(chosen, str) else chosen
     known = {receiver.name: receiver for receiver in run.receivers}
     if strange := [name for name in chosen if name not in known]:
-        raise ConfigError(f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them")
+        raise ConfigError(
+            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of "
+            f"them"
+        )
     if run.encoder.private_len and len(chosen) < len(known):
         raise ConfigError(
-            f"encoder.private_len {run.encoder.private_len} makes latents for each of {', '.join(known)}, got only "
-            f"{', '.join(chosen)}; name all of them"
+            f"encoder.private_len {run.encoder.private_len} makes latents for each of "
+            f"{', '.join(known)}, got only {', '.join(chosen)}; name all of them"
         )
     places = dict(chosen) if isinstance(chosen, Mapping) else {}
-    values: dict[str, Any] = {
-        "receivers": [known[name].model_dump() | ({"model": places[name]} if name in places else {}) for name in chosen]
-    }
-    learned = run.training.train_only  # of a wire that one of them joined: what stays away cannot be named
-    values["training.train_only"] = [name for name in learned if name in chosen or name == "encoder"]
+    receivers = [known[name].model_dump() for name in chosen]
+    for receiver in receivers:
+        receiver["model"] = places.get(receiver["name"], receiver["model"])
+    # Receivers that stay away cannot be named as trained, of a wire that one of them joined.
+    stay = {"encoder", *chosen}
+    train_only = [name for name in run.training.train_only if name in stay]
+    values: dict[str, Any] = {"receivers": receivers, "training.train_only": train_only}
     lender = run.encoder.lender
-    if lender is not None and lender not in chosen:  # the encoder is still built like the receiver that stays away
+    if lender is not None and lender not in chosen:
+        # The encoder is still built like the receiver that stays away.
         values["encoder.model"] = known[lender].model
     return with_values(run, values, "receivers")
 
 
-def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
-    """Put a checkpoint's encoder and adapters into ``wire``; returns the manifest.
+def load_weights(
+    path: Path, wire: LatentWire, manifest: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Put a checkpoint's encoder and adapters into ``wire``; return the manifest.
 
-    Raises :class:`CheckpointError` for changed files, other shapes or keys, or receivers whose weights hash differently
-    from those it was trained with.
+    ``manifest``: that of :func:`read_manifest`, where it was read. Raises :class:`CheckpointError`
+    for changed files, other shapes or keys, or receivers whose weights hash differently from those
+    it was trained with.
     """
     path = Path(path)
-    manifest, run = read_manifest(path), read_run(path)
+    manifest, run = manifest or read_manifest(path), read_run(path)
     others = {receiver.name for receiver in run.receivers} - wire.receivers.keys()
     for name, module in parts(wire).items():
         if name not in manifest["files"]:
@@ -314,38 +387,49 @@ def load_weights(path: Path, wire: LatentWire) -> dict[str, Any]:
     backbone = wire.interlingua.encoder.backbone_fingerprint()
     if backbone != manifest["backbone"]:
         raise CheckpointError(
-            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} ({wire.run.encoder.model}); "
-            f"load the same weights"
+            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} "
+            f"({wire.run.encoder.model}); load the same weights"
         )
     wire.trained_on = documents.read(path, manifest)
     for name, expected in manifest["pins"].get("receivers", {}).items():
-        if name in wire.receivers and (found := wire.receivers[name].fingerprint()) != expected:
+        if name not in wire.receivers:
+            continue
+        actual = wire.receivers[name].fingerprint()
+        if actual != expected:
             raise CheckpointError(
-                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got {found[:12]}… "
-                f"({wire.receivers[name].config.model}); load the same weights and dtype"
+                f"receiver {name} must hash to {expected[:12]}… as when the wire was trained, got "
+                f"{actual[:12]}… ({wire.receivers[name].config.model}); load the same weights and "
+                f"dtype"
             )
     return manifest
 
 
 def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> None:
-    """Put a file's weights into a module. ``left_out``: receivers that only one of the two knows, whose part is passed over.
+    """Put a file's weights into a module.
 
-    Raises :class:`CheckpointError` where keys or shapes differ.
+    ``left_out``: receivers that only one of the two knows, whose part is passed over. Raises
+    :class:`CheckpointError` where keys or shapes differ.
     """
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out}
-    wanted = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
-    if differing := tensors.keys() ^ wanted:
-        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
+        raise CheckpointError(
+            f"{file} must be readable safetensors ({error}); restore it"
+        ) from error
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out
+    }
+    names = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
+    if differing := tensors.keys() ^ names:
+        raise CheckpointError(
+            f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}"
+        )
     try:
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         # torch names every tensor of another shape on a line of its own, below its heading.
         fault = " ".join(next(iter(str(error).splitlines()[1:]), str(error)).split())
         raise CheckpointError(
-            f"{file} must fit the configuration and its receivers, it does not ({fault.rstrip('.')}); name those that it "
-            f"was trained with"
+            f"{file} must fit the configuration and its receivers, it does not "
+            f"({fault.rstrip('.')}); name those that it was trained with"
         ) from error

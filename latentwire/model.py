@@ -1,4 +1,4 @@
-"""The whole wire in one object: encoder, adapters, frozen receivers, and the layout of their prompts."""
+"""The wire in one object: encoder, adapters, features, frozen receivers and their prompts."""
 
 from __future__ import annotations
 
@@ -30,62 +30,72 @@ from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
 
 LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
-"""Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever they come from."""
+"""Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever
+they come from."""
 
 
 class LatentWire(ModelHubMixin, library_name="latentwire"):
     """Text → one message → answers from every receiver.
 
-    ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a configuration, or load an
-    export with :meth:`from_pretrained`; :meth:`save_pretrained` and :meth:`push_to_hub` write one.
+    ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a
+    configuration, or load an export with :meth:`from_pretrained`; :meth:`save_pretrained` and
+    :meth:`push_to_hub` write one.
     """
 
     manifest: dict[str, Any] | None = None
-    """What came with a loaded export: metrics, hashes, versions."""
+    """Manifest of a loaded export: metrics, hashes, versions."""
 
     def __init__(self, run: RunConfig, receivers: Mapping[str, Receiver] | None = None) -> None:
-        """Loads the receivers and draws fresh trainable weights from ``run.training.seed``.
+        """Load the receivers and draw fresh trainable weights from ``run.training.seed``.
 
         ``receivers``: those of the run, by name, where they are held elsewhere. Raises
-        :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.PromptError`.
+        :class:`~latentwire.models.weights.ReceiverError` or
+        :class:`~latentwire.prompts.sequences.PromptError`.
         """
         self.run = run
-        self.receivers: dict[str, Receiver] = (
-            {receiver.name: LocalReceiver(receiver) for receiver in run.receivers}
-            if receivers is None
-            else {**receivers}
-        )
+        if receivers is None:
+            receivers = {receiver.name: LocalReceiver(receiver) for receiver in run.receivers}
+        self.receivers: dict[str, Receiver] = dict(receivers)
         self.builders = {
             name: PromptBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send)
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
-        shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
-        self.interlingua = Interlingua(run, shapes, registry.build).to(next(iter(self.receivers.values())).device)
+        shapes = {
+            name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
+            for name, lm in self.receivers.items()
+        }
+        device = next(iter(self.receivers.values())).device
+        self.interlingua = Interlingua(run, shapes, registry.build).to(device)
         self.trained_on = TrainedOn()
         """The documents that its weights have trained on."""
-        self._address: Callable[[str], str] | None = None  # how an export names models' directories
+        # Names models' directories in an export.
+        self._address: Callable[[str], str] | None = None
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
 
-    def own(self, receiver: str) -> LocalReceiver:
-        """A receiver whose weights are in this process. Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one."""
-        found = self.receivers[receiver]
-        if not isinstance(found, LocalReceiver):
+    def local_receiver(self, receiver: str) -> LocalReceiver:
+        """Return a receiver whose weights are in this process.
+
+        Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one.
+        """
+        lm = self.receivers[receiver]
+        if not isinstance(lm, LocalReceiver):
             raise ReceiverError(
-                f"this needs the weights of receiver {receiver} in this process, they are shared; load it here"
+                f"this needs the weights of receiver {receiver} in this process, they are shared; "
+                f"load it here"
             )
-        return found
+        return lm
 
     def local_receivers(self) -> list[LocalReceiver]:
-        """Those whose weights are in this process."""
-        return [receiver for receiver in self.receivers.values() if isinstance(receiver, LocalReceiver)]
+        """Return the receivers whose weights are in this process."""
+        return [lm for lm in self.receivers.values() if isinstance(lm, LocalReceiver)]
 
     def fingerprints(self) -> dict[str, str]:
-        """Receiver → hash of its weights, which never change."""
+        """Return receiver → hash of its weights, which never change."""
         return {name: receiver.fingerprint() for name, receiver in self.receivers.items()}
 
-    # ------------------------------------------------------------------------------------------- loading and saving
+    # --------------------------------------------------------------------------- loading and saving
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -100,13 +110,15 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> LatentWire:
-        """The wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
+        """Load the wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
 
-        ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the same weights where they
-        lie elsewhere than when the wire was trained. ``trust_remote_code``: whether receivers may run code that comes with
-        their weights where the export asks for it; a stranger's export could. Raises
-        :class:`~latentwire.exports.CheckpointError` for a place that holds no wire, or one that its manifest does not fit,
-        :class:`~latentwire.config.resolve.ConfigError` and :class:`~latentwire.models.weights.ReceiverError`.
+        ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the
+        same weights where they lie elsewhere than when the wire was trained. ``trust_remote_code``:
+        whether receivers may run code that comes with their weights where the export asks for it; a
+        stranger's export could. Raises :class:`~latentwire.exports.CheckpointError` for a place
+        that holds no wire, or one that its manifest does not fit,
+        :class:`~latentwire.config.resolve.ConfigError` and
+        :class:`~latentwire.models.weights.ReceiverError`.
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
@@ -125,41 +137,45 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             except (OSError, ValueError) as error:
                 raise exports.CheckpointError(
                     f"a wire must be a directory or a Hub id, got {pretrained_model_name_or_path} "
-                    f"({str(error).strip().splitlines()[0]}); name its best/ directory, or log in with `hf auth login`"
+                    f"({str(error).strip().splitlines()[0]}); name its best/ directory, or log in "
+                    f"with `hf auth login`"
                 ) from error
-        exports.read_manifest(path)
+        manifest = exports.read_manifest(path)
         run = exports.choose_receivers(exports.read_run(path), receivers)
-        if asking := [r.name for r in run.receivers if r.trust_remote_code and not trust_remote_code]:
+        with_code = [receiver.name for receiver in run.receivers if receiver.trust_remote_code]
+        if with_code and not trust_remote_code:
             raise exports.CheckpointError(
-                f"{path} lets {', '.join(asking)} run code that comes with their weights; read that code, then say "
-                f"trust_remote_code=True"
+                f"{path} lets {', '.join(with_code)} run code that comes with their weights; read "
+                f"that code, then say trust_remote_code=True"
             )
         exports.check_models(path, run)
         wire = cls(run)
-        wire.manifest = exports.load_weights(path, wire)
+        wire.manifest = exports.load_weights(path, wire, manifest)
         wire._loaded = fingerprint(wire.interlingua)
         return wire
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write an export with its model card to a directory that holds nothing yet; ``push_to_hub=True``: to the Hub too.
+        """Write an export with its model card to an empty directory.
 
-        Metrics are those of the export it was loaded from, as long as its weights are. Raises :class:`~latentwire.exports.CheckpointError`.
+        ``push_to_hub=True`` sends it to the Hub too. Metrics are those of the export it was loaded
+        from, as long as its weights are. Raises :class:`~latentwire.exports.CheckpointError`.
         """
         exports.check_free(Path(save_directory))  # the mixin removes a config.json that is there
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         known = self.manifest or {"metrics": {}, "pins": {}}
-        pins = known["pins"] | {"receivers": self.fingerprints()}
-        metrics = (
-            known["metrics"] if fingerprint(self.interlingua) == self._loaded else {}
-        )  # changed since: not its own
-        exports.save(save_directory, self, metrics, pins, address=self._address)
+        provenance = known["pins"] | {"receivers": self.fingerprints()}
+        # Weights that have changed since they were loaded have no metrics.
+        unchanged = fingerprint(self.interlingua) == self._loaded
+        metrics = known["metrics"] if unchanged else {}
+        exports.save(save_directory, self, metrics, provenance, address=self._address)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload an export with its model card to the Hub; returns the commit's address.
+        """Upload an export with its model card to the Hub; return the commit's address.
 
-        Receivers from directories are named by their last name alone: who loads it says where theirs are.
+        Receivers from directories are named by their last name alone: who loads it says where
+        theirs are.
         """
         self._address = exports.by_name
         try:
@@ -169,122 +185,152 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     @property
     def encoder_id(self) -> str:
-        """Names the encoder in every packet: 32 hex digits of the hash of its weights, with what refines its messages.
+        """Id of the encoder in every packet: 32 hex digits of a hash of its weights.
 
-        Computed again only after the weights have changed.
+        Features that refine its messages are hashed too. Computed again only after the weights have
+        changed.
         """
         parts = torch.nn.ModuleList([self.interlingua.encoder])
         feature: Any
         for feature in self.interlingua.features.values():
             if feature.acts_on_message:
                 parts.append(feature)
-        state = [(id(tensor), tensor._version) for tensor in (*parts.parameters(), *parts.buffers())]
+        tensors = (*parts.parameters(), *parts.buffers())
+        state = [(id(tensor), tensor._version) for tensor in tensors]
         if self._encoder_id[0] != state:
-            # Without defaults: a knob that a later version adds leaves the ids of what was trained before it.
-            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES, exclude_defaults=True)
-            digest = hashlib.sha256(f"{fingerprint(parts)} {knobs} {self.run.data.send}".encode()).hexdigest()
-            self._encoder_id = state, digest[:32]
+            # Without defaults: a knob that a later version adds leaves the ids of what was trained
+            # before it.
+            knobs = self.run.encoder.model_dump_json(
+                exclude=LENGTHS_AND_PLACES, exclude_defaults=True
+            )
+            identity = f"{fingerprint(parts)} {knobs} {self.run.data.send}"
+            self._encoder_id = state, hashlib.sha256(identity.encode()).hexdigest()[:32]
         return self._encoder_id[1]
 
-    # ------------------------------------------------------------------------------------------- sending and reading
+    # -------------------------------------------------------------------------- sending and reading
 
     @torch.no_grad()
-    def encode(self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None) -> Message:
-        """One message a context, to be sent by its ``to_bytes``; ``questions`` are part of it with ``send: prompt`` only.
+    def encode(
+        self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None
+    ) -> Message:
+        """Encode contexts into one message each, to be sent by its ``to_bytes``.
 
-        A text alone is one context. Warns of contexts longer than the wire was trained for (``data.max_context_bytes``).
-        Raises :class:`~latentwire.config.resolve.ConfigError` for what is no text or empty, for another number of questions,
-        and where that wire is given none.
+        ``questions`` are part of it with ``send: prompt`` only. A text alone is one context. Warns
+        of contexts longer than the wire was trained for (``data.max_context_bytes``). Raises
+        :class:`~latentwire.config.resolve.ConfigError` for what is no text or empty, for another
+        number of questions, and where that wire is given none.
         """
         self.interlingua.eval()
         contexts = texts_of("contexts", contexts)
         if questions is None and self.run.data.send == "prompt":
             raise ConfigError(
-                "this wire's messages hold the questions (data.send prompt), got none; give encode one a context"
+                "this wire's messages hold the questions (data.send prompt), got none; give "
+                "encode one a context"
             )
-        questions = texts_of("questions", questions) if questions is not None else [""] * len(contexts)
+        no_questions = [""] * len(contexts)
+        questions = no_questions if questions is None else texts_of("questions", questions)
         if len(questions) != len(contexts):
             raise ConfigError(
-                f"each context takes one question, got {len(contexts)} contexts and {len(questions)} questions"
+                f"each context takes one question, got {len(contexts)} contexts and "
+                f"{len(questions)} questions"
             )
-        texts = [sender_text(self.run.data.send, c, q) for c, q in zip(contexts, questions, strict=True)]
+        pairs = zip(contexts, questions, strict=True)
+        texts = [sender_text(self.run.data.send, *pair) for pair in pairs]
         sizes, limit = [len(text.encode()) for text in texts], self.run.data.max_context_bytes
         if longer := sum(size > limit for size in sizes):
             warnings.warn(
-                f"contexts should have at most {limit:,} bytes, as this wire was trained for (data.max_context_bytes), got "
-                f"{longer} longer, the longest of {max(sizes):,}: its message is a guess; cut it, or train with a higher limit",
+                f"contexts should have at most {limit:,} bytes, as this wire was trained for "
+                f"(data.max_context_bytes), got {longer} longer, the longest of {max(sizes):,}: "
+                f"its message is a guess; cut it, or train with a higher limit",
                 stacklevel=_CALLER,
             )
         return replace(self.interlingua.encode(texts), encoder=self.encoder_id)
 
     def receive(self, packet: bytes) -> Message:
-        """The message of a packet that this wire's encoder made. Raises :class:`~latentwire.message.WireError`."""
+        """Read a packet of this wire's encoder. Raises :class:`~latentwire.message.WireError`."""
         message = from_bytes(packet, expect=self.encoder_id)
         if (d_z := message.z_BLZ.shape[2]) != self.run.encoder.d_z:
             raise WireError(
-                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender must check them"
+                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender "
+                f"must check them"
             )
         return message
 
     @torch.no_grad()
-    def answer(self, message: Message | bytes, questions: str | Iterable[str], receiver: str) -> list[str]:
-        """Greedy answers of one receiver to one question per message; a packet is received first. A text alone is one question.
+    def answer(
+        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
+    ) -> list[str]:
+        """Answer one question per message by one receiver, greedily.
 
-        Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of questions.
+        A packet is received first. A text alone is one question. Raises
+        :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of
+        questions.
         """
-        message, prompts = self._asked(message, questions, receiver)
+        message, prompts = self._prompts(message, questions, receiver)
         return self.decode(receiver, prompts, message)[0]
 
     @torch.no_grad()
     def prompt_embeds(
         self, message: Message | bytes, questions: str | Iterable[str], receiver: str
     ) -> list[torch.Tensor]:
-        """One receiver's whole prompt to each question as input embeddings ``[positions, D]``, in its type, on the CPU.
+        """Return one receiver's prompt to each question as input embeddings ``[positions, D]``.
 
-        For engines that take embeddings in place of tokens: ``model.generate(inputs_embeds=…)``, vLLM's ``prompt_embeds``.
-        ``builders[receiver].stop_ids`` end the answer. Raises :class:`~latentwire.config.resolve.ConfigError` as
-        :meth:`answer` does, and where a feature acts inside the receiver, which no embedding can carry.
+        They hold the whole prompt, in the receiver's type, on the CPU. For engines that take
+        embeddings in place of tokens: ``model.generate(inputs_embeds=…)``, vLLM's
+        ``prompt_embeds``. ``builders[receiver].stop_ids`` end the answer. Raises
+        :class:`~latentwire.config.resolve.ConfigError` as :meth:`answer` does, and where a feature
+        acts inside the receiver, which no embedding can carry.
         """
         features: Any = self.interlingua.features.items()
         if acting := [name for name, feature in features if feature.acts_inside]:
             raise ConfigError(
-                f"prompt_embeds needs a wire whose features end before the receiver, got {', '.join(acting)}; "
-                f"use answer, or train one without features.{acting[0]}"
+                f"prompt_embeds needs a wire whose features end before the receiver, got "
+                f"{', '.join(acting)}; use answer, or train one without features.{acting[0]}"
             )
-        message, prompts = self._asked(message, questions, receiver)
-        lm, batch = self.own(receiver), collate(prompts, side="left")
+        message, prompts = self._prompts(message, questions, receiver)
+        lm, batch = self.local_receiver(receiver), collate(prompts, side="left")
         e_BSD = lm.embed(batch, self.interlingua.soft_rows(receiver, message, batch)).cpu()
         return [e_SD[-len(prompt.ids) :] for e_SD, prompt in zip(e_BSD, prompts, strict=True)]
 
-    def _asked(
+    def _prompts(
         self, message: Message | bytes, questions: str | Iterable[str], receiver: str
     ) -> tuple[Message, list[sequences.PromptSequence]]:
-        """A message on this wire's device, and the prompt of each question to it."""
+        """Return a message on this wire's device, and the prompt of each question to it."""
         if receiver not in self.receivers:
-            raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")
+            raise ConfigError(
+                f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one "
+                f"of them"
+            )
         questions = texts_of("questions", questions)
         if not isinstance(message, Message | bytes | bytearray | memoryview):
             raise ConfigError(
-                f"a message must be what encode gives, or its packet as bytes, got {_shown(message)}; one for all questions"
+                f"a message must be what encode gives, or its packet as bytes, got "
+                f"{_shown(message)}; one for all questions"
             )
-        message = (message if isinstance(message, Message) else self.receive(message)).to(self.interlingua.device)
+        if not isinstance(message, Message):
+            message = self.receive(message)
+        message = message.to(self.interlingua.device)
         self.interlingua.eval()
         builder, slots = self.builders[receiver], message.slots(receiver)
         if len(questions) != len(slots):
             raise ConfigError(
-                f"each message takes one question, got {len(slots)} messages and {len(questions)} questions"
+                f"each message takes one question, got {len(slots)} messages and {len(questions)} "
+                f"questions"
             )
         question_ids = builder.tokenize([], questions, [])["question_ids"]
-        return message, [builder.latent(count, ids) for count, ids in zip(slots, question_ids, strict=True)]
+        pairs = zip(slots, question_ids, strict=True)
+        return message, [builder.latent(count, ids) for count, ids in pairs]
 
     @property
     def reads_heads_alike(self) -> bool:
-        """Whether a receiver computes the text before a message as it would without one: no feature acts on it."""
+        """True where no feature changes how a receiver reads the text before a message."""
         return not any(feature.acts_on_text for feature in self.interlingua.features.values())
 
     @contextmanager
-    def reading(self, receiver: str, batch: Batch, message: Message | None) -> Iterator[torch.Tensor | None]:
-        """The soft vectors ``[N, D]`` of a batch, with the features attached to the receiver that is about to read it.
+    def reading(
+        self, receiver: str, batch: Batch, message: Message | None
+    ) -> Iterator[torch.Tensor | None]:
+        """Yield the soft vectors ``[N, D]`` of a batch, with features attached to its receiver.
 
         Without a message the prompts are text: nothing is attached, as for teachers and baselines.
         """
@@ -297,12 +343,15 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             if acting:
                 reading = self._reading(receiver, batch, message)
                 for feature in acting:
-                    stack.enter_context(feature.attached(receiver, self.receivers[receiver], reading))
+                    stack.enter_context(
+                        feature.attached(receiver, self.receivers[receiver], reading)
+                    )
             yield self.interlingua.soft_rows(receiver, message, batch)
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
         z_BLZ, keep_BL = message.read_by(receiver)
         message_R = batch.message_R.to(z_BLZ.device)
+        # Questions of all rows, side by side from their first token: [R, S] → [R, Q].
         count_R = batch.question_BS.sum(1)
         keep_RQ = torch.arange(max(1, int(count_R.max())), device=count_R.device) < count_R[:, None]
         ids_RQ = keep_RQ.long().masked_scatter(keep_RQ, batch.ids_BS[batch.question_BS])
@@ -321,64 +370,79 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         receiver: str,
         prompts: list[Any],
         message: Message | None = None,
-        own_ND: torch.Tensor | None = None,
+        vectors_ND: torch.Tensor | None = None,
     ) -> tuple[list[str], Decoded]:
-        """Free-running greedy text after each prompt; latent prompts need their message, or vectors of the caller's own.
+        """Decode greedy text after each prompt.
 
-        ``prefill_ms`` counts from here: adapter and features run before the receiver does, and belong to what a message costs.
+        Latent prompts need their message, or the caller's ``vectors_ND`` in its place.
+        ``prefill_ms`` counts from here: adapter and features run before the receiver does, and
+        belong to a message's cost.
         """
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
-        if lm.device.type == "cuda":  # what the device was given before is none of this prompt's cost
+        if lm.device.type == "cuda":  # earlier work on the device is none of this prompt's cost
             torch.cuda.synchronize(lm.device)
         began = time.perf_counter()
         batch = collate(prompts, side="left").to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
-            soft_ND = soft_ND if own_ND is None else own_ND
+            soft_ND = soft_ND if vectors_ND is None else vectors_ND
             prepared_ms = 1000 * (time.perf_counter() - began)
-            decoded = lm.generate(batch, builder.stop_ids, self.run.evaluation.max_answer_tokens, soft_ND)
+            longest = self.run.evaluation.max_answer_tokens
+            decoded = lm.generate(batch, builder.stop_ids, longest, soft_ND)
         decoded = replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         return [builder.answer_of(text) for text in texts], decoded
 
 
-_CALLER = 3  # frames from a warning to who called: torch's own wrapper stands between
+_CALLER = 3  # frames from a warning to the caller: torch's own wrapper stands between
 
 
 def texts_of(what: str, given: Any) -> list[str]:
-    """Texts as a list: a text alone is one of them.
+    """Return texts as a list: a text alone is one of them.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else than texts that hold something and can be written as
-    UTF-8, and for none at all.
+    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else than texts that hold
+    something and can be written as UTF-8, and for none at all.
     """
     if isinstance(given, bytes | bytearray | Mapping) or not isinstance(given, str | Iterable):
         raise ConfigError(
-            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a list of them"
+            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a "
+            f"list of them"
         )
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
-        raise ConfigError(f"{what} must hold at least one text, got none; give a str, or a list of them")
+        raise ConfigError(
+            f"{what} must hold at least one text, got none; give a str, or a list of them"
+        )
     for place, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out")
+            raise ConfigError(
+                f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave "
+                f"it out"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"{what} must be texts that UTF-8 can write, got a lone surrogate at {place} ({error.reason}); decode it anew"
+                f"{what} must be texts that UTF-8 can write, got a lone surrogate at {place} "
+                f"({error.reason}); decode it anew"
             ) from error
     return texts
 
 
 def _shown(value: Any) -> str:
-    """A value that is no text, in a few words."""
-    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    """Show a value that is no text, in a few words."""
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
-    """A wire from a checkpoint or export, with its manifest; loads the receivers too. ``run`` replaces its configuration."""
-    exports.read_manifest(path)
+    """Load a wire with its receivers from a checkpoint or export; return its manifest too.
+
+    ``run`` replaces its configuration.
+    """
+    manifest = exports.read_manifest(path)
     run = run or exports.read_run(path)
     exports.check_models(path, run)
     wire = LatentWire(run)
-    return wire, exports.load_weights(path, wire)
+    return wire, exports.load_weights(path, wire, manifest)

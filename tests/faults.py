@@ -123,15 +123,15 @@ def padding_attended() -> None:
 
 def wrong_teacher_row() -> None:
     """Let each position learn from its neighbour's teacher."""
-    teach = LocalReceiver.teach
+    read_teacher = LocalReceiver.read_teacher
 
     def broken(self: LocalReceiver, *arguments: Any) -> Any:
-        teacher = teach(self, *arguments)
+        teacher = read_teacher(self, *arguments)
         assert teacher.rows is not None
         rows = dataclasses.replace(teacher.rows, log_p_NK=teacher.rows.log_p_NK.roll(1, 0))
         return dataclasses.replace(teacher, rows=rows)
 
-    LocalReceiver.teach = broken  # type: ignore[method-assign]
+    LocalReceiver.read_teacher = broken  # type: ignore[method-assign]
 
 
 # -------------------------------------------------------------------------------------------------------- all of them
@@ -259,7 +259,7 @@ FAULTS = {
         "tests/tuning/test_searcher.py::test_a_stopped_trial_is_pruned",
     ),
     "private_latents_stay_where_padding_was": line(
-        "message:Message.row", "own.start - padding", "own.start",
+        "message:Message.row", "columns.start - padding", "columns.start",
         "tests/test_message.py::test_a_row_alone_reads_what_it_read_among_others",
     ),
 }  # fmt: skip

@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from latentwire.config import RunConfig
 from latentwire.data.teachers import teacher_of
-from latentwire.losses.bundles import Teacher
+from latentwire.losses.bundles import Teacher, teacher_reads, terms_on
 from latentwire.models.pooling import Coarsening
 from latentwire.prompts.sequences import (
+    ANSWER,
     CONTINUE,
     RECONSTRUCT,
     Batch,
@@ -55,11 +56,11 @@ class TrainingCollator:
         self.send, self.builders = run.data.send, dict(builders)
         self.training, self.losses = run.training, run.losses
         self.encoder = encoder
-        self.reconstruct = run.losses.reconstruction_ce_weight > 0
         self.stretch, self.cue = run.losses.reconstruction_tokens, run.losses.reconstruction_cue
-        self.continue_ = run.losses.continuation_ce_weight > 0
-        self.asks = bool(run.losses.asking)
-        self.teach = run.losses.kd_weight > 0 or run.losses.hidden_kd_weight > 0
+        controls = {term.control for term in terms_on(run.losses)}
+        self.asks = ANSWER in controls
+        self.reconstruct, self.continue_ = RECONSTRUCT in controls, CONTINUE in controls
+        self.needs_teacher = bool(teacher_reads(run.losses))
 
     def __call__(self, table: pa.Table, step: int, *, own_length: bool = False) -> list[TrainingBatch]:
         """``table``: shard columns, one row per example. No more micro-batches come than there are rows, none for none.
@@ -94,7 +95,7 @@ class TrainingCollator:
         for name in self.builders:
             slots = self.encoder.slots(tokens, name)
             sequences[name], message_ids[name] = self._read_by(name, rows, message_R, texts, parted, slots, step)
-        return TrainingBatch(tokens, sequences, message_ids, self._teachers(table, rows) if self.teach else {})
+        return TrainingBatch(tokens, sequences, message_ids, self._teachers(table, rows) if self.needs_teacher else {})
 
     def _read_by(
         self,

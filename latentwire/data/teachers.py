@@ -26,7 +26,7 @@ import torch
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.data import shards
 from latentwire.data.pipeline import quiet_ray_data
-from latentwire.losses.bundles import Teacher
+from latentwire.losses.bundles import Teacher, state_depths, teacher_reads
 from latentwire.losses.terms import TeacherRows, normalised, teacher_rows
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import resolve
@@ -42,7 +42,12 @@ BATCH_ROWS = 32
 
 def needed(losses: LossConfig) -> bool:
     """Return whether a run compares with teachers, and with few enough tokens for columns to hold them."""
-    return losses.hidden_kd_weight > 0 or (losses.kd_weight > 0 and losses.kd_top_k > 0)
+    return "states" in teacher_reads(losses) or compares_top_k(losses)
+
+
+def compares_top_k(losses: LossConfig) -> bool:
+    """Return whether columns hold the likeliest tokens; a whole vocabulary is too large to keep."""
+    return losses.kd_top_k > 0 and "logits" in teacher_reads(losses)
 
 
 def most_tokens(losses: LossConfig) -> int:
@@ -60,8 +65,8 @@ def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Plac
         "weights": _weights(receiver),
         "reads": [receiver.dtype, receiver.quantization, receiver.revision],
         "k": most_tokens(losses),
-        "tokens": [losses.kd_top_k, losses.kd_temperature] if losses.kd_weight > 0 else None,
-        "depths": losses.hidden_kd_depths if losses.hidden_kd_weight > 0 else None,
+        "tokens": [losses.kd_top_k, losses.kd_temperature] if "logits" in teacher_reads(losses) else None,
+        "depths": state_depths(losses) or None,
     }
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     return train.parent / f"teacher-{receiver.name}-{key}"
@@ -165,7 +170,7 @@ def read_columns(lm: LMWrapper, builder: PromptBuilder, run: RunConfig, table: p
     beyond fp16's 65,504 (Gemma 3 270M reaches 29,824). Floats are fp16.
     """
     losses, k = run.losses, most_tokens(run.losses)
-    depths = losses.hidden_kd_depths if losses.hidden_kd_weight > 0 else ()
+    depths = state_depths(losses)
     rows = table.select([f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]).to_pydict()
     sequences = [builder.text(*pieces) for pieces in zip(*rows.values(), strict=True)]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # alike in length, so little padding
@@ -189,7 +194,7 @@ def _tensors(
     lm: LMWrapper, hidden_ND: torch.Tensor, states: list[torch.Tensor], losses: LossConfig
 ) -> dict[str, torch.Tensor]:
     tensors = {}
-    if losses.kd_weight > 0 and losses.kd_top_k > 0:
+    if compares_top_k(losses):
         rows = teacher_rows(lm.logits(hidden_ND), losses.kd_temperature, losses.kd_top_k)
         assert rows.ids_NK is not None and rows.log_tail_N is not None
         tensors = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
@@ -207,8 +212,9 @@ def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None
     Returns:
         None where columns are missing, or no term needs them.
     """
-    needed_columns = ["ids"] * (losses.kd_weight > 0) + ["states"] * (losses.hidden_kd_weight > 0)
-    if not needed_columns or any(f"{name}_teacher_{column}" not in table.column_names for column in needed_columns):
+    reads = teacher_reads(losses)
+    first_column = {"logits": f"{name}_teacher_ids", "states": f"{name}_teacher_states"}
+    if not reads or any(first_column[read] not in table.column_names for read in reads):
         return None
     answers, counts = table[f"{name}_answer_ids"].to_pylist(), table[f"{name}_teacher_count"].to_pylist()
     has_columns_N = torch.cat([torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)])
@@ -221,10 +227,10 @@ def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None
 
     rows: TeacherRows | None = None
     states: tuple[torch.Tensor, ...] = ()
-    if losses.kd_weight > 0:
+    if "logits" in reads:
         tail_N = spread("log_tail", torch.float32).squeeze(1)
         rows = TeacherRows(spread("ids", torch.long), spread("log_p", torch.float32), tail_N, losses.kd_temperature)
-    if losses.hidden_kd_weight > 0:
+    if "states" in reads:
         states_NE = spread("states", torch.float32)
         states = states_NE.view(len(states_NE), len(losses.hidden_kd_depths), -1).unbind(1)
     return Teacher(rows, states)

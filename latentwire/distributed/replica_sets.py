@@ -152,7 +152,7 @@ class Fleet:
         """Print what each receiver's replicas did. Raises RuntimeError for changed weights."""
         self._end_watch()
         for name, served in self.served.items():
-            told = _answers([one.actor.told.remote() for one in served])
+            told = _answers([one.actor.usage.remote() for one in served])
             print(usage(name, told), flush=True)
             hashes = _answers([one.actor.fingerprint.remote() for one in served])
             if set(hashes) - {self.hashes[name]}:

@@ -75,10 +75,10 @@ class ReplicaActor:
         return self._loading.result()[0].lm.fingerprint()
 
     @ray.method(concurrency_group="telling")
-    def told(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """Accounts of all trials, passes so far, and what waits."""
         replica = self._loading.result()[0]
-        return {"accounts": replica.told(), "passes": replica.passes, "waiting": replica.waiting}
+        return {"accounts": replica.usage(), "passes": replica.passes, "waiting": replica.waiting}
 
     @ray.method(concurrency_group="telling")
     def meet(self, peers: list[Served]) -> None:

@@ -243,6 +243,6 @@ def _stood_for(wire: LatentWire, name: str, batch: _Rows) -> list[list[int]]:
 
 def _embeddings(wire: LatentWire, name: str, batch: _Rows) -> torch.Tensor:
     """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
-    lm = wire.own(name)
+    lm = wire.local_receiver(name)
     rows = _stood_for(wire, name, batch)
     return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))

@@ -1,4 +1,4 @@
-"""What a feature is."""
+"""The base class of features."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from latentwire.models.interlingua import ReceiverShape
 
 @dataclass(frozen=True)
 class Reading:
-    """One batch of sequences on its way through a receiver. R counts sequences, Q question tokens."""
+    """One batch of R sequences on its way through a receiver, each with up to Q question tokens."""
 
     z_RLZ: torch.Tensor
     keep_RL: torch.Tensor
     """The real latents of each sequence's message."""
     latents_RS: torch.Tensor
-    """Where they stand in the sequences, padding included: those of the pass that holds the prompt. A decode step after it
-    has one position, whose states are another shape and are left alone."""
+    """Mask of the latents in the sequences, padding included: in the pass that holds the prompt.
+    A decode step after it has one position, whose states are another shape and are left alone."""
     embed: Callable[[torch.Tensor], torch.Tensor]
     """The receiver's embeddings ``[…, D]`` of token ids."""
     question_RQ: torch.Tensor
@@ -39,38 +39,40 @@ class Reading:
 
 
 class Feature(nn.Module):
-    """An opt-in extension of the wire. Its parameters are trained, saved and exported with the wire's own.
+    """An opt-in extension of the wire, trained, saved and exported with it.
 
-    A feature changes the message (:meth:`refine`), what a receiver computes while it reads one (:meth:`attached`), or
-    both. Reading text, as teachers and baselines do, never meets a feature.
+    A feature changes the message (:meth:`refine`), what a receiver computes while it reads one
+    (:meth:`attached`), or both. Reading text, as teachers and baselines do, never meets a feature.
     """
 
     keeps_receivers_frozen = True
-    """Whether the receivers' own weights act unchanged. Results of features that say no are labelled."""
+    """True where the receivers' own weights act unchanged. Other features' results are labelled."""
 
     acts_on_text = False
-    """Whether anything changes at positions before the message, whose keys and values are else computed once for all
-    steps."""
+    """True where positions before the message change, whose keys and values are else computed once
+    for all steps."""
 
     needs_weights = False
-    """Whether it acts on layers of the receiver itself (``lm.lm``), which must then be in this process."""
+    """True where it acts on the receiver's layers (``lm.lm``): they must be in this process."""
 
-    def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
-        """``options``: the feature's own section of the configuration.
+    def __init__(
+        self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
+        """Build the feature; ``options`` is its own section of the configuration.
 
-        What is made for each receiver goes into a ``ModuleDict`` or ``ParameterDict`` by their names, right in the feature: a
-        receiver that joins later then trains its own part alone.
+        Parts for single receivers go into a ``ModuleDict`` or ``ParameterDict`` by their
+        names, right in the feature: a receiver that joins later then trains its own part alone.
         """
         super().__init__()
 
     @property
     def acts_inside(self) -> bool:
-        """Whether a receiver computes otherwise while it reads: its prompt is then more than embeddings."""
+        """True where a receiver computes otherwise: its prompt is then more than embeddings."""
         return type(self).attached is not Feature.attached
 
     @property
     def acts_on_message(self) -> bool:
-        """Whether the sender needs it: what travels is the refined message."""
+        """True where the sender needs it: the refined message is sent."""
         return type(self).refine is not Feature.refine
 
     def check_training(self) -> None:
@@ -80,13 +82,14 @@ class Feature(nn.Module):
         """
 
     def refine(self, message: Message) -> Message:
-        """The message as the adapters get it."""
+        """Return the message as the adapters get it."""
         return message
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Act on ``lm``, a :class:`~latentwire.receivers.base.Receiver`, while it reads: in training, prefill and every decode step.
+        """Act on ``lm`` while it reads: in training, prefill and every decode step.
 
-        No logit hangs on what the last layer gives at the latents: whatever is made for it would never learn.
+        ``lm`` is a :class:`~latentwire.receivers.base.Receiver`. No logit
+        depends on the last layer's output at the latents: additions to it would never learn.
         """
         yield

@@ -17,12 +17,19 @@ from latentwire.models.interlingua import ReceiverShape
 
 
 class Coprocessor(Feature):
-    """Per receiver: a small transformer over latents and question; its states at the latents become keys and values."""
+    """A small transformer per receiver over latents and question.
 
-    def __init__(self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    Its states at the latents become keys and values.
+    """
+
+    def __init__(
+        self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         width, self.head_width = options.width, options.width // options.heads
-        self.from_latents = nn.ModuleDict({name: nn.Linear(run.encoder.d_z, width) for name in receivers})
+        self.from_latents = nn.ModuleDict(
+            {name: nn.Linear(run.encoder.d_z, width) for name in receivers}
+        )
         self.from_question = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, width))
@@ -30,20 +37,27 @@ class Coprocessor(Feature):
             }
         )
         self.blocks = nn.ModuleDict(
-            {name: nn.ModuleList(Block(width, options.heads) for _ in range(options.layers)) for name in receivers}
+            {
+                name: nn.ModuleList(Block(width, options.heads) for _ in range(options.layers))
+                for name in receivers
+            }
         )
         self.slots = nn.ModuleDict(
-            {name: SlotKeyValues(shape.skeleton(), width, "coprocessor") for name, shape in receivers.items()}
+            {
+                name: SlotKeyValues(shape.skeleton(), width, "coprocessor")
+                for name, shape in receivers.items()
+            }
         )
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to keys and values at the slots."""
+        """Add to keys and values at the slots."""
         x_RLM = self.from_latents[receiver](reading.z_RLZ)
         x_RQM = self.from_question[receiver](reading.question_RQD.to(x_RLM.device, torch.float32))
         x_RSM = torch.cat((x_RLM, x_RQM), 1)
         keep_RS = torch.cat((reading.keep_RL, reading.question_keep_RQ.to(x_RLM.device)), 1)
-        # Counted over what is kept: how far the question is from the latents must not hang on another row's length.
+        # Positions count real latents and tokens alone: the question's distance from the latents
+        # must not depend on another row's length.
         rotary = rotary_at(keep_RS.cumsum(1) - 1, self.head_width)
         blocks: Any = self.blocks[receiver]
         for block in blocks:

@@ -1,4 +1,4 @@
-"""Keys and values of the soft slots in every layer, computed from the latents (P-tuning v2, arXiv 2110.07602)."""
+"""Keys and values of the slots in every layer, from the latents (P-tuning v2, arXiv 2110.07602)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from latentwire.models.interlingua import ReceiverShape
 
 
 class DeepPrefix(Feature):
-    """An MLP per receiver from each latent to its slot's keys and values. Nothing more than the latents is sent.
+    """An MLP per receiver from each latent to its slot's keys and values.
 
-    With ``head_parts`` it maps each part of a latent's entries to those of the part's own heads. A head compares a
-    query with one key per slot: of two facts in one latent it can find one by its key, or both mixed, and nothing in the
-    loss tells heads to choose differently; this does (docs/findings.md).
+    With ``head_parts`` it maps each part of a latent's entries to those of the part's own heads. A
+    head compares a query with one key per slot: of two facts in one latent it can find one by its
+    key, or both mixed, and nothing in the loss tells heads to choose differently; this does
+    (docs/findings.md).
     """
 
-    def __init__(self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.parts = options.head_parts
         width = run.encoder.d_z // self.parts
         self.hidden = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU())
+                name: nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU()
+                )
                 for name in receivers
             }
         )
@@ -41,7 +46,10 @@ class DeepPrefix(Feature):
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to keys and values at the slots."""
-        state_NPM = self.hidden[receiver](reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1)))
+        """Add to keys and values at the slots."""
+        # N real latents of all rows, each in P parts: [N, Z] → [N, P, Z/P] → [N, P, M].
+        state_NPM = self.hidden[receiver](
+            reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1))
+        )
         with lm.added_to_slots(self.slots[receiver](state_NPM), reading.latents_RS):
             yield

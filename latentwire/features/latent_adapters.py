@@ -18,12 +18,17 @@ from latentwire.models.slots import decoder_layers
 
 
 class LatentAdapters(Feature):
-    """After chosen layers, every position of the receiver looks at the latents, in decode steps too; nothing at first."""
+    """Cross-attention to the latents after chosen layers, at every position and decode step.
+
+    It adds nothing at first.
+    """
 
     acts_on_text = True
     needs_weights = True
 
-    def __init__(self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.depths = options.depths
         self.attention = nn.ModuleDict(
@@ -38,7 +43,7 @@ class LatentAdapters(Feature):
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to the outputs of the chosen layers, for as long as the receiver reads this batch."""
+        """Add to the outputs of the chosen layers, while the receiver reads this batch."""
         layers = decoder_layers(lm.lm, "latent_adapters")
         with ExitStack() as stack:
             attentions: Any = self.attention[receiver]
@@ -46,8 +51,9 @@ class LatentAdapters(Feature):
 
                 def look(_: nn.Module, __: tuple, output: Any, attention: Any = attention) -> Any:
                     state = output[0] if isinstance(output, tuple) else output
-                    own = state.to(reading.z_RLZ.device, torch.float32)  # the layer may be on another device
-                    state = state + attention(own, reading.z_RLZ, reading.keep_RL).to(state)
+                    # The layer may be on another device than the wire.
+                    x_RSD = state.to(reading.z_RLZ.device, torch.float32)
+                    state = state + attention(x_RSD, reading.z_RLZ, reading.keep_RL).to(state)
                     return (state, *output[1:]) if isinstance(output, tuple) else state
 
                 layer = layers[max(1, round(depth * len(layers))) - 1]
@@ -67,9 +73,13 @@ class GatedCrossAttention(nn.Module):
         self.out = nn.Linear(width, d_model)
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor) -> torch.Tensor:
-        """What is added to ``x_RSD``; ``keep_RL``: the real latents."""
+    def forward(
+        self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what is added to ``x_RSD``, ``[R, S, D]``; ``keep_RL``: the real latents."""
         key, value = self.key_value(z_RLZ).chunk(2, dim=-1)
-        query, key, value = (split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value))
+        query, key, value = (
+            split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value)
+        )
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RL[:, None, None])
         return self.gate.tanh() * self.out(merge(read))

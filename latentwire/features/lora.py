@@ -16,13 +16,15 @@ from latentwire.models.weights import ReceiverError
 
 
 class Lora(Feature):
-    """Updates of the named linear layers of every receiver, there only while it reads a message."""
+    """Updates of named linear layers of every receiver, only while it reads a message."""
 
     keeps_receivers_frozen = False
     acts_on_text = True
     needs_weights = True
 
-    def __init__(self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.updates = nn.ModuleDict()
         self.heads: dict[str, str] = {}
@@ -31,9 +33,12 @@ class Lora(Feature):
             model: Any = shape.skeleton()
             self.updates[name] = updates_of(model, options.targets, options.rank, options.alpha)
             head = model.get_output_embeddings()
-            paths = [path.split(".")[-1] for path, module in model.named_modules() if module is head]
-            if taken := [path for path in paths if path in options.targets]:
-                self.heads[name] = taken[0]
+            # The head's names; a model may have it under several paths.
+            modules = model.named_modules()
+            names = [path.split(".")[-1] for path, module in modules if module is head]
+            targets = [target for target in names if target in options.targets]
+            if targets:
+                self.heads[name] = targets[0]
 
     def check_training(self) -> None:
         """Raise :class:`~latentwire.models.weights.ReceiverError` where an output head is a target.
@@ -42,12 +47,12 @@ class Lora(Feature):
         """
         for receiver, target in self.heads.items():
             raise ReceiverError(
-                f"features.lora.targets must be layers before the output head, got {target}, the head of "
-                f"receiver {receiver}; leave it out"
+                f"features.lora.targets must be layers before the output head, got {target}, the "
+                f"head of receiver {receiver}; leave it out"
             )
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
-        """Adds to the outputs of the updated layers."""
+        """Add to the outputs of the updated layers."""
         with attached(lm.lm, self.updates[receiver]):  # type: ignore[arg-type]
             yield

@@ -17,7 +17,9 @@ from latentwire.models.interlingua import ReceiverShape
 class Refiner(Feature):
     """Transformer layers over all latents of a message, shared by the receivers."""
 
-    def __init__(self, options: RefinerFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: RefinerFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.head_width = run.encoder.d_z // options.heads
         self.blocks = nn.ModuleList(
@@ -25,7 +27,7 @@ class Refiner(Feature):
         )
 
     def refine(self, message: Message) -> Message:
-        """Padding is not attended to; private latents are."""
+        """Return the message after the layers. Padding is not attended to; private latents are."""
         z_BLZ = message.z_BLZ
         place_L = torch.arange(z_BLZ.shape[1], device=z_BLZ.device)
         keep_BL = (place_L < message.length_B[:, None]) | (place_L >= message.shared)

@@ -26,7 +26,7 @@ FEATURES: dict[str, type[Feature]] = {
 
 
 def build(run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> nn.ModuleDict:
-    """The features that the configuration names."""
+    """Build the features that the configuration names."""
     return nn.ModuleDict(
         {
             name: feature(options, run, receivers)
@@ -44,5 +44,9 @@ def check_training(features: nn.ModuleDict) -> None:
 
 
 def keeps_receivers_frozen(run: RunConfig) -> bool:
-    """Whether no feature that is switched on changes what the receivers' own weights compute."""
-    return all(f.keeps_receivers_frozen for name, f in FEATURES.items() if getattr(run.features, name) is not None)
+    """Return whether all features that are on leave the receivers' own weights as they act."""
+    return all(
+        f.keeps_receivers_frozen
+        for name, f in FEATURES.items()
+        if getattr(run.features, name) is not None
+    )

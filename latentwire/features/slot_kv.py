@@ -1,4 +1,4 @@
-"""States at the soft slots to what is added to their keys and values, which two features do."""
+"""Additions to the keys and values of soft slots, which two features make."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from latentwire.models.weights import ReceiverError
 
 
 class SlotKeyValues(nn.Module):
-    """States ``[N, P, M]`` → ``[N, E]``, what is added to the slots' keys and values in all layers of one receiver; zero at first.
+    """A linear map from states ``[N, P, M]`` to additions ``[N, E]``, zero at first.
 
-    Each of the P parts of a state makes those of every P-th key-value head, counted through the layers.
+    They are added to the slots' keys and values in all layers of one receiver, E numbers a slot.
+    Each of the P parts of a state makes those of every P-th key-value head, counted through the
+    layers.
     """
 
     def __init__(self, lm: nn.Module, width: int, feature: str, parts: int = 1) -> None:
-        """Raises :class:`~latentwire.models.weights.ReceiverError` for a receiver with fewer heads than parts."""
+        """Build the map for the receiver ``lm``.
+
+        Raises :class:`~latentwire.models.weights.ReceiverError` for fewer heads than parts.
+        """
         super().__init__()
         head_E = heads_of_entries(lm, feature)
         if (heads := int(head_E[-1]) + 1) < parts:
             raise ReceiverError(
-                f"{feature}.head_parts must be ≤ the {heads} key-value heads in all layers of the receiver, got {parts}; lower it"
+                f"{feature}.head_parts must be ≤ the {heads} key-value heads in all layers of the "
+                f"receiver, got {parts}; lower it"
             )
         self.out = nn.Linear(width, len(head_E))
         nn.init.zeros_(self.out.weight)
@@ -35,9 +41,12 @@ class SlotKeyValues(nn.Module):
         self.sizes = part_E.bincount().tolist()
 
     def forward(self, state_NPM: torch.Tensor) -> torch.Tensor:
-        """``[N, P, M]`` → ``[N, E]``."""
+        """Map ``[N, P, M]`` to ``[N, E]``."""
         if len(self.sizes) == 1:
             return self.out(state_NPM.squeeze(1))
-        weights, biases = (t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias))
-        made = [F.linear(*part) for part in zip(state_NPM.unbind(1), weights, biases, strict=True)]
-        return torch.cat(made, 1)[:, self.place_E]
+        weights, biases = (
+            t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias)
+        )
+        # Part p makes the entries of its own heads; place_E puts all back in their order.
+        parts = zip(state_NPM.unbind(1), weights, biases, strict=True)
+        return torch.cat([F.linear(*part) for part in parts], 1)[:, self.place_E]

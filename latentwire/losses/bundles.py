@@ -9,17 +9,24 @@ import torch
 
 from latentwire.config import LossConfig
 from latentwire.losses.chunks import sum_by_chunks
-from latentwire.losses.terms import (
-    TeacherRows,
-    first_k,
-    kd_first_k_prefix_vs_text,
-    kd_hidden_states_first_k,
-    token_ce,
-)
-from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch
+from latentwire.losses.terms import TERMS, LossTerm, TeacherRows, Tokens
+from latentwire.prompts.sequences import ANSWER, Batch
 
-PLAIN_CE = ("answer_ce", "first_k_ce", "first_token_ce", "reconstruction_ce", "continuation_ce")
-"""Terms that are the cross-entropy of their tokens, and differ in these alone."""
+
+def terms_on(config: LossConfig) -> list[LossTerm]:
+    """Return the terms whose weight is above 0, whatever schedules make of it."""
+    return [term for term in TERMS.values() if getattr(config, term.knob) > 0]
+
+
+def teacher_reads(config: LossConfig) -> set[str]:
+    """Return what a run compares with a teacher: ``logits``, ``states``, both, or nothing."""
+    return {term.reads for term in terms_on(config) if term.needs_teacher}
+
+
+def state_depths(config: LossConfig) -> tuple[float, ...]:
+    """Return the depths of the states that a run compares, as fractions of a receiver's layers."""
+    reads_states = any(term.reads == "states" for term in terms_on(config))
+    return config.hidden_kd_depths if reads_states else ()
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,18 @@ class Weights:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher must read this step's texts."""
-        return bool({"kd", "hidden_kd"} & self.terms.keys())
+        """True where a teacher must read this step's texts."""
+        return any(TERMS[name].needs_teacher for name in self.terms)
+
+    @property
+    def reads_states(self) -> bool:
+        """True where a term compares states of inner layers."""
+        return any(TERMS[name].reads == "states" for name in self.terms)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What a receiver made of the supervised positions."""
+    """A receiver's output at the supervised positions."""
 
     hidden_ND: torch.Tensor
     """Its last states."""
@@ -50,46 +62,38 @@ class Reader:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The same receiver's words on the full text; its rows are those of the answers, in order."""
+    """The receiver's output on the full text, at the answers' tokens in their order."""
 
     rows: TeacherRows | None
     states: Sequence[torch.Tensor] = ()
 
     def to(self, device: torch.device | str) -> Teacher:
-        """The same on ``device``."""
+        """Copy all tensors to ``device``."""
         rows = None if self.rows is None else self.rows.to(device)
         return Teacher(rows, [state_ND.to(device) for state_ND in self.states])
 
 
 def weights_at(config: LossConfig, step: int) -> Weights:
-    """Weights and ``k`` at a step counted from the end of the alignment; terms of weight 0 are left out."""
+    """Return weights and ``k`` at a step counted from the end of the alignment.
 
-    def now(knob: str) -> float:
+    Terms of weight 0 are left out.
+    """
+
+    def scheduled(knob: str) -> float:
         return getattr(config, knob) * config.factor(knob, step)
 
-    knobs = [name for name in LossConfig.model_fields if name.endswith("_weight")]
-    terms = {name.removesuffix("_weight"): now(name) for name in knobs}
-    return Weights({name: weight for name, weight in terms.items() if weight > 0}, max(1, round(now("k"))))
+    weights = {name: scheduled(term.knob) for name, term in TERMS.items()}
+    on = {name: weight for name, weight in weights.items() if weight > 0}
+    return Weights(on, max(1, round(scheduled("k"))))
 
 
 def term_masks(weights: Weights, batch: Batch) -> dict[str, torch.Tensor]:
-    """Term → mask ``[N]`` of the tokens it averages over."""
-    answer_N = batch.control_N == ANSWER
-    first_N = answer_N & first_k(batch.offset_N, weights.k)
-    masks = {
-        "answer_ce": answer_N,
-        "first_k_ce": first_N,
-        "first_token_ce": answer_N & first_k(batch.offset_N, 1),
-        "kd": first_N,
-        "hidden_kd": first_N,
-        "reconstruction_ce": batch.control_N == RECONSTRUCT,
-        "continuation_ce": batch.control_N == CONTINUE,
-    }
-    return {name: masks[name] for name in weights.terms}
+    """Return term → mask ``[N]`` of the tokens that it averages over."""
+    return {name: TERMS[name].mask(batch, weights.k) for name in weights.terms}
 
 
 def term_counts(weights: Weights, batch: Batch) -> dict[str, float]:
-    """Tokens that each term averages over, in this batch."""
+    """Return term → number of tokens that it averages over, in this batch."""
     return {name: float(mask_N.sum()) for name, mask_N in term_masks(weights, batch).items()}
 
 
@@ -101,42 +105,54 @@ def loss_terms(
     counts: dict[str, float],
     rows_at_once: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Each term's weighted share of the loss, from one forward's states; their sum is what is trained on.
+    """Return each term's weighted share of the loss, from one forward's states.
 
-    A term is its sum over this batch divided by ``counts[term]``, the number of its tokens over *all* micro-batches
-    and workers: added up over those, the gradient is that of the joined batch. ``rows_at_once``: see
-    :func:`~latentwire.losses.chunks.sum_by_chunks`.
+    Their sum is what is trained on. A term is its sum over this batch divided by ``counts[term]``,
+    the number of its tokens over *all* micro-batches and workers: added up over those, the gradient
+    is that of the joined batch. ``rows_at_once``: see
+    :func:`~latentwire.losses.chunks.sum_by_chunks`. Raises ValueError where a teacher is missing.
     """
     if teacher is None and weights.needs_teacher:
         raise ValueError(f"loss terms {', '.join(weights.terms)} need a teacher, got none")
     masks = term_masks(weights, batch)
     scales = {name: weight / max(1.0, counts[name]) for name, weight in weights.terms.items()}
     answer_N = batch.control_N == ANSWER
-    teacher_row_N = answer_N.cumsum(0) - 1  # the teacher's rows are those of the answers, in order
+    of_logits = [name for name in weights.terms if TERMS[name].reads == "logits"]
+    of_states = [name for name in weights.terms if TERMS[name].reads == "states"]
+    compares_logits = any(TERMS[name].needs_teacher for name in of_logits)
+    # Row a of the teacher is the a-th answer token, whatever other tokens stand between them.
+    teacher_row_N = answer_N.cumsum(0) - 1
 
-    def kd(rows: slice, logits_NV: torch.Tensor) -> torch.Tensor:
-        assert teacher is not None and teacher.rows is not None
-        mine_N = answer_N[rows]
-        told = teacher.rows.at(teacher_row_N[rows][mine_N])
-        value_A = kd_first_k_prefix_vs_text(logits_NV[mine_N], told, batch.offset_N[rows][mine_N], weights.k)
-        return value_A.new_zeros(len(mine_N)).masked_scatter(mine_N, value_A)
+    def sums(chunk: slice, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Sum the logits' terms over a chunk of the N tokens, ``[T]``."""
+        rows = None
+        if compares_logits and teacher is not None and teacher.rows is not None:
+            rows = teacher.rows.at(teacher_row_N[chunk][answer_N[chunk]])
+        tokens = Tokens(
+            target_N=batch.target_N[chunk],
+            offset_N=batch.offset_N[chunk],
+            answer_N=answer_N[chunk],
+            k=weights.k,
+            logits_NV=reader.head(hidden_ND),
+            teacher_rows=rows,
+        )
+        values = {name: TERMS[name].value(tokens) * masks[name][chunk] for name in of_logits}
+        return torch.stack([scales[name] * value_N.sum() for name, value_N in values.items()])
 
-    from_logits = [name for name in weights.terms if name != "hidden_kd"]
-
-    def sums(rows: slice, hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV = reader.head(hidden_ND)
-        ce_N = token_ce(logits_NV, batch.target_N[rows])
-        values = dict.fromkeys(PLAIN_CE, ce_N)
-        if "kd" in from_logits:
-            values["kd"] = kd(rows, logits_NV)
-        return torch.stack([scales[name] * (values[name] * masks[name][rows]).sum() for name in from_logits])
-
-    shares = (
-        dict(zip(from_logits, sum_by_chunks(sums, reader.hidden_ND, rows_at_once), strict=True)) if from_logits else {}
-    )
-    if "hidden_kd" in weights.terms:
-        assert teacher is not None
-        own = [state_ND[answer_N] for state_ND in reader.states]
-        value_A = kd_hidden_states_first_k(own, teacher.states, batch.offset_N[answer_N], weights.k)
-        shares["hidden_kd"] = scales["hidden_kd"] * value_A.sum()
+    shares = {}
+    if of_logits:
+        sums_T = sum_by_chunks(sums, reader.hidden_ND, rows_at_once)
+        shares = dict(zip(of_logits, sums_T, strict=True))
+    if of_states:
+        tokens = Tokens(
+            target_N=batch.target_N[answer_N],
+            offset_N=batch.offset_N[answer_N],
+            answer_N=answer_N[answer_N],
+            k=weights.k,
+            states=[state_ND[answer_N] for state_ND in reader.states],
+            teacher_states=() if teacher is None else teacher.states,
+        )
+        for name in of_states:
+            value_A = TERMS[name].value(tokens) * masks[name][answer_N]
+            shares[name] = scales[name] * value_A.sum()
     return {name: shares[name] for name in weights.terms}

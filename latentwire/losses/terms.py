@@ -1,15 +1,26 @@
-"""Pure functions from logits and states to numbers. N counts supervised tokens, V the vocabulary, D a width.
+"""Loss terms: pure functions of logits and states, and the table of those that can be trained on.
 
-Terms come per token, so that a bundle can average each over its own tokens, over micro-batches and workers alike.
+N counts supervised tokens, A those of them that belong to answers, V is the vocabulary, D a width,
+K a teacher's columns. Values come per token, so that each term can be averaged over its own tokens,
+over micro-batches and workers alike.
+
+A new term is a function of :class:`Tokens` and its line in :data:`TERMS`; its weight is the field
+``<name>_weight`` of :class:`~latentwire.config.LossConfig`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
+
+from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch
+
+# ---------------------------------------------------------------------------------------- functions
 
 
 def token_ce(logits_NV: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -32,7 +43,7 @@ def k_token_ce_from_prefix(
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """A teacher's tempered distributions at N positions: its likeliest tokens, and what the others share."""
+    """A teacher's tempered distributions at N positions: likeliest tokens, and the others' mass."""
 
     ids_NK: torch.Tensor | None
     """Token ids of the columns; ``None``: the whole vocabulary, in order."""
@@ -42,12 +53,12 @@ class TeacherRows:
     """Log of the mass outside the columns; ``None`` with the whole vocabulary."""
     temperature: float
 
-    def at(self, mask_N: torch.Tensor) -> TeacherRows:
-        """Some of the rows."""
-        return self._each(lambda tensor: tensor[mask_N])
+    def at(self, rows_M: torch.Tensor) -> TeacherRows:
+        """Select rows by a mask or by indices."""
+        return self._each(lambda tensor: tensor[rows_M])
 
     def to(self, device: torch.device | str) -> TeacherRows:
-        """The same on ``device``."""
+        """Copy the rows to ``device``."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TeacherRows:
@@ -71,34 +82,49 @@ def teacher_rows(logits_NV: torch.Tensor, temperature: float = 1.0, top_k: int =
 def kd_first_k_prefix_vs_text(
     logits_NV: torch.Tensor, teacher: TeacherRows, offset_N: torch.Tensor, k: int
 ) -> torch.Tensor:
-    """KL(teacher ‖ student) per token ``[N]`` in nats, times temperature² (arXiv 1503.02531); 0 beyond the first ``k``.
+    """KL(teacher ‖ student) of each token ``[N]`` in nats, times temperature² (arXiv 1503.02531).
 
-    With a top-k teacher both distributions are compared over its tokens and one event for all others, which bounds the
-    full KL from below and is 0 exactly where the student agrees on those.
+    It is 0 beyond the first ``k`` tokens. With a top-k teacher both distributions are compared over
+    its tokens and one event for all others, which bounds the full KL from below and is 0 exactly
+    where the student agrees on those.
     """
     mask_N = first_k(offset_N, k)
     rows = teacher.at(mask_N)
+    # Σ_v p_v (log p_v − log q_v) over the teacher's columns, [M, V] → [M, K] → [M].
     log_q_NV = F.log_softmax(logits_NV[mask_N].float() / rows.temperature, dim=-1)
     log_q_NK = log_q_NV if rows.ids_NK is None else log_q_NV.gather(1, rows.ids_NK)
     kl_N = (rows.log_p_NK.exp() * (rows.log_p_NK - log_q_NK)).sum(-1)
     if rows.log_tail_N is not None:
+        # One more summand: all other tokens as a single event.
         kl_N = kl_N + rows.log_tail_N.exp() * (rows.log_tail_N - _log_rest(log_q_NK))
-    return torch.zeros_like(offset_N, dtype=kl_N.dtype).masked_scatter(mask_N, rows.temperature**2 * kl_N)
+    return torch.zeros_like(offset_N, dtype=kl_N.dtype).masked_scatter(
+        mask_N, rows.temperature**2 * kl_N
+    )
 
 
 def kd_hidden_states_first_k(
     states: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], offset_N: torch.Tensor, k: int
 ) -> torch.Tensor:
-    """Mean squared distance ``[N]`` of layer-normalised states ``[N, D]``, averaged over layers; 0 beyond the first ``k``."""
+    """Mean squared distance ``[N]`` of layer-normalised states ``[N, D]``, averaged over layers.
+
+    It is 0 beyond the first ``k`` tokens.
+    """
     mask_N = first_k(offset_N, k)
-    distance_N = torch.stack(
-        [(normalised(own[mask_N]) - normalised(other[mask_N])).square().mean(-1) for own, other in zip(states, teacher, strict=True)]
-    ).mean(0)  # fmt: skip
+    distances = []
+    for state_ND, teacher_ND in zip(states, teacher, strict=True):
+        difference_ND = normalised(state_ND[mask_N]) - normalised(teacher_ND[mask_N])
+        distances.append(difference_ND.square().mean(-1))
+    distance_N = torch.stack(distances).mean(0)
     return torch.zeros_like(offset_N, dtype=distance_N.dtype).masked_scatter(mask_N, distance_N)
 
 
-def alignment_loss(p_BLD: torch.Tensor, target_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-    """Squared distance per row ``[B]``, relative to the target's mean square: 1 is as far as a prompt of zeros."""
+def alignment_loss(
+    p_BLD: torch.Tensor, target_BLD: torch.Tensor, keep_BL: torch.Tensor
+) -> torch.Tensor:
+    """Squared distance per row ``[B]``, relative to the target's mean square.
+
+    1 is the distance of a prompt of zeros. ``keep_BL`` marks the real latents.
+    """
     keep_BL1 = keep_BL[..., None].float()
     scale_B = (target_BLD.float().square().mean(-1, keepdim=True) * keep_BL1).sum((1, 2))
     square_BL1 = (p_BLD.float() - target_BLD.float()).square().mean(-1, keepdim=True) * keep_BL1
@@ -106,10 +132,102 @@ def alignment_loss(p_BLD: torch.Tensor, target_BLD: torch.Tensor, keep_BL: torch
 
 
 def _log_rest(log_p_NK: torch.Tensor) -> torch.Tensor:
-    """Log of the mass that the columns leave."""
+    """Log of the mass outside the columns, ``[N]``."""
     return torch.log1p(-log_p_NK.exp().sum(-1).clamp(max=1 - 1e-7))
 
 
 def normalised(state_ND: torch.Tensor) -> torch.Tensor:
     """Layer-normalise states in fp32, as they are compared; what is normalised already stays so."""
     return F.layer_norm(state_ND.float(), state_ND.shape[-1:])
+
+
+# -------------------------------------------------------------------------------------------- terms
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Supervised tokens of one forward, or of a chunk of it, as a loss term reads them."""
+
+    target_N: torch.Tensor
+    """Token ids to be predicted."""
+    offset_N: torch.Tensor
+    """Place of each token in its answer or text, from 0."""
+    answer_N: torch.Tensor
+    """Mask of the tokens that belong to answers: A of them."""
+    k: int
+    logits_NV: torch.Tensor | None = None
+    states: Sequence[torch.Tensor] = ()
+    """``[N, D]`` at each of ``hidden_kd_depths``."""
+    teacher_rows: TeacherRows | None = None
+    """The teacher's distributions at the A answer tokens, in order."""
+    teacher_states: Sequence[torch.Tensor] = ()
+    """The teacher's states at the A answer tokens, ``[A, D]`` each."""
+
+    @cached_property
+    def ce_N(self) -> torch.Tensor:
+        """Cross-entropy in nats, computed once for all terms that read it."""
+        assert self.logits_NV is not None
+        return token_ce(self.logits_NV, self.target_N)
+
+
+def cross_entropy(tokens: Tokens) -> torch.Tensor:
+    """Return the cross-entropy ``[N]`` in nats."""
+    return tokens.ce_N
+
+
+def distillation(tokens: Tokens) -> torch.Tensor:
+    """Return the KL from the teacher ``[N]`` in nats; 0 outside the first ``k`` answer tokens."""
+    assert tokens.logits_NV is not None and tokens.teacher_rows is not None
+    answer_N = tokens.answer_N
+    value_A = kd_first_k_prefix_vs_text(
+        tokens.logits_NV[answer_N], tokens.teacher_rows, tokens.offset_N[answer_N], tokens.k
+    )
+    return value_A.new_zeros(len(answer_N)).masked_scatter(answer_N, value_A)
+
+
+def state_distillation(tokens: Tokens) -> torch.Tensor:
+    """Return the squared distance ``[A]`` to the teacher's states; all tokens are answers'."""
+    return kd_hidden_states_first_k(tokens.states, tokens.teacher_states, tokens.offset_N, tokens.k)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One part of the loss: the mean of ``value`` over the tokens of ``mask``."""
+
+    name: str
+    """Its name in metrics; the configuration's ``<name>_weight`` switches it on."""
+    value: Callable[[Tokens], torch.Tensor]
+    """Tokens → a number for each, ``[N]``."""
+    control: int = ANSWER
+    """Sequences that it reads: answers to questions, or texts behind a control embedding."""
+    span: Literal["all", "first_k", "first"] = "all"
+    """Tokens of each sequence that it averages over."""
+    reads: Literal["logits", "states"] = "logits"
+    """Output of the receiver that it reads. Terms of states read answers alone, unchunked."""
+    needs_teacher: bool = False
+    """A teacher must give the same output, logits or states, on the full text."""
+
+    @property
+    def knob(self) -> str:
+        """Field of the loss configuration that holds its weight."""
+        return f"{self.name}_weight"
+
+    def mask(self, batch: Batch, k: int) -> torch.Tensor:
+        """Mask ``[N]`` of the tokens that it averages over."""
+        mask_N = batch.control_N == self.control
+        if self.span == "all":
+            return mask_N
+        return mask_N & first_k(batch.offset_N, k if self.span == "first_k" else 1)
+
+
+_ALL = (
+    LossTerm("answer_ce", cross_entropy),
+    LossTerm("first_k_ce", cross_entropy, span="first_k"),
+    LossTerm("first_token_ce", cross_entropy, span="first"),
+    LossTerm("kd", distillation, span="first_k", needs_teacher=True),
+    LossTerm("hidden_kd", state_distillation, span="first_k", reads="states", needs_teacher=True),
+    LossTerm("reconstruction_ce", cross_entropy, control=RECONSTRUCT),
+    LossTerm("continuation_ce", cross_entropy, control=CONTINUE),
+)
+TERMS: Mapping[str, LossTerm] = {term.name: term for term in _ALL}
+"""Every loss term by its name, in the order in which they are added up."""

@@ -1,4 +1,4 @@
-"""Attention blocks that encoders and features are made of."""
+"""Attention blocks for encoders and features."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of the positions (RoFormer, arXiv 2104.09864): ``[S, E/2]``, or ``[B, 1, S, E/2]`` where rows differ."""
+"""Cosines and sines of the positions (RoFormer, arXiv 2104.09864): ``[S, E/2]``, or ``[B, 1, S,
+E/2]`` where rows differ."""
 
 
 class Block(nn.Module):
@@ -22,8 +23,13 @@ class Block(nn.Module):
         self.mlp = mlp(width)
 
     def forward(self, x_BSM: torch.Tensor, keep_BS: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        """``keep_BS``: the positions that may be attended to; a row without any gives zeros to its attention."""
-        query, key, value = (split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1))
+        """Return ``[B, S, M]``.
+
+        ``keep_BS``: positions that may be attended to; a row without any reads zeros.
+        """
+        query, key, value = (
+            split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1)
+        )
         query, key = rotate(query, rotary), rotate(key, rotary)
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_BS[:, None, None])
         x_BSM = x_BSM + self.out(merge(read))
@@ -38,27 +44,32 @@ class Block(nn.Module):
 
 
 def mlp(width: int) -> nn.Sequential:
-    """Pre-norm, four times as wide inside."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    """Build a pre-norm MLP, four times as wide inside."""
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+    )
 
 
 def split(x_BSM: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[B, S, M]`` → ``[B, H, S, M/H]``."""
+    """Split into heads: ``[B, S, M]`` → ``[B, H, S, M/H]``."""
     return x_BSM.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge(x_BHSE: torch.Tensor) -> torch.Tensor:
-    """``[B, H, S, E]`` → ``[B, S, H·E]``."""
+    """Join heads: ``[B, H, S, E]`` → ``[B, S, H·E]``."""
     return x_BHSE.transpose(1, 2).flatten(2)
 
 
 def rotary_of(positions: int, width: int, device: torch.device) -> Rotary:
-    """Rotary tables for positions 0, 1, …; ``width`` is one head's."""
+    """Return rotary tables for positions 0, 1, …; ``width`` is one head's."""
     return rotary_at(torch.arange(positions, device=device), width)
 
 
 def rotary_at(place: torch.Tensor, width: int) -> Rotary:
-    """Rotary tables for the positions ``place``: ``[S]``, or ``[B, S]`` for rows with positions of their own."""
+    """Return rotary tables for the positions ``place``.
+
+    They are ``[S]``, or ``[B, S]`` for rows with positions of their own; ``width`` is one head's.
+    """
     rate = 10_000.0 ** (-torch.arange(0, width, 2, device=place.device) / width)
     angle = place[..., None] * rate
     if place.dim() == 2:
@@ -67,7 +78,7 @@ def rotary_at(place: torch.Tensor, width: int) -> Rotary:
 
 
 def rotate(x_BHSE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Turn each pair of entries by its position's angle."""
+    """Turn each pair of entries ``(x_i, x_{i+E/2})`` by its position's angle."""
     cos, sin = (t.to(x_BHSE.dtype) for t in rotary)
     first, second = x_BHSE.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)

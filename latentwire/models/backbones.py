@@ -31,12 +31,17 @@ LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
 class PretrainedStates(States):
     """Last hidden states of the text's own tokens.
 
-    A text longer than the backbone's positions is read in windows, each wrapped in the special tokens that the
-    backbone knows, and the windows' states are joined: nothing is cut off.
+    A text longer than the backbone's positions is read in windows, each wrapped in the special
+    tokens that the backbone knows, and the windows' states are joined: nothing is cut off.
     """
 
-    def __init__(self, config: EncoderConfig, receivers: Mapping[str, ReceiverConfig], load_weights: bool) -> None:
-        """Raises :class:`~latentwire.models.weights.ReceiverError` for a backbone that cannot be had or read."""
+    def __init__(
+        self, config: EncoderConfig, receivers: Mapping[str, ReceiverConfig], load_weights: bool
+    ) -> None:
+        """Load the backbone, or build its shape alone where not ``load_weights``.
+
+        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        """
         super().__init__()
         self.kind, self.tuned = config.kind, config.tune
         source = backbone_source(config, receivers)
@@ -45,7 +50,9 @@ class PretrainedStates(States):
         _keep_layers(self.backbone, config.model_layers)
         text_config = self.backbone.config.get_text_config()
         self.width: int = text_config.hidden_size
-        self.tokenizer.model_max_length = 10**9  # windows keep to the backbone's positions; nothing to warn about
+        self.tokenizer.model_max_length = (
+            10**9
+        )  # windows keep to the backbone's positions; nothing to warn about
         self.prefix, self.suffix = _wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.token_bytes = token_bytes(self.tokenizer)
@@ -54,35 +61,50 @@ class PretrainedStates(States):
             self.backbone.requires_grad_(False)
         if config.tune == "lora":
             targets = LORA_TARGETS[config.kind]
-            self.updates = updates_of(self.backbone, targets, config.lora_rank, alpha=2.0 * config.lora_rank)
+            self.updates = updates_of(
+                self.backbone, targets, config.lora_rank, alpha=2.0 * config.lora_rank
+            )
 
     def train(self, mode: bool = True) -> PretrainedStates:
-        """A backbone that is not fully trained stays in evaluation mode, without dropout."""
+        """Switch modes; a backbone that is not fully trained stays without dropout."""
         super().train(mode)
         self.backbone.train(mode and self.tuned == "full")
         return self
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of the backbone's weights where they are not trained (a checkpoint leaves them out), else ``None``."""
+        """Return the SHA-256 of a backbone that is not trained, else ``None``.
+
+        A checkpoint leaves such a backbone's weights out.
+        """
         return None if self.tuned == "full" else fingerprint(self.backbone)
 
-    def pinned_parameters(self) -> frozenset[str]:
-        """Those of a backbone that is not trained."""
+    def frozen_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters of a backbone that is not trained."""
         if self.tuned == "full":
             return frozenset()
         return frozenset(f"backbone.{name}" for name, _ in self.backbone.named_parameters())
 
-    def collate(self, rows: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Rows of a text's own ids to windows ``[W, T]``, their attention, where they hold these; and each token's bytes."""
+    def collate(
+        self, rows: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Cut rows of a text's ids into windows ``[W, T]``.
+
+        Returns the windows, their attention and the mask of the text's own tokens, by name; and the
+        bytes of each row's tokens.
+        """
         windows, real = [], []
         for row in rows:
             for start in range(0, max(1, len(row)), self.window):
                 part = row[start : start + self.window]
                 windows.append(torch.tensor([*self.prefix, *part, *self.suffix] or [0]))
-                inside = [False] * len(self.prefix) + [True] * len(part) + [False] * len(self.suffix)
+                inside = (
+                    [False] * len(self.prefix) + [True] * len(part) + [False] * len(self.suffix)
+                )
                 real.append(torch.tensor(inside or [False]))
         ids_WT = pad_sequence(windows, batch_first=True)
-        attention_WT = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        attention_WT = pad_sequence(
+            [torch.ones_like(window) for window in windows], batch_first=True
+        )
         real_WT = pad_sequence(real, batch_first=True)
         return (
             {"ids_WT": ids_WT, "attention_WT": attention_WT, "real_WT": real_WT},
@@ -91,25 +113,32 @@ class PretrainedStates(States):
 
     @functools.cached_property
     def _marks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Looked up when spans first ask: a large vocabulary takes a while."""
+        """Sentence marks of the vocabulary, looked up late: a large one takes a while."""
         return sentence_marks(self.tokenizer)
 
     def sentence_ends(self, row: Sequence[int]) -> list[bool]:
-        """Whether a sentence ends after each of a text's own tokens."""
+        """Return for each of a text's own tokens whether a sentence ends after it."""
         ids = torch.tensor(row, dtype=torch.long)
         ends_V, joins_V = self._marks
         ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
         return (ends_S & ~goes_on_S).tolist()
 
     def forward(
-        self, ids_WT: torch.Tensor, attention_WT: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tensor
+        self,
+        ids_WT: torch.Tensor,
+        attention_WT: torch.Tensor,
+        real_WT: torch.Tensor,
+        length_B: torch.Tensor,
     ) -> torch.Tensor:
-        """``[B, S, M]`` in fp32; at least one state a row, zero for an empty text."""
+        """Return states ``[B, S, M]`` in fp32; at least one a row, zero for an empty text."""
         mask = attention_WT
         if self.kind == "lm":  # a 4-D mask is taken as it is, so every token sees every other
             mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
-            if self.backbone.config.get_text_config()._attn_implementation == "eager":  # adds its mask to the scores
-                nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)  # 0 and −inf are exact in any type
+            if (
+                self.backbone.config.get_text_config()._attn_implementation == "eager"
+            ):  # adds its mask to the scores
+                # 0 and −inf are exact in any type.
+                nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
                 mask = nothing.masked_fill(~mask, -math.inf)
         learning = torch.is_grad_enabled() and self.tuned != "frozen"
         with attached(self.backbone, self.updates), torch.set_grad_enabled(learning):
@@ -123,7 +152,8 @@ class PretrainedStates(States):
 def _load(source: ReceiverConfig, load_weights: bool) -> Any:
     from transformers import AutoModel
 
-    # Anything else is left to transformers, which knows what the architecture has; flash_attention_2 takes no 4-D mask.
+    # Anything else is left to transformers, which knows what the architecture has;
+    # flash_attention_2 takes no 4-D mask.
     kernel = {"attn_implementation": "eager"} if source.attn_implementation == "eager" else {}
     if not load_weights:
         check_fit(AutoModel, source)
@@ -134,20 +164,25 @@ def _load(source: ReceiverConfig, load_weights: bool) -> Any:
 def _keep_layers(backbone: Any, count: int | None) -> None:
     if count is None:
         return
-    holder, name = (
-        (backbone, "layers") if hasattr(backbone, "layers") else (getattr(backbone, "encoder", None), "layer")
-    )
+    holder, name = backbone, "layers"
+    if not hasattr(backbone, "layers"):  # BERT and its kin
+        holder, name = getattr(backbone, "encoder", None), "layer"
     layers = getattr(holder, name, None)
     if layers is None:
-        raise ReceiverError(f"model_layers needs a backbone with a list of layers, {type(backbone).__name__} has none")
+        raise ReceiverError(
+            f"model_layers needs a backbone with a list of layers, {type(backbone).__name__} has "
+            f"none"
+        )
     if count > len(layers):
-        raise ReceiverError(f"model_layers must be ≤ {len(layers)}, the backbone's own, got {count}")
+        raise ReceiverError(
+            f"model_layers must be ≤ {len(layers)}, the backbone's own, got {count}"
+        )
     setattr(holder, name, layers[:count])
     backbone.config.get_text_config().num_hidden_layers = count
 
 
 def _wrapping(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Special tokens that the tokenizer puts before and after a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
     return whole[:start], whole[start + len(inner) :]

@@ -1,4 +1,4 @@
-"""What a receiver said. Light: whoever asks one elsewhere imports this, and no model."""
+"""Decoded answers. Light: a trial that asks a replica imports this, and no model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a receiver said, and how long it took over the whole batch."""
+    """A batch of decoded answers, and the time that they took."""
 
     rows: list[list[int]]
     """Token ids, up to and without the stop token."""
     prefill_ms: float
-    """From the prompt to the first token; for a wire, from its message or the text's token ids."""
+    """Milliseconds to the first token; for a wire, from its message or the text's token ids."""
     decode_ms: float
-    """From there to the end."""
+    """Milliseconds from the first token to the end."""

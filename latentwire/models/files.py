@@ -1,4 +1,4 @@
-"""What lies in a receiver's directory, looked at before anything is loaded from it.
+"""Checks of the files in a receiver's directory, before anything is loaded from it.
 
 Only names, sizes and headers are read, so that a planner can ask for all receivers of a sweep in a
 moment.
@@ -14,11 +14,12 @@ from pathlib import Path
 from latentwire.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that git-lfs left in place of a large one."""
+"""First bytes of a file that git-lfs left in place of a large one."""
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""Names of weights in one file, and of indices of weights in several, as transformers looks for them."""
+"""Names of weights in one file, and of indices of weights in several, as transformers looks for
+them."""
 
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # as llama.cpp's gguf-split names its parts
 
@@ -51,14 +52,15 @@ def weight_files(directory: Path) -> list[Path]:
 def choose_gguf(directory: Path) -> Path | None:
     """Return the one GGUF file of ``directory`` that is a language model; ``None`` where none is.
 
-    Raises :class:`ReceiverError` for several of them, a model in parts, or a vision projector alone.
+    Raises :class:`ReceiverError` for several of them, a model in parts, or a vision projector
+    alone.
     """
     files = sorted(directory.glob("*.gguf"))
     models = [file for file in files if "mmproj" not in file.name.lower()]
     if files and not models:
         raise ReceiverError(
-            f"{directory} must hold a language model, got {files[0].name} alone, which projects images; "
-            f"fetch the model's own .gguf file too"
+            f"{directory} must hold a language model, got {files[0].name} alone, which projects "
+            f"images; fetch the model's own .gguf file too"
         )
     if len(models) > 1 and not all(_SPLIT.search(file.name) for file in models):
         raise ReceiverError(
@@ -77,8 +79,8 @@ def check_gguf(file: Path) -> Path:
         name = file.name[: part.start()]
         first, whole = f"{name}-00001-of-{part[2]}.gguf", f"{name}.gguf"
         raise ReceiverError(
-            f"a model must be one .gguf file, got {file.name}, one of {int(part[2])} parts; join them into "
-            f"a directory of its own: llama-gguf-split --merge {first} {whole}"
+            f"a model must be one .gguf file, got {file.name}, one of {int(part[2])} parts; join "
+            f"them into a directory of its own: llama-gguf-split --merge {first} {whole}"
         )
     refuse_pointer(file)
     with file.open("rb") as stream:
@@ -93,12 +95,13 @@ def check_weights(directory: Path) -> None:
     if not files:
         names = ", ".join(sorted(file.name for file in directory.iterdir())[:8])
         raise ReceiverError(
-            f"{directory} must hold weights ({SINGLE[0]}, or {INDEXED[0]} with its files), got {names}; fetch them"
+            f"{directory} must hold weights ({SINGLE[0]}, or {INDEXED[0]} with its files), got "
+            f"{names}; fetch them"
         )
     if missing := [file.name for file in files if not file.exists()]:
         raise ReceiverError(
-            f"{directory} must hold all {len(files)} files that its index names, {len(missing)} are "
-            f"missing, {missing[0]} first; fetch them"
+            f"{directory} must hold all {len(files)} files that its index names, {len(missing)} "
+            f"are missing, {missing[0]} first; fetch them"
         )
     for file in files:
         refuse_pointer(file)
@@ -115,24 +118,31 @@ def check_safetensors(file: Path) -> None:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = stream.read(header_bytes) if header_bytes <= size else b""
     try:
-        ends = [tensor["data_offsets"][1] for name, tensor in json.loads(header).items() if name != "__metadata__"]
+        ends = [
+            tensor["data_offsets"][1]
+            for name, tensor in json.loads(header).items()
+            if name != "__metadata__"
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         # Beyond safetensors' own limit the first bytes are those of another kind of file.
         cut = 8 < size < 8 + header_bytes < 100_000_000
         what = f"ends within its header, at {size:,} bytes" if cut else "has no safetensors header"
         raise ReceiverError(f"{file} {what}; fetch it again") from None
     if (whole := 8 + header_bytes + max(ends, default=0)) != size:
-        raise ReceiverError(f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again")
+        raise ReceiverError(
+            f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again"
+        )
 
 
 def check_pickled(file: Path) -> None:
-    """Raise :class:`ReceiverError` for a ``.bin`` file that is empty, or a zip archive without its end."""
+    """Raise :class:`ReceiverError` for a ``.bin`` file that is empty or a cut zip archive."""
     with file.open("rb") as stream:
         start = stream.read(4)
     # torch wrote other files than zip archives before version 1.6, and still reads them.
     if not start or (start[:2] == b"PK" and not zipfile.is_zipfile(file)):
         raise ReceiverError(
-            f"{file} must be a whole file of torch, it is cut at {file.stat().st_size:,} bytes; fetch it again"
+            f"{file} must be a whole file of torch, it is cut at {file.stat().st_size:,} bytes; "
+            f"fetch it again"
         )
 
 
@@ -142,12 +152,13 @@ def refuse_pointer(file: Path) -> None:
         with file.open("rb") as stream:
             if stream.read(len(POINTER)) == POINTER:
                 raise ReceiverError(
-                    f"{file} must be the file itself, got a git-lfs pointer to it; run `git lfs pull` there"
+                    f"{file} must be the file itself, got a git-lfs pointer to it; run `git lfs "
+                    f"pull` there"
                 )
 
 
 def refuse_pointers(directory: Path) -> None:
-    """Raise :class:`ReceiverError` where configuration, tokenizer or template is a git-lfs pointer."""
+    """Raise :class:`ReceiverError` where configuration or tokenizer is a git-lfs pointer."""
     for pattern in ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"):
         for file in sorted(directory.glob(pattern)):
             refuse_pointer(file)

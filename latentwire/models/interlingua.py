@@ -1,4 +1,4 @@
-"""Everything that is trained: one encoder, an adapter per receiver, and the features that are switched on."""
+"""The trained parts: one encoder, an adapter per receiver, and the features that are on."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from latentwire.prompts.sequences import ANSWER, Batch
 
 @dataclass(frozen=True)
 class ReceiverShape:
-    """What adapters and features need to know of a receiver."""
+    """Properties of a receiver that adapters and features need."""
 
     width: int
     """D, of one soft-prompt vector."""
     embed_rms: float
     skeleton: Callable[[], nn.Module]
-    """Gives the model itself, whose layers' shapes features read; on the meta device where its weights are elsewhere."""
+    """Returns the model, for the shapes of its layers; on the meta device where it is remote."""
 
 
 def owner(module: nn.Module, name: str) -> str | None:
-    """The receiver that a parameter is for, by the name it has in ``module``: a feature, say. ``None``: all of them.
+    """Return the receiver that a parameter of ``module`` is for; ``None``: all of them.
 
-    What is made for each receiver lies in a ``ModuleDict`` or ``ParameterDict`` by their names, right in the module.
+    ``name``: the parameter's name in the module. Parts for single receivers lie in a ``ModuleDict``
+    or ``ParameterDict`` by their names, right in the module.
     """
     child, *rest = name.split(".")
-    return rest[0] if isinstance(getattr(module, child, None), nn.ModuleDict | nn.ParameterDict) else None
+    by_receiver = isinstance(getattr(module, child, None), nn.ModuleDict | nn.ParameterDict)
+    return rest[0] if by_receiver else None
 
 
 class Interlingua(nn.Module):
@@ -47,25 +49,28 @@ class Interlingua(nn.Module):
         *,
         load_weights: bool = True,
     ) -> None:
-        """Weights are drawn from torch's global generator; ``load_weights=False`` builds shapes alone.
+        """Draw weights from torch's global generator; ``load_weights=False`` builds shapes alone.
 
         ``features``: :func:`latentwire.features.registry.build`. Raises
-        :class:`~latentwire.models.weights.ReceiverError` for a backbone or a feature that does not fit.
+        :class:`~latentwire.models.weights.ReceiverError` for a backbone or a feature that does not
+        fit.
         """
         super().__init__()
         self.autocast = run.training.autocast
         self.trained: frozenset[str] = frozenset()
         names = {receiver.name: receiver for receiver in run.receivers}
         self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
-        fixed = (
-            None
-            if run.encoder.tokens_per_latent or run.encoder.split != "none"
-            else run.encoder.latent_len + run.encoder.private_len
-        )
+        slots: int | None = run.encoder.latent_len + run.encoder.private_len
+        if run.encoder.tokens_per_latent or run.encoder.split != "none":
+            slots = None  # they vary from text to text
         self.adapters = nn.ModuleDict(
             {
                 name: Adapter(
-                    run.adapter, d_z=run.encoder.d_z, d_model=shape.width, embed_rms=shape.embed_rms, slots=fixed
+                    run.adapter,
+                    d_z=run.encoder.d_z,
+                    d_model=shape.width,
+                    embed_rms=shape.embed_rms,
+                    slots=slots,
                 )
                 for name, shape in receivers.items()
             }
@@ -74,11 +79,11 @@ class Interlingua(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.encoder.project.weight.device
 
     def encode(self, texts: Sequence[str] | EncoderTokens) -> Message:
-        """Sender texts (or their tokens) → one message each. One message serves every receiver."""
+        """Encode sender texts (or their tokens) into one message each, for every receiver."""
         tokens = texts if isinstance(texts, EncoderTokens) else self.encoder.tokenize(texts)
         with self._precision():
             message = self.encoder(tokens.to(self.device))
@@ -88,47 +93,61 @@ class Interlingua(nn.Module):
         return message.with_latents(message.z_BLZ.float())
 
     def train_only(self, names: Collection[str]) -> None:
-        """Leave all parts as they are but those named: receivers (their adapters and parts of features), or ``encoder``.
-        None named: all are trained.
+        """Freeze all parts but those named; without names all are trained.
 
-        ``encoder`` stands for everything that is no single receiver's, which is the encoder and what refines its message.
+        A name is a receiver (its adapter and its parts of features), or ``encoder``: everything
+        that is no single receiver's, which is the encoder and what refines its message.
         """
         self.trained = frozenset(names)
         for name, parameter in self.named_parameters() if names else ():
             kind, _, rest = name.partition(".")
-            feature, _, own = rest.partition(".")
-            found = owner(self, name) if kind != "features" else owner(self.features[feature], own)
-            if (found or "encoder") not in names:
+            if kind == "features":
+                feature, _, inner = rest.partition(".")
+                part = owner(self.features[feature], inner)
+            else:
+                part = owner(self, name)
+            if (part or "encoder") not in names:
                 parameter.requires_grad_(False)
 
-    def taught_by(self) -> list[str]:
-        """Receivers whose reading teaches something: all where the encoder learns, else those that are trained."""
+    def training_receivers(self) -> list[str]:
+        """Return receivers to train through: all where the encoder learns, else those trained."""
         learns = not self.trained or "encoder" in self.trained
         return [name for name in self.adapters if learns or name in self.trained]
 
     def train(self, mode: bool = True) -> Interlingua:
-        """An encoder that is not trained stays in evaluation mode: its messages are those that a new receiver will get."""
+        """Switch modes; an encoder that is not trained stays in evaluation mode.
+
+        Its messages are then those that a new receiver will get.
+        """
         super().train(mode)
         if self.trained and "encoder" not in self.trained:
             self.encoder.eval()
         return self
 
     def prompt(self, receiver: str, message: Message) -> tuple[torch.Tensor, torch.Tensor]:
-        """Soft prompt ``[B, L, D]`` of one receiver, and which of its positions are real ``[B, L]``."""
+        """Return one receiver's soft prompt ``[B, L, D]``, and its real positions ``[B, L]``."""
         z_BLZ, keep_BL = message.read_by(receiver)
         with self._precision():
             p_BLD = self.adapters[receiver](z_BLZ, keep_BL)
         return p_BLD.float(), keep_BL
 
     def soft_rows(self, receiver: str, message: Message, batch: Batch) -> torch.Tensor:
-        """Vectors ``[N, D]`` for all soft slots of a batch of sequences, row by row: latents, then a control."""
+        """Return vectors ``[N, D]`` for all soft slots of a batch, row by row.
+
+        A row's slots are its message's latents, then its control embedding where it has one.
+        """
         p_BLD, keep_BL = self.prompt(receiver, message)
         message_R = batch.message_R.to(p_BLD.device)
         control_R = batch.control_R.to(p_BLD.device)
-        p_RLD, keep_RL = p_BLD[message_R], keep_BL[message_R]
         adapter: Any = self.adapters[receiver]
+        # Every row gets its message's prompt and, as one more position, a control embedding:
+        # [R, L, D] and [R, 1, D] → [R, L + 1, D].
         control_R1D = adapter.control_CD[control_R.clamp(min=0)][:, None]
-        return torch.cat((p_RLD, control_R1D), 1)[torch.cat((keep_RL, (control_R != ANSWER)[:, None]), 1)]
+        slots_RSD = torch.cat((p_BLD[message_R], control_R1D), 1)
+        # Padding of messages, and the control of rows that answer questions, are no slots.
+        has_control_R1 = (control_R != ANSWER)[:, None]
+        keep_RS = torch.cat((keep_BL[message_R], has_control_R1), 1)
+        return slots_RSD[keep_RS]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

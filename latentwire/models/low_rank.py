@@ -1,7 +1,8 @@
 """Low-rank updates of linear layers (LoRA, arXiv 2106.09685), laid over them by hooks.
 
-Hooks rather than a library that replaces modules: the updated model keeps its modules, names, hash and gradient flags,
-which is what lets a receiver be proved unchanged, and the update is there only while it is attached.
+Hooks rather than a library that replaces modules: the updated model keeps its modules, names, hash
+and gradient flags, which is what lets a receiver be proved unchanged, and the update is there only
+while it is attached.
 """
 
 from __future__ import annotations
@@ -27,36 +28,43 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The update, in the type of ``x`` and on its device."""
+        """Return the update, in the type of ``x`` and on its device."""
         return (self.scale * self.up(self.down(x.to(self.down.weight)))).to(x)
 
 
 def updates_of(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> nn.ModuleDict:
-    """An update for each linear layer whose last name is among ``targets``, under its path with ``/`` for dots.
+    """Build an update for each linear layer whose last name is among ``targets``.
+
+    It lies under the layer's path with ``/`` for dots.
 
     Raises :class:`ReceiverError` where a target names no linear layer.
     """
-    wanted = set(targets)
-    found = {
+    names = set(targets)
+    layers = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.split(".")[-1] in wanted
+        if isinstance(module, nn.Linear) and path.split(".")[-1] in names
     }
-    if missing := wanted - {path.split(".")[-1] for path in found}:
+    if missing := names - {path.split(".")[-1] for path in layers}:
         raise ReceiverError(
-            f"targets must name linear layers of {type(model).__name__}, got {', '.join(sorted(missing))}"
+            f"targets must name linear layers of {type(model).__name__}, got "
+            f"{', '.join(sorted(missing))}"
         )
-    return nn.ModuleDict({path.replace(".", "/"): LowRank(m, rank, alpha / rank) for path, m in found.items()})
+    return nn.ModuleDict(
+        {path.replace(".", "/"): LowRank(m, rank, alpha / rank) for path, m in layers.items()}
+    )
 
 
 @contextmanager
 def attached(model: nn.Module, updates: nn.ModuleDict) -> Iterator[None]:
-    """``updates``: of :func:`updates_of`, for the same model."""
+    """Add ``updates`` (:func:`updates_of` the same model) to its layers' outputs meanwhile."""
     with ExitStack() as stack:
         for key, update in updates.items():
             layer = model.get_submodule(key.replace("/", "."))
 
-            def add(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor, update: Any = update) -> torch.Tensor:
+            def add(
+                _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor, update: Any = update
+            ) -> torch.Tensor:
                 return output + update(inputs[0])
 
             stack.callback(layer.register_forward_hook(add).remove)

@@ -1,4 +1,4 @@
-"""A text's states, which an encoder pools: what every kind of them is, and the kind that is made from bytes."""
+"""States of a text, which an encoder pools: their interface, and states made from bytes."""
 
 from __future__ import annotations
 
@@ -21,37 +21,42 @@ BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 class States(nn.Module, ABC):
     """A state for every token, patch or the like of a text.
 
-    ``forward`` takes the tensors of :meth:`collate` by their names and ``length_B``, the states of each text, and gives
-    ``[B, S, M]``: at least one state a row, which means nothing where the text is empty.
+    ``forward`` takes the tensors of :meth:`collate` by their names and ``length_B``, the states of
+    each text, and gives ``[B, S, M]``: at least one state a row, which means nothing where the text
+    is empty.
     """
 
     width: int
-    """M, of one state."""
+    """M, the width of one state."""
     tokenizer: Any
-    """Of a kind that reads a tokenizer's ids (``encoder.pretrained``), that one: shards hold its ids ready."""
+    """The tokenizer, of a kind that reads its ids (``encoder.pretrained``): shards hold its
+    ids ready."""
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Texts (or their ids) to what ``forward`` takes by name, on the CPU; and the bytes that each state stands for."""
+        """Collate texts (or their ids) for ``forward``, on the CPU.
+
+        Returns its tensors by name, and the bytes of text that each state stands for.
+        """
 
     @abstractmethod
     def sentence_ends(self, row: Any) -> list[bool]:
-        """Whether a sentence ends after each state of a text (or of its ids)."""
+        """Return for each state of a text (or of its ids) whether a sentence ends after it."""
 
     def fingerprint(self) -> str | None:
-        """Hash of weights that are not trained; ``None`` where all are."""
+        """Return the hash of weights that are not trained; ``None`` where all are."""
         return None
 
-    def pinned_parameters(self) -> frozenset[str]:
-        """Names of the parameters that this hash stands for: they are never saved."""
+    def frozen_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters that this hash stands for: they are never saved."""
         return frozenset()
 
 
 class ByteStates(States):
     """From-scratch states over UTF-8 bytes.
 
-    The bytes of a patch (a word, cut where it is long) are embedded side by side and joined into one state by an MLP;
-    bidirectional attention with rotary positions relates the states.
+    The bytes of a patch (a word, cut where it is long) are embedded side by side and joined into
+    one state by an MLP; bidirectional attention with rotary positions relates the states.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -68,22 +73,26 @@ class ByteStates(States):
         self.blocks = nn.ModuleList(Block(self.width, config.heads) for _ in range(config.layers))
 
     def collate(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Byte ids in patches ``[B, P, bytes_per_patch]``, and the bytes of each text's patches."""
+        """Collate byte ids in patches ``[B, P, bytes_per_patch]``; and the patches' bytes."""
         ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
-        return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]
+        return {"ids_BPE": ids_BPE}, [
+            size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()
+        ]
 
     def sentence_ends(self, text: str) -> list[bool]:
-        """Whether a sentence ends after each patch of a text."""
+        """Return for each patch of a text whether a sentence ends after it."""
         patches = self.tokenizer.cut(text, self.bytes_per_patch)
-        # A word that fills its patch leaves the white space after it to the next one, so the whole text is searched.
+        # A word that fills its patch leaves the white space after it to the next one, so the whole
+        # text is searched.
         stops = list(accumulate(map(len, patches)))
         ending = {bisect_left(stops, end) for end in sentence_ends(b"".join(patches))}
         return [place in ending for place in range(len(patches))]
 
     def forward(self, ids_BPE: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """``[B, P, M]``."""
+        """Return states ``[B, P, M]``."""
         place_P = torch.arange(ids_BPE.shape[1], device=ids_BPE.device)
-        keep_BP = (place_P < length_B[:, None]) | (place_P == 0)  # an empty text is one patch of padding
+        # An empty text is one patch of padding.
+        keep_BP = (place_P < length_B[:, None]) | (place_P == 0)
         x_BPM = self.join(self.embed(ids_BPE).flatten(2))
         rotary = rotary_of(len(place_P), self.head_width, ids_BPE.device)
         for block in self.blocks:

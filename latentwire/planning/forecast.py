@@ -15,6 +15,7 @@ import torch
 
 from latentwire.config import LossConfig, RunConfig, SweepConfig
 from latentwire.data import shards, teachers
+from latentwire.losses.bundles import state_depths
 from latentwire.models.weights import load_hf_config
 from latentwire.planning.autoscaler import addable_nodes, living_nodes
 from latentwire.planning.devices import pieces, times
@@ -224,8 +225,8 @@ def _files(space: SweepConfig) -> tuple[list[str], int, int | None]:
 
 def _column_bytes(losses: LossConfig, width: int) -> int:
     """Of one row's columns for one receiver, uncompressed."""
-    words = losses.kd_top_k * 6 + 2 if losses.kd_weight > 0 and losses.kd_top_k > 0 else 0
-    states = 2 * width * len(losses.hidden_kd_depths) if losses.hidden_kd_weight > 0 else 0
+    words = losses.kd_top_k * 6 + 2 if teachers.compares_top_k(losses) else 0
+    states = 2 * width * len(state_depths(losses))
     return teachers.most_tokens(losses) * (words + states)
 
 

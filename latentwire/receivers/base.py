@@ -1,4 +1,4 @@
-"""What a wire needs of a receiver, wherever its frozen weights are."""
+"""The interface of a receiver, wherever its frozen weights are."""
 
 from __future__ import annotations
 
@@ -10,52 +10,55 @@ import torch
 from torch import nn
 
 from latentwire.config import LossConfig, ReceiverConfig
-from latentwire.prompts.sequences import Batch
 from latentwire.losses.bundles import Teacher, Weights
 from latentwire.models.decoded import Decoded
+from latentwire.prompts.sequences import Batch
 
 PART = "step: "
-"""What the names of a step's parts begin with in a profile."""
+"""Prefix of the names of a step's parts in a profile."""
 
 
 def part(name: str) -> torch.profiler.record_function:
-    """A part of a step, by the name that profiles give it."""
+    """Mark a part of a step, under the name that profiles show."""
     return torch.profiler.record_function(f"{PART}{name}")
 
 
 @dataclass(frozen=True)
 class LossTask:
-    """Sequences to be read, and what of them is trained on."""
+    """Sequences to be read, and the loss terms to compute on them."""
 
     batch: Batch
     weights: Weights
     counts: dict[str, float]
     """Term → tokens that it averages over, in the whole step."""
     teacher: Teacher | Batch | None
-    """What the receiver said on the texts, or the texts for it to read."""
+    """The receiver's own output on the texts, or the texts for it to read."""
     settings: LossConfig
-    """Tells how teachers are compared with."""
+    """Temperature, columns and depths of the comparison with teachers."""
     rows_at_once: int | None
     """See :func:`~latentwire.losses.chunks.sum_by_chunks`."""
 
     @property
     def depths(self) -> tuple[float, ...]:
-        """Where in the receiver states are compared, as fractions of its depth."""
-        return self.settings.hidden_kd_depths if "hidden_kd" in self.weights.terms else ()
+        """Depths at which states are compared, as fractions of the receiver's layers."""
+        return self.settings.hidden_kd_depths if self.weights.reads_states else ()
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """How likely a receiver finds the supervised tokens, on the CPU."""
+    """Scores that a receiver gives the supervised tokens, on the CPU."""
 
     ce_N: torch.Tensor
-    """Cross-entropy of each, in nats."""
+    """Cross-entropy of each token, in nats."""
     likelier_N: torch.Tensor
-    """How many other tokens it finds likelier."""
+    """Number of tokens that the receiver finds likelier."""
 
 
 class Receiver(Protocol):
-    """One frozen LM that reads soft prompts ``soft_ND``: a vector for every slot of a batch, row by row."""
+    """One frozen LM that reads soft prompts.
+
+    A soft prompt ``soft_ND`` has a vector for every slot of a batch, row by row.
+    """
 
     name: str
     config: ReceiverConfig
@@ -63,7 +66,7 @@ class Receiver(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its results come to."""
+        """Device of its results."""
 
     @property
     def width(self) -> int:
@@ -75,36 +78,51 @@ class Receiver(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Of frozen weights in this process."""
+        """Bytes of frozen weights in this process."""
 
     def skeleton(self) -> nn.Module:
-        """The model, whose layers' shapes features read; on the meta device where its weights are elsewhere."""
+        """Return the model, for the shapes of its layers; on the meta device where it is remote."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over all weights and buffers, as they are now."""
+        """Return the SHA-256 of all weights and buffers."""
 
     def span_embeddings(self, ids: list[list[int]], span_BL2: torch.Tensor) -> torch.Tensor:
-        """Means ``[B, L, D]`` of the texts' token embeddings over spans of their bytes."""
+        """Average the texts' token embeddings over spans of their bytes, ``[B, L, D]``."""
 
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings ``[…, D]`` of token ids."""
+        """Look up the embeddings ``[…, D]`` of token ids."""
 
-    def added_to_slots(self, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> AbstractContextManager[None]:
-        """Add to keys and values where latents stand, in what it reads until this context ends."""
+    def added_to_slots(
+        self, added_NE: torch.Tensor, latents_RS: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """Add ``added_NE`` to keys and values at the latents, until this context ends."""
 
     def read_head(self, batch: Batch) -> Batch:
-        """The batch without a head that is known already; to be called before any feature is attached."""
+        """Return the batch without a head whose keys and values are known already.
 
-    def teach(self, told: Teacher | Batch, settings: LossConfig) -> Teacher | Batch:
-        """What this receiver says on texts; to be called before any feature is attached."""
+        To be called before any feature is attached.
+        """
+
+    def read_teacher(self, source: Teacher | Batch, settings: LossConfig) -> Teacher | Batch:
+        """Return this receiver's output on texts; what is computed already stays as it is.
+
+        To be called before any feature is attached.
+        """
 
     def losses(self, task: LossTask, soft_ND: torch.Tensor) -> torch.Tensor:
-        """Each term's weighted share of the loss ``[T]``, in the order of ``task.weights.terms``. Their sum is differentiable."""
+        """Return each term's weighted share of the loss ``[T]``.
+
+        They come in the order of ``task.weights.terms``; their sum is differentiable.
+        """
 
     def score_answers(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> AnswerScores:
-        """How likely the supervised tokens are."""
+        """Score the supervised tokens."""
 
     def generate(
-        self, batch: Batch, stop_ids: tuple[int, ...], max_new_tokens: int, soft_ND: torch.Tensor | None = None
+        self,
+        batch: Batch,
+        stop_ids: tuple[int, ...],
+        max_new_tokens: int,
+        soft_ND: torch.Tensor | None = None,
     ) -> Decoded:
-        """Greedy continuations of left-padded prompts."""
+        """Decode greedy continuations of left-padded prompts."""

@@ -1,4 +1,4 @@
-"""What running out of memory looks like. Light: a trial's driver imports it without torch."""
+"""Recognising errors of running out of memory. Light: a trial's driver imports it without torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ OUT_OF_MEMORY = (
     "bad_alloc",
     "ALLOC_FAILED",
 )
-"""Words for what is too large: torch's on GPUs and CPUs, cuBLAS's and cuDNN's, C++'s, Python's, the
+"""Words of such errors: torch's on GPUs and CPUs, cuBLAS's and cuDNN's, C++'s, Python's, the
 system's, and those of Ray's memory monitor."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether something was too large: for its GPU, its process, or, as Ray Train tells of its workers, the node."""
-    found = [error, *getattr(error, "worker_failures", {}).values()]
-    return any(word in f"{type(one).__name__} {one}" for one in found for word in OUT_OF_MEMORY)
+    """Return whether an error says that memory ran out, on a GPU, in the process or on the node.
+
+    Ray Train wraps its workers' errors, which are looked at too.
+    """
+    errors = [error, *getattr(error, "worker_failures", {}).values()]
+    texts = [f"{type(each).__name__} {each}" for each in errors]
+    return any(word in text for text in texts for word in OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""One copy of a frozen receiver that answers several trials: a queue, and what is taken from it together."""
+"""One copy of a frozen receiver for several trials, whose requests are joined into passes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.local import LocalReceiver
+from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.requests import LookUp, Request
 
 
 @dataclass
 class Account:
-    """What one trial has had of a replica."""
+    """One trial's use of a replica."""
 
     requests: int = 0
     joined: int = 0
-    """Of these, how many were answered together with another's."""
+    """Requests that were answered together with another trial's."""
     positions: int = 0
     seconds: float = 0.0
-    """Of passes, shared out by positions."""
+    """Seconds of passes, shared out by positions."""
     waited: float = 0.0
     """Seconds in the queue."""
 
@@ -42,13 +42,17 @@ class _Waiting:
 class Replica:
     """Answers requests one pass after the other, those that are alike together.
 
-    Fair: the trial whose last answer is longest ago comes first, and what is alike and waits goes with it in the same order,
-    up to ``most_positions``. No trial waits for more passes than there are other trials. The queue is bounded: who asks while
-    ``most_waiting`` wait is held until there is room.
+    Fair: the trial whose last answer is longest ago comes first. Waiting requests that are alike go
+    with it, in the same order, up to ``most_positions``. No trial waits for more passes than there
+    are other trials. The queue is bounded: a trial that asks while ``most_waiting`` wait is held
+    until there is room.
     """
 
     def __init__(self, lm: LocalReceiver, *, most_positions: int, most_waiting: int) -> None:
-        """``most_positions``: rows times positions that a pass over several requests may have."""
+        """Start the thread that answers.
+
+        ``most_positions``: rows times positions that a pass over several requests may have.
+        """
         self.lm, self.most_positions = lm, most_positions
         self.accounts: dict[str, Account] = {}
         self.passes = 0
@@ -63,7 +67,10 @@ class Replica:
         self._thread.start()
 
     def ask(self, asker: str, request: Request | LookUp) -> Any:
-        """The answer to one request, when it comes; to a look-up, at once. Raises what answering it alone raises."""
+        """Return the answer to one request, when it comes; to a look-up, at once.
+
+        Raises what answering it alone raises.
+        """
         if isinstance(request, LookUp):
             with self._looking:
                 return request.answer(self.lm)
@@ -78,16 +85,16 @@ class Replica:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         return len(self._waiting)
 
-    def told(self) -> dict[str, dict[str, float]]:
-        """Trial → its account."""
+    def usage(self) -> dict[str, dict[str, float]]:
+        """Return each trial's account."""
         with self._changed:
             return {asker: asdict(account) for asker, account in self.accounts.items()}
 
     def close(self) -> None:
-        """End when the queue is empty."""
+        """End the thread when the queue is empty."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -97,14 +104,16 @@ class Replica:
         try:
             while (group := self._next()) is not None:
                 self._answer(group)
-        finally:  # at the end nobody waits; after a fault of ours nobody is to wait for ever
+        finally:  # after a fault here, nobody may wait for ever
             with self._changed:
                 self._closed = True
                 for waiting in self._waiting:
-                    waiting.answer.set_exception(RuntimeError(f"replica of {self.lm.name} has ended; see its log"))
+                    waiting.answer.set_exception(
+                        RuntimeError(f"replica of {self.lm.name} has ended; see its log")
+                    )
 
     def _next(self) -> list[_Waiting] | None:
-        """What the next pass answers, taken off the queue; ``None`` at the end."""
+        """Take the next pass's requests off the queue; ``None`` at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
@@ -113,7 +122,10 @@ class Replica:
             group, positions = [order[0]], order[0].request.positions
             for other in order[1:]:
                 more = other.request.positions
-                if other.request.alike == group[0].request.alike and positions + more <= self.most_positions:
+                if (
+                    other.request.alike == group[0].request.alike
+                    and positions + more <= self.most_positions
+                ):
                     group.append(other)
                     positions += more
             self._waiting = [waiting for waiting in self._waiting if waiting not in group]
@@ -123,7 +135,10 @@ class Replica:
             return group
 
     def _answer(self, group: list[_Waiting]) -> None:
-        """Answer a group in one pass; where that fails, its halves, so that one request's fault is nobody else's."""
+        """Answer a group in one pass; where that fails, its halves.
+
+        So one request's fault is nobody else's.
+        """
         began = time.perf_counter()
         try:
             answers = group[0].request.answer(self.lm, [waiting.request for waiting in group])
@@ -148,7 +163,9 @@ class Replica:
                 account.requests += 1
                 account.joined += len(group) > 1
                 account.positions += waiting.request.positions
-                account.seconds += seconds * (waiting.request.positions / total if len(group) > 1 else 1)
+                account.seconds += seconds * (
+                    waiting.request.positions / total if len(group) > 1 else 1
+                )
                 account.waited += began - waiting.since
         for waiting, answer in zip(group, answers, strict=True):
             waiting.answer.set_result(answer)

@@ -1,70 +1,83 @@
-"""What is asked of shared weights, answered for several askers in one pass."""
+"""Requests to shared weights, answered for several trials in one pass."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
-from latentwire.prompts.sequences import Batch, join
 from latentwire.losses.bundles import Reader
 from latentwire.models.decoded import Decoded
+from latentwire.prompts.sequences import Batch, join
 from latentwire.receivers.base import AnswerScores, LossTask
 from latentwire.receivers.local import LocalReceiver
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a trial lays over the slots of its sequences."""
+    """Tensors that a trial lays over the slots of its sequences; or their gradients."""
 
     soft_ND: torch.Tensor | None
+    """Soft vectors, row by row; ``None`` for text prompts."""
     added_NE: torch.Tensor | None
     """Added to keys and values where latents stand; ``None``: nothing."""
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Prompt:
+        """Return a prompt of the changed tensors."""
+        return Prompt(
+            None if self.soft_ND is None else change(self.soft_ND),
+            None if self.added_NE is None else change(self.added_NE),
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that are there."""
+        return [tensor for tensor in (self.soft_ND, self.added_NE) if tensor is not None]
 
 
 @dataclass(frozen=True)
 class Request(ABC):
-    """One trial's question to a receiver that is read for it, in a pass that may answer others too."""
+    """One trial's request that takes a forward pass, which may answer other trials' too."""
 
     @property
     @abstractmethod
     def positions(self) -> int:
-        """Rows times positions: what a pass over it costs."""
+        """Rows times positions: the cost of a pass over it."""
 
     @property
     @abstractmethod
     def alike(self) -> Any:
-        """Requests with equal ones can be answered in one pass."""
+        """A key: requests with equal keys can be answered in one pass."""
 
     @staticmethod
     @abstractmethod
     def answer(lm: LocalReceiver, requests: Sequence[Any]) -> list[Any]:
-        """An answer to each of several requests that are alike, as if it had been alone."""
+        """Answer several requests that are alike, each as if it had been alone."""
 
 
 @dataclass(frozen=True)
 class LookUp(ABC):
-    """One trial's question that nothing need be read for: answered at once and alone."""
+    """One trial's request that takes no forward pass: answered at once and alone."""
 
     @abstractmethod
     def answer(self, lm: LocalReceiver) -> Any:
-        """What is looked up."""
+        """Return the value that is looked up."""
 
 
 @dataclass(frozen=True)
 class LossRequest(Request):
-    """What a trial trains on, and where its soft prompt should go."""
+    """A request for a trial's loss, and for its gradient with respect to the prompt."""
 
     task: LossTask
     prompt: Prompt
     gradient: bool
     head_is_text: bool
-    """Whether what stands before the message may be read once and kept."""
+    """True where the text before the message may be read once and kept."""
 
     @property
     def positions(self) -> int:
@@ -73,14 +86,17 @@ class LossRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Losses are read off the same layers; weights, K and lengths may differ."""
+        """Alike where losses read the same layers; weights, K and lengths may differ."""
         return LossRequest, self.task.depths, self.head_is_text, self.prompt.added_NE is None
 
     @staticmethod
     def answer(lm: LocalReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
-        """Shares of the loss, and their sum's gradient with respect to the prompt, of every request."""
+        """Compute each request's shares of the loss, and their sum's gradient for its prompt."""
         tasks = [request.task for request in requests]
-        teachers = [None if t.teacher is None else lm.teach(t.teacher, t.settings) for t in tasks]
+        teachers = [
+            None if task.teacher is None else lm.read_teacher(task.teacher, task.settings)
+            for task in tasks
+        ]
         batch = join([task.batch for task in tasks]).to(lm.device)
         if requests[0].head_is_text:
             batch = lm.read_head(batch)
@@ -93,33 +109,29 @@ class LossRequest(Request):
             for task, teacher in zip(tasks, teachers, strict=True):
                 rows = slice(start, start + len(task.batch.target_N))
                 start = rows.stop
-                own = LossTask(
-                    task.batch.to(lm.device), task.weights, task.counts, teacher, task.settings, task.rows_at_once
-                )
-                shares.append(lm.shares(own, Reader(hidden_ND[rows], lm.logits, [state[rows] for state in states])))
-            leaves = [leaf for prompt in prompts for leaf in (prompt.soft_ND, prompt.added_NE) if leaf is not None]
-            gradients = iter(torch.autograd.grad(torch.cat(shares).sum(), leaves) if gradient else [None] * len(leaves))
+                reader = Reader(hidden_ND[rows], lm.logits, [state_ND[rows] for state_ND in states])
+                task = replace(task, batch=task.batch.to(lm.device), teacher=teacher)
+                shares.append(lm.shares(task, reader))
+            nothing = [Prompt(None, None)] * len(prompts)
+            gradients = _gradients(torch.cat(shares).sum(), prompts) if gradient else nothing
         return [
-            LossAnswer(
-                shares_T.detach().float().cpu(),
-                Prompt(*(None if leaf is None else _to_host(next(gradients)) for leaf in (p.soft_ND, p.added_NE))),
-            )
-            for shares_T, p in zip(shares, prompts, strict=True)
+            LossAnswer(shares_T.detach().float().cpu(), prompt_gradient)
+            for shares_T, prompt_gradient in zip(shares, gradients, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class LossAnswer:
-    """One request's losses."""
+    """The losses of one request."""
 
     shares_T: torch.Tensor
     gradient: Prompt
-    """Of the shares' sum with respect to the prompt; empty where none was asked for."""
+    """Gradient of the shares' sum with respect to the prompt; empty where none is needed."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest(Request):
-    """How likely are these answers?"""
+    """A request for the likelihood of answers."""
 
     batch: Batch
     prompt: Prompt
@@ -131,25 +143,30 @@ class ScoreRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """All of them."""
+        """Alike where all have soft prompts or all have none, and so for what is added."""
         return ScoreRequest, self.prompt.soft_ND is None, self.prompt.added_NE is None
 
     @staticmethod
     def answer(lm: LocalReceiver, requests: Sequence[ScoreRequest]) -> list[AnswerScores]:
-        """A judgement of each."""
+        """Score the answers of each request."""
         batch = join([request.batch for request in requests]).to(lm.device)
         with ExitStack() as stack:
-            found = lm.score_answers(batch, _read_into(lm, batch, [r.prompt for r in requests], stack))
+            soft_ND = _read_into(lm, batch, [request.prompt for request in requests], stack)
+            scores = lm.score_answers(batch, soft_ND)
         sizes = [len(request.batch.target_N) for request in requests]
         return [
-            AnswerScores(ce_N.clone(), likelier_N.clone())  # a slice would carry the others' with it
-            for ce_N, likelier_N in zip(found.ce_N.split(sizes), found.likelier_N.split(sizes), strict=True)
+            AnswerScores(
+                ce_N.clone(), likelier_N.clone()
+            )  # a slice would carry the others' with it
+            for ce_N, likelier_N in zip(
+                scores.ce_N.split(sizes), scores.likelier_N.split(sizes), strict=True
+            )
         ]
 
 
 @dataclass(frozen=True)
 class GenerateRequest(Request):
-    """What do you answer?"""
+    """A request for greedy answers."""
 
     batch: Batch
     prompt: Prompt
@@ -164,77 +181,84 @@ class GenerateRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Decoding ends in the same way."""
+        """Alike where decoding ends in the same way."""
         ends = self.stop_ids, self.max_new_tokens
         return GenerateRequest, ends, self.prompt.soft_ND is None, self.prompt.added_NE is None
 
     @staticmethod
     def answer(lm: LocalReceiver, requests: Sequence[GenerateRequest]) -> list[Decoded]:
-        """Answers to each; the times are those of the whole pass."""
+        """Decode answers to each request; the times are those of the whole pass."""
         first = requests[0]
         batch = join([request.batch for request in requests], side="left").to(lm.device)
         with ExitStack() as stack:
-            soft_ND = _read_into(lm, batch, [r.prompt for r in requests], stack)
-            found = lm.generate(batch, first.stop_ids, first.max_new_tokens, soft_ND)
-        rows = iter(found.rows)
+            soft_ND = _read_into(lm, batch, [request.prompt for request in requests], stack)
+            decoded = lm.generate(batch, first.stop_ids, first.max_new_tokens, soft_ND)
+        rows = iter(decoded.rows)
         return [
-            Decoded([next(rows) for _ in request.batch.ids_BS], found.prefill_ms, found.decode_ms)
+            Decoded(
+                [next(rows) for _ in request.batch.ids_BS], decoded.prefill_ms, decoded.decode_ms
+            )
             for request in requests
         ]
 
 
 @dataclass(frozen=True)
 class EmbedLookUp(LookUp):
-    """Embeddings of tokens."""
+    """A request for the embeddings of tokens."""
 
     ids: torch.Tensor
 
     def answer(self, lm: LocalReceiver) -> torch.Tensor:
-        """``[…, D]``."""
+        """Return ``[…, D]``."""
         return lm.token_embeddings(self.ids).cpu()
 
 
 @dataclass(frozen=True)
 class SpanLookUp(LookUp):
-    """Mean embeddings of spans of texts."""
+    """A request for the mean embeddings of spans of texts."""
 
     ids: list[list[int]]
     span_BL2: torch.Tensor
 
     def answer(self, lm: LocalReceiver) -> torch.Tensor:
-        """``[B, L, D]``."""
+        """Return ``[B, L, D]``."""
         return lm.span_embeddings(self.ids, self.span_BL2).cpu()
 
 
 @dataclass(frozen=True)
 class TokenizerLookUp(LookUp):
-    """What the receiver's tokenizer makes of something."""
+    """A call of one of the receiver's tokenizer's methods."""
 
     method: Literal["__call__", "apply_chat_template", "batch_decode", "decode"]
     argument: Any
     options: dict[str, Any]
 
     def answer(self, lm: LocalReceiver) -> Any:
-        """What the method returns; of an encoding the ids and what else was asked for, in a class that needs no transformers."""
-        found = getattr(lm.tokenizer, self.method)(self.argument, **self.options)
-        return SimpleNamespace(**found) if isinstance(found, Mapping) else found
+        """Return the method's result; an encoding in a class that needs no transformers."""
+        result = getattr(lm.tokenizer, self.method)(self.argument, **self.options)
+        return SimpleNamespace(**result) if isinstance(result, Mapping) else result
 
 
 def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:
-    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(device).detach().requires_grad_(gradient)
-
-    return Prompt(leaf(prompt.soft_ND), leaf(prompt.added_NE))
+    """Copy a prompt to ``device``, as leaves of a graph of its own."""
+    return prompt.each(lambda tensor: tensor.to(device).detach().requires_grad_(gradient))
 
 
-def _read_into(lm: LocalReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack) -> torch.Tensor | None:
-    """Lay all prompts over a joined batch; returns the soft vectors, or ``None`` for texts."""
+def _gradients(total: torch.Tensor, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the gradient of ``total`` with respect to each prompt, on the CPU."""
+    leaves = [tensor for prompt in prompts for tensor in prompt.tensors]
+    gradients = iter(torch.autograd.grad(total, leaves))
+    return [prompt.each(lambda _: next(gradients).cpu()) for prompt in prompts]
+
+
+def _read_into(
+    lm: LocalReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack
+) -> torch.Tensor | None:
+    """Lay all prompts over a joined batch; return the soft vectors, or ``None`` for texts."""
     added = [prompt.added_NE for prompt in prompts if prompt.added_NE is not None]
     if added:
-        stack.enter_context(lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS))
+        stack.enter_context(
+            lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS)
+        )
     soft = [prompt.soft_ND for prompt in prompts if prompt.soft_ND is not None]
     return torch.cat([s.flatten(0, -2).to(lm.device) for s in soft]) if soft else None
-
-
-def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.cpu()

@@ -1,7 +1,8 @@
-"""Checkpoints: a wire's directory (``latentwire/exports.py``) with what training needs to go on exactly where it stopped.
+"""Checkpoints: a wire's directory (``latentwire/exports.py``) with the state of its training.
 
-``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser and progress, from which rates and
-every random number follow. An export is the same directory without them.
+``training_state.safetensors`` and ``training_state.json`` lie beside the weights: optimiser and
+progress, from which rates and every random number follow. An export is the same directory without
+them.
 """
 
 from __future__ import annotations
@@ -24,25 +25,40 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
 from latentwire.model import LatentWire
-from latentwire.storage import Place, delete, delete_directory, files_below, local, place, text_if_there
+from latentwire.storage import (
+    Place,
+    delete,
+    delete_directory,
+    files_below,
+    local,
+    place,
+    text_if_there,
+)
 from latentwire.training.loop import Trainer
 from latentwire.training.optimizer import former_names, parameter_names
 from latentwire.training.progress import Progress
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 def save(
-    path: Path, wire: LatentWire, metrics: dict[str, Any], pins: dict[str, Any], trainer: Trainer | None = None
+    path: Path,
+    wire: LatentWire,
+    metrics: dict[str, Any],
+    provenance: dict[str, Any],
+    trainer: Trainer | None = None,
 ) -> Path:
-    """Write a checkpoint (with ``trainer``) or an export (without) to ``path``, which must not hold anything yet.
+    """Write a checkpoint (with ``trainer``) or an export (without) to an empty ``path``.
 
-    ``pins``: what the metrics hang on (shard keys, receivers' hashes, evaluation settings). A checkpoint is its run's own and
-    names models as the run does; an export names their directories from its own place.
+    ``provenance``: what the metrics depend on (shard keys, receivers' hashes, evaluation settings).
+    A checkpoint is its run's own and names models as the run does; an export names their
+    directories from its own place.
     """
     if trainer is None:
-        return exports.save(path, wire, metrics, pins)
-    return exports.save(path, wire, metrics, pins, partial(_save_training, trainer=trainer), address=str)
+        return exports.save(path, wire, metrics, provenance)
+    return exports.save(
+        path, wire, metrics, provenance, partial(_save_training, trainer=trainer), address=str
+    )
 
 
 def _save_training(path: Path, *, trainer: Trainer) -> None:
@@ -52,39 +68,53 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
         for slot, value in slots.items():
             tensors[f"optimizer.{names[index]}.{slot}"] = torch.as_tensor(value).detach().cpu()
     exports.write_tensors(tensors, path / "training_state.safetensors")
-    (path / "training_state.json").write_text(json.dumps({"progress": asdict(trainer.progress)}, indent=1))
+    (path / "training_state.json").write_text(
+        json.dumps({"progress": asdict(trainer.progress)}, indent=1)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def initialise(source: str | Place, wire: LatentWire) -> None:
-    """Start a fresh wire from an earlier one: every part that both have; what is new keeps its fresh weights.
+    """Start a wire from an earlier one: every part that both have; other parts stay fresh.
 
-    ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver that the earlier wire did
-    not have is new. Raises :class:`CheckpointError` for a part of another shape, a checkpoint that has nothing in common, or a
-    part that ``training.train_only`` keeps as it is and that is not there.
+    ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver
+    that the earlier wire did not have is new. Raises :class:`CheckpointError` for a part of another
+    shape, a checkpoint that has nothing in common, or a part that ``training.train_only`` keeps as
+    it is and that is not there.
     """
     parts = exports.parts(wire)
     with local(place(source)) as path:
-        manifest, known = read_manifest(path), {receiver.name for receiver in read_run(path).receivers}
+        manifest, known = (
+            read_manifest(path),
+            {receiver.name for receiver in read_run(path).receivers},
+        )
         common = [name for name in parts if name in manifest["files"]]
         if not common:
-            raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none")
+            raise CheckpointError(
+                f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none"
+            )
         for name in common:
             exports.fill(path / name, parts[name], left_out=wire.receivers.keys() ^ known)
         wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
-    frozen = [name for name in missing if not all(p.requires_grad for p in parts[name].parameters())]
+    frozen = [
+        name for name in missing if not all(p.requires_grad for p in parts[name].parameters())
+    ]
     if wire.run.training.train_only and frozen:
         raise CheckpointError(
-            f"init_from must hold what train_only keeps as it is, {source} has no {', '.join(frozen)}; train it too"
+            f"init_from must hold what train_only keeps as it is, {source} has no "
+            f"{', '.join(frozen)}; train it too"
         )
-    print(f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}", flush=True)
+    print(
+        f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}",
+        flush=True,
+    )
 
 
 def restore(trainer: Trainer, last: Place | None) -> None:
-    """Go on from a run's last checkpoint; without one, begin with the wire that ``training.init_from`` names, where it does."""
+    """Go on from a run's last checkpoint; without one, from the wire of ``training.init_from``."""
     if last is not None:
         with local(last) as path:
             load_training(path, trainer)
@@ -94,8 +124,11 @@ def restore(trainer: Trainer, last: Place | None) -> None:
 
 
 def check_development(run: RunConfig, dev: Place) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would be compared on rows of documents that the wire of
-    ``training.init_from`` has trained on. ``dev``: its development shards."""
+    """Raise where a run's development rows are of documents that its first wire trained on.
+
+    ``dev``: the development shards; the first wire is that of ``training.init_from``. Raises
+    :class:`~latentwire.config.resolve.ConfigError`.
+    """
     if run.training.init_from is not None:
         with local(place(run.training.init_from)) as path:
             earlier = documents.read(path, read_manifest(path))
@@ -105,15 +138,15 @@ def check_development(run: RunConfig, dev: Place) -> None:
 
 def check_frozen(wire: LatentWire, before: Mapping[str, str]) -> None:
     """Raise :class:`RuntimeError` where receivers hash otherwise than before the training."""
-    if changed := [name for name, found in wire.fingerprints().items() if found != before[name]]:
+    if changed := [name for name, hash_ in wire.fingerprints().items() if hash_ != before[name]]:
         raise RuntimeError(f"frozen receivers must not change, {', '.join(changed)} did")
 
 
 def load_training(path: Path, trainer: Trainer) -> None:
     """Continue exactly where a checkpoint stopped: weights, optimiser and progress.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one, and
-    :class:`CheckpointError` where the optimiser's state is that of other parameters.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where the trainer's run is another one,
+    and :class:`CheckpointError` where the optimiser's state is that of other parameters.
     """
     check_same_run(read_run(path), trainer.wire.run, path)
     load_weights(path, trainer.wire)
@@ -126,7 +159,9 @@ def load_training(path: Path, trainer: Trainer) -> None:
         name, _, slot = key.removeprefix("optimizer.").rpartition(".")
         name = former[int(name)] if name.isdigit() and int(name) < len(former) else name
         if name not in places:
-            raise CheckpointError(f"{path} must hold the optimiser state of this wire, got one of {name}; restore it")
+            raise CheckpointError(
+                f"{path} must hold the optimiser state of this wire, got one of {name}; restore it"
+            )
         state.setdefault(places[name], {})[slot] = tensor
     # Rates and decays are the configuration's, which a resumed run keeps.
     groups = trainer.optimizer.state_dict()["param_groups"]
@@ -135,34 +170,43 @@ def load_training(path: Path, trainer: Trainer) -> None:
 
 
 def check_same_run(before: RunConfig, now: RunConfig, path: Place) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run would go on with other knobs than it began with: half of
-    it would be another run's, and its manifest would tell of one."""
-    one, other = (_flat(run.model_dump(mode="json")) for run in (before, now))
+    """Raise where a run would go on with other knobs than it began with.
+
+    Half of it would be another run's, and its manifest would name one of them. Raises
+    :class:`~latentwire.config.resolve.ConfigError`.
+    """
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     changed = [
-        f"{name} {one.get(name)} → {other.get(name)}"
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name) and not has_property(name, "may_change", "resumed run")
+        f"{name} {old.get(name)} → {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not has_property(name, "may_change", "resumed run")
     ]
     if changed:
         raise ConfigError(
-            f"a resumed run keeps its configuration, {path} was made with another: {', '.join(changed)}; take that back, or "
-            f"begin a new run with this wire by --from, elsewhere"
+            f"a resumed run keeps its configuration, {path} was made with another: "
+            f"{', '.join(changed)}; take that back, or begin a new run with this wire by --from, "
+            f"elsewhere"
         )
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path → value of everything that is no container."""
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if children is None:
+    """Map the dotted path of every leaf of a JSON tree to its value."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
         return {path: tree}
-    return {key: value for name, child in children for key, value in _flat(child, f"{path}.{name}".lstrip(".")).items()}
+    leaves: dict[str, Any] = {}
+    for name, child in tree.items():
+        leaves |= _flat(child, f"{path}.{name}" if path else str(name))
+    return leaves
 
 
 def remove(path: Place) -> None:
-    """Delete a checkpoint: the files that its manifest names, and nothing that somebody else put there.
+    """Delete a checkpoint: the files that its manifest names, and no others.
 
-    It is renamed first, so that no half of it is ever seen under its name. A store renames nothing at once: there the manifest,
-    which makes it whole, goes first. One that another process has just deleted is nothing to delete.
+    It is renamed first, so that no half of it is ever seen under its name. A store renames nothing
+    at once: there the manifest, which makes it whole, goes first. One that another process has just
+    deleted is nothing to delete.
     """
     if not isinstance(path, Path):
         for name in reversed(written_names(path)):
@@ -181,15 +225,22 @@ def remove(path: Place) -> None:
 
 
 def written_names(path: Place) -> list[str]:
-    """Files of a checkpoint: those its manifest names, the manifest last. Without one, those that every checkpoint may have."""
+    """List a checkpoint's files: those that its manifest names, the manifest last.
+
+    Without a manifest, those that every checkpoint may have.
+    """
     if (manifest := text_if_there(path / exports.MANIFEST)) is not None:
         return [*json.loads(manifest)["files"], exports.CARD, exports.MANIFEST]
     fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
-    return [name for name in files_below(path) if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")]
+    return [
+        name
+        for name in files_below(path)
+        if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")
+    ]
 
 
 def remove_files(path: Path, names: list[str]) -> None:
-    """Delete these files of a directory, and it and those below it where nothing else is left in them."""
+    """Delete these files of a directory, then every folder that nothing else is left in."""
     for name in names:
         delete(path / name)
     folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)

@@ -38,7 +38,9 @@ class TrainingError(UserError):
 class Trainer:
     """One run's optimiser, schedule and progress."""
 
-    def __init__(self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None) -> None:
+    def __init__(
+        self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None
+    ) -> None:
         """``steps_per_epoch``: batches in one epoch, the same on every worker; at least 1."""
         self.wire, self.workers = wire, workers or Workers()
         self.config = wire.run.training
@@ -48,7 +50,9 @@ class Trainer:
         """Loss terms, prompt scales and, on request, gradient norms of the last step."""
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
-        self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
+        self.total_steps = min(
+            self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12
+        )
         check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
         for lm in wire.local_receivers():
@@ -60,7 +64,10 @@ class Trainer:
 
     @contextmanager
     def stopped_by(self, signum: signal.Signals) -> Iterator[None]:
-        """End training after the running step when this process gets a signal in the block. Only for the main thread."""
+        """End training after the running step when this process gets a signal in the block.
+
+        Only for the main thread.
+        """
 
         def ask(*_: Any) -> None:
             self.stop_asked = True
@@ -69,14 +76,16 @@ class Trainer:
         try:
             yield
         finally:
-            signal.signal(signum, before)  # ours would keep the wire, its receivers and the optimiser in memory
+            # Ours would keep the wire, its receivers and the optimiser in memory.
+            signal.signal(signum, before)
 
-    # -------------------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
 
     def train(self, epochs: Epoch, at_evaluation: Callable[[], None]) -> None:
-        """Train to the end, from wherever ``progress`` stands; ``at_evaluation`` is called every so many steps and last.
+        """Train to the end, from wherever ``progress`` stands.
 
-        Raises :class:`TrainingError` after ``max_bad_steps`` steps in a row without a finite gradient.
+        ``at_evaluation`` is called every ``evaluate_every`` steps, and last. Raises
+        :class:`TrainingError` after ``max_bad_steps`` steps in a row without a finite gradient.
         """
         config, progress = self.config, self.progress
         running: list[float] = []
@@ -94,8 +103,9 @@ class Trainer:
                 progress.batch, progress.seconds, began = used, progress.seconds + now - began, now
                 progress.first_step_seconds = progress.first_step_seconds or progress.seconds
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
-                    mine = {"loss": sum(running) / len(running)}
-                    progress.loss = self.workers.sum_counts(mine, self.wire.interlingua.device)["loss"]
+                    mean = {"loss": sum(running) / len(running)}
+                    device = self.wire.interlingua.device
+                    progress.loss = self.workers.sum_counts(mean, device)["loss"]
                     if progress.first_loss is None and progress.step > config.alignment_steps:
                         progress.first_loss = progress.loss
                     running.clear()
@@ -108,19 +118,22 @@ class Trainer:
             else:
                 if used == 0:
                     raise TrainingError(
-                        "an epoch must hold at least one batch, got none; lower batch_size or add samples"
+                        "an epoch must hold at least one batch, got none; lower batch_size or add "
+                        "samples"
                     )
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         if (evaluated_at < progress.step or progress.step == 0) and not self.stop_asked:
             at_evaluation()
 
     def step(self, table: pa.Table) -> dict[str, float]:
-        """One optimiser step on this worker's rows, of which there may be none; returns its share of the loss and its terms.
+        """Take one optimiser step on this worker's rows, of which there may be none.
 
-        Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it would have drawn.
+        Returns its share of the loss and of each term, prompt scales and the gradient's norm.
+        Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it
+        would have drawn.
         """
-        drawn = random.Random(f"dropout {self.config.seed} {self.progress.step} {self.workers.rank}")
-        torch.manual_seed(drawn.getrandbits(63))
+        seed = f"dropout {self.config.seed} {self.progress.step} {self.workers.rank}"
+        torch.manual_seed(random.Random(seed).getrandbits(63))
         interlingua = self.wire.interlingua.train()
         with part("collate"):
             batches = self.collate(table, self.progress.step)
@@ -136,7 +149,7 @@ class Trainer:
         return values | {"gradient_norm": norm}
 
     def _update(self, parameters: list[torch.nn.Parameter]) -> float:
-        """Clip, and change the weights if the gradient is finite; returns its norm over all workers."""
+        """Clip, change the weights if the gradient is finite; return its norm over all workers."""
         self.workers.sum_gradients(parameters)
         set_rates(self.optimizer, rate_share(self.progress.step, self.total_steps, self.config))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
@@ -148,71 +161,75 @@ class Trainer:
             self.progress.bad_in_a_row += 1
             if self.progress.bad_in_a_row >= self.config.max_bad_steps:
                 raise TrainingError(
-                    f"gradients must be finite, got norm {norm} in {self.progress.bad_in_a_row} steps in a row at step "
-                    f"{self.progress.step}; lower training.encoder_lr and adapter_lr, or use float32 receivers"
+                    f"gradients must be finite, got norm {norm} in {self.progress.bad_in_a_row} "
+                    f"steps in a row at step {self.progress.step}; lower training.encoder_lr and "
+                    f"adapter_lr, or use float32 receivers"
                 )
         self.progress.step += 1
         return norm
 
     def backward(self, batches: list[TrainingBatch]) -> dict[str, float]:
-        """Forward and backward of this step's receivers; gradients are left in ``.grad``. Losses are means over receivers.
+        """Run forward and backward of this step's receivers; gradients are left in ``.grad``.
 
-        With ``sequential_models`` each receiver's graph is freed before the next one's is built; the encoder's graph
-        waits for the sum of their gradients with respect to the latents.
+        Returns the loss, a mean over receivers, and its terms. With ``sequential_models`` each
+        receiver's graph is freed before the next one's is built; the encoder's graph waits for the
+        sum of their gradients with respect to the latents.
         """
         step = self.progress.step - self.config.alignment_steps
         losses = self.wire.run.losses
         weights = weights_at(losses, step)
         dropout = self.wire.run.encoder.latent_dropout * losses.factor("latent_dropout", step)
         self.wire.interlingua.encoder.dropout.p = dropout
+        sequential = self.config.sequential_models
         names = self._receivers_of(step)
         counts = {name: self._counts(weights, name, batches) for name in names}
         values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in weights.terms}
         for index, batch in enumerate(batches):
             with part("encode"):
                 message = self.wire.interlingua.encode(batch.tokens)
-            held = (
-                message.with_latents(message.z_BLZ.detach().requires_grad_())
-                if self.config.sequential_models
-                else message
-            )
+            # Receivers read latents that are cut off the encoder's graph, or the message itself.
+            read = message
+            if sequential:
+                read = message.with_latents(message.z_BLZ.detach().requires_grad_())
             total = message.z_BLZ.new_zeros(())
             with ExitStack() as attached:
                 for name in names:
-                    shares, scale = self._read(name, batch, held, weights, counts[name], attached)
+                    shares, scale = self._read(name, batch, read, weights, counts[name], attached)
                     loss = torch.stack(list(shares.values())).sum() / len(names)
-                    _add(values, {f"{term}_{name}": float(share.detach()) for term, share in shares.items()})
+                    for term, share in shares.items():
+                        values[f"{term}_{name}"] += float(share.detach())
                     if self.config.log_gradient_norms and index == 0:
-                        values |= self._gradient_norms(name, shares, held.z_BLZ)
+                        values |= self._gradient_norms(name, shares, read.z_BLZ)
                     values[f"prompt_scale_{name}"] = scale
                     values["loss"] += float(loss.detach())
-                    if self.config.sequential_models:
+                    if sequential:
                         with part("backward"):
                             loss.backward()
                     else:
                         total = total + loss.to(total.device)
-                if not self.config.sequential_models:
+                if not sequential:
                     with part("backward"):
                         total.backward()
-            if self.config.sequential_models and message.z_BLZ.requires_grad:
+            if sequential and message.z_BLZ.requires_grad:
                 with part("backward"):
-                    message.z_BLZ.backward(held.z_BLZ.grad)
+                    message.z_BLZ.backward(read.z_BLZ.grad)
         return values
 
     def _receivers_of(self, step: int) -> list[str]:
-        """The receivers that this step trains through; the same on every worker."""
-        names = self.wire.interlingua.taught_by()
+        """Return the receivers that this step trains through; the same on every worker."""
+        names = self.wire.interlingua.training_receivers()
         if self.config.receivers_per_step == "all":
             return names
         return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
 
-    def _counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
-        """Tokens of each term in the whole step: all micro-batches of all workers."""
-        return self.workers.sum_counts(self._own_counts(weights, name, batches), self.wire.receivers[name].device)
-
-    def _own_counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
-        parts = [term_counts(weights, batch.sequences[name]) for batch in batches]
-        return {term: sum((part[term] for part in parts), 0.0) for term in weights.terms}
+    def _counts(
+        self, weights: Weights, name: str, batches: list[TrainingBatch]
+    ) -> dict[str, float]:
+        """Count each term's tokens in the whole step: all micro-batches of all workers."""
+        totals = dict.fromkeys(weights.terms, 0.0)
+        for batch in batches:
+            _add(totals, term_counts(weights, batch.sequences[name]))
+        return self.workers.sum_counts(totals, self.wire.receivers[name].device)
 
     def _read(
         self,
@@ -223,15 +240,17 @@ class Trainer:
         counts: dict[str, float],
         attached: ExitStack,
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """One receiver's weighted loss terms, and its prompt's RMS over the embeddings'.
+        """Return one receiver's weighted loss terms, and its prompt's RMS over the embeddings'.
 
-        ``attached`` holds the features in place, for activations that the backward pass computes again.
+        ``attached`` holds the features in place, for activations that the backward pass computes
+        again.
         """
         lm, losses = self.wire.receivers[name], self.wire.run.losses
         sequences = batch.sequences[name].to(lm.device)
-        if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:  # which allows no cache
+        # Gradient checkpointing allows no cache.
+        if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:
             sequences = lm.read_head(sequences)
-        teacher = lm.teach(batch.teacher[name], losses) if weights.needs_teacher else None
+        teacher = lm.read_teacher(batch.teacher[name], losses) if weights.needs_teacher else None
         # One backward per term needs a graph per term, which chunks do not have.
         rows = None if self.config.log_gradient_norms else self.config.logit_rows
         soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
@@ -240,29 +259,34 @@ class Trainer:
         shares_T = lm.losses(LossTask(sequences, weights, counts, teacher, losses, rows), soft_ND)
         return dict(zip(weights.terms, shares_T, strict=True)), scale
 
-    def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:
-        return {
-            f"gradient_norm_{term}_{name}": float(torch.autograd.grad(share, z_BLZ, retain_graph=True)[0].norm())
-            for term, share in shares.items()
-        }
+    def _gradient_norms(
+        self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor
+    ) -> dict[str, float]:
+        norms = {}
+        for term, share in shares.items():
+            (gradient_BLZ,) = torch.autograd.grad(share, z_BLZ, retain_graph=True)
+            norms[f"gradient_norm_{term}_{name}"] = float(gradient_BLZ.norm())
+        return norms
 
     def align(self, batches: list[TrainingBatch]) -> dict[str, float]:
-        """Forward and backward of the alignment alone: soft prompts against token embeddings.
+        """Run forward and backward of the alignment: soft prompts against token embeddings.
 
-        Each latent meets the mean over its stretch of the text: told by bytes, since tokenizers cut it differently.
+        Each latent meets the mean over its stretch of the text, which is counted in bytes:
+        tokenizers cut it differently.
         """
-        total, names = 0.0, self.wire.interlingua.taught_by()
-        own = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
-        messages = self.workers.sum_counts(own, self.wire.interlingua.device)["messages"]
+        total, names = 0.0, self.wire.interlingua.training_receivers()
+        count = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
+        messages = self.workers.sum_counts(count, self.wire.interlingua.device)["messages"]
         for batch in batches:
             message = self.wire.interlingua.encode(batch.tokens)
             loss = message.z_BLZ.new_zeros(())
             for name in names:
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
                 span_BL2 = self.wire.interlingua.encoder.spans(batch.tokens, name)
-                target_BLD = self.wire.receivers[name].span_embeddings(batch.message_ids[name], span_BL2)
-                target_BLD = target_BLD.to(p_BLD.device)
-                loss = loss + alignment_loss(p_BLD, target_BLD, keep_BL).sum() / (messages * len(names))
+                lm, ids = self.wire.receivers[name], batch.message_ids[name]
+                target_BLD = lm.span_embeddings(ids, span_BL2).to(p_BLD.device)
+                distance_B = alignment_loss(p_BLD, target_BLD, keep_BL)
+                loss = loss + distance_B.sum() / (messages * len(names))
             loss.backward()
             total += float(loss.detach())
         return {"loss": total}
@@ -271,32 +295,37 @@ class Trainer:
         progress = self.progress
         if self.workers.rank == 0:
             rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
+            loss = "alignment" if progress.step <= self.config.alignment_steps else "loss"
             print(
                 f"step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
-                f"{'alignment' if progress.step <= self.config.alignment_steps else 'loss'} {progress.loss:.4f}  "
+                f"{loss} {progress.loss:.4f}  "
                 f"lr {self.optimizer.param_groups[0]['lr']:.2e}  {rate:.1f} examples/s",
                 flush=True,
             )
 
-    # ------------------------------------------------------------------------------------------------------ evaluation
+    # ----------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
-        """Development metrics, shared out over workers: ``dev_f1``, ``dev_em``, ``dev_loss`` (means over receivers) and one each;
-        ``wire_bytes``, the mean size of a message in bytes as fp16; ``prompt_positions``, what a receiver reads in all.
+        """Compute the development metrics, shared out over workers.
 
-        Texts without questions have ``dev_loss`` alone, and each of its terms.
+        ``dev_f1``, ``dev_em`` and ``dev_loss`` are means over receivers, with one each beside them;
+        ``wire_bytes`` is the mean size of a message in bytes as fp16, ``prompt_positions`` all
+        positions that a receiver reads. Texts without questions have ``dev_loss`` alone, and each
+        of its terms.
         """
-        share = dev.take(pa.array(range(self.workers.rank, dev.num_rows, self.workers.size), pa.int64()))
+        rows = range(self.workers.rank, dev.num_rows, self.workers.size)
+        share = dev.take(pa.array(rows, pa.int64()))
         texts = not self.wire.run.data.source.has_questions
         metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress
         rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
+        first_loss = progress.loss if progress.first_loss is None else progress.first_loss
         return metrics | {
             "step": progress.step,
             "total_steps": self.total_steps,
             "epoch": progress.epoch,
             "train_loss": progress.loss,
-            "first_train_loss": progress.first_loss if progress.first_loss is not None else progress.loss,
+            "first_train_loss": first_loss,
             "examples_per_s": rate,
             "train_seconds": progress.seconds,
             "first_step_s": progress.first_step_seconds,
@@ -306,39 +335,55 @@ class Trainer:
         }
 
     def _last_terms(self) -> dict[str, float]:
-        """What the last step told besides its loss: terms over all workers, norms and scales as this one found them."""
-        own = {name: value for name, value in self.last_values.items() if name != "loss"}
-        parts = {name: value for name, value in own.items() if not name.startswith(("gradient_norm", "prompt_scale"))}
-        return own | (self.workers.sum_counts(parts, self.wire.interlingua.device) if parts else {})
+        """Return the last step's values but its loss: terms over all workers, others as they are.
+
+        Norms and scales are the same on every worker, or this one's own.
+        """
+        values = {name: value for name, value in self.last_values.items() if name != "loss"}
+        single = ("gradient_norm", "prompt_scale")
+        terms = {name: value for name, value in values.items() if not name.startswith(single)}
+        if terms:
+            values |= self.workers.sum_counts(terms, self.wire.interlingua.device)
+        return values
 
     def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
-        predictions = self.workers.gather(list(predict(self.wire, share, "latent")) if share.num_rows else [])
+        predictions = list(predict(self.wire, share, "latent")) if share.num_rows else []
+        predictions = self.workers.gather(predictions)
         metrics: dict[str, float] = {}
         scores = means(predictions)
         for name, row in scores.items():
             suffix = "" if name == "mean" else f"_{name}"
-            metrics |= {f"dev_f1{suffix}": row["f1"], f"dev_em{suffix}": row["em"], f"dev_loss{suffix}": row["nll"]}
-        return metrics | {"wire_bytes": scores["mean"]["bytes"], "prompt_positions": scores["mean"]["positions"]}
+            metrics |= {
+                f"dev_f1{suffix}": row["f1"],
+                f"dev_em{suffix}": row["em"],
+                f"dev_loss{suffix}": row["nll"],
+            }
+        return metrics | {
+            "wire_bytes": scores["mean"]["bytes"],
+            "prompt_positions": scores["mean"]["positions"],
+        }
 
     @torch.no_grad()
     def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:
-        """Weighted terms in nats per token, with messages of their own length and weights as they end."""
+        """Compute weighted terms in nats per token, with messages and weights as they end."""
         weights = weights_at(self.wire.run.losses, self.total_steps - self.config.alignment_steps)
         size, interlingua = self.wire.run.evaluation.batch_size, self.wire.interlingua.eval()
         metrics = {"dev_loss": 0.0}
         for name, lm in self.wire.receivers.items():
-            totals: dict[str, float] = {f"{kind} {term}": 0.0 for kind in ("sum", "count") for term in weights.terms}
+            sums = dict.fromkeys(weights.terms, 0.0)
+            counts = dict.fromkeys(weights.terms, 0.0)
+            ones = dict.fromkeys(weights.terms, 1.0)  # shares are then sums over tokens
             for start in range(0, share.num_rows, size):
-                for batch in self.collate(share.slice(start, size), self.total_steps, own_length=True):
-                    counts = self._own_counts(weights, name, [batch])
+                rows = share.slice(start, size)
+                for batch in self.collate(rows, self.total_steps, own_length=True):
                     message = interlingua.encode(batch.tokens)
                     with ExitStack() as attached:
-                        ones = dict.fromkeys(weights.terms, 1.0)
                         shares, _ = self._read(name, batch, message, weights, ones, attached)
-                    _add(totals, {f"sum {term}": float(share) for term, share in shares.items()})
-                    _add(totals, {f"count {term}": count for term, count in counts.items()})
-            totals = self.workers.sum_counts(totals, lm.device)
-            terms = {term: totals[f"sum {term}"] / max(1.0, totals[f"count {term}"]) for term in weights.terms}
+                    _add(sums, {term: float(share_T) for term, share_T in shares.items()})
+                    _add(counts, term_counts(weights, batch.sequences[name]))
+            sums = self.workers.sum_counts(sums, lm.device)
+            counts = self.workers.sum_counts(counts, lm.device)
+            terms = {term: sums[term] / max(1.0, counts[term]) for term in weights.terms}
             metrics |= {f"dev_{term}_{name}": value for term, value in terms.items()}
             metrics[f"dev_loss_{name}"] = sum(terms.values())
             metrics["dev_loss"] += metrics[f"dev_loss_{name}"] / len(self.wire.receivers)
@@ -346,5 +391,6 @@ class Trainer:
 
 
 def _add(totals: dict[str, float], values: dict[str, float]) -> None:
+    """Add values to totals of the same names, in place."""
     for name, value in values.items():
-        totals[name] = totals.get(name, 0.0) + value
+        totals[name] += value

@@ -1,4 +1,4 @@
-"""What updates the weights, and how fast: AdamW all of them, or Muon the matrices and AdamW the rest."""
+"""The optimiser and its rates: AdamW, or Muon for the matrices and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ _AdamW = partial(AdamW, betas=(0.9, 0.98), fused=True)
 
 
 def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
-    """The optimiser of everything in ``interlingua`` that is trained: encoder and adapters (with features), each at its rate.
+    """Return the optimiser of everything in ``interlingua`` that is trained.
 
-    Only matrices decay (:func:`matrices_of`).
+    Encoder and adapters (with features) have rates of their own. Only matrices decay
+    (:func:`matrices_of`).
     """
     matrices = matrices_of(interlingua)
     groups = _groups(interlingua, config, matrices)
-    flat = {p for name, p in interlingua.named_parameters() if name in matrices and p.ndim == 2 and p.requires_grad}
+    flat = {
+        p
+        for name, p in interlingua.named_parameters()
+        if name in matrices and p.ndim == 2 and p.requires_grad
+    }
     if config.optimizer == "muon" and flat:
         return MuonAndAdamW(_only(groups, flat, True), _only(groups, flat, False))
     return _AdamW(groups)
 
 
 def matrices_of(module: nn.Module) -> set[str]:
-    """Names of the parameters that map one space to another: the rule for decay, and for Muon.
+    """Return the names of the parameters that map one space to another: for decay, and Muon.
 
-    Biases, gains, embeddings and tables of vectors (queries, control vectors, positions) are none: they are what is read
-    or added as it stands, and have no decay.
+    Biases, gains, embeddings and tables of vectors (queries, control vectors, positions) are none:
+    they are what is read or added as it stands, and have no decay.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return {
@@ -42,38 +47,61 @@ def matrices_of(module: nn.Module) -> set[str]:
     }
 
 
-def _groups(interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]) -> list[dict[str, Any]]:
-    """Parameters by part (its rate) and by whether they decay; empty groups are left out."""
+def _groups(
+    interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Group parameters by part (its rate) and by decay; empty groups are left out."""
     groups = []
-    parts = {"encoder": config.encoder_lr, "adapters": config.adapter_lr, "features": config.adapter_lr}
+    parts = {
+        "encoder": config.encoder_lr,
+        "adapters": config.adapter_lr,
+        "features": config.adapter_lr,
+    }
     for part, rate in parts.items():
-        named = {n: p for n, p in interlingua.named_parameters() if p.requires_grad and n.startswith(f"{part}.")}
+        named = {
+            n: p
+            for n, p in interlingua.named_parameters()
+            if p.requires_grad and n.startswith(f"{part}.")
+        }
         for decay, chosen in ((config.weight_decay, True), (0.0, False)):
             parameters = [p for name, p in named.items() if (name in decayed) is chosen]
             groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
     return [group for group in groups if group["params"]]
 
 
-def _only(groups: list[dict[str, Any]], chosen: set[nn.Parameter], wanted: bool) -> list[dict[str, Any]]:
-    """The groups with those of their parameters that are (or are not) among the chosen; empty ones are left out."""
-    parted = [group | {"params": [p for p in group["params"] if (p in chosen) is wanted]} for group in groups]
-    return [group for group in parted if group["params"]]
+def _only(
+    groups: list[dict[str, Any]], chosen: set[nn.Parameter], among: bool
+) -> list[dict[str, Any]]:
+    """Keep of each group the parameters among the chosen (or the others); drop empty groups."""
+    parted = []
+    for group in groups:
+        parameters = [p for p in group["params"] if (p in chosen) is among]
+        if parameters:
+            parted.append(group | {"params": parameters})
+    return parted
 
 
 def parameter_names(interlingua: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Names of the optimiser's parameters, in the order by which its state counts them."""
+    """Return the names of the optimiser's parameters, in the order by which its state counts."""
     names = {id(p): name for name, p in interlingua.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
-    """The same for checkpoints of versions that told parameters by their place alone.
+    """Return the names in the order of earlier checkpoints, which held places alone.
 
-    Those let every table of two dimensions decay, so their groups held the parameters in another order.
+    Those let every table of two dimensions decay, so their groups held the parameters in another
+    order.
     """
-    former = {name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name}
+    former = {
+        name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name
+    }
     groups = _groups(interlingua, config, former)
-    flat = {p for n, p in interlingua.named_parameters() if n in former and p.ndim == 2 and n.endswith(".weight")}
+    flat = {
+        p
+        for n, p in interlingua.named_parameters()
+        if n in former and p.ndim == 2 and n.endswith(".weight")
+    }
     if config.optimizer == "muon" and any(p.requires_grad for p in flat):
         groups = [*_only(groups, flat, True), *_only(groups, flat, False)]
     names = {id(p): name for name, p in interlingua.named_parameters()}
@@ -81,10 +109,11 @@ def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
 
 
 def rate_share(step: int, total: int, config: TrainingConfig) -> float:
-    """The share of its peak that every rate has in a step, counted from 0, of a run of ``total`` steps.
+    """Return the share of its peak that every rate has in a step of a run of ``total`` steps.
 
-    It rises in equal strides to the peak, which the last step of the warm-up has, and falls in a cosine to
-    ``min_lr_ratio``, which the last step of all has. No step has a rate of 0 unless ``min_lr_ratio`` says so.
+    Steps count from 0. It rises in equal strides to the peak, which the last step of the warm-up
+    has, and falls in a cosine to ``min_lr_ratio``, which the last step of all has. No step has a
+    rate of 0 unless ``min_lr_ratio`` says so.
     """
     warmup = min(config.warmup_steps, total // 2)
     if step < warmup:
@@ -95,37 +124,43 @@ def rate_share(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def set_rates(optimizer: Optimizer, share: float) -> None:
-    """Give every group this share of its peak rate."""
+    """Set every group's rate to this share of its peak."""
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
         group["lr"] = group["peak_lr"] * share
 
 
 class MuonAndAdamW(Optimizer):
-    """torch's Muon for matrices and its AdamW for the others, as one optimiser to schedules and checkpoints.
+    """torch's Muon for matrices and its AdamW for the others, as one optimiser.
 
     Muon's steps are scaled to the size of AdamW's, so both share a rate (arXiv 2502.16982).
     """
 
     def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
-        """Groups as torch's optimisers take them; those of ``matrices`` hold parameters of two dimensions alone."""
+        """Take groups as torch's optimisers do; ``matrices`` hold two-dimensional parameters."""
         self._muon = Muon(matrices, adjust_lr_fn="match_rms_adamw")
         self._adamw = _AdamW(others)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let both work on this optimiser's groups and state: whoever sets a rate or loads a state does it here."""
+        """Let both work on this optimiser's groups and state, as rates and states are set here."""
         count = len(self._muon.param_groups)
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self._muon.param_groups, self._adamw.param_groups = (
+            self.param_groups[:count],
+            self.param_groups[count:],
+        )
         self._muon.state = self._adamw.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by ``load_state_dict`` with new groups and state."""
+        """Take new groups and state, as ``load_state_dict`` gives them."""
         super().__setstate__(state)
         self._share()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. No closure: neither of the two would see the other's."""
+        """Update every parameter that has a gradient.
+
+        There is no closure: neither of the two would see the other's.
+        """
         self._muon.step()
         self._adamw.step()

@@ -1,4 +1,4 @@
-"""Where a training step's time goes."""
+"""A profile of training steps: the time of each part."""
 
 from __future__ import annotations
 
@@ -22,15 +22,21 @@ OPERATORS = 8
 
 
 def profile_steps(wire: LatentWire, train: pa.Table, steps: int, output: Path) -> str:
-    """Train ``WARM_UP + steps`` steps; leaves ``trace.json`` (for ui.perfetto.dev or chrome://tracing) and ``shares.md``.
+    """Train ``WARM_UP + steps`` steps and write ``trace.json`` and ``shares.md``.
 
-    Returns the table of ``shares.md``: the share of each part of the measured steps, then the dearest operators.
-    Raises :class:`~latentwire.training.loop.TrainingError` where the rows do not suffice.
+    The trace is for ui.perfetto.dev or chrome://tracing. Returns the table of ``shares.md``: the
+    share of each part of the measured steps, then the dearest operators. Raises
+    :class:`~latentwire.training.loop.TrainingError` where the rows do not suffice.
     """
     trainer = Trainer(wire, WARM_UP + steps)
-    batches = list(zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False))
+    batches = list(
+        zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False)
+    )
     if len(batches) < WARM_UP + steps:
-        raise TrainingError(f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has {len(batches)}")
+        raise TrainingError(
+            f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has "
+            f"{len(batches)}"
+        )
     for _, batch in batches[:WARM_UP]:
         trainer.step(batch)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -47,28 +53,35 @@ def profile_steps(wire: LatentWire, train: pa.Table, steps: int, output: Path) -
 
 
 def _shares(events: list[Any], seconds: float, steps: int) -> str:
-    """A Markdown table. On CUDA a part's kernels run after it was left on the host, so the device has a column of its own."""
+    """Render a Markdown table.
+
+    On CUDA a part's kernels run after it was left on the host, so the device has its own column.
+    """
     on_device = any(event.device_time_total for event in events)
 
     def row(what: str, host_us: float, device_us: float) -> str:
         cells = [what, f"{host_us / 1e3 / steps:.1f}", f"{host_us / 1e6 / seconds:.1%}"]
-        return " | ".join(["", *cells, *([f"{device_us / 1e3 / steps:.1f}"] if on_device else []), ""]).strip()
+        if on_device:
+            cells.append(f"{device_us / 1e3 / steps:.1f}")
+        return f"| {' | '.join(cells)} |"
 
     parts = [event for event in events if event.key.startswith(PART)]
     parts.sort(key=lambda event: -event.cpu_time_total)
     operators = [event for event in events if not event.key.startswith(PART)]
-    operators.sort(key=lambda event: -max(event.self_device_time_total, 0 if on_device else event.self_cpu_time_total))
+    own_time = "self_device_time_total" if on_device else "self_cpu_time_total"
+    operators.sort(key=lambda event: -getattr(event, own_time))
     head = ["part of a step", "ms", "share", *(["device ms"] if on_device else [])]
     rest = seconds * 1e6 - sum(event.cpu_time_total for event in parts)
     lines = [
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
-        *(row(event.key.removeprefix(PART), event.cpu_time_total, event.device_time_total) for event in parts),
-        row("everything else", rest, 0.0),
-        row("**whole step**", seconds * 1e6, 0.0),
-        *(
-            row(f"`{event.key}` itself, {event.count / steps:.0f} calls", event.self_cpu_time_total, event.self_device_time_total)
-            for event in operators[:OPERATORS]
-        ),
-    ]  # fmt: skip
+    ]
+    for event in parts:
+        name = event.key.removeprefix(PART)
+        lines.append(row(name, event.cpu_time_total, event.device_time_total))
+    lines.append(row("everything else", rest, 0.0))
+    lines.append(row("**whole step**", seconds * 1e6, 0.0))
+    for event in operators[:OPERATORS]:
+        name = f"`{event.key}` itself, {event.count / steps:.0f} calls"
+        lines.append(row(name, event.self_cpu_time_total, event.self_device_time_total))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Where training stands; saved with every checkpoint."""
+    """Counters of a run's training, saved with every checkpoint."""
 
     step: int = 0
     """Optimiser steps done, skipped ones included."""
@@ -19,18 +19,18 @@ class Progress:
     bad_steps: int = 0
     """Steps skipped because their gradient was not finite."""
     bad_in_a_row: int = 0
-    """Of these, the ones since the last good step."""
+    """Skipped steps since the last good step."""
     positions: int = 0
     """Positions that this worker's receivers were given in all steps."""
     padded: int = 0
-    """Of these, the ones that hold nothing."""
+    """Positions of these that hold nothing."""
     seconds: float = 0.0
     """Time spent in steps and in waiting for their rows; evaluation and start-up left out."""
     first_step_seconds: float = 0.0
-    """Of that, the first step's: rows must arrive, and kernels be chosen."""
+    """Seconds of the first step: rows must arrive, and kernels be chosen."""
     loss: float = float("nan")
     """Training loss, averaged since the last progress line."""
     first_loss: float | None = None
     """Training loss of the first progress line after the alignment."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Under Ray, what was reported so far, in order: a report that was on its way when a process died is made again."""
+    """Reports so far under Ray, in order: one that a process died over is sent again."""

@@ -1,8 +1,9 @@
-"""The checkpoints of one run: ``step-00000120`` and its like in one directory, each whole or not there.
+"""The checkpoints of one run: ``step-00000120`` and the like, each whole or not there.
 
-A checkpoint is written aside and renamed, and renamed before it is deleted, so a process that dies at any moment leaves no
-half of one: only directories whose names begin with a dot, which :func:`clear_debris` takes away. In an object store the manifest
-arrives last and goes first, and what has none is debris.
+A checkpoint is written aside and renamed, and renamed before it is deleted, so a process that dies
+at any moment leaves no half of one: only directories whose names begin with a dot, which
+:func:`clear_debris` takes away. In an object store the manifest arrives last and goes first, and
+what has none is debris.
 """
 
 from __future__ import annotations
@@ -20,30 +21,39 @@ from latentwire.training.loop import Trainer
 
 
 def finished(folder: Place) -> list[Place]:
-    """Complete checkpoints, oldest first."""
-    return [path for path in children(folder) if path.name.startswith("step-") and (path / exports.MANIFEST).exists()]
+    """List the complete checkpoints, oldest first."""
+    return [
+        path
+        for path in children(folder)
+        if path.name.startswith("step-") and (path / exports.MANIFEST).exists()
+    ]
 
 
 def step_name(step: int) -> str:
-    """Name of the checkpoint that was saved after so many steps."""
+    """Return the name of a checkpoint that is saved after ``step`` steps."""
     return f"step-{step:08d}"
 
 
 def metrics_of(path: Place) -> dict[str, Any]:
-    """What a checkpoint scored when it was saved; nothing for one that was saved because its run was stopped, or that another
-    process has just deleted."""
+    """Read a checkpoint's metrics.
+
+    There are none where its run was stopped, or where another process has just deleted it.
+    """
     manifest = text_if_there(path / exports.MANIFEST)
     return {} if manifest is None else json.loads(manifest)["metrics"]
 
 
 def score(metrics: Mapping[str, Any], metric: str, mode: str) -> float:
-    """More is better; minus infinity where the metric is missing."""
+    """Return a score of which more is better; minus infinity where the metric is missing."""
     value = metrics.get(metric)
     return float("-inf") if value is None else float(value if mode == "max" else -value)
 
 
 def best_of(paths: list[Place], metric: str = "dev_f1", mode: str = "max") -> Place:
-    """The best checkpoint by a metric, the later one among equals; a stopped run's last has no score."""
+    """Return the best checkpoint by a metric, the later one among equals.
+
+    The last one of a stopped run has no score.
+    """
     return max(paths, key=lambda path: (score(metrics_of(path), metric, mode), path.name))
 
 
@@ -51,38 +61,49 @@ def save_step(
     folder: Place,
     wire: LatentWire,
     metrics: dict[str, Any],
-    pins: dict[str, Any],
+    provenance: dict[str, Any],
     trainer: Trainer,
     metric: str,
     mode: str,
 ) -> Place:
-    """Save the trainer's step unless it is there already, then keep the run's best by ``metric`` and its last alone."""
+    """Save the trainer's step unless it is there, then keep the run's best and last alone."""
     path = folder / step_name(trainer.progress.step)
-    if not (path / exports.MANIFEST).exists():  # a store may hold a part, of a process that died while it was sent
+    if not (
+        path / exports.MANIFEST
+    ).exists():  # a store may hold a part, of a process that died while it was sent
         with directory(path, last=exports.MANIFEST) as target:
-            checkpoints.save(target, wire, metrics, pins, trainer)
+            checkpoints.save(target, wire, metrics, provenance, trainer)
     keep_best_and_last(folder, metric, mode)
     return path
 
 
 def keep_best_and_last(folder: Place, metric: str, mode: str) -> None:
     """Delete all of a run's checkpoints but these two."""
-    kept = finished(folder)
-    for other in set(kept) - {best_of(kept, metric, mode), kept[-1]}:
-        checkpoints.remove(other)
+    paths = finished(folder)
+    for path in set(paths) - {best_of(paths, metric, mode), paths[-1]}:
+        checkpoints.remove(path)
 
 
 def clear_debris(folder: Place) -> int:
-    """Delete what processes that died left of checkpoints they were writing or deleting; returns how many there were.
+    """Delete the halves of checkpoints that processes which died have left; return their number.
 
     Only for a directory that no other process writes to.
     """
     if not isinstance(folder, Path):
-        halves = [p for p in children(folder) if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()]
+        halves = [
+            p
+            for p in children(folder)
+            if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()
+        ]
         for half in halves:
             checkpoints.remove(half)
         return len(halves)
-    left = [path for kind in ("part", "removed") for path in folder.glob(f".*.{kind}-*") if path.is_dir()]
+    left = [
+        path
+        for kind in ("part", "removed")
+        for path in folder.glob(f".*.{kind}-*")
+        if path.is_dir()
+    ]
     for path in left:
         checkpoints.remove_files(path, checkpoints.written_names(path))
     return len(left)

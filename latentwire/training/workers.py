@@ -1,4 +1,4 @@
-"""What data-parallel workers exchange."""
+"""The exchange between data-parallel workers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 
 class Workers:
-    """Rank and size of the group that trains together, and its two sums. A single worker exchanges nothing.
+    """Rank and size of the group that trains together, and its sums; one alone exchanges nothing.
 
-    Gradients are summed by hand rather than by DistributedDataParallel: the loss of each worker is already divided by
-    the token count of the joined batch, so the sum *is* the joined batch's gradient, also with a backward per receiver.
+    Gradients are summed by hand rather than by DistributedDataParallel: the loss of each worker is
+    already divided by the token count of the joined batch, so the sum *is* the joined batch's
+    gradient, also with a backward per receiver.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class Workers:
         self.size = dist.get_world_size() if joined else 1
 
     def sum_counts(self, counts: dict[str, float], device: torch.device) -> dict[str, float]:
-        """Each count over all workers."""
+        """Sum each count over all workers."""
         if self.size == 1:
             return counts
         total = torch.tensor(list(counts.values()), device=device)
@@ -32,22 +33,22 @@ class Workers:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add up ``.grad`` over all workers, in one flat buffer.
 
-        A worker without rows has no gradient of its own and gets the others'. What no worker has one for keeps none: an
-        optimiser passes it over, as it does where one worker trains alone.
+        A worker without rows has no gradient of its own and gets the others'. What no worker has
+        one for keeps none: an optimiser passes it over, as it does where one worker trains alone.
         """
         if self.size == 1:
             return
-        held = list(parameters)
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in held]
-        has_P = torch.tensor([p.grad is not None for p in held]).to(gradients[0])
+        trained = list(parameters)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
+        has_P = torch.tensor([p.grad is not None for p in trained]).to(gradients[0])
         flat = torch.cat([*(g.flatten() for g in gradients), has_P])
         dist.all_reduce(flat)
-        *sums, has_P = flat.split([*(g.numel() for g in gradients), len(held)])
-        for parameter, summed, has in zip(held, sums, has_P.tolist(), strict=True):
+        *sums, has_P = flat.split([*(g.numel() for g in gradients), len(trained)])
+        for parameter, summed, has in zip(trained, sums, has_P.tolist(), strict=True):
             parameter.grad = summed.view_as(parameter).clone() if has else None
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The workers' lists, joined in rank order, on every worker."""
+        """Join the workers' lists in rank order, on every worker."""
         if self.size == 1:
             return items
         parts: list[Any] = [None] * self.size

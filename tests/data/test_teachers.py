@@ -57,7 +57,7 @@ def test_no_receiver_reads_a_text_that_has_columns(trainer: Trainer, monkeypatch
         monkeypatch.setattr(lm, "supervised_states", None)
     for name, lm in trainer.wire.receivers.items():
         assert isinstance(batch.teacher[name], teachers.Teacher)
-        lm.teach(batch.teacher[name], trainer.wire.run.losses)
+        lm.read_teacher(batch.teacher[name], trainer.wire.run.losses)
 
 
 def test_states_beyond_fp16_are_columns_like_any_other(run: RunConfig) -> None:

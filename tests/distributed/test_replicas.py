@@ -81,10 +81,10 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
             with pytest.raises(ray.exceptions.WorkerCrashedError):
                 ray.get(ask_and_die.options(max_retries=0).remote())
             end = time.time() + 20
-            while any(told["waiting"] for told in ray.get([own[0].actor.told.remote() for own in served.values()])):
+            while any(told["waiting"] for told in ray.get([own[0].actor.usage.remote() for own in served.values()])):
                 assert time.time() < end, "a dead trial's request still waits"
                 time.sleep(0.1)
-            (told,) = ray.get([served["llama"][0].actor.told.remote()])
+            (told,) = ray.get([served["llama"][0].actor.usage.remote()])
             assert set(told["accounts"]) == {"here", "dying"} and told["accounts"]["dying"]["requests"] > 0
             assert "2 trials" in usage("llama", [told])
         end = time.time() + 20
@@ -100,7 +100,7 @@ def test_a_replica_begins_at_once_and_answers_when_it_has_loaded(run: RunConfig)
     training = {"gradient_checkpointing": False, "compile": False}
     replica = ReplicaActor(run.receivers[0].model_dump(mode="json"), training, 0, 1)
     assert replica.facts().fingerprint == replica.fingerprint()
-    assert replica.told() == {"accounts": {}, "passes": 0, "waiting": 0}
+    assert replica.usage() == {"accounts": {}, "passes": 0, "waiting": 0}
     peers = [Served("node-0", replica), Served("node-1", replica)]
     assert replica.met() == []  # as after a restart
     replica.meet(peers)

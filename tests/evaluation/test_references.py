@@ -28,7 +28,7 @@ def rows(run: RunConfig) -> pa.Table:
 
 def log_p(wire: LatentWire, name: str, ids: list[int]) -> torch.Tensor:
     """log p of each token of a row but the first, given those before it, ``[S − 1]``; one forward of the bare model."""
-    lm = wire.own(name).lm
+    lm = wire.local_receiver(name).lm
     logits_SV = lm(input_ids=torch.tensor([ids])).logits[0].float()
     return logits_SV.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
@@ -43,7 +43,7 @@ def test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token(wire: Late
             by_hand = -log_p(wire, name, [*prompt, *answer])[-len(answer) :].sum() / len(answer)
             found = told[row["id"], name]
             assert found.nll == pytest.approx(float(by_hand), rel=1e-4)
-            logits_V = wire.own(name).lm(input_ids=torch.tensor([prompt])).logits[0, -1]
+            logits_V = wire.local_receiver(name).lm(input_ids=torch.tensor([prompt])).logits[0, -1]
             likelier = int((logits_V > logits_V[answer[0]]).sum())
             assert (found.first_1, found.first_5) == (float(likelier < 1), float(likelier < 5))
             assert found.positions == len(prompt) and found.message_positions == len(row[f"{name}_context_ids"])

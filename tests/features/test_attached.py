@@ -83,7 +83,7 @@ def test_a_deep_prefix_is_an_mlp_of_the_normalised_latent(run: RunConfig) -> Non
 
 def test_slots_get_what_is_added_on_top_of_their_own_keys_and_values(run: RunConfig) -> None:
     wire = wire_of(run)
-    lm = wire.own("llama")
+    lm = wire.local_receiver("llama")
     attention = lm.lm.base_model.layers[1].self_attn
     shape = SlotKeyValues(lm.lm, 4, "deep_prefix")
     latents_RS = torch.tensor([[False, True, True], [True, False, False]])
@@ -105,7 +105,7 @@ def test_slots_get_what_is_added_on_top_of_their_own_keys_and_values(run: RunCon
 def test_latent_adapters_act_after_the_layer_that_their_depth_names(run: RunConfig, depth: float) -> None:
     wire = wire_of(with_values(run, {"features.latent_adapters": {"depths": [depth]}}))
     shake(wire)
-    lm, builder = wire.own("llama"), wire.builders["llama"]
+    lm, builder = wire.local_receiver("llama"), wire.builders["llama"]
     batch = collate([builder.latent(3, [7, 8], [9])])
     message = wire.encode("Ada lives in Oslo.")
     soft_ND = torch.randn(3, lm.width)

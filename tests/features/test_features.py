@@ -157,7 +157,7 @@ def test_a_head_meets_its_own_part_of_a_latent(run: RunConfig, parts: int) -> No
     values = {"encoder.d_z": 12, "features.deep_prefix": {"head_parts": parts}}
     featured = wire_of(with_values(run, values))
     shake(featured)
-    feature, lm = featured.interlingua.features["deep_prefix"], featured.own("llama").lm
+    feature, lm = featured.interlingua.features["deep_prefix"], featured.local_receiver("llama").lm
     z_RLZ = torch.randn(1, 1, 12)
     latents_RS = torch.tensor([[False, True, False]])
 

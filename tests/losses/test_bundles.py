@@ -9,10 +9,10 @@ import torch
 from latentwire.config import LOSS_BUNDLES, LossConfig
 from latentwire.config.losses import Schedule
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.losses.bundles import PLAIN_CE, Reader, Teacher, loss_terms, term_counts, term_masks, weights_at
+from latentwire.losses.bundles import Reader, Teacher, loss_terms, term_counts, term_masks, terms_on, weights_at
 from latentwire.losses.chunks import sum_by_chunks
-from latentwire.losses.terms import teacher_rows
-from latentwire.prompts.sequences import Batch
+from latentwire.losses.terms import TERMS, cross_entropy, teacher_rows
+from latentwire.prompts.sequences import ANSWER, Batch
 
 NOTHING = torch.zeros(0)
 LOGITS_NV = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,15 @@ def test_every_weight_has_tokens_and_a_value_of_its_own() -> None:
     assert list(terms) == [name.removesuffix("_weight") for name in names]
     answers = {name for name, mask_N in term_masks(weights, batch).items() if bool(mask_N[:3].any())}
     alike = {name for name in answers if terms[name].item() == pytest.approx(terms["answer_ce"].item())}
-    assert alike == answers & set(PLAIN_CE) and all(value > 0 for value in terms.values())
+    plain = {name for name, term in TERMS.items() if term.value is cross_entropy}
+    assert alike == answers & plain and all(value > 0 for value in terms.values())
+
+
+def test_the_configuration_has_a_weight_for_every_term_in_the_same_order() -> None:
+    weights = [name for name in LossConfig.model_fields if name.endswith("_weight")]
+    assert [term.knob for term in TERMS.values()] == weights
+    config = LossConfig(**dict.fromkeys(weights, 1.0))
+    assert [term.knob for term in terms_on(config) if term.control == ANSWER] == config.asking
 
 
 def test_terms_of_a_teacher_that_is_not_there_are_an_error() -> None:

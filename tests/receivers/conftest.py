@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.model import LatentWire
 from latentwire.config import RunConfig
+from latentwire.model import LatentWire
 from latentwire.receivers.local import LocalReceiver
+from latentwire.receivers.remote import Facts, RemoteReceiver
 from latentwire.receivers.replica import Replica
 from latentwire.receivers.requests import Request
-from latentwire.receivers.remote import Facts, RemoteReceiver
 
 
 class Direct:

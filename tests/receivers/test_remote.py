@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire.model import LatentWire
 from latentwire.config import LossConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.features.registry import FEATURES
+from latentwire.model import LatentWire
 from latentwire.models.weights import ReceiverError
 from latentwire.receivers.replica import Replica
 from latentwire.training.loop import Trainer

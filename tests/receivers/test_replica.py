@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from latentwire.model import LatentWire
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingCollator
-from latentwire.prompts.sequences import collate
 from latentwire.losses.bundles import term_counts, weights_at
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import collate
 from latentwire.receivers.base import LossTask
 from latentwire.receivers.replica import Replica
-from latentwire.receivers.requests import GenerateRequest, ScoreRequest, LossRequest, Prompt, Request
+from latentwire.receivers.requests import GenerateRequest, LossRequest, Prompt, Request, ScoreRequest
 from tests.conftest import shard_table
 
 UNLIKE = (
@@ -161,7 +161,7 @@ def test_the_longest_unserved_comes_first_and_what_fits_goes_with_it() -> None:
     open_.set()
     desk.finish()
     assert desk.log == [["a1"], ["b1", "c1"], ["a2", "a3"], ["a4"]]
-    told = desk.replica.told()
+    told = desk.replica.usage()
     assert (told["a"]["requests"], told["a"]["joined"], told["b"]["joined"]) == (4, 2, 1)
     assert told["b"]["waited"] > 0 and desk.replica.passes == 4 and desk.replica.waiting == 0
 

@@ -44,7 +44,7 @@ class Reference:
 
     def __init__(self, wire: LatentWire, name: str, rows: list[dict]) -> None:
         self.wire, self.name, self.rows, self.losses = wire, name, rows, wire.run.losses
-        self.lm, self.builder = wire.own(name).lm, wire.builders[name]
+        self.lm, self.builder = wire.local_receiver(name).lm, wire.builders[name]
         self.adapter = wire.interlingua.adapters[name]
 
     def states(self, embeds: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

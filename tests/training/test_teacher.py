@@ -42,7 +42,7 @@ def test_each_row_is_what_the_receiver_says_one_token_at_a_time(
 ) -> None:
     columns = rows.to_pydict()
     for name, lm in trainer.wire.receivers.items():
-        teacher, place = lm.teach(batch.teacher[name], trainer.wire.run.losses).rows, 0
+        teacher, place = lm.read_teacher(batch.teacher[name], trainer.wire.run.losses).rows, 0
         assert teacher is not None
         for row in range(rows.num_rows):
             context, question, answer = (
@@ -65,7 +65,7 @@ def test_kd_is_zero_for_the_oracle_soft_prompt(trainer: Trainer, batch: Training
         builder, ids = trainer.wire.builders[name], batch.message_ids[name]
         question, answer = columns[f"{name}_question_ids"], columns[f"{name}_answer_ids"]
         latent = collate(builder.latent(len(ids[i]), question[i], answer[i]) for i in range(len(ids)))
-        teacher = lm.teach(batch.teacher[name], losses)
+        teacher = lm.read_teacher(batch.teacher[name], losses)
 
         def terms(tokens: list[int], name=name, lm=lm, latent=latent, teacher=teacher) -> dict[str, float]:
             with torch.no_grad():
@@ -83,6 +83,6 @@ def test_kd_is_zero_for_the_oracle_soft_prompt(trainer: Trainer, batch: Training
 
 def test_teachers_read_without_gradient(trainer: Trainer, batch: TrainingBatch) -> None:
     name, lm = next(iter(trainer.wire.receivers.items()))
-    teacher = lm.teach(batch.teacher[name], trainer.wire.run.losses)
+    teacher = lm.read_teacher(batch.teacher[name], trainer.wire.run.losses)
     assert teacher.rows is not None
     assert not teacher.rows.log_p_NK.requires_grad and not teacher.states[0].requires_grad
