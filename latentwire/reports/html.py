@@ -64,7 +64,7 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         untuned=UNTUNED_TEXT,
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
-        trials=tables.trials_table(trials, space.tune),
+        trials=tables.trials_table(trials, space),
         finals=tables.reruns_table(finalists, space.tune.metric) if finalists else None,
         failures=[row for row in trials if row["state"] == "failed"],
         examples=_examples(output / "predictions.parquet"),

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from latentwire.config import RunConfig, TuneConfig
+from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.conditions import label
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.storage import Place, write_text
+from latentwire.tuning.columns import column_names
 
 if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
     from latentwire.evaluation.scoring import Scored
@@ -23,17 +24,20 @@ Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""
 
 
-def trials_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
+def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
     """All trials, best first."""
-    measured = dict.fromkeys((config.metric, *config.objectives, *config.constraints))
+    tune = space.tune
+    measured = dict.fromkeys((tune.metric, *tune.objectives, *tune.constraints))
     columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
-    knobs = list(dict.fromkeys(name for row in rows for name in row["values"]))
-    body = [
-        [_named(row), row["state"], *(_number(row.get(column)) for column in columns)]
-        + [_number(row["values"].get(knob)) for knob in knobs]
-        for row in rows
-    ]
-    return f"{len(rows)} trials", ["trial", "state", *columns, *(knob.split(".")[-1] for knob in knobs)], body
+    paths = dict.fromkeys(path for row in rows for path in row["values"])
+    names = column_names(space.search)
+    body = []
+    for row in rows:
+        reported = [_number(row.get(column)) for column in columns]
+        drawn = [_number(row["values"].get(path)) for path in paths]
+        body.append([_named(row), row["state"], *reported, *drawn])
+    header = ["trial", "state", *columns, *(names[path] for path in paths)]
+    return f"{len(rows)} trials", header, body
 
 
 def _named(row: dict[str, Any]) -> str:
@@ -152,11 +156,11 @@ def failures_table(rows: list[dict[str, Any]]) -> Grid:
     return f"{len(body)} trials failed", ["trial", "cause"], body
 
 
-def trial_tables(rows: list[dict[str, Any]], config: TuneConfig) -> list[Grid]:
+def trial_tables(rows: list[dict[str, Any]], space: SweepConfig) -> list[Grid]:
     """A sweep's trials, those that failed, and the Pareto front where there are several objectives."""
-    front = [front_table(rows, config)] if config.objectives else []
+    front = [front_table(rows, space.tune)] if space.tune.objectives else []
     failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
-    return [trials_table(rows, config), *failed, *front]
+    return [trials_table(rows, space), *failed, *front]
 
 
 def sweep_tables(
@@ -165,12 +169,15 @@ def sweep_tables(
     scored: Scored,
     best: Best,
     run: RunConfig,
-    config: TuneConfig,
+    space: SweepConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, the finals where there are finalists, the winner's scores and weights."""
-    finals = [reruns_table(finalists, config.metric)] if finalists else []
+    """Return the tables that end a sweep: its trials, its re-runs, the winner's scores and weights.
+
+    ``run``: the winner's configuration.
+    """
+    reruns = [reruns_table(finalists, space.tune.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [*trial_tables(rows, config), *finals, *scored_tables(scored, title, run)]
+    return [*trial_tables(rows, space), *reruns, *scored_tables(scored, title, run)]
 
 
 def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
