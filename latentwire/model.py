@@ -127,16 +127,15 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                     f"a wire must be a directory or a Hub id, got {pretrained_model_name_or_path} "
                     f"({str(error).strip().splitlines()[0]}); name its best/ directory, or log in with `hf auth login`"
                 ) from error
-        exports.read_manifest(path)
+        manifest = exports.read_manifest(path)
         run = exports.choose_receivers(exports.read_run(path), receivers)
         if asking := [r.name for r in run.receivers if r.trust_remote_code and not trust_remote_code]:
             raise exports.CheckpointError(
                 f"{path} lets {', '.join(asking)} run code that comes with their weights; read that code, then say "
                 f"trust_remote_code=True"
             )
-        exports.check_models(path, run)
-        wire = cls(run)
-        wire.manifest = exports.load_weights(path, wire)
+        wire, _ = load_wire(path, run, manifest)
+        wire.manifest = manifest
         wire._loaded = fingerprint(wire.interlingua)
         return wire
 
@@ -375,10 +374,18 @@ def _shown(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
-def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
-    """A wire from a checkpoint or export, with its manifest; loads the receivers too. ``run`` replaces its configuration."""
-    exports.read_manifest(path)
+def load_wire(
+    path: Path, run: RunConfig | None = None, manifest: dict[str, Any] | None = None
+) -> tuple[LatentWire, dict[str, Any]]:
+    """Load a wire and its receivers from a checkpoint or export; returns it with its manifest.
+
+    ``run`` replaces the configuration it was saved with. ``manifest``: by
+    :func:`latentwire.exports.read_manifest`, where the caller has read it: reading it hashes every
+    file.
+    """
+    manifest = exports.read_manifest(path) if manifest is None else manifest
     run = run or exports.read_run(path)
     exports.check_models(path, run)
     wire = LatentWire(run)
-    return wire, exports.load_weights(path, wire)
+    exports.load_weights(path, wire, manifest)
+    return wire, manifest

@@ -18,13 +18,14 @@ from latentwire.errors import fail
 from latentwire.evaluation import readings, scoring
 from latentwire.planning import forecast, planner
 from latentwire.planning.planner import Plan
+from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import largest_run, variant_key
 from latentwire.reports import html, tables
 from latentwire.storage import Place, place
 from latentwire.tuning import checkpoint_budget, lease, manifest, reruns, results, resume, sweep
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.results import Best, SweepError
-from latentwire.tuning.searcher import check_draws, check_searchable, objectives
+from latentwire.tuning.searcher import check_draws, check_searchable
 from latentwire.tuning.stopping import SIGINT_STATUS, Stop
 from latentwire.tuning.study import JOURNAL, own_trials, read_study
 

@@ -14,7 +14,7 @@ from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, pipeline, shards, streams, teachers
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.planning.variants import data_variants, largest_run, variant_key
+from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.storage import Place
 from latentwire.training import checkpoints
 
@@ -44,40 +44,44 @@ class Files:
         return shards.read_manifest(self.shards["train"])["rows"]
 
 
-def prepare(space: SweepConfig, gpus_per_worker: float) -> dict[str, Files]:
-    """Shards and teachers' columns of every data variant the space can draw, by :func:`variant_key`.
+def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[str, Files]:
+    """Make shards and teachers' columns of every data variant that the space can draw.
 
-    A few splits are made at once: one small source is one task, which leaves the other cores idle. Raises
-    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_protocol_hash` does, before training rows are made.
+    Returns them by :func:`~latentwire.planning.variants.variant_key`. A few splits are made at once:
+    one small source is one task, which leaves the other cores idle. Raises
+    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_protocol_hash` does, before
+    training rows are made.
     """
-    variants = data_variants(space)
-    named = [{split: shards.shard_path(run, split) for split in shards.SPLITS} for run in variants]
-    needed = {path: (run, split, path) for run, own in zip(variants, named, strict=True) for split, path in own.items()}
-    dev = [path for path, of in needed.items() if of[1] == "dev"]
+    sweep = resolve(space)
+    # By path: variants that share a split share its shards.
+    needed = {path: (variant.run, split, path) for variant in sweep.variants for split, path in variant.shards.items()}
+    dev = [path for path, (_, split, _) in needed.items() if split == "dev"]
     if len(dev) > 1:
         _make([needed.pop(path) for path in dev])
-        common_protocol_hash(space, dev)
+        common_protocol_hash(sweep.space, dev)
     _make(needed.values())
-    for run, own in zip(variants, named, strict=True):
-        checkpoints.check_development(run, own["dev"])
-        documents.of_shards(own["train"])  # once here, or every worker would read all of its rows for it
-    continued = any(run.losses.continuation_ce_weight for run in (*variants, largest_run(space)))
+    for variant in sweep.variants:
+        checkpoints.check_development(variant.run, variant.shards["dev"])
+        documents.of_shards(variant.shards["train"])  # once here, or every worker would read all rows
+    runs = [sweep.largest, *(variant.run for variant in sweep.variants)]
+    continued = any(run.losses.continuation_ce_weight for run in runs)
     files: dict[str, Files] = {}
-    for run, own in zip(variants, named, strict=True):
-        key = variant_key(run)
-        said = teachers.ensure_teachers(run, own["train"], gpus_per_worker)
-        if key not in files or said:  # of two bundles with the same shards, one may need a teacher
-            files[key] = Files(own, said, tuple(streams.training_columns(run, continued=continued)))
+    for variant in sweep.variants:
+        columns = teachers.ensure_teachers(variant.run, variant.shards["train"], gpus_per_worker)
+        # Of two bundles with the same shards, one may need a teacher.
+        if variant.key not in files or columns:
+            read = tuple(streams.training_columns(variant.run, continued=continued))
+            files[variant.key] = Files(variant.shards, columns, read)
     return files
 
 
-def _make(wanted: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None:
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+def _make(missing: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None:
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as executor:
         try:
-            for made in [pool.submit(pipeline.ensure_shards, *of) for of in wanted]:
-                made.result()
+            for task in [executor.submit(pipeline.ensure_shards, *split) for split in missing]:
+                task.result()
         except KeyboardInterrupt:
-            ray.shutdown()  # else the others, which nobody wants any more, would be waited for
+            ray.shutdown()  # else the others, which nobody needs any more, would be waited for
             raise
 
 

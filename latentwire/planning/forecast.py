@@ -19,8 +19,9 @@ from latentwire.models.weights import load_hf_config
 from latentwire.planning.autoscaler import addable_nodes, living_nodes
 from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan, PlanError
+from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import PROMPT_POSITIONS
-from latentwire.planning.variants import data_variants, largest_run, longest_run, total_steps
+from latentwire.planning.variants import total_steps
 from latentwire.storage import Place
 from latentwire.threads import use_threads
 
@@ -130,35 +131,48 @@ class Forecast:
         return lines
 
 
-def forecast(space: SweepConfig, plan: Plan, output: Place) -> Forecast:
-    """Estimate a sweep. Raises :class:`~latentwire.planning.planner.PlanError` where its checkpoints would not fit the disk."""
-    tune, run = space.tune, largest_run(space)
-    finals = tune.finalists * tune.final_seeds
-    files, columns_bytes, rows = _files(space)
-    steps = None if rows is None else total_steps(longest_run(space), rows)
+def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> Forecast:
+    """Estimate what a sweep will take.
+
+    Raises :class:`~latentwire.planning.planner.PlanError` where its checkpoints would not fit the
+    disk.
+    """
+    sweep = resolve(space)
+    tune = sweep.space.tune
+    reruns = tune.finalists * tune.final_seeds
+    files, columns_bytes, rows = _files(sweep)
+    steps = flop = None
+    if rows is not None:
+        steps = total_steps(sweep.longest, rows)
+        flop = _flop(sweep.largest, plan, total_steps(sweep.largest, rows))
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
-    held = tune.keep_checkpoints + finals + 2 * plan.max_concurrent_trials + 1
-    where = (
-        next((folder for folder in (output, *output.parents) if folder.exists()), None)
-        if isinstance(output, Path)
-        else None
-    )
-    found = Forecast(
-        runs=tune.trials + finals,
+    checkpoints = tune.keep_checkpoints + reruns + 2 * plan.max_concurrent_trials + 1
+    disk_bytes = checkpoints * checkpoint + columns_bytes
+    disk = _existing_folder(output)
+    free_bytes = None if disk is None else shutil.disk_usage(disk).free
+    if free_bytes is not None and disk_bytes > free_bytes:
+        raise PlanError(
+            f"a sweep needs about {disk_bytes / 1e9:.2f} GB ({checkpoints} checkpoints of "
+            f"{checkpoint / 1e9:.2f} GB, teachers' columns {columns_bytes / 1e9:.2f} GB), {disk} has "
+            f"{free_bytes / 1e9:.2f} GB free: lower tune.keep_checkpoints (now "
+            f"{tune.keep_checkpoints}), or set tune.storage_path"
+        )
+    return Forecast(
+        runs=tune.trials + reruns,
         files=tuple(files),
         steps_per_run=steps,
-        flop_per_run=None if rows is None else _flop(run, plan, total_steps(run, rows)),
+        flop_per_run=flop,
         checkpoint_bytes=checkpoint,
-        disk_bytes=held * checkpoint + columns_bytes,
-        free_bytes=None if where is None else shutil.disk_usage(where).free,  # a bucket has no end
+        disk_bytes=disk_bytes,
+        free_bytes=free_bytes,
     )
-    if found.free_bytes is not None and found.disk_bytes > found.free_bytes:
-        raise PlanError(
-            f"a sweep needs about {found.disk_bytes / 1e9:.2f} GB ({held} checkpoints of {checkpoint / 1e9:.2f} GB, teachers' "
-            f"columns {columns_bytes / 1e9:.2f} GB), {where} has {found.free_bytes / 1e9:.2f} GB free: lower "
-            f"tune.keep_checkpoints (now {tune.keep_checkpoints}), or set tune.storage_path"
-        )
-    return found
+
+
+def _existing_folder(output: Place) -> Path | None:
+    """Return the nearest directory that exists; ``None`` for an object store, which has no end."""
+    if not isinstance(output, Path):
+        return None
+    return next((folder for folder in (output, *output.parents) if folder.exists()), None)
 
 
 def matrix_product_rate(cpus: float) -> float:
@@ -196,30 +210,36 @@ def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
     return float(trained + evaluations * evaluated * 2 * (2 * frozen + plan.trainable_parameters))
 
 
-def _files(space: SweepConfig) -> tuple[list[str], int, int | None]:
-    """A line for all shards and columns, bytes of columns to be made, and the training rows where they are known."""
-    lines: dict[str, None] = {}
-    missing, rows = 0, space.run.data.samples or None
-    for run in data_variants(space):
-        paths = {split: shards.shard_path(run, split) for split in shards.SPLITS}
-        for path in paths.values():
-            lines[f"shards {path.name}: {'there' if shards.complete(path) else 'to be made'}"] = None
-        train = paths["train"]
-        if shards.complete(train):
-            rows = shards.read_manifest(train)["rows"]
+def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
+    """Describe all shards and teachers' columns.
+
+    Returns a line for each, the bytes of columns to be made, and the training rows where they are
+    known.
+    """
+    lines: dict[str, None] = {}  # variants share some of their files
+    missing_bytes, rows = 0, sweep.space.run.data.samples or None
+    for variant in sweep.variants:
+        run, train = variant.run, variant.shards["train"]
+        for path in variant.shards.values():
+            lines[f"shards {path.name}: {_state(shards.complete(path))}"] = None
+        train_manifest = shards.read_manifest(train) if shards.complete(train) else None
+        if train_manifest is not None:
+            rows = train_manifest["rows"]
         if not teachers.needed(run.losses):
             continue
-        if not shards.complete(train):
-            made = sum(
-                _column_bytes(run.losses, load_hf_config(r).get_text_config().hidden_size) for r in run.receivers
-            )
-            missing += made * (rows or 0)
-            lines[f"teachers' columns for {train.name}: to be made, {len(run.receivers)} receivers"] = None
+        if train_manifest is None:
+            widths = [load_hf_config(r).get_text_config().hidden_size for r in run.receivers]
+            missing_bytes += (rows or 0) * sum(_column_bytes(run.losses, width) for width in widths)
+            lines[f"teachers' columns for {train.name}: to be made, {len(widths)} receivers"] = None
         else:
             for name, path in teachers.paths(run, train).items():
-                there = all((path / file).exists() for file in shards.read_manifest(train)["files"])
-                lines[f"teacher {name} {path.name}: {'there' if there else 'to be made'}"] = None
-    return list(lines), missing, rows
+                complete = all((path / file).exists() for file in train_manifest["files"])
+                lines[f"teacher {name} {path.name}: {_state(complete)}"] = None
+    return list(lines), missing_bytes, rows
+
+
+def _state(complete: bool) -> str:
+    return "there" if complete else "to be made"
 
 
 def _column_bytes(losses: LossConfig, width: int) -> int:
@@ -229,7 +249,7 @@ def _column_bytes(losses: LossConfig, width: int) -> int:
     return teachers.most_tokens(losses) * (words + states)
 
 
-def show(space: SweepConfig, plan: Plan, output: Place, rate: float | None = None) -> Plan:
+def show(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place, rate: float | None = None) -> Plan:
     """Print plan and forecast, and return the plan that fits the cluster's nodes. Needs Ray.
 
     ``rate``: FLOP/s of a worker, where it was measured. Raises :class:`~latentwire.planning.planner.PlanError` for

@@ -21,6 +21,7 @@ from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.planning.autoscaler import cluster_resources
 from latentwire.planning.devices import pieces, times
+from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import (
     Sharing,
     at_once,
@@ -31,7 +32,6 @@ from latentwire.planning.sharing import (
     share,
     slots_of,
 )
-from latentwire.planning.variants import largest_run
 from latentwire.storage import local, place
 
 WORKER_BASE_BYTES = 700e6
@@ -108,7 +108,13 @@ def check_start(run: RunConfig) -> None:
             exports.read_manifest(start)
 
 
-def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *, files: bool = True) -> Plan:
+def plan(
+    space: SweepConfig | ResolvedSweep,
+    resources: dict[str, float],
+    memory_bytes: float,
+    *,
+    files: bool = True,
+) -> Plan:
     """Estimate a trial and count how many fit at once.
 
     ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
@@ -118,8 +124,8 @@ def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *
     receivers that cannot be had, whose weights are not whole, or whose tokenizers no prompt can be built
     with.
     """
-    run = largest_run(space)
-    training = run.training
+    sweep = resolve(space)
+    run, tune, training = sweep.largest, sweep.space.tune, sweep.largest.training
     gpus, gpus_per_worker = resources.get("GPU", 0.0), run.training.gpus_each(resources)
     if training.batch_size % training.num_workers:
         raise PlanError(
@@ -135,7 +141,7 @@ def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *
     needed = sum(r.bytes_weights for r in receivers) + step + encoder + WORKER_BASE_BYTES
     reading = 0.0 if run.data.in_memory else run.data.stream_cpus  # or the trials' workers would starve what feeds them
     cpus = resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading
-    limit = min(space.tune.max_concurrent_trials or math.inf, space.tune.trials)
+    limit = min(tune.max_concurrent_trials or math.inf, tune.trials)
     fits = [_share("CPUs", *cpus)] + [
         _share(name, resources.get(name, 0.0), amount * training.num_workers)
         for name, amount in training.worker_resources.items()
@@ -151,10 +157,10 @@ def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *
     )
     if not gpus:
         _share("GPUs", gpus, gpus_per_worker)
-    sharing = _sharing(space, run, found, resources, memory_bytes)
+    sharing = _sharing(sweep.space, run, found, resources, memory_bytes)
     beside = 0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
     shared = int(min(beside, limit, *fits))
-    if space.tune.receivers == "shared":
+    if tune.receivers == "shared":
         if shared < 1:
             raise PlanError(
                 f"tune.receivers: shared needs room for one trial beside the replicas, got {memory_bytes / 1e9:.1f} GB for "
@@ -233,11 +239,13 @@ def alone(space: SweepConfig) -> SweepConfig:
     return space.model_copy(update={"search": {}, "tune": tune})
 
 
-def plan_on_cluster(space: SweepConfig) -> Plan:
-    """:func:`plan` for the cluster that Ray is connected to."""
-    resources = cluster_resources()
-    gpus, told = space.run.training.gpus_each(resources), space.tune.gpu_memory_gb
-    return plan(space, resources, 1e9 * told if told is not None and gpus else node_memory(gpus))
+def plan_on_cluster(space: SweepConfig | ResolvedSweep) -> Plan:
+    """Plan for the cluster that Ray is connected to, as :func:`plan` does."""
+    sweep, resources = resolve(space), cluster_resources()
+    gpus, gpu_memory_gb = sweep.space.run.training.gpus_each(resources), sweep.space.tune.gpu_memory_gb
+    if gpus and gpu_memory_gb is not None:
+        return plan(sweep, resources, 1e9 * gpu_memory_gb)
+    return plan(sweep, resources, node_memory(gpus))
 
 
 def on_cuda() -> bool:

@@ -17,12 +17,12 @@ from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import readings
 from latentwire.evaluation.conditions import label
+from latentwire.planning.resolved import objectives
 from latentwire.reports import figures, tables
 from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
 from latentwire.tuning import resume
 from latentwire.tuning.reruns import Finalist
 from latentwire.tuning.results import trial_rows
-from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
 FILE = "report.html"

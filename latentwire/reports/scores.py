@@ -55,12 +55,23 @@ class Known:
     """Probes of its latents, where they were asked for."""
 
 
-def known_of(folder: Path, split: str, rows: Place, probes: dict[str, float] | None = None) -> Known:
-    """Return what is known of a wire's directory. A scoring of validation rows is recorded beside their shards."""
-    manifest, read = exports.read_manifest(folder), None
+def known_of(
+    folder: Path,
+    manifest: dict[str, Any],
+    split: str,
+    rows: Place,
+    probes: dict[str, float] | None = None,
+) -> Known:
+    """Describe the wire of a checkpoint or export.
+
+    A scoring of validation rows is recorded beside their shards. ``manifest``: the directory's,
+    already read. ``rows``: the split's shards.
+    """
+    read_before = None
     if split == "validation":
-        read = readings.note(rows, readings.wire_name(manifest), documents.read(folder, manifest))
-    return Known(exports.sizes(folder), read, probes)
+        trained_on = documents.read(folder, manifest)
+        read_before = readings.note(rows, readings.wire_name(manifest), trained_on)
+    return Known(exports.sizes(folder), read_before, probes)
 
 
 @dataclass(frozen=True)

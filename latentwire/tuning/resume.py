@@ -12,10 +12,10 @@ from latentwire.config.knobs import paths_with
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.distributed.trial import ERROR_FILE, trial_path
+from latentwire.planning.resolved import objectives
 from latentwire.storage import Place, delete, local, rename, write_text
 from latentwire.tuning import study as studies
 from latentwire.tuning.reruns import RERUNS
-from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
 
 SPACE_FILE = "space.json"

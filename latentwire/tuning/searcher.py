@@ -25,6 +25,7 @@ from ray.tune.search.searcher import Searcher
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
+from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import check_metrics
 from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
@@ -38,11 +39,6 @@ COPY_PAUSE = 20
 
 DRAWS = 64
 """Trials that are drawn on paper before a sweep begins."""
-
-
-def objectives(space: SweepConfig) -> dict[str, str]:
-    """What a space is searched by: metric → max or min, the scheduler's first."""
-    return {space.tune.metric: space.tune.mode, **space.tune.objectives}
 
 
 def check_searchable(space: SweepConfig) -> None:
@@ -96,6 +92,7 @@ class StudySearch(Searcher):
         ends before its trials do."""
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
         self.space, self.journal, self.name, self.trial_dir = space, journal, name, trial_dir
+        self.objectives = objectives(space)
         self.pin, self.stop = pin, stop or Stop()
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
@@ -110,9 +107,11 @@ class StudySearch(Searcher):
     def study(self) -> optuna.Study:
         """The study, opened at first use, with its starting points and what it was warmed with."""
         if self._study is None:
-            tune, directed = self.space.tune, objectives(self.space)
-            earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed, self.pin)
-            study = studies.open_study(self.journal, self.name, directed)
+            tune = self.space.tune
+            earlier = (
+                [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, self.objectives, self.pin)
+            )
+            study = studies.open_study(self.journal, self.name, self.objectives)
             if self.pin is not None:
                 studies.record_protocol(study, self.pin)
             studies.enqueue(study, tune.start_with)
@@ -178,8 +177,8 @@ class StudySearch(Searcher):
         elif error:
             self._fail(trial, "the trial's driver died; see Tune's log")
         elif last is None or (result is not None and self._values(result) is None):
-            found = "no result" if result is None else {name: result.get(name) for name in objectives(self.space)}
-            self._fail(trial, f"finite {', '.join(objectives(self.space))} needed, got {found}")
+            values = "no result" if result is None else {name: result.get(name) for name in self.objectives}
+            self._fail(trial, f"finite {', '.join(self.objectives)} needed, got {values}")
         elif missing := [name for name in self.space.tune.constraints if self._number(last, name) is None]:
             self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {last.get(missing[0])}")
         else:
@@ -237,9 +236,9 @@ class StudySearch(Searcher):
         return studies.own_trials(self.study, (TrialState.RUNNING,))
 
     def _values(self, result: Mapping[str, Any]) -> list[float] | None:
-        values = [self._number(result, name) for name in objectives(self.space)]
-        found = [value for value in values if value is not None]
-        return found if len(found) == len(values) else None
+        values = [self._number(result, name) for name in self.objectives]
+        finite = [value for value in values if value is not None]
+        return finite if len(finite) == len(values) else None
 
     @staticmethod
     def _number(result: Mapping[str, Any], name: str) -> float | None:
