@@ -1,4 +1,4 @@
-"""What a whole sweep will take, from its nodes to its disk: what ``--dry_run`` prints, and what refuses it."""
+"""Forecast of a whole sweep, from its nodes to its disk: printed by ``--dry_run``; it can refuse."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ from latentwire.storage import Place
 from latentwire.threads import use_threads
 
 BYTES_PER_PARAMETER = 12
-"""Of a trained parameter in a checkpoint: the weight and AdamW's two moments, in fp32. Muon keeps one of a matrix."""
+"""Bytes of a trained parameter in a checkpoint: the weight and AdamW's two moments, in fp32. Muon
+keeps one moment of a matrix."""
 REACHED = (0.1, 0.5)
-"""Share of a plain matrix product's rate that training reaches: small models the lower end, large ones the upper."""
+"""Share of a plain matrix product's rate that training reaches: the lower end by small models, the
+upper by large ones."""
 START_SECONDS = 20.0
-"""From a trial's start to its first step on two cores (12 s alone, more where several start at once)."""
+"""Seconds from a trial's start to its first step on two cores (12 s alone, more where several start
+at once)."""
 
 
 def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]]:
-    """Return the plan with as many trials at once as the nodes really hold, and lines for the terminal.
+    """Return the plan with as many trials at once as the nodes hold, and lines for the terminal.
 
     There is a line for every node that could host a worker, and one for how many trials could start
-    now. ``nodes``: as ``living_nodes`` and ``addable_nodes`` of :mod:`latentwire.planning.autoscaler`
-    give them. Raises :class:`~latentwire.planning.planner.PlanError` where the cluster has enough in
-    all, but no node enough for one worker, or the nodes together not enough for one trial's.
+    now. ``nodes``: as ``living_nodes`` and ``addable_nodes`` of
+    :mod:`latentwire.planning.autoscaler` give them. Raises
+    :class:`~latentwire.planning.planner.PlanError` where no node has enough for one worker, or the
+    nodes together not enough for one trial's.
     """
     lines, places, places_now = [], 0, 0
     living = [node for node in nodes if node["Alive"]]
@@ -57,8 +61,8 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     need = f"{plan.num_workers} worker(s) of {plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU"
     if places < plan.num_workers:
         raise PlanError(
-            f"one trial needs {need}, {plan.worker_bytes / 1e9:.2f} GB, each on one node, and there is room for {places} "
-            f"({'; '.join(lines)}): ask for less per worker, or add larger nodes"
+            f"one trial needs {need}, {plan.worker_bytes / 1e9:.2f} GB, each on one node, and there is "
+            f"room for {places} ({'; '.join(lines)}): ask for less per worker, or add larger nodes"
         )
     at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
     if any("Free" in node for node in living):
@@ -69,7 +73,10 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
 
 
 def _workers_on(plan: Plan, has: Mapping[str, float], gpus: float) -> int:
-    """Return how many workers a node holds beside its share of the replicas. ``gpus``: of all nodes."""
+    """Count the workers that a node holds beside its share of the replicas.
+
+    ``gpus``: of all nodes.
+    """
     room = [times(has.get("CPU", 0.0), plan.cpus_per_worker)]
     if plan.worker_gpus:
         here, taken = has.get("GPU", 0.0), []
@@ -89,23 +96,27 @@ def _sizes(has: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Size of a sweep before it starts."""
+    """The size of a sweep before it starts."""
 
     runs: int
-    """Trials, and the finalists' fresh runs."""
+    """Trials, and the finalists' re-runs."""
     files: tuple[str, ...]
     """Shards and teachers' columns: there, or to be made."""
     steps_per_run: int | None
-    """At most: a scheduler stops some earlier. ``None``: the rows are not counted before shards are made."""
+    """Most optimiser steps of a run: a scheduler stops some earlier. ``None``: the rows are not
+    counted before shards are made."""
     flop_per_run: float | None
-    """Of training and evaluation together."""
+    """Floating-point operations of training and evaluation together."""
     checkpoint_bytes: int
     disk_bytes: int
     """Checkpoints kept at the busiest moment, and teachers' columns to be made."""
     free_bytes: int | None
 
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
-        """For the terminal. ``rate``: FLOP/s of a matrix product on one worker, where it was measured."""
+        """Describe the forecast for the terminal.
+
+        ``rate``: FLOP/s of a matrix product on one worker, where it was measured.
+        """
         each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU)"
         lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}", *self.files]
         if self.steps_per_run is None:
@@ -115,18 +126,20 @@ class Forecast:
         if rate is not None and self.flop_per_run is not None:
             kind = "GPU" if plan.gpus_per_worker else "CPU"
             devices = plan.num_workers * (plan.gpus_per_worker or plan.cpus_per_worker)
-            low, high = (
-                self.runs * devices * (self.flop_per_run / plan.num_workers / (share * rate) + START_SECONDS) / 3600
-                for share in reversed(REACHED)
+            flop_per_worker = self.flop_per_run / plan.num_workers
+            high, low = (
+                self.runs * devices * (flop_per_worker / (share * rate) + START_SECONDS) / 3600 for share in REACHED
             )
             lines.append(
-                f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: {self.flop_per_run / 1e12:.3g} TFLOP a run at "
-                f"{REACHED[0]:.0%} to {REACHED[1]:.0%} of {rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, "
-                f"just measured), and {START_SECONDS:.0f} s to start"
+                f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: "
+                f"{self.flop_per_run / 1e12:.3g} TFLOP a run at {REACHED[0]:.0%} to {REACHED[1]:.0%} of "
+                f"{rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, just measured), and "
+                f"{START_SECONDS:.0f} s to start"
             )
+        free = "in an object store" if self.free_bytes is None else f"{self.free_bytes / 1e9:,.1f} GB free"
         lines.append(
-            f"disk: about {self.disk_bytes / 1e6:,.1f} MB at most (a checkpoint {self.checkpoint_bytes / 1e6:,.2f} MB), "
-            + ("in an object store" if self.free_bytes is None else f"{self.free_bytes / 1e9:,.1f} GB free")
+            f"disk: about {self.disk_bytes / 1e6:,.1f} MB at most (a checkpoint "
+            f"{self.checkpoint_bytes / 1e6:,.2f} MB), {free}"
         )
         return lines
 
@@ -176,7 +189,7 @@ def _existing_folder(output: Place) -> Path | None:
 
 
 def matrix_product_rate(cpus: float) -> float:
-    """Return FLOP/s of a matrix product in this process."""
+    """Measure FLOP/s of a matrix product in this process."""
     use_threads(cpus)
     cuda = torch.cuda.is_available()
     size, kind = (4096, torch.bfloat16) if cuda else (768, torch.float32)
@@ -196,18 +209,23 @@ def _now(cuda: bool) -> float:
 
 
 def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
-    """Two per parameter and position forward, as many backward to the inputs; three times two for what is trained.
+    """Estimate the floating-point operations of a run.
 
-    In the alignment no receiver is read; of ``receivers_per_step: one`` a step reads one of them.
+    A frozen parameter takes two per position forward and two backward to the inputs. A trained one
+    takes two more, for its own gradient. In the alignment no receiver is read; with
+    ``receivers_per_step: one`` a step reads one of them.
     """
     frozen = sum(receiver.multiplied for receiver in plan.receivers)
-    read = max(0, steps - run.training.alignment_steps)
+    trainable = plan.trainable_parameters
+    reading_steps = max(0, steps - run.training.alignment_steps)
     share = 1 / len(plan.receivers) if run.training.receivers_per_step == "one" else 1
-    positions = run.training.batch_size * (run.encoder.latent_len + PROMPT_POSITIONS)
-    trained = positions * (read * share * 4 * frozen + steps * 6 * plan.trainable_parameters)
-    evaluated = run.data.dev_samples * (run.encoder.latent_len + PROMPT_POSITIONS + run.evaluation.max_answer_tokens)
+    row_positions = run.encoder.latent_len + PROMPT_POSITIONS
+    positions = run.training.batch_size * row_positions
+    training = positions * (reading_steps * share * 4 * frozen + steps * 6 * trainable)
     evaluations = steps // run.training.evaluate_every + 1
-    return float(trained + evaluations * evaluated * 2 * (2 * frozen + plan.trainable_parameters))
+    evaluated = run.data.dev_samples * (row_positions + run.evaluation.max_answer_tokens)
+    # Every row is read twice: to be answered, and with its gold answer.
+    return float(training + evaluations * evaluated * 2 * (2 * frozen + trainable))
 
 
 def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
@@ -243,7 +261,7 @@ def _state(complete: bool) -> str:
 
 
 def _column_bytes(losses: LossConfig, width: int) -> int:
-    """Of one row's columns for one receiver, uncompressed."""
+    """Return the bytes of one row's columns for one receiver, uncompressed."""
     words = losses.kd_top_k * 6 + 2 if losses.kd_weight > 0 and losses.kd_top_k > 0 else 0
     states = 2 * width * len(losses.hidden_kd_depths) if losses.hidden_kd_weight > 0 else 0
     return teachers.most_tokens(losses) * (words + states)
@@ -252,9 +270,10 @@ def _column_bytes(losses: LossConfig, width: int) -> int:
 def show(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place, rate: float | None = None) -> Plan:
     """Print plan and forecast, and return the plan that fits the cluster's nodes. Needs Ray.
 
-    ``rate``: FLOP/s of a worker, where it was measured. Raises :class:`~latentwire.planning.planner.PlanError` for
-    what cannot fit.
+    ``rate``: FLOP/s of a worker, where it was measured. Raises
+    :class:`~latentwire.planning.planner.PlanError` for what cannot fit.
     """
     plan, hosts = fit(plan, [*living_nodes(), *addable_nodes()])
-    print("\n".join([str(plan), *hosts, *forecast(space, plan, output).lines(plan, rate)]), flush=True)
+    lines = forecast(space, plan, output).lines(plan, rate)
+    print("\n".join([str(plan), *hosts, *lines]), flush=True)
     return plan

@@ -24,7 +24,7 @@ class DataVariant:
     key: str
     """Name among the variants, by :func:`~latentwire.planning.variants.variant_key`."""
     shards: dict[ShardSplit, Place]
-    """Where each split's shards are, or will be."""
+    """Directory of each split's shards, which may not be made yet."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class ResolvedSweep:
 
     @cached_property
     def variants(self) -> tuple[DataVariant, ...]:
-        """Every combination of files that a trial can need; :class:`ConfigError` as :func:`data_variants`."""
+        """Every combination of files that a trial can need.
+
+        Raises as :func:`~latentwire.planning.variants.data_variants`.
+        """
         return tuple(
             DataVariant(run, variant_key(run), {split: shard_path(run, split) for split in SPLITS})
             for run in data_variants(self.space)
