@@ -1,4 +1,4 @@
-"""The files that the trials of a sweep read: shards and teachers' columns, made once for all of them."""
+"""Files that the trials of a sweep read: shards and teachers' columns, made once for all."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ SHARDS_AT_ONCE = 3
 
 @dataclass(frozen=True)
 class Files:
-    """What the trials of one data variant read."""
+    """The files of one data variant."""
 
     shards: dict[shards.ShardSplit, Place]
     teachers: dict[str, Place]
-    """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
+    """Receiver → its teacher's columns on the training shards; empty where no trial compares with
+    it."""
     columns: tuple[str, ...]
-    """Of the training shards, those that some trial reads."""
+    """Columns of the training shards that some trial reads."""
 
     @property
     def keys(self) -> dict[str, str]:
-        """What the files are named by: split → key of its shards, and receiver → its teacher's columns."""
-        named = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
-        return named | {f"teacher {name}": path.name for name, path in self.teachers.items()}
+        """Names of the files: split → key of its shards, and receiver → its teacher's columns."""
+        keys = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
+        return keys | {f"teacher {name}": path.name for name, path in self.teachers.items()}
 
     @property
     def train_rows(self) -> int:
-        """Rows to train on."""
+        """Number of rows to train on."""
         return shards.read_manifest(self.shards["train"])["rows"]
 
 
@@ -86,7 +87,11 @@ def _make(missing: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None
 
 
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
-    """Training rows, in the object store once for all trials or to be streamed, and development rows, which are few."""
+    """Return the training and development rows as datasets.
+
+    Training rows stand in the object store once for all trials, or are streamed. Development rows
+    are few.
+    """
     dev = files.shards["dev"]
     return {
         "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
@@ -95,16 +100,16 @@ def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
 
 
 def common_protocol_hash(space: SweepConfig, dev: Iterable[Place]) -> str:
-    """The evaluation pin that all trials share. ``dev``: shards of development rows.
+    """Return the protocol hash that all trials share. ``dev``: shards of development rows.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the development rows: scores on
-    different rows say nothing about the wires.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the
+    development rows: scores on different rows say nothing about the wires.
     """
-    found = {protocol_hash(path, space.run) for path in dev}
-    if len(found) > 1:
+    hashes = {protocol_hash(path, space.run) for path in dev}
+    if len(hashes) > 1:
         searched = ", ".join(path for path in paths_with("shards") if path in space.search)
         raise ConfigError(
-            f"all trials must be scored on the same development rows, got {len(found)} different sets; what makes them "
-            f"differ must not be searched, which is among {searched}"
+            f"all trials must be scored on the same development rows, got {len(hashes)} different sets; "
+            f"what makes them differ must not be searched, which is among {searched}"
         )
-    return found.pop()
+    return hashes.pop()
