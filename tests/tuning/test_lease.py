@@ -79,7 +79,7 @@ def test_a_driver_that_was_killed_on_this_machine_holds_nothing(
     time.sleep(0.5)
     with held(sweep) as mine:
         assert mine.held()
-    assert f"gone without a word (process {holder.pid} on" in capsys.readouterr().out
+    assert f"driver before is gone (process {holder.pid} on" in capsys.readouterr().out
     holder.wait()
     held_by(sweep, pid=holder.pid)
     with held(sweep):
