@@ -15,13 +15,14 @@ from latentwire.evaluation.conditions import label
 from latentwire.tuning.study import evaluations, own_trials
 
 CURVES = 6
-"""Trials whose learning curves are shown."""
+"""Most trials whose learning curves are shown."""
 Figure = tuple[str, str, go.Figure | str]
-"""Title, what it shows, and the picture, or why there is none."""
+"""Title, caption, and the picture, or why there is none."""
 
 
 def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
-    """History, learning curves, parallel coordinates, importances, contour and Pareto fronts."""
+    """Draw history, learning curves, parallel coordinates, importances, contour and Pareto fronts.
+    """
     done = own_trials(study, (TrialState.COMPLETE,))
     told: dict[str, Any] = {"target_name": config.metric}
     if len(study.directions) > 1:
@@ -57,7 +58,7 @@ def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
 
 
 def _fronts(study: optuna.Study) -> list[Figure]:
-    """F1 against what it costs: each trial's best evaluation."""
+    """Draw F1 against what it costs: each trial's best evaluation."""
     figures: list[Figure] = []
     for cost, name in (("wire_bytes", "wire bytes"), ("prompt_positions", "positions read")):
         points = [(trial, _best(trial, "dev_f1", max)) for trial in own_trials(study)]
@@ -103,7 +104,7 @@ def _best(trial: FrozenTrial, metric: str, pick: Any) -> dict[str, Any] | None:
 
 
 def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go.Figure:
-    """F1 of every row of the table with its 95 % interval, a bar per receiver."""
+    """Draw F1 of every row of the table with its 95 % interval, a bar per receiver."""
     receivers: Sequence[str] = [name for name in next(iter(scores.values())) if name != "mean"]
     figure = go.Figure()
     for name in receivers:

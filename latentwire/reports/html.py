@@ -1,4 +1,4 @@
-"""``report.html``: a sweep in one file that opens offline. Everything in it that was text somewhere is escaped."""
+"""``report.html``: a sweep in one file that opens offline. All texts in it are escaped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
 FILE = "report.html"
 EXAMPLES = 12
-"""Rows whose answers stand side by side."""
+"""Most rows whose answers stand side by side."""
 COLOURS = ["#2563a8", "#c2571a", "#3f8f4f", "#8a4fa3", "#a8873b", "#4b5563"]
 
 
@@ -84,7 +84,8 @@ def _template() -> jinja2.Template:
 
 
 def _draw(figure: go.Figure | str) -> str:
-    """A picture as HTML; a text stays one. plotly escapes what could end its script."""
+    """Return a picture as HTML, or a text as a paragraph. plotly escapes what could end its script.
+    """
     if isinstance(figure, str):
         return f"<p>{jinja2.filters.escape(figure)}</p>"
     figure.update_layout(
@@ -98,7 +99,10 @@ def _draw(figure: go.Figure | str) -> str:
 
 
 def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
-    """Each row of latents and receiver: EM and F1 as shares of full text's; ``None`` where that is 0."""
+    """Return EM and F1 of latents as shares of full text's, for each row and receiver.
+
+    A share is ``None`` where full text has 0.
+    """
     text = scores.get("text", {})
     return [
         (label(key), name, *(row[field] / text[name][field] if text[name][field] else None for field in ("em", "f1")))
@@ -110,7 +114,10 @@ def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | N
 
 
 def _examples(file: Place) -> list[dict[str, Any]]:
-    """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
+    """Return rows with each receiver's answers to text and to latents.
+
+    Right and wrong ones come by turns where there are both.
+    """
     names = read_footer(file).schema.to_arrow_schema().names if file.exists() else []
     if "context" not in names:
         return []
@@ -132,7 +139,7 @@ def _examples(file: Place) -> list[dict[str, Any]]:
 
 
 def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple[str, str]]:
-    """What the search took: trials' wall-clock times the CPUs and GPUs that their workers hold, and disk."""
+    """Return what the search took: wall-clock time, CPU- and GPU-hours of the workers, and disk."""
     training = space.run.training
     hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
     gpus = training.gpus_per_worker
@@ -151,7 +158,7 @@ def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple
 
 
 def _manifest(file: Place) -> list[tuple[str, str]]:
-    """The manifest's entries as text, the long ones indented."""
+    """Return the manifest's entries as text, the long ones indented."""
     return [
         (name, value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False))
         for name, value in _json(file).items()

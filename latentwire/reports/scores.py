@@ -1,4 +1,5 @@
-"""What an evaluation leaves: tables for the terminal, scores and details as JSON, predictions as Parquet."""
+"""Output of an evaluation: tables for the terminal, JSON of scores and details, Parquet of answers.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ from latentwire.storage import Place, write_text
 
 
 def compared(named: Sequence[str] | None, rows: Sequence[Condition]) -> list[tuple[str, str]]:
-    """The rows of the table to set side by side, by their keys: the two that ``--compare`` names, or latents and each baseline.
+    """Return the rows of the table to set side by side, by their keys.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
+    They are the two that ``--compare`` names, or latents and each baseline. Raises
+    :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
     """
     match named:
         case None | []:
@@ -45,12 +47,13 @@ def compared(named: Sequence[str] | None, rows: Sequence[Condition]) -> list[tup
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the wire that was scored, besides its predictions."""
+    """Facts about the wire that was scored, besides its predictions."""
 
     sizes: dict[str, dict[str, int]]
-    """Its trained weights (:func:`latentwire.exports.sizes`)."""
+    """Sizes of its trained weights (:func:`latentwire.exports.sizes`)."""
     readings: dict[str, Any] | None
-    """How often the rows were read before; ``None`` for rows that are there to be compared on, which nobody counts."""
+    """Earlier readings of the rows; ``None`` for rows that are there to be compared on, which
+    nobody counts."""
     probes: dict[str, float] | None = None
     """Probes of its latents, where they were asked for."""
 

@@ -1,4 +1,4 @@
-"""What a person reads at the end of a sweep: two tables in the terminal, and the same in ``report.md``."""
+"""Tables of a sweep or an evaluation: in the terminal, and the same in ``report.md``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Grid = tuple[str, list[str], list[list[str]]]
 
 
 def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
-    """All trials, best first."""
+    """Return all trials, best first."""
     tune = space.tune
     measured = dict.fromkeys((tune.metric, *tune.objectives, *tune.constraints))
     columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
@@ -41,12 +41,12 @@ def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
 
 
 def _named(row: dict[str, Any]) -> str:
-    """A trial's number, and that of the failed one which it took up."""
+    """Return a trial's number, and that of the failed one which it retries."""
     return f"{row['trial']} (takes up {row['retries']})" if "retries" in row else str(row["trial"])
 
 
 def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
-    """The trials that no other beats in every objective, by the further objectives."""
+    """Return the trials that no other beats in every objective, by the further objectives."""
     rows, names = [row for row in rows if row["front"]], [*config.objectives, config.metric]
     body = [
         [str(row["trial"]), *(_number(row[name]) for name in names)]
@@ -56,10 +56,12 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
 
 
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
-    """One row per prompt kind and receiver: EM and F1 with their 95 % intervals, nats per answer token, and the costs.
+    """Return one row per condition and receiver.
 
-    Latents that were read with changed receivers (a feature like ``lora``) are labelled so. The title says what the intervals
-    resample: contexts, or rows in results of an earlier version, which did not count them.
+    Columns are EM and F1 with their 95 % intervals, nats per answer token, and the costs. Latents
+    that were read with changed receivers (a feature like ``lora``) are labelled so. The title says
+    what the intervals resample: contexts, or rows in results of an earlier version, which did not
+    count them.
     """
     counted = [row["contexts"] for rows in scores.values() for row in rows.values() if "contexts" in row]
     resampled = f"{max(counted):,} contexts" if counted else "rows"
@@ -82,7 +84,10 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
 
 
 def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
-    """What was trained: parameters and bytes of the encoder (all that receivers share) and of each receiver's own part."""
+    """Return parameters and bytes of the trained parts: the encoder, and each receiver's own part.
+
+    The encoder's row holds all that receivers share.
+    """
     total = {field: sum(part[field] for part in sizes.values()) for field in ("parameters", "bytes")}
     body = [
         [name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"]
@@ -92,7 +97,8 @@ def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
 
 
 def together_table(scores: dict[str, Any]) -> Grid:
-    """What the receivers are as one, and what a message costs and saves, for each row of the table."""
+    """Return how the receivers do as one, and what a message costs and saves, for each condition.
+    """
     header = [
         "the receivers read", "agreement", "oracle EM", "oracle F1", "joint EM", "joint F1", "first token @1", "@5",
         "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "first token ms", "decode ms",
@@ -109,7 +115,7 @@ def together_table(scores: dict[str, Any]) -> Grid:
 
 
 def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
-    """Paired differences with their 95 % intervals, and how likely so large a one is by chance."""
+    """Return paired differences with their 95 % intervals and p values."""
     body = [
         [
             label(pair["first"]),
@@ -130,13 +136,13 @@ def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
 
 
 def _paired(found: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
-    """A difference with its interval, and p."""
+    """Return a difference with its interval, and p."""
     difference, low, high = (f"{factor * found[end]:+.{digits}f}" for end in ("difference", "low", "high"))
     return [f"{difference} [{low}, {high}]", f"{found['p']:.2g}"]
 
 
 def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
-    """The best trials' scores in the search and with fresh seeds: how much of the first was luck."""
+    """Return the best trials' scores in the search and with fresh seeds: the gap shows the luck."""
     body = [
         [
             str(f.trial),
@@ -151,13 +157,13 @@ def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
 
 
 def failures_table(rows: list[dict[str, Any]]) -> Grid:
-    """What failed, and why."""
+    """Return the failed trials and their causes."""
     body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in rows if row["state"] == "failed"]
     return f"{len(body)} trials failed", ["trial", "cause"], body
 
 
 def trial_tables(rows: list[dict[str, Any]], space: SweepConfig) -> list[Grid]:
-    """A sweep's trials, those that failed, and the Pareto front where there are several objectives."""
+    """Return a sweep's trials, those that failed, and the Pareto front of several objectives."""
     front = [front_table(rows, space.tune)] if space.tune.objectives else []
     failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
     return [trials_table(rows, space), *failed, *front]
@@ -181,12 +187,15 @@ def sweep_tables(
 
 
 def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
-    """A wire's scores, what they took, and what of it was trained."""
+    """Return the tables of a wire: its scores, their costs, and its trained weights."""
     return [scores_table(scored.scores, title, run), together_table(scored.scores), weights_table(scored.sizes)]
 
 
 def show(grids: list[Grid]) -> None:
-    """Print tables, as wide as they need to be: a log file has no terminal to fit. One without rows is left out."""
+    """Print tables as wide as they need to be: a log file has no terminal to fit.
+
+    A table without rows is left out.
+    """
     for title, header, body in (grid for grid in grids if grid[2]):
         table = Table(title=title, title_justify="left")
         for name in header:
@@ -197,13 +206,13 @@ def show(grids: list[Grid]) -> None:
 
 
 def verdict(best: Best, gap: dict[str, float], metric: str) -> str:
-    """The winner in a line: its development score beside the same on the untouched split."""
+    """Describe the winner in one line: its development score beside that of the untouched split."""
     line = f"best: trial {best.trial}, step {best.step}, development {metric} {best.score:.4f}"
     return f"{line}, validation {gap['validation']:.4f}, gap {gap['gap']:+.4f}" if gap else line
 
 
 def write_report(output: Place, line: str, grids: list[Grid], command: str) -> Place:
-    """``report.md``: the verdict ``line``, the tables, and the command that made them."""
+    """Write ``report.md``: the verdict ``line``, the tables, and the command that made them."""
     lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}."]
     for title, header, body in grids:
         lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
