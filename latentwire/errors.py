@@ -10,8 +10,7 @@ RETRIES = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts.*", re.DOTALL)
 
 
 class UserError(Exception):
-    """An error that a user caused, or can put right: it quotes the rule, the value and the next
-    move.
+    """An error that a user caused, or can mend: it quotes the rule, the value and the next move.
 
     Each room has its own kind; whoever wants them all catches this.
     """

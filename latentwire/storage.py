@@ -32,7 +32,7 @@ SECRETS = re.compile(r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|t
 
 
 class StorageError(UserError):
-    """A place that cannot be read or written; the message names it, the reason and the next move."""
+    """A place that cannot be read or written; the message names it, the reason and a next move."""
 
 
 def refuse_secrets(uri: str) -> str:
@@ -43,15 +43,15 @@ def refuse_secrets(uri: str) -> str:
     if SECRETS.search(uri):
         shown = re.sub(r"^(\w+://)[^/?]*@", r"\1…@", uri).partition("?")[0]
         raise ValueError(
-            f"a URI must not hold credentials, they would stand in every manifest and report, got {shown}; give them by the "
-            f"node's role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in its environment"
+            f"a URI must not hold credentials, they would stand in every manifest and report, got "
+            f"{shown}; give them by the node's role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
+            f"its environment"
         )
     return uri
 
 
 def expanded(address: str) -> str:
-    """Return an address with ``~`` and ``$NAME`` replaced: in a file, or after ``=``, no shell does
-    it.
+    """Return an address with ``~`` and ``$NAME`` replaced, as no shell does after ``=``.
 
     Raises :class:`ValueError` for a name that the environment does not have.
     """
@@ -135,7 +135,9 @@ Place = Path | Remote
 
 
 def place(address: str | Place) -> Place:
-    """Return a path on this machine, or in the store that a URI names. Raises :class:`ValueError`.
+    """Return a path on this machine, or in the store that a URI names.
+
+    Raises :class:`ValueError`.
     """
     if isinstance(address, Path | Remote):
         return address
@@ -164,14 +166,19 @@ def _system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
 
 
 REASONS = {
-    r"ACCESS_DENIED|HTTP status 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId": "access is denied: give every node's "
-    "role or AWS_ACCESS_KEY_ID the right to read, write and list there",
-    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": "there is no such bucket or file: make it, or name another",
-    r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": "it does not answer: check "
-    "the network and AWS_ENDPOINT_URL",
-    r"[Tt]runcated compressed|inflate failed|decompress failed": "it is cut, or not compressed as its name says: "
-    "fetch it anew",
-    r"[Uu]nrecognized filesystem|Cannot parse URI": "pyarrow does not know such a URI: use s3://, gs:// or a directory",
+    r"ACCESS_DENIED|HTTP status 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId": (
+        "access is denied: give every node's role or AWS_ACCESS_KEY_ID the right to read, write and list there"
+    ),
+    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": ("there is no such bucket or file: make it, or name another"),
+    r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": (
+        "it does not answer: check the network and AWS_ENDPOINT_URL"
+    ),
+    r"[Tt]runcated compressed|inflate failed|decompress failed": (
+        "it is cut, or not compressed as its name says: fetch it anew"
+    ),
+    r"[Uu]nrecognized filesystem|Cannot parse URI": (
+        "pyarrow does not know such a URI: use s3://, gs:// or a directory"
+    ),
 }
 """Pattern in pyarrow's messages → what it means and what to do."""
 
@@ -186,14 +193,15 @@ def explained(where: object, doing: str = "read") -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
-        reason = next((said for pattern, said in REASONS.items() if re.search(pattern, text)), "see the reason")
+        reasons = [reason for pattern, reason in REASONS.items() if re.search(pattern, text)]
+        reason = reasons[0] if reasons else "see the reason"
         raise StorageError(
-            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: --resume): what is "
-            f"complete is kept ({text[:300]})"
+            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: --resume): "
+            f"what is complete is kept ({text[:300]})"
         ) from error
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write(where: Place, fill: Callable[[Path], object]) -> None:
@@ -228,13 +236,13 @@ def upload(file: Path, where: Remote) -> None:
     """
     with explained(where, "written"):
         system, path = at(where)
-        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+        here = fs.LocalFileSystem()
+        fs.copy_files(str(file), path, source_filesystem=here, destination_filesystem=system)
 
 
 @contextlib.contextmanager
 def local(where: Place) -> Iterator[Path]:
-    """Yield a file or directory as one on this machine: itself, or a copy for as long as the block.
-    """
+    """Yield a file or directory as one on this machine: itself, or a copy that the block has."""
     if isinstance(where, Path):
         yield where
         return
@@ -244,7 +252,8 @@ def local(where: Place) -> Iterator[Path]:
             system, path = at(where)
             if where.is_dir():
                 target.mkdir()
-            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+            here = fs.LocalFileSystem()
+            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=here)
         yield target
 
 
@@ -260,8 +269,8 @@ def directory(where: Place, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / where.name
         yield target
-        files = sorted((file for file in target.rglob("*") if file.is_file()), key=lambda file: file.name == last)
-        for file in files:
+        files = [file for file in target.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == last):
             upload(file, where / file.relative_to(target).as_posix())
 
 
@@ -274,8 +283,8 @@ def children(where: Place) -> list[Place]:
         return [*sorted(where.iterdir())] if where.is_dir() else []
     with explained(where):
         system, path = at(where)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return [where / name for name in sorted(info.base_name for info in found)]
+        infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [where / name for name in sorted(info.base_name for info in infos)]
 
 
 def files_below(where: Place) -> dict[str, int]:
@@ -285,9 +294,9 @@ def files_below(where: Place) -> dict[str, int]:
     """
     with explained(where):
         system, path = at(where)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+        infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
     start = len(path.rstrip("/")) + 1
-    return {info.path[start:]: info.size or 0 for info in found if info.type == fs.FileType.File}
+    return {info.path[start:]: info.size or 0 for info in infos if info.type == fs.FileType.File}
 
 
 def text_if_there(where: Place) -> str | None:
@@ -304,7 +313,9 @@ def text_if_there(where: Place) -> str | None:
 
 
 def delete(where: Place) -> None:
-    """Delete a file; nothing where there is none, or none any more. Raises :class:`StorageError`.
+    """Delete a file; nothing where there is none, or none any more.
+
+    Raises :class:`StorageError`.
     """
     if isinstance(where, Path):
         where.unlink(missing_ok=True)
@@ -340,7 +351,7 @@ def rename(where: Place, name: str) -> None:
         (system.delete_dir if where.is_dir() else system.delete_file)(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @contextlib.contextmanager

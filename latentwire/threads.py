@@ -8,11 +8,11 @@ import torch
 
 
 def use_threads(cpus: float) -> int:
-    """Compute with the threads that ``training.cpus_per_worker`` gives, at most this process's
-    cores.
+    """Compute with as many threads as ``training.cpus_per_worker`` gives CPUs.
 
-    PyTorch by itself takes every core, also those that others are busy on: then each operation
-    waits for its slowest thread. Returns the number of threads.
+    There are at most as many as this process has cores. PyTorch by itself takes every core, also
+    those that others are busy on: then each operation waits for its slowest thread. Returns the
+    number of threads.
     """
     threads = min(max(1, int(cpus)), cores())
     torch.set_num_threads(threads)

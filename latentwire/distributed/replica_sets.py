@@ -51,7 +51,7 @@ class Fleet:
         self._ends = threading.Event()
         self._watch: threading.Thread | None = None
 
-    # ------------------------------------------------------------------------------------------------------ beginning
+    # ------------------------------------------------------------------------------------ beginning
 
     def start(self, minutes: float) -> None:
         """Begin the replicas that there is room for, at least one set, and wait until they are
@@ -131,7 +131,7 @@ class Fleet:
             raise ReceiverError(f"replicas of receiver {name} must have hash {expected}{source}, got {fingerprint}")
         self.served[name].append(Served(ray.get(node), actor))
 
-    # --------------------------------------------------------------------------------------------------- while it runs
+    # -------------------------------------------------------------------------------- while it runs
 
     def _grow(self) -> None:
         while not self._ends.wait(GROW_SECONDS):
@@ -149,7 +149,7 @@ class Fleet:
         for served in self.served.values():
             served[0].actor.meet.remote(list(served))
 
-    # ------------------------------------------------------------------------------------------------------------- end
+    # ------------------------------------------------------------------------------------------ end
 
     def account(self) -> None:
         """Print what each receiver's replicas did. Raises RuntimeError for changed weights."""

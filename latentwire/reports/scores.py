@@ -1,5 +1,4 @@
-"""Output of an evaluation: tables for the terminal, JSON of scores and details, Parquet of answers.
-"""
+"""Output of an evaluation: tables for the terminal, scores as JSON, answers as Parquet."""
 
 from __future__ import annotations
 
@@ -32,17 +31,18 @@ def compared(named: Sequence[str] | None, rows: Sequence[Condition]) -> list[tup
     """
     match named:
         case None | []:
-            found = baseline_pairs(rows)
+            sides = baseline_pairs(rows)
         case [first, second]:
-            found = pairs(rows, first, second)
+            sides = pairs(rows, first, second)
         case _:
-            found = []
-    if named is not None and not found:
+            sides = []
+    if named is not None and not sides:
+        keys = ", ".join(row.key for row in rows)
         raise ConfigError(
-            f"--compare must name two different rows of the table ({', '.join(row.key for row in rows)}), or none where it "
-            f"has latents and a baseline, got {' and '.join(named) or 'none'}"
+            f"--compare must name two different rows of the table ({keys}), or none where it has "
+            f"latents and a baseline, got {' and '.join(named) or 'none'}"
         )
-    return found
+    return sides
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def known_of(
 
 @dataclass(frozen=True)
 class Questions:
-    """What an evaluation asks, checked before the scoring, which a file that cannot be read would lose."""
+    """The checked questions of an evaluation, before the scoring that a wrong one would waste."""
 
     conditions: tuple[Condition, ...]
     """Rows of the table."""
@@ -88,7 +88,7 @@ class Questions:
     types: dict[str, str]
     """id → type of its question, where the dataset has such."""
     compared: bool
-    """Whether the table of paired differences was asked for."""
+    """True where the table of paired differences was asked for."""
 
 
 def questions_of(
@@ -100,10 +100,11 @@ def questions_of(
     bits: Sequence[Bits],
     compare: Sequence[str] | None,
 ) -> Questions:
-    """Return the checked conditions of an evaluation; see :func:`latentwire.evaluate` for the arguments.
+    """Return the checked conditions of an evaluation.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.data.sources.DataError` for data
-    that cannot be read.
+    See :func:`latentwire.evaluate` for the arguments. Raises
+    :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.data.sources.DataError`
+    for data that cannot be read.
     """
     scoring.check_questions(run)
     rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
@@ -149,7 +150,10 @@ def show(evaluation: Evaluation, title: str) -> None:
 
 
 def write(evaluation: Evaluation, output: Place) -> None:
-    """Write an evaluation's scores to a ``.json`` file, or scores, details and predictions to a directory."""
+    """Write an evaluation's scores to a ``.json`` file, or all of it to a directory.
+
+    A directory holds scores, details and predictions.
+    """
     scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
     if output.name.endswith(".json"):
         write_text(output, json.dumps(scores, indent=1))

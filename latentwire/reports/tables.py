@@ -22,6 +22,36 @@ if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
 
 Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""
+SCORES = [
+    "the receiver reads",
+    "receiver",
+    "EM",
+    "F1",
+    "NLL",
+    "positions",
+    "bytes",
+    "ms",
+    "rows",
+    "contexts",
+]
+"""Columns of the table of scores."""
+TOGETHER = {
+    "agreement": "agreement",
+    "oracle_em": "oracle EM",
+    "oracle_f1": "oracle F1",
+    "joint_em": "joint EM",
+    "joint_f1": "joint F1",
+    "first_1": "first token @1",
+    "first_5": "@5",
+    "compression_bytes": "bytes ÷",
+    "compression_tokens": "tokens ÷",
+    "encode_ms": "encode ms",
+    "prefill_ms": "prefill ms",
+    "first_token_ms": "first token ms",
+    "decode_ms": "decode ms",
+    "examples_per_s": "examples/s",
+}
+"""Metric → column of the table of the receivers together."""
 
 
 def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
@@ -42,17 +72,15 @@ def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
 
 def _named(row: dict[str, Any]) -> str:
     """Return a trial's number, and that of the failed one which it retries."""
-    return f"{row['trial']} (takes up {row['retries']})" if "retries" in row else str(row["trial"])
+    return f"{row['trial']} (retries {row['retries']})" if "retries" in row else str(row["trial"])
 
 
 def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     """Return the trials that no other beats in every objective, by the further objectives."""
-    rows, names = [row for row in rows if row["front"]], [*config.objectives, config.metric]
-    body = [
-        [str(row["trial"]), *(_number(row[name]) for name in names)]
-        for row in sorted(rows, key=lambda row: row[names[0]])
-    ]
-    return f"Pareto front: {len(rows)} trials that none beats in everything", ["trial", *names], body
+    names = [*config.objectives, config.metric]
+    front = sorted((row for row in rows if row["front"]), key=lambda row: row[names[0]])
+    body = [[str(row["trial"]), *(_number(row[name]) for name in names)] for row in front]
+    return f"Pareto front: {len(front)} trials that none beats in everything", ["trial", *names], body
 
 
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
@@ -63,24 +91,25 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
     what the intervals resample: contexts, or rows in results of an earlier version, which did not
     count them.
     """
-    counted = [row["contexts"] for rows in scores.values() for row in rows.values() if "contexts" in row]
-    resampled = f"{max(counted):,} contexts" if counted else "rows"
     changed = "" if keeps_receivers_frozen(run) else ", not frozen"
-    header = ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "bytes", "ms", "rows", "contexts"]
-    body = [
-        [
-            label(key) + (changed if key.split()[0] in MESSAGE_MODES else ""),
-            receiver,
-            *(f"{100 * row[field]:.1f} [{100 * row[f'{field}_low']:.1f}, {100 * row[f'{field}_high']:.1f}]" for field in ("em", "f1")),
-            *(_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")),
-            str(int(row["rows"])),
-            _number(row.get("contexts")),
-        ]
-        for key, receivers in scores.items()
-        for receiver, row in receivers.items()
-        if receiver != "mean"
-    ]  # fmt: skip
-    return f"{title}; 95 % intervals by resampling {resampled}", header, body
+    body, contexts = [], []
+    for key, receivers in scores.items():
+        name = label(key) + (changed if key.split()[0] in MESSAGE_MODES else "")
+        for receiver, row in receivers.items():
+            if receiver == "mean":
+                continue
+            costs = [_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
+            counts = [str(int(row["rows"])), _number(row.get("contexts"))]
+            body.append([name, receiver, _percent(row, "em"), _percent(row, "f1"), *costs, *counts])
+            contexts.append(row.get("contexts", 0))
+    resampled = f"{max(contexts):,} contexts" if any(contexts) else "rows"
+    return f"{title}; 95 % intervals by resampling {resampled}", SCORES, body
+
+
+def _percent(row: Mapping[str, float], field: str) -> str:
+    """Return a score in percent with its interval."""
+    value, low, high = (100 * row[name] for name in (field, f"{field}_low", f"{field}_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
@@ -88,46 +117,37 @@ def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
 
     The encoder's row holds all that receivers share.
     """
-    total = {field: sum(part[field] for part in sizes.values()) for field in ("parameters", "bytes")}
-    body = [
-        [name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"]
-        for name, part in {**sizes, "all of the wire": total}.items()
-    ]
+    total = {
+        "parameters": sum(part["parameters"] for part in sizes.values()),
+        "bytes": sum(part["bytes"] for part in sizes.values()),
+    }
+    parts = {**sizes, "all of the wire": total}
+    body = [[name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"] for name, part in parts.items()]
     return "trained weights", ["part", "parameters", "MB"], body
 
 
 def together_table(scores: dict[str, Any]) -> Grid:
-    """Return how the receivers do as one, and what a message costs and saves, for each condition.
-    """
-    header = [
-        "the receivers read", "agreement", "oracle EM", "oracle F1", "joint EM", "joint F1", "first token @1", "@5",
-        "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "first token ms", "decode ms",
-        "examples/s",
-    ]  # fmt: skip
-    names = (
-        "agreement", "oracle_em", "oracle_f1", "joint_em", "joint_f1", "first_1", "first_5", "compression_bytes",
-        "compression_tokens", "encode_ms", "prefill_ms", "first_token_ms", "decode_ms", "examples_per_s",
-    )  # fmt: skip
+    """Return how the receivers do as one, and what a message costs and saves, by condition."""
     body = [
-        [label(key), *(_number(receivers["mean"].get(name)) for name in names)] for key, receivers in scores.items()
+        [label(key), *(_number(receivers["mean"].get(field)) for field in TOGETHER)]
+        for key, receivers in scores.items()
     ]
-    return "the receivers together (means over them)", header, body
+    return (
+        "the receivers together (means over them)",
+        ["the receivers read", *TOGETHER.values()],
+        body,
+    )
 
 
 def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
     """Return paired differences with their 95 % intervals and p values."""
-    body = [
-        [
-            label(pair["first"]),
-            label(pair["second"]),
-            receiver,
-            *_paired(found["em"]),
-            *_paired(found["f1"]),
-            *_paired(found["nll"], factor=1, digits=2),
-        ]
-        for pair in comparisons
-        for receiver, found in pair["receivers"].items()
-    ]
+    body = []
+    for pair in comparisons:
+        names = [label(pair["first"]), label(pair["second"])]
+        for receiver, differences in pair["receivers"].items():
+            em, f1 = _paired(differences["em"]), _paired(differences["f1"])
+            nll = _paired(differences["nll"], factor=1, digits=2)
+            body.append([*names, receiver, *em, *f1, *nll])
     return (
         "paired differences; 95 % intervals and p by contexts",
         ["first", "minus second", "receiver", "EM", "p", "F1", "p", "NLL", "p"],
@@ -135,10 +155,10 @@ def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
     )
 
 
-def _paired(found: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
+def _paired(paired: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
     """Return a difference with its interval, and p."""
-    difference, low, high = (f"{factor * found[end]:+.{digits}f}" for end in ("difference", "low", "high"))
-    return [f"{difference} [{low}, {high}]", f"{found['p']:.2g}"]
+    difference, low, high = (f"{factor * paired[end]:+.{digits}f}" for end in ("difference", "low", "high"))
+    return [f"{difference} [{low}, {high}]", f"{paired['p']:.2g}"]
 
 
 def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
@@ -153,12 +173,14 @@ def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
         ]
         for f in finalists
     ]
-    return f"finals: {metric} with fresh seeds", ["trial", "search", "fresh seeds", "mean", "search − mean"], body
+    header = ["trial", "search", "fresh seeds", "mean", "search − mean"]
+    return f"re-runs: {metric} with fresh seeds", header, body
 
 
 def failures_table(rows: list[dict[str, Any]]) -> Grid:
     """Return the failed trials and their causes."""
-    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in rows if row["state"] == "failed"]
+    failed = [row for row in rows if row["state"] == "failed"]
+    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in failed]
     return f"{len(body)} trials failed", ["trial", "cause"], body
 
 

@@ -154,7 +154,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------------------------------------- repeating
+# ---------------------------------------------------------------------------------------- repeating
 
 
 def read(path: Place) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class StudySearch(Searcher):
             self._study = study
         return self._study
 
-    # ----------------------------------------------------------------------------------------------- Tune's interface
+    # ----------------------------------------------------------------------------- Tune's interface
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Return a trial's values by path, and its number: an unfinished trial, else a new one.
@@ -227,7 +227,7 @@ class StudySearch(Searcher):
         self.journal, self.name = place(saved["journal"]), saved["study"]
         self._study, self._trials = None, {}
 
-    # ------------------------------------------------------------------------------------------------------ internals
+    # ------------------------------------------------------------------------------------ internals
 
     def _cause(self, trial: Trial, whole: bool) -> str | None:
         """Return why a trial failed; ``None`` if it did not, as a ``whole`` one.

@@ -44,11 +44,11 @@ class Stop(Stopper):
         self.status = 0
         """Exit status of the command."""
         self.taken = False
-        """Whether another driver has taken the sweep: then nothing may be written any more."""
+        """True when another driver has taken the sweep: then nothing may be written any more."""
         self.lease: Lease | None = None
         """Lease of the driver on its sweep; ``None`` where it needs none."""
         self.by_budget = False
-        """Whether the time budget alone ended the sweep: then complete trials may be scored."""
+        """True when the time budget alone ended the sweep: then complete trials may be scored."""
         self._deadline: float | None = None
         self._searching = False
 
@@ -84,7 +84,8 @@ class Stop(Stopper):
         return not self.taken
 
     def check_taken(self) -> None:
-        """Raise :class:`SweepStopped` where another driver has the sweep, and may write its files."""
+        """Raise :class:`SweepStopped` where another driver has the sweep and may write its files.
+        """
         if not self.may_write():
             raise SweepStopped(self.reason)
 
