@@ -43,9 +43,9 @@ def refuse_secrets(uri: str) -> str:
     if SECRETS.search(uri):
         shown = re.sub(r"^(\w+://)[^/?]*@", r"\1…@", uri).partition("?")[0]
         raise ValueError(
-            f"a URI must not hold credentials, they would stand in every manifest and report, got "
-            f"{shown}; give them by the node's role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
-            f"its environment"
+            "a URI must not hold credentials, they would stand in every manifest and report, got "
+            f"{shown}; give them by the node's role, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in its environment"
         )
     return uri
 
@@ -196,8 +196,8 @@ def explained(where: object, doing: str = "read") -> Iterator[None]:
         reasons = [reason for pattern, reason in REASONS.items() if re.search(pattern, text)]
         reason = reasons[0] if reasons else "see the reason"
         raise StorageError(
-            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: --resume): "
-            f"what is complete is kept ({text[:300]})"
+            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: "
+            f"--resume): what is complete is kept ({text[:300]})"
         ) from error
 
 

@@ -26,7 +26,7 @@ def remove_orphaned_groups() -> list[str]:
     for as long as the cluster lives (docs/search.md, "Fifty deaths").
     """
     with _this_cluster():
-        # Jobs and actors after the groups: what has ended by then can no longer be using one of them.
+        # Jobs and actors after the groups: those that have ended by then can use none of them.
         groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], limit=AT_MOST, detail=True)
         if not groups:
             return []

@@ -113,8 +113,9 @@ class Fleet:
             what = f"room for {' and '.join(without)}, {needed['GPU']:g} GPU: {room(needed)}"
             if left <= 0:
                 raise ReceiverError(
-                    f"shared receivers must find room within tune.wait_minutes ({minutes:g}), there was "
-                    f"no {what}; free some, add nodes, raise tune.wait_minutes, or set tune.receivers: own"
+                    f"shared receivers must find room within tune.wait_minutes ({minutes:g}), "
+                    f"there was no {what}; free some, add nodes, raise tune.wait_minutes, or set "
+                    "tune.receivers: own"
                 )
             print(f"shared receivers wait for {what}; {left / 60:.1f} minutes are left", flush=True)
 
@@ -216,7 +217,8 @@ def usage(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     total = {name: sum(account[name] for account in accounts) for name in ("requests", "joined", "seconds", "waited")}
     passes = sum(report["passes"] for report in reports)
     return (
-        f"shared {name}: {total['requests']:,} requests of {len(accounts)} trials in {passes:,} passes, "
-        f"{total['joined']:,} of them joined; {total['seconds']:.1f} s of passes, "
-        f"{total['waited']:.1f} s of waiting; {sum(report['waiting'] for report in reports)} wait still"
+        f"shared {name}: {total['requests']:,} requests of {len(accounts)} trials in {passes:,} "
+        f"passes, {total['joined']:,} of them joined; {total['seconds']:.1f} s of passes, "
+        f"{total['waited']:.1f} s of waiting; {sum(report['waiting'] for report in reports)} wait "
+        "still"
     )

@@ -49,7 +49,11 @@ class ReplicaActor:
     """
 
     def __init__(self, receiver: dict[str, Any], training: dict[str, Any], most_positions: int, threads: int) -> None:
-        """``receiver``, ``training``: dumped sections; ``training`` says how activations are kept and layers compiled."""
+        """Begin to load the weights.
+
+        ``receiver``, ``training``: dumped sections; ``training`` says how activations are kept and
+        whether layers are compiled. ``most_positions``: rows times positions of a joined pass.
+        """
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self.peers: list[Served] = []

@@ -48,8 +48,8 @@ class Files:
 def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[str, Files]:
     """Make shards and teachers' columns of every data variant that the space can draw.
 
-    Returns them by :func:`~latentwire.planning.variants.variant_key`. A few splits are made at once:
-    one small source is one task, which leaves the other cores idle. Raises
+    Returns them by :func:`~latentwire.planning.variants.variant_key`. A few splits are made side by
+    side: one small source is one task, which leaves the other cores idle. Raises
     :class:`~latentwire.config.resolve.ConfigError` as :func:`common_protocol_hash` does, before
     training rows are made.
     """
@@ -109,7 +109,7 @@ def common_protocol_hash(space: SweepConfig, dev: Iterable[Place]) -> str:
     if len(hashes) > 1:
         searched = ", ".join(path for path in paths_with("shards") if path in space.search)
         raise ConfigError(
-            f"all trials must be scored on the same development rows, got {len(hashes)} different sets; "
-            f"what makes them differ must not be searched, which is among {searched}"
+            f"all trials must be scored on the same development rows, got {len(hashes)} different "
+            f"sets; what makes them differ must not be searched, which is among {searched}"
         )
     return hashes.pop()

@@ -82,8 +82,9 @@ def conditions(
     """
     if tokens_per_latent and run.encoder.tokens_per_latent is None:
         raise ConfigError(
-            f"--tokens_per_latent needs an encoder whose message grows with the text, got "
-            f"encoder.tokens_per_latent null (latent_len {run.encoder.latent_len}); use --latent_len"
+            "--tokens_per_latent needs an encoder whose message grows with the text, got "
+            f"encoder.tokens_per_latent null (latent_len {run.encoder.latent_len}); use "
+            "--latent_len"
         )
     if latent_len and run.encoder.tokens_per_latent is not None:
         raise ConfigError(

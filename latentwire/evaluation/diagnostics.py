@@ -92,7 +92,7 @@ def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, contexts: list[str]) -> tup
     centre_Z, scale_Z = x_NZ[fit].mean(0), x_NZ[fit].std(0).clamp(min=1e-9)
     ones_N1 = torch.ones(len(x_NZ), 1, dtype=x_NZ.dtype)
     a_NZ = torch.cat(((x_NZ - centre_Z) / scale_Z, ones_N1), 1)
-    # Y: one column per class. Ridge regression is W = (AᵀA + λI)⁻¹ AᵀY; the largest of AW is picked.
+    # Y: one column per class. Ridge regression: W = (AᵀA + λI)⁻¹ AᵀY; AW's largest is picked.
     y_NC = torch.nn.functional.one_hot(label_N, int(label_N.max()) + 1).to(x_NZ.dtype)
     ridge_ZZ = RIDGE * len(fit) * torch.eye(a_NZ.shape[1], dtype=x_NZ.dtype)
     weight_ZC = torch.linalg.solve(a_NZ[fit].T @ a_NZ[fit] + ridge_ZZ, a_NZ[fit].T @ y_NC[fit])

@@ -72,9 +72,7 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
         raise ConfigError(f"--predictions must be a file of JSON, got {file}: {error}") from error
     if data.source.official_scores is None:
         scored = ", ".join(name for name, dataset in DATASETS.items() if dataset.official_scores)
-        raise ConfigError(
-            f"--predictions must be for a dataset with official scores, {scored}; got {data.dataset}"
-        )
+        raise ConfigError(f"--predictions must be for a dataset with official scores, {scored}; got {data.dataset}")
     hotpot = data.source.official_scores == "hotpotqa"
     answers = document.get("answer") if hotpot and isinstance(document, dict) else document
     if not isinstance(answers, dict):

@@ -38,8 +38,8 @@ def check_questions(run: RunConfig) -> None:
     """
     if not run.data.source.has_questions:
         raise ConfigError(
-            f"scores need questions, dataset {run.data.dataset} has none; name others, e.g. --set data.dataset=squad "
-            "--set losses.bundle=answer"
+            f"scores need questions, dataset {run.data.dataset} has none; name others, e.g. --set "
+            "data.dataset=squad --set losses.bundle=answer"
         )
 
 

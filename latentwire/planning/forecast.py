@@ -1,4 +1,4 @@
-"""Forecast of a whole sweep, from its nodes to its disk: printed by ``--dry_run``; it can refuse."""
+"""Forecast of a whole sweep, from its nodes to its disk; ``--dry_run`` prints it."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     need = f"{plan.num_workers} worker(s) of {plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU"
     if places < plan.num_workers:
         raise PlanError(
-            f"one trial needs {need}, {plan.worker_bytes / 1e9:.2f} GB, each on one node, and there is "
-            f"room for {places} ({'; '.join(lines)}): ask for less per worker, or add larger nodes"
+            f"one trial needs {need}, {plan.worker_bytes / 1e9:.2f} GB, each on one node, and "
+            f"there is room for {places} ({'; '.join(lines)}): ask for less per worker, or add "
+            "larger nodes"
         )
     at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
     if any("Free" in node for node in living):
@@ -132,9 +133,9 @@ class Forecast:
             )
             lines.append(
                 f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: "
-                f"{self.flop_per_run / 1e12:.3g} TFLOP a run at {REACHED[0]:.0%} to {REACHED[1]:.0%} of "
-                f"{rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, just measured), and "
-                f"{START_SECONDS:.0f} s to start"
+                f"{self.flop_per_run / 1e12:.3g} TFLOP a run at {REACHED[0]:.0%} to "
+                f"{REACHED[1]:.0%} of {rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, "
+                f"just measured), and {START_SECONDS:.0f} s to start"
             )
         free = "in an object store" if self.free_bytes is None else f"{self.free_bytes / 1e9:,.1f} GB free"
         lines.append(
@@ -166,8 +167,8 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
     if free_bytes is not None and disk_bytes > free_bytes:
         raise PlanError(
             f"a sweep needs about {disk_bytes / 1e9:.2f} GB ({checkpoints} checkpoints of "
-            f"{checkpoint / 1e9:.2f} GB, teachers' columns {columns_bytes / 1e9:.2f} GB), {disk} has "
-            f"{free_bytes / 1e9:.2f} GB free: lower tune.keep_checkpoints (now "
+            f"{checkpoint / 1e9:.2f} GB, teachers' columns {columns_bytes / 1e9:.2f} GB), {disk} "
+            f"has {free_bytes / 1e9:.2f} GB free: lower tune.keep_checkpoints (now "
             f"{tune.keep_checkpoints}), or set tune.storage_path"
         )
     return Forecast(

@@ -48,7 +48,7 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5625}
 
 
 class PlanError(UserError):
-    """A sweep that this cluster cannot hold; the message quotes what is needed and what there is."""
+    """A sweep that this cluster cannot hold; the message quotes what is needed and what is had."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Plan:
         ]
         lines.append(
             f"one trial: {self.trainable_parameters / 1e6:.2f} M trainable parameters at most, "
-            f"{self.num_workers} worker(s) of {self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU, "
-            f"about {self.bytes_per_worker / 1e9:.2f} GB"
+            f"{self.num_workers} worker(s) of {self.cpus_per_worker:g} CPU, "
+            f"{self.gpus_per_worker:g} GPU, about {self.bytes_per_worker / 1e9:.2f} GB"
         )
         shared = f"shared, {self.sharing}" if self.sharing else "own, in every worker"
         lines.append(f"receivers: {shared}")
@@ -210,7 +210,8 @@ def _own_at_once(estimate: Plan, run: RunConfig, gpus: float, memory_bytes: floa
         if not by_gpus:
             raise PlanError(
                 f"each of a trial's {workers} worker(s) needs {gpus_per_worker:g} of one GPU, and "
-                f"{gpus:g} GPUs hold {shares} of them: lower training.gpus_per_worker or num_workers"
+                f"{gpus:g} GPUs hold {shares} of them: lower training.gpus_per_worker or "
+                "num_workers"
             )
     if any(receiver.device_map != "none" for receiver in run.receivers):
         memory_bytes *= max(1, int(gpus_per_worker))  # its layers are on all of a worker's GPUs
@@ -218,8 +219,9 @@ def _own_at_once(estimate: Plan, run: RunConfig, gpus: float, memory_bytes: floa
         where = "GPU" if gpus_per_worker else "node"
         raise PlanError(
             f"one worker needs about {estimate.bytes_per_worker / 1e9:.1f} GB and the {where} has "
-            f"{memory_bytes / 1e9:.1f} GB: lower training.batch_size (now {run.training.batch_size}), set "
-            f"training.sequential_models, receivers' dtype bfloat16, or use smaller receivers"
+            f"{memory_bytes / 1e9:.1f} GB: lower training.batch_size (now "
+            f"{run.training.batch_size}), set training.sequential_models, receivers' dtype "
+            "bfloat16, or use smaller receivers"
         )
     if gpus_per_worker:
         return by_gpus
@@ -246,8 +248,8 @@ def _sharing(
         if choice == "auto":
             return None
         raise PlanError(
-            "tune.receivers: shared needs the memory of a GPU to plan with, and this machine has none "
-            "to ask: set tune.gpu_memory_gb, or tune.receivers: own"
+            "tune.receivers: shared needs the memory of a GPU to plan with, and this machine has "
+            "none to ask: set tune.gpu_memory_gb, or tune.receivers: own"
         )
     sizes = {r.name: (r.bytes_weights, r.bytes_step) for r in estimate.receivers}
     trainable = estimate.trainable_parameters
@@ -300,8 +302,9 @@ def _share(what: str, have: float, need: float) -> float:
         return math.inf
     if have < need:
         raise PlanError(
-            f"one trial needs {need:g} {what} and the cluster has {have:g}: lower training.num_workers, "
-            f"cpus_per_worker, gpus_per_worker or data.stream_cpus, or add nodes"
+            f"one trial needs {need:g} {what} and the cluster has {have:g}: lower "
+            "training.num_workers, cpus_per_worker, gpus_per_worker or data.stream_cpus, or add "
+            "nodes"
         )
     return times(have, need)
 

@@ -68,10 +68,10 @@ def find_tear(file: Path) -> Tear | None:
             position += len(line)
     if torn is not None and max(followers.values(), default=0) > LINES_PAST_A_TEAR:
         raise JournalError(
-            f"a journal may be torn at its end, where a death or a full disk leaves half a line, got "
-            f"a damaged line {torn.line} with {sum(followers.values()):,} whole ones after it in "
-            f"{file}: put back a copy of the file from before the damage, or begin a new sweep with "
-            f"--set tune.warm_start=<such a copy>"
+            "a journal may be torn at its end, where a death or a full disk leaves half a line, "
+            f"got a damaged line {torn.line} with {sum(followers.values()):,} whole ones after it "
+            f"in {file}: put back a copy of the file from before the damage, or begin a new sweep "
+            "with --set tune.warm_start=<such a copy>"
         )
     return torn
 

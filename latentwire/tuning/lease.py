@@ -204,8 +204,8 @@ class Lease:
         again = read(self.sweep)
         if again is not None and again.heartbeat != other.heartbeat:
             raise LeaseError(
-                f"--force takes over from a dead driver only, and {self.sweep} has {again}, which lives; "
-                f"stop that one first"
+                f"--force takes over from a dead driver only, and {self.sweep} has {again}, which "
+                "lives; stop that one first"
             )
         print(f"taken over from {other}", flush=True)
 

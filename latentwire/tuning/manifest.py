@@ -220,11 +220,11 @@ def check_data(document: Mapping[str, Any], files: Mapping[str, Files], protocol
     for variant in files.values():
         if variant.keys not in document["data"]:
             raise ConfigError(
-                f"a repeated trial needs the shards that its manifest names ({document['data']}), these "
-                f"are {variant.keys}; give the same data by --set data.data_dir=<directory>"
+                f"a repeated trial needs the shards that its manifest names ({document['data']}), "
+                f"these are {variant.keys}; give the same data by --set data.data_dir=<directory>"
             )
     if protocol != document["evaluation_pin"]:
         raise ConfigError(
-            f"the protocol hash must be {document['evaluation_pin']} as in the manifest, got {protocol}; "
-            f"use the version of latentwire that wrote it"
+            f"the protocol hash must be {document['evaluation_pin']} as in the manifest, got "
+            f"{protocol}; use the version of latentwire that wrote it"
         )

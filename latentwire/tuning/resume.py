@@ -41,8 +41,8 @@ def read_space(output: Place, assignments: list[str]) -> SweepConfig:
     for path in overrides:
         if path not in CHANGEABLE:
             raise ConfigError(
-                f"a resumed sweep keeps its space; only {', '.join(CHANGEABLE)} can change, got {path}. "
-                f"For another space start a new sweep with --set tune.warm_start={output}"
+                f"a resumed sweep keeps its space; only {', '.join(CHANGEABLE)} can change, got "
+                f"{path}. For another space start a new sweep with --set tune.warm_start={output}"
             )
     with local(output / SPACE_FILE) as file:
         return load_space(file, overrides)

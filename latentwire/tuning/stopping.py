@@ -84,7 +84,7 @@ class Stop(Stopper):
         return not self.taken
 
     def check_taken(self) -> None:
-        """Raise :class:`SweepStopped` where another driver has the sweep and may write its files."""
+        """Raise :class:`SweepStopped` where another driver has the sweep, and its files."""
         if not self.may_write():
             raise SweepStopped(self.reason)
 

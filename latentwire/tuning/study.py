@@ -107,8 +107,8 @@ def record_protocol(study: optuna.Study, protocol: str) -> None:
     recorded = study.user_attrs.get(PROTOCOL, protocol)
     if recorded != protocol:
         raise ConfigError(
-            f"scores of study {study.study_name} have the protocol hash {recorded}, new ones would have "
-            f"{protocol}: rows, layout, decoding or metrics differ; start a new sweep"
+            f"scores of study {study.study_name} have the protocol hash {recorded}, new ones would "
+            f"have {protocol}: rows, layout, decoding or metrics differ; start a new sweep"
         )
     study.set_user_attr(PROTOCOL, protocol)
 
