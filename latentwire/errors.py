@@ -1,4 +1,4 @@
-"""What a user can cause, for the entry points to print as one line instead of a traceback."""
+"""Errors that a user can cause; commands print them as one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 import sys
 
 RETRIES = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts.*", re.DOTALL)
-"""What Ray Data appends to the text of every error in a task: how its own retries are set."""
+"""Text that Ray Data appends to every error in a task: how its own retries are set."""
 
 
 class UserError(Exception):
-    """What a user did wrong, or can put right: the message quotes the rule, the value and the next move.
+    """An error that a user caused, or can mend: it quotes the rule, the value and the next move.
 
     Each room has its own kind; whoever wants them all catches this.
     """
@@ -19,7 +19,8 @@ class UserError(Exception):
 def fail(error: Exception) -> int:
     """Print one clear error and return the exit status for it.
 
-    What a Ray task raised comes with the task's traceback for a text; its cause has the one line, and Ray Data's advice after it.
+    An error from a Ray task has the task's traceback for a text. Its cause has the one line, and
+    Ray Data's advice after it.
     """
     while isinstance(cause := getattr(error, "cause", None), Exception):
         error = cause

@@ -368,18 +368,15 @@ def choose_receivers(
     return with_values(run, values, "receivers")
 
 
-def load_weights(
-    path: Path, wire: LatentWire, manifest: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Put a checkpoint's encoder and adapters into ``wire``; return the manifest.
+def load_weights(path: Path, wire: LatentWire, manifest: dict[str, Any]) -> None:
+    """Put a checkpoint's encoder and adapters into ``wire``.
 
-    ``manifest``: that of :func:`read_manifest`, where it was read. Raises :class:`CheckpointError`
-    for changed files, other shapes or keys, or receivers whose weights hash differently from those
-    it was trained with.
+    ``manifest``: by :func:`read_manifest`, which has checked that the files are whole. Raises
+    :class:`CheckpointError` for other shapes or keys, or receivers whose weights hash differently
+    from those it was trained with.
     """
     path = Path(path)
-    manifest, run = manifest or read_manifest(path), read_run(path)
-    others = {receiver.name for receiver in run.receivers} - wire.receivers.keys()
+    others = {receiver.name for receiver in read_run(path).receivers} - wire.receivers.keys()
     for name, module in parts(wire).items():
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} must hold {name} for this configuration, it does not")
@@ -401,7 +398,6 @@ def load_weights(
                 f"{actual[:12]}… ({wire.receivers[name].config.model}); load the same weights and "
                 f"dtype"
             )
-    return manifest
 
 
 def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> None:

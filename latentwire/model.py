@@ -148,9 +148,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 f"{path} lets {', '.join(with_code)} run code that comes with their weights; read "
                 f"that code, then say trust_remote_code=True"
             )
-        exports.check_models(path, run)
-        wire = cls(run)
-        wire.manifest = exports.load_weights(path, wire, manifest)
+        wire, _ = load_wire(path, run, manifest)
+        wire.manifest = manifest
         wire._loaded = fingerprint(wire.interlingua)
         return wire
 
@@ -436,13 +435,18 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def load_wire(path: Path, run: RunConfig | None = None) -> tuple[LatentWire, dict[str, Any]]:
-    """Load a wire with its receivers from a checkpoint or export; return its manifest too.
+def load_wire(
+    path: Path, run: RunConfig | None = None, manifest: dict[str, Any] | None = None
+) -> tuple[LatentWire, dict[str, Any]]:
+    """Load a wire and its receivers from a checkpoint or export; returns it with its manifest.
 
-    ``run`` replaces its configuration.
+    ``run`` replaces the configuration it was saved with. ``manifest``: by
+    :func:`latentwire.exports.read_manifest`, where the caller has read it: reading it hashes every
+    file.
     """
-    manifest = exports.read_manifest(path)
+    manifest = exports.read_manifest(path) if manifest is None else manifest
     run = run or exports.read_run(path)
     exports.check_models(path, run)
     wire = LatentWire(run)
-    return wire, exports.load_weights(path, wire, manifest)
+    exports.load_weights(path, wire, manifest)
+    return wire, manifest

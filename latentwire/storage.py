@@ -1,8 +1,9 @@
-"""Places on this machine or in an object store, behind the few of pathlib's methods that the package needs.
+"""Places on this machine or in an object store, behind the few methods of pathlib that are needed.
 
-A place is a :class:`pathlib.Path` (local disk, NFS) or a :class:`Remote`: a URI that pyarrow reads (``s3://…``, ``gs://…``),
-with the credentials that pyarrow finds (a role, the environment, a profile). Nothing is ever seen half written: a local
-file is written aside and renamed, and an object is there once all of it has arrived.
+A place is a :class:`pathlib.Path` (local disk, NFS) or a :class:`Remote`: a URI that pyarrow reads
+(``s3://…``, ``gs://…``), with the credentials that pyarrow finds (a role, the environment, a
+profile). Nothing is ever seen half written: a local file is written aside and renamed, and an
+object is there once all of it has arrived.
 """
 
 from __future__ import annotations
@@ -27,26 +28,30 @@ from pyarrow import fs
 from latentwire.errors import UserError
 
 SECRETS = re.compile(r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|token|password|sig)=", re.IGNORECASE)
-"""What must not stand in a URI: configurations are written into results, logs and reports."""
+"""Pattern of credentials in a URI: configurations are written into results, logs and reports."""
 
 
 class StorageError(UserError):
-    """A place that cannot be read or written; the message names it, the reason and the next move."""
+    """A place that cannot be read or written; the message names it, the reason and a next move."""
 
 
 def refuse_secrets(uri: str) -> str:
-    """The URI, if it holds no credentials. Raises :class:`ValueError`, which does not quote them."""
+    """Return the URI if it holds no credentials.
+
+    Raises :class:`ValueError`, which does not quote them.
+    """
     if SECRETS.search(uri):
         shown = re.sub(r"^(\w+://)[^/?]*@", r"\1…@", uri).partition("?")[0]
         raise ValueError(
-            f"a URI must not hold credentials, they would stand in every manifest and report, got {shown}; give them by the "
-            f"node's role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in its environment"
+            "a URI must not hold credentials, they would stand in every manifest and report, got "
+            f"{shown}; give them by the node's role, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in its environment"
         )
     return uri
 
 
 def expanded(address: str) -> str:
-    """An address with ``~`` and ``$NAME`` replaced: in a file, or after ``=``, no shell does it.
+    """Return an address with ``~`` and ``$NAME`` replaced, as no shell does after ``=``.
 
     Raises :class:`ValueError` for a name that the environment does not have.
     """
@@ -88,22 +93,25 @@ class Remote:
         return self.parent / name
 
     def absolute(self) -> Remote:
-        """Itself."""
+        """Return itself."""
         return self
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Nothing: an object store has no directories of its own."""
+        """Do nothing: an object store has no directories of its own."""
 
     def exists(self) -> bool:
-        """Whether there is a file, or anything below. Raises :class:`StorageError` where that cannot be told."""
+        """Return whether there is a file, or anything below.
+
+        Raises :class:`StorageError` where the store does not say.
+        """
         return self._type() != fs.FileType.NotFound
 
     def is_file(self) -> bool:
-        """Whether there is a file."""
+        """Return whether there is a file."""
         return self._type() == fs.FileType.File
 
     def is_dir(self) -> bool:
-        """Whether there is anything below."""
+        """Return whether there is anything below."""
         return self._type() == fs.FileType.Directory
 
     def _type(self) -> fs.FileType:
@@ -112,14 +120,14 @@ class Remote:
             return system.get_file_info(path).type
 
     def read_bytes(self) -> bytes:
-        """The whole file. Raises :class:`StorageError`."""
+        """Return the whole file. Raises :class:`StorageError`."""
         with explained(self):
             system, path = at(self)
             with system.open_input_stream(path) as stream:
                 return stream.readall()
 
     def read_text(self) -> str:
-        """The whole file as UTF-8. Raises :class:`StorageError`."""
+        """Return the whole file as UTF-8. Raises :class:`StorageError`."""
         return self.read_bytes().decode("utf-8")
 
 
@@ -127,7 +135,10 @@ Place = Path | Remote
 
 
 def place(address: str | Place) -> Place:
-    """A path on this machine, or in the store that a URI names. Raises :class:`ValueError`."""
+    """Return a path on this machine, or in the store that a URI names.
+
+    Raises :class:`ValueError`.
+    """
     if isinstance(address, Path | Remote):
         return address
     address = expanded(address)
@@ -137,7 +148,7 @@ def place(address: str | Place) -> Place:
 
 
 def at(where: Place) -> tuple[fs.FileSystem, str]:
-    """pyarrow's file system for a place, and the path there."""
+    """Return pyarrow's file system for a place, and the path there."""
     if isinstance(where, Path):
         return fs.LocalFileSystem(), str(where)
     scheme, _, rest = where.uri.partition("://")
@@ -147,42 +158,57 @@ def at(where: Place) -> tuple[fs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=16)
 def _system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
-    """A file system keeps its connections; making one looks for credentials, which takes a second where there are none."""
+    """Return a file system, which keeps its connections.
+
+    Making one looks for credentials, which takes a second where there are none.
+    """
     return fs.FileSystem.from_uri(f"{scheme}://{bucket}{'?' if query else ''}{query}")[0]
 
 
 REASONS = {
-    r"ACCESS_DENIED|HTTP status 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId": "access is denied: give every node's "
-    "role or AWS_ACCESS_KEY_ID the right to read, write and list there",
-    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": "there is no such bucket or file: make it, or name another",
-    r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": "it does not answer: check "
-    "the network and AWS_ENDPOINT_URL",
-    r"[Tt]runcated compressed|inflate failed|decompress failed": "it is cut, or not compressed as its name says: "
-    "fetch it anew",
-    r"[Uu]nrecognized filesystem|Cannot parse URI": "pyarrow does not know such a URI: use s3://, gs:// or a directory",
+    r"ACCESS_DENIED|HTTP status 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId": (
+        "access is denied: give every node's role or AWS_ACCESS_KEY_ID the right to read, write and list there"
+    ),
+    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": ("there is no such bucket or file: make it, or name another"),
+    r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": (
+        "it does not answer: check the network and AWS_ENDPOINT_URL"
+    ),
+    r"[Tt]runcated compressed|inflate failed|decompress failed": (
+        "it is cut, or not compressed as its name says: fetch it anew"
+    ),
+    r"[Uu]nrecognized filesystem|Cannot parse URI": (
+        "pyarrow does not know such a URI: use s3://, gs:// or a directory"
+    ),
 }
-"""What stands in pyarrow's messages, and what that means."""
+"""Pattern in pyarrow's messages → what it means and what to do."""
 
 
 @contextlib.contextmanager
 def explained(where: object, doing: str = "read") -> Iterator[None]:
-    """Turn pyarrow's errors into a :class:`StorageError` that names the place, the reason and the next move."""
+    """Turn pyarrow's errors into a :class:`StorageError`.
+
+    It names the place, the reason and the next move.
+    """
     try:
         yield
     except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
-        reason = next((said for pattern, said in REASONS.items() if re.search(pattern, text)), "see the reason")
+        reasons = [reason for pattern, reason in REASONS.items() if re.search(pattern, text)]
+        reason = reasons[0] if reasons else "see the reason"
         raise StorageError(
-            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: --resume): what is "
-            f"complete is kept ({text[:300]})"
+            f"{where} cannot be {doing}; {reason}, then give the same command again (a sweep: "
+            f"--resume): what is complete is kept ({text[:300]})"
         ) from error
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write(where: Place, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a local file and put it in its place: it is whole or absent, whoever else writes the same one."""
+    """Let ``fill`` write a local file and put it in its place, whole or not at all.
+
+    That holds whoever else writes the same one.
+    """
     if isinstance(where, Path):
         aside = where.with_name(f".{where.name}.part-{uuid.uuid4().hex[:8]}")
         try:
@@ -198,21 +224,25 @@ def write(where: Place, fill: Callable[[Path], object]) -> None:
 
 
 def write_text(where: Place, text: str) -> None:
-    """A file of text, by :func:`write`; its directory is made."""
+    """Write a file of text, by :func:`write`; its directory is made."""
     where.parent.mkdir(parents=True, exist_ok=True)
     write(where, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def upload(file: Path, where: Remote) -> None:
-    """Put a local file into the store. Raises :class:`StorageError`; then nothing is there, or what was there before."""
+    """Put a local file into the store.
+
+    Raises :class:`StorageError`; then nothing is there, or the file that was there before.
+    """
     with explained(where, "written"):
         system, path = at(where)
-        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+        here = fs.LocalFileSystem()
+        fs.copy_files(str(file), path, source_filesystem=here, destination_filesystem=system)
 
 
 @contextlib.contextmanager
 def local(where: Place) -> Iterator[Path]:
-    """A file or directory as one on this machine: itself, or a copy that lasts as long as the block."""
+    """Yield a file or directory as one on this machine: itself, or a copy that the block has."""
     if isinstance(where, Path):
         yield where
         return
@@ -222,46 +252,58 @@ def local(where: Place) -> Iterator[Path]:
             system, path = at(where)
             if where.is_dir():
                 target.mkdir()
-            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+            here = fs.LocalFileSystem()
+            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=here)
         yield target
 
 
 @contextlib.contextmanager
 def directory(where: Place, last: str) -> Iterator[Path]:
-    """A directory that does not exist yet, to be made by the block; in a store its file ``last``, which makes it complete,
-    arrives last."""
+    """Yield a directory for the block to make; in a store its file ``last`` arrives last.
+
+    That file makes the directory complete.
+    """
     if isinstance(where, Path):
         yield where
         return
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / where.name
         yield target
-        files = sorted((file for file in target.rglob("*") if file.is_file()), key=lambda file: file.name == last)
-        for file in files:
+        files = [file for file in target.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == last):
             upload(file, where / file.relative_to(target).as_posix())
 
 
 def children(where: Place) -> list[Place]:
-    """What stands directly in a directory, by name; nothing where there is none. Raises :class:`StorageError`."""
+    """List what stands directly in a directory, by name; nothing where there is none.
+
+    Raises :class:`StorageError`.
+    """
     if isinstance(where, Path):
         return [*sorted(where.iterdir())] if where.is_dir() else []
     with explained(where):
         system, path = at(where)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return [where / name for name in sorted(info.base_name for info in found)]
+        infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [where / name for name in sorted(info.base_name for info in infos)]
 
 
 def files_below(where: Place) -> dict[str, int]:
-    """Bytes of every file in a directory, by its path below; a file that goes away meanwhile counts nothing."""
+    """Return the bytes of every file in a directory, by its path below.
+
+    A file that goes away meanwhile counts nothing.
+    """
     with explained(where):
         system, path = at(where)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+        infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
     start = len(path.rstrip("/")) + 1
-    return {info.path[start:]: info.size or 0 for info in found if info.type == fs.FileType.File}
+    return {info.path[start:]: info.size or 0 for info in infos if info.type == fs.FileType.File}
 
 
 def text_if_there(where: Place) -> str | None:
-    """A file's text; ``None`` where there is none, or none any more. Raises :class:`StorageError`."""
+    """Return a file's text; ``None`` where there is none, or none any more.
+
+    Raises :class:`StorageError`.
+    """
     try:
         return where.read_text()
     except (FileNotFoundError, StorageError):
@@ -271,7 +313,10 @@ def text_if_there(where: Place) -> str | None:
 
 
 def delete(where: Place) -> None:
-    """Delete a file; nothing where there is none, or none any more. Raises :class:`StorageError`."""
+    """Delete a file; nothing where there is none, or none any more.
+
+    Raises :class:`StorageError`.
+    """
     if isinstance(where, Path):
         where.unlink(missing_ok=True)
     elif where.is_file():
@@ -285,7 +330,10 @@ def delete(where: Place) -> None:
 
 
 def delete_directory(where: Remote) -> None:
-    """Delete the marker that a store keeps of a directory whose files are gone. Raises :class:`StorageError`."""
+    """Delete the marker that a store keeps of a directory whose files are gone.
+
+    Raises :class:`StorageError`.
+    """
     with explained(where, "deleted"):
         system, path = at(where)
         system.delete_dir(path)
@@ -303,12 +351,12 @@ def rename(where: Place, name: str) -> None:
         (system.delete_dir if where.is_dir() else system.delete_file)(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @contextlib.contextmanager
 def opened(where: Place) -> Iterator[Any]:
-    """A file's bytes as a stream. Raises :class:`StorageError`."""
+    """Yield a file's bytes as a stream. Raises :class:`StorageError`."""
     with explained(where):
         system, path = at(where)
         with system.open_input_stream(path) as stream:
@@ -316,27 +364,30 @@ def opened(where: Place) -> Iterator[Any]:
 
 
 def size(where: Place) -> int:
-    """Bytes of a file. Raises :class:`StorageError`."""
+    """Return the bytes of a file. Raises :class:`StorageError`."""
     with explained(where):
         system, path = at(where)
         return int(system.get_file_info(path).size or 0)
 
 
 def sha256(where: Place) -> str:
-    """Hash of a file's bytes, in hex. Raises :class:`StorageError`."""
+    """Return the hash of a file's bytes, in hex. Raises :class:`StorageError`."""
     with opened(where) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_parquet(where: Place, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file's rows. ``columns``: ``None`` for all. Raises :class:`StorageError`."""
+    """Return a Parquet file's rows.
+
+    ``columns``: ``None`` for all. Raises :class:`StorageError`.
+    """
     with explained(where):
         system, path = at(where)
         return pq.read_table(path, columns=None if columns is None else list(columns), filesystem=system)
 
 
 def read_footer(where: Place) -> pq.FileMetaData:
-    """A Parquet file's metadata. Raises :class:`StorageError`."""
+    """Return a Parquet file's metadata. Raises :class:`StorageError`."""
     with explained(where):
         system, path = at(where)
         return pq.read_metadata(path, filesystem=system)

@@ -1,4 +1,4 @@
-"""How many threads a process computes with."""
+"""The number of threads that a process computes with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 
 
 def use_threads(cpus: float) -> int:
-    """Compute with as many threads as ``training.cpus_per_worker`` gives CPUs, but no more than this process may use.
+    """Compute with as many threads as ``training.cpus_per_worker`` gives CPUs.
 
-    PyTorch by itself takes every core, also those that others are busy on: then each operation waits for its slowest thread.
-    Returns the number of threads.
+    There are at most as many as this process has cores. PyTorch by itself takes every core, also
+    those that others are busy on: then each operation waits for its slowest thread. Returns the
+    number of threads.
     """
     threads = min(max(1, int(cpus)), cores())
     torch.set_num_threads(threads)
@@ -19,5 +20,5 @@ def use_threads(cpus: float) -> int:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

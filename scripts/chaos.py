@@ -45,10 +45,10 @@ from latentwire.config.resolve import load_space, with_values
 from latentwire.data import shards, streams
 from latentwire.distributed import sweep_files
 from latentwire.model import LatentWire
+from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import variant_key
 from latentwire.training.loop import Trainer
 from latentwire.tuning.resume import SPACE_FILE
-from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
 
 REPOSITORY = Path(__file__).parent.parent

@@ -61,7 +61,7 @@ def evaluate(
     """
     where = sought(str(checkpoint)).absolute()
     with local(where) as folder:
-        exports.read_manifest(folder)
+        manifest = exports.read_manifest(folder)
         run = with_values(exports.read_run(folder), dict(overrides or {}))
         run = with_home(SweepConfig(run=run)).run
         exports.check_models(folder, run)
@@ -69,15 +69,17 @@ def evaluate(
         if not on_ray:
             use_threads(run.training.cpus_per_worker)
             path = local_shards(run, (split,))[split]
-            wire, _ = load_wire(folder, run)
-            known = known_of(folder, split, path, diagnose(wire, shards.read_table(path)) if probes else None)
+            wire, _ = load_wire(folder, run, manifest)
+            looked = diagnose(wire, shards.read_table(path)) if probes else None
+            known = known_of(folder, manifest, split, path, looked)
             predictions = scoring.predict_conditions(wire, path, questions.conditions, joint=joint)
             return Evaluation(run, questions, predictions, known)
-    return _on_ray(where, run, split, questions, joint, probes, copies)
+    return _on_ray(where, manifest, run, split, questions, joint, probes, copies)
 
 
 def _on_ray(
     checkpoint: Place,
+    manifest: dict[str, Any],
     run: RunConfig,
     split: shards.ShardSplit,
     questions: Questions,
@@ -99,7 +101,7 @@ def _on_ray(
         remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run) if probes else None
     )
     with local(checkpoint) as folder:
-        known = known_of(folder, split, path, looked)
+        known = known_of(folder, manifest, split, path, looked)
     predictions = scoring_pool.predict_pool(
         checkpoint,
         path,

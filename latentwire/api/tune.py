@@ -18,13 +18,14 @@ from latentwire.errors import fail
 from latentwire.evaluation import readings, scoring
 from latentwire.planning import forecast, planner
 from latentwire.planning.planner import Plan
+from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import largest_run, variant_key
 from latentwire.reports import html, tables
 from latentwire.storage import Place, place
 from latentwire.tuning import checkpoint_budget, lease, manifest, reruns, results, resume, sweep
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.results import Best, SweepError
-from latentwire.tuning.searcher import check_draws, check_searchable, objectives
+from latentwire.tuning.searcher import check_draws, check_searchable
 from latentwire.tuning.stopping import SIGINT_STATUS, Stop
 from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
@@ -288,7 +289,7 @@ def search(
     stop.check_taken()
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
-    grids = tables.sweep_tables(rows, finalists, scored, best, run, space.tune)
+    grids = tables.sweep_tables(rows, finalists, scored, best, run, space)
     gap = results.selection_gap(best, scored.scores, space.tune.metric)
     found = {"command": command, "best": vars(best), "selection": gap, "trials": rows} | scored.document
     found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
@@ -311,7 +312,7 @@ def _without_winner(
     rows: list[dict[str, Any]], space: SweepConfig, output: Place, command: str, error: results.SweepError
 ) -> int:
     """What the trials came to all the same; returns the exit status."""
-    grids = tables.trial_tables(rows, space.tune)
+    grids = tables.trial_tables(rows, space)
     tables.show(grids)
     print(f"report: {tables.write_report(output, f'No winner: {error}', grids, command)}, {html.write(output)}")
     status = fail(error)

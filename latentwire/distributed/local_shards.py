@@ -10,10 +10,11 @@ from latentwire.storage import Place
 def local_shards(
     run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
 ) -> dict[shards.ShardSplit, Place]:
-    """Shards of a run that trains in this process, and with them the teachers' columns.
+    """Return the shards of a run that trains in this process, and make the missing ones.
 
-    Ray is started only where some are missing, and stopped again. Raises :class:`~latentwire.data.sources.DataError` where
-    it would be needed and is not installed.
+    The teachers' columns of training shards are made with them. Ray is started only where something
+    is missing, and stopped again. Raises :class:`~latentwire.data.sources.DataError` where it would
+    be needed and is not installed.
     """
     paths = {split: shards.shard_path(run, split) for split in splits}
     complete = all(shards.complete(path) for path in paths.values())
@@ -24,10 +25,12 @@ def local_shards(
 
         from latentwire.distributed.cluster import start_ray
     except ImportError as error:
-        missing = [str(path) for path in paths.values() if not shards.complete(path)] or ["the teachers' columns"]
+        missing = [str(path) for path in paths.values() if not shards.complete(path)]
+        missing = missing or ["the teachers' columns"]
         raise sources.DataError(
-            f"shards must be there where Ray, which makes them, is not installed, got none at {', '.join(missing)}; make them "
-            f"by ray_jobs/preprocess.py with the same versions of tokenizers and transformers, and copy {run.data.shard_dir}"
+            f"shards must be there where Ray, which makes them, is not installed, got none at "
+            f"{', '.join(missing)}; make them by `latentwire preprocess` with the same versions of "
+            f"tokenizers and transformers, and copy {run.data.shard_dir}"
         ) from error
 
     start_ray(log_to_driver=False)

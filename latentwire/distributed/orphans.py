@@ -1,4 +1,4 @@
-"""What drivers that were killed leave behind on a cluster that outlives them."""
+"""Placement groups that dead drivers leave behind on a cluster that outlives them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ray.util.state import list_actors, list_jobs, list_placement_groups
 from ray.util.state.common import ActorState, JobState, PlacementGroupState
 
 AT_MOST = 10_000
-"""Rows that the State API gives at once."""
+"""Most rows that the State API gives at once."""
 ASKED = "RAY_API_SERVER_ADDRESS"
-"""Where the State API asks, before any address that it is given."""
+"""Environment variable by which the State API chooses a cluster, before any address it is given."""
 
 
 def remove_orphaned_groups() -> list[str]:
-    """Remove the placement groups that nobody is left to use from this driver's cluster; returns their ids.
+    """Remove placement groups that nobody is left to use from this driver's cluster.
 
-    Ray removes a job's groups when the job ends. One that the job's actors ask for in that very moment is made after the
-    others were removed, and holds its CPUs and GPUs for as long as the cluster lives (docs/search.md, "Fifty deaths").
+    Returns their ids. Ray removes a job's groups when the job ends. A group that the job's actors
+    ask for in that very moment is made after the others were removed, and holds its CPUs and GPUs
+    for as long as the cluster lives (docs/search.md, "Fifty deaths").
     """
     with _this_cluster():
-        # Jobs and actors after the groups: what has ended by then can no longer be using one of them.
+        # Jobs and actors after the groups: those that have ended by then can use none of them.
         groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], limit=AT_MOST, detail=True)
         if not groups:
             return []
@@ -39,9 +40,10 @@ def remove_orphaned_groups() -> list[str]:
 def orphaned(
     groups: Iterable[PlacementGroupState], jobs: Iterable[JobState], living: Iterable[ActorState]
 ) -> list[str]:
-    """Ids of the groups that were to end with a job, whose job has ended, and none of whose job's actors lives.
+    """List the ids of groups whose job has ended and left no living actor.
 
-    An actor may outlive its job on purpose, and so may the groups that it made.
+    An actor may outlive its job on purpose, and so may the groups that it made: those are detached,
+    and are left out.
     """
     ended = {job.job_id for job in jobs if job.status.is_terminal()} - {actor.job_id for actor in living}
     return [group.placement_group_id for group in groups if not group.is_detached and group.creator_job_id in ended]
@@ -49,7 +51,7 @@ def orphaned(
 
 @contextmanager
 def _this_cluster() -> Iterator[None]:
-    """Let the State API ask the cluster that this driver is connected to, of several on the machine."""
+    """Let the State API ask the cluster of this driver, of several on the machine."""
     before = os.environ.get(ASKED)
     os.environ[ASKED] = ray.get_runtime_context().gcs_address
     try:

@@ -1,4 +1,4 @@
-"""Work that needs a worker's resources, run on the cluster."""
+"""Work that needs a worker's resources, as a task on the cluster."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from latentwire.planning.forecast import matrix_product_rate
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
     """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
-    wanted = run.training
-    task = ray.remote(num_cpus=wanted.cpus_per_worker, num_gpus=gpus, resources=wanted.worker_resources)(function)
+    training = run.training
+    task = ray.remote(
+        num_cpus=training.cpus_per_worker,
+        num_gpus=gpus,
+        resources=training.worker_resources,
+    )(function)
     try:
         return ray.get(task.remote(*arguments))
     except RayTaskError as error:
-        # What the user did wrong over there reads here as it would without Ray; the remote traceback stays chained.
+        # A user's error reads here as it would without Ray; the remote traceback stays chained.
         raise error.cause from error
 
 
 def measure_rate(run: RunConfig, gpus: float) -> float:
-    """FLOP/s of a matrix product on one worker's resources, in a task of its own."""
+    """Measure FLOP/s of a matrix product on one worker's resources, in a task of its own."""
     return float(on_cluster(run, gpus, matrix_product_rate, run.training.cpus_per_worker))

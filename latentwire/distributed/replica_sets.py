@@ -25,48 +25,50 @@ from latentwire.planning.devices import hold
 from latentwire.planning.sharing import Sharing
 
 SAY_SECONDS = 30
-"""Between two lines on what the first replicas wait for."""
+"""Seconds between two lines that say what the first replicas wait for."""
 GROW_SECONDS = 15
-"""Between two looks at whether the cluster has grown."""
+"""Seconds between two looks at whether the cluster has grown."""
 ANSWER_SECONDS = 60
-"""That a replica has at a sweep's end to give its account: its node may be gone, for good."""
+"""Seconds that a replica has at a sweep's end to give its account: its node may be gone for
+good."""
 
 
 class Fleet:
-    """Replicas of every receiver of a run, in sets of one of each."""
+    """The replicas of every receiver of a run, in sets of one of each."""
 
     def __init__(self, run: RunConfig, sharing: Sharing, expected: Mapping[str, str] | None) -> None:
         """``expected``: hashes that the weights must have."""
         self.run, self.sharing, self.expected = run, sharing, expected
         self.served: dict[str, list[Served]] = {receiver.name: [] for receiver in run.receivers}
-        """Those that trials may ask: their weights are loaded, and are what they should be."""
+        """Replicas that trials may ask: their weights are loaded, and have the expected hash."""
         self.hashes: dict[str, str] = dict(expected or {})
         self.sets = 0
         self._begun: dict[str, list[Any]] = {receiver.name: [] for receiver in run.receivers}
         self._joining: list[tuple[str, Any, Any, Any]] = []
-        """Receiver, actor, and what it will say: its node, and the facts of its weights."""
+        """Replicas that are still loading: receiver, actor, and references to its node and its
+        weights' facts."""
         self._planned_gpus = cluster_resources().get("GPU", 0.0)
         self._ends = threading.Event()
         self._watch: threading.Thread | None = None
 
-    # ------------------------------------------------------------------------------------------------------ beginning
+    # ------------------------------------------------------------------------------------ beginning
 
     def start(self, minutes: float) -> None:
-        """Begin what there is room for now, at least one set, and wait until it is loaded.
+        """Begin the replicas that there is room for, at least one set, and wait until they are
+        loaded.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` where the first replicas have found no
-        room in so many minutes, or have other weights than they should.
+        Raises :class:`~latentwire.models.weights.ReceiverError` where the first replicas have found
+        no room in so many minutes, or have other weights than they should.
         """
         self._begin(self._sets_on(ray.available_resources()))
         self._wait_for_room(minutes)
-        here = [joining for joining in self._joining if _is_there(joining[2])]
-        for joining in here:
+        for joining in [joining for joining in self._joining if _is_there(joining[2])]:
             self._join(*joining)
         self._watch = threading.Thread(target=self._grow, name="replicas", daemon=True)
         self._watch.start()
 
     def _sets_on(self, resources: Mapping[str, float]) -> int:
-        """Return how many sets belong on some resources: their part of all that was planned for."""
+        """Count the sets that belong on some resources: their part of all that was planned for."""
         replicas = self.sharing.replicas
         if not any(self.sharing.gpus_per_replica.values()):
             return replicas
@@ -77,7 +79,7 @@ class Fleet:
         return max(1, sets)
 
     def _begin(self, sets: int) -> None:
-        group = {"asking": 2 * ASKING, "telling": 2}
+        group = {"asking": 2 * ASKING, "reporting": 2}
         remote = ray.remote(concurrency_groups=group)(ReplicaActor)
         settings = self.run.training.model_dump(mode="json", include={"gradient_checkpointing", "compile"})
         for _ in range(self.sets, sets):
@@ -95,7 +97,7 @@ class Fleet:
         self.sets = max(self.sets, sets)
 
     def _wait_for_room(self, minutes: float) -> None:
-        """Wait until a replica of each receiver has a place, and once for the others begun with."""
+        """Wait until a replica of each receiver has a place."""
         began = time.monotonic()
         while True:
             left = 60 * minutes - (time.monotonic() - began)
@@ -111,8 +113,9 @@ class Fleet:
             what = f"room for {' and '.join(without)}, {needed['GPU']:g} GPU: {room(needed)}"
             if left <= 0:
                 raise ReceiverError(
-                    f"shared receivers must find room within tune.wait_minutes ({minutes:g}), there was no {what}; free some, "
-                    f"add nodes, raise tune.wait_minutes, or set tune.receivers: own"
+                    f"shared receivers must find room within tune.wait_minutes ({minutes:g}), "
+                    f"there was no {what}; free some, add nodes, raise tune.wait_minutes, or set "
+                    "tune.receivers: own"
                 )
             print(f"shared receivers wait for {what}; {left / 60:.1f} minutes are left", flush=True)
 
@@ -120,15 +123,16 @@ class Fleet:
         """Let trials ask a replica that has loaded its weights. Raises as :meth:`start` does."""
         self._joining = [joining for joining in self._joining if joining[1] is not actor]
         try:
-            found = ray.get(facts).fingerprint
+            fingerprint = ray.get(facts).fingerprint
         except RayTaskError as error:
             raise error.cause from error
-        if found != self.hashes.setdefault(name, found):
-            wanted = f"hash {self.hashes[name]}" + (" as in the manifest" if self.expected else ", as the first has")
-            raise ReceiverError(f"replicas of receiver {name} must have {wanted}, got {found}")
+        expected = self.hashes.setdefault(name, fingerprint)
+        if fingerprint != expected:
+            source = " as in the manifest" if self.expected else ", as the first has"
+            raise ReceiverError(f"replicas of receiver {name} must have hash {expected}{source}, got {fingerprint}")
         self.served[name].append(Served(ray.get(node), actor))
 
-    # --------------------------------------------------------------------------------------------------- while it runs
+    # -------------------------------------------------------------------------------- while it runs
 
     def _grow(self) -> None:
         while not self._ends.wait(GROW_SECONDS):
@@ -138,7 +142,7 @@ class Fleet:
                 print(f"shared receivers: a replica does not join: {error}", flush=True)
 
     def look(self) -> None:
-        """Begin replicas on what the cluster has grown by, and tell trials of those that are loaded."""
+        """Begin replicas on what the cluster has grown by, and let trials know the loaded ones."""
         self._begin(self._sets_on(ray.cluster_resources()))
         for joining in [joining for joining in self._joining if _is_there(joining[3])]:
             self._join(*joining)
@@ -146,27 +150,27 @@ class Fleet:
         for served in self.served.values():
             served[0].actor.meet.remote(list(served))
 
-    # ------------------------------------------------------------------------------------------------------------- end
+    # ------------------------------------------------------------------------------------------ end
 
     def account(self) -> None:
         """Print what each receiver's replicas did. Raises RuntimeError for changed weights."""
         self._end_watch()
         for name, served in self.served.items():
-            told = _answers([one.actor.usage.remote() for one in served])
-            print(usage(name, told), flush=True)
-            hashes = _answers([one.actor.fingerprint.remote() for one in served])
+            reports = _answers([replica.actor.report.remote() for replica in served])
+            print(usage(name, reports), flush=True)
+            hashes = _answers([replica.actor.fingerprint.remote() for replica in served])
             if set(hashes) - {self.hashes[name]}:
                 raise RuntimeError(f"frozen receivers must not change, {name} did")
-            if len(hashes) < len(served):
-                print(
-                    f"shared {name}: {len(served) - len(hashes)} replica(s) are gone and were not checked", flush=True
-                )
+            gone = len(served) - len(hashes)
+            if gone:
+                print(f"shared {name}: {gone} replica(s) are gone and were not checked", flush=True)
 
     def stop(self) -> None:
         """End all replicas."""
         self._end_watch()
-        for actor in (actor for own in self._begun.values() for actor in own):
-            ray.kill(actor)
+        for actors in self._begun.values():
+            for actor in actors:
+                ray.kill(actor)
 
     def _end_watch(self) -> None:
         self._ends.set()
@@ -179,7 +183,7 @@ def _is_there(reference: Any) -> bool:
 
 
 def _answers(references: Sequence[Any]) -> list[Any]:
-    """What comes within :data:`ANSWER_SECONDS`."""
+    """Return the answers that come within :data:`ANSWER_SECONDS`."""
     return ray.get(ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)[0])
 
 
@@ -187,12 +191,12 @@ def _answers(references: Sequence[Any]) -> list[Any]:
 def serving(
     space: SweepConfig, sharing: Sharing | None, expected: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, list[Served]] | None]:
-    """Replicas of every receiver while this context lasts; ``None`` where trials have their own.
+    """Run replicas of every receiver while the block lasts; yields ``None`` without ``sharing``.
 
     They die with this driver. ``expected``: hashes that the weights must have. Raises
-    :class:`~latentwire.models.weights.ReceiverError` where they have others, replicas differ, or the
-    first have found no room within ``tune.wait_minutes``, and RuntimeError for weights that have
-    changed at the end.
+    :class:`~latentwire.models.weights.ReceiverError` where they have others, replicas differ, or
+    the first have found no room within ``tune.wait_minutes``, and RuntimeError for weights that
+    have changed at the end.
     """
     if sharing is None:
         yield None
@@ -207,13 +211,14 @@ def serving(
         fleet.stop()
 
 
-def usage(name: str, told: Sequence[Mapping[str, Any]]) -> str:
-    """A line on what a receiver's replicas did."""
-    accounts = [account for one in told for account in one["accounts"].values()]
-    requests, joined = (sum(account[what] for account in accounts) for what in ("requests", "joined"))
-    seconds, waited = (sum(account[what] for account in accounts) for what in ("seconds", "waited"))
+def usage(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
+    """Describe in one line what a receiver's replicas did."""
+    accounts = [account for report in reports for account in report["accounts"].values()]
+    total = {name: sum(account[name] for account in accounts) for name in ("requests", "joined", "seconds", "waited")}
+    passes = sum(report["passes"] for report in reports)
     return (
-        f"shared {name}: {requests:,} requests of {len(accounts)} trials in {sum(one['passes'] for one in told):,} passes, "
-        f"{joined:,} of them joined; {seconds:.1f} s of passes, {waited:.1f} s of waiting; "
-        f"{sum(one['waiting'] for one in told)} wait still"
+        f"shared {name}: {total['requests']:,} requests of {len(accounts)} trials in {passes:,} "
+        f"passes, {total['joined']:,} of them joined; {total['seconds']:.1f} s of passes, "
+        f"{total['waited']:.1f} s of waiting; {sum(report['waiting'] for report in reports)} wait "
+        "still"
     )

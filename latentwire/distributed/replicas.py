@@ -26,16 +26,16 @@ ASKING = 64
 
 
 ANSWER_SECONDS = 10
-"""That a trial waits for a replica to say which others there are."""
+"""Seconds that a trial waits for a replica to say which others there are."""
 
-# Tensors that came through shared memory are read-only, and so they are used: nothing here writes into one.
-for told in ("Zero-copy tensor serialization is enabled", "The given NumPy array is not writable"):
-    warnings.filterwarnings("ignore", message=told)
+# Tensors that came through shared memory are read-only, and nothing here writes into one.
+for message in ("Zero-copy tensor serialization is enabled", "The given NumPy array is not writable"):
+    warnings.filterwarnings("ignore", message=message)
 
 
 @dataclass(frozen=True)
 class Served:
-    """One replica, as trials are told of it."""
+    """One replica, as trials know it."""
 
     node: str
     actor: Any
@@ -44,12 +44,16 @@ class Served:
 class ReplicaActor:
     """A :class:`~latentwire.receivers.replica.Replica` in a process of its own.
 
-    It loads its weights beside, so that it can say at once that there was room for it; all else
-    waits for them.
+    It loads its weights in a thread, so that it can say at once that there was room for it. All
+    other calls wait for the weights.
     """
 
     def __init__(self, receiver: dict[str, Any], training: dict[str, Any], most_positions: int, threads: int) -> None:
-        """``receiver``, ``training``: dumped sections; ``training`` says how activations are kept and layers compiled."""
+        """Begin to load the weights.
+
+        ``receiver``, ``training``: dumped sections; ``training`` says how activations are kept and
+        whether layers are compiled. ``most_positions``: rows times positions of a joined pass.
+        """
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self.peers: list[Served] = []
@@ -61,31 +65,31 @@ class ReplicaActor:
 
     @ray.method(concurrency_group="asking")
     def ask(self, asker: str, request: Request | LookUp) -> Any:
-        """The answer to one request."""
+        """Answer one request."""
         return self._loading.result()[0].ask(asker, request)
 
-    @ray.method(concurrency_group="telling")
+    @ray.method(concurrency_group="reporting")
     def facts(self) -> Facts:
-        """Of the weights, when they were loaded."""
+        """Return the facts of the weights, as they were when loaded."""
         return self._loading.result()[1]
 
-    @ray.method(concurrency_group="telling")
+    @ray.method(concurrency_group="reporting")
     def fingerprint(self) -> str:
-        """Of the weights, as they are now."""
+        """Return the hash of the weights, as they are now."""
         return self._loading.result()[0].lm.fingerprint()
 
-    @ray.method(concurrency_group="telling")
-    def usage(self) -> dict[str, Any]:
-        """Accounts of all trials, passes so far, and what waits."""
+    @ray.method(concurrency_group="reporting")
+    def report(self) -> dict[str, Any]:
+        """Return the accounts of all trials, the passes so far, and how many requests wait."""
         replica = self._loading.result()[0]
         return {"accounts": replica.usage(), "passes": replica.passes, "waiting": replica.waiting}
 
-    @ray.method(concurrency_group="telling")
+    @ray.method(concurrency_group="reporting")
     def meet(self, peers: list[Served]) -> None:
         """Learn which replicas of the receiver there are now."""
         self.peers = peers
 
-    @ray.method(concurrency_group="telling")
+    @ray.method(concurrency_group="reporting")
     def met(self) -> list[Served]:
         """Return the replicas of the receiver that this one has heard of; none after a restart."""
         return self.peers
@@ -102,7 +106,10 @@ def _load(receiver: dict[str, Any], training: dict[str, Any], most_positions: in
 
 
 class RayChannel:
-    """The way from one trial to the nearest replica of a receiver. Ray starts a replica that died again, and asks it again."""
+    """The way from one trial to the nearest replica of a receiver.
+
+    Ray starts a replica that died again, and asks it again.
+    """
 
     def __init__(self, replicas: Sequence[Served], asker: str) -> None:
         here = ray.get_runtime_context().get_node_id()
@@ -110,11 +117,11 @@ class RayChannel:
         self.actor, self.asker = near[zlib.crc32(asker.encode()) % len(near)].actor, asker
 
     def facts(self) -> Facts:
-        """Of its weights, when they were loaded."""
+        """Return the facts of the replica's weights, as they were when loaded."""
         return ray.get(self.actor.facts.remote())
 
     def ask(self, request: Request | LookUp) -> Any:
-        """The answer; raises what answering it raised there."""
+        """Return the answer to a request; raises what answering it raised on the replica."""
         try:
             return ray.get(self.actor.ask.remote(self.asker, request))
         except RayTaskError as error:
@@ -122,7 +129,7 @@ class RayChannel:
 
 
 def current(served: Sequence[Served]) -> Sequence[Served]:
-    """Return the replicas that there are now: those the sweep began with, or more that the first knows."""
+    """Return the replicas that there are now: the sweep's first, or more that the first knows."""
     try:
         return ray.get(served[0].actor.met.remote(), timeout=ANSWER_SECONDS) or served
     except GetTimeoutError:  # it is being started again
@@ -130,7 +137,7 @@ def current(served: Sequence[Served]) -> Sequence[Served]:
 
 
 def shared_receivers(run: RunConfig, served: Mapping[str, Sequence[Served]], asker: str) -> dict[str, Receiver]:
-    """A run's receivers, each through the nearest of its replicas."""
+    """Return a run's receivers, each through the nearest of its replicas."""
     device = pick_device()
     alone = not run.training.gradient_checkpointing  # which allows no cache
     return {

@@ -1,4 +1,4 @@
-"""Score a split with several copies of a wire at once: a Ray Data actor pool over batches of rows."""
+"""Scoring of a split by several copies of a wire at once, as Ray Data actors over rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = 4
 
 
 class Scorer:
-    """One copy of a wire, and the split's rows; called with a part of the work."""
+    """One copy of a wire with the split's rows; called with a part of the work."""
 
     def __init__(
         self, checkpoint: str, path: str, conditions: tuple[Condition, ...], run: RunConfig, joint: bool, cpus: float
@@ -36,13 +36,17 @@ class Scorer:
         self.table, self.conditions, self.joint = shards.read_table(place(path)), conditions, joint
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        """``condition``, ``start``, ``stop`` → the predictions of those rows, with their place."""
-        found = []
+        """Predict the rows from ``start`` to ``stop`` under ``condition``; ``place`` keeps their
+        order.
+        """
+        scored = []
         for index, start, stop in zip(batch["condition"], batch["start"], batch["stop"], strict=True):
-            rows = range(int(start), int(stop))
-            predictions = predict(self.wire, self.table, self.conditions[int(index)], rows, joint=self.joint)
-            found += [dataclasses.asdict(p) | {"place": [int(index), int(start), n]} for n, p in enumerate(predictions)]
-        return pa.Table.from_pylist(found, _SCHEMA)
+            rows, condition = range(int(start), int(stop)), self.conditions[int(index)]
+            predictions = predict(self.wire, self.table, condition, rows, joint=self.joint)
+            for number, prediction in enumerate(predictions):
+                order = {"place": [int(index), int(start), number]}
+                scored.append(dataclasses.asdict(prediction) | order)
+        return pa.Table.from_pylist(scored, _SCHEMA)
 
 
 def predict_pool(
@@ -56,9 +60,10 @@ def predict_pool(
     cpus: float,
     gpus: float,
 ) -> dict[str, list[Prediction]]:
-    """Condition's key → predictions, as :func:`~latentwire.evaluation.evaluator.predict` gives them. Needs Ray initialised.
+    """Return condition's key → predictions, equal to those of one process.
 
-    Parts begin where batches do, so that it does not matter how many ``copies`` share the work.
+    They are those of :func:`~latentwire.evaluation.evaluator.predict`. Needs Ray initialised. Parts
+    begin where batches do, so that it does not matter how many ``copies`` share the work.
     """
     import ray.data
 
@@ -84,17 +89,24 @@ def predict_pool(
         rows += part.to_pylist()
         done = len(rows) // len(run.receivers)
         left = duration(seconds_left(done, work, time.monotonic() - began))
-        print(f"scored {done:,}/{work:,} rows of {len(conditions)} conditions, about {left} left", flush=True)
+        print(
+            f"scored {done:,}/{work:,} rows of {len(conditions)} conditions, about {left} left",
+            flush=True,
+        )
     rows.sort(key=lambda row: tuple(row["place"]))
-    found: dict[str, list[Prediction]] = {condition.key: [] for condition in conditions}
+    predictions: dict[str, list[Prediction]] = {condition.key: [] for condition in conditions}
     for row in rows:
         del row["place"]
-        found[row["condition"]].append(Prediction(**row | {"golds": list(row["golds"])}))
-    return found
+        prediction = Prediction(**row | {"golds": list(row["golds"])})
+        predictions[prediction.condition].append(prediction)
+    return predictions
 
 
 def copies_at_once(resources: dict[str, float], plan: Plan, memory: float) -> int:
-    """How many copies of a wire the cluster holds: by CPUs, and by GPUs or, where there are none, memory in bytes."""
+    """Count the copies of a wire that the cluster holds: by CPUs, and by GPUs.
+
+    Where there are no GPUs, ``memory`` in bytes counts instead.
+    """
     cpus = times(resources.get("CPU", 1.0), plan.cpus_per_worker)
     if plan.gpus_per_worker:
         return max(1, min(cpus, pieces(resources.get("GPU", 0.0), plan.gpus_per_worker)))

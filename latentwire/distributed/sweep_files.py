@@ -1,4 +1,4 @@
-"""The files that the trials of a sweep read: shards and teachers' columns, made once for all of them."""
+"""Files that the trials of a sweep read: shards and teachers' columns, made once for all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, pipeline, shards, streams, teachers
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.planning.variants import data_variants, largest_run, variant_key
+from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.storage import Place
 from latentwire.training import checkpoints
 
@@ -24,65 +24,74 @@ SHARDS_AT_ONCE = 3
 
 @dataclass(frozen=True)
 class Files:
-    """What the trials of one data variant read."""
+    """The files of one data variant."""
 
     shards: dict[shards.ShardSplit, Place]
     teachers: dict[str, Place]
-    """Receiver → what it says on the training shards' texts; empty where no trial compares with it."""
+    """Receiver → its teacher's columns on the training shards; empty where no trial compares with
+    it."""
     columns: tuple[str, ...]
-    """Of the training shards, those that some trial reads."""
+    """Columns of the training shards that some trial reads."""
 
     @property
     def keys(self) -> dict[str, str]:
-        """What the files are named by: split → key of its shards, and receiver → its teacher's columns."""
-        named = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
-        return named | {f"teacher {name}": path.name for name, path in self.teachers.items()}
+        """Names of the files: split → key of its shards, and receiver → its teacher's columns."""
+        keys = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
+        return keys | {f"teacher {name}": path.name for name, path in self.teachers.items()}
 
     @property
     def train_rows(self) -> int:
-        """Rows to train on."""
+        """Number of rows to train on."""
         return shards.read_manifest(self.shards["train"])["rows"]
 
 
-def prepare(space: SweepConfig, gpus_per_worker: float) -> dict[str, Files]:
-    """Shards and teachers' columns of every data variant the space can draw, by :func:`variant_key`.
+def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[str, Files]:
+    """Make shards and teachers' columns of every data variant that the space can draw.
 
-    A few splits are made at once: one small source is one task, which leaves the other cores idle. Raises
-    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_protocol_hash` does, before training rows are made.
+    Returns them by :func:`~latentwire.planning.variants.variant_key`. A few splits are made side by
+    side: one small source is one task, which leaves the other cores idle. Raises
+    :class:`~latentwire.config.resolve.ConfigError` as :func:`common_protocol_hash` does, before
+    training rows are made.
     """
-    variants = data_variants(space)
-    named = [{split: shards.shard_path(run, split) for split in shards.SPLITS} for run in variants]
-    needed = {path: (run, split, path) for run, own in zip(variants, named, strict=True) for split, path in own.items()}
-    dev = [path for path, of in needed.items() if of[1] == "dev"]
+    sweep = resolve(space)
+    # By path: variants that share a split share its shards.
+    needed = {path: (variant.run, split, path) for variant in sweep.variants for split, path in variant.shards.items()}
+    dev = [path for path, (_, split, _) in needed.items() if split == "dev"]
     if len(dev) > 1:
         _make([needed.pop(path) for path in dev])
-        common_protocol_hash(space, dev)
+        common_protocol_hash(sweep.space, dev)
     _make(needed.values())
-    for run, own in zip(variants, named, strict=True):
-        checkpoints.check_development(run, own["dev"])
-        documents.of_shards(own["train"])  # once here, or every worker would read all of its rows for it
-    continued = any(run.losses.continuation_ce_weight for run in (*variants, largest_run(space)))
+    for variant in sweep.variants:
+        checkpoints.check_development(variant.run, variant.shards["dev"])
+        documents.of_shards(variant.shards["train"])  # once here, or every worker would read all rows
+    runs = [sweep.largest, *(variant.run for variant in sweep.variants)]
+    continued = any(run.losses.continuation_ce_weight for run in runs)
     files: dict[str, Files] = {}
-    for run, own in zip(variants, named, strict=True):
-        key = variant_key(run)
-        said = teachers.ensure_teachers(run, own["train"], gpus_per_worker)
-        if key not in files or said:  # of two bundles with the same shards, one may need a teacher
-            files[key] = Files(own, said, tuple(streams.training_columns(run, continued=continued)))
+    for variant in sweep.variants:
+        columns = teachers.ensure_teachers(variant.run, variant.shards["train"], gpus_per_worker)
+        # Of two bundles with the same shards, one may need a teacher.
+        if variant.key not in files or columns:
+            read = tuple(streams.training_columns(variant.run, continued=continued))
+            files[variant.key] = Files(variant.shards, columns, read)
     return files
 
 
-def _make(wanted: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None:
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+def _make(missing: Iterable[tuple[RunConfig, shards.ShardSplit, Place]]) -> None:
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as executor:
         try:
-            for made in [pool.submit(pipeline.ensure_shards, *of) for of in wanted]:
-                made.result()
+            for task in [executor.submit(pipeline.ensure_shards, *split) for split in missing]:
+                task.result()
         except KeyboardInterrupt:
-            ray.shutdown()  # else the others, which nobody wants any more, would be waited for
+            ray.shutdown()  # else the others, which nobody needs any more, would be waited for
             raise
 
 
 def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
-    """Training rows, in the object store once for all trials or to be streamed, and development rows, which are few."""
+    """Return the training and development rows as datasets.
+
+    Training rows stand in the object store once for all trials, or are streamed. Development rows
+    are few.
+    """
     dev = files.shards["dev"]
     return {
         "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
@@ -91,16 +100,16 @@ def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
 
 
 def common_protocol_hash(space: SweepConfig, dev: Iterable[Place]) -> str:
-    """The evaluation pin that all trials share. ``dev``: shards of development rows.
+    """Return the protocol hash that all trials share. ``dev``: shards of development rows.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the development rows: scores on
-    different rows say nothing about the wires.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the
+    development rows: scores on different rows say nothing about the wires.
     """
-    found = {protocol_hash(path, space.run) for path in dev}
-    if len(found) > 1:
+    hashes = {protocol_hash(path, space.run) for path in dev}
+    if len(hashes) > 1:
         searched = ", ".join(path for path in paths_with("shards") if path in space.search)
         raise ConfigError(
-            f"all trials must be scored on the same development rows, got {len(found)} different sets; what makes them "
-            f"differ must not be searched, which is among {searched}"
+            f"all trials must be scored on the same development rows, got {len(hashes)} different "
+            f"sets; what makes them differ must not be searched, which is among {searched}"
         )
-    return found.pop()
+    return hashes.pop()

@@ -29,7 +29,7 @@ from latentwire.storage import StorageError
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Return whether a run that ended so would end so again: it, or a worker, met a user's error.
+    """Return whether a run would fail again in the same way: it, or a worker, met a user's error.
 
     A store that did not answer may answer the next time.
     """
@@ -39,7 +39,7 @@ def is_lasting(error: BaseException) -> bool:
 
 
 class PatientPolicy(DefaultFailurePolicy):
-    """Ray Train's rules, but no room is no failure, and what would fail again is not tried again."""
+    """Ray Train's policy, but no room is no failure, and a lasting failure is not tried again."""
 
     def __init__(self, failure_config: FailureConfig, name: str, needed: Mapping[str, float]) -> None:
         """``name``: of the run. ``needed``: resources of all its workers together."""
@@ -48,7 +48,7 @@ class PatientPolicy(DefaultFailurePolicy):
         self._waits_since: float | None = None
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Try again, as often as it takes, where there was no room; else as Ray Train does."""
+        """Decide whether to try again: always where there was no room, else as Ray Train does."""
         if isinstance(training_failed_error, ControllerError) and isinstance(
             training_failed_error.controller_failure, WorkerGroupStartupTimeoutError
         ):
@@ -66,23 +66,24 @@ class PatientPolicy(DefaultFailurePolicy):
     def _line(self, seconds: float) -> str:
         try:
             there = room(self.needed)
-        except RayError as error:  # a line that cannot be said must not end the trial
-            there = f"what the cluster has cannot be told: {error}"
-        return f"{self.name} has waited {seconds:.0f} s for {told(self.needed)}: {there}"
+        except RayError as error:  # the line must not end the trial
+            there = f"the cluster does not say what it has: {error}"
+        return f"{self.name} has waited {seconds:.0f} s for {amounts(self.needed)}: {there}"
 
 
 class PatientTrainer(TorchTrainer):
     """A TorchTrainer under :class:`PatientPolicy`."""
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        asked = self.scaling_config
-        needed = {name: amount * asked.num_workers for name, amount in (asked.resources_per_worker or {}).items()}
+        scaling = self.scaling_config
+        per_worker = scaling.resources_per_worker or {}
+        needed = {name: amount * scaling.num_workers for name, amount in per_worker.items()}
         name = str(self.run_config.name)
         options["failure_policy"] = PatientPolicy(self.run_config.failure_config, name, needed)
         return super()._initialize_and_run_controller(**options)
 
 
-def told(resources: Mapping[str, float]) -> str:
+def amounts(resources: Mapping[str, float]) -> str:
     """Return resources as a person reads them: ``4 CPU, 1 GPU``."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 

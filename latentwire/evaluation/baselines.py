@@ -1,4 +1,4 @@
-"""What a receiver can read instead of the message, in as many positions as the message takes."""
+"""Baselines: what a receiver can read instead of the message, in as many positions."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ MODE_NAMES: dict[Mode, str] = {
     "shuffled": "latents of another row",
     "closed_book": "closed book",
 }
-"""What stands where the context belongs, in the order of the tables."""
+"""Each mode's name in words: what stands where the context belongs, in the order of the tables."""
 MODES: tuple[Mode, ...] = tuple(MODE_NAMES)
-FINAL_MODES: tuple[Mode, ...] = ("text", "latent", "truncated", "shuffled", "closed_book")
-"""What a sweep scores at its end; ``evaluate.py`` scores all."""
 MESSAGE_MODES: tuple[Mode, ...] = ("latent", "shuffled")
 """Modes that read a message of the encoder."""
 BUDGET_MODES: tuple[Mode, ...] = ("latent", "truncated", "window", "selected", "shuffled")
@@ -36,10 +34,12 @@ BUDGET_MODES: tuple[Mode, ...] = ("latent", "truncated", "window", "selected", "
 def kept_context(
     wire: LatentWire, receiver: str, mode: Mode, row: str, context: list[int], question: list[int], budget: int
 ) -> list[int]:
-    """The context's tokens that a text mode shows. ``budget``: soft positions of the row's message; ``row``: its id.
+    """Return the context's tokens that a text mode shows.
 
-    ``truncated`` keeps the start, ``window`` a stretch that the row's id decides, ``selected`` the tokens that the
-    receiver itself finds most surprising, in their order (self-information, as in Selective Context, arXiv 2310.06201).
+    ``truncated`` keeps the start, ``window`` a stretch that the row's id decides. ``selected``
+    keeps the tokens that the receiver itself finds most surprising, in their order
+    (self-information, as in Selective Context, arXiv 2310.06201). ``row``: the row's id.
+    ``budget``: soft positions of its message.
     """
     if mode in ("text", "embeddings"):
         return context
@@ -53,11 +53,11 @@ def kept_context(
         start = random.Random(row).randint(0, len(context) - budget)
         return context[start : start + budget]
     surprise_T = self_information(wire, receiver, context, question)
-    return [context[place] for place in sorted(surprise_T.topk(budget).indices.tolist())]
+    return [context[position] for position in sorted(surprise_T.topk(budget).indices.tolist())]
 
 
 def self_information(wire: LatentWire, receiver: str, context: list[int], question: list[int]) -> torch.Tensor:
-    """−log p of each context token given what stands before it in the text prompt, in nats, ``[T]``."""
+    """Return −log p of each context token after the text prompt before it, in nats, ``[T]``."""
     prompt = wire.builders[receiver].text(context, question)
     start = prompt.message.start
     batch = collate([dataclasses.replace(prompt, supervised=range(start, start + len(context)))])

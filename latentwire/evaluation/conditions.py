@@ -1,10 +1,10 @@
-"""One row of a table of scores: what stands in for the context, and in how many positions."""
+"""Conditions: the rows of a table of scores, each with its stand-in for the context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -25,26 +25,32 @@ class Budget:
     value: int
 
     def __str__(self) -> str:
-        return f"{self.value} {'tokens per latent' if self.knob == 'tokens_per_latent' else 'latents'}"
+        unit = "tokens per latent" if self.knob == "tokens_per_latent" else "latents"
+        return f"{self.value} {unit}"
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One row of the table. ``budget``: ``None`` for the wire's own length, and for modes that have none."""
+    """One row of the table.
+
+    ``budget``: ``None`` for the wire's own length, and for modes that have none.
+    """
 
     mode: Mode
     budget: Budget | None = None
     bits: Literal[16, 8, 4] | None = None
-    """Width of a latent's entries on the wire: messages go through real packets. ``None``: as the encoder made them."""
+    """Width of a latent's entries in a packet: messages go through real packets. ``None``: as the
+    encoder made them."""
 
     @property
     def key(self) -> str:
-        """Its name in the JSON: the mode, then budget and width where there are any."""
-        at = "" if self.budget is None else f" at {self.budget}"
-        return self.mode + at + ("" if self.bits is None else f" as {WIDTHS[self.bits]}")
+        """Name in the JSON: the mode, then budget and width where there are any."""
+        budget = "" if self.budget is None else f" at {self.budget}"
+        width = "" if self.bits is None else f" as {WIDTHS[self.bits]}"
+        return f"{self.mode}{budget}{width}"
 
     def tokenize(self, encoder: InterlinguaEncoder, texts: Sequence[str]) -> EncoderTokens:
-        """What the encoder takes of sender texts, with messages of this length."""
+        """Tokenise sender texts for the encoder, with messages of this length."""
         ids = encoder.token_ids(texts)
         if self.budget is None:
             return encoder.tokens_of(ids)
@@ -55,9 +61,9 @@ class Condition:
 
 
 def label(key: str) -> str:
-    """What a row's key says in words."""
+    """Return a row's key in words."""
     mode, _, rest = key.partition(" ")
-    return f"{next(name for known, name in MODE_NAMES.items() if known == mode)} {rest}".strip()
+    return f"{MODE_NAMES[cast(Mode, mode)]} {rest}".strip()
 
 
 def conditions(
@@ -67,36 +73,42 @@ def conditions(
     latent_len: Sequence[int] = (),
     bits: Sequence[Literal[16, 8, 4]] = (),
 ) -> tuple[Condition, ...]:
-    """The rows of a table in their order: text, then for every budget the messages and what is as short, then the rest.
+    """Return the rows of a table in their order.
 
-    ``bits``: widths in which the messages are sent besides. Without budgets the wire's own length is the only one. Raises
-    :class:`~latentwire.config.resolve.ConfigError` for budgets that this wire's encoder does not have.
+    Text comes first, then for every budget the messages and what is as short, then the rest.
+    ``bits``: widths in which the messages are sent besides. Without budgets the wire's own length
+    is the only one. Raises :class:`~latentwire.config.resolve.ConfigError` for budgets that this
+    wire's encoder does not have.
     """
     if tokens_per_latent and run.encoder.tokens_per_latent is None:
         raise ConfigError(
-            f"--tokens_per_latent needs an encoder whose message grows with the text, got encoder.tokens_per_latent null "
-            f"(latent_len {run.encoder.latent_len}); use --latent_len"
+            "--tokens_per_latent needs an encoder whose message grows with the text, got "
+            f"encoder.tokens_per_latent null (latent_len {run.encoder.latent_len}); use "
+            "--latent_len"
         )
     if latent_len and run.encoder.tokens_per_latent is not None:
         raise ConfigError(
-            f"--latent_len needs an encoder whose messages have a fixed length, got encoder.tokens_per_latent "
-            f"{run.encoder.tokens_per_latent}; use --tokens_per_latent"
+            f"--latent_len needs an encoder whose messages have a fixed length, got "
+            f"encoder.tokens_per_latent {run.encoder.tokens_per_latent}; use --tokens_per_latent"
         )
     if latent_len and run.adapter.slot_positions:
-        raise ConfigError("--latent_len needs adapters without a vector per slot, got adapter.slot_positions true")
+        raise ConfigError(
+            "--latent_len needs adapters without a vector per slot, got adapter.slot_positions true; leave it out"
+        )
     if any(value < 1 for value in (*tokens_per_latent, *latent_len)):
-        raise ConfigError(f"budgets must be ≥ 1, got {', '.join(map(str, (*tokens_per_latent, *latent_len)))}")
+        values = ", ".join(map(str, (*tokens_per_latent, *latent_len)))
+        raise ConfigError(f"budgets must be ≥ 1, got {values}")
     budgets: list[Budget | None] = [
         *(Budget("tokens_per_latent", value) for value in tokens_per_latent),
         *(Budget("latent_len", value) for value in latent_len),
     ]
     chosen = [mode for mode in MODES if mode in modes]
-    first = [Condition(mode) for mode in chosen if mode == "text"]
-    bound = [
-        Condition(mode, budget, width)
-        for budget in budgets or [None]
-        for mode in chosen
-        if mode in BUDGET_MODES
-        for width in ((None, *bits) if mode == "latent" else (None,))
-    ]
-    return (*first, *bound, *(Condition(mode) for mode in chosen if mode != "text" and mode not in BUDGET_MODES))
+    rows = [Condition("text")] if "text" in chosen else []
+    for budget in budgets or [None]:
+        for mode in chosen:
+            if mode in BUDGET_MODES:
+                rows.append(Condition(mode, budget))
+            if mode == "latent":
+                rows += [Condition(mode, budget, width) for width in bits]
+    rows += [Condition(mode) for mode in chosen if mode != "text" and mode not in BUDGET_MODES]
+    return tuple(rows)

@@ -1,8 +1,9 @@
-"""What the latents hold, apart from what receivers make of them."""
+"""Probes of the latents, apart from what receivers make of them."""
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pyarrow as pa
 import torch
@@ -11,76 +12,99 @@ from latentwire.data.batches import sender_texts
 from latentwire.model import LatentWire
 
 LEAST = 4
-"""Rows, at least, that a class of the probe has."""
+"""Fewest rows that a class of the probe has."""
+WORDS = 8
+"""Words, at most, that are probed for."""
 RIDGE = 0.1
-"""Ridge of the probe per row it is fitted to; the features have unit variance."""
+"""Ridge of the probe per row that it is fitted to; the features have unit variance."""
 
 
 @torch.no_grad()
 def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
-    """Cosines between messages of different contexts, and what a linear probe reads from a message.
+    """Measure how messages of different contexts differ, and what a linear probe reads from them.
 
-    ``cosine``: mean over pairs of rows of the messages' mean latents; near 1, messages differ little beside what they
-    share. ``cosine_centred``: the same after the mean message is taken off. ``probe_answer``: share of held-out rows whose
-    answer's first token a ridge classifier picks from the message alone, beside ``probe_majority``, the commonest class;
-    ``probe_word``: the same for whether a word that about half of the contexts hold is in this one (mean over words, chance
-    ``probe_word_majority``). Keys that have too few rows are left out.
+    ``cosine`` is the mean over pairs of rows of the messages' mean latents; near 1, messages differ
+    little beside what they share. ``cosine_centred`` is the same after the mean message is taken
+    off. ``probe_answer`` is the share of held-out rows whose answer's first token a ridge
+    classifier picks from the message alone, and ``probe_majority`` that of the commonest class.
+    ``probe_word`` is the same for whether a word that about half of the contexts hold is in this
+    one: the mean over words, with ``probe_word_majority`` for chance. Keys that have too few rows
+    are left out.
     """
+    receiver = next(iter(wire.receivers))
+    x_NZ = _mean_latents(wire, table, receiver)
+    contexts = table["context"].to_pylist()
+    measures = {
+        "cosine": _cosine(x_NZ, contexts),
+        "cosine_centred": _cosine(x_NZ - x_NZ.mean(0), contexts),
+    }
+    # The answer's first token, where enough rows begin with it.
+    tokens = [ids[0] if ids else -1 for ids in table[f"{receiver}_answer_ids"].to_pylist()]
+    counts = Counter(tokens)
+    rows = [row for row, token in enumerate(tokens) if counts[token] >= LEAST]
+    classes = sorted({tokens[row] for row in rows})
+    if len(classes) > 1:
+        label_N = torch.tensor([classes.index(tokens[row]) for row in rows])
+        accuracy, majority = probe(x_NZ[rows], label_N, [contexts[row] for row in rows])
+        measures |= {"probe_answer": accuracy, "probe_majority": majority}
+    # Words whose share of the contexts is nearest to a half: their presence is hardest to guess.
+    words_of = [set(context.split()) for context in contexts]
+    contexts_with = Counter(word for words in words_of for word in words)
+    total = len(contexts)
+    by_balance = sorted(contexts_with, key=lambda word: (abs(contexts_with[word] / total - 0.5), word))
+    scores = []
+    for word in by_balance[:WORDS]:
+        if LEAST <= contexts_with[word] <= total - LEAST:
+            label_N = torch.tensor([int(word in words) for words in words_of])
+            scores.append(probe(x_NZ, label_N, contexts))
+    if scores:
+        measures["probe_word"] = sum(accuracy for accuracy, _ in scores) / len(scores)
+        measures["probe_word_majority"] = sum(majority for _, majority in scores) / len(scores)
+    return measures
+
+
+def _mean_latents(wire: LatentWire, table: pa.Table, receiver: str) -> torch.Tensor:
+    """Return the mean latent of each row's message as ``receiver`` reads it, ``[N, Z]``."""
     wire.interlingua.eval()
     encoder, size = wire.interlingua.encoder, wire.run.evaluation.batch_size
     means = []
     for start in range(0, table.num_rows, size):
         rows = table.slice(start, size).select(["context", "question"]).to_pydict()
         ids = encoder.token_ids(sender_texts(wire.run.data.send, rows))
-        message = wire.interlingua.encode(encoder.tokens_of(ids))
-        z_BLZ, keep_BL = message.read_by(next(iter(wire.receivers)))
-        means.append(((z_BLZ * keep_BL[..., None]).sum(1) / keep_BL.sum(1, keepdim=True)).float().cpu())
-    x_NZ = torch.cat(means).double()
-    contexts = table["context"].to_pylist()
-    found = {"cosine": _cosine(x_NZ, contexts), "cosine_centred": _cosine(x_NZ - x_NZ.mean(0), contexts)}
-    name = next(iter(wire.receivers))
-    answers = [ids[0] if ids else -1 for ids in table[f"{name}_answer_ids"].to_pylist()]
-    kept = [row for row, answer in enumerate(answers) if answers.count(answer) >= LEAST]
-    classes = sorted({answers[row] for row in kept})
-    if len(classes) > 1:
-        labels = torch.tensor([classes.index(answers[row]) for row in kept])
-        found["probe_answer"], found["probe_majority"] = probe(x_NZ[kept], labels, [contexts[row] for row in kept])
-    words = [set(context.split()) for context in contexts]
-    common = sorted(
-        {w for own in words for w in own}, key=lambda w: (abs(sum(w in own for own in words) / len(words) - 0.5), w)
-    )
-    tried = [w for w in common[:8] if LEAST <= sum(w in own for own in words) <= len(words) - LEAST]
-    if tried:
-        scores = [probe(x_NZ, torch.tensor([int(w in own) for own in words]), contexts) for w in tried]
-        found["probe_word"] = sum(score for score, _ in scores) / len(scores)
-        found["probe_word_majority"] = sum(chance for _, chance in scores) / len(scores)
-    return found
+        z_BLZ, keep_BL = wire.interlingua.encode(encoder.tokens_of(ids)).read_by(receiver)
+        mean_BZ = (z_BLZ * keep_BL[..., None]).sum(1) / keep_BL.sum(1, keepdim=True)
+        means.append(mean_BZ.float().cpu())
+    return torch.cat(means).double()
 
 
 def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, contexts: list[str]) -> tuple[float, float]:
-    """Accuracy on half of the contexts of a ridge classifier fitted to the other half, and that of the commonest class.
+    """Return the accuracy of a ridge classifier, and that of the commonest class.
 
-    Rows of one context stay together: their messages are the same, and one would tell of the other.
+    It is fitted to half of the contexts and tested on the other half. Rows of one context stay
+    together: their messages are the same. Shapes: N rows, latent width Z.
     """
     order = list(dict.fromkeys(contexts))
     random.Random(0).shuffle(order)
-    fitted = set(order[: len(order) // 2])
-    fit = [row for row, context in enumerate(contexts) if context in fitted]
-    held = [row for row, context in enumerate(contexts) if context not in fitted]
+    half = set(order[: len(order) // 2])
+    fit = [row for row, context in enumerate(contexts) if context in half]
+    test = [row for row, context in enumerate(contexts) if context not in half]
+    # A: the features with unit variance, and a column of ones for the bias.
     centre_Z, scale_Z = x_NZ[fit].mean(0), x_NZ[fit].std(0).clamp(min=1e-9)
-    a_NZ = torch.cat(((x_NZ - centre_Z) / scale_Z, torch.ones(len(x_NZ), 1, dtype=x_NZ.dtype)), 1)
-    target_NC = torch.nn.functional.one_hot(label_N, int(label_N.max()) + 1).to(x_NZ.dtype)
+    ones_N1 = torch.ones(len(x_NZ), 1, dtype=x_NZ.dtype)
+    a_NZ = torch.cat(((x_NZ - centre_Z) / scale_Z, ones_N1), 1)
+    # Y: one column per class. Ridge regression: W = (AᵀA + λI)⁻¹ AᵀY; AW's largest is picked.
+    y_NC = torch.nn.functional.one_hot(label_N, int(label_N.max()) + 1).to(x_NZ.dtype)
     ridge_ZZ = RIDGE * len(fit) * torch.eye(a_NZ.shape[1], dtype=x_NZ.dtype)
-    weight_ZC = torch.linalg.solve(a_NZ[fit].T @ a_NZ[fit] + ridge_ZZ, a_NZ[fit].T @ target_NC[fit])
-    right = (a_NZ[held] @ weight_ZC).argmax(1) == label_N[held]
+    weight_ZC = torch.linalg.solve(a_NZ[fit].T @ a_NZ[fit] + ridge_ZZ, a_NZ[fit].T @ y_NC[fit])
+    right = (a_NZ[test] @ weight_ZC).argmax(1) == label_N[test]
     majority = label_N[fit].bincount().argmax()
-    return float(right.double().mean()), float((label_N[held] == majority).double().mean())
+    return float(right.double().mean()), float((label_N[test] == majority).double().mean())
 
 
 def _cosine(x_NZ: torch.Tensor, contexts: list[str]) -> float:
-    """Mean cosine over pairs of rows with different contexts; not a number where there are none."""
+    """Return the mean cosine over pairs of rows with different contexts; NaN if there are none."""
     unit_NZ = torch.nn.functional.normalize(x_NZ, dim=1)
-    ids = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
-    own_N = torch.tensor([ids[context] for context in contexts])
-    different_NN = own_N[:, None] != own_N[None]
+    numbers = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
+    context_N = torch.tensor([numbers[context] for context in contexts])
+    different_NN = context_N[:, None] != context_N[None]
     return float((unit_NZ @ unit_NZ.T)[different_NN].mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from latentwire.model import LatentWire
 from latentwire.prompts.sequences import PromptSequence, collate
 
 METRIC_VERSION = 3
-"""Raised whenever the same wire would score differently; part of the evaluation pin."""
+"""Version of the metrics, raised whenever the same wire would score differently; part of the
+protocol hash."""
 
 LATENT_BYTES = 2  # of one entry of a latent that no packet holds, as fp16
 
@@ -46,34 +48,38 @@ class Prediction:
     nll: float
     """Negative log-likelihood of the first gold answer and its stop token, nats per token."""
     first_1: float
-    """Whether the gold answer's first token is the likeliest one."""
+    """1 where the gold answer's first token is the likeliest one, else 0."""
     first_5: float
-    """Whether it is among the five likeliest."""
+    """1 where it is among the five likeliest, else 0."""
     positions: int
     """Positions of the prompt that the receiver reads."""
     message_positions: int
-    """Those of them that stand for the context."""
+    """Positions of the prompt that stand for the context."""
     bytes: int
-    """What had to be sent: UTF-8 bytes of the text shown, or the latents as fp16, or the row's packet."""
+    """Bytes that had to be sent: the text shown as UTF-8, the latents as fp16, or the row's
+    packet."""
     context_bytes: int
     """UTF-8 bytes of the whole context."""
     context_tokens: int
     """The whole context in this receiver's tokens."""
     forward_ms: float
-    """Time of one forward over prompt and gold answer, adapter and features included, shared out over its batch like all
-    times."""
+    """Time of one forward over prompt and gold answer, adapter and features included. Like all
+    times it is shared out over its batch."""
     encode_ms: float
-    """From the sender's token ids until the message is there; with ``bits``, packed and unpacked. 0 without a message."""
+    """Time from the sender's token ids to the message; with ``bits``, packed and unpacked. 0
+    without a message."""
     prefill_ms: float
-    """From the message, or from the text's token ids, to the answer's first token: adapter, features and receiver."""
+    """Time from the message, or the text's token ids, to the answer's first token: adapter,
+    features and receiver."""
     decode_ms: float
-    """From there to the answer's end."""
+    """Time from the answer's first token to its end."""
     joint_logp: float | None = None
-    """Log-likelihood of this answer and its stop token, summed over all receivers; ``None`` where they were not asked."""
+    """Log-likelihood of this answer and its stop token, summed over all receivers; ``None`` where
+    they were not asked."""
 
     @property
     def first_token_ms(self) -> float:
-        """Time from token ids to the answer's first token, the message's making included."""
+        """Time from token ids to the answer's first token, the message's encoding included."""
         return self.encode_ms + self.prefill_ms
 
 
@@ -84,7 +90,7 @@ def context_id(context: str) -> str:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A batch of rows and the message that stands for them, where one does."""
+    """A batch of rows, and the message that stands for them where one does."""
 
     rows: dict[str, list]
     condition: Condition
@@ -107,11 +113,15 @@ def predict(
     joint: bool = False,
     on_rows: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
-    """Predictions of every receiver for rows of ``table`` (shard columns; ``rows``: all), batch by batch.
+    """Yield every receiver's predictions for rows of ``table``, batch by batch.
 
-    ``condition``: what the receivers read; a mode alone has messages of the wire's own length. ``joint``: where receivers
-    disagree, each also says how likely it finds every one's answer. Batches begin at multiples of the batch size wherever
-    ``rows`` does, so that parts of a table give what the whole gives. ``on_rows`` is told of each batch how many rows it had.
+    Args:
+        table: rows with the columns of a shard.
+        condition: what the receivers read; a mode alone has messages of the wire's own length.
+        rows: which rows; all by default. Batches begin at multiples of the batch size wherever it
+            does, so that parts of a table give what the whole gives.
+        joint: where receivers disagree, each also says how likely it finds every one's answer.
+        on_rows: called after each batch with the number of its rows.
     """
     condition = condition if isinstance(condition, Condition) else Condition(condition)
     wire.interlingua.eval()
@@ -120,33 +130,38 @@ def predict(
     for start in range(rows.start, rows.stop, size):
         part = table.slice(start, min(size, rows.stop - start))
         sent = part if others is None else table.take(others[start : start + part.num_rows])
-        batch = _encode(wire, part.to_pydict(), sent.select(["context", "question"]).to_pydict(), condition)
-        found = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
-        if joint and any(len({own.text for own in row}) > 1 for row in zip(*found, strict=True)):
-            found = [_score_answers(wire, batch, own) for own in found]
+        senders = sent.select(["context", "question"]).to_pydict()
+        batch = _encode(wire, part.to_pydict(), senders, condition)
+        by_receiver = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
+        answers = [{prediction.text for prediction in row} for row in zip(*by_receiver, strict=True)]
+        if joint and any(len(texts) > 1 for texts in answers):
+            by_receiver = [_score_answers(wire, batch, predictions) for predictions in by_receiver]
         if on_rows is not None:
             on_rows(part.num_rows)
-        for own in found:
-            yield from own
+        for predictions in by_receiver:
+            yield from predictions
 
 
 def donors(contexts: list[str]) -> list[int]:
-    """For each row, the nearest one before it (from the end on, where there is none) that has another context."""
-    found = []
+    """Return for each row the nearest one before it that has another context.
+
+    Where there is none before it, the search goes on from the end.
+    """
+    nearest = []
     for row, context in enumerate(contexts):
-        other = row - 1
+        other = row - 1  # below 0 it counts from the end
         while contexts[other] == context and other > row - len(contexts):
             other -= 1
-        found.append(other % len(contexts))
-    return found
+        nearest.append(other % len(contexts))
+    return nearest
 
 
 def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], condition: Condition) -> _Rows:
-    encoder, z_bytes = wire.interlingua.encoder, LATENT_BYTES * wire.run.encoder.d_z
+    encoder = wire.interlingua.encoder
     tokens = condition.tokenize(encoder, sender_texts(wire.run.data.send, sent))
     if condition.mode not in MESSAGE_MODES:
         slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
-        shown = {name: _shown(wire, name, rows, condition.mode, own) for name, own in slots.items()}
+        shown = {name: _shown(wire, name, rows, condition.mode, slots[name]) for name in slots}
         return _Rows(rows, condition, None, slots, shown, [], 0.0)
     began = _now(wire.interlingua.device)
     message = wire.interlingua.encode(tokens)
@@ -155,13 +170,14 @@ def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], cond
     seconds = _now(message.z_BLZ.device) - began
     slots = {name: message.slots(name) for name in wire.receivers}
     size = len(message)
-    private = sum(map(len, message.private.values()))
-    sizes = (
-        [z_bytes * (length + private) for length in message.length_B.tolist()]
-        if condition.bits is None
-        else [len(message.row(row).to_bytes(bits=condition.bits)) for row in range(size)]
-    )
-    return _Rows(rows, condition, message, slots, {name: [] for name in slots}, sizes, 1000 * seconds / size)
+    if condition.bits is None:
+        z_bytes = LATENT_BYTES * wire.run.encoder.d_z
+        private = sum(map(len, message.private.values()))
+        sizes = [z_bytes * (length + private) for length in message.length_B.tolist()]
+    else:
+        sizes = [len(message.row(row).to_bytes(bits=condition.bits)) for row in range(size)]
+    shown = {name: [] for name in slots}
+    return _Rows(rows, condition, message, slots, shown, sizes, 1000 * seconds / size)
 
 
 def _shown(wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int]) -> list[list[int]]:
@@ -170,7 +186,7 @@ def _shown(wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots
 
 
 def _now(device: torch.device) -> float:
-    """The time when ``device`` has done what it was given."""
+    """Return the time when ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -179,70 +195,93 @@ def _now(device: torch.device) -> float:
 def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Prediction]:
     lm, rows, mode, message = wire.receivers[name], batch.rows, batch.condition.mode, batch.message
     count = len(rows["id"])
-    asked = _prompts(wire, name, batch, [None] * count)
+    prompts = _prompts(wire, name, batch, [None] * count)
     answered = _prompts(wire, name, batch, rows[f"{name}_answer_ids"])
-    own_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
-    answers, decoded = wire.decode(name, asked, message, own_ND)
+    text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
+    answers, decoded = wire.decode(name, prompts, message, text_ND)
     gold = collate(answered).to(lm.device)
     began = _now(lm.device)
     with wire.reading(name, gold, message) as soft_ND:
-        judged = lm.score_answers(gold, soft_ND if own_ND is None else own_ND)
+        scores = lm.score_answers(gold, soft_ND if text_ND is None else text_ND)
     seconds = time.perf_counter() - began
+    # The mean over each answer's tokens: N supervised positions, row_N[n] the row of one.
     row_N = gold.row_N.cpu()
-    nll_B = torch.zeros(count).index_add(0, row_N, judged.ce_N) / torch.bincount(row_N, minlength=count)
-    likelier_B = judged.likelier_N[gold.offset_N.cpu() == 0].tolist()
-    sizes = (
-        batch.bytes if message else [len(lm.tokenizer.decode(ids).encode()) for ids in _stood_for(wire, name, batch)]
-    )
+    total_B = torch.zeros(count).index_add(0, row_N, scores.ce_N)
+    nll_B = total_B / torch.bincount(row_N, minlength=count)
+    # Tokens likelier than the gold answer's first one.
+    likelier_B = scores.likelier_N[gold.offset_N.cpu() == 0].tolist()
+    sizes = batch.bytes
+    if message is None:
+        sizes = [len(lm.tokenizer.decode(ids).encode()) for ids in _stood_for(wire, name, batch)]
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
-            id=rows["id"][i], receiver=name, condition=batch.condition.key, mode=mode, text=answer, golds=rows["answers"][i],
-            context=rows["context"][i], context_id=context_id(rows["context"][i]), question=rows["question"][i],
-            em=em, f1=f1, nll=float(nll_B[i]), first_1=float(likelier_B[i] < 1), first_5=float(likelier_B[i] < 5),
-            positions=len(asked[i].ids), message_positions=len(asked[i].message), bytes=sizes[i],
-            context_bytes=len(rows["context"][i].encode()), context_tokens=len(rows[f"{name}_context_ids"][i]),
-            forward_ms=1000 * seconds / count, encode_ms=batch.encode_ms, prefill_ms=decoded.prefill_ms / count,
+            id=rows["id"][i],
+            receiver=name,
+            condition=batch.condition.key,
+            mode=mode,
+            text=answer,
+            golds=rows["answers"][i],
+            context=rows["context"][i],
+            context_id=context_id(rows["context"][i]),
+            question=rows["question"][i],
+            em=em,
+            f1=f1,
+            nll=float(nll_B[i]),
+            first_1=float(likelier_B[i] < 1),
+            first_5=float(likelier_B[i] < 5),
+            positions=len(prompts[i].ids),
+            message_positions=len(prompts[i].message),
+            bytes=sizes[i],
+            context_bytes=len(rows["context"][i].encode()),
+            context_tokens=len(rows[f"{name}_context_ids"][i]),
+            forward_ms=1000 * seconds / count,
+            encode_ms=batch.encode_ms,
+            prefill_ms=decoded.prefill_ms / count,
             decode_ms=decoded.decode_ms / count,
-        )  # fmt: skip
+        )
 
 
-def _score_answers(wire: LatentWire, batch: _Rows, own: list[Prediction]) -> list[Prediction]:
-    """One receiver's predictions with the log-likelihood that all receivers together give to its answers."""
-    count = len(own)
-    total_B = torch.zeros(count, dtype=torch.float64)
+def _score_answers(wire: LatentWire, batch: _Rows, predictions: list[Prediction]) -> list[Prediction]:
+    """Add to one receiver's predictions the log-likelihood that all receivers give to them."""
+    total_B = torch.zeros(len(predictions), dtype=torch.float64)
+    texts = [prediction.text for prediction in predictions]
     for name, lm in wire.receivers.items():
-        ids = wire.builders[name].tokenize([], [], [p.text for p in own])["answer_ids"]
-        said = collate(_prompts(wire, name, batch, ids)).to(lm.device)
-        own_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
-        with wire.reading(name, said, batch.message) as soft_ND:
-            judged = lm.score_answers(said, soft_ND if own_ND is None else own_ND)
-        total_B.index_add_(0, said.row_N.cpu(), -judged.ce_N.double())
-    return [dataclasses.replace(p, joint_logp=float(logp)) for p, logp in zip(own, total_B, strict=True)]
+        ids = wire.builders[name].tokenize([], [], texts)["answer_ids"]
+        answered = collate(_prompts(wire, name, batch, ids)).to(lm.device)
+        text_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
+        with wire.reading(name, answered, batch.message) as soft_ND:
+            scores = lm.score_answers(answered, soft_ND if text_ND is None else text_ND)
+        total_B.index_add_(0, answered.row_N.cpu(), -scores.ce_N.double())
+    return [
+        dataclasses.replace(prediction, joint_logp=float(logp))
+        for prediction, logp in zip(predictions, total_B, strict=True)
+    ]
 
 
 def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> list[PromptSequence]:
-    """Prompts to be answered where ``answers`` are ``None``, else with those ids as targets."""
+    """Build a batch's prompts; those with ``answers`` have them as targets, others are open."""
     builder, mode, shown = wire.builders[name], batch.condition.mode, batch.shown[name]
     prompts = []
-    for place, question in enumerate(batch.rows[f"{name}_question_ids"]):
+    for row, question in enumerate(batch.rows[f"{name}_question_ids"]):
         if mode in MESSAGE_MODES:
-            prompts.append(builder.latent(batch.slots[name][place], question, answers[place]))
+            prompts.append(builder.latent(batch.slots[name][row], question, answers[row]))
         elif mode == "embeddings":
-            prompts.append(builder.latent(len(builder.message_ids(shown[place], question)), question, answers[place]))
+            slots = len(builder.message_ids(shown[row], question))
+            prompts.append(builder.latent(slots, question, answers[row]))
         else:
-            prompts.append(builder.text(shown[place], question, answers[place]))
+            prompts.append(builder.text(shown[row], question, answers[row]))
     return prompts
 
 
 def _stood_for(wire: LatentWire, name: str, batch: _Rows) -> list[list[int]]:
-    """The tokens of each text prompt that a message would stand for: what had to be sent instead."""
-    columns = (batch.shown[name], batch.rows[f"{name}_question_ids"])
-    return [wire.builders[name].message_ids(shown, question) for shown, question in zip(*columns, strict=True)]
+    """Return the tokens of each text prompt that a message would stand for."""
+    pairs = zip(batch.shown[name], batch.rows[f"{name}_question_ids"], strict=True)
+    return [wire.builders[name].message_ids(shown, question) for shown, question in pairs]
 
 
 def _embeddings(wire: LatentWire, name: str, batch: _Rows) -> torch.Tensor:
-    """The receiver's own embeddings of what the message stands for: the latent path must read them as text."""
+    """Embed what the message stands for by the receiver's own table: it must read that as text."""
     lm = wire.local_receiver(name)
-    rows = _stood_for(wire, name, batch)
-    return lm.embed_tokens(torch.tensor([token for row in rows for token in row], device=lm.device))
+    tokens = itertools.chain.from_iterable(_stood_for(wire, name, batch))
+    return lm.embed_tokens(torch.tensor(list(tokens), device=lm.device))

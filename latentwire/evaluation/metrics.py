@@ -1,8 +1,9 @@
 """Exact match and F1 by the official rules, per example and for a file of answers.
 
-The arithmetic is that of the official scripts in Python's own floats, so that a file's scores agree to the last digit.
-torchmetrics' SQuAD agrees to fp32's seven digits, but for one case: where nothing is left of both answers after
-normalisation ("The" and "a"), it gives an F1 of 1 and the SQuAD v1.1 and HotpotQA scripts one of 0. A test holds both.
+The arithmetic is that of the official scripts in Python's own floats, so that a file's scores agree
+to the last digit. torchmetrics' SQuAD agrees to fp32's seven digits, but for one case: where
+nothing is left of both answers after normalisation ("The" and "a"), it gives an F1 of 1 and the
+SQuAD v1.1 and HotpotQA scripts one of 0. A test holds both.
 """
 
 from __future__ import annotations
@@ -28,36 +29,42 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only, as in th
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, single spaces."""
+    """Return a text in lower case without ASCII punctuation and articles, with single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def em_f1(prediction: str, golds: Sequence[str], dataset: str = "squad") -> tuple[float, float]:
-    """(EM, F1), each 0..1, best over all golds. HotpotQA: a yes/no that is not exactly right scores no F1."""
+    """Return (EM, F1), each 0..1, best over all golds.
+
+    HotpotQA: a yes/no that is not exactly right scores no F1.
+    """
     scores = [_scores(prediction, gold, dataset) for gold in golds]
     return max(score["em"] for score in scores), max(score["f1"] for score in scores)
 
 
 def _scores(prediction: str, gold: str, dataset: str) -> dict[str, float]:
-    said, right = normalise(prediction), normalise(gold)
-    em = float(said == right)
-    if DATASETS[dataset].exact_yes_no and not em and (said in YES_NO or right in YES_NO):
+    answer, right = normalise(prediction), normalise(gold)
+    em = float(answer == right)
+    if DATASETS[dataset].exact_yes_no and not em and (answer in YES_NO or right in YES_NO):
         return {"em": em, "f1": 0.0, "prec": 0.0, "recall": 0.0}
-    words, gold_words = said.split(), right.split()
+    words, gold_words = answer.split(), right.split()
     same = sum((Counter(words) & Counter(gold_words)).values())
     if same == 0:
         return {"em": em, "f1": 0.0, "prec": 0.0, "recall": 0.0}
     precision, recall = 1.0 * same / len(words), 1.0 * same / len(gold_words)
-    return {"em": em, "f1": 2 * precision * recall / (precision + recall), "prec": precision, "recall": recall}
+    f1 = 2 * precision * recall / (precision + recall)
+    return {"em": em, "f1": f1, "prec": precision, "recall": recall}
 
 
 def score_file(file: Path, data: DataConfig, split: sources.Split = "validation") -> tuple[dict[str, float], int]:
-    """Scores of a file in the dataset's official format, under the official names, and how many questions it leaves out.
+    """Score a file in the dataset's official format, under the official names.
 
-    SQuAD: ``{id: answer}``, in percent; where the dataset has questions without an answer, as SQuAD 2.0 has, by the rules
-    and names of its own script. HotpotQA: ``{"answer": {id: …}, "sp": {id: [[title, sentence], …]}}``, 0..1; without
-    ``sp`` only the answers' scores come. A question that is left out scores 0. Raises
-    :class:`~latentwire.config.resolve.ConfigError` for another format and :class:`~latentwire.data.sources.DataError`.
+    Returns the scores, and how many questions the file leaves out; those score 0. SQuAD: ``{id:
+    answer}``, in percent; where the dataset has questions without an answer, as SQuAD 2.0 has, by
+    the rules and names of its own script. HotpotQA: ``{"answer": {id: …}, "sp": {id: [[title,
+    sentence], …]}}``, 0..1; without ``sp`` only the answers' scores come. Raises
+    :class:`~latentwire.config.resolve.ConfigError` for another format and
+    :class:`~latentwire.data.sources.DataError`.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -69,13 +76,13 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
     hotpot = data.source.official_scores == "hotpotqa"
     answers = document.get("answer") if hotpot and isinstance(document, dict) else document
     if not isinstance(answers, dict):
-        wanted = '{"answer": {id: answer}, "sp": …}' if hotpot else "{id: answer}"
-        raise ConfigError(f"predictions for {data.dataset} must be {wanted}, {file} is not")
+        form = '{"answer": {id: answer}, "sp": …}' if hotpot else "{id: answer}"
+        raise ConfigError(f"predictions for {data.dataset} must be {form}, {file} is not")
     for identity, answer in answers.items():
         if not isinstance(answer, str):
             raise ConfigError(
-                f"predictions for {data.dataset} must give each question's answer as text, {file} has "
-                f"{_shown(answer)} for {identity}"
+                f"predictions for {data.dataset} must give each question's answer as text, {file} "
+                f"has {_shown(answer)} for {identity}"
             )
     facts = _checked_facts(document.get("sp"), file) if hotpot else {}
     rows = _rows(data, split)
@@ -86,22 +93,18 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
 
 
 def _checked_facts(facts: Any, file: Path) -> Mapping[str, Sequence[Any]]:
-    """The supporting facts of a file of predictions, by question; none where it has none."""
-    wanted = '"sp": {id: [[title, number of the sentence], …]}'
+    """Return the supporting facts of a file of predictions, by question; none where it has none."""
+    rule = 'predictions for hotpotqa must give supporting facts as "sp": {id: [[title, number of the sentence], …]}'
     if not isinstance(facts, dict | None):
-        raise ConfigError(
-            f"predictions for hotpotqa must give supporting facts as {wanted}, {file} has {_shown(facts)}"
-        )
+        raise ConfigError(f"{rule}, {file} has {_shown(facts)}")
     for identity, pairs in (facts or {}).items():
         if not isinstance(pairs, list) or not all(map(_is_fact, pairs)):
-            raise ConfigError(
-                f"predictions for hotpotqa must give supporting facts as {wanted}, {file} has {_shown(pairs)} for {identity}"
-            )
+            raise ConfigError(f"{rule}, {file} has {_shown(pairs)} for {identity}")
     return facts or {}
 
 
 def _is_fact(pair: Any) -> bool:
-    """Whether a pair is a title and the number of a sentence; JSON's ``true`` is no number."""
+    """Return whether a pair is a title and a sentence's number; JSON's ``true`` is no number."""
     return isinstance(pair, list) and [type(part) for part in pair] == [str, int]
 
 
@@ -110,32 +113,32 @@ def _shown(value: Any) -> str:
 
 
 def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
-    """id → HotpotQA's own type of question (``bridge``, ``comparison``); empty for other datasets.
+    """Return id → HotpotQA's own type of question (``bridge``, ``comparison``).
 
-    Rows that cannot be read have none: preprocessing counts them.
+    Empty for other datasets. Rows that cannot be read have none: preprocessing counts them.
     """
-    found = {}
+    types = {}
     for raw in _raw(data, split) if data.source.official_scores == "hotpotqa" else ():
         try:
             row = sources.parsed(raw)
         except sources.RowError:
             continue
         if row.get("type"):
-            found[_identity(row)] = str(row["type"])
-    return found
+            types[_identity(row)] = str(row["type"])
+    return types
 
 
 def _rows(data: DataConfig, split: sources.Split) -> list[dict[str, Any]]:
     rows = []
-    own: dict[str, Any]
     for raw in _raw(data, split):
         try:
-            row = sources.parsed(raw)
+            row = dict(sources.parsed(raw))
             if data.source.official_scores == "hotpotqa":
-                own = {"answer": _only_answer(row), "supporting_facts": _gold_facts(row.get("supporting_facts"))}
+                row["answer"] = _only_answer(row)
+                row["supporting_facts"] = _gold_facts(row.get("supporting_facts"))
             else:
-                own = {"answers": sources.answers_of(row)}
-            rows.append(row | own)
+                row["answers"] = sources.answers_of(row)
+            rows.append(row)
         except sources.RowError as error:
             raise sources.DataError(
                 f"official scores need every row of {data.dataset} {split}: {error}; mend the file"
@@ -152,7 +155,7 @@ def _only_answer(row: dict[str, Any]) -> str:
 
 
 def _gold_facts(facts: Any) -> set[tuple[str, int]]:
-    """Supporting facts, in the Hub's columns or in pairs, as pairs; none where the row does not say."""
+    """Return supporting facts, in the Hub's columns or in pairs, as pairs; there may be none."""
     try:
         pairs = zip(facts["title"], facts["sent_id"], strict=True) if isinstance(facts, dict) else facts or ()
         return {(str(title), int(sentence)) for title, sentence in pairs}
@@ -168,7 +171,7 @@ def _raw(data: DataConfig, split: sources.Split) -> Iterator[sources.Row]:
 
 
 def _squad(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
-    """Scores in percent, by SQuAD 2.0's rules where a question has no answer, else by v1.1's."""
+    """Score in percent, by SQuAD 2.0's rules where a question has no answer, else by v1.1's."""
     if any(row.get("is_impossible") is not None or not row["answers"] for row in rows):
         return _squad_v2(rows, answers)
     totals = {"exact_match": 0.0, "f1": 0.0}
@@ -180,7 +183,7 @@ def _squad(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, 
 
 
 def _squad_v2(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[str, float]:
-    """What ``evaluate-v2.0.py`` prints: over all questions, those with an answer, those without."""
+    """Score as ``evaluate-v2.0.py`` does: all questions, those with an answer, those without."""
     scores: dict[str, list[tuple[float, float]]] = {"": [], "HasAns_": [], "NoAns_": []}
     for row in rows:
         golds = [gold for gold in row["answers"] if normalise(gold)] or [""]
@@ -198,36 +201,30 @@ def _squad_v2(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[st
 
 
 def _v2_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
-    """(EM, F1): an answer of which normalisation leaves nothing is right only where there is none."""
-    exact = max(float(normalise(prediction) == normalise(gold)) for gold in golds)
-    f1 = max(
-        _scores(prediction, gold, "squad")["f1"]
-        if normalise(prediction) and normalise(gold)
-        else float(normalise(prediction) == normalise(gold))
-        for gold in golds
-    )
-    return exact, f1
+    """Return (EM, F1): an answer that normalises to nothing is right only where there is none."""
+    exact = [float(normalise(prediction) == normalise(gold)) for gold in golds]
+    f1 = []
+    for gold, equal in zip(golds, exact, strict=True):
+        both = normalise(prediction) and normalise(gold)
+        f1.append(_scores(prediction, gold, "squad")["f1"] if both else equal)
+    return max(exact), max(f1)
 
 
 def _hotpotqa(
     rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Mapping[str, Sequence[Any]]
 ) -> dict[str, float]:
-    names = [
-        f"{part}{name}"
-        for part in ("", *(("sp_", "joint_") if facts else ()))
-        for name in ("em", "f1", "prec", "recall")
-    ]
-    totals = dict.fromkeys(names, 0.0)
+    parts = ("", "sp_", "joint_") if facts else ("",)
+    totals = {f"{part}{name}": 0.0 for part in parts for name in ("em", "f1", "prec", "recall")}
     for row in rows:
-        own, answer = _identity(row), None
-        if own in answers:
-            answer = _scores(answers[own], row["answer"], "hotpotqa")
-            _add(totals, "", answer)
-        if own in facts:
-            found = _facts(facts[own], row["supporting_facts"])
-            _add(totals, "sp_", found)
-            if answer is not None:
-                _add(totals, "joint_", _joint(answer, found))
+        identity, answer_scores = _identity(row), None
+        if identity in answers:
+            answer_scores = _scores(answers[identity], row["answer"], "hotpotqa")
+            _add(totals, "", answer_scores)
+        if identity in facts:
+            fact_scores = _facts(facts[identity], row["supporting_facts"])
+            _add(totals, "sp_", fact_scores)
+            if answer_scores is not None:
+                _add(totals, "joint_", _joint(answer_scores, fact_scores))
     return {name: total / len(rows) for name, total in totals.items()}
 
 
@@ -236,13 +233,14 @@ def _add(totals: dict[str, float], part: str, scores: Mapping[str, float]) -> No
         totals[part + name] += value
 
 
-def _facts(said: Iterable[Sequence[Any]], right: set[tuple[str, int]]) -> dict[str, float]:
-    """Supporting facts as sets of (title, number of the sentence)."""
-    own = {(title, sentence) for title, sentence in said}
-    hits, extra, missed = len(own & right), len(own - right), len(right - own)
+def _facts(named: Iterable[Sequence[Any]], right: set[tuple[str, int]]) -> dict[str, float]:
+    """Score supporting facts as sets of (title, number of the sentence)."""
+    facts = {(title, sentence) for title, sentence in named}
+    hits, extra, missed = len(facts & right), len(facts - right), len(right - facts)
     precision = 1.0 * hits / (hits + extra) if hits + extra else 0.0
     recall = 1.0 * hits / (hits + missed) if hits + missed else 0.0
-    return {"em": float(extra + missed == 0), "f1": _harmonic(precision, recall), "prec": precision, "recall": recall}
+    em, f1 = float(extra + missed == 0), _harmonic(precision, recall)
+    return {"em": em, "f1": f1, "prec": precision, "recall": recall}
 
 
 def _joint(answer: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:

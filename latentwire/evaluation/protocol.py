@@ -1,4 +1,4 @@
-"""The evaluation pin: one hash of everything, besides the wire, that a score hangs on."""
+"""The protocol hash: one hash of everything, besides the wire, that a score depends on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ROW_COLUMNS = ("id", "context", "question", "answers")
 
 
 def pins(paths: Mapping[shards.ShardSplit, Place], run: RunConfig) -> dict[str, Any]:
-    """What a metric hangs on: the rows it was computed on and how they were decoded."""
+    """Return what a metric depends on: the rows it was computed on, and how they were decoded.
+
+    It goes into checkpoints' manifests under ``pins``.
+    """
     return {
         "shards": {split: shards.read_manifest(path)["key"] for split, path in paths.items()},
         "evaluation": run.evaluation.model_dump(),
@@ -29,27 +32,31 @@ def pins(paths: Mapping[shards.ShardSplit, Place], run: RunConfig) -> dict[str, 
 
 
 def protocol_hash(path: Place, run: RunConfig) -> str:
-    """Hash of the rows of complete shards (their content, in order), layout version, decoding limit, metric version and rules.
+    """Return the protocol hash of scores on complete shards.
 
-    What chat templates write around a prompt is in it too: it may hold a date, or hang on
-    ``template_options``. Tokenisers, anchor and receivers are not: they belong to what is compared.
-    Scores with different pins must not be.
+    It covers the rows (their content, in order), layout version, decoding limit, metric version and
+    rules. The text that chat templates write around a prompt is in it too: it may hold a date, or
+    depend on ``template_options``. Tokenisers, anchor and receivers are not: they belong to what is
+    compared. Scores with different hashes must not be compared.
     """
     digest = hashlib.sha256()
     for name in shards.read_manifest(path)["files"]:
-        columns = [
-            column for column in read_footer(path / name).schema.to_arrow_schema().names if column in ROW_COLUMNS
-        ]
+        stored = read_footer(path / name).schema.to_arrow_schema().names
+        columns = [column for column in stored if column in ROW_COLUMNS]
         for row in read_parquet(path / name, columns).to_pylist():
             digest.update(json.dumps(row, sort_keys=True).encode())
-    decides: dict[str, Any] = {
+    decides: dict[str, Any] = {  # the keys are part of the hash
         "rows": digest.hexdigest(),
         "layout_version": PROMPT_VERSION,
         "metric_version": METRIC_VERSION,
         "rules": run.data.dataset,
         "decoding": run.evaluation.model_dump(include=set(paths_with("protocol", model=EvaluationConfig))),
     }
-    chats = {receiver.name: rendered(load_tokenizer(receiver), receiver) for receiver in run.receivers}
-    if chats := {name: text for name, text in chats.items() if text is not None}:
+    chats = {}
+    for receiver in run.receivers:
+        text = rendered(load_tokenizer(receiver), receiver)
+        if text is not None:
+            chats[receiver.name] = text
+    if chats:
         decides["chats"] = chats
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""A record of how often validation rows were read: what a split was compared on before, it no longer judges without bias.
+"""Record of how often validation rows were read: comparing on them costs them their neutrality.
 
-Every scoring of a wire on validation rows leaves a file under ``<shard_dir>/readings``: which wire, when, and hashes of the
-rows. Rows are known by what they ask and of what, so that another order, draw, prompt or receiver does not hide that they were
-read before.
+Every scoring of a wire on validation rows leaves a file under ``<shard_dir>/readings``: which wire,
+when, and hashes of the rows. Rows are known by their question and context, so that another order,
+draw, prompt or receiver does not hide that they were read before.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from latentwire.data.documents import TrainedOn
 from latentwire.storage import Place, StorageError, children, text_if_there, write_text
 
 FOLDER = "readings"
-"""Beside the directories of shards."""
+"""Name of the directory of records, beside the directories of shards."""
 WEIGHTS = ("interlingua.safetensors", "adapters/", "features/")
-"""Files of a checkpoint or export that make a wire what it is."""
+"""Beginnings of the files of a checkpoint or export that hold a wire's weights."""
 
 
 def wire_name(manifest: Mapping[str, Any]) -> str:
@@ -34,11 +34,12 @@ def wire_name(manifest: Mapping[str, Any]) -> str:
 
 
 def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
-    """Record that ``wire`` is scored on complete validation shards; return how often their rows were read before.
+    """Record that ``wire`` is scored on complete validation shards.
 
-    ``rows``; ``read_before``: those of them that an earlier scoring read; ``scorings``: earlier ones that read any of them;
-    ``wires``: other wires among those; ``again``: whether this wire has been scored on any of them before; ``trained_on``: rows of
-    documents that it has trained on.
+    Returns how often their rows were read before. ``rows``: their number; ``read_before``: those
+    that an earlier scoring read; ``scorings``: earlier ones that read any of them; ``wires``: other
+    wires among those; ``again``: whether this wire has been scored on any of them before;
+    ``trained_on``: rows of documents that it has trained on.
     """
     table = shards.read_table(validation, ["context", "question", "document"])
     rows = row_hashes(table)
@@ -57,7 +58,7 @@ def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
     document = {"wire": wire, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": sorted(rows)}
     try:
         write_text(folder / f"{int(time.time())}-{uuid.uuid4().hex[:8]}.json", json.dumps(document))
-    except (OSError, StorageError) as error:  # shards that others own: their scores are none the worse for it
+    except (OSError, StorageError) as error:  # shards that others own can still be scored
         print(
             f"this scoring is not recorded, so later ones will not count it: {folder} cannot be written ({error})",
             flush=True,
@@ -73,9 +74,10 @@ def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
 
 
 def row_hashes(table: pa.Table) -> set[int]:
-    """Return a 53-bit hash (what JSON's readers hold exactly) of each row's context and question."""
+    """Return a 53-bit hash of each row's context and question; JSON's readers hold that exactly."""
     pairs = zip(table["context"].to_pylist(), table["question"].to_pylist(), strict=True)
-    digests = b"".join(hashlib.sha256(f"{context}\0{question}".encode()).digest()[:8] for context, question in pairs)
+    texts = [f"{context}\0{question}" for context, question in pairs]
+    digests = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in texts)
     return set((np.frombuffer(digests, "<u8") >> np.uint64(11)).tolist())
 
 
@@ -91,6 +93,6 @@ def sentence(readings: Mapping[str, Any] | None) -> str:
     by = f"{others} and this one" if readings["again"] else others
     advice = "" if not readings["wires"] else "; data.validation_skip takes rows that no comparison used"
     return (
-        f"{readings['read_before']:,} of these {readings['rows']:,} rows were read before, in {readings['scorings']:,} "
-        f"scoring(s) by {by}{advice}{trained}"
+        f"{readings['read_before']:,} of these {readings['rows']:,} rows were read before, in "
+        f"{readings['scorings']:,} scoring(s) by {by}{advice}{trained}"
     )

@@ -1,13 +1,13 @@
-"""Scores of a checkpoint beside the baselines, and its export: for the plain commands and for every worker.
+"""Scores of a checkpoint beside the baselines, and its export.
 
-Neither Ray nor Optuna is imported here, so that :mod:`latentwire.train` and :mod:`latentwire.evaluate` run where they are not
-installed.
+Neither Ray nor Optuna is imported here, so that ``latentwire train`` and ``latentwire evaluate``
+run where they are not installed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation import readings
-from latentwire.evaluation.baselines import FINAL_MODES
 from latentwire.evaluation.conditions import Condition, label
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
@@ -33,18 +32,28 @@ from latentwire.storage import Place, directory, local, write, write_text
 
 
 def check_questions(run: RunConfig) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where a configuration's rows ask nothing that could be scored."""
+    """Check that a configuration's rows ask questions that can be scored.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where they do not.
+    """
     if not run.data.source.has_questions:
         raise ConfigError(
-            f"scores need questions, dataset {run.data.dataset} has none; name others, e.g. --set data.dataset=squad "
-            "--set losses.bundle=answer"
+            f"scores need questions, dataset {run.data.dataset} has none; name others, e.g. --set "
+            "data.dataset=squad --set losses.bundle=answer"
         )
 
 
-FINAL_CONDITIONS = tuple(
-    Condition(mode, bits=bits) for mode in FINAL_MODES for bits in ((None, 8, 4) if mode == "latent" else (None,))
+FINAL_CONDITIONS = (
+    Condition("text"),
+    Condition("latent"),
+    Condition("latent", bits=8),
+    Condition("latent", bits=4),
+    Condition("truncated"),
+    Condition("shuffled"),
+    Condition("closed_book"),
 )
-"""What a sweep's winner is scored with: every mode, and the latents also as they travel in fewer bits."""
+"""Conditions of a sweep's winner: every final mode, and the latents also in packets of fewer
+bits."""
 
 
 def score(
@@ -53,9 +62,10 @@ def score(
     conditions: tuple[Condition, ...] = FINAL_CONDITIONS,
     run: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """Reload a checkpoint in this process and score it on complete shards: condition's key → receiver → metrics.
+    """Reload a checkpoint in this process and score it on complete shards.
 
-    ``run`` replaces the configuration it was saved with (other data, decoding or device).
+    Returns condition's key → receiver → metrics. ``run`` replaces the configuration it was saved
+    with (other data, decoding or device).
     """
     with local(path) as folder:
         wire, _ = load_wire(folder, run)
@@ -63,29 +73,38 @@ def score(
 
 
 def predict_conditions(
-    wire: LatentWire, validation: Place, conditions: tuple[Condition, ...] = FINAL_CONDITIONS, *, joint: bool = True
+    wire: LatentWire,
+    validation: Place,
+    conditions: tuple[Condition, ...] = FINAL_CONDITIONS,
+    *,
+    joint: bool = True,
+    watch: Callable[..., object] | None = None,
 ) -> dict[str, list[Prediction]]:
-    """Condition's key → the receivers' answers to all rows of complete shards.
+    """Return condition's key → the receivers' answers to all rows of complete shards.
 
-    ``joint``: receivers also judge each other's answers.
+    ``joint``: receivers also score each other's answers. ``watch``: as for
+    :class:`~latentwire.evaluation.progress.ScoringProgress`.
     """
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
-    with ScoringProgress(table.num_rows * len(conditions)) as progress:
+    with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
         for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
             on_rows = partial(progress.advance, label(condition.key))
             predictions[condition.key] = list(predict(wire, table, condition, joint=joint, on_rows=on_rows))
-            print(f"scored {number}/{len(conditions)}: {label(condition.key)}, {table.num_rows:,} rows", flush=True)
+            print(
+                f"scored {number}/{len(conditions)}: {label(condition.key)}, {table.num_rows:,} rows",
+                flush=True,
+            )
     return predictions
 
 
 def summaries(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
-    """Condition's key → receiver → metrics."""
-    return {key: summarise(found) for key, found in predictions.items()}
+    """Return condition's key → receiver → metrics."""
+    return {key: summarise(predictions[key]) for key in predictions}
 
 
 def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, float]:
-    """Reload a checkpoint in this process and look into its messages."""
+    """Reload a checkpoint in this process and probe its messages."""
     with local(path) as folder:
         wire, _ = load_wire(folder, run)
     return diagnose(wire, shards.read_table(validation))
@@ -93,33 +112,39 @@ def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, f
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of a wire at its end."""
+    """The final scores and sizes of a wire."""
 
     scores: dict[str, Any]
-    """Condition's key → receiver → metrics on the validation split; empty for a wire pretrained on texts alone."""
+    """Condition's key → receiver → metrics on the validation split; empty for a wire pretrained on
+    texts alone."""
     readings: dict[str, Any]
-    """How often those rows were read before (:func:`latentwire.evaluation.readings.note`)."""
+    """Earlier readings of those rows (:func:`latentwire.evaluation.readings.note`)."""
     sizes: dict[str, dict[str, int]]
-    """Its trained weights (:func:`latentwire.exports.sizes`)."""
+    """Sizes of the trained weights (:func:`latentwire.exports.sizes`)."""
 
     @property
     def document(self) -> dict[str, Any]:
-        """What ``results.json`` says of them."""
+        """Entries of ``results.json``."""
         return {"validation": self.scores, "readings": self.readings, "weights": self.sizes}
 
 
-def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Scored:
-    """Score the chosen checkpoint once on the validation split, and export it without its training state.
+def score_and_export(
+    checkpoint: Place, validation: Place, export: Place, watch: Callable[..., object] | None = None
+) -> Scored:
+    """Score the chosen checkpoint once on the validation split, and export it.
 
-    The scoring is recorded beside the shards. A wire pretrained on texts alone has no scores: it is exported for a second stage.
+    The export has no training state. The scoring is recorded beside the shards. A wire pretrained
+    on texts alone has no scores: it is exported for a second stage. ``watch``: as for
+    :class:`~latentwire.evaluation.progress.ScoringProgress`.
     """
     if export.exists():
         raise ConfigError(f"an export must not overwrite anything, {export} exists; name another output_dir")
     with local(checkpoint) as folder:
         wire, manifest = load_wire(folder)
-    texts = not wire.run.data.source.has_questions
-    read = {} if texts else readings.note(validation, readings.wire_name(manifest), wire.trained_on)
-    predictions = {} if texts else predict_conditions(wire, validation)
+    read_before, predictions = {}, {}
+    if wire.run.data.source.has_questions:
+        read_before = readings.note(validation, readings.wire_name(manifest), wire.trained_on)
+        predictions = predict_conditions(wire, validation, watch=watch)
     table = summaries(predictions)
     pins = manifest["pins"] | {
         "validation": {
@@ -129,20 +154,25 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Sco
     }
     address = None if isinstance(export, Path) else partial(exports.below, Path.cwd())
     with directory(export, last=exports.MANIFEST) as folder:
-        metrics = {"development": manifest["metrics"], "validation": table, "readings": read}
+        metrics = {
+            "development": manifest["metrics"],
+            "validation": table,
+            "readings": read_before,
+        }
         exports.save(folder, wire, metrics, pins, address=address)
         sizes = exports.sizes(folder)
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
-    return Scored(table, read, sizes)
+    return Scored(table, read_before, sizes)
 
 
 def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:
-    """One row per prediction, written aside and renamed."""
-    rows = pa.Table.from_pylist([asdict(p) for found in predictions.values() for p in found])
-    write(path, lambda file: pq.write_table(rows, file))
+    """Write one row per prediction, aside and renamed."""
+    rows = [asdict(prediction) for of_one in predictions.values() for prediction in of_one]
+    table = pa.Table.from_pylist(rows)
+    write(path, lambda file: pq.write_table(table, file))
 
 
 def write_results(output: Place, document: dict[str, Any]) -> None:
-    """``results.json``, whole or as it was."""
+    """Write ``results.json``, whole or not at all."""
     write_text(output / "results.json", json.dumps(document, indent=1, default=str))

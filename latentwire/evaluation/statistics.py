@@ -1,7 +1,8 @@
-"""How sure a mean is. scipy is imported by whoever asks: workers, which train, are without it sooner.
+"""Intervals and tests of means. scipy is imported where it is needed: workers start sooner without.
 
-Rows that share a context are not independent: a message that lost a fact fails all of its questions. So intervals and tests
-resample contexts, each with all of its rows, and never single rows.
+Rows that share a context are not independent: a message that lost a fact fails all of its
+questions. So intervals and tests resample contexts, each with all of its rows, and never single
+rows.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ SEED = 0  # of the resampling: the same scores have the same interval
 
 
 def interval(values: Sequence[float], contexts: Sequence[str]) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean over rows, by a cluster bootstrap.
+    """Return the 95 % percentile interval of the mean over rows, by a cluster bootstrap.
 
-    ``contexts``: each row's context, by any name that tells them apart. Contexts are drawn with replacement, and a resample's
-    mean is that of all rows of those drawn. One context alone has no interval: both ends are its mean.
+    ``contexts``: each row's context, by any name that tells them apart. Contexts are drawn with
+    replacement, and a resample's mean is that of all rows of those drawn. One context alone has no
+    interval: both ends are its mean.
     """
     total_G, count_G = _by_context(values, contexts)
     groups, rng = len(total_G), np.random.default_rng(SEED)
@@ -35,10 +37,11 @@ def interval(values: Sequence[float], contexts: Sequence[str]) -> tuple[float, f
 
 
 def difference(first: Sequence[float], second: Sequence[float], contexts: Sequence[str]) -> dict[str, float]:
-    """Return the mean of ``first − second`` over rows that belong together, its 95 % interval (``low``, ``high``) and ``p``.
+    """Return the paired mean of ``first − second`` over rows, with ``low``, ``high`` and ``p``.
 
-    ``contexts``: as in :func:`interval`. ``p``: how often so large a difference of either sign comes about where the two scores
-    of all rows of a context are swapped at random.
+    ``contexts``: as in :func:`interval`, which gives the 95 % interval. ``p`` is how often so large
+    a difference of either sign comes about where the two scores of all rows of a context are
+    swapped at random.
     """
     from scipy.stats import permutation_test
 
@@ -48,16 +51,21 @@ def difference(first: Sequence[float], second: Sequence[float], contexts: Sequen
     if not total_G.any():  # every swap gives the same
         return {"difference": 0.0, "low": low, "high": high, "p": 1.0}
     test = permutation_test(
-        (total_G,), np.sum, permutation_type="samples", n_resamples=RESAMPLES, batch=200, vectorized=True,
+        (total_G,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=200,
+        vectorized=True,
         rng=np.random.default_rng(SEED),
-    )  # fmt: skip
+    )
     return {"difference": float(paired.mean()), "low": low, "high": high, "p": float(test.pvalue)}
 
 
 def _by_context(values: Sequence[float], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return each context's sum of values and number of rows, in the order in which contexts first appear."""
-    places = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
-    context_N = np.array([places[context] for context in contexts])
+    """Return each context's sum of values and number of rows, in order of first appearance."""
+    numbers = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
+    context_N = np.array([numbers[context] for context in contexts])
     if len(context_N) != len(values):
         raise ValueError(f"each value needs its context, got {len(values)} values and {len(context_N)} contexts")
     total_G = np.bincount(context_N, weights=np.asarray(values, np.float64))

@@ -1,4 +1,4 @@
-"""From predictions to numbers: means with intervals, the receivers together, comparisons, breakdowns."""
+"""Summaries of predictions: means with intervals, receivers together, comparisons, breakdowns."""
 
 from __future__ import annotations
 
@@ -14,117 +14,137 @@ from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.statistics import difference, interval
 
 FIELDS = (
-    "em", "f1", "nll", "first_1", "first_5", "positions", "bytes", "forward_ms", "encode_ms", "prefill_ms", "decode_ms",
+    "em",
+    "f1",
+    "nll",
+    "first_1",
+    "first_5",
+    "positions",
+    "bytes",
+    "forward_ms",
+    "encode_ms",
+    "prefill_ms",
+    "decode_ms",
     "first_token_ms",
-)  # fmt: skip
-"""What a row of the table has the mean of."""
+)
+"""Fields of a prediction whose mean a row of the table has."""
 KINDS = 8
 """First words of questions that have a group of their own; the others are ``other``."""
 
 
 def means(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
-    """receiver → means and number of ``rows``, ``mean`` over receivers: what training asks, without intervals and scipy."""
-    table = {name: _means(own) for name, own in _by_receiver(predictions).items()}
+    """Return receiver → means and number of ``rows``, and ``mean`` over receivers.
+
+    Training uses it: it needs no intervals and no scipy.
+    """
+    table = {name: _means(answers) for name, answers in _by_receiver(predictions).items()}
     return table | {"mean": _over_receivers(table)}
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
-    """Return receiver → means, 95 % intervals over contexts (``em_low`` …) of EM and F1, ``compression_bytes`` and
-    ``compression_tokens`` (context over message), ``examples_per_s``, numbers of ``rows`` and of their ``contexts``.
+    """Return receiver → means and 95 % intervals over contexts.
 
+    EM and F1 have ``em_low`` … beside them. Also: ``compression_bytes`` and ``compression_tokens``
+    (context over message), ``examples_per_s``, numbers of ``rows`` and of their ``contexts``.
     ``mean`` is over receivers, with what they are together.
     """
     table: dict[str, dict[str, float]] = {}
-    for name, own in _by_receiver(predictions).items():
-        contexts = [p.context_id for p in own]
-        table[name] = _means(own) | {"contexts": len(set(contexts))}
+    for name, answers in _by_receiver(predictions).items():
+        contexts = [p.context_id for p in answers]
+        row = _means(answers) | {"contexts": len(set(contexts))}
         for field in ("em", "f1"):
-            table[name] |= _bounds(field, [getattr(p, field) for p in own], contexts)
-        sent, places = sum(p.bytes for p in own), sum(p.message_positions for p in own)
-        if sent and places:  # a closed book compresses nothing
-            table[name]["compression_bytes"] = sum(p.context_bytes for p in own) / sent
-            table[name]["compression_tokens"] = sum(p.context_tokens for p in own) / places
-        spent = sum(table[name][f"{part}_ms"] for part in ("encode", "prefill", "decode"))
-        table[name]["examples_per_s"] = 1000 / spent
+            row |= _bounds(field, [getattr(p, field) for p in answers], contexts)
+        sent_bytes = sum(p.bytes for p in answers)
+        positions = sum(p.message_positions for p in answers)
+        if sent_bytes and positions:  # a closed book compresses nothing
+            row["compression_bytes"] = sum(p.context_bytes for p in answers) / sent_bytes
+            row["compression_tokens"] = sum(p.context_tokens for p in answers) / positions
+        row["examples_per_s"] = 1000 / (row["encode_ms"] + row["prefill_ms"] + row["decode_ms"])
+        table[name] = row
     return table | {"mean": _over_receivers(table) | together(predictions)}
 
 
-def _means(own: Sequence[Prediction]) -> dict[str, float]:
-    return {field: _mean(own, field) for field in FIELDS} | {"rows": len(own)}
+def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
+    means = {field: _mean(predictions, field) for field in FIELDS}
+    return means | {"rows": len(predictions)}
 
 
 def _over_receivers(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Means of what all have but for intervals, which would be no interval of the mean."""
+    """Average over receivers what all of them have, except intervals, which have no mean."""
     rows = list(table.values())
-    kept = [field for field in rows[0] if all(field in row for row in rows) and not field.endswith(("_low", "_high"))]
-    return {field: sum(row[field] for row in rows) / len(rows) for field in kept}
+    return {
+        field: sum(row[field] for row in rows) / len(rows)
+        for field in rows[0]
+        if all(field in row for row in rows) and not field.endswith(("_low", "_high"))
+    }
 
 
 def together(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """What several receivers are as one: how often they say the same (``agreement``), the best of their answers
-    (``oracle_em``, ``oracle_f1``), and the answer that all of them together find likeliest (``joint_em``, ``joint_f1``).
+    """Return how several receivers do as one; empty for one receiver.
 
-    Empty for one receiver; without ``joint_…`` where they disagreed and were not asked.
+    ``agreement``: how often they say the same. ``oracle_em``, ``oracle_f1``: the best of their
+    answers. ``joint_em``, ``joint_f1``: the answer that all of them together find likeliest; left
+    out where they disagreed and were not asked.
     """
-    own = _by_receiver(predictions)
-    if len(own) < 2:
+    by_receiver = _by_receiver(predictions)
+    if len(by_receiver) < 2:
         return {}
-    rows = list(zip(*own.values(), strict=True))
-    found = {
-        "agreement": float(np.mean([len({p.text for p in row}) == 1 for row in rows])),
+    rows = list(zip(*by_receiver.values(), strict=True))
+    agreed = [len({p.text for p in row}) == 1 for row in rows]
+    scores = {
+        "agreement": float(np.mean(agreed)),
         "oracle_em": float(np.mean([max(p.em for p in row) for row in rows])),
         "oracle_f1": float(np.mean([max(p.f1 for p in row) for row in rows])),
     }
-    if any(len({p.text for p in row}) > 1 and row[0].joint_logp is None for row in rows):
-        return found
-    chosen = [max(row, key=lambda p: 0.0 if p.joint_logp is None else p.joint_logp) for row in rows]
+    if any(row[0].joint_logp is None and not same for row, same in zip(rows, agreed, strict=True)):
+        return scores
+    likeliest = [max(row, key=lambda p: p.joint_logp or 0.0) for row in rows]
     for field in ("em", "f1"):
-        values = [getattr(p, field) for p in chosen]
-        bounds = _bounds(f"joint_{field}", values, [p.context_id for p in chosen])
-        found |= {f"joint_{field}": float(np.mean(values))} | bounds
-    return found
+        values = [getattr(p, field) for p in likeliest]
+        scores[f"joint_{field}"] = float(np.mean(values))
+        scores |= _bounds(f"joint_{field}", values, [p.context_id for p in likeliest])
+    return scores
 
 
 def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[str, dict[str, dict[str, float]]]:
-    """receiver (and ``mean`` over them) → ``em``, ``f1`` and ``nll`` → paired ``difference`` with ``low``, ``high`` and ``p``.
+    """Return receiver (and ``mean`` over them) → ``em``, ``f1``, ``nll`` → paired difference.
 
-    Both must be of the same rows in the same order; contexts are resampled.
+    A difference has ``difference``, ``low``, ``high`` and ``p``. Both must be of the same rows in
+    the same order; contexts are resampled.
     """
-    one, other = _by_receiver(first), _by_receiver(second)
     if [(p.id, p.receiver) for p in first] != [(p.id, p.receiver) for p in second]:
         raise ValueError("predictions must be of the same rows in the same order to be compared")
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
+    one, other = _by_receiver(first), _by_receiver(second)
+    differences: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
     contexts = [p.context_id for p in next(iter(one.values()))]
     for field in ("em", "f1", "nll"):
-        values = {
-            name: np.array([[getattr(p, field) for p in side[name]] for side in (one, other)], np.float64)
-            for name in one
-        }
-        values["mean"] = np.mean(list(values.values()), axis=0)
-        for name, (a, b) in values.items():
-            found[name][field] = difference(a, b, contexts)
-    return found
+        a_RN = np.array([[getattr(p, field) for p in one[name]] for name in one], np.float64)
+        b_RN = np.array([[getattr(p, field) for p in other[name]] for name in one], np.float64)
+        for name, a_N, b_N in zip(one, a_RN, b_RN, strict=True):
+            differences[name][field] = difference(a_N, b_N, contexts)
+        differences["mean"][field] = difference(a_RN.mean(0), b_RN.mean(0), contexts)
+    return differences
 
 
 def pairs(conditions: Iterable[Condition], first: str, second: str) -> list[tuple[str, str]]:
-    """Keys of the rows to compare: those two, or, where only modes are named, all of them with the same budget."""
+    """Return keys of the rows to compare: those two, or all of two modes with the same budget."""
     conditions = list(conditions)
 
     def named(name: str) -> list[Condition]:
-        return [s for s in conditions if s.key == name] or [s for s in conditions if s.mode == name]
+        by_key = [condition for condition in conditions if condition.key == name]
+        return by_key or [condition for condition in conditions if condition.mode == name]
 
-    found = [
-        (a.key, b.key)
-        for a in named(first)
-        for b in named(second)
-        if a.key != b.key and (a.budget == b.budget or a.budget is None or b.budget is None or first != a.mode)
-    ]
-    return found
+    compared = []
+    for a, b in itertools.product(named(first), named(second)):
+        same_budget = a.budget == b.budget or a.budget is None or b.budget is None
+        if a.key != b.key and (same_budget or first != a.mode):
+            compared.append((a.key, b.key))
+    return compared
 
 
 def baseline_pairs(conditions: Sequence[Condition]) -> list[tuple[str, str]]:
-    """Every row of latents beside each of its baselines."""
-    others = dict.fromkeys(s.mode for s in conditions if s.mode != "latent")
+    """Return every row of latents beside each of its baselines."""
+    others = dict.fromkeys(row.mode for row in conditions if row.mode != "latent")
     return [pair for mode in others for pair in pairs(conditions, "latent", mode)]
 
 
@@ -133,26 +153,36 @@ def details(
     compared: Sequence[tuple[str, str]] = (),
     types: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What goes beyond the table: ``comparisons`` of the rows ``compared``, by their keys; ``breakdown`` and ``distinct``
-    (different answers over rows) of each row of the table.
+    """Return what goes beyond the table.
+
+    ``comparisons`` are of the rows ``compared``, by their keys. Each row of the table has a
+    ``breakdown``, and ``distinct``: different answers over rows.
     """
+    comparisons = []
+    for first, second in compared:
+        receivers = compare(predictions[first], predictions[second])
+        comparisons.append({"first": first, "second": second, "receivers": receivers})
     return {
-        "comparisons": [
-            {"first": a, "second": b, "receivers": compare(predictions[a], predictions[b])} for a, b in compared
-        ],
-        "breakdown": {key: breakdown(found, types) for key, found in predictions.items()},
-        "distinct": {
-            key: {name: len({p.text for p in own}) / len(own) for name, own in _by_receiver(found).items()}
-            for key, found in predictions.items()
-        },
+        "comparisons": comparisons,
+        "breakdown": {key: breakdown(of_row, types) for key, of_row in predictions.items()},
+        "distinct": {key: _distinct(of_row) for key, of_row in predictions.items()},
     }
+
+
+def _distinct(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Return receiver → different answers over rows."""
+    by_receiver = _by_receiver(predictions)
+    return {name: len({p.text for p in answers}) / len(answers) for name, answers in by_receiver.items()}
 
 
 def breakdown(
     predictions: Sequence[Prediction], types: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """``length`` (thirds by the context's bytes), ``question`` (its first word) and, where ``types`` names any by the row's id,
-    ``type`` → group → rows, EM and F1, mean over receivers."""
+    """Return the scores of groups of rows: group → rows, EM and F1, mean over receivers.
+
+    Rows are grouped by ``length`` (thirds by the context's bytes), ``question`` (its first word)
+    and, where ``types`` names any by the row's id, ``type``.
+    """
     words = Counter(_kind(p.question) for p in predictions)
     common = {word for word, _ in words.most_common(KINDS)}
     edges = np.quantile([p.context_bytes for p in predictions], [0, 1 / 3, 2 / 3, 1])
@@ -166,14 +196,22 @@ def breakdown(
         if types:
             groups.setdefault("type", {}).setdefault(types.get(p.id, "other"), []).append(p)
     receivers = len(_by_receiver(predictions))
-    return {
-        by: {
-            name: {"rows": len(own) // receivers, "em": _mean(own, "em"), "f1": _mean(own, "f1")}
-            for name, own in sorted(parts.items(), key=lambda item: (by != "length") * -len(item[1]))
-            if own
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for by, members in groups.items():
+        # Lengths stay in their order; of other groups the largest comes first.
+        names = list(members)
+        if by != "length":
+            names.sort(key=lambda name, members=members: -len(members[name]))  # type: ignore[misc]
+        scores[by] = {
+            name: {
+                "rows": len(members[name]) // receivers,
+                "em": _mean(members[name], "em"),
+                "f1": _mean(members[name], "f1"),
+            }
+            for name in names
+            if members[name]
         }
-        for by, parts in groups.items()
-    }
+    return scores
 
 
 def _kind(question: str) -> str:
@@ -182,10 +220,10 @@ def _kind(question: str) -> str:
 
 
 def _by_receiver(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    found: dict[str, list[Prediction]] = {}
+    by_receiver: dict[str, list[Prediction]] = {}
     for p in predictions:
-        found.setdefault(p.receiver, []).append(p)
-    return found
+        by_receiver.setdefault(p.receiver, []).append(p)
+    return by_receiver
 
 
 def _bounds(field: str, values: list[float], contexts: list[str]) -> dict[str, float]:

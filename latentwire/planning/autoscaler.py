@@ -1,4 +1,4 @@
-"""What a cluster can come to: the nodes that are there, and those that its autoscaler may add."""
+"""Nodes and resources of a cluster: those that are there, and those that its autoscaler may add."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import yaml
 
 
 def cluster_resources() -> dict[str, float]:
-    """What the cluster can come to: of each resource, what is there, or what the autoscaler's node types may add up to.
+    """Return the most of each resource that the cluster can have.
 
-    A head without GPUs whose autoscaler may start GPU nodes can hold a sweep, though no such node is there yet.
+    A head without GPUs whose autoscaler may start GPU nodes can hold a sweep, though no such node
+    is there yet. So of each resource the larger counts: what is there, or what the autoscaler's
+    node types may add up to.
     """
     import ray
     from ray._private.state import state
@@ -26,21 +28,27 @@ def cluster_resources() -> dict[str, float]:
 
 
 def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
-    """The most of each resource that node types of an autoscaling configuration add up to, the head's included."""
+    """Add up the most of each resource that an autoscaling configuration allows, with the head."""
     head = config.get("available_node_types", {}).get(config.get("head_node_type"), {}).get("resources", {})
     workers = worker_types(config)
-    found: dict[str, float] = {}
-    for resource in {*head, *(name for _, has, _ in workers for name in has)}:
-        left, total = config.get("max_workers", 0), head.get(resource, 0.0)
-        for amount, most in sorted(((has.get(resource, 0.0), most) for _, has, most in workers), reverse=True):
-            count = min(most, left)
-            left, total = left - count, total + count * amount
-        found[resource] = float(total)
-    return found
+    names = set(head).union(*(resources for _, resources, _ in workers))
+    totals: dict[str, float] = {}
+    for name in names:
+        # The workers that have most of it come first, until no further node may be added.
+        amounts = sorted(((has.get(name, 0.0), most) for _, has, most in workers), reverse=True)
+        nodes_left, total = config.get("max_workers", 0), head.get(name, 0.0)
+        for amount, most in amounts:
+            count = min(most, nodes_left)
+            nodes_left, total = nodes_left - count, total + count * amount
+        totals[name] = float(total)
+    return totals
 
 
 def worker_types(config: Mapping[str, Any]) -> list[tuple[str, dict[str, float], int]]:
-    """Node types of an autoscaling configuration without the head's: name, resources, and how many there may be."""
+    """List the node types of an autoscaling configuration other than the head's.
+
+    Returns for each its name, its resources, and how many there may be.
+    """
     most = config.get("max_workers", 0)
     return [
         (name, kind.get("resources", {}), min(kind.get("max_workers", most), most))
@@ -50,7 +58,10 @@ def worker_types(config: Mapping[str, Any]) -> list[tuple[str, dict[str, float],
 
 
 def living_nodes() -> list[dict[str, Any]]:
-    """Return the cluster's nodes as ``ray.nodes()`` does, with what is free on each now (``Free``)."""
+    """Return the cluster's nodes as ``ray.nodes()`` does.
+
+    ``Free`` says what is free on each now.
+    """
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -59,7 +70,10 @@ def living_nodes() -> list[dict[str, Any]]:
 
 
 def addable_nodes() -> list[dict[str, Any]]:
-    """The autoscaler's node types as ``ray.nodes()`` would show one of each, with how many there may be (``Count``)."""
+    """List the autoscaler's node types as ``ray.nodes()`` would show one of each.
+
+    ``Count`` says how many there may be.
+    """
     from ray._private.state import state
 
     config = state.get_cluster_config()
@@ -80,7 +94,10 @@ def addable_nodes() -> list[dict[str, Any]]:
 
 
 def autoscaling_config() -> dict[str, Any]:
-    """The configuration of the older autoscaler, which runs on the head, as drivers do; empty where there is none."""
+    """Return the configuration of the older autoscaler; empty where there is none.
+
+    It runs on the head, as drivers do, and is known by its command line.
+    """
     import ray
 
     if not ray.is_initialized():

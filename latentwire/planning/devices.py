@@ -1,4 +1,4 @@
-"""What fits on whole GPUs. Ray deals out a part of a GPU from one device, never from two."""
+"""Shares of whole GPUs: Ray takes a part of a GPU from one device, never from two."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import math
 from collections.abc import Iterable
 
 UNIT = 10_000
-"""Ray counts resources in ten-thousandths."""
+"""Ray's smallest part of a resource: it counts in ten-thousandths."""
 
 
 def times(have: float, need: float) -> int:
-    """Return how often a resource holds what is needed: ten tenths in one, which floats deny."""
+    """Count how often a resource holds what is needed.
+
+    Ten tenths fit into one, which floating point denies.
+    """
     return round(have * UNIT) // max(1, round(need * UNIT))
 
 
 def pieces(gpus: float, share: float, taken: Iterable[float] = ()) -> int:
-    """Return how many shares of a GPU fit on so many devices, after those ``taken`` before.
+    """Count how many shares of a GPU fit on so many devices, after those ``taken`` before.
 
-    A part is put where it leaves least, as Ray does. More than one GPU at a time are whole ones. Of a
-    device that is not wholly there (what is free on a busy cluster) the rest counts as a device.
+    A part goes where it leaves least, as in Ray. A share of more than one GPU takes whole ones. On
+    a busy cluster the free part of a device counts as a device of that size.
     """
     left = _left(gpus, taken)
     if left is None:
@@ -34,14 +37,16 @@ def hold(gpus: float, taken: Iterable[float]) -> bool:
 
 
 def _left(gpus: float, taken: Iterable[float]) -> list[int] | None:
-    """What is left of each device, in Ray's units; ``None`` where not all that is taken fits."""
+    """Return the free part of each device, in Ray's units; ``None`` where they do not hold
+    ``taken``.
+    """
     whole, rest = divmod(round(gpus * UNIT), UNIT)
     left = [UNIT] * whole + ([rest] if rest else [])
     for share in taken:
         need, count = (UNIT, math.ceil(share)) if share >= 1 else (round(share * UNIT), 1)
         for _ in range(count if need else 0):
-            fitting = [place for place, room in enumerate(left) if room >= need]
+            fitting = [device for device, room in enumerate(left) if room >= need]
             if not fitting:
                 return None
-            left[min(fitting, key=lambda place: left[place])] -= need
+            left[min(fitting, key=lambda device: left[device])] -= need
     return left

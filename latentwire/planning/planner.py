@@ -1,4 +1,4 @@
-"""What a sweep will take, and whether this cluster can give it, before anything long starts."""
+"""Plan of a sweep: what a trial takes, and how many of them the cluster holds at once."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.planning.autoscaler import cluster_resources
 from latentwire.planning.devices import pieces, times
+from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import (
     Sharing,
     at_once,
@@ -31,22 +32,23 @@ from latentwire.planning.sharing import (
     share,
     slots_of,
 )
-from latentwire.planning.variants import largest_run
 from latentwire.storage import local, place
 
 WORKER_BASE_BYTES = 700e6
-"""Resident memory of a Train worker that has imported torch, transformers and Ray, measured at about 0.65 GB."""
+"""Resident memory of a Train worker that has imported torch, transformers and Ray; measured at
+about 0.65 GB."""
 
 WORDS_PER_ACTIVATION = 18
-"""Numbers kept per position, layer and unit of width for a backward pass to the inputs (attention and gated MLP)."""
+"""Numbers kept per position, layer and unit of width for a backward pass to the inputs (attention
+and gated MLP)."""
 
 
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5625}
-"""Bytes a weight; of NF4 with a 32-bit scale for each 64 weights."""
+"""Bytes per weight; NF4's include a 32-bit scale for each 64 weights."""
 
 
 class PlanError(UserError):
-    """A sweep that this cluster cannot hold; the message quotes what is needed and what is there."""
+    """A sweep that this cluster cannot hold; the message quotes what is needed and what is had."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ReceiverEstimate:
     name: str
     parameters: int
     multiplied: int
-    """Of these, those that every position is multiplied by: all but embeddings and output head."""
+    """Parameters used in matrix products at every position (without embeddings and output head)."""
     bytes_weights: int
     bytes_step: int
     """Activations of one training step, and the logits."""
@@ -74,16 +76,16 @@ class Plan:
     num_workers: int
     max_concurrent_trials: int
     sharing: Sharing | None = None
-    """Where the trials share their receivers; ``None``: each worker holds its own."""
+    """Replicas that the trials share; ``None``: each worker holds its own receivers."""
 
     @property
     def worker_bytes(self) -> int:
-        """Of one worker of a trial."""
+        """Bytes of memory of one worker of a trial."""
         return self.sharing.bytes_per_worker if self.sharing else self.bytes_per_worker
 
     @property
     def worker_gpus(self) -> float:
-        """Of one worker of a trial."""
+        """Share of a GPU of one worker of a trial."""
         return self.sharing.gpus_per_worker if self.sharing else self.gpus_per_worker
 
     def __str__(self) -> str:
@@ -93,33 +95,46 @@ class Plan:
             for r in self.receivers
         ]
         lines.append(
-            f"one trial: {self.trainable_parameters / 1e6:.2f} M trainable parameters at most, {self.num_workers} worker(s) "
-            f"of {self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU, about {self.bytes_per_worker / 1e9:.2f} GB"
+            f"one trial: {self.trainable_parameters / 1e6:.2f} M trainable parameters at most, "
+            f"{self.num_workers} worker(s) of {self.cpus_per_worker:g} CPU, "
+            f"{self.gpus_per_worker:g} GPU, about {self.bytes_per_worker / 1e9:.2f} GB"
         )
-        lines.append(f"receivers: {f'shared, {self.sharing}' if self.sharing else 'own, in every worker'}")
+        shared = f"shared, {self.sharing}" if self.sharing else "own, in every worker"
+        lines.append(f"receivers: {shared}")
         lines.append(f"trials at once: {self.max_concurrent_trials}")
         return "\n".join(lines)
 
 
 def check_start(run: RunConfig) -> None:
-    """Raise :class:`~latentwire.exports.CheckpointError` where training would begin with a checkpoint that is not whole."""
+    """Raise :class:`~latentwire.exports.CheckpointError` for a ``training.init_from`` that is
+    broken.
+    """
     if run.training.init_from is not None:
         with local(place(run.training.init_from)) as start:
             exports.read_manifest(start)
 
 
-def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *, files: bool = True) -> Plan:
+def plan(
+    space: SweepConfig | ResolvedSweep,
+    resources: dict[str, float],
+    memory_bytes: float,
+    *,
+    files: bool = True,
+) -> Plan:
     """Estimate a trial and count how many fit at once.
 
-    ``resources``: Ray's cluster resources; ``memory_bytes``: what one node can give to workers on the CPU, or one GPU
-    where workers use GPUs; ``files``: whether receivers' weights and tokenizers are looked at, which a plan for
-    configurations alone has not. Raises :class:`PlanError` where not even one trial fits, and
-    :class:`~latentwire.models.weights.ReceiverError` or :class:`~latentwire.prompts.sequences.PromptError` for
-    receivers that cannot be had, whose weights are not whole, or whose tokenizers no prompt can be built
-    with.
+    ``space``: a configuration, or what was resolved from it. ``resources``: Ray's cluster
+    resources. ``memory_bytes``: what one node can give to workers on the CPU, or one GPU where
+    workers use GPUs. ``files``: whether receivers' weights and tokenizers are looked at; a plan for
+    configurations alone has none.
+
+    Raises :class:`PlanError` where not even one trial fits. Raises
+    :class:`~latentwire.models.weights.ReceiverError` or
+    :class:`~latentwire.prompts.sequences.PromptError` for receivers that are not there, whose
+    weights are not whole, or whose tokenizers cannot build a prompt.
     """
-    run = largest_run(space)
-    training = run.training
+    sweep = resolve(space)
+    run, tune, training = sweep.largest, sweep.space.tune, sweep.largest.training
     gpus, gpus_per_worker = resources.get("GPU", 0.0), run.training.gpus_each(resources)
     if training.batch_size % training.num_workers:
         raise PlanError(
@@ -127,20 +142,20 @@ def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *
         )
     receivers = tuple(_estimate(run, index, gpus_per_worker > 0, files) for index in range(len(run.receivers)))
     if files:
-        builders(run)  # tells of a tokenizer that no prompt can be built with, before shards are made
+        builders(run)  # raises for a tokenizer that cannot build a prompt, before shards are made
     trainable, fixed = _encoder_and_adapters(run)
     steps = [r.bytes_step for r in receivers]
     step = max(steps) if training.sequential_models else sum(steps)
     encoder = 16 * trainable + 4 * fixed + encoder_bytes(run)
     needed = sum(r.bytes_weights for r in receivers) + step + encoder + WORKER_BASE_BYTES
-    reading = 0.0 if run.data.in_memory else run.data.stream_cpus  # or the trials' workers would starve what feeds them
+    # Streamed rows need CPUs of their own, or the trials' workers would starve what feeds them.
+    reading = 0.0 if run.data.in_memory else run.data.stream_cpus
     cpus = resources.get("CPU", 0.0), training.cpus_per_worker * training.num_workers + reading
-    limit = min(space.tune.max_concurrent_trials or math.inf, space.tune.trials)
-    fits = [_share("CPUs", *cpus)] + [
-        _share(name, resources.get(name, 0.0), amount * training.num_workers)
-        for name, amount in training.worker_resources.items()
-    ]
-    found = Plan(
+    limit = min(tune.max_concurrent_trials or math.inf, tune.trials)
+    fits = [_share("CPUs", *cpus)]
+    for name, amount in training.worker_resources.items():
+        fits.append(_share(name, resources.get(name, 0.0), amount * training.num_workers))
+    estimate = Plan(
         receivers=receivers,
         trainable_parameters=trainable,
         bytes_per_worker=int(needed),
@@ -151,104 +166,121 @@ def plan(space: SweepConfig, resources: dict[str, float], memory_bytes: float, *
     )
     if not gpus:
         _share("GPUs", gpus, gpus_per_worker)
-    sharing = _sharing(space, run, found, resources, memory_bytes)
+    sharing = _sharing(sweep.space, run, estimate, resources, memory_bytes)
     beside = 0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
-    shared = int(min(beside, limit, *fits))
-    if space.tune.receivers == "shared":
-        if shared < 1:
+    with_shared = int(min(beside, limit, *fits))
+    if tune.receivers == "shared":
+        if with_shared < 1:
             raise PlanError(
-                f"tune.receivers: shared needs room for one trial beside the replicas, got {memory_bytes / 1e9:.1f} GB for "
-                f"{sharing}; set tune.joined_trials: 1, lower training.batch_size, or set tune.receivers: own"
+                f"tune.receivers: shared needs room for one trial beside the replicas, got "
+                f"{memory_bytes / 1e9:.1f} GB for {sharing}; set tune.joined_trials: 1, lower "
+                f"training.batch_size, or set tune.receivers: own"
             )
-        return _together(found, sharing, shared)
+        return _together(estimate, sharing, with_shared)
     try:
-        own = _own_at_once(found, run, gpus, memory_bytes)
+        with_own = _own_at_once(estimate, run, gpus, memory_bytes)
     except PlanError:
-        if shared < 1:
+        if with_shared < 1:
             raise
-        own = 0
-    own = int(max(1, min(*fits, own, limit))) if own else 0
-    if shared > own:
-        return _together(found, sharing, shared)
-    return dataclasses.replace(found, max_concurrent_trials=own)
+        with_own = 0
+    with_own = int(max(1, min(*fits, with_own, limit))) if with_own else 0
+    if with_shared > with_own:
+        return _together(estimate, sharing, with_shared)
+    return dataclasses.replace(estimate, max_concurrent_trials=with_own)
 
 
-def _together(found: Plan, sharing: Sharing | None, trials: int) -> Plan:
-    """The plan with so many trials at once beside replicas, which then work side by side."""
+def _together(estimate: Plan, sharing: Sharing | None, trials: int) -> Plan:
+    """Return the plan with so many trials at once beside replicas, which then work side by side."""
     if sharing is not None and trials > 1:
-        sharing = dataclasses.replace(sharing, threads=max(1, sharing.threads // len(found.receivers)))
-    return dataclasses.replace(found, sharing=sharing, max_concurrent_trials=trials)
+        threads = max(1, sharing.threads // len(estimate.receivers))
+        sharing = dataclasses.replace(sharing, threads=threads)
+    return dataclasses.replace(estimate, sharing=sharing, max_concurrent_trials=trials)
 
 
-def _own_at_once(found: Plan, run: RunConfig, gpus: float, memory_bytes: float) -> float:
-    """Trials whose workers fit with receivers of their own. Raises :class:`PlanError` where not one does."""
-    by_gpus = _share("GPUs", gpus, found.gpus_per_worker * found.num_workers)
-    if found.gpus_per_worker:
-        by_gpus = pieces(gpus, found.gpus_per_worker) // found.num_workers
+def _own_at_once(estimate: Plan, run: RunConfig, gpus: float, memory_bytes: float) -> float:
+    """Count the trials that fit with receivers of their own.
+
+    Raises :class:`PlanError` where not one does.
+    """
+    workers, gpus_per_worker = estimate.num_workers, estimate.gpus_per_worker
+    by_gpus = _share("GPUs", gpus, gpus_per_worker * workers)
+    if gpus_per_worker:
+        shares = pieces(gpus, gpus_per_worker)
+        by_gpus = shares // workers
         if not by_gpus:
             raise PlanError(
-                f"each of a trial's {found.num_workers} worker(s) needs {found.gpus_per_worker:g} of one GPU, and "
-                f"{gpus:g} GPUs hold {pieces(gpus, found.gpus_per_worker)} of them: lower training.gpus_per_worker or num_workers"
+                f"each of a trial's {workers} worker(s) needs {gpus_per_worker:g} of one GPU, and "
+                f"{gpus:g} GPUs hold {shares} of them: lower training.gpus_per_worker or "
+                "num_workers"
             )
-    if any(receiver.device_map != "none" for receiver in run.receivers):  # its layers are on all of a worker's GPUs
-        memory_bytes *= max(1, int(found.gpus_per_worker))
-    if found.bytes_per_worker > memory_bytes:
-        where = "GPU" if found.gpus_per_worker else "node"
+    if any(receiver.device_map != "none" for receiver in run.receivers):
+        memory_bytes *= max(1, int(gpus_per_worker))  # its layers are on all of a worker's GPUs
+    if estimate.bytes_per_worker > memory_bytes:
+        where = "GPU" if gpus_per_worker else "node"
         raise PlanError(
-            f"one worker needs about {found.bytes_per_worker / 1e9:.1f} GB and the {where} has {memory_bytes / 1e9:.1f} GB: "
-            f"lower training.batch_size (now {run.training.batch_size}), set training.sequential_models, receivers' dtype "
-            f"bfloat16, or use smaller receivers"
+            f"one worker needs about {estimate.bytes_per_worker / 1e9:.1f} GB and the {where} has "
+            f"{memory_bytes / 1e9:.1f} GB: lower training.batch_size (now "
+            f"{run.training.batch_size}), set training.sequential_models, receivers' dtype "
+            "bfloat16, or use smaller receivers"
         )
-    if found.gpus_per_worker:
+    if gpus_per_worker:
         return by_gpus
-    return max(1, int(memory_bytes / found.bytes_per_worker)) / found.num_workers
+    return max(1, int(memory_bytes / estimate.bytes_per_worker)) / workers
 
 
 def _sharing(
-    space: SweepConfig, run: RunConfig, found: Plan, resources: dict[str, float], memory_bytes: float
+    space: SweepConfig,
+    run: RunConfig,
+    estimate: Plan,
+    resources: dict[str, float],
+    memory_bytes: float,
 ) -> Sharing | None:
-    """The replicas that the trials could share; ``None`` where they should not or cannot."""
-    wanted, against = space.tune.receivers, obstacles(space)
-    if wanted == "shared" and against:
+    """Return the replicas that the trials could share; ``None`` where they should not or cannot."""
+    choice, against = space.tune.receivers, obstacles(space)
+    if choice == "shared" and against:
         raise PlanError(
-            f"tune.receivers: shared needs receivers that trials can reach from outside, but {'; '.join(against)}: change "
-            f"that, or set tune.receivers: own"
+            f"tune.receivers: shared needs receivers that trials can reach from outside, but "
+            f"{'; '.join(against)}: change that, or set tune.receivers: own"
         )
-    if wanted == "own" or against or (wanted == "auto" and space.tune.trials == 1):
+    if choice == "own" or against or (choice == "auto" and space.tune.trials == 1):
         return None
     if math.isinf(memory_bytes):
-        if wanted == "auto":
+        if choice == "auto":
             return None
         raise PlanError(
-            "tune.receivers: shared needs the memory of a GPU to plan with, and this machine has none to ask: set "
-            "tune.gpu_memory_gb, or tune.receivers: own"
+            "tune.receivers: shared needs the memory of a GPU to plan with, and this machine has "
+            "none to ask: set tune.gpu_memory_gb, or tune.receivers: own"
         )
-    sizes = {r.name: (r.bytes_weights, r.bytes_step) for r in found.receivers}
-    return share(space, run, sizes, found.trainable_parameters, resources, memory_bytes, WORKER_BASE_BYTES)
+    sizes = {r.name: (r.bytes_weights, r.bytes_step) for r in estimate.receivers}
+    trainable = estimate.trainable_parameters
+    return share(space, run, sizes, trainable, resources, memory_bytes, WORKER_BASE_BYTES)
 
 
 def alone(space: SweepConfig) -> SweepConfig:
-    """The space of a run that is no trial of a sweep: nothing is searched, and nobody is there to share its receivers with."""
+    """Return the space of a run that is no trial of a sweep: no search, receivers of its own."""
     tune = space.tune.model_copy(update={"trials": 1, "receivers": "own"})
     return space.model_copy(update={"search": {}, "tune": tune})
 
 
-def plan_on_cluster(space: SweepConfig) -> Plan:
-    """:func:`plan` for the cluster that Ray is connected to."""
-    resources = cluster_resources()
-    gpus, told = space.run.training.gpus_each(resources), space.tune.gpu_memory_gb
-    return plan(space, resources, 1e9 * told if told is not None and gpus else node_memory(gpus))
+def plan_on_cluster(space: SweepConfig | ResolvedSweep) -> Plan:
+    """Plan for the cluster that Ray is connected to, as :func:`plan` does."""
+    sweep, resources = resolve(space), cluster_resources()
+    gpus, gpu_memory_gb = sweep.space.run.training.gpus_each(resources), sweep.space.tune.gpu_memory_gb
+    if gpus and gpu_memory_gb is not None:
+        return plan(sweep, resources, 1e9 * gpu_memory_gb)
+    return plan(sweep, resources, node_memory(gpus))
 
 
 def on_cuda() -> bool:
-    """Whether this process has a CUDA device."""
+    """Return whether this process has a CUDA device."""
     return torch.cuda.is_available()
 
 
 def node_memory(gpus_per_worker: float | None = None) -> float:
-    """Bytes that workers may use on this node: a GPU's memory where there is one, else nine tenths of what is free.
+    """Return the bytes that workers may use on this node.
 
-    Where workers use GPUs and this node has none, theirs is not known before they start: infinite.
+    They are a GPU's memory where there is one, else nine tenths of the free memory. Where workers
+    use GPUs and this node has none, theirs is not known before they start: infinite.
     """
     if gpus_per_worker != 0 and torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
@@ -258,7 +290,7 @@ def node_memory(gpus_per_worker: float | None = None) -> float:
 
 
 def _cgroup_limit() -> float:
-    """The container's memory limit in bytes; infinite where none is set."""
+    """Return the container's memory limit in bytes; infinite where none is set."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError), open(file) as stream:
             return float(stream.read())
@@ -270,8 +302,9 @@ def _share(what: str, have: float, need: float) -> float:
         return math.inf
     if have < need:
         raise PlanError(
-            f"one trial needs {need:g} {what} and the cluster has {have:g}: lower training.num_workers, cpus_per_worker, "
-            f"gpus_per_worker or data.stream_cpus, or add nodes"
+            f"one trial needs {need:g} {what} and the cluster has {have:g}: lower "
+            "training.num_workers, cpus_per_worker, gpus_per_worker or data.stream_cpus, or add "
+            "nodes"
         )
     return times(have, need)
 
@@ -286,15 +319,17 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool, files: bool) -> Receiver
     rows, positions = rows_of(run), positions_of(run, slots_of(run))
     activations = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
     logits = rows * 8 * text.vocab_size * (width_bytes + 8)  # 8 supervised tokens; loss and gradient in fp32
-    kept = lm.get_input_embeddings().weight.numel()  # quantisation leaves the embeddings and an output of its own
+    # Quantisation leaves the embeddings, and an output head that is not tied to them, as they are.
+    ends = lm.get_input_embeddings().weight.numel()
     if (head := lm.get_output_embeddings()) is not None and not lm.config.tie_word_embeddings:
-        kept += head.weight.numel()
-    weights = kept * width_bytes + (parameters - kept) * QUANTIZED_BYTES.get(receiver.quantization, width_bytes)
-    return ReceiverEstimate(receiver.name, parameters, parameters - kept, int(weights), activations + logits)
+        ends += head.weight.numel()
+    multiplied = parameters - ends
+    weights = ends * width_bytes + multiplied * QUANTIZED_BYTES.get(receiver.quantization, width_bytes)
+    return ReceiverEstimate(receiver.name, parameters, multiplied, int(weights), activations + logits)
 
 
 def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
-    """Parameters that training changes, and those that it keeps, counted without loading any weight."""
+    """Count the parameters that training changes, and those it leaves. No weight is loaded."""
     with torch.device("meta"):
         shapes = {}
         for receiver in run.receivers:
@@ -303,8 +338,5 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
         registry.check_training(interlingua.features)
         interlingua.train_only(run.training.train_only)
-    counts = {
-        learns: sum(p.numel() for p in interlingua.parameters() if p.requires_grad is learns)
-        for learns in (True, False)
-    }
-    return counts[True], counts[False]
+    trained = sum(p.numel() for p in interlingua.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in interlingua.parameters()) - trained

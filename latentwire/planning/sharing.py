@@ -1,4 +1,4 @@
-"""Whether the trials of a sweep share frozen receivers, and what that takes."""
+"""Sharing of frozen receivers among the trials of a sweep: whether it can be, and what it takes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from latentwire.planning.devices import pieces, times
 PROMPT_POSITIONS = 64
 """Positions of template, question and answer beside the slots."""
 CUDA_CONTEXT_BYTES = 600e6
-"""Of a process on a GPU before it holds anything."""
+"""Bytes of a process on a GPU before it holds anything."""
 ENCODER_WORDS = 25
-"""Numbers kept per position, layer and unit of width for the backward pass of an encoder that is trained: autograd held 23
-for ``byte`` and 25 for a Llama of four layers."""
+"""Numbers kept per position, layer and unit of width for the backward pass of an encoder that is
+trained. Autograd held 23 for ``byte`` and 25 for a Llama of four layers."""
 BYTES_PER_TOKEN = 4
-"""Of the sender's text, about."""
+"""Bytes of the sender's text per token, about."""
 
 
 @dataclass(frozen=True)
@@ -30,63 +30,70 @@ class Sharing:
     """Replicas of a sweep's receivers, and what is left for its trials."""
 
     replicas: int
-    """Of each receiver."""
+    """Replicas of each receiver."""
     bytes_per_replica: dict[str, int]
     """Receiver → weights, and the activations of its largest pass."""
     gpus_per_replica: dict[str, float]
     most_positions: int
-    """Rows times positions of a pass that answers several trials; 0: every trial is answered alone."""
+    """Rows times positions of a pass that answers several trials; 0: every trial is answered
+    alone."""
     threads: int
-    """Of a replica without a GPU: all cores where one trial runs at a time, else the replicas share them."""
+    """Threads of a replica without a GPU: all cores where one trial runs at a time, else the
+    replicas share them."""
     bytes_per_worker: int
     gpus_per_worker: float
 
     def gpus_of_replicas(self, sets: int) -> list[float]:
-        """Return the shares of GPUs of so many sets of replicas, in the order in which they begin."""
+        """Return the GPU shares of so many sets of replicas, in the order in which they begin."""
         return list(self.gpus_per_replica.values()) * sets
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {self.bytes_per_replica[name] / 1e9:.2f} GB"
-            + (f" ({gpus:g} GPU)" if (gpus := self.gpus_per_replica[name]) else "")
-            for name in self.bytes_per_replica
-        ]
+        parts = []
+        for name, size in self.bytes_per_replica.items():
+            gpus = self.gpus_per_replica[name]
+            parts.append(f"{name} {size / 1e9:.2f} GB" + (f" ({gpus:g} GPU)" if gpus else ""))
+        worker_gpus = f", {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else ""
         return (
             f"{self.replicas} replica(s) each of {', '.join(parts)}; a trial's worker then needs "
-            f"{self.bytes_per_worker / 1e9:.2f} GB"
-            + (f", {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else "")
+            f"{self.bytes_per_worker / 1e9:.2f} GB{worker_gpus}"
         )
 
 
 def obstacles(space: SweepConfig) -> list[str]:
-    """Knobs of a space that need the receivers' weights in each trial's own process."""
-    run, found = space.run, []
+    """List the knobs of a space that need the receivers' weights in each trial's own process."""
+    run, reasons = space.run, []
     for name, feature in FEATURES.items():
         searched = any(path.startswith(f"features.{name}") for path in space.search)
         if feature.needs_weights and (getattr(run.features, name) is not None or searched):
-            found.append(f"features.{name} acts on the receivers' own layers")
+            reasons.append(f"features.{name} acts on the receivers' own layers")
     if run.training.log_gradient_norms:
-        found.append("training.log_gradient_norms takes a backward pass per term")
-    found += [f"{receiver.name} lies on several devices" for receiver in run.receivers if receiver.device_map != "none"]
-    found += [f"{path} is searched" for path in paths_with("changes_receivers") if path in space.search]
-    return found
+        reasons.append("training.log_gradient_norms takes a backward pass per term")
+    spread = [receiver.name for receiver in run.receivers if receiver.device_map != "none"]
+    reasons += [f"{name} lies on several devices" for name in spread]
+    shared = paths_with("changes_receivers")
+    reasons += [f"{path} is searched" for path in shared if path in space.search]
+    return reasons
 
 
 def rows_of(run: RunConfig) -> int:
-    """Rows that one worker of a trial has in hand at once."""
+    """Count the rows that one worker of a trial has in hand at once."""
     return max(1, run.training.batch_size // (run.training.num_workers * run.training.accumulation))
 
 
 def final_slots(run: RunConfig) -> int:
-    """Soft slots of the longest message when the coarsening is over: of a text as long as it may be, at the shortest stride."""
-    encoder, strides = run.encoder, run.training.tokens_per_latent
+    """Count the soft slots of the longest message when the coarsening is over.
+
+    Such a text is as long as it may be, and read at the shortest stride.
+    """
+    encoder = run.encoder
     if encoder.tokens_per_latent is None:
         return encoder.latent_len + encoder.private_len
-    return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / min(strides or (encoder.tokens_per_latent,)))
+    strides = run.training.tokens_per_latent or (encoder.tokens_per_latent,)
+    return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / min(strides))
 
 
 def slots_of(run: RunConfig) -> int:
-    """Soft slots of the longest message of any training step."""
+    """Count the soft slots of the longest message of any training step."""
     if not run.training.coarsening_steps:
         return final_slots(run)
     first = math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / run.training.coarsening_from)
@@ -94,12 +101,15 @@ def slots_of(run: RunConfig) -> int:
 
 
 def positions_of(run: RunConfig, slots: int) -> int:
-    """Rows times positions that a receiver reads at once for one worker of a trial, with messages of so many slots."""
+    """Count rows times positions that a receiver reads at once for one worker of a trial.
+
+    ``slots``: of each message.
+    """
     return rows_of(run) * (slots + PROMPT_POSITIONS)
 
 
 def encoder_bytes(run: RunConfig) -> int:
-    """Activations of the encoder for one step of the longest texts."""
+    """Estimate the bytes of the encoder's activations for one step of the longest texts."""
     encoder = run.encoder
     layers, width = encoder.layers, encoder.d_model
     if encoder.pretrained:
@@ -118,10 +128,11 @@ def share(
     memory_bytes: float,
     base_bytes: float,
 ) -> Sharing:
-    """The replicas that a sweep would have.
+    """Return the replicas that a sweep would have.
 
-    ``run``: the largest of the space. ``weights_and_steps``: receiver → bytes of its weights, and of one trial's step.
-    ``memory_bytes``: of a GPU where workers use GPUs, else of a node. ``base_bytes``: of a process that has imported everything.
+    ``run``: the largest of the space. ``weights_and_steps``: receiver → bytes of its weights, and
+    of one trial's step. ``memory_bytes``: of a GPU where workers use GPUs, else of a node.
+    ``base_bytes``: of a process that has imported everything.
     """
     gpus = resources.get("GPU", 0.0) if run.training.gpus_per_worker != 0 else 0.0
     together = space.tune.joined_trials or (4 if gpus else 1)
@@ -130,7 +141,7 @@ def share(
         name: int(weights + together * step + context) for name, (weights, step) in weights_and_steps.items()
     }
     worker = int(16 * trainable + encoder_bytes(run) + context)
-    given = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
+    asked_gpus = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
 
     def share_of_gpu(size: float) -> float:
         return math.ceil(1000 * size / memory_bytes) / 1000 if gpus else 0.0
@@ -143,19 +154,22 @@ def share(
         most_positions=together * positions_of(run, final_slots(run)) if together > 1 else 0,
         threads=psutil.cpu_count(logical=False) or 1,
         bytes_per_worker=worker,
-        gpus_per_worker=given if gpus and given < 1 else share_of_gpu(worker),
+        gpus_per_worker=asked_gpus if gpus and asked_gpus < 1 else share_of_gpu(worker),
     )
 
 
 def trials_in(memory_bytes: float, sharing: Sharing) -> int:
-    """Trials whose workers fit beside one replica of each receiver: on a GPU, or on a node without GPUs."""
+    """Count the trials whose workers fit beside one replica of each receiver.
+
+    ``memory_bytes``: of a GPU, or of a node without GPUs.
+    """
     return max(0, int((memory_bytes - sum(sharing.bytes_per_replica.values())) / sharing.bytes_per_worker))
 
 
 def at_once(
     sharing: Sharing, cpus: float, cpus_per_trial: float, gpus: float, memory_bytes: float, workers: int
 ) -> int:
-    """Trials of so many workers at once beside the replicas; 0 where there is no room."""
+    """Count the trials of so many workers that fit at once beside the replicas."""
     room = [times(cpus, cpus_per_trial)]
     if sharing.gpus_per_worker:
         room.append(pieces(gpus, sharing.gpus_per_worker, sharing.gpus_of_replicas(sharing.replicas)) // workers)

@@ -15,85 +15,95 @@ from latentwire.evaluation.conditions import label
 from latentwire.tuning.study import evaluations, own_trials
 
 CURVES = 6
-"""Trials whose learning curves are shown."""
+"""Most trials whose learning curves are shown."""
 Figure = tuple[str, str, go.Figure | str]
-"""Title, what it shows, and the picture, or why there is none."""
+"""Title, caption, and the picture, or why there is none."""
 
 
 def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
-    """History, learning curves, parallel coordinates, importances, contour and Pareto fronts."""
+    """Draw history, learning curves, importances, parallel coordinates, contour and fronts."""
     done = own_trials(study, (TrialState.COMPLETE,))
-    told: dict[str, Any] = {"target_name": config.metric}
+    target: dict[str, Any] = {"target_name": config.metric}
     if len(study.directions) > 1:
-        told["target"] = lambda trial: trial.values[0]
-    figures: list[Figure] = [
-        ("Optimisation history", f"Each finished trial's {config.metric}, and the best so far.",
-         visualization.plot_optimization_history(study, **told) if done else "No trial has run to its end yet."),
-        ("Learning curves", f"{config.metric} on the development rows, of the best trials, {CURVES} at most.",
-         _curves(study, config)),
-    ]  # fmt: skip
+        target["target"] = lambda trial: trial.values[0]
+    history: go.Figure | str = "No trial has run to its end yet."
+    if done:
+        history = visualization.plot_optimization_history(study, **target)
+    best_so_far = f"Each finished trial's {config.metric}, and the best so far."
+    of_the_best = f"{config.metric} on the development rows, of the best trials, {CURVES} at most."
+    return [
+        ("Optimisation history", best_so_far, history),
+        ("Learning curves", of_the_best, _curves(study, config)),
+        *_importances(study, done, target),
+        *_fronts(study),
+    ]
+
+
+def _importances(study: optuna.Study, done: Sequence[FrozenTrial], target: Mapping[str, Any]) -> list[Figure]:
+    """Draw which searched paths matter, where enough trials differ in them.
+
+    ``target``: the value by which Optuna's pictures compare trials, and its name.
+    """
     shared = set.intersection(*(set(trial.params) for trial in done)) if done else set()
-    varied = [name for name in sorted(shared) if len({trial.params[name] for trial in done}) > 1]
+    varied = [path for path in sorted(shared) if len({trial.params[path] for trial in done}) > 1]
     if len(done) < 3 or not varied or len({trial.values[0] for trial in done}) < 2:
         why = f"This needs three finished trials that differ, and there are {len(done)}."
-        return [
-            *figures,
-            ("What mattered", "Parameter importances, parallel coordinates and contour.", why),
-            *_fronts(study),
-        ]
-    figures.append(("Parallel coordinates", "A line per finished trial through the values that it drew.",
-                    visualization.plot_parallel_coordinate(study, params=varied, **told)))  # fmt: skip
-    if len(varied) > 1:
-        weights = optuna.importance.get_param_importances(study, params=varied, target=told.get("target"))
-        two = list(weights)[:2]
-        figures += [
-            ("Parameter importances", "How much of the spread of scores each parameter explains (fANOVA).",
-             visualization.plot_param_importances(study, params=varied, **told)),
-            ("Contour of the two most important", " and ".join(two), visualization.plot_contour(study, params=two, **told)),
-        ]  # fmt: skip
-    else:
-        figures.append(("Slice", f"Scores by {varied[0]}.", visualization.plot_slice(study, params=varied, **told)))
-    return [*figures, *_fronts(study)]
+        return [("What mattered", "Parameter importances, parallel coordinates and contour.", why)]
+    lines = visualization.plot_parallel_coordinate(study, params=varied, **target)
+    figures: list[Figure] = [
+        ("Parallel coordinates", "A line per finished trial through the values that it drew.", lines)
+    ]
+    if len(varied) == 1:
+        slices = visualization.plot_slice(study, params=varied, **target)
+        return [*figures, ("Slice", f"Scores by {varied[0]}.", slices)]
+    weights = optuna.importance.get_param_importances(study, params=varied, target=target.get("target"))
+    two = list(weights)[:2]
+    share = "How much of the spread of scores each parameter explains (fANOVA)."
+    bars = visualization.plot_param_importances(study, params=varied, **target)
+    contour = visualization.plot_contour(study, params=two, **target)
+    return [
+        *figures,
+        ("Parameter importances", share, bars),
+        ("Contour of the two most important", " and ".join(two), contour),
+    ]
 
 
 def _fronts(study: optuna.Study) -> list[Figure]:
-    """F1 against what it costs: each trial's best evaluation."""
+    """Draw F1 against what it costs: each trial's best evaluation."""
     figures: list[Figure] = []
     for cost, name in (("wire_bytes", "wire bytes"), ("prompt_positions", "positions read")):
-        points = [(trial, _best(trial, "dev_f1", max)) for trial in own_trials(study)]
-        held = [(trial, report) for trial, report in points if report is not None and cost in report]
-        if not held:
-            continue
         both = optuna.create_study(directions=["minimize", "maximize"])
-        both.add_trials(
-            [
-                create_trial(
-                    values=[report[cost], report["dev_f1"]], params=trial.params, distributions=trial.distributions
-                )
-                for trial, report in held
-            ]
-        )
-        figures.append((f"Pareto front: F1 against {name}", "Every trial; those that no other beats in both are marked.",
-                        visualization.plot_pareto_front(both, target_names=[name, "dev_f1"])))  # fmt: skip
+        for trial in own_trials(study):
+            report = _best(trial, "dev_f1", max)
+            if report is not None and cost in report:
+                values = [report[cost], report["dev_f1"]]
+                copied = create_trial(values=values, params=trial.params, distributions=trial.distributions)
+                both.add_trial(copied)
+        if both.trials:
+            about = "Every trial; those that no other beats in both are marked."
+            front = visualization.plot_pareto_front(both, target_names=[name, "dev_f1"])
+            figures.append((f"Pareto front: F1 against {name}", about, front))
     return figures
 
 
 def _curves(study: optuna.Study, config: TuneConfig) -> go.Figure | str:
-    best = [(trial, report) for trial in own_trials(study) if (report := _best(trial, config.metric, config.best_of))]
+    best = []
+    for trial in own_trials(study):
+        report = _best(trial, config.metric, config.best_of)
+        if report is not None:
+            best.append((report[config.metric], trial))
     if not best:
         return "No trial has reported yet."
-    best.sort(key=lambda item: item[1][config.metric], reverse=config.mode == "max")
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=[report["step"] for report in evaluations(trial)],
-                y=[report[config.metric] for report in evaluations(trial)],
-                mode="lines+markers",
-                name=f"trial {trial.number}",
-            )
-            for trial, _ in best[:CURVES]
-        ]
-    )
+    best.sort(key=lambda scored: scored[0], reverse=config.mode == "max")
+    figure = go.Figure()
+    for _, trial in best[:CURVES]:
+        reports = evaluations(trial)
+        figure.add_scatter(
+            x=[report["step"] for report in reports],
+            y=[report[config.metric] for report in reports],
+            mode="lines+markers",
+            name=f"trial {trial.number}",
+        )
     return figure.update_layout(xaxis_title="step", yaxis_title=config.metric)
 
 
@@ -103,7 +113,7 @@ def _best(trial: FrozenTrial, metric: str, pick: Any) -> dict[str, Any] | None:
 
 
 def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go.Figure:
-    """F1 of every row of the table with its 95 % interval, a bar per receiver."""
+    """Draw F1 of every row of the table with its 95 % interval, a bar per receiver."""
     receivers: Sequence[str] = [name for name in next(iter(scores.values())) if name != "mean"]
     figure = go.Figure()
     for name in receivers:

@@ -1,7 +1,8 @@
-"""``report.html``: a sweep in one file that opens offline. Everything in it that was text somewhere is escaped."""
+"""``report.html``: a sweep in one file that opens offline. All texts in it are escaped."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -17,22 +18,22 @@ from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import readings
 from latentwire.evaluation.conditions import label
+from latentwire.planning.resolved import objectives
 from latentwire.reports import figures, tables
 from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
 from latentwire.tuning import resume
 from latentwire.tuning.reruns import Finalist
 from latentwire.tuning.results import trial_rows
-from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
 FILE = "report.html"
 EXAMPLES = 12
-"""Rows whose answers stand side by side."""
+"""Most rows whose answers stand side by side."""
 COLOURS = ["#2563a8", "#c2571a", "#3f8f4f", "#8a4fa3", "#a8873b", "#4b5563"]
 
 
 def write(output: Place) -> Place:
-    """Write a sweep's report from what lies in its directory; parts that are not there yet are left out.
+    """Write a sweep's report from the files in its directory; parts that are missing are left out.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where ``output`` holds no sweep.
     """
@@ -64,8 +65,8 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         untuned=UNTUNED_TEXT,
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
-        trials=tables.trials_table(trials, space.tune),
-        finals=tables.reruns_table(finalists, space.tune.metric) if finalists else None,
+        trials=tables.trials_table(trials, space),
+        reruns=tables.reruns_table(finalists, space.tune.metric) if finalists else None,
         failures=[row for row in trials if row["state"] == "failed"],
         examples=_examples(output / "predictions.parquet"),
         costs=_costs(study, space, output),
@@ -84,55 +85,81 @@ def _template() -> jinja2.Template:
 
 
 def _draw(figure: go.Figure | str) -> str:
-    """A picture as HTML; a text stays one. plotly escapes what could end its script."""
+    """Return a picture as HTML, or a text as a paragraph.
+
+    plotly escapes what could end its script.
+    """
     if isinstance(figure, str):
         return f"<p>{jinja2.filters.escape(figure)}</p>"
     figure.update_layout(
-        title=None, template="plotly_white", colorway=COLOURS, height=380, autosize=True, width=None,
-        margin={"l": 60, "r": 20, "t": 48, "b": 60}, font={"family": "system-ui, sans-serif", "size": 12},
+        title=None,
+        template="plotly_white",
+        colorway=COLOURS,
+        height=380,
+        autosize=True,
+        width=None,
+        margin={"l": 60, "r": 20, "t": 48, "b": 60},
+        font={"family": "system-ui, sans-serif", "size": 12},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    )  # fmt: skip
-    config = {"responsive": True, "displayModeBar": False}
-    html: str = plotly.io.to_html(figure, config=config, include_plotlyjs=False, full_html=False, default_width="100%")
+    )
+    html: str = plotly.io.to_html(
+        figure,
+        config={"responsive": True, "displayModeBar": False},
+        include_plotlyjs=False,
+        full_html=False,
+        default_width="100%",
+    )
     return html
 
 
 def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
-    """Each row of latents and receiver: EM and F1 as shares of full text's; ``None`` where that is 0."""
+    """Return EM and F1 of latents as shares of full text's, for each row and receiver.
+
+    A share is ``None`` where full text has 0.
+    """
     text = scores.get("text", {})
-    return [
-        (label(key), name, *(row[field] / text[name][field] if text[name][field] else None for field in ("em", "f1")))
-        for key, receivers in scores.items()
-        if key.split()[0] == "latent"
-        for name, row in receivers.items()
-        if name != "mean" and name in text
-    ]
+
+    def share(row: Mapping[str, float], name: str, field: str) -> float | None:
+        return row[field] / text[name][field] if text[name][field] else None
+
+    shares = []
+    for key, receivers in scores.items():
+        if key.split()[0] != "latent":
+            continue
+        for name, row in receivers.items():
+            if name != "mean" and name in text:
+                shares.append((label(key), name, share(row, name, "em"), share(row, name, "f1")))
+    return shares
 
 
 def _examples(file: Place) -> list[dict[str, Any]]:
-    """Rows with what each receiver said to text and to latents: right and wrong ones by turns where there are both."""
+    """Return rows with each receiver's answers to text and to latents.
+
+    Right and wrong ones come by turns where there are both.
+    """
     names = read_footer(file).schema.to_arrow_schema().names if file.exists() else []
     if "context" not in names:
         return []
     condition = "condition" if "condition" in names else "setting"  # as files before 0.2 call it
     columns = ["id", "receiver", "mode", condition, "text", "golds", "em", "question", "context"]
     rows: dict[str, dict[str, Any]] = {}
+    right: dict[str, list[bool]] = {}
     for p in read_parquet(file, columns).to_pylist():
-        row = rows.setdefault(
-            p["id"], {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
-        )
+        row = {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
+        row = rows.setdefault(p["id"], row)
         if p["mode"] in ("text", "latent"):
-            row["answers"].append((label(p[condition]), p["receiver"], p["text"], p["em"] == 1, p["mode"]))
-    latent = {key: [right for *_, right, mode in row["answers"] if mode == "latent"] for key, row in rows.items()}
-    good = [rows[key] for key, right in latent.items() if right and all(right)]
-    bad = [rows[key] for key, right in latent.items() if not (right and all(right))]
-    turns = [row for pair in zip(good, bad, strict=False) for row in pair]
-    rest = [*good[len(bad) :], *bad[len(good) :]]
-    return [*turns, *rest][:EXAMPLES]
+            answer = (label(p[condition]), p["receiver"], p["text"], p["em"] == 1, p["mode"])
+            row["answers"].append(answer)
+        if p["mode"] == "latent":
+            right.setdefault(p["id"], []).append(p["em"] == 1)
+    good = [row for key, row in rows.items() if key in right and all(right[key])]
+    bad = [row for key, row in rows.items() if not (key in right and all(right[key]))]
+    turns = itertools.chain.from_iterable(zip(good, bad, strict=False))
+    return [*turns, *good[len(bad) :], *bad[len(good) :]][:EXAMPLES]
 
 
 def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple[str, str]]:
-    """What the search took: trials' wall-clock times the CPUs and GPUs that their workers hold, and disk."""
+    """Return what the search took: wall-clock time, CPU- and GPU-hours of the workers, and disk."""
     training = space.run.training
     hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
     gpus = training.gpus_per_worker
@@ -151,13 +178,14 @@ def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple
 
 
 def _manifest(file: Place) -> list[tuple[str, str]]:
-    """The manifest's entries as text, the long ones indented."""
-    return [
-        (name, value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False))
-        for name, value in _json(file).items()
-    ]
+    """Return the manifest's entries as text, the long ones indented."""
+    entries = []
+    for name, value in _json(file).items():
+        text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
+        entries.append((name, text))
+    return entries
 
 
 def _json(file: Place) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return found
+    document: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return document

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: tables for the terminal, scores and details as JSON, predictions as Parquet."""
+"""Output of an evaluation: tables for the terminal, scores as JSON, answers as Parquet."""
 
 from __future__ import annotations
 
@@ -24,48 +24,62 @@ from latentwire.storage import Place, write_text
 
 
 def compared(named: Sequence[str] | None, rows: Sequence[Condition]) -> list[tuple[str, str]]:
-    """The rows of the table to set side by side, by their keys: the two that ``--compare`` names, or latents and each baseline.
+    """Return the rows of the table to set side by side, by their keys.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
+    They are the two that ``--compare`` names, or latents and each baseline. Raises
+    :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
     """
     match named:
         case None | []:
-            found = baseline_pairs(rows)
+            sides = baseline_pairs(rows)
         case [first, second]:
-            found = pairs(rows, first, second)
+            sides = pairs(rows, first, second)
         case _:
-            found = []
-    if named is not None and not found:
+            sides = []
+    if named is not None and not sides:
+        keys = ", ".join(row.key for row in rows)
         raise ConfigError(
-            f"--compare must name two different rows of the table ({', '.join(row.key for row in rows)}), or none where it "
-            f"has latents and a baseline, got {' and '.join(named) or 'none'}"
+            f"--compare must name two different rows of the table ({keys}), or none where it has "
+            f"latents and a baseline, got {' and '.join(named) or 'none'}"
         )
-    return found
+    return sides
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the wire that was scored, besides its predictions."""
+    """Facts about the wire that was scored, besides its predictions."""
 
     sizes: dict[str, dict[str, int]]
-    """Its trained weights (:func:`latentwire.exports.sizes`)."""
+    """Sizes of its trained weights (:func:`latentwire.exports.sizes`)."""
     readings: dict[str, Any] | None
-    """How often the rows were read before; ``None`` for rows that are there to be compared on, which nobody counts."""
+    """Earlier readings of the rows; ``None`` for rows that are there to be compared on, which
+    nobody counts."""
     probes: dict[str, float] | None = None
     """Probes of its latents, where they were asked for."""
 
 
-def known_of(folder: Path, split: str, rows: Place, probes: dict[str, float] | None = None) -> Known:
-    """Return what is known of a wire's directory. A scoring of validation rows is recorded beside their shards."""
-    manifest, read = exports.read_manifest(folder), None
+def known_of(
+    folder: Path,
+    manifest: dict[str, Any],
+    split: str,
+    rows: Place,
+    probes: dict[str, float] | None = None,
+) -> Known:
+    """Describe the wire of a checkpoint or export.
+
+    A scoring of validation rows is recorded beside their shards. ``manifest``: the directory's,
+    already read. ``rows``: the split's shards.
+    """
+    read_before = None
     if split == "validation":
-        read = readings.note(rows, readings.wire_name(manifest), documents.read(folder, manifest))
-    return Known(exports.sizes(folder), read, probes)
+        trained_on = documents.read(folder, manifest)
+        read_before = readings.note(rows, readings.wire_name(manifest), trained_on)
+    return Known(exports.sizes(folder), read_before, probes)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What an evaluation asks, checked before the scoring, which a file that cannot be read would lose."""
+    """The checked questions of an evaluation, before the scoring that a wrong one would waste."""
 
     conditions: tuple[Condition, ...]
     """Rows of the table."""
@@ -74,7 +88,7 @@ class Questions:
     types: dict[str, str]
     """id → type of its question, where the dataset has such."""
     compared: bool
-    """Whether the table of paired differences was asked for."""
+    """True where the table of paired differences was asked for."""
 
 
 def questions_of(
@@ -86,10 +100,11 @@ def questions_of(
     bits: Sequence[Bits],
     compare: Sequence[str] | None,
 ) -> Questions:
-    """Return the checked conditions of an evaluation; see :func:`latentwire.evaluate` for the arguments.
+    """Return the checked conditions of an evaluation.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.data.sources.DataError` for data
-    that cannot be read.
+    See :func:`latentwire.evaluate` for the arguments. Raises
+    :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.data.sources.DataError`
+    for data that cannot be read.
     """
     scoring.check_questions(run)
     rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
@@ -135,7 +150,10 @@ def show(evaluation: Evaluation, title: str) -> None:
 
 
 def write(evaluation: Evaluation, output: Place) -> None:
-    """Write an evaluation's scores to a ``.json`` file, or scores, details and predictions to a directory."""
+    """Write an evaluation's scores to a ``.json`` file, or all of it to a directory.
+
+    A directory holds scores, details and predictions.
+    """
     scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
     if output.name.endswith(".json"):
         write_text(output, json.dumps(scores, indent=1))

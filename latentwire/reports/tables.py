@@ -1,4 +1,4 @@
-"""What a person reads at the end of a sweep: two tables in the terminal, and the same in ``report.md``."""
+"""Tables of a sweep or an evaluation: in the terminal, and the same in ``report.md``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from latentwire.config import RunConfig, TuneConfig
+from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.conditions import label
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.storage import Place, write_text
+from latentwire.tuning.columns import column_names
 
 if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
     from latentwire.evaluation.scoring import Scored
@@ -21,103 +22,132 @@ if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
 
 Grid = tuple[str, list[str], list[list[str]]]
 """Title, header and rows of one table."""
+SCORES = [
+    "the receiver reads",
+    "receiver",
+    "EM",
+    "F1",
+    "NLL",
+    "positions",
+    "bytes",
+    "ms",
+    "rows",
+    "contexts",
+]
+"""Columns of the table of scores."""
+TOGETHER = {
+    "agreement": "agreement",
+    "oracle_em": "oracle EM",
+    "oracle_f1": "oracle F1",
+    "joint_em": "joint EM",
+    "joint_f1": "joint F1",
+    "first_1": "first token @1",
+    "first_5": "@5",
+    "compression_bytes": "bytes ÷",
+    "compression_tokens": "tokens ÷",
+    "encode_ms": "encode ms",
+    "prefill_ms": "prefill ms",
+    "first_token_ms": "first token ms",
+    "decode_ms": "decode ms",
+    "examples_per_s": "examples/s",
+}
+"""Metric → column of the table of the receivers together."""
 
 
-def trials_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
-    """All trials, best first."""
-    measured = dict.fromkeys((config.metric, *config.objectives, *config.constraints))
+def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
+    """Return all trials, best first."""
+    tune = space.tune
+    measured = dict.fromkeys((tune.metric, *tune.objectives, *tune.constraints))
     columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
-    knobs = list(dict.fromkeys(name for row in rows for name in row["values"]))
-    body = [
-        [_named(row), row["state"], *(_number(row.get(column)) for column in columns)]
-        + [_number(row["values"].get(knob)) for knob in knobs]
-        for row in rows
-    ]
-    return f"{len(rows)} trials", ["trial", "state", *columns, *(knob.split(".")[-1] for knob in knobs)], body
+    paths = dict.fromkeys(path for row in rows for path in row["values"])
+    names = column_names(space.search)
+    body = []
+    for row in rows:
+        reported = [_number(row.get(column)) for column in columns]
+        drawn = [_number(row["values"].get(path)) for path in paths]
+        body.append([_named(row), row["state"], *reported, *drawn])
+    header = ["trial", "state", *columns, *(names[path] for path in paths)]
+    return f"{len(rows)} trials", header, body
 
 
 def _named(row: dict[str, Any]) -> str:
-    """A trial's number, and that of the failed one which it took up."""
-    return f"{row['trial']} (takes up {row['retries']})" if "retries" in row else str(row["trial"])
+    """Return a trial's number, and that of the failed one which it retries."""
+    return f"{row['trial']} (retries {row['retries']})" if "retries" in row else str(row["trial"])
 
 
 def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
-    """The trials that no other beats in every objective, by the further objectives."""
-    rows, names = [row for row in rows if row["front"]], [*config.objectives, config.metric]
-    body = [
-        [str(row["trial"]), *(_number(row[name]) for name in names)]
-        for row in sorted(rows, key=lambda row: row[names[0]])
-    ]
-    return f"Pareto front: {len(rows)} trials that none beats in everything", ["trial", *names], body
+    """Return the trials that no other beats in every objective, by the further objectives."""
+    names = [*config.objectives, config.metric]
+    front = sorted((row for row in rows if row["front"]), key=lambda row: row[names[0]])
+    body = [[str(row["trial"]), *(_number(row[name]) for name in names)] for row in front]
+    return f"Pareto front: {len(front)} trials that none beats in everything", ["trial", *names], body
 
 
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
-    """One row per prompt kind and receiver: EM and F1 with their 95 % intervals, nats per answer token, and the costs.
+    """Return one row per condition and receiver.
 
-    Latents that were read with changed receivers (a feature like ``lora``) are labelled so. The title says what the intervals
-    resample: contexts, or rows in results of an earlier version, which did not count them.
+    Columns are EM and F1 with their 95 % intervals, nats per answer token, and the costs. Latents
+    that were read with changed receivers (a feature like ``lora``) are labelled so. The title says
+    what the intervals resample: contexts, or rows in results of an earlier version, which did not
+    count them.
     """
-    counted = [row["contexts"] for rows in scores.values() for row in rows.values() if "contexts" in row]
-    resampled = f"{max(counted):,} contexts" if counted else "rows"
     changed = "" if keeps_receivers_frozen(run) else ", not frozen"
-    header = ["the receiver reads", "receiver", "EM", "F1", "NLL", "positions", "bytes", "ms", "rows", "contexts"]
-    body = [
-        [
-            label(key) + (changed if key.split()[0] in MESSAGE_MODES else ""),
-            receiver,
-            *(f"{100 * row[field]:.1f} [{100 * row[f'{field}_low']:.1f}, {100 * row[f'{field}_high']:.1f}]" for field in ("em", "f1")),
-            *(_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")),
-            str(int(row["rows"])),
-            _number(row.get("contexts")),
-        ]
-        for key, receivers in scores.items()
-        for receiver, row in receivers.items()
-        if receiver != "mean"
-    ]  # fmt: skip
-    return f"{title}; 95 % intervals by resampling {resampled}", header, body
+    body, contexts = [], []
+    for key, receivers in scores.items():
+        name = label(key) + (changed if key.split()[0] in MESSAGE_MODES else "")
+        for receiver, row in receivers.items():
+            if receiver == "mean":
+                continue
+            costs = [_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
+            counts = [str(int(row["rows"])), _number(row.get("contexts"))]
+            body.append([name, receiver, _percent(row, "em"), _percent(row, "f1"), *costs, *counts])
+            contexts.append(row.get("contexts", 0))
+    resampled = f"{max(contexts):,} contexts" if any(contexts) else "rows"
+    return f"{title}; 95 % intervals by resampling {resampled}", SCORES, body
+
+
+def _percent(row: Mapping[str, float], field: str) -> str:
+    """Return a score in percent with its interval."""
+    value, low, high = (100 * row[name] for name in (field, f"{field}_low", f"{field}_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
-    """What was trained: parameters and bytes of the encoder (all that receivers share) and of each receiver's own part."""
-    total = {field: sum(part[field] for part in sizes.values()) for field in ("parameters", "bytes")}
-    body = [
-        [name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"]
-        for name, part in {**sizes, "all of the wire": total}.items()
-    ]
+    """Return parameters and bytes of the trained parts: the encoder, and each receiver's own part.
+
+    The encoder's row holds all that receivers share.
+    """
+    total = {
+        "parameters": sum(part["parameters"] for part in sizes.values()),
+        "bytes": sum(part["bytes"] for part in sizes.values()),
+    }
+    parts = {**sizes, "all of the wire": total}
+    body = [[name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"] for name, part in parts.items()]
     return "trained weights", ["part", "parameters", "MB"], body
 
 
 def together_table(scores: dict[str, Any]) -> Grid:
-    """What the receivers are as one, and what a message costs and saves, for each row of the table."""
-    header = [
-        "the receivers read", "agreement", "oracle EM", "oracle F1", "joint EM", "joint F1", "first token @1", "@5",
-        "bytes ÷", "tokens ÷", "encode ms", "prefill ms", "first token ms", "decode ms",
-        "examples/s",
-    ]  # fmt: skip
-    names = (
-        "agreement", "oracle_em", "oracle_f1", "joint_em", "joint_f1", "first_1", "first_5", "compression_bytes",
-        "compression_tokens", "encode_ms", "prefill_ms", "first_token_ms", "decode_ms", "examples_per_s",
-    )  # fmt: skip
+    """Return how the receivers do as one, and what a message costs and saves, by condition."""
     body = [
-        [label(key), *(_number(receivers["mean"].get(name)) for name in names)] for key, receivers in scores.items()
+        [label(key), *(_number(receivers["mean"].get(field)) for field in TOGETHER)]
+        for key, receivers in scores.items()
     ]
-    return "the receivers together (means over them)", header, body
+    return (
+        "the receivers together (means over them)",
+        ["the receivers read", *TOGETHER.values()],
+        body,
+    )
 
 
 def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
-    """Paired differences with their 95 % intervals, and how likely so large a one is by chance."""
-    body = [
-        [
-            label(pair["first"]),
-            label(pair["second"]),
-            receiver,
-            *_paired(found["em"]),
-            *_paired(found["f1"]),
-            *_paired(found["nll"], factor=1, digits=2),
-        ]
-        for pair in comparisons
-        for receiver, found in pair["receivers"].items()
-    ]
+    """Return paired differences with their 95 % intervals and p values."""
+    body = []
+    for pair in comparisons:
+        names = [label(pair["first"]), label(pair["second"])]
+        for receiver, differences in pair["receivers"].items():
+            em, f1 = _paired(differences["em"]), _paired(differences["f1"])
+            nll = _paired(differences["nll"], factor=1, digits=2)
+            body.append([*names, receiver, *em, *f1, *nll])
     return (
         "paired differences; 95 % intervals and p by contexts",
         ["first", "minus second", "receiver", "EM", "p", "F1", "p", "NLL", "p"],
@@ -125,14 +155,14 @@ def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
     )
 
 
-def _paired(found: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
-    """A difference with its interval, and p."""
-    difference, low, high = (f"{factor * found[end]:+.{digits}f}" for end in ("difference", "low", "high"))
-    return [f"{difference} [{low}, {high}]", f"{found['p']:.2g}"]
+def _paired(paired: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
+    """Return a difference with its interval, and p."""
+    difference, low, high = (f"{factor * paired[end]:+.{digits}f}" for end in ("difference", "low", "high"))
+    return [f"{difference} [{low}, {high}]", f"{paired['p']:.2g}"]
 
 
 def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
-    """The best trials' scores in the search and with fresh seeds: how much of the first was luck."""
+    """Return the best trials' scores in the search and with fresh seeds: the gap shows the luck."""
     body = [
         [
             str(f.trial),
@@ -143,20 +173,22 @@ def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
         ]
         for f in finalists
     ]
-    return f"finals: {metric} with fresh seeds", ["trial", "search", "fresh seeds", "mean", "search − mean"], body
+    header = ["trial", "search", "fresh seeds", "mean", "search − mean"]
+    return f"re-runs: {metric} with fresh seeds", header, body
 
 
 def failures_table(rows: list[dict[str, Any]]) -> Grid:
-    """What failed, and why."""
-    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in rows if row["state"] == "failed"]
+    """Return the failed trials and their causes."""
+    failed = [row for row in rows if row["state"] == "failed"]
+    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in failed]
     return f"{len(body)} trials failed", ["trial", "cause"], body
 
 
-def trial_tables(rows: list[dict[str, Any]], config: TuneConfig) -> list[Grid]:
-    """A sweep's trials, those that failed, and the Pareto front where there are several objectives."""
-    front = [front_table(rows, config)] if config.objectives else []
+def trial_tables(rows: list[dict[str, Any]], space: SweepConfig) -> list[Grid]:
+    """Return a sweep's trials, those that failed, and the Pareto front of several objectives."""
+    front = [front_table(rows, space.tune)] if space.tune.objectives else []
     failed = [failures_table(rows)] if any(row["state"] == "failed" for row in rows) else []
-    return [trials_table(rows, config), *failed, *front]
+    return [trials_table(rows, space), *failed, *front]
 
 
 def sweep_tables(
@@ -165,21 +197,27 @@ def sweep_tables(
     scored: Scored,
     best: Best,
     run: RunConfig,
-    config: TuneConfig,
+    space: SweepConfig,
 ) -> list[Grid]:
-    """What a sweep ends with: its trials, the finals where there are finalists, the winner's scores and weights."""
-    finals = [reruns_table(finalists, config.metric)] if finalists else []
+    """Return the tables that end a sweep: its trials, its re-runs, the winner's scores and weights.
+
+    ``run``: the winner's configuration.
+    """
+    reruns = [reruns_table(finalists, space.tune.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [*trial_tables(rows, config), *finals, *scored_tables(scored, title, run)]
+    return [*trial_tables(rows, space), *reruns, *scored_tables(scored, title, run)]
 
 
 def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
-    """A wire's scores, what they took, and what of it was trained."""
+    """Return the tables of a wire: its scores, their costs, and its trained weights."""
     return [scores_table(scored.scores, title, run), together_table(scored.scores), weights_table(scored.sizes)]
 
 
 def show(grids: list[Grid]) -> None:
-    """Print tables, as wide as they need to be: a log file has no terminal to fit. One without rows is left out."""
+    """Print tables as wide as they need to be: a log file has no terminal to fit.
+
+    A table without rows is left out.
+    """
     for title, header, body in (grid for grid in grids if grid[2]):
         table = Table(title=title, title_justify="left")
         for name in header:
@@ -190,13 +228,13 @@ def show(grids: list[Grid]) -> None:
 
 
 def verdict(best: Best, gap: dict[str, float], metric: str) -> str:
-    """The winner in a line: its development score beside the same on the untouched split."""
+    """Describe the winner in one line: its development score beside that of the untouched split."""
     line = f"best: trial {best.trial}, step {best.step}, development {metric} {best.score:.4f}"
     return f"{line}, validation {gap['validation']:.4f}, gap {gap['gap']:+.4f}" if gap else line
 
 
 def write_report(output: Place, line: str, grids: list[Grid], command: str) -> Place:
-    """``report.md``: the verdict ``line``, the tables, and the command that made them."""
+    """Write ``report.md``: the verdict ``line``, the tables, and the command that made them."""
     lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}."]
     for title, header, body in grids:
         lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]

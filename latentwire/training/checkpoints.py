@@ -149,7 +149,7 @@ def load_training(path: Path, trainer: Trainer) -> None:
     and :class:`CheckpointError` where the optimiser's state is that of other parameters.
     """
     check_same_run(read_run(path), trainer.wire.run, path)
-    load_weights(path, trainer.wire)
+    load_weights(path, trainer.wire, read_manifest(path))
     document = json.loads((Path(path) / "training_state.json").read_text())
     names = parameter_names(trainer.wire.interlingua, trainer.optimizer)
     former = former_names(trainer.wire.interlingua, trainer.config)

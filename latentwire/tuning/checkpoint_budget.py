@@ -1,4 +1,4 @@
-"""The checkpoint budget of a sweep: over all of its trials the best few are kept, and each running trial's last."""
+"""Checkpoint budget of a sweep: the best few of all its trials, and each running trial's last."""
 
 from __future__ import annotations
 
@@ -19,58 +19,68 @@ from latentwire.tuning.study import directory_of, evaluations, own_trials
 
 
 class CheckpointBudget(Callback):
-    """Keeps the ``tune.keep_checkpoints`` best by ``tune.metric``, those within ``tune.constraints`` first.
+    """Keeps the ``tune.keep_checkpoints`` best by ``tune.metric``, those within the limits first.
 
-    A trial's own worker keeps its best and its last; what of these is not among the best of the sweep goes when the trial
-    has ended, and before that unless it is its last, from which it would go on. A failed one keeps
-    its last too, from which another may take it up. A worker runs on for a while when its trial has
-    been stopped; what it saves then the study never hears of, and it counts for nothing. Scores are those in the
-    checkpoints' manifests, so a driver that was killed and started again keeps the same ones.
+    The limits are ``tune.constraints``. A trial's own worker keeps its best and its last
+    checkpoint. Of these, what is not among the best of the sweep is deleted when the trial has
+    ended. Before that the last one stays, since the trial would go on from it. A failed trial keeps
+    its last too, for a trial that retries it.
+
+    A stopped trial's worker runs on for a while. The study never hears of what it saves then, and
+    that counts for nothing. Scores are those in the checkpoints' manifests, so a driver that was
+    killed and started again keeps the same ones.
     """
 
     def __init__(self, search: StudySearch) -> None:
         """``search``: whose study says which trials run."""
         self.search = search
         self.ended: set[int] = set()
-        """Trials that have nothing left to delete: a sweep of a thousand is not walked through at every report."""
+        """Trials that have nothing left to delete, so that a sweep of a thousand is not walked
+        through at every report."""
 
     def tidy(self) -> None:
-        """Delete what nothing needs any more."""
+        """Delete the checkpoints that nothing needs any more."""
         config, folder = self.search.space.tune, self.search.trial_dir
-        own = own_trials(self.search.study)
-        states = {trial.number: trial.state for trial in own}
-        told = {
-            trial.number: {step_checkpoints.step_name(report["step"]) for report in evaluations(trial)} for trial in own
-        }
-        open_trials = [trial for trial in own if trial.number not in self.ended]
-        found = {t.number: step_checkpoints.finished(trial_path(folder, directory_of(t))) for t in open_trials}
-        every = [path for number, paths in found.items() for path in paths if path.name in told[number]]
-        best = set(sorted(every, key=lambda path: _rank(path, config), reverse=True)[: config.keep_checkpoints])
-        for number, paths in found.items():
-            running = states[number] in (TrialState.RUNNING, TrialState.WAITING)
-            goes_on = running or states[number] is TrialState.FAIL
-            for path in paths[: -1 if goes_on else None]:
-                if path not in best and (path.name in told[number] or not running):
+        trials = [t for t in own_trials(self.search.study) if t.number not in self.ended]
+        paths_of: dict[int, list[Place]] = {}
+        reported: list[Place] = []
+        for trial in trials:
+            paths = step_checkpoints.finished(trial_path(folder, directory_of(trial)))
+            names = {step_checkpoints.step_name(report["step"]) for report in evaluations(trial)}
+            paths_of[trial.number] = paths
+            reported += [path for path in paths if path.name in names]
+        ranked = sorted(reported, key=lambda path: _rank(path, config), reverse=True)
+        best = set(ranked[: config.keep_checkpoints])
+        for trial in trials:
+            paths = paths_of[trial.number]
+            running = trial.state in (TrialState.RUNNING, TrialState.WAITING)
+            goes_on = running or trial.state is TrialState.FAIL
+            for path in paths[:-1] if goes_on else paths:
+                # What a running trial has saved and not reported yet may be its best.
+                if path not in best and (path in reported or not running):
                     checkpoints.remove(path)
             if not running and not (goes_on and paths) and not best & set(paths):
-                self.ended.add(number)
+                self.ended.add(trial.number)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """After every evaluation of a trial."""
+        """Tidy after every evaluation of a trial."""
         self.tidy_if_reached()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """After a trial's end."""
+        """Tidy after a trial's end."""
         self.tidy_if_reached()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """After a trial's failure."""
+        """Tidy after a trial's failure."""
         self.tidy_if_reached()
 
     def tidy_if_reached(self) -> None:
-        """What an error here would end is the whole sweep; the next call does what this one could not."""
+        """Tidy, and leave it to the next call where the store does not answer.
+
+        An error here would end the whole sweep.
+        """
         try:
             self.tidy()
         except StorageError as error:
@@ -78,14 +88,16 @@ class CheckpointBudget(Callback):
 
 
 def clear_debris(trial_dir: Place) -> int:
-    """Delete what dead processes left half written or half deleted; returns how many. Only while no trial runs."""
-    return sum(
-        step_checkpoints.clear_debris(folder) for folder in children(trial_dir) if folder.name.startswith("trial-")
-    )
+    """Delete what dead processes left half written or half deleted; returns how many.
+
+    Only while no trial runs.
+    """
+    folders = [folder for folder in children(trial_dir) if folder.name.startswith("trial-")]
+    return sum(step_checkpoints.clear_debris(folder) for folder in folders)
 
 
 def bytes_in(folders: Iterable[Place]) -> int:
-    """Bytes of all files under some directories."""
+    """Add up the bytes of all files under some directories."""
     return sum(size for folder in folders for size in files_below(folder).values())
 
 

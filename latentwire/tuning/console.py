@@ -15,6 +15,7 @@ from ray.tune import Callback, CLIReporter
 from latentwire.config import SweepConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.storage import Place
+from latentwire.tuning.columns import column_names
 
 REPORT_SECONDS = 30
 """Between two tables in the terminal."""
@@ -87,7 +88,7 @@ def table(space: SweepConfig) -> CLIReporter:
     return Table(
         tune.metric,
         tune.mode,
-        knobs={path: path.rpartition(".")[2] for path in space.search},
+        knobs=column_names(space.search),
         metric_columns={name: name for name in measured},
         max_report_frequency=REPORT_SECONDS,
         max_column_length=30,

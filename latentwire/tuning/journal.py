@@ -1,8 +1,7 @@
-"""A study's journal as a file: this machine's copy of one in a store, and what a death in the
-middle of a line leaves.
+"""A study's journal as a file: this machine's copy of one in a store, and the repair of torn lines.
 
 Optuna appends a line of JSON for everything that happens. A driver that dies while it writes, a
-full disk or a lost server leaves half a line; Optuna does not see it while it is the last, writes
+full disk or a lost server leaves half a line. Optuna does not see it while it is the last, writes
 the next one behind it, and cannot read the file from then on.
 """
 
@@ -29,9 +28,9 @@ from latentwire.storage import Place, Remote, local, upload, write
 JOURNAL = "study.journal"
 """Name of the journal in a sweep's directory."""
 LINES_PAST_A_TEAR = 20
-"""Whole lines of one process behind a torn one that a death can explain. Optuna reads after every
-line that it appends, and fails where one follows a torn line: a driver gets a few lines past it
-while it ends. More of them say that the line was whole once."""
+"""Most whole lines of one process behind a torn line that a death can explain. Optuna reads after
+every line that it appends, and fails where one follows a torn line: a driver gets a few lines past
+it while it ends. With more of them the line must have been whole once."""
 
 
 class JournalError(UserError):
@@ -69,10 +68,10 @@ def find_tear(file: Path) -> Tear | None:
             position += len(line)
     if torn is not None and max(followers.values(), default=0) > LINES_PAST_A_TEAR:
         raise JournalError(
-            f"a journal may be torn at its end, where a death or a full disk leaves half a line, got "
-            f"a damaged line {torn.line} with {sum(followers.values()):,} whole ones after it in "
-            f"{file}: put back a copy of the file from before the damage, or begin a new sweep with "
-            f"--set tune.warm_start=<such a copy>"
+            "a journal may be torn at its end, where a death or a full disk leaves half a line, "
+            f"got a damaged line {torn.line} with {sum(followers.values()):,} whole ones after it "
+            f"in {file}: put back a copy of the file from before the damage, or begin a new sweep "
+            "with --set tune.warm_start=<such a copy>"
         )
     return torn
 
@@ -89,12 +88,12 @@ def _writer(line: bytes) -> str | None:
 
 
 def mend(journal: Place, file: Path) -> None:
-    """Set the torn end of a journal aside, in a file beside it, so that the sweep goes on from what
-    is whole.
+    """Set the torn end of a journal aside, so that the sweep goes on from the whole lines.
 
-    What the torn lines said is found again where a trial goes on: its checkpoints hold its
-    evaluations. Only for the driver that holds the sweep: nobody else may append. ``file``: the
-    journal, or this machine's copy of one in a store, which is mended too.
+    The torn end goes into a file beside the journal. Its content is recovered where a trial goes
+    on: the trial's checkpoints hold its evaluations. Only for the driver that holds the sweep:
+    nobody else may append. ``file``: the journal, or this machine's copy of one in a store, which
+    is mended too.
     """
     if find_tear(file) is None:
         return
@@ -114,13 +113,13 @@ def mend(journal: Place, file: Path) -> None:
             os.fsync(whole.fileno())
     finally:
         lock.release()
-    kept = journal.with_name(name)
-    if isinstance(journal, Remote) and isinstance(kept, Remote):
-        upload(aside, kept)
+    torn_end = journal.with_name(name)
+    if isinstance(journal, Remote) and isinstance(torn_end, Remote):
+        upload(aside, torn_end)
         upload(file, journal)
     print(
         f"{journal} ended in a torn line ({torn.size:,} bytes from line {torn.line} on, as a death or "
-        f"a full disk leaves): set aside as {kept}, the sweep goes on from the lines before it",
+        f"a full disk leaves): set aside as {torn_end}, the sweep goes on from the lines before it",
         file=sys.stderr,
         flush=True,
     )
@@ -128,8 +127,7 @@ def mend(journal: Place, file: Path) -> None:
 
 @contextlib.contextmanager
 def readable(journal: Place) -> Iterator[Path]:
-    """A journal as a file of whole lines, to be read while the block lasts; the journal itself
-    stays as it is.
+    """Yield a journal as a file of whole lines while the block lasts; the journal itself stays.
 
     Raises :class:`JournalError` where it lost something in its middle.
     """
@@ -146,11 +144,11 @@ def readable(journal: Place) -> Iterator[Path]:
 
 
 def own_journal(journal: Place) -> Path:
-    """The journal as a file on this machine, which is what Optuna appends to: itself, or this
-    machine's copy; without a torn end.
+    """Return the journal as a file on this machine without a torn end, for Optuna to append to.
 
-    What the store holds is fetched unless this machine has the same and more. Should they differ,
-    the store counts, and what was here is kept under another name.
+    It is the journal itself, or this machine's copy of one in a store. The store's content is
+    fetched unless this machine has the same and more. Should they differ, the store counts, and the
+    copy is set aside under another name.
     """
     if isinstance(journal, Path):
         journal.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +169,10 @@ def own_journal(journal: Place) -> Path:
 
 
 def keep_journal(journal: Place) -> None:
-    """Put this machine's copy of a journal into the store. Raises
-    :class:`~latentwire.storage.StorageError`."""
+    """Put this machine's copy of a journal into the store.
+
+    Raises :class:`~latentwire.storage.StorageError`.
+    """
     if isinstance(journal, Remote):
         upload(_copy_of(journal), journal)
 

@@ -1,10 +1,9 @@
-"""One sweep has one driver: a lease in the sweep's directory, with a heartbeat, on a disk or in an
-object store.
+"""Lease of a sweep, with a heartbeat, on a disk or in an object store: one sweep has one driver.
 
-A driver writes its name into ``driver.json``, reads it back, and says again and again that it
-lives. Another one that comes reads that name and is refused before it has touched anything. A
-driver whose process is gone from this machine holds nothing; one on another machine, or one that
-stands still, is given up by ``--force`` alone, when nothing has been heard of it for a while.
+A driver writes its name into ``driver.json``, reads it back, and renews it again and again. Another
+driver reads that name and is refused before it has touched anything. A driver whose process is gone
+from this machine holds nothing. One on another machine, or one that stands still, gives way to
+``--force`` alone, when its last heartbeat is old.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ LEASE_FILE = "driver.json"
 BEAT_SECONDS = 10.0
 """Seconds between two heartbeats."""
 LIMIT_SECONDS = 120.0
-"""Age of the last heartbeat from which on a driver may be given up by ``--force``."""
+"""Age of the last heartbeat from which on ``--force`` may take a sweep over."""
 WATCHED_BEATS = 3
-"""Beats for which a lease that is to be taken by force is watched before: ages go by two machines'
-clocks, which may differ."""
+"""Beats for which a lease is watched before ``--force`` takes it: ages go by two machines' clocks,
+which may differ."""
 SETTLE_SECONDS = 1.0
-"""Between writing a lease and reading it back: of two drivers that come at once, the one that wrote
-last has it."""
+"""Seconds between writing a lease and reading it back: of two drivers that come at once, the one
+that wrote last has it."""
 
 
 class LeaseError(UserError):
-    """A sweep that another driver has; the message names the driver and the next move."""
+    """A sweep that another driver holds; the message names the driver and the next move."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Driver:
     def gone(self) -> bool:
         """Return whether its process ran on this machine and has ended.
 
-        Of another machine's processes that cannot be told.
+        It is false for processes of another machine, which cannot be seen.
         """
         if self.machine != this_machine():
             return False
@@ -93,7 +92,7 @@ def this_machine() -> str:
 def start_of(pid: int) -> str:
     """Return when a process started.
 
-    In ticks since the boot where the system tells them, since its clock may be set meanwhile.
+    The unit is ticks since the boot where the system counts them: its clock may be set meanwhile.
     """
     if Path("/proc/self/stat").exists():
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -112,7 +111,7 @@ def read(sweep: Place) -> Driver | None:
         return Driver(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise LeaseError(
-            f"{sweep / LEASE_FILE} must say which driver has the sweep, got {text[:80]!r}; delete it if none runs"
+            f"{sweep / LEASE_FILE} must name the driver of the sweep, got {text[:80]!r}; delete it if none runs"
         ) from error
 
 
@@ -127,16 +126,17 @@ def is_empty(sweep: Place) -> bool:
 
 
 def check(sweep: Place, force: bool = False) -> None:
-    """Raise :class:`LeaseError` where another driver has a sweep; nothing is written. ``force``: as
-    for :meth:`Lease.take`."""
+    """Raise :class:`LeaseError` where another driver has a sweep; nothing is written.
+
+    ``force``: as for :meth:`Lease.take`.
+    """
     other = read(sweep)
     if other is not None and not other.gone:
         refuse(sweep, other, force)
 
 
 def refuse(sweep: Place, other: Driver, force: bool) -> None:
-    """Raise :class:`LeaseError` where the driver that holds a sweep lives, or might and ``force``
-    does not say otherwise."""
+    """Raise :class:`LeaseError` for a driver that lives, or that might and ``force`` is off."""
     if other.age <= LIMIT_SECONDS:
         raise LeaseError(
             f"one sweep has one driver, and {sweep} has {other}: stop that one, or wait until it "
@@ -157,7 +157,12 @@ class Lease:
         """``lost``: called once, with the reason, when another driver has taken the sweep."""
         self.sweep, self.on_lost = sweep, lost
         self.me = Driver(
-            uuid.uuid4().hex, socket.gethostname(), this_machine(), os.getpid(), start_of(os.getpid()), time.time()
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=this_machine(),
+            pid=os.getpid(),
+            started=start_of(os.getpid()),
+            heartbeat=time.time(),
         )
         self.lost = False
         self.beaten = 0.0
@@ -167,10 +172,10 @@ class Lease:
         self._thread = threading.Thread(target=self._beat_on, name="sweep-lease", daemon=True)
 
     def take(self, force: bool = False) -> None:
-        """Take the sweep, and beat from now on. ``force``: also from a driver of which nothing has
-        been heard for long.
+        """Take the sweep, and send heartbeats from now on.
 
-        Raises :class:`LeaseError` where another driver has it, before anything is written.
+        ``force``: take it also from a driver whose last heartbeat is old. Raises
+        :class:`LeaseError` where another driver has it, before anything is written.
         """
         other = read(self.sweep)
         if other is not None:
@@ -185,18 +190,22 @@ class Lease:
         self._thread.start()
 
     def _take_over(self, other: Driver, force: bool) -> None:
-        """Return where the sweep may be taken from another driver. Raises :class:`LeaseError` where
-        it may not."""
+        """Check that the sweep may be taken from another driver.
+
+        Raises :class:`LeaseError` where it may not.
+        """
         if other.gone:
-            print(f"the driver before is gone without a word ({other}): its sweep goes on here", flush=True)
+            print(f"the driver before is gone ({other}): its sweep goes on here", flush=True)
             return
         refuse(self.sweep, other, force)
-        print(f"--force: watching for a sign of {other} for {WATCHED_BEATS * BEAT_SECONDS:.0f} s", flush=True)
-        time.sleep(WATCHED_BEATS * BEAT_SECONDS)
+        seconds = WATCHED_BEATS * BEAT_SECONDS
+        print(f"--force: watching for a sign of {other} for {seconds:.0f} s", flush=True)
+        time.sleep(seconds)
         again = read(self.sweep)
         if again is not None and again.heartbeat != other.heartbeat:
             raise LeaseError(
-                f"--force takes over from a driver that is dead, and {self.sweep} has {again}, which lives"
+                f"--force takes over from a dead driver only, and {self.sweep} has {again}, which "
+                "lives; stop that one first"
             )
         print(f"taken over from {other}", flush=True)
 
@@ -211,8 +220,10 @@ class Lease:
         return not self.lost
 
     def beat(self) -> None:
-        """Say that this driver lives, unless another has taken the sweep. A store that does not
-        answer is asked again later."""
+        """Write a heartbeat, unless another driver has taken the sweep.
+
+        A store that does not answer is asked again later.
+        """
         with self._turn:
             if self.lost or self._ended.is_set():
                 return
@@ -242,7 +253,7 @@ class Lease:
             if holder is not None and holder.token == self.me.token:
                 delete(self.sweep / LEASE_FILE)
         except (LeaseError, StorageError, OSError) as error:
-            print(f"lease not given back, which the end of this process does too: {error}", file=sys.stderr, flush=True)
+            print(f"lease not released; it ends with this process: {error}", file=sys.stderr, flush=True)
 
     def _write(self) -> None:
         now = time.time()
@@ -257,8 +268,10 @@ class Lease:
 
 @contextlib.contextmanager
 def held(sweep: Place, force: bool = False, lost: Callable[[str], None] = lambda why: None) -> Iterator[Lease]:
-    """Hold a sweep for as long as the block lasts, whatever ends it. Raises :class:`LeaseError`
-    where another driver has it."""
+    """Hold a sweep for as long as the block lasts, whatever ends it.
+
+    Raises :class:`LeaseError` where another driver has it.
+    """
     lease = Lease(sweep, lost)
     lease.take(force)
     try:

@@ -1,6 +1,7 @@
-"""What it takes to repeat a run, in ``<output>/manifest.json``; and one trial repeated from it.
+"""Manifest of a sweep, ``<output>/manifest.json``: all that repeats it, or one of its trials.
 
-Environment variables are never written, and what stands before the ``@`` of an address is left out.
+Environment variables are never written, and credentials before the ``@`` of an address are left
+out.
 """
 
 from __future__ import annotations
@@ -31,22 +32,26 @@ from latentwire.tuning.study import RETRIES, evaluations, own_trials
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "sweep.json"
-"""The same beside an export, with the winner's number."""
+"""Name of the same file beside an export, which adds the winner's number."""
 FREE = paths_with("may_change", "repeated trial", SweepConfig)
-"""What a repeated trial may have otherwise: where things lie and what computes them."""
+"""Paths that a repeated trial may change: where things lie and what computes them."""
+RESOURCES = ("CPU", "GPU", "memory", "accelerator_type")
+"""Beginnings of the names of a node's resources that a manifest holds."""
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s\"]+@")
 
 
 def describe(
     space: SweepConfig,
     files: Mapping[str, Files],
-    pin: str,
+    protocol: str,
     output: Place,
     command: str,
     study: optuna.Study | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a sweep. ``study`` adds its trials: number → values and best score; without it those that an earlier
-    manifest there holds stay.
+    """Return the manifest of a sweep.
+
+    ``study`` adds its trials: number → values and best score. Without it, the trials of an earlier
+    manifest in ``output`` stay.
     """
     before = json.loads((output / MANIFEST).read_text()) if (output / MANIFEST).exists() else {}
     commands = before.get("commands", [])
@@ -55,8 +60,8 @@ def describe(
         "commands": commands if commands[-1:] == [CREDENTIALS.sub("", command)] else [*commands, command],
         "space": space.model_dump(mode="json"),
         "seeds": {"sampler": space.tune.seed, "data": space.run.data.seed, "training": space.run.training.seed},
-        "evaluation_pin": pin,
-        "data": [own.keys for own in files.values()],
+        "evaluation_pin": protocol,
+        "data": [variant.keys for variant in files.values()],
         "receivers": receiver_hashes(output),
         "trials": before.get("trials", {}) if study is None else trials(study, space),
         "packages": packages(),
@@ -69,28 +74,31 @@ def describe(
 
 
 def write(path: Place, document: Mapping[str, Any]) -> None:
-    """Written aside and renamed."""
+    """Write a manifest, whole or not at all."""
     write_text(path, json.dumps(document, indent=1))
 
 
 def trials(study: optuna.Study, space: SweepConfig) -> dict[str, Any]:
-    """Trial's number → its values, state and best score by ``tune.metric``.
+    """Return trial's number → its values, state and best score by ``tune.metric``.
 
-    A trial that took up a failed one has that one's number too (``retries``).
+    A trial that retries a failed one has that one's number too (``retries``).
     """
-    return {
-        str(trial.number): {
+    entries: dict[str, Any] = {}
+    for trial in own_trials(study):
+        scores = [report[space.tune.metric] for report in evaluations(trial)]
+        entry = {
             "values": dict(trial.params),
             "state": trial.state.name,
-            "score": space.tune.best_of((report[space.tune.metric] for report in evaluations(trial)), default=None),
+            "score": space.tune.best_of(scores, default=None),
         }
-        | {name: number for name, number in trial.user_attrs.items() if name == RETRIES}
-        for trial in own_trials(study)
-    }
+        if RETRIES in trial.user_attrs:
+            entry[RETRIES] = trial.user_attrs[RETRIES]
+        entries[str(trial.number)] = entry
+    return entries
 
 
 def receiver_hashes(output: Place) -> dict[str, str]:
-    """Receiver → hash of its weights, as the sweep's workers found them; empty before the first checkpoint."""
+    """Return receiver → hash of its weights, from the checkpoints; empty before the first."""
     for folder in children(output / "trials"):
         for path in step_checkpoints.finished(folder):
             pins = json.loads((path / "manifest.json").read_text())["pins"]
@@ -99,13 +107,14 @@ def receiver_hashes(output: Place) -> dict[str, str]:
 
 
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    """Return the version of every installed distribution."""
+    installed = importlib.metadata.distributions()
+    versions = {d.metadata["Name"]: d.version for d in installed if d.metadata["Name"]}
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, and whether files differ from it; ``None`` outside a checkout that tracks this package."""
+    """Return the commit and whether files differ from it; ``None`` outside a checkout."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
@@ -119,20 +128,24 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def hardware() -> dict[str, Any]:
-    """This machine, and the nodes of the cluster where Ray runs."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    here = {"cpu": _cpu(), "cores": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total, "gpus": gpus}
-    named = ("CPU", "GPU", "memory", "accelerator_type")
-    nodes = [
-        {name: amount for name, amount in node["Resources"].items() if name.startswith(named)}
-        for node in (ray.nodes() if ray.is_initialized() else [])
-        if node["Alive"]
-    ]
-    return here | {"system": platform.platform(), "nodes": nodes}
+    """Describe this machine, and the nodes of the cluster where Ray runs."""
+    nodes = []
+    for node in ray.nodes() if ray.is_initialized() else []:
+        if node["Alive"]:
+            resources = node["Resources"].items()
+            nodes.append({name: amount for name, amount in resources if name.startswith(RESOURCES)})
+    return {
+        "cpu": _cpu(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": platform.platform(),
+        "nodes": nodes,
+    }
 
 
 def _cpu() -> str:
-    """The processor's name; its architecture where the system does not tell."""
+    """Return the processor's name, or its architecture where the system has no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -141,11 +154,14 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# ---------------------------------------------------------------------------------------------------------- repeating
+# ---------------------------------------------------------------------------------------- repeating
 
 
 def read(path: Place) -> dict[str, Any]:
-    """A manifest. Raises :class:`~latentwire.config.resolve.ConfigError` for anything else."""
+    """Return a manifest.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else.
+    """
     file = path / MANIFEST if path.is_dir() else path
     try:
         document = json.loads(file.read_text())
@@ -159,44 +175,56 @@ def read(path: Place) -> dict[str, Any]:
     return document
 
 
-def one_trial(path: Place, number: int | None, assignments: Iterable[str]) -> tuple[SweepConfig, dict[str, Any]]:
-    """A sweep of one trial, the manifest's ``number`` (``None``: the export's own, else the best), and the manifest.
+def one_trial(manifest: Place, number: int | None, assignments: Iterable[str]) -> tuple[SweepConfig, dict[str, Any]]:
+    """Return a sweep that repeats one trial of a manifest, and the manifest.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` for a trial that it does not know, for one whose receivers' hashes it
-    does not hold, and for assignments that would make another trial of it.
+    ``number``: which trial; ``None``: the export's own, else the best. Raises
+    :class:`~latentwire.config.resolve.ConfigError` for a trial that it does not know, for one whose
+    receivers' hashes it does not hold, and for assignments that would make another trial of it.
     """
-    document = read(path)
-    space = validate(SweepConfig, document["space"], f"{path}: space")
-    scored = {int(key): trial for key, trial in document["trials"].items() if trial["score"] is not None}
+    document = read(manifest)
+    space = validate(SweepConfig, document["space"], f"{manifest}: space")
+    trials = {int(key): trial for key, trial in document["trials"].items()}
+    scored = {key: trial for key, trial in trials.items() if trial["score"] is not None}
     if number is None:
         best = space.tune.best_of(scored, key=lambda key: scored[key]["score"]) if scored else None
         number = document.get("trial", best)
     if number not in scored or not document["receivers"]:
-        there = ", ".join(map(str, sorted(scored))) or "none"
-        raise ConfigError(f"trial must be one with a score in {path}, got {number}; there are {there}")
+        known = ", ".join(map(str, sorted(scored))) or "none"
+        raise ConfigError(f"trial must be one with a score in {manifest}, got {number}; there are {known}")
     tree = space.model_dump(mode="json")
     tree["tune"] |= {
-        "trials": 1, "start_with": [scored[number]["values"]], "scheduler": "none", "warm_start": None, "finalists": 0,
+        "trials": 1,
+        "start_with": [scored[number]["values"]],
+        "scheduler": "none",
+        "warm_start": None,
+        "finalists": 0,
         "sampler": SamplerConfig(name="random").model_dump(),
-    }  # fmt: skip
-    for knob, value in assigned(assignments).items():
-        if knob not in FREE:
+    }
+    for path, value in assigned(assignments).items():
+        if path not in FREE:
             raise ConfigError(
-                f"a repeated trial keeps its configuration; only {', '.join(FREE)} can change, got {knob}"
+                f"a repeated trial keeps its configuration; only {', '.join(FREE)} can change, got {path}"
             )
-        set_path(tree, knob, value)
-    repeated: SweepConfig = validate(SweepConfig, tree, str(path))
-    check_search(repeated, str(path))
+        set_path(tree, path, value)
+    repeated: SweepConfig = validate(SweepConfig, tree, str(manifest))
+    check_search(repeated, str(manifest))
     return repeated, document | {"trial": number}
 
 
-def check_data(document: Mapping[str, Any], files: Mapping[str, Files], pin: str) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where the rows are not those of the manifest."""
-    for own in files.values():
-        if own.keys not in document["data"]:
+def check_data(document: Mapping[str, Any], files: Mapping[str, Files], protocol: str) -> None:
+    """Check that the rows are those of the manifest.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where they are not.
+    """
+    for variant in files.values():
+        if variant.keys not in document["data"]:
             raise ConfigError(
-                f"a repeated trial needs the shards that its manifest names ({document['data']}), these are {own.keys}; "
-                f"give the same data by --set data.data_dir=<directory>"
+                f"a repeated trial needs the shards that its manifest names ({document['data']}), "
+                f"these are {variant.keys}; give the same data by --set data.data_dir=<directory>"
             )
-    if pin != document["evaluation_pin"]:
-        raise ConfigError(f"evaluation_pin must be {document['evaluation_pin']} as in the manifest, got {pin}")
+    if protocol != document["evaluation_pin"]:
+        raise ConfigError(
+            f"the protocol hash must be {document['evaluation_pin']} as in the manifest, got "
+            f"{protocol}; use the version of latentwire that wrote it"
+        )

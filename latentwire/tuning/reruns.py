@@ -1,4 +1,4 @@
-"""The winner by fresh seeds: a sweep's best trials are trained again, and the best mean wins."""
+"""Re-runs of a sweep's best trials with fresh seeds: the best mean wins."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from latentwire.tuning.sweep import run_sweep
 
 SEED = "training.seed"
 RERUNS = "finals"
-"""Directory of the finals in a sweep's."""
+"""Directory of the re-runs in a sweep's directory, and name of their study."""
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """One of a sweep's best trials: its score in the search, and those of its fresh seeds (failed ones are missing)."""
+    """One of a sweep's best trials: its score in the search, and those of its fresh seeds.
+
+    Failed re-runs are missing.
+    """
 
     trial: int
     score: float
@@ -46,52 +49,68 @@ def rerun_best(
     served: Any = None,
     stop: Stop | None = None,
 ) -> tuple[Best, list[Finalist]]:
-    """Train the finalists with fresh seeds, in a study of their own that a restart goes on with; the best mean wins.
+    """Train the finalists again with fresh seeds, and choose the winner by the best mean.
 
-    The winner's checkpoint is the best of its fresh runs. Where there are no finalists (none asked for, or no trial ran to
-    its end), or no fresh run came to a checkpoint, the best trial wins as it is. Raises
+    The re-runs have a study of their own, which a restart goes on with. The winner's checkpoint is
+    the best of its re-runs. The best trial of the search wins as it is where there are no finalists
+    (none asked for, or no trial ran to its end), or no re-run left a checkpoint. Raises
     :class:`~latentwire.tuning.results.SweepError` where no checkpoint is left.
     """
     chosen = best_trials(study, space)
     if not chosen:
         return find_best(study, space.tune), []
-    wanted = rerun_space(space, chosen)
-    trials = wanted.tune.trials + _others(wanted, output / RERUNS)
-    wanted = wanted.model_copy(update={"tune": wanted.tune.model_copy(update={"trials": trials})})
-    finals = run_sweep(wanted, plan, files, output / RERUNS, served=served, stop=stop)
-    held = []
+    again = rerun_space(space, chosen)
+    trials = again.tune.trials + _others(again, output / RERUNS)
+    again = again.model_copy(update={"tune": again.tune.model_copy(update={"trials": trials})})
+    rerun_study = run_sweep(again, plan, files, output / RERUNS, served=served, stop=stop)
+    complete = own_trials(rerun_study, (TrialState.COMPLETE,))
+    finalists, numbers = [], {}
     for trial in chosen:
-        own = [t for t in own_trials(finals, (TrialState.COMPLETE,)) if _without_seed(t.params) == trial.params]
-        held.append((Finalist(trial.number, float(trial.values[0]), tuple(float(t.values[0]) for t in own)), own))
-    standing = [(finalist, own) for finalist, own in held if own]
-    if not standing:
-        finalists = [finalist for finalist, _ in held]
+        reruns = [t for t in complete if _without_seed(t.params) == trial.params]
+        scores = tuple(float(t.values[0]) for t in reruns)
+        finalists.append(Finalist(trial.number, float(trial.values[0]), scores))
+        numbers[trial.number] = {t.number for t in reruns}
+    with_scores = [finalist for finalist in finalists if finalist.fresh]
+    if not with_scores:
         try:
-            return find_best(finals, space.tune), finalists
+            return find_best(rerun_study, space.tune), finalists
         except SweepError as error:
-            print(f"finals: the best trial of the search wins as it is, since of its fresh runs: {error}", flush=True)
+            print(
+                f"re-runs: the best trial of the search wins as it is, since of its fresh runs: {error}",
+                flush=True,
+            )
             return find_best(study, space.tune), finalists
-    winner, own = space.tune.best_of(standing, key=lambda item: item[0].mean)
-    best = find_best(finals, space.tune, {trial.number for trial in own})
-    return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), [finalist for finalist, _ in held]
+    winner = space.tune.best_of(with_scores, key=lambda finalist: finalist.mean)
+    best = find_best(rerun_study, space.tune, numbers[winner.trial])
+    return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), finalists
 
 
 def best_trials(study: optuna.Study, space: SweepConfig) -> list[FrozenTrial]:
-    """The ``tune.finalists`` best complete trials within the limits, best first; of trials with the same values the best one."""
+    """Return the ``tune.finalists`` best complete trials within the limits, best first.
+
+    Of trials with the same values only the best one counts.
+    """
     complete = [
         trial
         for trial in own_trials(study, (TrialState.COMPLETE,))
         if within_limits(evaluations(trial)[-1], space.tune)
     ]
     complete.sort(key=lambda trial: trial.values[0], reverse=space.tune.mode == "max")
-    distinct = [trial for i, trial in enumerate(complete) if trial.params not in [t.params for t in complete[:i]]]
+    distinct: list[FrozenTrial] = []
+    for trial in complete:
+        if trial.params not in [better.params for better in distinct]:
+            distinct.append(trial)
     return distinct[: space.tune.finalists]
 
 
 def rerun_space(space: SweepConfig, chosen: list[FrozenTrial]) -> SweepConfig:
-    """The space of the finals: the chosen trials' values as starting points with fresh seeds, none stopped early."""
+    """Return the space of the re-runs: the chosen trials' values, each with fresh seeds.
+
+    None is stopped early.
+    """
     first = space.run.training.seed + 1
-    points = [trial.params | {SEED: seed} for trial in chosen for seed in range(first, first + space.tune.final_seeds)]
+    fresh = range(first, first + space.tune.final_seeds)
+    points = [trial.params | {SEED: seed} for trial in chosen for seed in fresh]
     tune = space.tune.model_copy(
         update={
             "trials": len(points),
@@ -100,7 +119,7 @@ def rerun_space(space: SweepConfig, chosen: list[FrozenTrial]) -> SweepConfig:
             "scheduler": "none",
             "objectives": {},
             "warm_start": None,
-            "keep_checkpoints": len(points),  # the best mean wins, whose own best may be no other's match
+            "keep_checkpoints": len(points),  # the best mean wins, and its best may not be the best
         }
     )
     seeds = IntDimension(type="int", low=0, high=first + space.tune.final_seeds)
@@ -108,7 +127,7 @@ def rerun_space(space: SweepConfig, chosen: list[FrozenTrial]) -> SweepConfig:
 
 
 def _others(space: SweepConfig, output: Place) -> int:
-    """Return how many trials the finals' study has of finalists that are none any more.
+    """Count the trials in the re-runs' study whose values no finalist has any more.
 
     With more trials in the search, its best ones may be others.
     """

@@ -1,4 +1,4 @@
-"""A sweep's own record of what it searches, and how it goes on after its driver died or is given more trials."""
+"""A sweep's own record of its space, and how it goes on after a death or with more trials."""
 
 from __future__ import annotations
 
@@ -12,45 +12,47 @@ from latentwire.config.knobs import paths_with
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, load_space
 from latentwire.distributed.trial import ERROR_FILE, trial_path
+from latentwire.planning.resolved import objectives
 from latentwire.storage import Place, delete, local, rename, write_text
 from latentwire.tuning import study as studies
 from latentwire.tuning.reruns import RERUNS
-from latentwire.tuning.searcher import objectives
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
 
 SPACE_FILE = "space.json"
 """The resolved space in a sweep's directory."""
 CHANGEABLE = paths_with("may_change", "resumed sweep", SweepConfig)
-"""What a resumed sweep may change: not what its trials are compared by."""
+"""Paths that a resumed sweep may change: none that its trials are compared by."""
 
 
 def write_space(space: SweepConfig, output: Place) -> None:
-    """Keep the resolved space in the sweep's directory, whole or as it was."""
+    """Write the resolved space into the sweep's directory, whole or not at all."""
     write_text(output / SPACE_FILE, space.model_dump_json(indent=1))
 
 
 def read_space(output: Place, assignments: list[str]) -> SweepConfig:
-    """The space of a sweep that is to go on, with ``PATH=VALUE`` assignments laid over it.
+    """Return the space of a sweep that is to go on, with ``PATH=VALUE`` assignments laid over it.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep, and for assignments that would make its
-    trials incomparable.
+    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep, and for
+    assignments that would make its trials incomparable.
     """
-    path = output / SPACE_FILE
-    if not path.is_file():
+    if not (output / SPACE_FILE).is_file():
         raise ConfigError(f"resume must name a sweep's directory (one with {SPACE_FILE}), got {output}")
     overrides = assigned(assignments)
-    for name in overrides:
-        if name not in CHANGEABLE:
+    for path in overrides:
+        if path not in CHANGEABLE:
             raise ConfigError(
-                f"a resumed sweep keeps its space; only {', '.join(CHANGEABLE)} can change, got {name}. For another space "
-                f"start a new sweep with --set tune.warm_start={output}"
+                f"a resumed sweep keeps its space; only {', '.join(CHANGEABLE)} can change, got "
+                f"{path}. For another space start a new sweep with --set tune.warm_start={output}"
             )
-    with local(path) as file:
+    with local(output / SPACE_FILE) as file:
         return load_space(file, overrides)
 
 
 def is_finished(space: SweepConfig, output: Place) -> bool:
-    """Whether a sweep has all its trials and its results. Nothing is written: another driver may have it."""
+    """Return whether a sweep has all its trials and its results.
+
+    Nothing is written: another driver may have it.
+    """
     if not (output / "results.json").exists():
         return False
     with read_study(output / JOURNAL, output.name, objectives(space)) as study:
@@ -58,7 +60,7 @@ def is_finished(space: SweepConfig, output: Place) -> bool:
 
 
 def has_failed(space: SweepConfig, output: Place) -> bool:
-    """Return whether a sweep has failed trials, in its search or its finals; nothing is written."""
+    """Return whether a sweep's search or re-runs have failed trials; nothing is written."""
     for folder, directed in _folders(space, output):
         with read_study(folder / JOURNAL, folder.name, directed) as study:
             if own_trials(study, (TrialState.FAIL,)):
@@ -67,7 +69,7 @@ def has_failed(space: SweepConfig, output: Place) -> bool:
 
 
 def retry_failed(space: SweepConfig, output: Place) -> list[str]:
-    """Have the failed trials of a sweep and its finals taken up again; returns a line for each.
+    """Enqueue the failed trials of a sweep and its re-runs again; returns a line for each.
 
     A new trial of the same values goes on in the failed one's directory, from its last checkpoint.
     Only while no driver runs.
@@ -77,16 +79,14 @@ def retry_failed(space: SweepConfig, output: Place) -> list[str]:
         study = open_study(folder / JOURNAL, folder.name, directed)
         for number, failed in studies.retry_failed(study).items():
             delete(trial_path(folder / "trials", studies.directory_of(failed)) / ERROR_FILE)
-            cause = failed.user_attrs.get(CAUSE, "no cause was told")
-            lines.append(
-                f"{folder.name}: trial {failed.number} is taken up again as trial {number}; it failed by: {cause}"
-            )
+            cause = failed.user_attrs.get(CAUSE, "no cause is known")
+            lines.append(f"{folder.name}: trial {failed.number} is retried as trial {number}; it failed by: {cause}")
         studies.keep_journal(folder / JOURNAL)
     return lines
 
 
 def _folders(space: SweepConfig, output: Place) -> Iterator[tuple[Place, Mapping[str, str]]]:
-    """Directories and objectives of a sweep's search, and of its finals where there are any yet."""
+    """Yield directory and objectives of a sweep's search, and of its re-runs if there are any."""
     first = {space.tune.metric: space.tune.mode}
     for folder, directed in ((output, objectives(space)), (output / RERUNS, first)):
         if (folder / JOURNAL).exists():
@@ -94,6 +94,6 @@ def _folders(space: SweepConfig, output: Place) -> Iterator[tuple[Place, Mapping
 
 
 def set_aside(export: Place) -> None:
-    """Give an earlier winner's export another name: with more trials there may be a better one, and nothing is lost."""
+    """Give an earlier winner's export another name: with more trials there may be a better one."""
     if export.exists():
         rename(export, time.strftime(f"{export.name}-until-%Y%m%d-%H%M%S"))

@@ -18,10 +18,10 @@ from latentwire.config.resolve import ConfigError
 
 
 class Grid(samplers.GridSampler):
-    """Every combination once, in an order told by the seed; Tune, not the sampler, ends the sweep."""
+    """A grid sampler that visits every combination once, in an order that the seed decides."""
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Nothing: the original stops a loop that is not there, which raises."""
+        """Do nothing: Tune ends the sweep, and the original would stop a loop that is not there."""
 
 
 CLASSES: dict[str, type[samplers.BaseSampler]] = {
@@ -46,11 +46,11 @@ ONE_OBJECTIVE = ("cmaes",)
 
 
 def make_sampler(space: SweepConfig, number: int = 0) -> samplers.BaseSampler:
-    """The sampler that ``tune.sampler`` names, for the study's trial ``number``: all it draws hangs on the seed, that
-    number and the study, so that a sweep in pieces draws what it would draw in one.
+    """Return the sampler that ``tune.sampler`` names, for the study's trial ``number``.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` for options that the class does not take, and for spaces or
-    objectives that it cannot search.
+    All that it draws depends on the seed, that number and the study, so that a sweep in pieces
+    draws what it would draw in one. Raises :class:`~latentwire.config.resolve.ConfigError` for
+    options that the class does not take, and for spaces or objectives that it cannot search.
     """
     name, options = space.tune.sampler.name, space.tune.sampler.options
     if name in ONE_OBJECTIVE and space.tune.objectives:
@@ -79,10 +79,10 @@ def make_sampler(space: SweepConfig, number: int = 0) -> samplers.BaseSampler:
 
 
 def grid(space: SweepConfig) -> dict[str, list[Any]]:
-    """Path → values, for a space of choices and steps without conditions.
+    """Return path → values, for a space of choices and steps without conditions.
 
-    Raises :class:`~latentwire.config.resolve.ConfigError` for other spaces, and where there are fewer combinations than
-    trials: the rest would be repetitions.
+    Raises :class:`~latentwire.config.resolve.ConfigError` for other spaces, and where there are
+    fewer combinations than trials: the rest would be repetitions.
     """
     values = {path: _grid_values(path, dim) for path, dim in space.search.items()}
     size = len(list(itertools.product(*values.values())))

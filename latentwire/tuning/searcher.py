@@ -1,10 +1,11 @@
-"""Tune's searcher over one Optuna study that is told the truth.
+"""Tune's searcher over one Optuna study that records what really happened.
 
-Ray's own OptunaSearch tells a trial that a scheduler stopped as COMPLETE with its early score, leaves a trial whose
-objective is NaN or missing RUNNING for ever (which biases sampling), raises inside the sweep for a report without the
-metric, and enqueues its starting points again after a restart. Here a stopped trial is PRUNED with its intermediate
-values, a trial without a usable objective is FAIL with its cause, and the study lies in a journal file beside the
-results, which ``optuna-dashboard`` opens and a restart goes on with.
+Ray's own OptunaSearch records a trial that a scheduler stopped as COMPLETE with its early score. It
+leaves a trial whose objective is NaN or missing RUNNING for ever, which biases sampling. It raises
+inside the sweep for a report without the metric, and enqueues its starting points again after a
+restart. Here a stopped trial is PRUNED with its intermediate values, and a trial without a usable
+objective is FAIL with its cause. The study lies in a journal file beside the results, which
+``optuna-dashboard`` opens and a restart goes on with.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ray.tune.search.searcher import Searcher
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
+from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import check_metrics
 from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import study as studies
@@ -33,20 +35,21 @@ from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
 
 COPY_PAUSE = 20
-"""How many times as long as a copy of the journal took, none is made unless a trial ends."""
+"""Pause between two copies of the journal, in times that the last copy took, unless a trial
+ends."""
 
 
+PLAIN = (int, float, str)
+"""Types of a report's entries that the study keeps."""
 DRAWS = 64
-"""Trials that are drawn on paper before a sweep begins."""
-
-
-def objectives(space: SweepConfig) -> dict[str, str]:
-    """What a space is searched by: metric → max or min, the scheduler's first."""
-    return {space.tune.metric: space.tune.mode, **space.tune.objectives}
+"""Random configurations that are validated before a sweep begins."""
 
 
 def check_searchable(space: SweepConfig) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` for a sampler, metric or earlier study that cannot serve."""
+    """Check the sampler, the metrics and the study of ``tune.warm_start``.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for one that cannot serve.
+    """
     check_metrics(space)
     make_sampler(space)
     if space.tune.warm_start is not None:
@@ -54,9 +57,10 @@ def check_searchable(space: SweepConfig) -> None:
 
 
 def check_draws(space: SweepConfig) -> None:
-    """Raise :class:`~latentwire.config.resolve.ConfigError` where one of :data:`DRAWS` random trials of the space is no run.
+    """Draw :data:`DRAWS` random configurations and raise for the first invalid one.
 
-    The ends of every dimension have been tried by themselves; this is for what lies between them, and for two together.
+    The ends of every dimension have been tried by themselves. This tries values between them, and
+    two dimensions together. Raises :class:`~latentwire.config.resolve.ConfigError`.
     """
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # this study is no news
@@ -64,21 +68,22 @@ def check_draws(space: SweepConfig) -> None:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=space.tune.seed))
         for _ in range(DRAWS if space.search else 0):
             values = draw(study.ask(), space.search)
-            with_values(
-                space.run, values, f"a trial that draws {values}; give a dimension a step, other choices or a condition"
-            )
+            where = f"a trial that draws {values}; give a dimension a step, other choices or a condition"
+            with_values(space.run, values, where)
     finally:
         optuna.logging.set_verbosity(before)
 
 
 class StudySearch(Searcher):
-    """Suggests by the space's sampler and tells the study what really happened to each trial.
+    """Suggests trials by the space's sampler, and records in the study what happened to each.
 
-    The study is the one record of a sweep: a new driver on the same journal hands out the trials that the one before left
-    unfinished, then draws new ones. Trials are known by their number there; Tune's ids last as long as one driver.
+    The study is the one record of a sweep: a new driver on the same journal hands out the trials
+    that the one before left unfinished, then draws new ones. Trials are known by their number
+    there; Tune's ids last as long as one driver.
 
-    Reports must carry ``step`` and ``total_steps``: a trial that ends before its last step was stopped. A trial's values
-    are those of its best evaluation by ``tune.metric``, since that is the checkpoint which is kept.
+    Reports must carry ``step`` and ``total_steps``: a trial that ends before its last step was
+    stopped. A trial's values are those of its best evaluation by ``tune.metric``, since that is the
+    checkpoint which is kept.
     """
 
     def __init__(
@@ -88,81 +93,104 @@ class StudySearch(Searcher):
         journal: Place,
         name: str,
         trial_dir: Place,
-        pin: str | None = None,
+        protocol: str | None = None,
         stop: Stop | None = None,
     ) -> None:
-        """``trial_dir`` holds a directory for every trial; a driver leaves the cause of a failure there. ``pin``: the
-        evaluation pin of every score, where it is known; earlier scores must have the same. ``stop``: says when the sweep
-        ends before its trials do."""
+        """Prepare a search; the study is opened at first use.
+
+        Args:
+            trial_dir: holds a directory for every trial, where its driver leaves the cause of a
+                failure.
+            protocol: the protocol hash of every score, where it is known; earlier scores must have
+                it too.
+            stop: says when the sweep ends before its trials do.
+        """
         super().__init__(metric=space.tune.metric, mode=space.tune.mode)
         self.space, self.journal, self.name, self.trial_dir = space, journal, name, trial_dir
-        self.pin, self.stop = pin, stop or Stop()
+        self.objectives = objectives(space)
+        self.protocol, self.stop = protocol, stop or Stop()
         self.session = uuid.uuid4().hex
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
         self._copy_again = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher; the study is opened again from its journal."""
+        """Leave the study out as Tune pickles its searcher: it is opened again from its journal."""
         return self.__dict__ | {"_study": None, "_trials": {}, "_copy_again": 0.0}
 
     @property
     def study(self) -> optuna.Study:
-        """The study, opened at first use, with its starting points and what it was warmed with."""
+        """The study, with its starting points and the trials of a warm start."""
         if self._study is None:
-            tune, directed = self.space.tune, objectives(self.space)
-            earlier = [] if tune.warm_start is None else studies.read_earlier(tune.warm_start, directed, self.pin)
-            study = studies.open_study(self.journal, self.name, directed)
-            if self.pin is not None:
-                studies.record_protocol(study, self.pin)
+            tune, earlier = self.space.tune, []
+            if tune.warm_start is not None:
+                earlier = studies.read_earlier(tune.warm_start, self.objectives, self.protocol)
+            study = studies.open_study(self.journal, self.name, self.objectives)
+            if self.protocol is not None:
+                studies.record_protocol(study, self.protocol)
             studies.enqueue(study, tune.start_with)
             studies.warm_start(study, earlier, self.space.search)
             self._study = study
         return self._study
 
-    # ----------------------------------------------------------------------------------------------- Tune's interface
+    # ----------------------------------------------------------------------------- Tune's interface
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """A trial that a driver which is gone left unfinished, else a new one: its values by dotted path, and its number.
+        """Return a trial's values by path, and its number: an unfinished trial, else a new one.
 
-        What is drawn depends on the seed, the trial's number and the study alone, not on how often a driver died.
+        Unfinished are trials of a driver that is gone. What is drawn depends on the seed, the
+        trial's number and the study alone, not on how often a driver died.
         """
         if self.stop.reason is not None or not self.stop.may_write():
             return Searcher.FINISHED
-        left = next((t for t in self._running() if t.user_attrs.get(SESSION) != self.session), None)
-        trials = self.study.get_trials(deepcopy=False)
-        # Starting points that wait are asked for first, the earliest before the others.
-        waiting = [trial.number for trial in trials if trial.state is TrialState.WAITING]
-        number = min(waiting, default=len(trials)) if left is None else left.number
-        self.study.sampler = make_sampler(self.space, number)
-        trial = self.study.ask() if left is None else Trial(self.study, left._trial_id)
+        trial = self._next_trial()
         trial.set_user_attr(SESSION, self.session)
         self._trials[trial_id] = trial
         self._keep()
         directory = studies.directory_of(self._frozen(trial))
-        taken_up = {} if directory == trial.number else {TAKES_UP: directory}
-        return draw(trial, self.space.search) | {NUMBER: trial.number} | taken_up
+        retried = {} if directory == trial.number else {TAKES_UP: directory}
+        return draw(trial, self.space.search) | {NUMBER: trial.number} | retried
+
+    def _next_trial(self) -> Trial:
+        """Return a trial that another driver left running, else the next new one."""
+        for unfinished in self._running():
+            if unfinished.user_attrs.get(SESSION) != self.session:
+                self.study.sampler = make_sampler(self.space, unfinished.number)
+                return Trial(self.study, unfinished._trial_id)
+        # Starting points that wait are asked for first, the earliest before the others.
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = [trial.number for trial in trials if trial.state is TrialState.WAITING]
+        self.study.sampler = make_sampler(self.space, min(waiting, default=len(trials)))
+        return self.study.ask()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep an evaluation, and those before it that a resumed trial tells again; one without finite objectives is left out."""
+        """Record an evaluation, and those before it that a resumed trial reports again.
+
+        Evaluations without finite objectives are left out.
+        """
         trial = self._trials[trial_id]
         if self._frozen(trial).state.is_finished() or not self.stop.may_write():
             return
-        told = self._frozen(trial).user_attrs.get(EVALUATIONS, {})
+        recorded = self._frozen(trial).user_attrs.get(EVALUATIONS, {})
         new: dict[str, dict[str, Any]] = {}
         for report in (*json.loads(result.get(EARLIER, "[]")), result):
             values = self._values(report)
-            if values is None or (step := str(report["step"])) in told:
+            if values is None or (step := str(report["step"])) in recorded:
                 continue
             if len(values) == 1:  # Optuna keeps intermediate values for one objective only
                 trial.report(values[0], int(step))
-            new[step] = {n: v for n, v in report.items() if isinstance(v, int | float | str) and n != EARLIER}
+            plain = {name: value for name, value in report.items() if isinstance(value, PLAIN)}
+            plain.pop(EARLIER, None)
+            new[step] = plain
         if new:
-            trial.set_user_attr(EVALUATIONS, told | new)
+            trial.set_user_attr(EVALUATIONS, recorded | new)
             self._keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """PRUNED where the trial was stopped early, FAIL where it raised or has no usable metric, else COMPLETE."""
+        """Record a trial's end: PRUNED, FAIL or COMPLETE.
+
+        PRUNED is a trial that was stopped early, FAIL one that raised or has no usable metric.
+        """
         trial = self._trials[trial_id]
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
@@ -172,22 +200,25 @@ class StudySearch(Searcher):
         last = reports[-1] if reports else None
         if self.stop.reason is not None and (last is None or last["step"] < last["total_steps"]):
             return  # cut, not ended: it goes on when the sweep does
-        left = self._cause(trial, whole=last is not None and last["step"] >= last["total_steps"])
-        if left is not None:
-            self._fail(trial, left)
+        cause = self._cause(trial, whole=last is not None and last["step"] >= last["total_steps"])
+        if cause is not None:
+            self._fail(trial, cause)
         elif error:
             self._fail(trial, "the trial's driver died; see Tune's log")
         elif last is None or (result is not None and self._values(result) is None):
-            found = "no result" if result is None else {name: result.get(name) for name in objectives(self.space)}
-            self._fail(trial, f"finite {', '.join(objectives(self.space))} needed, got {found}")
+            reported = "no result"
+            if result is not None:
+                reported = str({name: result.get(name) for name in self.objectives})
+            self._fail(trial, f"finite {', '.join(self.objectives)} needed, got {reported}")
         elif missing := [name for name in self.space.tune.constraints if self._number(last, name) is None]:
-            self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {last.get(missing[0])}")
+            value = last.get(missing[0])
+            self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {value}")
         else:
             self._tell(trial, reports)
         self._keep(ended=True)
 
     def save(self, checkpoint_path: str) -> None:
-        """The journal holds everything; what Tune keeps is where it is."""
+        """Write only where the journal is, which holds everything."""
         Path(checkpoint_path).write_text(json.dumps({"journal": str(self.journal), "study": self.name}))
 
     def restore(self, checkpoint_path: str) -> None:
@@ -196,17 +227,17 @@ class StudySearch(Searcher):
         self.journal, self.name = place(saved["journal"]), saved["study"]
         self._study, self._trials = None, {}
 
-    # ------------------------------------------------------------------------------------------------------ internals
+    # ------------------------------------------------------------------------------------ internals
 
     def _cause(self, trial: Trial, whole: bool) -> str | None:
-        """Return why a trial failed, if it did; a ``whole`` one has not.
+        """Return why a trial failed; ``None`` if it did not, as a ``whole`` one.
 
         A store that cannot be read ends no sweep.
         """
         try:
             return cause_left(trial_path(self.trial_dir, studies.directory_of(self._frozen(trial))))
         except StorageError as error:
-            return None if whole else f"it ended early, and why cannot be told: {error}"
+            return None if whole else f"it ended early, for a reason that cannot be read: {error}"
 
     def _tell(self, trial: Trial, reports: list[dict[str, Any]]) -> None:
         for name, limit in self.space.tune.constraints.items():
@@ -218,8 +249,11 @@ class StudySearch(Searcher):
         self.study.tell(trial.number, self._values(best))
 
     def _keep(self, ended: bool = False) -> None:
-        """Copy a journal whose place is an object store there: whenever a trial has ended, and else in a small share of the
-        time, since large studies take a while. A copy that fails is made up for by the next one."""
+        """Copy the journal to its object store, where that is its place.
+
+        It is copied whenever a trial has ended, and else in a small share of the time, since large
+        studies take a while. A copy that fails is made up for by the next one.
+        """
         began = time.monotonic()
         if (not ended and began < self._copy_again) or not self.stop.may_write():
             return
@@ -237,9 +271,9 @@ class StudySearch(Searcher):
         return studies.own_trials(self.study, (TrialState.RUNNING,))
 
     def _values(self, result: Mapping[str, Any]) -> list[float] | None:
-        values = [self._number(result, name) for name in objectives(self.space)]
-        found = [value for value in values if value is not None]
-        return found if len(found) == len(values) else None
+        values = [self._number(result, name) for name in self.objectives]
+        finite = [value for value in values if value is not None]
+        return finite if len(finite) == len(values) else None
 
     @staticmethod
     def _number(result: Mapping[str, Any], name: str) -> float | None:

@@ -1,8 +1,7 @@
-"""How a sweep stops before its trials have ended: by a signal, its time budget, or another driver
-that has taken it.
+"""Early end of a sweep: by a signal, its time budget, or another driver that has taken it.
 
-Tune's own ways let what comes after the search run: finals, scores, export. Here the search ends,
-its trials stay unfinished in the study, and the command says how to go on.
+Tune's own ways of stopping let the steps after the search run: re-runs, scores, export. Here the
+search ends, its trials stay unfinished in the study, and the command says how to go on.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ray.tune import Stopper
 from latentwire.tuning.lease import Lease
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-"""Signals that stop a sweep, and what a person calls them. Exit statuses are the shell's: 128 and
-the signal's number."""
+"""Signals that stop a sweep, and their everyday names. Exit statuses are the shell's: 128 and the
+signal's number."""
 SIGINT_STATUS = 128 + signal.SIGINT
 """Exit status after Ctrl-C."""
 NOT_THROUGH = 1
@@ -30,8 +29,10 @@ NOT_THROUGH = 1
 
 
 class SweepStopped(KeyboardInterrupt):
-    """A sweep stops before its end; nothing has failed. No ``except Exception`` on the way keeps
-    it."""
+    """A sweep that stops before its end; nothing has failed.
+
+    As a ``KeyboardInterrupt`` it passes every ``except Exception`` on the way.
+    """
 
 
 class Stop(Stopper):
@@ -43,20 +44,20 @@ class Stop(Stopper):
         self.status = 0
         """Exit status of the command."""
         self.taken = False
-        """Whether another driver has taken the sweep: then nothing may be written any more."""
+        """True when another driver has taken the sweep: then nothing may be written any more."""
         self.lease: Lease | None = None
         """Lease of the driver on its sweep; ``None`` where it needs none."""
         self.by_budget = False
-        """Whether time is all that ends it: what is complete then may be scored."""
+        """True when the time budget alone ended the sweep: then complete trials may be scored."""
         self._deadline: float | None = None
         self._searching = False
 
     def __reduce__(self) -> tuple[type[Stop], tuple[()]]:
-        """Let Tune pickle its stopper: the copy is never looked at."""
+        """Let Tune pickle its stopper as a fresh one, which is never asked."""
         return Stop, ()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return that no single trial is stopped."""
+        """Return False: no single trial is stopped."""
         return False
 
     def stop_all(self) -> bool:
@@ -83,21 +84,24 @@ class Stop(Stopper):
         return not self.taken
 
     def check_taken(self) -> None:
-        """Raise :class:`SweepStopped` where another driver has taken the sweep: its files are that
-        one's to write."""
+        """Raise :class:`SweepStopped` where another driver has the sweep, and its files."""
         if not self.may_write():
             raise SweepStopped(self.reason)
 
     def check(self, complete: bool) -> None:
-        """Raise :class:`SweepStopped` where the sweep is to stop; not for time that ran out as the
-        search was ``complete``."""
+        """Raise :class:`SweepStopped` where the sweep is to stop.
+
+        Time that ran out as the search was ``complete`` does not count.
+        """
         if self.reason is not None and not (complete and self.by_budget):
             raise SweepStopped(self.reason)
 
     @contextlib.contextmanager
     def searching(self, minutes: float | None) -> Iterator[None]:
-        """Let a signal in the block end it in good order instead of at once; ``minutes``: of this
-        and all further such blocks."""
+        """Let a signal in the block end the search in good order instead of at once.
+
+        ``minutes``: time budget of this and all further such blocks.
+        """
         if self._deadline is None and minutes is not None:
             self._deadline = time.monotonic() + 60 * minutes
         self._searching = True
@@ -108,9 +112,11 @@ class Stop(Stopper):
 
     @contextlib.contextmanager
     def by_signals(self) -> Iterator[None]:
-        """Stop at a signal of :data:`SIGNALS` in the block; at a second one without waiting for the
-        search. Main thread only."""
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would let the finals and the scores begin
+        """Stop at a signal of :data:`SIGNALS` in the block. Main thread only.
+
+        A second signal does not wait for the search.
+        """
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own lets re-runs and scores begin
         before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         try:
             yield

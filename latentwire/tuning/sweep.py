@@ -98,7 +98,9 @@ def run_sweep(
     stop = stop or Stop()
     config, trial_dir = space.tune, output / "trials"
     pin = common_protocol_hash(space, {own.shards["dev"] for own in files.values()})
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, pin=pin, stop=stop)
+    search = StudySearch(
+        space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, protocol=pin, stop=stop
+    )
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     budget = CheckpointBudget(search)
     clear_debris(trial_dir)

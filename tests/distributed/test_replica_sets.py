@@ -43,7 +43,7 @@ class FakeRay:
             for method, value in {
                 "node": f"node-{number}",
                 "facts": facts,
-                "told": account(),
+                "report": account(),
                 "fingerprint": facts.fingerprint,
             }.items():
                 setattr(actor, method, SimpleNamespace(remote=lambda value=value: Reference(actor=actor, value=value)))

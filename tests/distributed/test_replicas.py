@@ -100,7 +100,7 @@ def test_a_replica_begins_at_once_and_answers_when_it_has_loaded(run: RunConfig)
     training = {"gradient_checkpointing": False, "compile": False}
     replica = ReplicaActor(run.receivers[0].model_dump(mode="json"), training, 0, 1)
     assert replica.facts().fingerprint == replica.fingerprint()
-    assert replica.usage() == {"accounts": {}, "passes": 0, "waiting": 0}
+    assert replica.report() == {"accounts": {}, "passes": 0, "waiting": 0}
     peers = [Served("node-0", replica), Served("node-1", replica)]
     assert replica.met() == []  # as after a restart
     replica.meet(peers)

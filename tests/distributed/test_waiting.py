@@ -69,7 +69,7 @@ def test_a_cluster_that_does_not_answer_ends_no_trial_that_waits(
 
     monkeypatch.setattr(ray, "cluster_resources", unanswered)
     assert policy.make_decision(no_room()) is RETRY
-    assert "what the cluster has cannot be told: no answer" in capsys.readouterr().out
+    assert "the cluster does not say what it has: no answer" in capsys.readouterr().out
 
 
 def test_deaths_of_workers_are_counted_whatever_was_waited_for(policy: PatientPolicy) -> None:

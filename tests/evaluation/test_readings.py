@@ -1,5 +1,6 @@
 """How often validation rows were read, however they were drawn."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 
 from latentwire import exports
 from latentwire.card import write as card_of
+from latentwire.cli import main
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.documents import TrainedOn, document_hashes
-from latentwire.evaluate import main as evaluate
 from latentwire.evaluation import readings
 from latentwire.evaluation.scoring import score_and_export
 from latentwire.model import LatentWire
@@ -121,27 +122,17 @@ def test_evaluate_records_validation_rows_alone(
 ) -> None:
     paths = {split: shards_of(tmp_path / "shards" / split, rows.slice(0, 2)) for split in ("validation", "dev")}
     export = exports.save(tmp_path / "best", wire, {}, {"receivers": wire.fingerprints()})
-    monkeypatch.setattr("latentwire.evaluate.local_shards", lambda run, splits: {splits[0]: paths[splits[0]]})
-    for split, told in (("dev", False), ("validation", True)):
-        words = [
-            "evaluate",
-            "--checkpoint",
-            str(export),
-            "--modes",
-            "latent",
-            "--split",
-            split,
-            "--output",
-            str(tmp_path / split),
-        ]
-        monkeypatch.setattr("sys.argv", words)
-        assert evaluate() == 0
+    command = importlib.import_module("latentwire.api.evaluate")
+    monkeypatch.setattr(command, "local_shards", lambda run, splits: {split: paths[split] for split in splits})
+    for split, recorded in (("dev", False), ("validation", True)):
+        flags = ["--checkpoint", str(export), "--modes", "latent", "--split", split]
+        assert main(["evaluate", *flags, "--output", str(tmp_path / split)]) == 0
         printed = " ".join(capsys.readouterr().out.split())  # a title wraps where its path is long
-        assert ("none of these 2 rows was read by a scoring before" in printed) == told
+        assert ("none of these 2 rows was read by a scoring before" in printed) == recorded
         assert "trained weights" in printed and "95 % intervals by resampling 2 contexts" in printed
         details = json.loads((tmp_path / split / "details.json").read_text())
-        assert ("readings" in details) == told and details["weights"] == exports.sizes(export)
-        assert len(list((tmp_path / "shards").glob("readings/*.json"))) == told
+        assert ("readings" in details) == recorded and details["weights"] == exports.sizes(export)
+        assert len(list((tmp_path / "shards").glob("readings/*.json"))) == recorded
 
 
 def test_a_card_of_an_earlier_version_says_what_it_knows(wire: LatentWire, tmp_path: Path) -> None:

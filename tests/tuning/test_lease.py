@@ -79,7 +79,7 @@ def test_a_driver_that_was_killed_on_this_machine_holds_nothing(
     time.sleep(0.5)
     with held(sweep) as mine:
         assert mine.held()
-    assert f"gone without a word (process {holder.pid} on" in capsys.readouterr().out
+    assert f"driver before is gone (process {holder.pid} on" in capsys.readouterr().out
     holder.wait()
     held_by(sweep, pid=holder.pid)
     with held(sweep):
@@ -187,7 +187,7 @@ def test_a_directory_in_which_a_sweep_did_not_come_to_begin_is_free(sweep: Place
 
 def test_what_is_no_lease_is_said(tmp_path: Path) -> None:
     (tmp_path / LEASE_FILE).write_text("{")
-    with pytest.raises(LeaseError, match=r"must say which driver has the sweep, got '\{'; delete it"):
+    with pytest.raises(LeaseError, match=r"must name the driver of the sweep, got '\{'; delete it"):
         Lease(tmp_path).take()
 
 

@@ -109,7 +109,7 @@ def test_other_rows_are_refused(written: Path) -> None:
     _, document = manifest.one_trial(written, None, [])
     with pytest.raises(ConfigError, match=r"needs the shards that its manifest names .*'aaa'.*, these are"):
         manifest.check_data(document | {"data": [{"train": "aaa", "dev": "other"}]}, FILES, "pin")
-    with pytest.raises(ConfigError, match="evaluation_pin must be pin as in the manifest, got other"):
+    with pytest.raises(ConfigError, match="protocol hash must be pin as in the manifest, got other"):
         manifest.check_data(document, FILES, "other")
 
 

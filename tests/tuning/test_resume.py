@@ -51,8 +51,8 @@ def test_failed_trials_are_taken_up_once_in_the_search_and_in_the_finals(sweep: 
     (left / ERROR_FILE).write_text("out of memory")
     assert resume.is_finished(space, sweep) and resume.has_failed(space, sweep)
     assert resume.retry_failed(space, sweep) == [
-        "sweep: trial 0 is taken up again as trial 1; it failed by: the trial's driver died; see Tune's log",
-        "finals: trial 1 is taken up again as trial 2; it failed by: the trial's driver died; see Tune's log",
+        "sweep: trial 0 is retried as trial 1; it failed by: the trial's driver died; see Tune's log",
+        "finals: trial 1 is retried as trial 2; it failed by: the trial's driver died; see Tune's log",
     ]
     assert not (left / ERROR_FILE).exists()  # it is the new trial's directory, which has not failed
     assert not resume.is_finished(space, sweep) and not resume.has_failed(space, sweep)

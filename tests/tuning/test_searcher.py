@@ -134,7 +134,7 @@ def test_a_store_that_does_not_say_why_a_trial_failed_ends_no_sweep(
     run(search, [0.1, 0.2, 0.3])
     run(search, [0.1, 0.2], "b")
     assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
-    assert "why cannot be told: s3://bucket" in search.study.trials[1].user_attrs[CAUSE]
+    assert "for a reason that cannot be read: s3://bucket" in search.study.trials[1].user_attrs[CAUSE]
 
 
 def test_a_failed_trial_is_taken_up_by_another_in_its_directory(search: StudySearch, tmp_path: Path) -> None:
@@ -267,15 +267,15 @@ def test_scores_with_another_pin_are_not_compared(tmp_path: Path) -> None:
 
     def opened(name: str, pin: str, **tune: Any) -> StudySearch:
         other = space.model_copy(update={"tune": space.tune.model_copy(update=tune)})
-        return StudySearch(other, journal=tmp_path / name / JOURNAL, name=name, trial_dir=tmp_path / name, pin=pin)
+        return StudySearch(other, journal=tmp_path / name / JOURNAL, name=name, trial_dir=tmp_path / name, protocol=pin)
 
     run(opened("first", "old"), [0.1, 0.2, 0.3])
     run(opened("first", "old"), [0.1, 0.2, 0.3])
-    with pytest.raises(ConfigError, match="have the evaluation pin old, new ones would have new"):
+    with pytest.raises(ConfigError, match="have the protocol hash old, new ones would have new"):
         assert opened("first", "new").study
     warm = {"warm_start": str(tmp_path / "first")}
     assert len(opened("same", "old", **warm).study.trials) == 2
-    with pytest.raises(ConfigError, match=r"tune\.warm_start must have the evaluation pin new, got old"):
+    with pytest.raises(ConfigError, match=r"tune\.warm_start must have the protocol hash new, got old"):
         assert opened("other", "new", **warm).study
 
 
