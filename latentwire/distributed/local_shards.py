@@ -30,7 +30,7 @@ def local_shards(
             f"by ray_jobs/preprocess.py with the same versions of tokenizers and transformers, and copy {run.data.shard_dir}"
         ) from error
 
-    start_ray(log_to_driver=False)
+    start_ray()
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:

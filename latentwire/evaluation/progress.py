@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -15,8 +16,9 @@ LINE_SECONDS = 30.0
 class ScoringProgress:
     """A bar in a terminal; elsewhere a line now and then. Rows count once for each condition that they are scored in."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, total: int, console: Console | None = None, watch: Callable[..., object] | None = None) -> None:
+        """``watch``: is told ``what``, ``done`` and ``total`` too, in another process's name, say."""
+        self.total, self.done, self.watch = total, 0, watch
         self.console = console or Console()
         self.began = self.said = time.monotonic()
         columns = (
@@ -46,6 +48,8 @@ class ScoringProgress:
         """``rows`` more are scored; ``what`` names the condition."""
         self.done += rows
         self.bar.update(self.task, advance=rows, description=what)
+        if self.watch is not None:
+            self.watch(what=what, done=self.done, total=self.total)
         now = time.monotonic()
         if self.console.is_terminal or now - self.said < LINE_SECONDS or self.done >= self.total:
             return

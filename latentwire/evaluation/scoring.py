@@ -7,7 +7,7 @@ installed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,15 +63,20 @@ def score(
 
 
 def predict_conditions(
-    wire: LatentWire, validation: Place, conditions: tuple[Condition, ...] = FINAL_CONDITIONS, *, joint: bool = True
+    wire: LatentWire,
+    validation: Place,
+    conditions: tuple[Condition, ...] = FINAL_CONDITIONS,
+    *,
+    joint: bool = True,
+    watch: Callable[..., object] | None = None,
 ) -> dict[str, list[Prediction]]:
     """Condition's key → the receivers' answers to all rows of complete shards.
 
-    ``joint``: receivers also judge each other's answers.
+    ``joint``: receivers also judge each other's answers. ``watch``: as :class:`ScoringProgress` has it.
     """
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
-    with ScoringProgress(table.num_rows * len(conditions)) as progress:
+    with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
         for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
             on_rows = partial(progress.advance, label(condition.key))
             predictions[condition.key] = list(predict(wire, table, condition, joint=joint, on_rows=on_rows))
@@ -108,10 +113,13 @@ class Scored:
         return {"validation": self.scores, "readings": self.readings, "weights": self.sizes}
 
 
-def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Scored:
+def score_and_export(
+    checkpoint: Place, validation: Place, export: Place, watch: Callable[..., object] | None = None
+) -> Scored:
     """Score the chosen checkpoint once on the validation split, and export it without its training state.
 
     The scoring is recorded beside the shards. A wire pretrained on texts alone has no scores: it is exported for a second stage.
+    ``watch``: as :class:`ScoringProgress` has it.
     """
     if export.exists():
         raise ConfigError(f"an export must not overwrite anything, {export} exists; name another output_dir")
@@ -119,7 +127,7 @@ def score_and_export(checkpoint: Place, validation: Place, export: Place) -> Sco
         wire, manifest = load_wire(folder)
     texts = not wire.run.data.source.has_questions
     read = {} if texts else readings.note(validation, readings.wire_name(manifest), wire.trained_on)
-    predictions = {} if texts else predict_conditions(wire, validation)
+    predictions = {} if texts else predict_conditions(wire, validation, watch=watch)
     table = summaries(predictions)
     pins = manifest["pins"] | {
         "validation": {
