@@ -54,7 +54,6 @@ def start_ray(verbose: bool = False) -> None:
             raise
         ray.shutdown()  # of what has been started before it failed
         raise ClusterError(reason) from error
-    LOG.take_workers()
 
 
 def check_reached(address: str) -> None:

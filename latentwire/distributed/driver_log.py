@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
-from ray._private.worker import print_worker_logs
+from ray._private import worker as rays_worker
 
 from latentwire.distributed.worker_output import PROGRESS, TOLD
 from latentwire.models.weights import cache_dir
@@ -29,9 +28,6 @@ from latentwire.storage import Place
 LIBRARIES = ("ray", "ray.data", "ray.train", "ray.tune", "optuna", "py.warnings")
 """Loggers whose records go into the file."""
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-RAYS_OWN = "ray_print_logs"
-"""Name of the handler by which Ray prints what workers print."""
-
 WAITING_WRITES = 20_000
 """Writes that are held while there is no file; of more the last."""
 
@@ -89,12 +85,15 @@ class DriverLog:
     # ------------------------------------------------------------------------- what is sent there
 
     def divert(self, verbose: bool = False) -> None:
-        """Send the libraries' records and Python's warnings to the log; to be called as often as a library is imported.
+        """Send here what libraries, workers and Ray's own processes say, and Python's warnings.
+
+        To be called before Ray starts, and again when a further library has been imported.
 
         Args:
             verbose: let the console show them too, as it does without this.
         """
         self.verbose = verbose
+        rays_worker.print_to_stdstream = lambda batch, ignore_prefix: self.receive(batch)
         os.environ["RAY_COLOR_PREFIX"] = "0"  # no colours in a file
         if not verbose:
             logging.captureWarnings(True)
@@ -103,15 +102,10 @@ class DriverLog:
             if not verbose:
                 for handler in [each for each in logger.handlers if _is_of_a_console(each)]:
                     logger.removeHandler(handler)
-            if self.handler not in logger.handlers:
+            handed_on = logger.propagate and name.startswith("ray.")
+            if self.handler not in logger.handlers and not handed_on:
                 logger.addHandler(self.handler)
         logging.getLogger("py.warnings").propagate = verbose
-
-    def take_workers(self) -> None:
-        """Receive what workers print instead of Ray's own way to the console. Needs Ray initialised."""
-        for name in (RAYS_OWN, __name__):
-            global_worker_stdstream_dispatcher.remove_handler(name)
-        global_worker_stdstream_dispatcher.add_handler(__name__, self.receive)
 
     def receive(self, batch: dict[str, Any]) -> None:
         """Sort lines of one process into the log, the console and the listeners.
@@ -131,9 +125,9 @@ class DriverLog:
         if not rest:
             return
         remaining = batch | {"lines": rest}
-        print_worker_logs(remaining, self)
+        rays_worker.print_worker_logs(remaining, self)
         if self.verbose or batch.get("pid") == "autoscaler":  # of nodes that come or cannot be had
-            print_worker_logs(remaining, sys.stdout)
+            rays_worker.print_worker_logs(remaining, sys.stdout)
 
     def _count(self, text: str) -> None:
         try:

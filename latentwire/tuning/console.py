@@ -98,6 +98,11 @@ class SweepConsole(Callback):
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Draw in the block, of which the search is a part."""
+        folder = self.search.trial_dir
+        output = f"{folder}/trial-<number>/log.txt" if isinstance(folder, Path) else self.log
+        self.say(
+            f"{self.search.space.tune.trials} trials, {len(self.ended)} of them ended before; their output: {output}"
+        )
         with LOG.listening(self.hear), self.live if self.screen.is_terminal else contextlib.nullcontext():
             yield
 
