@@ -104,9 +104,14 @@ class Forecast:
     free_bytes: int | None
 
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
-        """For the terminal. ``rate``: FLOP/s of a matrix product on one worker, where it was measured."""
+        """For the terminal. ``rate``: FLOP/s of a matrix product on one worker, where it was measured: then all is told."""
         each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU)"
-        lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}", *self.files]
+        lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}"]
+        if rate is not None:
+            lines += self.files
+        else:
+            missing = sum("to be made" in file for file in self.files)
+            lines.append(f"shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there")
         if self.steps_per_run is None:
             lines.append("steps: known when the shards are made (data.samples is 0: all rows)")
         else:

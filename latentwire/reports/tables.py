@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -181,7 +182,7 @@ def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
 def show(grids: list[Grid]) -> None:
     """Print tables, as wide as they need to be: a log file has no terminal to fit. One without rows is left out."""
     for title, header, body in (grid for grid in grids if grid[2]):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for name in header:
             table.add_column(name, no_wrap=True)
         for row in body:
