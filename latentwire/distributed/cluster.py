@@ -27,7 +27,7 @@ class ClusterError(UserError):
     """Ray that cannot be started or joined; the message names the reason and the next move."""
 
 
-def start_ray(verbose: bool = False) -> None:
+def start_ray(verbose: bool = False, training: bool = False) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (a submitted job has one), else start Ray on this
     machine.
 
@@ -37,6 +37,7 @@ def start_ray(verbose: bool = False) -> None:
 
     Args:
         verbose: let the console show all of that too.
+        training: let it show what a training's workers print.
 
     Raises:
         ClusterError: the temporary directory's path is too long for sockets, or another user's; the cluster does not
@@ -45,7 +46,7 @@ def start_ray(verbose: bool = False) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address and not ray.is_initialized():
         check_reached(address)
-    LOG.divert(verbose)
+    LOG.divert(verbose, training)
     try:
         ray.init(ignore_reinit_error=True)
     except Exception as error:  # some of Ray's own are plain exceptions

@@ -28,6 +28,8 @@ from latentwire.storage import Place
 LIBRARIES = ("ray", "ray.data", "ray.train", "ray.tune", "optuna", "py.warnings")
 """Loggers whose records go into the file."""
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+TRAIN_WORKER = "RayTrainWorker"
+"""Name by which Ray knows a training's workers."""
 WAITING_WRITES = 20_000
 """Writes that are held while there is no file; of more the last."""
 
@@ -42,6 +44,8 @@ class DriverLog:
         self.path: Path | None = None
         self.verbose = False
         """Whether the console shows what goes into the file."""
+        self.training = False
+        """Whether the console shows what the workers of a training print, as where it runs in this process."""
         self.handler = logging.StreamHandler(self)
         self.handler.setFormatter(logging.Formatter(FORMAT))
         self._waiting: deque[str] = deque(maxlen=WAITING_WRITES)
@@ -84,15 +88,16 @@ class DriverLog:
 
     # ------------------------------------------------------------------------- what is sent there
 
-    def divert(self, verbose: bool = False) -> None:
+    def divert(self, verbose: bool = False, training: bool = False) -> None:
         """Send here what libraries, workers and Ray's own processes say, and Python's warnings.
 
         To be called before Ray starts, and again when a further library has been imported.
 
         Args:
             verbose: let the console show them too, as it does without this.
+            training: let it show what a training's workers print.
         """
-        self.verbose = verbose
+        self.verbose, self.training = verbose, training
         rays_worker.print_to_stdstream = lambda batch, ignore_prefix: self.receive(batch)
         os.environ["RAY_COLOR_PREFIX"] = "0"  # no colours in a file
         if not verbose:
@@ -113,21 +118,24 @@ class DriverLog:
         Args:
             batch: Ray's: ``lines`` with ``pid``, ``ip`` and names of the process.
         """
-        rest = []
+        logged, others = [], []
         for line in batch["lines"]:
             if line.startswith(PROGRESS):
                 self._count(line.removeprefix(PROGRESS))
-            elif line.startswith(TOLD):
+                continue
+            logged.append(line)
+            if line.startswith(TOLD):
                 print(line.removeprefix(TOLD), flush=True)
-                rest.append(line)
             else:
-                rest.append(line)
-        if not rest:
+                others.append(line)
+        if logged:
+            rays_worker.print_worker_logs(batch | {"lines": logged}, self)
+        if not others:
             return
-        remaining = batch | {"lines": rest}
-        rays_worker.print_worker_logs(remaining, self)
-        if self.verbose or batch.get("pid") == "autoscaler":  # of nodes that come or cannot be had
-            rays_worker.print_worker_logs(remaining, sys.stdout)
+        if self.training and batch.get("actor_name") == TRAIN_WORKER and not batch["is_err"]:
+            print("\n".join(others), flush=True)
+        elif self.verbose or batch.get("pid") == "autoscaler":  # of nodes that come or cannot be had
+            rays_worker.print_worker_logs(batch | {"lines": others}, sys.stdout)
 
     def _count(self, text: str) -> None:
         try:

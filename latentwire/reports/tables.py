@@ -182,12 +182,14 @@ def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
 def show(grids: list[Grid]) -> None:
     """Print tables, as wide as they need to be: a log file has no terminal to fit. One without rows is left out."""
     for title, header, body in (grid for grid in grids if grid[2]):
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for name in header:
             table.add_column(name, no_wrap=True)
         for row in body:
             table.add_row(*row)
-        Console(width=40 * len(header)).print(table)
+        console = Console(width=40 * len(header))
+        console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
 
 
 def verdict(best: Best, gap: dict[str, float], metric: str) -> str:

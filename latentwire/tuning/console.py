@@ -221,7 +221,7 @@ class SweepConsole(Callback):
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or value != value:  # a loss before the first line of a training is no number
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -128,7 +128,7 @@ def run_sweep(
         trial_dir=trial_dir,
         served=served,
     )
-    LOG.divert(LOG.verbose)  # Tune has been imported since
+    LOG.divert(LOG.verbose, LOG.training)  # Tune has been imported since
     screen = console.SweepConsole(search, steps, LOG.path)
     tuner = tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),

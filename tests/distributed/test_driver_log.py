@@ -77,6 +77,14 @@ def test_workers_lines_are_sorted(log: DriverLog, tmp_path: Path, capsys: pytest
     ]
 
 
+def test_a_training_shows_what_its_workers_print(log: DriverLog, capsys: pytest.CaptureFixture[str]) -> None:
+    log.divert(training=True)
+    for lines, is_err in ((batch("step 1/10", f"{TOLD}trial-0 waits"), False), (batch("careful"), True)):
+        log.receive(lines | {"actor_name": "RayTrainWorker", "is_err": is_err})
+    log.receive(batch("requesting resources", actor_name="TrainController"))
+    assert capsys.readouterr().out == "trial-0 waits\nstep 1/10\n"
+
+
 def test_a_resumed_sweep_goes_on_in_the_same_file(tmp_path: Path) -> None:
     for line in ("first", "second"):
         log = DriverLog()
