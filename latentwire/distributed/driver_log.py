@@ -25,7 +25,7 @@ from latentwire.distributed.worker_output import PROGRESS, TOLD
 from latentwire.models.weights import cache_dir
 from latentwire.storage import Place
 
-LIBRARIES = ("ray", "ray.data", "ray.train", "ray.tune", "optuna", "py.warnings")
+LIBRARIES = ("ray", "ray.data", "ray.train", "ray.tune", "optuna", "mlflow", "alembic", "py.warnings")
 """Loggers whose records go into the file."""
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TRAIN_WORKER = "RayTrainWorker"

@@ -15,6 +15,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 from ray.tune import Callback
+from ray.tune.progress_reporter import TrialProgressCallback
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
@@ -61,19 +62,21 @@ def check_trackers(config: TuneConfig, output: Place) -> None:
             )
 
 
-class SweepConsole(Callback):
+class SweepConsole(TrialProgressCallback):
     """The console of a search: what each trial comes to, and how long the rest will take.
 
     In a terminal it is one table of trials with a progress bar, which goes when the search ends.
     Elsewhere (a log file, CI, ``ray job submit``) it is a line for each trial that ends, and one
     every :data:`LINE_SECONDS` where none does. A failure is a line in both. States and scores are
-    the study's; between evaluations workers tell their steps.
+    the study's; between evaluations workers tell their steps. Tune has a callback of this kind of
+    its own, which prints whatever it is told, unless it is given one.
     """
 
     def __init__(
         self, search: StudySearch, steps: int, log: Path | None = None, console: Console | None = None
     ) -> None:
         """``search``: whose study says what becomes of trials. ``steps``: of the longest trial. ``log``: the driver's."""
+        super().__init__()
         self.search, self.steps, self.log = search, steps, log
         self.screen = console or Console()
         self.names = column_names(search.space.search)
@@ -121,6 +124,11 @@ class SweepConsole(Callback):
         elif not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
             self.say(self.outlook(self._rows()))
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Print nothing: the next drawing has it."""
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print how a trial ended."""
         self.report_end(trial.config[NUMBER])
@@ -140,7 +148,8 @@ class SweepConsole(Callback):
     def say(self, line: str) -> None:
         """Print a line, above the table where there is one."""
         self.last_line = time.monotonic()
-        self.screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a console that is gone ends no sweep
+            self.screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def report_end(self, number: int) -> None:
         """Print how a trial ended, once; one that was cut has not. Where there is a table, it has all but failures."""

@@ -128,7 +128,8 @@ def run_sweep(
         trial_dir=trial_dir,
         served=served,
     )
-    LOG.divert(LOG.verbose, LOG.training)  # Tune has been imported since
+    trackers = console.trackers(config, output)
+    LOG.divert(LOG.verbose, LOG.training)  # Tune and they have been imported since
     screen = console.SweepConsole(search, steps, LOG.path)
     tuner = tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),
@@ -145,7 +146,7 @@ def run_sweep(
             storage_path=str(output / "tune"),
             verbose=0,
             stop=stop,
-            callbacks=[budget, screen, *console.trackers(config, output)],
+            callbacks=[budget, screen, *trackers],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     )
