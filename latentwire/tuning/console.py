@@ -106,7 +106,7 @@ class SweepConsole(TrialProgressCallback):
         self.say(
             f"{self.search.space.tune.trials} trials, {len(self.ended)} of them ended before; their output: {output}"
         )
-        with LOG.listening(self.hear), self.live if self.screen.is_terminal else contextlib.nullcontext():
+        with LOG.listening(self.hear), self.live if self.screen.is_interactive else contextlib.nullcontext():
             yield
 
     def hear(self, values: dict[str, Any]) -> None:
@@ -118,10 +118,10 @@ class SweepConsole(TrialProgressCallback):
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Draw, or say now and then how things are, while Tune waits."""
         now = time.monotonic()
-        if self.screen.is_terminal and now - self.last_drawing >= DRAW_SECONDS:
+        if self.screen.is_interactive and now - self.last_drawing >= DRAW_SECONDS:
             self.last_drawing = now
             self.live.update(self.drawing(self._rows()))
-        elif not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
+        elif not self.screen.is_interactive and now - self.last_line >= LINE_SECONDS:
             self.say(self.outlook(self._rows()))
 
     def on_trial_result(
@@ -158,7 +158,7 @@ class SweepConsole(TrialProgressCallback):
         if row is None or row["state"] == UNFINISHED or number in self.ended:
             return
         self.ended.add(number)
-        if self.screen.is_terminal and row["state"] != "failed":
+        if self.screen.is_interactive and row["state"] != "failed":
             return
         metric = self.search.space.tune.metric
         line = f"trial {number} {row['state']}"

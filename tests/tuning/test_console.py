@@ -150,7 +150,7 @@ def test_a_sweep_of_eight_trials_has_a_line_for_each_where_there_is_no_terminal(
 
 
 def test_in_a_terminal_failures_alone_stay_and_the_table_is_one(tmp_path: Path) -> None:
-    screen = Console(width=140, height=30, force_terminal=True, record=True, file=io.StringIO())
+    screen = Console(width=140, height=30, force_terminal=True, force_interactive=True, record=True, file=io.StringIO())
     sweep = Sweep(tmp_path, screen)
     eight_trials(sweep)
     with sweep.console.shown():
