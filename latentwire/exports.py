@@ -134,9 +134,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
     """Return ``run`` with another address of each model, its receivers' and its encoder's."""
     values: dict[str, Any] = {
-        "receivers": [
-            receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers
-        ]
+        "receivers": [receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers]
     }
     if run.encoder.model is not None:
         values["encoder.model"] = address(run.encoder.model)
@@ -189,9 +187,7 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 def check_free(path: Path) -> None:
     """Raise :class:`CheckpointError` where a wire would overwrite something."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(
-            f"a checkpoint must not overwrite anything, {path} exists; name another directory"
-        )
+        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
 
 
 def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
@@ -211,11 +207,7 @@ def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     The manifest holds such a backbone's hash.
     """
     fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
-    return {
-        name: t.detach().cpu().contiguous()
-        for name, t in module.state_dict().items()
-        if name not in fixed
-    }
+    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -231,20 +223,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not file.exists():
         raise CheckpointError(
-            f"a checkpoint must hold manifest.json, {path} does not; name the directory that "
-            f"holds it"
+            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
         )
     try:
         manifest = json.loads(file.read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} must be the JSON that latentwire writes ({error}); restore it"
-        ) from error
+        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version "
-            f"that wrote it"
+            f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
         )
     for name, expected in files.items():
         part = (Path(path) / name).resolve()
@@ -252,8 +240,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
         if not part.exists():
             raise CheckpointError(
-                f"{path} must hold {name} as its manifest says, it is missing; copy the whole "
-                f"directory"
+                f"{path} must hold {name} as its manifest says, it is missing; copy the whole directory"
             )
         actual = sha256(part)
         if actual != expected:
@@ -314,11 +301,7 @@ def check_models(path: Path, run: RunConfig) -> None:
                 f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
                 f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
             )
-    if (
-        run.encoder.model is not None
-        and _is_path(run.encoder.model)
-        and not Path(run.encoder.model).exists()
-    ):
+    if run.encoder.model is not None and _is_path(run.encoder.model) and not Path(run.encoder.model).exists():
         raise CheckpointError(
             f"the encoder's backbone of {path} must be in a directory of this machine, "
             f"{run.encoder.model} is not there; put its weights there, or --set "
@@ -330,9 +313,7 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def choose_receivers(
-    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
-) -> RunConfig:
+def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None) -> RunConfig:
     """Return ``run`` with the chosen receivers alone (``None``: all).
 
     They are one name, several, or name → another place of its weights. Raises
@@ -344,10 +325,7 @@ def choose_receivers(
     chosen = [chosen] if isinstance(chosen, str) else chosen
     known = {receiver.name: receiver for receiver in run.receivers}
     if strange := [name for name in chosen if name not in known]:
-        raise ConfigError(
-            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of "
-            f"them"
-        )
+        raise ConfigError(f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them")
     if run.encoder.private_len and len(chosen) < len(known):
         raise ConfigError(
             f"encoder.private_len {run.encoder.private_len} makes latents for each of "
@@ -409,17 +387,11 @@ def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> 
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} must be readable safetensors ({error}); restore it"
-        ) from error
-    tensors = {
-        name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out
-    }
+        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
+    tensors = {name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out}
     names = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
     if differing := tensors.keys() ^ names:
-        raise CheckpointError(
-            f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}"
-        )
+        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
     try:
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

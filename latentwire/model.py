@@ -61,10 +61,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
-        shapes = {
-            name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
-            for name, lm in self.receivers.items()
-        }
+        shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
         device = next(iter(self.receivers.values())).device
         self.interlingua = Interlingua(run, shapes, registry.build).to(device)
         self.trained_on = TrainedOn()
@@ -82,8 +79,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         lm = self.receivers[receiver]
         if not isinstance(lm, LocalReceiver):
             raise ReceiverError(
-                f"this needs the weights of receiver {receiver} in this process, they are shared; "
-                f"load it here"
+                f"this needs the weights of receiver {receiver} in this process, they are shared; load it here"
             )
         return lm
 
@@ -199,9 +195,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         if self._encoder_id[0] != state:
             # Without defaults: a knob that a later version adds leaves the ids of what was trained
             # before it.
-            knobs = self.run.encoder.model_dump_json(
-                exclude=LENGTHS_AND_PLACES, exclude_defaults=True
-            )
+            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES, exclude_defaults=True)
             identity = f"{fingerprint(parts)} {knobs} {self.run.data.send}"
             self._encoder_id = state, hashlib.sha256(identity.encode()).hexdigest()[:32]
         return self._encoder_id[1]
@@ -209,9 +203,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     # -------------------------------------------------------------------------- sending and reading
 
     @torch.no_grad()
-    def encode(
-        self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None
-    ) -> Message:
+    def encode(self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None) -> Message:
         """Encode contexts into one message each, to be sent by its ``to_bytes``.
 
         ``questions`` are part of it with ``send: prompt`` only. A text alone is one context. Warns
@@ -223,15 +215,13 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         contexts = texts_of("contexts", contexts)
         if questions is None and self.run.data.send == "prompt":
             raise ConfigError(
-                "this wire's messages hold the questions (data.send prompt), got none; give "
-                "encode one a context"
+                "this wire's messages hold the questions (data.send prompt), got none; give encode one a context"
             )
         no_questions = [""] * len(contexts)
         questions = no_questions if questions is None else texts_of("questions", questions)
         if len(questions) != len(contexts):
             raise ConfigError(
-                f"each context takes one question, got {len(contexts)} contexts and "
-                f"{len(questions)} questions"
+                f"each context takes one question, got {len(contexts)} contexts and {len(questions)} questions"
             )
         pairs = zip(contexts, questions, strict=True)
         texts = [sender_text(self.run.data.send, *pair) for pair in pairs]
@@ -250,15 +240,12 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         message = from_bytes(packet, expect=self.encoder_id)
         if (d_z := message.z_BLZ.shape[2]) != self.run.encoder.d_z:
             raise WireError(
-                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender "
-                f"must check them"
+                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender must check them"
             )
         return message
 
     @torch.no_grad()
-    def answer(
-        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
-    ) -> list[str]:
+    def answer(self, message: Message | bytes, questions: str | Iterable[str], receiver: str) -> list[str]:
         """Answer one question per message by one receiver, greedily.
 
         A packet is received first. A text alone is one question. Raises
@@ -296,10 +283,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> tuple[Message, list[sequences.PromptSequence]]:
         """Return a message on this wire's device, and the prompt of each question to it."""
         if receiver not in self.receivers:
-            raise ConfigError(
-                f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one "
-                f"of them"
-            )
+            raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")
         questions = texts_of("questions", questions)
         if not isinstance(message, Message | bytes | bytearray | memoryview):
             raise ConfigError(
@@ -313,8 +297,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         builder, slots = self.builders[receiver], message.slots(receiver)
         if len(questions) != len(slots):
             raise ConfigError(
-                f"each message takes one question, got {len(slots)} messages and {len(questions)} "
-                f"questions"
+                f"each message takes one question, got {len(slots)} messages and {len(questions)} questions"
             )
         question_ids = builder.tokenize([], questions, [])["question_ids"]
         pairs = zip(slots, question_ids, strict=True)
@@ -326,9 +309,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return not any(feature.acts_on_text for feature in self.interlingua.features.values())
 
     @contextmanager
-    def reading(
-        self, receiver: str, batch: Batch, message: Message | None
-    ) -> Iterator[torch.Tensor | None]:
+    def reading(self, receiver: str, batch: Batch, message: Message | None) -> Iterator[torch.Tensor | None]:
         """Yield the soft vectors ``[N, D]`` of a batch, with features attached to its receiver.
 
         Without a message the prompts are text: nothing is attached, as for teachers and baselines.
@@ -342,9 +323,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             if acting:
                 reading = self._reading(receiver, batch, message)
                 for feature in acting:
-                    stack.enter_context(
-                        feature.attached(receiver, self.receivers[receiver], reading)
-                    )
+                    stack.enter_context(feature.attached(receiver, self.receivers[receiver], reading))
             yield self.interlingua.soft_rows(receiver, message, batch)
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
@@ -404,20 +383,14 @@ def texts_of(what: str, given: Any) -> list[str]:
     """
     if isinstance(given, bytes | bytearray | Mapping) or not isinstance(given, str | Iterable):
         raise ConfigError(
-            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a "
-            f"list of them"
+            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a list of them"
         )
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
-        raise ConfigError(
-            f"{what} must hold at least one text, got none; give a str, or a list of them"
-        )
+        raise ConfigError(f"{what} must hold at least one text, got none; give a str, or a list of them")
     for place, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(
-                f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave "
-                f"it out"
-            )
+            raise ConfigError(f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +42,8 @@ HASH_BITS = 52
 """Bits of the hash that orders rows: Ray's sort takes its boundaries for floats."""
 ROW_BITS = 20
 """Of them, those that order the rows of one context where those stand together."""
+LINE_SECONDS = 30.0
+"""Between two lines on how many files are made."""
 FOOTER = b"latentwire"
 """Key of a shard's own counts in its Parquet metadata."""
 
@@ -76,11 +79,13 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None =
         manifest = shards.read_manifest(path)
         print(f"shards {split}: {manifest['rows']:,} rows, reused from {path}", flush=True)
         return path
+    began = time.monotonic()
     manifest = _make(run, split, path)
     rejected = ", ".join(f"{count:,} × {reason}" for reason, count in manifest["rejects"].items())
     print(
         f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
-        f"{sum(manifest['rejects'].values()):,} rejected ({rejected or 'none'}; see rejects.jsonl), {path}",
+        f"{sum(manifest['rejects'].values()):,} rejected ({rejected or 'none'}; see rejects.jsonl), "
+        f"{time.monotonic() - began:.0f} s, {path}",
         flush=True,
     )
     if split == "validation" and manifest["left"]:
@@ -99,11 +104,11 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None =
 
 
 def quiet_ray_data() -> None:
-    """Keep progress bars to terminals (in a log file they are a page a second), and errors of ours to one line."""
+    """Let Ray Data draw no progress bars, and keep errors of ours to one line."""
     from ray.data.context import DataContext, ShuffleStrategy
 
     context = DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
+    context.enable_progress_bars = False
     # The newer shuffle has an environment of its own: processes that know ours are stopped for it and start again.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -176,10 +181,11 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
                 batch_size=None,
             )
         )
-        done = count - len(missing)
+        done, last_line = count - len(missing), time.monotonic()
         for row in written.iter_rows():
             done += 1
-            if count > 1:
+            if done < count and time.monotonic() - last_line >= LINE_SECONDS:
+                last_line = time.monotonic()
                 print(f"shards {split}: {done}/{count} files, {row['rows']:,} rows in the last", flush=True)
     manifest = _manifest(run, split, path, names, rejects) | {"left": left}
     if manifest["rows"] == 0:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.data import shards
-from latentwire.data.pipeline import quiet_ray_data
+from latentwire.data.pipeline import LINE_SECONDS, quiet_ray_data
 from latentwire.losses.bundles import Teacher, state_depths, teacher_reads
 from latentwire.losses.terms import TeacherRows, normalised, teacher_rows
 from latentwire.models.lm import LMWrapper
@@ -110,6 +111,7 @@ def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str
     for receiver in run.receivers if directories else ():
         path = directories[receiver.name]
         missing = [name for name in files if not (path / name).exists()]
+        began = time.monotonic()
         if missing:
             path.mkdir(parents=True, exist_ok=True)
             _make(run, receiver, train, path, missing, gpus)
@@ -117,7 +119,7 @@ def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str
         held = sum(size(path / name) for name in files)
         print(
             f"teacher {receiver.name}: {rows:,} rows, {held / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
-            f"{'made in' if missing else 'reused from'} {path}",
+            f"{f'made in {time.monotonic() - began:.0f} s,' if missing else 'reused from'} {path}",
             flush=True,
         )
     return directories
@@ -139,7 +141,11 @@ def _make(run: RunConfig, receiver: ReceiverConfig, train: Place, path: Place, m
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
+    last_line = time.monotonic()
     for count, _ in enumerate(done.iter_rows(), start=1):
+        if count == len(missing) or time.monotonic() - last_line < LINE_SECONDS:
+            continue
+        last_line = time.monotonic()
         print(f"teacher {receiver.name}: {count}/{len(missing)} files", flush=True)
 
 

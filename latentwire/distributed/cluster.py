@@ -11,6 +11,7 @@ import socket
 import ray
 from ray.exceptions import AuthenticationError
 
+from latentwire.distributed.driver_log import LOG
 from latentwire.errors import UserError
 
 CONNECT_SECONDS = 10.0
@@ -26,15 +27,17 @@ class ClusterError(UserError):
     """Ray that cannot be started or joined; the message names the reason and the next move."""
 
 
-def start_ray(log_to_driver: bool = True) -> None:
+def start_ray(verbose: bool = False, training: bool = False) -> None:
     """Join the cluster of ``RAY_ADDRESS`` (a submitted job has one), else start Ray on this
     machine.
 
-    The dashboard stays on: Train's cleaner of placement groups asks its State API, and a sweep
-    hangs without it.
+    What Ray, its libraries and the workers say goes into the log of this process
+    (:data:`~latentwire.distributed.driver_log.LOG`), which waits for a file. The dashboard stays on:
+    Train's cleaner of placement groups asks its State API, and a sweep hangs without it.
 
     Args:
-        log_to_driver: whether what workers print is shown here too.
+        verbose: let the console show all of that too.
+        training: let it show what a training's workers print.
 
     Raises:
         ClusterError: the temporary directory's path is too long for sockets, or another user's; the cluster does not
@@ -43,8 +46,9 @@ def start_ray(log_to_driver: bool = True) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address and not ray.is_initialized():
         check_reached(address)
+    LOG.divert(verbose, training)
     try:
-        ray.init(ignore_reinit_error=True, log_to_driver=log_to_driver)
+        ray.init(ignore_reinit_error=True)
     except Exception as error:  # some of Ray's own are plain exceptions
         reason = explain(error, address)
         if reason is None:

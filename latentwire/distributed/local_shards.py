@@ -33,7 +33,7 @@ def local_shards(
             f"tokenizers and transformers, and copy {run.data.shard_dir}"
         ) from error
 
-    start_ray(log_to_driver=False)
+    start_ray()
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:

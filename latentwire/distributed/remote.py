@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from latentwire.config import RunConfig
+from latentwire.distributed.driver_log import LOG
+from latentwire.distributed.worker_output import ProgressTeller
+from latentwire.evaluation import scoring
+from latentwire.evaluation.progress import ScoringProgress
 from latentwire.planning.forecast import matrix_product_rate
+from latentwire.storage import Place
+
+SCORING = "scoring"
+"""Name of a scoring among the work whose progress is told."""
 
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
@@ -24,6 +33,25 @@ def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> A
     except RayTaskError as error:
         # A user's error reads here as it would without Ray; the remote traceback stays chained.
         raise error.cause from error
+
+
+def score_and_export(
+    run: RunConfig, gpus: float, checkpoint: Place, validation: Place, export: Place
+) -> scoring.Scored:
+    """Run :func:`latentwire.evaluation.scoring.score_and_export` by :func:`on_cluster`, and show here how far it is."""
+    bars: list[ScoringProgress] = []
+    with ExitStack() as shown:
+
+        def show(values: dict[str, Any]) -> None:
+            if values["name"] != SCORING:
+                return
+            if not bars:
+                bars.append(shown.enter_context(ScoringProgress(values["total"])))
+            bars[0].advance(values["what"], values["done"] - bars[0].done)
+
+        shown.enter_context(LOG.listening(show))
+        watch = ProgressTeller(SCORING)
+        return on_cluster(run, gpus, scoring.score_and_export, checkpoint, validation, export, watch)
 
 
 def measure_rate(run: RunConfig, gpus: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ from latentwire.data import shards
 from latentwire.data.pipeline import quiet_ray_data
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import Prediction, predict
-from latentwire.evaluation.progress import duration, seconds_left
+from latentwire.evaluation.progress import ScoringProgress
 from latentwire.model import load_wire
 from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan
@@ -84,15 +83,10 @@ def predict_pool(
         num_gpus=gpus,
     )
     rows: list[dict[str, Any]] = []
-    began, work = time.monotonic(), total * len(conditions)
-    for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
-        rows += part.to_pylist()
-        done = len(rows) // len(run.receivers)
-        left = duration(seconds_left(done, work, time.monotonic() - began))
-        print(
-            f"scored {done:,}/{work:,} rows of {len(conditions)} conditions, about {left} left",
-            flush=True,
-        )
+    with ScoringProgress(total * len(conditions)) as progress:
+        for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            rows += part.to_pylist()
+            progress.advance(f"{len(conditions)} conditions", part.num_rows // len(run.receivers))
     rows.sort(key=lambda row: tuple(row["place"]))
     predictions: dict[str, list[Prediction]] = {condition.key: [] for condition in conditions}
     for row in rows:

@@ -16,15 +16,20 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import (
+    ENABLE_PRINT_PATCH_ENV_VAR,
+    ENV_VARS_TO_PROPAGATE,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+)
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed.waiting import PatientTrainer, is_lasting
+from latentwire.distributed.worker_output import log_file, trial_log
 from latentwire.planning.variants import variant_key
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.storage import Place, delete, text_if_there, write_text
+from latentwire.storage import Place, delete, place, text_if_there, write_text
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
@@ -47,10 +52,12 @@ ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What every worker of a trial runs: :func:`latentwire.distributed.worker.train`."""
-    from latentwire.distributed import worker
+    """Run :func:`latentwire.distributed.worker.train`, as every worker of a trial does."""
+    rank = ray.train.get_context().get_world_rank()
+    with trial_log(place(settings["folder"]), rank):
+        from latentwire.distributed import worker
 
-    worker.train(settings)
+        worker.train(settings)
 
 
 @dataclass(frozen=True)
@@ -86,35 +93,39 @@ def drive_trial(
     """
     path = trial_path(trial_dir, values.get(TAKES_UP, values[NUMBER]))
     run = space.run
-    try:
-        run = with_values(run, {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)})
-        variant = variants[variant_key(run)]
-        make_trainer(
-            run,
-            variant.datasets,
-            variant.train_rows,
-            variant.train_shards,
-            folder=path,
-            gpus_per_worker=gpus_per_worker,
-            pins=variant.pins,
-            metric=space.tune.metric,
-            mode=space.tune.mode,
-            callbacks=[TuneReportCallback()],
-            served=served,
-        ).fit()
-    except Exception as error:
-        leave_cause(path, run, error)
-        if not (is_lasting(error) or is_out_of_memory(error)):
-            raise
+    with trial_log(path):
+        try:
+            run = with_values(run, {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)})
+            variant = variants[variant_key(run)]
+            make_trainer(
+                run,
+                variant.datasets,
+                variant.train_rows,
+                variant.train_shards,
+                folder=path,
+                gpus_per_worker=gpus_per_worker,
+                pins=variant.pins,
+                metric=space.tune.metric,
+                mode=space.tune.mode,
+                callbacks=[TuneReportCallback()],
+                served=served,
+            ).fit()
+        except Exception as error:
+            leave_cause(path, run, error)
+            if not (is_lasting(error) or is_out_of_memory(error)):
+                raise
 
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
-    """Write why a trial failed, and how large it was where that is why, aside and renamed."""
+    """Write why a trial failed, how large it was where that is why, and which file has its output."""
     told = getattr(error, "controller_failure", error)  # of Train's, the one that says what happened
     lines = str(told).strip().splitlines() or [type(told).__name__]
     cause = lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)  # there, of a traceback
     if is_out_of_memory(error):
         cause = f"out of memory with {size_of(run)}: {cause}"
+    log = log_file(path, min(getattr(error, "worker_failures", None) or [0]))
+    if log is not None and log.exists():
+        cause = f"{cause}; output: {log}"
     write_text(path / ERROR_FILE, cause)
 
 
@@ -182,7 +193,8 @@ def make_trainer(
     """
     delete(folder / ERROR_FILE)
     name_cluster()
-    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, ROOM_SECONDS)  # Train hands it on
+    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, ROOM_SECONDS)  # Train hands both on
+    os.environ.setdefault(ENABLE_PRINT_PATCH_ENV_VAR, "0")  # it prints every line of a worker twice
     resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker

@@ -24,6 +24,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.config import FailureConfig
 
+from latentwire.distributed.worker_output import tell
 from latentwire.errors import UserError
 from latentwire.storage import StorageError
 
@@ -56,7 +57,7 @@ class PatientPolicy(DefaultFailurePolicy):
             if self._waits_since is None:
                 limit = os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
                 self._waits_since = now - float(limit)
-            print(self._line(now - self._waits_since), flush=True)
+            tell(self._line(now - self._waits_since))
             return FailureDecision.RETRY
         self._waits_since = None
         if is_lasting(training_failed_error):

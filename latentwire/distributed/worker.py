@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from latentwire.distributed.prometheus import TrialMetrics
 from latentwire.distributed.replicas import shared_receivers
 from latentwire.distributed.trial import EARLIER, leave_cause
 from latentwire.distributed.waiting import is_lasting
+from latentwire.distributed.worker_output import ProgressTeller, tell
 from latentwire.model import LatentWire
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.remote import RemoteReceiver
@@ -68,6 +70,8 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
+    if last and workers.rank == 0:
+        tell(f"{folder.name}: resumed at step {trainer.progress.step} on {socket.gethostname()}")
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
     if not last and run.training.init_from is not None:  # a searched one was not there to be checked before the sweep
         documents.check_development(wire.trained_on, run.training.init_from, dev["document"].to_pylist())
@@ -77,12 +81,21 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     started = start_times(settings["began"], entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
+    tell_progress = ProgressTeller(folder.name)
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
         only = settings["train_rows"] < run.training.batch_size
         for batch in streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only):
             if trainer.progress.step % PREEMPTION_STEPS == 0:
                 save_if_preempted()
+            if workers.rank == 0:
+                step, seconds = trainer.progress.step, max(trainer.progress.seconds, 1e-9)
+                tell_progress(
+                    step=step,
+                    total_steps=trainer.total_steps,
+                    train_loss=trainer.progress.loss,
+                    examples_per_s=step * run.training.batch_size / seconds,
+                )
             yield batch
 
     told: list[Any] = []
@@ -94,7 +107,7 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
             told.append(notice)
             if workers.rank == 0:
                 path = step_checkpoints.save_step(folder, wire, {}, pins, trainer, *chosen)
-                print(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go", flush=True)
+                tell(f"preemption: saved {path}, nodes {', '.join(notice.preempted_node_ids)} go")
 
     reported = trainer.progress.evaluations
 

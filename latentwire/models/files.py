@@ -95,8 +95,7 @@ def check_weights(directory: Path) -> None:
     if not files:
         names = ", ".join(sorted(file.name for file in directory.iterdir())[:8])
         raise ReceiverError(
-            f"{directory} must hold weights ({SINGLE[0]}, or {INDEXED[0]} with its files), got "
-            f"{names}; fetch them"
+            f"{directory} must hold weights ({SINGLE[0]}, or {INDEXED[0]} with its files), got {names}; fetch them"
         )
     if missing := [file.name for file in files if not file.exists()]:
         raise ReceiverError(
@@ -118,20 +117,14 @@ def check_safetensors(file: Path) -> None:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = stream.read(header_bytes) if header_bytes <= size else b""
     try:
-        ends = [
-            tensor["data_offsets"][1]
-            for name, tensor in json.loads(header).items()
-            if name != "__metadata__"
-        ]
+        ends = [tensor["data_offsets"][1] for name, tensor in json.loads(header).items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError):
         # Beyond safetensors' own limit the first bytes are those of another kind of file.
         cut = 8 < size < 8 + header_bytes < 100_000_000
         what = f"ends within its header, at {size:,} bytes" if cut else "has no safetensors header"
         raise ReceiverError(f"{file} {what}; fetch it again") from None
     if (whole := 8 + header_bytes + max(ends, default=0)) != size:
-        raise ReceiverError(
-            f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again"
-        )
+        raise ReceiverError(f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again")
 
 
 def check_pickled(file: Path) -> None:
@@ -141,8 +134,7 @@ def check_pickled(file: Path) -> None:
     # torch wrote other files than zip archives before version 1.6, and still reads them.
     if not start or (start[:2] == b"PK" and not zipfile.is_zipfile(file)):
         raise ReceiverError(
-            f"{file} must be a whole file of torch, it is cut at {file.stat().st_size:,} bytes; "
-            f"fetch it again"
+            f"{file} must be a whole file of torch, it is cut at {file.stat().st_size:,} bytes; fetch it again"
         )
 
 
@@ -152,8 +144,7 @@ def refuse_pointer(file: Path) -> None:
         with file.open("rb") as stream:
             if stream.read(len(POINTER)) == POINTER:
                 raise ReceiverError(
-                    f"{file} must be the file itself, got a git-lfs pointer to it; run `git lfs "
-                    f"pull` there"
+                    f"{file} must be the file itself, got a git-lfs pointer to it; run `git lfs pull` there"
                 )
 
 

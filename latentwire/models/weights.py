@@ -47,14 +47,12 @@ def resolve(config: ReceiverConfig) -> str:
     path = Path(config.model)
     if config.model.startswith("toy-") and not path.exists():
         raise ReceiverError(
-            f"receiver {config.name}: an embedded model must be one of {', '.join(TOY_MODELS)}, "
-            f"got {config.model}"
+            f"receiver {config.name}: an embedded model must be one of {', '.join(TOY_MODELS)}, got {config.model}"
         )
     if not path.exists():
         if config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
             raise ReceiverError(
-                f"receiver {config.name}: model must be a Hub id or an existing directory, got "
-                f"{config.model}"
+                f"receiver {config.name}: model must be a Hub id or an existing directory, got {config.model}"
             )
         return config.model
     with _named(config):
@@ -63,8 +61,7 @@ def resolve(config: ReceiverConfig) -> str:
         if path.suffix == ".gguf":
             return str(_convert_gguf(files.check_gguf(path), config))
     raise ReceiverError(
-        f"receiver {config.name}: model must be a directory or a .gguf file, got the file {path}; "
-        f"name its directory"
+        f"receiver {config.name}: model must be a directory or a .gguf file, got the file {path}; name its directory"
     )
 
 
@@ -95,9 +92,7 @@ def _named(config: ReceiverConfig) -> Iterator[None]:
         raise ReceiverError(f"receiver {config.name}: {error}") from error
 
 
-def backbone_source(
-    config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]
-) -> ReceiverConfig:
+def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
     """Return the source of the encoder's backbone, in the form of a receiver's."""
     if config.lender is not None:
         return receivers[config.lender]
@@ -151,9 +146,7 @@ def load_model(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
             files.check_weights(source)
     if "quantization_config" in options or quantised_by(load_hf_config(config)) is not None:
         return load_from(kind, config, **options)
-    model, report = load_from(
-        kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    model, report = load_from(kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     _refuse_misfit(model, config, report)
     return model
 
@@ -222,9 +215,7 @@ def receiver_shape(config: ReceiverConfig) -> Any:
     try:
         if not AutoHfQuantizer.supports_quant_method(quantised):
             raise ValueError(f"transformers knows no quantization_config.quant_method {method}")
-        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment(
-            device_map=None
-        )
+        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment(device_map=None)
     except (ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ReceiverError(
@@ -295,9 +286,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name != "auto":
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ReceiverError(
-                f"device must exist on this machine, got {name} and no CUDA; use device: auto"
-            )
+            raise ReceiverError(f"device must exist on this machine, got {name} and no CUDA; use device: auto")
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -393,24 +382,16 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
     if "attention" in reason and "support" in reason:
         move = f"set attn_implementation: eager for it, got {config.attn_implementation}"
     elif "Unrecognized configuration class" in reason:
-        move = (
-            "its architecture must be one that AutoModelForCausalLM knows: no encoder, no "
-            "sequence-to-sequence model"
-        )
+        move = "its architecture must be one that AutoModelForCausalLM knows: no encoder, no sequence-to-sequence model"
     elif Path(config.model).is_dir():
-        move = (
-            "its directory must hold config.json, weights as safetensors and a fast tokenizer "
-            "(tokenizer.json)"
-        )
+        move = "its directory must hold config.json, weights as safetensors and a fast tokenizer (tokenizer.json)"
     else:
         move = (
             f"there is no directory {Path(config.model).absolute()}; if it is a Hub id: log in "
             f"with `hf auth login` where the model is gated, check the network, or give a local "
             f"directory by {where}"
         )
-    return ReceiverError(
-        f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}"
-    )
+    return ReceiverError(f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}")
 
 
 def _first_line(error: Exception) -> str:

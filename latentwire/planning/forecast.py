@@ -117,10 +117,16 @@ class Forecast:
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
         """Describe the forecast for the terminal.
 
-        ``rate``: FLOP/s of a matrix product on one worker, where it was measured.
+        ``rate``: FLOP/s of a matrix product on one worker, where it was measured; then every file is
+        named, too.
         """
         each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU)"
-        lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}", *self.files]
+        lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}"]
+        if rate is not None:
+            lines += self.files
+        else:
+            missing = sum("to be made" in file for file in self.files)
+            lines.append(f"shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there")
         if self.steps_per_run is None:
             lines.append("steps: known when the shards are made (data.samples is 0: all rows)")
         else:

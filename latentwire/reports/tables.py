@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -219,12 +220,14 @@ def show(grids: list[Grid]) -> None:
     A table without rows is left out.
     """
     for title, header, body in (grid for grid in grids if grid[2]):
-        table = Table(title=title, title_justify="left")
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for name in header:
             table.add_column(name, no_wrap=True)
         for row in body:
             table.add_row(*row)
-        Console(width=40 * len(header)).print(table)
+        console = Console(width=40 * len(header))
+        console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
 
 
 def verdict(best: Best, gap: dict[str, float], metric: str) -> str:

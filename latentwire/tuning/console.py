@@ -1,26 +1,47 @@
-"""What a person sees while a sweep runs: Tune's table, TensorBoard, and the trackers that are asked for.
+"""What a person sees while a sweep runs: a table or lines of its trials, TensorBoard, and the trackers that are asked for.
 
 Tune writes TensorBoard's files beside each trial's results by itself (tensorboardX comes with ``ray[tune]``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from ray.tune import Callback, CLIReporter
+from optuna.trial import TrialState
+from ray.tune import Callback
+from ray.tune.progress_reporter import TrialProgressCallback
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from latentwire.config import SweepConfig, TuneConfig
+from latentwire.config import TuneConfig
 from latentwire.config.resolve import ConfigError
+from latentwire.distributed.driver_log import LOG
+from latentwire.distributed.trial import NUMBER, TAKES_UP, trial_path
+from latentwire.distributed.worker_output import log_file
+from latentwire.evaluation.progress import duration, seconds_left
 from latentwire.storage import Place
 from latentwire.tuning.columns import column_names
+from latentwire.tuning.results import STATES, trial_rows
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import directory_of, evaluations, own_trials
 
-REPORT_SECONDS = 30
-"""Between two tables in the terminal."""
-
-
+LINE_SECONDS = 300.0
+"""Between two lines where no trial ends and there is no terminal."""
+DRAW_SECONDS = 1.0
+"""Between two drawings of the table."""
+ROWS_AROUND = 6
+"""Lines of a terminal that the table leaves to its head, the bar and what was printed before."""
+UNFINISHED = STATES[TrialState.RUNNING]
+"""A row's state while its trial runs, or waits to go on."""
 STORES = ("s3", "gs")
 """Schemes of addresses where MLflow keeps no runs: it needs a server or a database."""
 
@@ -41,58 +62,177 @@ def check_trackers(config: TuneConfig, output: Place) -> None:
             )
 
 
-RANK = "rank"
-"""Key by which the table is sorted: the metric, or the worst there is where a trial has none."""
+class SweepConsole(TrialProgressCallback):
+    """The console of a search: what each trial comes to, and how long the rest will take.
 
-
-class Ranked:
-    """A trial as the table sees it: with a rank, and a value for every knob, drawn or not."""
-
-    def __init__(self, trial: Any, rank: float, knobs: Iterable[str]) -> None:
-        drawn = trial.last_result.get("config", {})
-        self.trial = trial
-        self.last_result = {**trial.last_result, RANK: rank, "config": dict.fromkeys(knobs) | drawn}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.trial, name)
-
-    def __str__(self) -> str:
-        return str(self.trial)
-
-
-class Table(CLIReporter):
-    """Tune's table, for trials that have reported nothing, too, and for conditional knobs."""
-
-    def __init__(self, by: str, mode: str, knobs: dict[str, str], **options: Any) -> None:
-        super().__init__(metric=RANK, mode=mode, sort_by_metric=True, parameter_columns=knobs, **options)
-        self.by, self.knobs = by, knobs
-        self.worst = float("-inf") if mode == "max" else float("inf")
-
-    def _progress_str(self, trials: list[Any], done: bool, *sys_info: Any, **options: Any) -> str:
-        ranked: list[Any] = [Ranked(t, t.last_result.get(self.by, self.worst), self.knobs) for t in trials]
-        return super()._progress_str(ranked, done, *sys_info, **options)
-
-    def _current_best_trial(self, trials: list[Any]) -> tuple[Any, str]:
-        best, _ = super()._current_best_trial(trials)
-        return (best if best is not None and self.by in best.last_result else None), self.by
-
-
-def table(space: SweepConfig) -> CLIReporter:
-    """Tune's table with the step, what is searched by, the losses and the pace, and what each trial drew.
-
-    Ray 2.60 takes a reporter only without its newer output, whose table shows four metrics of its own choice.
+    In a terminal it is one table of trials with a progress bar, which goes when the search ends.
+    Elsewhere (a log file, CI, ``ray job submit``) it is a line for each trial that ends, and one
+    every :data:`LINE_SECONDS` where none does. A failure is a line in both. States and scores are
+    the study's; between evaluations workers tell their steps. Tune has a callback of this kind of
+    its own, which prints whatever it is told, unless it is given one.
     """
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    tune = space.tune
-    measured = dict.fromkeys(("step", tune.metric, *tune.objectives, *tune.constraints, "train_loss", "examples_per_s"))
-    return Table(
-        tune.metric,
-        tune.mode,
-        knobs=column_names(space.search),
-        metric_columns={name: name for name in measured},
-        max_report_frequency=REPORT_SECONDS,
-        max_column_length=30,
-    )
+
+    def __init__(
+        self, search: StudySearch, steps: int, log: Path | None = None, console: Console | None = None
+    ) -> None:
+        """``search``: whose study says what becomes of trials. ``steps``: of the longest trial. ``log``: the driver's."""
+        super().__init__()
+        self.search, self.steps, self.log = search, steps, log
+        self.screen = console or Console()
+        self.names = column_names(search.space.search)
+        self.progress: dict[str, dict[str, Any]] = {}
+        """Name of a trial's directory → what its worker said last."""
+        self.ended = {trial.number for trial in own_trials(search.study) if trial.state.is_finished()}
+        """Trials that are done with: their line has been printed, or they ended before this driver."""
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(),
+            TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.screen, expand=True,
+        )  # fmt: skip
+        self.task = self.bar.add_task(search.name, left="")
+        self.live = Live(console=self.screen, refresh_per_second=1, transient=True)
+        self.began = self.last_line = time.monotonic()
+        self.last_drawing = 0.0
+        self.steps_before = self._steps(self._rows())[0]
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Let Tune pickle its callbacks: the copy is never looked at."""
+        return Callback, ()
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Draw in the block, of which the search is a part."""
+        folder = self.search.trial_dir
+        output = f"{folder}/trial-<number>/log.txt" if isinstance(folder, Path) else self.log
+        self.say(
+            f"{self.search.space.tune.trials} trials, {len(self.ended)} of them ended before; their output: {output}"
+        )
+        with LOG.listening(self.hear), self.live if self.screen.is_interactive else contextlib.nullcontext():
+            yield
+
+    def hear(self, values: dict[str, Any]) -> None:
+        """Remember how far a trial's worker is."""
+        self.progress[values["name"]] = values
+
+    # ----------------------------------------------------------------------------- Tune's interface
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Draw, or say now and then how things are, while Tune waits."""
+        now = time.monotonic()
+        if self.screen.is_interactive and now - self.last_drawing >= DRAW_SECONDS:
+            self.last_drawing = now
+            self.live.update(self.drawing(self._rows()))
+        elif not self.screen.is_interactive and now - self.last_line >= LINE_SECONDS:
+            self.say(self.outlook(self._rows()))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Print nothing: the next drawing has it."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print how a trial ended."""
+        self.report_end(trial.config[NUMBER])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print why a trial failed."""
+        self.report_end(trial.config[NUMBER])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print that a trial begins again: its failure may be none of its own."""
+        number = trial.config[NUMBER]
+        output = log_file(trial_path(self.search.trial_dir, trial.config.get(TAKES_UP, number))) or self.log
+        self.say(f"trial {number} failed and goes on from its last checkpoint; output: {output}")
+
+    # ------------------------------------------------------------------------------- what is shown
+
+    def say(self, line: str) -> None:
+        """Print a line, above the table where there is one."""
+        self.last_line = time.monotonic()
+        with contextlib.suppress(OSError):  # a console that is gone ends no sweep
+            self.screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def report_end(self, number: int) -> None:
+        """Print how a trial ended, once; one that was cut has not. Where there is a table, it has all but failures."""
+        rows = self._rows()
+        row = next((row for row in rows if row["trial"] == number), None)
+        if row is None or row["state"] == UNFINISHED or number in self.ended:
+            return
+        self.ended.add(number)
+        if self.screen.is_interactive and row["state"] != "failed":
+            return
+        metric = self.search.space.tune.metric
+        line = f"trial {number} {row['state']}"
+        if metric in row:
+            line += f", {metric} {row[metric]:.4g} at step {row['step']}"
+        if row["state"] == "failed":
+            line += f": {row['error']}"
+            if "output: " not in row["error"] and self.log is not None:
+                line += f"; output: {self.log}"
+        self.say(f"{line}; {self.outlook(rows)}")
+
+    def outlook(self, rows: list[dict[str, Any]]) -> str:
+        """Return how many trials have ended, and about how long the others will take."""
+        ended = sum(row["state"] != UNFINISHED for row in rows)
+        trials = f"{ended} of {self.search.space.tune.trials} trials ended, {len(rows) - ended} running"
+        return ", ".join(filter(None, (trials, self._time_left(rows))))
+
+    def drawing(self, rows: list[dict[str, Any]]) -> Group:
+        """Return the table and the bar."""
+        done, every = self._steps(rows)
+        self.bar.update(self.task, completed=done, total=every, left=self._time_left(rows))
+        return Group(self.table(rows), self.bar)
+
+    def table(self, rows: list[dict[str, Any]]) -> Table:
+        """Return a row per trial: those that run first, then the best, as many as the screen holds."""
+        tune = self.search.space.tune
+        measured = dict.fromkeys((tune.metric, *tune.objectives, *tune.constraints, "train_loss", "examples_per_s"))
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for name in ("trial", "state", "step", *measured, *self.names.values()):
+            table.add_column(name, no_wrap=True)
+        rows = sorted(rows, key=lambda row: row["state"] != UNFINISHED)
+        for row in rows[: max(1, self.screen.height - ROWS_AROUND)]:
+            state = row["state"]
+            if state == UNFINISHED:
+                state = "running" if "step" in row else "starting"
+            step = f"{row['step']}/{row['total_steps']}" if "step" in row else None
+            cells = [row["trial"], state, step, *(row.get(name) for name in measured)]
+            cells += [row["values"].get(path) for path in self.names]
+            table.add_row(*map(_cell, cells))
+        return table
+
+    # ------------------------------------------------------------------------------------- figures
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the study's rows, best first, with what workers of running trials have told since."""
+        trials = {trial.number: trial for trial in own_trials(self.search.study)}
+        rows = trial_rows(self.search.study, self.search.space.tune)
+        for row in rows:
+            trial = trials[row["trial"]]
+            row["total_steps"] = next((report["total_steps"] for report in evaluations(trial)), self.steps)
+            news = self.progress.get(f"trial-{directory_of(trial)}")
+            if news is not None and row["state"] == UNFINISHED and news["step"] >= row.get("step", 0):
+                row |= news
+        return rows
+
+    def _steps(self, rows: list[dict[str, Any]]) -> tuple[int, int]:
+        """Return the steps that are done, and all that there will be if no further trial is stopped."""
+        done = sum(row.get("step", 0) for row in rows)
+        left = sum(row["total_steps"] - row.get("step", 0) for row in rows if row["state"] == UNFINISHED)
+        return done, done + left + max(0, self.search.space.tune.trials - len(rows)) * self.steps
+
+    def _time_left(self, rows: list[dict[str, Any]]) -> str:
+        """Return about how long the steps that are left will take: as long a step as those that this driver has seen."""
+        done, every = self._steps(rows)
+        if done <= self.steps_before:
+            return ""
+        elapsed = time.monotonic() - self.began
+        return f"about {duration(seconds_left(done - self.steps_before, every - self.steps_before, elapsed))} left"
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:  # a loss before the first line of a training is no number
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def trackers(config: TuneConfig, output: Place) -> list[Callback]:

@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from latentwire.config import SweepConfig, TuneConfig
+from latentwire.distributed.driver_log import LOG
 from latentwire.distributed.sweep_files import Files, common_protocol_hash, load_datasets
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
 from latentwire.evaluation.protocol import pins
@@ -117,7 +118,9 @@ def run_sweep(
         for key, own in files.items()
     }
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial may fail before it has any: the study is told
-    scheduler = make_scheduler(config, total_steps(longest_run(space), max(own.train_rows for own in files.values())))
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's newer output prints a table of its own whatever it is told
+    steps = total_steps(longest_run(space), max(own.train_rows for own in files.values()))
+    scheduler = make_scheduler(config, steps)
     replay(scheduler, ended)
     driver = tune.with_parameters(
         drive_trial,
@@ -127,6 +130,9 @@ def run_sweep(
         trial_dir=trial_dir,
         served=served,
     )
+    trackers = console.trackers(config, output)
+    LOG.divert(LOG.verbose, LOG.training)  # Tune and they have been imported since
+    screen = console.SweepConsole(search, steps, LOG.path)
     tuner = tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),
         tune_config=tune.TuneConfig(
@@ -140,14 +146,13 @@ def run_sweep(
         run_config=tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(output / "tune"),
-            verbose=1,
+            verbose=0,
             stop=stop,
-            callbacks=[budget, *console.trackers(config, output)],
-            progress_reporter=console.table(space),
+            callbacks=[budget, screen, *trackers],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with stop.searching(config.time_budget_minutes):
+    with stop.searching(config.time_budget_minutes), screen.shown():
         tuner.fit()
     if not stop.taken:
         keep_journal(output / JOURNAL)

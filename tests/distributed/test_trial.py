@@ -25,7 +25,7 @@ from latentwire.distributed.trial import EARLIER, ERROR_FILE, NUMBER, Variant, c
 from latentwire.models.weights import ReceiverError
 from latentwire.planning.variants import variant_key
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.storage import StorageError
+from latentwire.storage import StorageError, write_text
 from latentwire.training import step_checkpoints
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning import study as studies
@@ -276,9 +276,11 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
     monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
     space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
+    log = tmp_path / "trial-3" / "log-1.txt"  # of the worker that failed
+    write_text(log, "step 1")
     with contextlib.nullcontext() if again else pytest.raises(ray.train.WorkerGroupError):
         drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
-    assert cause_left(tmp_path / "trial-3") == f"ValueError: {error}"
+    assert cause_left(tmp_path / "trial-3") == f"ValueError: {error}; output: {log}"
 
 
 def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
@@ -292,7 +294,8 @@ def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
     space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
-    assert cause_left(tmp_path / "trial-3") == "receiver llama: no decoder"
+    log = tmp_path / "trial-3" / "log.txt"
+    assert cause_left(tmp_path / "trial-3") == f"receiver llama: no decoder; output: {log}" and log.exists()
 
 
 def test_what_would_fail_again_ends_the_trial_and_a_store_that_does_not_answer_does_not(

@@ -19,6 +19,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed import trial
 from latentwire.distributed.waiting import PatientPolicy
+from latentwire.distributed.worker_output import TOLD
 from latentwire.storage import StorageError
 from latentwire.training.loop import TrainingError
 
@@ -56,7 +57,9 @@ def test_waiting_for_room_is_no_failure_and_says_what_it_waits_for(
 ) -> None:
     assert {policy.make_decision(no_room()) for _ in range(20)} == {RETRY}
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first == ("trial-3 has waited 120 s for 1 CPU, 1 GPU: the cluster has 64 CPU (12 free), 8 GPU (0 free)")
+    assert first == (
+        f"{TOLD}trial-3 has waited 120 s for 1 CPU, 1 GPU: the cluster has 64 CPU (12 free), 8 GPU (0 free)"
+    )
     broken = ControllerError(WorkerGroupStartupFailedError("a worker died as it started"))
     assert [policy.make_decision(broken) for _ in range(3)] == [RETRY, RETRY, RAISE]  # the limit is theirs alone
 

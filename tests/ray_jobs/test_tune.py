@@ -53,7 +53,8 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
     assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(tmp_path)
-    check_progress(output, log_of(tmp_path))
+    check_console(output, log_of(tmp_path))
+    check_progress(output)
     *rows, failed = document["trials"]
     assert len(rows) == 2 and all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in rows)
     assert (failed["trial"], failed["state"], "step" in failed) == (0, "failed", False)
@@ -98,9 +99,22 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     assert trial == written["trials"][str(number)]
 
 
-def check_progress(output: Path, log: str) -> None:
-    """Tune's table, TensorBoard's files and MLflow's runs have what the trials reported; the first one nothing."""
-    assert "| examples_per_s |" in " ".join(log.replace("|", " | ").split()) and "train_loss" in log
+def check_console(output: Path, console: str) -> None:
+    """A page for a person: what the trials came to, and where all else is."""
+    lines = console.splitlines()
+    assert len(lines) < 80, console
+    ends = [line for line in lines if re.match(r"trial \d (done|stopped|failed)", line)]
+    assert len(ends) == 3 and re.search(r"; 3 of 3 trials ended, 0 running", ends[-1])
+    (failed,) = [line for line in ends if line.startswith("trial 0 failed: gradients must be finite")]
+    output_of_trial = output / "trials" / "trial-0" / "log.txt"
+    assert f"output: {output_of_trial};" in failed and "gradients must be finite" in output_of_trial.read_text()
+    assert "step 6/6 " in (output / "trials" / "trial-1" / "log.txt").read_text()
+    assert not [line for line in lines if re.match(r"\d{4}-\d\d-\d\d |step \d|\(\w+ pid=|scored ", line)]
+    assert re.search(r"\(RayTrainWorker pid=\d+.*\) step 6/6 ", (output / "log.txt").read_text())
+
+
+def check_progress(output: Path) -> None:
+    """TensorBoard's files and MLflow's runs have what the trials reported; the first one nothing."""
     files = list(output.glob("tune/*/trial-*/events.out.tfevents*"))
     assert len(files) == 3
     for file in files:

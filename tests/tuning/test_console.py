@@ -1,17 +1,26 @@
 """What is asked for is shown and tracked; what is not installed is said before anything starts."""
 
 import importlib.util
+import io
+import json
+import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import pytest
+from rich.console import Console
 
 from latentwire.config import SweepConfig, TuneConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.storage import Remote
+from latentwire.distributed.driver_log import LOG
+from latentwire.distributed.worker_output import PROGRESS
+from latentwire.storage import Remote, write_text
 from latentwire.tuning import console
+from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.study import JOURNAL
 
 
 def test_a_missing_tracker_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,48 +69,130 @@ def test_mlflow_gets_every_evaluation_without_a_server(tmp_path: Path, monkeypat
     assert [m.value for m in client.get_metric_history(run.info.run_id, "dev_f1")] == [0.25, 0.5]
 
 
-def test_the_table_shows_what_is_searched_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "1")
-    space = SweepConfig.model_validate({
-        "search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 16}},
-        "tune": {"metric": "dev_em", "constraints": {"wire_bytes": {"max": 9}}},
-    })  # fmt: skip
-    reporter = console.table(space)
-    assert list(reporter._metric_columns) == ["step", "dev_em", "wire_bytes", "train_loss", "examples_per_s"]
-    assert reporter._parameter_columns == {"encoder.latent_len": "latent_len"}
+SPACE = SweepConfig.model_validate(
+    {
+        "search": {
+            "encoder.latent_len": {"type": "int", "low": 4, "high": 16},
+            "encoder.heads": {"type": "categorical", "choices": [2, 4]},
+            "features.deep_prefix.heads": {"type": "categorical", "choices": [0, 2]},
+        },
+        "run": {"features": {"deep_prefix": {}}},
+        "tune": {"trials": 8},
+    }
+)
+STEPS = 100
 
 
-class Shown:
-    """A trial of Tune's, as far as its table looks at one."""
+class Sweep:
+    """A search as Tune drives it, of which the console is told as by Tune: searcher first."""
 
-    def __init__(self, name: str, status: str, result: dict[str, Any], config: dict[str, Any]) -> None:
-        self.trial_id, self.status, self.config = name, status, config
-        self.last_result = {"trial_id": name} | ({"config": config} | result if result else {})
-        self.evaluated_params, self.error_file, self.local_experiment_path = config, None, "/tmp"
-        self.temporary_state = SimpleNamespace(location="here")
+    def __init__(self, folder: Path, screen: Console) -> None:
+        self.search = StudySearch(SPACE, journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+        self.console = console.SweepConsole(self.search, STEPS, folder / "log.txt", screen)
+        self.trials: list[Any] = []
 
-    def __str__(self) -> str:
-        return self.trial_id
+    def begin(self) -> int:
+        number = len(self.trials)
+        self.trials.append(SimpleNamespace(config=self.search.suggest(str(number)), trial_id=str(number)))
+        return number
+
+    def progress(self, number: int, step: int) -> None:
+        """A worker says how far it is, as a line of its output."""
+        values = {
+            "name": f"trial-{number}",
+            "step": step,
+            "total_steps": STEPS,
+            "train_loss": 1.5,
+            "examples_per_s": 7.0,
+        }
+        LOG.receive({"lines": [PROGRESS + json.dumps(values)], "pid": 1, "is_err": False})
+        self.console.on_step_end(0, self.trials)
+
+    def report(self, number: int, step: int, score: float) -> None:
+        result = {"step": step, "total_steps": STEPS, "dev_f1": score, "wire_bytes": 64, "train_loss": 1.25}
+        result |= dict.fromkeys(("first_train_loss", "examples_per_s", "train_seconds"), 2.0)
+        self.search.on_trial_result(str(number), result)
+
+    def end(self, number: int, error: bool = False) -> None:
+        self.search.on_trial_complete(str(number), error=error)
+        (self.console.on_trial_error if error else self.console.on_trial_complete)(0, self.trials, self.trials[number])
 
 
-@pytest.mark.parametrize("mode", ["max", "min"])
-def test_the_table_has_a_place_for_a_trial_that_failed_before_it_was_evaluated(mode: str) -> None:
-    rank = {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}
-    space = SweepConfig.model_validate({
-        "run": {"encoder": {"model": "receiver:llama"}},
-        "search": {"encoder.kind": {"type": "categorical", "choices": ["byte", "lm"]}, "encoder.lora_rank": rank},
-        "tune": {"mode": mode},
-    })  # fmt: skip
-    reporter = console.table(space)
-    trials: list[Any] = [
-        Shown("trial-0", "TERMINATED", {}, {"encoder.kind": "lm", "encoder.lora_rank": 4}),
-        Shown("trial-1", "TERMINATED", {"dev_f1": 0.5}, {"encoder.kind": "byte"}),  # which draws no rank
-        Shown("trial-2", "TERMINATED", {"dev_f1": 0.75}, {"encoder.kind": "byte"}),
-        Shown("trial-3", "RUNNING", {}, {"encoder.kind": "byte"}),
-    ]
-    told = reporter._progress_str(trials, True)
-    better, worse = ("trial-2", "trial-1") if mode == "max" else ("trial-1", "trial-2")
-    rows = [line.split()[1] for line in told.splitlines() if line.startswith("| trial-")]
-    assert rows == ["trial-3", better, worse, "trial-0"]
-    assert f"Current best trial: {better} with dev_f1=0." in told and "inf" not in told
-    assert "Current best" not in reporter._progress_str(trials[:1], True)
+def eight_trials(sweep: Sweep) -> None:
+    """Five run to their end, two are stopped, one fails as its worker says why."""
+    with sweep.console.shown():
+        for number in range(8):
+            sweep.begin()
+            for step in range(0, 50, 5):
+                sweep.progress(number, step)
+            if number == 3:
+                output = sweep.search.trial_dir / "trial-3" / "log.txt"
+                write_text(output.parent / "error.txt", f"gradients must be finite; output: {output}")
+                sweep.end(number)
+                continue
+            sweep.report(number, 50, number / 10)
+            if number not in (4, 5):
+                sweep.report(number, 100, number / 8)
+            sweep.end(number)
+
+
+def test_a_sweep_of_eight_trials_has_a_line_for_each_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight_trials(Sweep(tmp_path, Console(width=80)))
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"8 trials, 0 of them ended before; their output: {tmp_path}/trials/trial-<number>/log.txt"
+    assert len(lines) == 8
+    assert re.match(r"trial 2 done, dev_f1 0.25 at step 100; 3 of 8 trials ended, 0 running, about .* left$", lines[2])
+    log = tmp_path / "trials" / "trial-3" / "log.txt"
+    assert lines[3].startswith(f"trial 3 failed: gradients must be finite; output: {log}; 4 of 8 trials ended")
+    assert lines[4].startswith("trial 4 stopped, dev_f1 0.4 at step 50; 5 of 8")
+
+
+def test_in_a_terminal_failures_alone_stay_and_the_table_is_one(tmp_path: Path) -> None:
+    screen = Console(width=140, height=30, force_terminal=True, force_interactive=True, record=True, file=io.StringIO())
+    sweep = Sweep(tmp_path, screen)
+    eight_trials(sweep)
+    with sweep.console.shown():
+        sweep.progress(sweep.begin(), 10)
+    with screen.capture() as capture:
+        screen.print(sweep.console.drawing(sweep.console._rows()))
+    table = capture.get()
+    assert [name for name in ("latent_len", "encoder.heads", "deep_prefix.heads", "dev_f1") if name not in table] == []
+    assert re.search(r"8 +running +10/100", table) and re.search(r"3 +failed", table) and "about" in table
+    assert screen.export_text().count("trial 3 failed: gradients must be finite") == 1
+    assert "trial 2 done" not in screen.export_text()
+
+
+def test_a_trial_whose_driver_died_names_the_log_of_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = Sweep(tmp_path, Console(width=80))
+    sweep.begin()
+    sweep.console.on_trial_recover(0, sweep.trials, sweep.trials[0])
+    sweep.end(0, error=True)
+    again, failed = capsys.readouterr().out.splitlines()
+    assert again.endswith(f"goes on from its last checkpoint; output: {tmp_path / 'trials' / 'trial-0' / 'log.txt'}")
+    assert failed.startswith("trial 0 failed: the trial's driver died") and f"output: {tmp_path / 'log.txt'};" in failed
+
+
+def test_a_sweep_that_takes_long_says_so_now_and_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    sweep = Sweep(tmp_path, Console(width=80))
+    with sweep.console.shown():
+        sweep.progress(sweep.begin(), 10)
+    _, line = capsys.readouterr().out.splitlines()
+    assert re.match(r"0 of 8 trials ended, 1 running, about .* left$", line)
+
+
+def test_an_earlier_drivers_trials_are_not_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Sweep(tmp_path, Console(width=80))
+    first.report(first.begin(), 100, 0.5)
+    first.end(0)
+    capsys.readouterr()
+    again = Sweep(tmp_path, Console(width=80))
+    again.console.report_end(0)
+    assert capsys.readouterr().out == "" and again.console.steps_before == 100
+    assert pickle.loads(pickle.dumps(again.console)) is not None  # as Tune does with all of its callbacks
