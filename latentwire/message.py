@@ -9,7 +9,7 @@ One packet holds one :class:`~latentwire.message.Message` of any number of rows;
     CRC-32 of everything before it, u32
 
 The payload's size follows from what stands before it, so every length is checked before anything is allocated, and a
-compressed payload is unpacked into a buffer of exactly that size. docs/wire.md has the format byte by byte.
+compressed payload is unpacked into a buffer of exactly that size. docs/guides/messages.md has the format byte by byte.
 """
 
 from __future__ import annotations

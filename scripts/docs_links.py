@@ -18,6 +18,7 @@ JOINING = (
     "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "cluster.yaml", "cluster.gcp.yaml",
     "cluster/requirements.txt",
 )  # fmt: skip
+ROLE = re.compile(r":[a-z]+:<code>~?[\w.]*?(\w+)</code>")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -38,3 +39,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(name) or ".")
 
     return LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show docstrings' roles, such as ``:class:`~latentwire.model.LatentWire```, as the name alone."""
+    return ROLE.sub(r"<code>\1</code>", html)

@@ -1,4 +1,4 @@
-"""The cluster files are what `ray up` takes, and keep what docs/cluster.md and SECURITY.md promise of them."""
+"""The cluster files are what `ray up` takes, and keep what docs/guides/cluster.md and SECURITY.md promise of them."""
 
 import copy
 import re

@@ -22,7 +22,7 @@ def remove_orphaned_groups() -> list[str]:
     """Remove the placement groups that nobody is left to use from this driver's cluster; returns their ids.
 
     Ray removes a job's groups when the job ends. One that the job's actors ask for in that very moment is made after the
-    others were removed, and holds its CPUs and GPUs for as long as the cluster lives (docs/search.md, "Fifty deaths").
+    others were removed, and holds its CPUs and GPUs for as long as the cluster lives (docs/experiments/chaos.md, "Fifty deaths").
     """
     with _this_cluster():
         # Jobs and actors after the groups: what has ended by then can no longer be using one of them.
