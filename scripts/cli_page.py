@@ -15,7 +15,8 @@ HEAD = """# Command line
 
 Made from the commands themselves by `python scripts/cli_page.py`; CI checks that it is current.
 `python -m latentwire` is the same as `latentwire`. The same flag means the same in every command.
-`--set <path>=<value>` reaches [every knob](knobs.md).
+`--set <path>=<value>` reaches [every knob](knobs.md). `latentwire --install-completion` has the shell
+complete commands and flags.
 
 The commands of earlier versions are these with the same flags, and keep working:
 
@@ -38,7 +39,7 @@ yours to mend. A sweep also ends with 1 where every trial has failed or its time
 def page() -> str:
     """Return the whole page."""
     text = app.generate_docs(output_format="markdown")
-    commands = text[text.index("\n## latentwire") :]
+    commands = text[text.index("\n## latentwire tune") : text.index("\n## latentwire --install-completion")]
     return HEAD + re.sub(r"\n{3,}", "\n\n", commands).rstrip() + "\n"
 
 

@@ -434,7 +434,9 @@ def test_the_readmes_example_runs(
     monkeypatch.chdir(export.parent.parent.parent)
     names = run_example(README)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [[name, str(len(names["packet"]))] for name in names["wire"].receivers]
+    assert [line.split()[:2] for line in lines] == [
+        [name, str(len(names["packet"]))] for name in names["wire"].receivers
+    ]
 
 
 def test_the_guides_example_runs(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:

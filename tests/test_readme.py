@@ -1,6 +1,7 @@
 """What README and docs name is there, and their commands parse."""
 
 import importlib
+import itertools
 import re
 import shlex
 import typing
@@ -49,7 +50,7 @@ def test_the_annotated_tree_names_every_file_and_no_other() -> None:
 
 
 COMMAND = re.compile(
-    r"(?:python3? ((?:latentwire|ray_jobs|scripts|experiments|benchmarks)/\w+\.py|-m benchmarks[.\w]*)"
+    r"(?:python3? ((?:latentwire|ray_jobs|scripts|experiments|examples|benchmarks)/\w+\.py|-m benchmarks[.\w]*)"
     r"|(?<![\w/.-])latentwire (tune|train|evaluate|preprocess|report|ask|doctor)\b)"
     r"((?:\\\n|[^`\n])*)"
 )
@@ -105,7 +106,7 @@ def test_every_command_that_the_documents_show_is_one() -> None:
             check(program, words)
         except (CycloptsError, AssertionError) as error:
             pytest.fail(f"{document}: {program} {shlex.join(words)}: {error}")
-        for flag, value in zip(words, words[1:], strict=False):
+        for flag, value in itertools.pairwise(words):
             if flag in ("--config", "--space", "--variants") and value != "PLACEHOLDER":
                 assert (REPOSITORY / value).exists() or value in yaml, (document, program, value)
             if flag in ("--set", "--scratch") and "…" not in value:
