@@ -81,12 +81,14 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
             with pytest.raises(ray.exceptions.WorkerCrashedError):
                 ray.get(ask_and_die.options(max_retries=0).remote())
             end = time.time() + 20
-            while any(told["waiting"] for told in ray.get([own[0].actor.usage.remote() for own in served.values()])):
+            actors = [replicas[0].actor for replicas in served.values()]
+            while any(report["waiting"] for report in ray.get([actor.report.remote() for actor in actors])):
                 assert time.time() < end, "a dead trial's request still waits"
                 time.sleep(0.1)
-            (told,) = ray.get([served["llama"][0].actor.usage.remote()])
-            assert set(told["accounts"]) == {"here", "dying"} and told["accounts"]["dying"]["requests"] > 0
-            assert "2 trials" in usage("llama", [told])
+            (report,) = ray.get([served["llama"][0].actor.report.remote()])
+            accounts = report["accounts"]
+            assert set(accounts) == {"here", "dying"} and accounts["dying"]["requests"] > 0
+            assert "2 trials" in usage("llama", [report])
         end = time.time() + 20
         while replica_processes():
             assert time.time() < end, "replicas must go with the sweep"
