@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --gpu_hours 1 --trainable_m 60 --rows 80000
 
-Prints the table of docs/scale.md. Measured: a trial's overhead, the driver's work per trial, processes' memory. Derived
+Prints the table of docs/experiments/scale.md. Measured: a trial's overhead, the driver's work per trial, processes' memory. Derived
 from formats: checkpoints and columns. Assumed, and therefore flags: what one trial trains.
 """
 

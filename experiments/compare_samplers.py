@@ -1,6 +1,6 @@
 """What a sampler is worth: TPE against random search on a small toy space, the same examples for both, several seeds.
 
-    python experiments/compare_samplers.py --output_dir runs/samplers --picture docs/samplers.png
+    python experiments/compare_samplers.py --output_dir runs/samplers --picture docs/images/samplers.png
 
 Suggestions come from the sweep's own searcher (``tuning/searcher.py``); a trial trains in this process, which takes seconds,
 and none is stopped early. Each pair of sampler and seed has a study of its own: the same command goes on where it was

@@ -11,7 +11,7 @@ sent. Little-endian::
     CRC-32 of everything before it, u32
 
 The payload's size follows from what stands before it, so every length is checked before anything is
-allocated, and a compressed payload is unpacked into a buffer of exactly that size. docs/wire.md has
+allocated, and a compressed payload is unpacked into a buffer of exactly that size. docs/guides/messages.md has
 the format byte by byte.
 """
 

@@ -1,4 +1,4 @@
-"""Write docs/knobs.md: every knob of a configuration file, its default, its bounds, what hangs on it, what it does.
+"""Write docs/reference/knobs.md: every knob of a configuration file, its default, its bounds, what hangs on it, what it does.
 
 python scripts/knobs.py
 """
@@ -20,7 +20,7 @@ from latentwire.config import SweepConfig
 from latentwire.config.knobs import properties
 from latentwire.config.space import CategoricalDimension, FloatDimension, IntDimension
 
-PAGE = Path(__file__).parent.parent / "docs" / "knobs.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "knobs.md"
 HEAD = """# Every knob
 
 The knobs of a configuration file, written from the configuration itself by `python scripts/knobs.py`; CI checks that the
@@ -142,6 +142,7 @@ def marks(field: FieldInfo) -> str:
 def _prose(docstring: str) -> str:
     """Return docstring markup as Markdown, in one line."""
     text = re.sub(r":\w+:`~?[\w.]*?(\w+)`", r"`\1`", " ".join(docstring.split()))
+    text = re.sub(r"\bdocs/([\w/]+)\.md", r"[\1](../\1.md)", text)
     return text.replace("``", "`").replace("|", "\\|")
 
 

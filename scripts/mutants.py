@@ -6,7 +6,7 @@ mutmut writes every mutant of ``[tool.mutmut]`` in pyproject.toml into ``mutants
 one run of the fast tests which of them reach which function. Each mutant of the sample then runs
 those tests, the quickest first, up to the first failure, in a process that is forked after the
 imports; two at a time. What survives is printed as a diff. Less than the goal ends with status 1.
-docs/mutants.md judges survivors.
+docs/experiments/mutants.md judges survivors.
 """
 
 from __future__ import annotations

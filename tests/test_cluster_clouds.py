@@ -149,7 +149,7 @@ def test_a_group_that_has_rules_keeps_them(calls: list[tuple[str, dict[str, Any]
 
 
 def test_the_rights_in_the_docs_are_enough(calls: list[tuple[str, dict[str, Any]]]) -> None:
-    """Requests of the launcher and of the head's autoscaler against the two policies of docs/cluster.md."""
+    """Requests of the launcher and of the head's autoscaler against the two policies of docs/guides/cluster.md."""
     policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOCS, re.DOTALL)]
     launcher, head = (
         [action for statement in policy["Statement"] for action in statement["Action"]] for policy in policies[:2]

@@ -1,4 +1,4 @@
-"""The cluster files are what `ray up` takes, and keep what docs/cluster.md and SECURITY.md promise of them."""
+"""The cluster files are what `ray up` takes, and keep what docs/guides/cluster.md and SECURITY.md promise of them."""
 
 import copy
 import re
@@ -132,7 +132,7 @@ def test_both_clouds_set_up_their_nodes_alike() -> None:
 
 
 def test_the_rayjob_of_the_docs_is_yaml_of_the_same_versions() -> None:
-    text = (REPOSITORY / "docs" / "cluster.md").read_text()
+    text = (REPOSITORY / "docs" / "guides" / "cluster.md").read_text()
     job = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     cluster = job["spec"]["rayClusterSpec"]
     assert (job["kind"], cluster["rayVersion"], cluster["authOptions"]) == ("RayJob", version("ray"), {"mode": "token"})

@@ -65,7 +65,7 @@ def latents_of(message: Message) -> np.ndarray:
 
 
 def by_hand(message: Message, bits: int, payload: bytes, private: Mapping[str, int]) -> bytes:
-    """A packet as docs/wire.md describes it."""
+    """A packet as docs/guides/messages.md describes it."""
     head = b"LTWR" + bytes([1, bits, 0, len(private)]) + bytes.fromhex(message.encoder)
     head += struct.pack("<III", len(message), message.z_BLZ.shape[2], len(payload))
     head += b"".join(struct.pack("<BH", len(name), count) + name.encode() for name, count in private.items())

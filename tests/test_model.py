@@ -420,11 +420,28 @@ def test_the_card_says_not_frozen_and_not_scored(run: RunConfig, tmp_path: Path)
     assert "**not frozen**" in card and "was not scored" in card and "not recorded" in card
 
 
-def test_the_readmes_example_runs(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    monkeypatch.chdir(export.parent.parent.parent)
+def run_example(page: Path) -> dict:
+    """Run the one block of Python that a page shows, and return its names."""
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, page.name, "exec"), names)
+    return names
+
+
+def test_the_readmes_example_runs(
+    export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(export.parent.parent.parent)
+    names = run_example(README)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        [name, str(len(names["packet"]))] for name in names["wire"].receivers
+    ]
+
+
+def test_the_guides_example_runs(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(export.parent.parent.parent)
+    names = run_example(README.parent / "docs" / "guides" / "python.md")
     assert isinstance(names["wire"], latentwire.LatentWire)
     assert len(names["packet"]) == names["message"].packed_size(8) and names["message"].packed_size(8) > 0
     assert len(names["answers"]) == len(names["questions"]) and all(isinstance(a, str) for a in names["answers"])

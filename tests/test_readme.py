@@ -1,85 +1,137 @@
-"""What README and docs name is there."""
+"""What README and docs name is there, and their commands parse."""
 
+import importlib
+import itertools
 import re
+import shlex
 import typing
 from pathlib import Path
 
-from latentwire.cli.flags import FLAGS
+import pytest
+from cyclopts import App, CycloptsError
+
+from latentwire.cli import app, as_written
 from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig, TuneConfig
 from latentwire.config.resolve import knobs
 from latentwire.features.base import Feature
 from latentwire.features.registry import FEATURES
+from scripts import cli_page
 
 REPOSITORY = Path(__file__).parent.parent
-NAME = re.compile(r"[\w./]+\.(?:py|jinja|yaml)\b")
+DOCS = REPOSITORY / "docs"
+PARTS = DOCS / "guides" / "parts.md"
+DOCUMENTS = sorted((*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")))
 
 
-def told() -> set[str]:
-    """Files of the package that the tree in the README names."""
-    (block,) = re.findall(r"## How it is built\n+```\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    found, folders = set(), []
-    for line in block.splitlines():
-        words = line.split()
+def named_in_the_tree() -> set[str]:
+    """Return the files of the package that the tree of docs/architecture.md names."""
+    (tree,) = re.findall(r"```text\n(latentwire/\n.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
+    files, folders = set(), []
+    for line in tree.splitlines():
+        name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
-        if depth <= 2 and words and words[0].endswith("/"):
-            folders = [*folders[:depth], words[0]]
-            continue
-        if not folders or folders[0] != "latentwire/" or not words or not NAME.fullmatch(words[0]):
-            continue
-        names = [words[0]]
-        for word in words[1:]:
-            if not NAME.fullmatch(word):
-                break
-            names.append(word)
-        found |= {"".join([*folders[:depth], name]) for name in names}
-    return found
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            files.add("".join([*folders, name]))
+    return files
 
 
 def test_the_annotated_tree_names_every_file_and_no_other() -> None:
     package = REPOSITORY / "latentwire"
     files = {*package.rglob("*.py"), *package.rglob("*.jinja")}
-    there = {
+    expected = {
         str(file.relative_to(REPOSITORY))
         for file in files
-        if file.name != "__init__.py" and "toy_pair" not in file.parts
+        if "toy_pair" not in file.parts and (file.name != "__init__.py" or file.parent == package)
     }
-    assert told() == there
+    assert named_in_the_tree() == expected
 
 
-COMMAND = re.compile(r"python3? ((?:latentwire|ray_jobs|scripts)/\w+\.py)((?:[^`\n]|\\\n|\n(?= *--))*)")
-"""A script, and its flags on this line and on those that go on."""
-SHARED = {"add_flags": {*FLAGS, "set", "space"}, "add_start": {"from", "add_receiver"}}
-"""What scripts call for flags that they share."""
+COMMAND = re.compile(
+    r"(?:python3? ((?:latentwire|ray_jobs|scripts|experiments|examples|benchmarks)/\w+\.py|-m benchmarks[.\w]*)"
+    r"|(?<![\w/.-])latentwire (tune|train|evaluate|preprocess|report|ask|doctor)\b)"
+    r"((?:\\\n|[^`\n])*)"
+)
+"""A script or a command, and its flags, on this line and on those that a backslash joins to it."""
 
 
-def commands() -> list[tuple[str, str, str]]:
-    """Document, script and flags of every command that the documents show."""
-    documents = (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"))
-    return [(document.name, *found) for document in documents for found in COMMAND.findall(document.read_text())]
+def commands() -> list[tuple[str, str, list[str]]]:
+    """Return document, program and words of every command that the documents show."""
+    shown = []
+    for document in DOCUMENTS:
+        blocks = document.read_text().split("```")
+        prose = [re.sub(r"`[^`]+`", lambda code: code[0].replace("\n", " "), text) for text in blocks[::2]]
+        for text in (*prose, *blocks[1::2]):
+            for script, command, flags in COMMAND.findall(text):
+                if not flags.strip() or document == cli_page.PAGE:
+                    continue
+                flags = re.sub(r"<the [^>]*>|(?<= )…$", "", flags.replace("\\\n", " "))
+                words = shlex.split(re.sub(r"<[^>]*>", "PLACEHOLDER", flags), comments=True)
+                shown.append((str(document.relative_to(REPOSITORY)), script or command, words))
+    return shown
+
+
+def check(program: str, words: list[str]) -> None:
+    """Raise for a word that the program does not take."""
+    command = Path(program).stem if program.startswith(("latentwire/", "ray_jobs/")) else program
+    if command in app:
+        parse(app, [command, *as_written(words)])
+        return
+    source = REPOSITORY / program.replace("-m benchmarks", "benchmarks").replace(".", "/").replace("/py", ".py")
+    source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
+    if "run_script(" in source.read_text():
+        module = importlib.import_module(".".join(source.relative_to(REPOSITORY).with_suffix("").parts))
+        parse(App(default_command=module.main), words)
+        return
+    unknown = {word for word in words if word.startswith("--") and f'"{word}"' not in source.read_text()}
+    assert not unknown, unknown
+
+
+def parse(program: App, words: list[str]) -> None:
+    """Parse words as the program does, and run nothing."""
+    program.parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_every_command_that_the_documents_show_is_one() -> None:
-    """Its script and files are there and have its flags, and what it sets are knobs."""
+    """Its program is there and takes its flags; the files it names are there, and what it sets are knobs."""
     known = {path for path, _ in (*knobs(), *knobs(TuneConfig, "tune."))}
     sections = {f"features.{name}" for name in FeaturesConfig.model_fields}
-    assert len(commands()) > 60
-    for document, script, words in commands():
-        source = (REPOSITORY / script).read_text()
-        flags = set(re.findall(r'"--(\w+)"', source))
-        flags |= {flag for call, shared in SHARED.items() if f"{call}(" in source for flag in shared}
-        if "from latentwire.evaluate import" in source:
-            flags |= set(re.findall(r'"--(\w+)"', (REPOSITORY / "latentwire" / "evaluate.py").read_text()))
-        assert set(re.findall(r"--([a-z]\w*)", words)) <= flags, (document, script, words)
-        for file in re.findall(r"--(?:space|variants) (\S+\.yaml)", words):
-            assert (REPOSITORY / file).exists(), (document, script, file)
-        for path in re.findall(r"--(?:set|scratch) '?(?:run\.)?([\w.]+)=", words):
-            assert path in known | sections or path.startswith("receivers."), (document, script, path)
+    yaml = {file.stem for file in REPOSITORY.rglob("*.yaml") if ".venv" not in file.parts}
+    shown = commands()
+    assert len(shown) > 100
+    for document, program, words in shown:
+        try:
+            check(program, words)
+        except (CycloptsError, AssertionError) as error:
+            pytest.fail(f"{document}: {program} {shlex.join(words)}: {error}")
+        for flag, value in itertools.pairwise(words):
+            if flag in ("--config", "--space", "--variants") and value != "PLACEHOLDER":
+                assert (REPOSITORY / value).exists() or value in yaml | {"my_models.yaml"}, (document, program, value)
+            if flag in ("--set", "--scratch") and "…" not in value:
+                path = value.partition("=")[0].removeprefix("run.")
+                exists = path in known | sections | {"PLACEHOLDER"} or path.startswith("receivers.")
+                assert exists, (document, program, path)
+
+
+def test_a_command_that_is_none_would_be_noticed() -> None:
+    for program, words in (
+        ("tune", ["--confg", "toy"]),
+        ("latentwire/evaluate.py", ["--checkpoint", "a", "--modes", "texts"]),
+        ("ray_jobs/train.py", ["--output_dir", "a", "--dry_run"]),
+        ("experiments/ablate.py", ["--variant", "a"]),
+        ("scripts/chaos.py", ["--death", "10"]),
+        ("-m benchmarks", ["--lonely"]),
+    ):
+        with pytest.raises((CycloptsError, AssertionError)):
+            check(program, words)
 
 
 def test_every_test_that_the_documents_name_is_there() -> None:
     named = {
         (document.name, path)
-        for document in (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"))
+        for document in DOCUMENTS
         for path in re.findall(r"`(tests/[\w/.]+)", document.read_text())
     }
     assert len(named) > 20
@@ -87,7 +139,7 @@ def test_every_test_that_the_documents_name_is_there() -> None:
 
 
 def test_the_parts_name_every_kind_of_encoder_every_feature_and_every_loss() -> None:
-    parts = (REPOSITORY / "docs" / "parts.md").read_text()
+    parts = PARTS.read_text()
     kinds = [f"`encoder.kind: {kind}`" for kind in typing.get_args(EncoderConfig.model_fields["kind"].annotation)]
     features = [f"`features.{name}" for name in FeaturesConfig.model_fields]
     weights = [f"{name}`" for name in LossConfig.model_fields if name.endswith("_weight")]
@@ -95,17 +147,15 @@ def test_the_parts_name_every_kind_of_encoder_every_feature_and_every_loss() -> 
 
 
 def test_the_documents_name_the_features_that_are_no_embeddings_and_those_that_cannot_share() -> None:
-    wire, sharing = ((REPOSITORY / "docs" / name).read_text() for name in ("wire.md", "sharing.md"))
+    messages, sharing = ((DOCS / "guides" / name).read_text() for name in ("messages.md", "sharing.md"))
     inside = [name for name, feature in FEATURES.items() if feature.attached is not Feature.attached]
-    assert len(inside) > 2 and not [name for name in inside if f"`{name}`" not in wire]
-    own = [name for name, feature in FEATURES.items() if feature.needs_weights]
-    assert own and not [name for name in own if f"`{name}`" not in sharing]
+    assert len(inside) > 2 and not [name for name in inside if f"`{name}`" not in messages]
+    in_process = [name for name, feature in FEATURES.items() if feature.needs_weights]
+    assert in_process and not [name for name in in_process if f"`{name}`" not in sharing]
 
 
 def test_every_knob_that_the_parts_name_is_there() -> None:
-    switches = [
-        line.split(" | ")[1] for line in (REPOSITORY / "docs" / "parts.md").read_text().splitlines() if " | " in line
-    ]
+    switches = [line.split(" | ")[1] for line in PARTS.read_text().splitlines() if " | " in line]
     sections = {name.split(".")[0] for name, _ in knobs()}
     named = {path for cell in switches for path in re.findall(r"`([a-z_]+\.[a-z_0-9]+)[`:]", cell)}
     known = {name for name, _ in knobs()} | {f"features.{name}" for name in FeaturesConfig.model_fields}

@@ -26,7 +26,7 @@ class DeepPrefixFeature(Section):
     """Hidden width of the map from latents to keys and values."""
     head_parts: int = Field(1, ge=1, le=64)
     """Parts of a latent that are read by different key-value heads: of n, each makes the keys and values of every n-th
-    head, counted through the layers. Facts that share a latent stay apart then (docs/findings.md); with
+    head, counted through the layers. Facts that share a latent stay apart then (docs/experiments/findings.md); with
     ``encoder.span_parts`` the parts are stretches of its text. ``d_z`` must be a multiple."""
 
 

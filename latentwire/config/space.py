@@ -102,7 +102,7 @@ class TuneConfig(Section):
     max_concurrent_trials: int | None = knob(None, ge=1, may_change=("resumed sweep",))
     """Upper limit of trials at once. ``None``: as many as the cluster's CPUs and GPUs hold."""
     receivers: Literal["auto", "own", "shared"] = "auto"
-    """``own``: every trial loads the frozen receivers. ``shared``: trials ask replicas that hold them once (docs/sharing.md).
+    """``own``: every trial loads the frozen receivers. ``shared``: trials ask replicas that hold them once (docs/guides/sharing.md).
     ``auto``: shared where more trials fit at once that way, and nothing stands against it."""
     gpu_memory_gb: float | None = Field(None, gt=0)
     """Memory of one GPU in GB, to plan with. ``None``: that of this machine's GPU; where it has none (a head without GPUs)

@@ -22,7 +22,7 @@ class TrainingConfig(Section):
     bucket_batches: int = Field(2, ge=1)
     """Batches that are drawn together, sorted by the length of their texts and then parted: less padding, but also
     batches that are less of a random sample. Where length tells what a text is about, many cost learning
-    (docs/findings.md). 1: as drawn."""
+    (docs/experiments/findings.md). 1: as drawn."""
     questions_together: bool = knob(False, shards="value")
     """Rows with one context are shuffled as one and stand in one batch, which encodes it once for all its questions: less
     work, and each message hears at once of all that was asked of it; but also fewer contexts in a batch. ``samples`` takes
@@ -31,8 +31,8 @@ class TrainingConfig(Section):
     """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: matrices are updated by Muon (arXiv 2502.16982), scaled to AdamW's steps so that rates can stay; vectors,
-    gains, embeddings and queries by AdamW as ever. It learns sooner on the toy pair (docs/findings.md) and on small real
-    receivers (docs/real_pair.md)."""
+    gains, embeddings and queries by AdamW as ever. It learns sooner on the toy pair (docs/experiments/findings.md) and on small real
+    receivers (docs/experiments/real_pair.md)."""
     encoder_lr: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate of the encoder."""
     adapter_lr: float = Field(1e-3, gt=0, le=1)
@@ -88,7 +88,7 @@ class TrainingConfig(Section):
     """Steps between evaluations; each one writes a checkpoint and reports to Tune."""
     best_by: Literal["dev_f1", "dev_loss"] | None = knob(None, may_change=("resumed run",))
     """What chooses the best checkpoint of a single run (a sweep's trials: ``tune.metric``). F1 is what is wanted; the loss
-    tells more from few development rows (docs/real_pair.md). ``None``: F1, and the loss where texts have no answers."""
+    tells more from few development rows (docs/experiments/real_pair.md). ``None``: F1, and the loss where texts have no answers."""
     log_every: int = knob(20, ge=1, may_change=("resumed run",))
     """Steps between progress lines."""
     seed: int = Field(0, ge=0)

@@ -107,7 +107,7 @@ class EncoderConfig(Section):
     span_ends: Literal["even", "sentences"] = "even"
     """Where spans end. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
     sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
-    (docs/findings.md). Needs ``pooling: spans``."""
+    (docs/experiments/findings.md). Needs ``pooling: spans``."""
     span_parts: int = Field(1, ge=1, le=64)
     """A latent is so many parts side by side, each from an equal stretch of its span: what stands first and what stands last
     in it are then told apart. Needs ``pooling: spans``, and ``d_z`` as a multiple."""

@@ -23,7 +23,7 @@ def remove_orphaned_groups() -> list[str]:
 
     Returns their ids. Ray removes a job's groups when the job ends. A group that the job's actors
     ask for in that very moment is made after the others were removed, and holds its CPUs and GPUs
-    for as long as the cluster lives (docs/search.md, "Fifty deaths").
+    for as long as the cluster lives (docs/experiments/chaos.md, "Fifty deaths").
     """
     with _this_cluster():
         # Jobs and actors after the groups: those that have ended by then can use none of them.

@@ -20,7 +20,7 @@ class DeepPrefix(Feature):
     With ``head_parts`` it maps each part of a latent's entries to those of the part's own heads. A
     head compares a query with one key per slot: of two facts in one latent it can find one by its
     key, or both mixed, and nothing in the loss tells heads to choose differently; this does
-    (docs/findings.md).
+    (docs/experiments/findings.md).
     """
 
     def __init__(self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:

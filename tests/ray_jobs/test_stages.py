@@ -1,4 +1,4 @@
-"""Each stage as a command of its own, and the commands that the README shows."""
+"""Each stage as a command of its own, and the first commands that the docs show."""
 
 import json
 import re
@@ -81,8 +81,8 @@ def test_texts_first_and_questions_after_them(job: Job, tmp_path: Path) -> None:
     assert "full text" in log_of(tmp_path)
 
 
-def test_readme_commands(job: Job, tmp_path: Path) -> None:
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_quickstarts_commands(job: Job, tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "quickstart.md").read_text()
     block = next(b for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "latentwire/train.py" in b)
     commands = [shlex.split(line.replace("runs/test", str(tmp_path / "run"))) for line in block.splitlines()]
     assert len(commands) == 2
@@ -129,7 +129,7 @@ def test_the_full_size_command_fails_for_want_of_the_hub_alone(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    text = (REPOSITORY / "README.md").read_text()
+    text = (REPOSITORY / "docs" / "guides" / "another_model.md").read_text()
     command = re.search(r"python3 latentwire/train\.py --llama_id.*?experiment_name", text, re.DOTALL)
     assert command
     words = shlex.split(command[0].replace("\\\n", " ").replace("runs/experiment_name", str(tmp_path / "run")))
