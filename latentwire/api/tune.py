@@ -14,6 +14,7 @@ from latentwire.config import SweepConfig
 from latentwire.config.places import at_home, with_home
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
+from latentwire.distributed.driver_log import LOG, path_beside
 from latentwire.errors import fail
 from latentwire.evaluation import readings, scoring
 from latentwire.planning import forecast, planner
@@ -174,7 +175,7 @@ def run(
         dry_run: print plan, forecast and configuration, and stop.
         verbose: show what workers and libraries print.
     """
-    cluster.start_ray()
+    cluster.start_ray(verbose)
     plan = planner.plan_on_cluster(space)
     rate = remote.measure_rate(largest_run(space), plan.gpus_per_worker) if dry_run else None
     plan = forecast.show(space, plan, output, rate)
@@ -214,6 +215,7 @@ def drive(
     try:
         with lease.held(output, force, stop.lose) as stop.lease, stop.by_signals():
             resume.write_space(space, output)
+            LOG.open(path_beside(output))
             if retry:
                 lines = resume.retry_failed(space, output) or ["no trial has failed"]
                 print("\n".join(lines), flush=True)
@@ -283,9 +285,7 @@ def search(
     validation = files[variant_key(run)].shards["validation"]
     stop.check_taken()
     resume.set_aside(output / "best")
-    scored = remote.on_cluster(
-        run, plan.gpus_per_worker, scoring.score_and_export, best.checkpoint, validation, output / "best"
-    )
+    scored = remote.score_and_export(run, plan.gpus_per_worker, best.checkpoint, validation, output / "best")
     stop.check_taken()
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
@@ -302,6 +302,7 @@ def search(
     sweep.tidy_at_last(space, output)
     held = checkpoint_budget.bytes_in([output / "trials", output / reruns.RERUNS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
+    print(f"log: {LOG.path}")
     print(f"exported: {output / 'best'}")
     line = f"{line}; exported to `{output / 'best'}`"
     print(f"report: {tables.write_report(output, line, grids, command)}, {html.write(output)}")

@@ -23,6 +23,7 @@ from latentwire.cli.flags import (
 )
 from latentwire.config.places import with_home
 from latentwire.config.resolve import ConfigError
+from latentwire.distributed.driver_log import LOG
 from latentwire.tuning import lease, manifest
 from latentwire.tuning import resume as resuming
 
@@ -53,6 +54,7 @@ def tune(
         trial: The trial of --from_manifest; the best by default.
         dry_run: Print the configuration and the plan, then stop.
     """
+    LOG.divert(verbose)
     if resume or from_manifest:
         refuse_flags(flags, "a resumed sweep" if resume else "a repeated trial")
     if retry_failed and not resume:
