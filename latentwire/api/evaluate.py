@@ -74,7 +74,7 @@ def evaluate(
             known = known_of(folder, manifest, split, path, looked)
             predictions = scoring.predict_conditions(wire, path, questions.conditions, joint=joint)
             return Evaluation(run, questions, predictions, known)
-    return _on_ray(where, manifest, run, split, questions, joint, probes, copies)
+    return _on_ray(where, manifest, run, split, questions, joint, probes, copies, verbose)
 
 
 def _on_ray(
@@ -86,6 +86,7 @@ def _on_ray(
     joint: bool,
     probes: bool,
     copies: int | None,
+    verbose: bool,
 ) -> Evaluation:
     """Score by a Ray Data actor pool: every GPU (or core) of the cluster takes part of the rows."""
     import ray
@@ -93,7 +94,7 @@ def _on_ray(
     from latentwire.data import pipeline
     from latentwire.distributed import cluster, remote, scoring_pool
 
-    cluster.start_ray()
+    cluster.start_ray(verbose)
     plan = planner.plan_on_cluster(SweepConfig(run=run))
     memory = planner.node_memory(run.training.gpus_per_worker)
     path = pipeline.ensure_shards(run, split)

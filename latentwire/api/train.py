@@ -162,9 +162,11 @@ def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> t
     """Train by a TorchTrainer; return the best checkpoint and the validation shards."""
     from ray.train import TrainingFailedError
 
-    from latentwire.distributed import cluster, sweep_files, trial
+    from latentwire.distributed import cluster, sweep_files, task, trial
+    from latentwire.distributed.driver_log import LOG, path_beside
 
-    cluster.start_ray()
+    cluster.start_ray(verbose)
+    LOG.open(path_beside(output))
     plan = planner.plan_on_cluster(space)
     print(plan, flush=True)
     run = space.run
@@ -186,6 +188,6 @@ def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> t
         trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(str(error)) from error
-    if cause := trial.cause_left(output):
+    if cause := task.cause_left(output):
         raise TrainingError(cause)
     return step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode), files.shards["validation"]

@@ -11,6 +11,6 @@ from latentwire.planning import autoscaler
 def preprocess(*, flags: SharedFlags = NO_FLAGS, verbose: Verbose = False) -> int:
     """Make the shards and the teachers' columns that a configuration needs; complete ones are left alone."""
     space = with_home(read_config(flags, "toy"))
-    cluster.start_ray()
+    cluster.start_ray(verbose)
     sweep_files.prepare(space, space.run.training.gpus_each(autoscaler.cluster_resources()))
     return 0

@@ -25,20 +25,17 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
+from latentwire.distributed.task import ERROR_FILE, WorkerTask, leave_cause
 from latentwire.distributed.waiting import PatientTrainer, is_lasting
-from latentwire.distributed.worker_output import log_file, trial_log
+from latentwire.distributed.worker_output import trial_log
 from latentwire.planning.variants import variant_key
 from latentwire.receivers.memory import is_out_of_memory
-from latentwire.storage import Place, delete, place, text_if_there, write_text
+from latentwire.storage import Place, delete
 
 NUMBER = "study_trial"
 """Key of a trial's number among the values that Tune gets."""
 TAKES_UP = "takes_up_trial"
 """Key, there too, of the number of the failed trial whose directory a trial goes on in."""
-EARLIER = "earlier_evaluations"
-"""Key of the reports before the one that a resumed trial makes again, as JSON."""
-ERROR_FILE = "error.txt"
-"""Where a trial's driver or worker leaves the cause of a failure."""
 
 ROOM_SECONDS = "120"
 """How often a trial that waits for room says so. It waits for as long as it takes: the planner has
@@ -51,13 +48,16 @@ ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 """Lets Ray put tensors into shared memory without another copy; set where a process starts."""
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Run :func:`latentwire.distributed.worker.train`, as every worker of a trial does."""
-    rank = ray.train.get_context().get_world_rank()
-    with trial_log(place(settings["folder"]), rank):
+def train_worker(config: dict[str, Any]) -> None:
+    """Run :func:`latentwire.distributed.worker.train` on a worker.
+
+    ``config``: the ``task``, in a dictionary as Ray Train asks for.
+    """
+    task: WorkerTask = config["task"]
+    with trial_log(task.folder, ray.train.get_context().get_world_rank()):
         from latentwire.distributed import worker
 
-        worker.train(settings)
+        worker.train(task)
 
 
 @dataclass(frozen=True)
@@ -116,39 +116,6 @@ def drive_trial(
                 raise
 
 
-def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
-    """Write why a trial failed, how large it was where that is why, and which file has its output."""
-    told = getattr(error, "controller_failure", error)  # of Train's, the one that says what happened
-    lines = str(told).strip().splitlines() or [type(told).__name__]
-    cause = lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)  # there, of a traceback
-    if is_out_of_memory(error):
-        cause = f"out of memory with {size_of(run)}: {cause}"
-    log = log_file(path, min(getattr(error, "worker_failures", None) or [0]))
-    if log is not None and log.exists():
-        cause = f"{cause}; output: {log}"
-    write_text(path / ERROR_FILE, cause)
-
-
-def cause_left(path: Place) -> str | None:
-    """Why the last attempt at a run failed, where one did."""
-    return text_if_there(path / ERROR_FILE)
-
-
-def size_of(run: RunConfig) -> str:
-    """What a run's memory hangs on, in a line."""
-    training, encoder = run.training, run.encoder
-    length = (
-        f"{encoder.tokens_per_latent} tokens per latent"
-        if encoder.tokens_per_latent
-        else f"latent_len {encoder.latent_len}"
-    )
-    receivers = " and ".join(f"{receiver.model} ({receiver.dtype})" for receiver in run.receivers)
-    return (
-        f"batch_size {training.batch_size} over {training.num_workers} worker(s) in {training.accumulation} part(s), "
-        f"sequential_models {str(training.sequential_models).lower()}, {length}, d_z {encoder.d_z}, {receivers}"
-    )
-
-
 def name_cluster() -> None:
     """Tell the actors that Train starts which Ray they belong to, as it hands its own settings on.
 
@@ -201,10 +168,18 @@ def make_trainer(
     return PatientTrainer(
         train_worker,
         train_loop_config={
-            "run": run.model_dump(mode="json"), "pins": pins, "train_rows": train_rows,
-            "train_shards": str(train_shards), "began": time.time(),
-            "folder": str(folder), "metric": metric, "mode": mode, "gpus": gpus_per_worker,
-            "served": served,
+            "task": WorkerTask(
+                run=run,
+                pins=pins,
+                train_rows=train_rows,
+                train_shards=train_shards,
+                began=time.time(),
+                folder=folder,
+                metric=metric,
+                mode=mode,
+                gpus=gpus_per_worker,
+                served=served,
+            )
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources

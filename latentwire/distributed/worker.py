@@ -17,17 +17,15 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire import exports
-from latentwire.config import RunConfig
 from latentwire.data import documents, streams
 from latentwire.distributed.prometheus import TrialMetrics
 from latentwire.distributed.replicas import shared_receivers
-from latentwire.distributed.trial import EARLIER, leave_cause
+from latentwire.distributed.task import EARLIER, WorkerTask, leave_cause
 from latentwire.distributed.waiting import is_lasting
 from latentwire.distributed.worker_output import ProgressTeller, tell
 from latentwire.model import LatentWire
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.receivers.remote import RemoteReceiver
-from latentwire.storage import place
 from latentwire.threads import use_threads
 from latentwire.training import checkpoints, step_checkpoints
 from latentwire.training.loop import Trainer
@@ -37,37 +35,32 @@ PREEMPTION_STEPS = 5
 """Steps between two looks for a notice that this node goes away: all workers look together, which costs milliseconds."""
 
 
-def train(settings: dict[str, Any]) -> None:
-    """Train; what would fail again in the same way leaves its cause and ends the run without another try.
-
-    ``settings``: ``run`` (a dumped :class:`RunConfig`), ``pins``, ``train_rows``, ``train_shards``, ``began`` (when the trial
-    did), ``folder`` of its checkpoints, ``metric`` and ``mode`` by which they are kept, ``gpus`` of one worker, ``served`` where
-    its receivers are shared.
-    """
-    run = RunConfig.model_validate(settings["run"])
+def train(task: WorkerTask) -> None:
+    """Train; an error that would come again leaves its cause and ends the run without another try."""
     try:
-        _train(run, settings)
+        _train(task)
     except Exception as error:
-        if run.training.num_workers > 1 or not (is_lasting(error) or is_out_of_memory(error)):
+        if task.run.training.num_workers > 1 or not (is_lasting(error) or is_out_of_memory(error)):
             raise  # of several workers the others would wait for this one
-        leave_cause(place(settings["folder"]), run, error)
+        leave_cause(task.folder, task.run, error)
         print(f"error: {error}", flush=True)
 
 
-def _train(run: RunConfig, settings: dict[str, Any]) -> None:
+def _train(task: WorkerTask) -> None:
+    run = task.run
     entered = time.time()
     use_threads(run.training.cpus_per_worker)  # Ray leaves torch at the machine's count
-    cap_memory(settings["gpus"])
+    cap_memory(task.gpus)
     workers = Workers()
-    served = settings["served"]
-    wire = LatentWire(run, None if served is None else shared_receivers(run, served, settings["folder"]))
+    served = task.served
+    wire = LatentWire(run, None if served is None else shared_receivers(run, served, str(task.folder)))
     frozen = wire.fingerprints()
-    if (expected := settings["pins"].get("receivers", frozen)) != frozen:
+    if (expected := task.pins.get("receivers", frozen)) != frozen:
         raise exports.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
-    pins = settings["pins"] | {"receivers": frozen}
+    pins = task.pins | {"receivers": frozen}
     batch_size = run.training.batch_size // workers.size
-    trainer = Trainer(wire, max(1, settings["train_rows"] // run.training.batch_size), workers)
-    folder, chosen = place(settings["folder"]), (settings["metric"], settings["mode"])
+    trainer = Trainer(wire, max(1, task.train_rows // run.training.batch_size), workers)
+    folder, chosen = task.folder, (task.metric, task.mode)
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
     if last and workers.rank == 0:
@@ -75,16 +68,16 @@ def _train(run: RunConfig, settings: dict[str, Any]) -> None:
     dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
     if not last and run.training.init_from is not None:  # a searched one was not there to be checked before the sweep
         documents.check_development(wire.trained_on, run.training.init_from, dev["document"].to_pylist())
-    wire.trained_on = wire.trained_on.with_stage(run, place(settings["train_shards"]))
+    wire.trained_on = wire.trained_on.with_stage(run, task.train_shards)
     gauges = TrialMetrics(folder.name)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
-    started = start_times(settings["began"], entered)
+    started = start_times(task.began, entered)
     print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
     rows = ray.train.get_dataset_shard("train")
     tell_progress = ProgressTeller(folder.name)
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
-        only = settings["train_rows"] < run.training.batch_size
+        only = task.train_rows < run.training.batch_size
         for batch in streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only):
             if trainer.progress.step % PREEMPTION_STEPS == 0:
                 save_if_preempted()

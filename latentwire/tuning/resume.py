@@ -11,7 +11,8 @@ from latentwire.config import SweepConfig
 from latentwire.config.knobs import paths_with
 from latentwire.config.overrides import assigned
 from latentwire.config.resolve import ConfigError, load_space
-from latentwire.distributed.trial import ERROR_FILE, trial_path
+from latentwire.distributed.task import ERROR_FILE
+from latentwire.distributed.trial import trial_path
 from latentwire.planning.resolved import objectives
 from latentwire.storage import Place, delete, local, rename, write_text
 from latentwire.tuning import study as studies

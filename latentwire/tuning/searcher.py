@@ -25,7 +25,8 @@ from ray.tune.search.searcher import Searcher
 
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
-from latentwire.distributed.trial import EARLIER, NUMBER, TAKES_UP, cause_left, trial_path
+from latentwire.distributed.task import EARLIER, cause_left
+from latentwire.distributed.trial import NUMBER, TAKES_UP, trial_path
 from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import check_metrics
 from latentwire.storage import Place, StorageError, place

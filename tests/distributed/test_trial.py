@@ -21,7 +21,8 @@ from latentwire import exports
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.distributed import trial, worker
-from latentwire.distributed.trial import EARLIER, ERROR_FILE, NUMBER, Variant, cause_left, drive_trial, leave_cause
+from latentwire.distributed.task import EARLIER, ERROR_FILE, WorkerTask, cause_left, leave_cause
+from latentwire.distributed.trial import NUMBER, Variant, drive_trial
 from latentwire.models.weights import ReceiverError
 from latentwire.planning.variants import variant_key
 from latentwire.receivers.memory import is_out_of_memory
@@ -60,6 +61,13 @@ def test_out_of_memory_is_told_with_the_size(run: RunConfig, tmp_path: Path, err
     assert [file.name for file in tmp_path.iterdir()] == [ERROR_FILE]
 
 
+def task_of(run: RunConfig, folder: Path, **values: Any) -> WorkerTask:
+    """The work of a run's workers, with values of its own where it matters."""
+    plain: dict[str, Any] = {"pins": {}, "train_rows": 16, "train_shards": folder, "began": 0.0, "gpus": 0.0}
+    plain |= {"metric": "dev_f1", "mode": "max", "served": None}
+    return WorkerTask(run=run, folder=folder, **(plain | values))
+
+
 def allocate_too_much_with_torch() -> None:
     torch.empty(10**15)
 
@@ -73,7 +81,7 @@ def test_a_cpu_that_has_no_more_memory_is_recognised(
     run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocate: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(worker, "_train", lambda *_: allocate())
-    worker.train({"run": run.model_dump(mode="json"), "folder": str(tmp_path)})
+    worker.train(task_of(run, tmp_path))
     assert "out of memory with batch_size 4" in str(cause_left(tmp_path))
 
 
@@ -94,15 +102,15 @@ def test_what_would_fail_again_ends_the_run_at_once(
         raise error
 
     monkeypatch.setattr(worker, "_train", failing)
-    settings = {"run": run.model_dump(mode="json"), "folder": str(tmp_path)}
-    worker.train(settings)
+    task = task_of(run, tmp_path)
+    worker.train(task)
     assert cause_left(tmp_path)
-    two = {"run": with_values(run, {"training.num_workers": 2}).model_dump(mode="json"), "folder": str(tmp_path)}
+    two = task_of(with_values(run, {"training.num_workers": 2}), tmp_path)
     with pytest.raises(type(error)):  # the other worker waits for this one until Ray ends both
         worker.train(two)
     error = ValueError("a network that may come back")  # type: ignore[assignment]
     with pytest.raises(ValueError, match="network"):
-        worker.train(settings)
+        worker.train(task)
 
 
 class Stream:
@@ -154,17 +162,10 @@ def work(
         ours.setattr(ray.train, "get_preemption_info", lambda: notice if seen.step >= notice_at else None)
         ours.setattr(ray.train, "report", reports.append)
         pins = {"shards": {}, "evaluation": {}}
-        settings = {
-            "run": run.model_dump(mode="json"),
-            "pins": pins,
-            "train_rows": table.num_rows,
-            "train_shards": str(shards_of(table, folder.parent / "shards")),
-            "began": 0.0,
-            "gpus": 0.0,
-            "served": None,
-        }
+        rows = shards_of(table, folder.parent / "shards")
+        task = task_of(run, folder, pins=pins, train_rows=table.num_rows, train_shards=rows)
         with contextlib.suppress(Process):
-            worker.train(settings | {"folder": str(folder), "metric": "dev_f1", "mode": "max"})
+            worker.train(task)
     return reports
 
 
@@ -301,28 +302,24 @@ def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
 def test_what_would_fail_again_ends_the_trial_and_a_store_that_does_not_answer_does_not(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"run": run.model_dump(mode="json"), "folder": str(tmp_path)}
+    task = task_of(run, tmp_path)
     fault: list[Exception] = [ReceiverError("receiver llama: no decoder"), StorageError("the bucket cannot be read")]
 
     def failing(*_: object) -> None:
         raise fault.pop(0)
 
     monkeypatch.setattr(worker, "_train", failing)
-    worker.train(settings)
+    worker.train(task)
     assert cause_left(tmp_path) == "receiver llama: no decoder"
     with pytest.raises(StorageError):
-        worker.train(settings)
+        worker.train(task)
 
 
 def test_receivers_of_other_weights_are_refused(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {
-        "run": run.model_dump(mode="json"), "pins": {"receivers": {"llama": "0" * 64}}, "train_rows": 16, "began": 0.0,
-        "gpus": 0.0, "served": None,
-        "folder": str(tmp_path), "metric": "dev_f1", "mode": "max",
-    }  # fmt: skip
-    worker.train(settings)
+    task = task_of(run, tmp_path, pins={"receivers": {"llama": "0" * 64}})
+    worker.train(task)
     assert "receivers must hash to {'llama': '0000" in str(cause_left(tmp_path))
 
 

@@ -7,7 +7,8 @@ import pytest
 from latentwire.cli.flags import refuse_flags
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
-from latentwire.distributed.trial import ERROR_FILE, trial_path
+from latentwire.distributed.task import ERROR_FILE
+from latentwire.distributed.trial import trial_path
 from latentwire.tuning import resume
 from latentwire.tuning.reruns import RERUNS
 from latentwire.tuning.searcher import StudySearch

@@ -17,7 +17,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError, load_space
-from latentwire.distributed.trial import EARLIER, ERROR_FILE, NUMBER, TAKES_UP, trial_path
+from latentwire.distributed.task import EARLIER, ERROR_FILE
+from latentwire.distributed.trial import NUMBER, TAKES_UP, trial_path
 from latentwire.storage import StorageError
 from latentwire.tuning import searcher
 from latentwire.tuning import study as studies

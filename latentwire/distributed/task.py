@@ -1,0 +1,74 @@
+"""A trial's work as it is sent to its workers, and the cause of a failure as they leave it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+
+from latentwire.config import RunConfig
+from latentwire.distributed.worker_output import log_file
+from latentwire.receivers.memory import is_out_of_memory
+from latentwire.storage import Place, text_if_there, write_text
+
+EARLIER = "earlier_evaluations"
+"""Key of the reports before the one that a resumed trial makes again, as JSON."""
+ERROR_FILE = "error.txt"
+"""Where a trial's driver or worker leaves the cause of a failure."""
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """The work of one trial's workers, the same for each of them."""
+
+    run: RunConfig
+    pins: dict[str, Any]
+    """Hashes that the metrics depend on."""
+    train_rows: int
+    train_shards: Place
+    """Where the training rows lie: a wire keeps which documents it has trained on."""
+    began: float
+    """When the trial began, in seconds since 1970."""
+    folder: Place
+    """Directory of the trial's checkpoints."""
+    metric: str
+    mode: str
+    """``max`` or ``min``: which values of ``metric`` the kept checkpoints have."""
+    gpus: float
+    """GPUs of one worker."""
+    served: Any
+    """Replicas of the receivers; None where the workers hold their own."""
+
+
+def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
+    """Write why a trial failed, how large it was where that is why, and which file has its output."""
+    failure = getattr(error, "controller_failure", error)  # of Train's, the one that says what happened
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    cause = lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)  # there, of a traceback
+    if is_out_of_memory(error):
+        cause = f"out of memory with {size_of(run)}: {cause}"
+    log = log_file(path, min(getattr(error, "worker_failures", None) or [0]))
+    if log is not None and log.exists():
+        cause = f"{cause}; output: {log}"
+    write_text(path / ERROR_FILE, cause)
+
+
+def cause_left(path: Place) -> str | None:
+    """Return why the last attempt at a run failed, where one did."""
+    return text_if_there(path / ERROR_FILE)
+
+
+def size_of(run: RunConfig) -> str:
+    """Summarise in one line what determines a run's memory."""
+    training, encoder = run.training, run.encoder
+    length = (
+        f"{encoder.tokens_per_latent} tokens per latent"
+        if encoder.tokens_per_latent
+        else f"latent_len {encoder.latent_len}"
+    )
+    receivers = " and ".join(f"{receiver.model} ({receiver.dtype})" for receiver in run.receivers)
+    return (
+        f"batch_size {training.batch_size} over {training.num_workers} worker(s) in {training.accumulation} part(s), "
+        f"sequential_models {str(training.sequential_models).lower()}, {length}, d_z {encoder.d_z}, {receivers}"
+    )
