@@ -98,7 +98,7 @@ def run(
         from latentwire.distributed import remote
 
         gpus = planner.plan_on_cluster(space).gpus_per_worker
-        scored: Scored = remote.on_cluster(space.run, gpus, scoring.score_and_export, best, validation, output / "best")
+        scored: Scored = remote.score_and_export(space.run, gpus, best, validation, output / "best")
     else:
         scored = scoring.score_and_export(best, validation, output / "best")
     scoring.write_results(output, {"command": command, "best": best} | scored.document)
@@ -165,8 +165,8 @@ def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> t
     from latentwire.distributed import cluster, sweep_files, task, trial
     from latentwire.distributed.driver_log import LOG, path_beside
 
-    cluster.start_ray(verbose)
-    LOG.open(path_beside(output))
+    cluster.start_ray(verbose, training=True)
+    LOG.open(path_beside(output, "driver.txt"))  # its worker has log.txt
     plan = planner.plan_on_cluster(space)
     print(plan, flush=True)
     run = space.run

@@ -242,6 +242,8 @@ def explain_stop(stop: Stop, space: SweepConfig, output: Place, again: str) -> i
         f"checkpoints; all is kept, nothing was scored",
         flush=True,
     )
+    if LOG.path is not None:
+        print(f"log: {LOG.path}", flush=True)
     if stop.taken:
         return stop.status
     print(f"go on: {again}", flush=True)

@@ -164,8 +164,8 @@ def _is_of_a_console(handler: logging.Handler) -> bool:
     return plain and getattr(handler, "stream", None) is not LOG
 
 
-def path_beside(output: Place) -> Path:
+def path_beside(output: Place, name: str = "log.txt") -> Path:
     """Return where the log of a sweep or run lies: in its directory, or in this machine's cache where that is in a store."""
     if isinstance(output, Path):
-        return output / "log.txt"
+        return output / name
     return cache_dir() / "logs" / f"{output.name}.txt"
