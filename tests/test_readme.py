@@ -138,6 +138,26 @@ def test_every_test_that_the_documents_name_is_there() -> None:
     assert not [(document, path) for document, path in named if not (REPOSITORY / path.rstrip(".")).exists()]
 
 
+def test_every_module_that_the_documents_name_is_there() -> None:
+    rooms = [folder.name for folder in (REPOSITORY / "latentwire").iterdir() if folder.is_dir()]
+    module = re.compile(
+        rf"`(?:latentwire/)?((?:{'|'.join(rooms)})/\w+\.py)`|`(?:latentwire\.)((?:{'|'.join(rooms)})[.\w]*)"
+    )
+    named = {
+        (document.name, slashed or dotted.replace(".", "/"))
+        for document in DOCUMENTS
+        if document.name != "CHANGELOG.md"
+        for slashed, dotted in module.findall(document.read_text())
+    }
+    assert len(named) > 20
+    assert not [(document, name) for document, name in named if not is_there(REPOSITORY / "latentwire" / name)]
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a module is there, or the module that a name is of."""
+    return path.exists() or path.with_suffix(".py").exists() or path.parent.with_suffix(".py").exists()
+
+
 def test_the_parts_name_every_kind_of_encoder_every_feature_and_every_loss() -> None:
     parts = PARTS.read_text()
     kinds = [f"`encoder.kind: {kind}`" for kind in typing.get_args(EncoderConfig.model_fields["kind"].annotation)]
