@@ -30,7 +30,7 @@ class DataConfig(Section):
     dataset's name has them, it alone is read. ``None``: the Hub, where the dataset has an id there;
     ``toy`` reads no files."""
     config: str | None = knob(None, min_length=1, shards="content")
-    """Which of the dataset's configurations is read where there are several, e.g. ``distractor`` or
+    """The configuration of a dataset that is read where there are several, e.g. ``distractor`` or
     ``fullwiki`` of HotpotQA: a word of the files' names or folders, or on the Hub its name there.
     ``None``: the only one; on the Hub, the usual one."""
     samples: int = knob(20_000, ge=0, shards="value")
@@ -48,11 +48,11 @@ class DataConfig(Section):
     seed: int = knob(0, ge=0, shards="value")
     """Seed of the splits, of the draw of rows, and of the toy generator."""
     send: Literal["context", "prompt"] = knob("context", shards="value")
-    """What is compressed: the context alone (the question travels as text), or context and question."""
+    """The text that is compressed: the context alone (the question travels as text), or context and question."""
     max_context_bytes: int = knob(4_096, ge=16, shards="value")
     """Longest sender text in UTF-8 bytes; longer rows follow ``overflow``."""
     overflow: Literal["reject", "truncate", "chunk"] = knob("reject", shards="value")
-    """What happens to a longer row: into the rejects file, cut at the end (counted), or, with ``dataset: text``, parted
+    """The fate of a longer row: into the rejects file, cut at the end (counted), or, with ``dataset: text``, parted
     into rows that fit."""
     toy_people: int = knob(3, ge=1, le=4, shards="value")
     """People in a toy context."""

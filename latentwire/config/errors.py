@@ -1,4 +1,4 @@
-"""What a configuration that breaks a rule is answered with."""
+"""The error of a configuration that breaks a rule, and the nearest name that is known."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ LOSS_BUNDLES: dict[str, dict[str, Any]] = {
 
 
 class Schedule(Section):
-    """How a weight or size moves over the training steps after the alignment."""
+    """The course of a weight or size over the training steps after the alignment."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the way from ``start`` to ``end``."""
@@ -56,7 +56,7 @@ class Schedule(Section):
     """Optimiser steps from ``start`` to ``end``."""
 
     def factor(self, step: int) -> float:
-        """The factor at a step counted from the end of the alignment."""
+        """Return the factor at a step counted from the end of the alignment."""
         share = min(1.0, step / self.steps)
         if self.kind == "constant":
             return self.end
@@ -116,7 +116,7 @@ class LossConfig(Section):
         return [name for name in weights if getattr(self, name)]
 
     def factor(self, knob: str, step: int) -> float:
-        """On a knob's own value at a step counted from the end of the alignment; 1 without a schedule."""
+        """Return the factor on a knob's own value at a step counted from the end of the alignment; 1 without a schedule."""
         schedule = self.schedules.get(knob)
         return 1.0 if schedule is None else schedule.factor(step)
 

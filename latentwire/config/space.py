@@ -1,4 +1,4 @@
-"""What a sweep varies, and how it searches."""
+"""Search spaces: dimensions, sampler, scheduler, and all else that a sweep is told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Choice = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 
 
 class SearchedKnob(Section):
-    """What all kinds of dimensions share."""
+    """A knob that is searched; its kinds below say by which values."""
 
     when: dict[str, tuple[Choice, ...]] = Field(default_factory=dict)
     """Other searched paths and some of their choices: the dimension is drawn only in trials that have one of these in
@@ -33,7 +33,7 @@ class SearchedKnob(Section):
     def _one_or_several(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {path: wanted if isinstance(wanted, list | tuple) else (wanted,) for path, wanted in value.items()}
+        return {path: given if isinstance(given, list | tuple) else (given,) for path, given in value.items()}
 
 
 class FloatDimension(SearchedKnob):
@@ -79,7 +79,7 @@ Dimension = Annotated[FloatDimension | IntDimension | CategoricalDimension, Fiel
 
 
 class SamplerConfig(Section):
-    """Which of Optuna's samplers draws the trials' values."""
+    """The sampler of Optuna that draws the trials' values."""
 
     name: Literal["tpe", "gp", "cmaes", "nsgaii", "nsgaiii", "qmc", "random", "grid"] = "tpe"
     """``tpe`` takes dimensions together and by condition (multivariate, group); ``grid`` visits every combination."""
@@ -88,14 +88,14 @@ class SamplerConfig(Section):
 
 
 class Limit(Section):
-    """What a metric of a trial may be at most."""
+    """A limit that a metric of a trial must not pass."""
 
     max: float = Field(ge=0)
     """Largest value that counts as feasible, in the metric's unit."""
 
 
 class TuneConfig(Section):
-    """How the space is searched."""
+    """The search: trials, sampler, scheduler, metric, and what is kept."""
 
     trials: int = knob(8, ge=1, may_change=("resumed sweep",))
     """Trials in the sweep."""
@@ -116,7 +116,7 @@ class TuneConfig(Section):
     """Trials whose steps one pass of a shared receiver may answer together: faster on a GPU at small batches, and as many
     times one step's activations in memory. ``None``: 4 on GPUs, 1 elsewhere."""
     sampler: SamplerConfig = SamplerConfig()
-    """How values are drawn."""
+    """Draws the trials' values."""
     scheduler: Literal["asha", "median", "none"] = "asha"
     """``asha`` stops trials that lag at the rungs, ``median`` those below the median of the others' means so far; ``none``
     runs all to the end."""
@@ -125,7 +125,7 @@ class TuneConfig(Section):
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one of this many at each rung."""
     max_failures: int = knob(1, ge=0, may_change=("resumed sweep",))
-    """How often a trial whose driver or workers died for good is started again, from its last checkpoint. Waiting for room is
+    """Times that a trial whose driver or workers died for good is started again, from its last checkpoint. Waiting for room is
     no failure."""
     keep_checkpoints: int = knob(4, ge=1, may_change=("resumed sweep",))
     """Checkpoints kept of all trials together, the best by ``metric``; each running trial's last and its own best, and
@@ -133,7 +133,7 @@ class TuneConfig(Section):
     metric: str = "dev_f1"
     """Metric to search by: ``dev_f1`` (mean over receivers), ``dev_em``, ``dev_loss``, or one receiver's, ``dev_f1_<name>``."""
     mode: Literal["max", "min"] = "max"
-    """Whether more or less of the metric is better."""
+    """``max`` where more of the metric is better, ``min`` where less is."""
     objectives: dict[str, Literal["max", "min"]] = Field(default_factory=dict)
     """Further metrics to search by, besides ``metric``, and which way, e.g. ``wire_bytes: min``. Their values are those of
     the evaluation that is best by ``metric``; the scheduler looks at ``metric`` alone."""
@@ -171,8 +171,8 @@ class SweepConfig(Section):
     """A configuration file: a shipped one, such as ``toy``, or your own, which may begin with ``extends: toy``."""
 
     run: RunConfig = RunConfig()
-    """What all trials share."""
+    """The configuration that all trials share."""
     search: dict[str, Dimension] = Field(default_factory=dict)
-    """What varies: a dotted path into ``run`` to a dimension, e.g. ``encoder.latent_len``."""
+    """The dimensions: path into ``run``, e.g. ``encoder.latent_len``, to the values that trials draw."""
     tune: TuneConfig = TuneConfig()
-    """How it is searched."""
+    """The search itself."""

@@ -87,7 +87,7 @@ class TrainingConfig(Section):
     evaluate_every: int = knob(200, ge=1, may_change=("resumed run",))
     """Steps between evaluations; each one writes a checkpoint and reports to Tune."""
     best_by: Literal["dev_f1", "dev_loss"] | None = knob(None, may_change=("resumed run",))
-    """What chooses the best checkpoint of a single run (a sweep's trials: ``tune.metric``). F1 is what is wanted; the loss
+    """The metric that chooses the best checkpoint of a single run (a sweep's trials: ``tune.metric``). F1 is the goal; the loss
     tells more from few development rows (docs/experiments/real_pair.md). ``None``: F1, and the loss where texts have no answers."""
     log_every: int = knob(20, ge=1, may_change=("resumed run",))
     """Steps between progress lines."""

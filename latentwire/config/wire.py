@@ -11,12 +11,12 @@ from latentwire.config.section import Model, Section, knob
 
 TemplateOptions = dict[str, bool | int | float | str]
 
-TEMPLATE_ARGUMENTS = {
-    "conversation", "conversations", "messages", "chat_template", "tokenize", "tools", "documents",
-    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-}  # fmt: skip
-"""What ``apply_chat_template`` takes besides the template's own variables."""
+TEMPLATE_ARGUMENTS = frozenset(
+    "conversation conversations messages chat_template tokenize tools documents add_generation_prompt "
+    "continue_final_message padding truncation max_length return_tensors return_dict "
+    "return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+"""Arguments of ``apply_chat_template`` besides the template's own variables."""
 
 
 class ReceiverConfig(Section):
@@ -31,10 +31,10 @@ class ReceiverConfig(Section):
     revision: str | None = knob(None, teachers="value", may_change=("resumed run",))
     """Hub revision (branch, tag or commit). ``None``: the default branch."""
     template: Literal["auto", "chat", "plain"] = knob("auto", shards="value")
-    """How the prompt is rendered: the tokenizer's chat template, a plain ``Passage/Question`` text, or ``auto``:
+    """The form of the prompt: the tokenizer's chat template, a plain ``Passage/Question`` text, or ``auto``:
     chat where the tokenizer brings a template."""
     bos: Literal["auto", "yes", "no"] = knob("auto", shards="value")
-    """Whether BOS stands at position 0. ``auto``: where the chat template, or in plain the tokenizer itself, puts it."""
+    """BOS at position 0. ``auto``: where the chat template, or in plain the tokenizer itself, puts it."""
     instruction: str = knob("", shards="value")
     """Text put before the passage (in chat: at the start of the user's turn). Empty: none."""
     template_options: TemplateOptions = knob(default_factory=dict, shards="content")
@@ -56,7 +56,7 @@ class ReceiverConfig(Section):
     """Run code that comes with the weights. Off unless asked for, per receiver."""
 
     def __hash__(self) -> int:
-        """Of all values: pydantic's own hashes no mapping."""
+        """Hash all values; pydantic's own hash takes no mapping."""
         return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
     @field_validator("template_options")
@@ -71,7 +71,7 @@ class ReceiverConfig(Section):
 
 
 def default_receivers() -> tuple[ReceiverConfig, ...]:
-    """The embedded pair: reads the toy task, needs no network."""
+    """Return the embedded pair, which reads the toy task and needs no network."""
     return (ReceiverConfig(name="llama", model="toy-llama", bos="yes"), ReceiverConfig(name="qwen", model="toy-qwen"))
 
 
@@ -94,7 +94,7 @@ class EncoderConfig(Section):
     model_layers: int | None = Field(None, ge=1)
     """Keep the backbone's first layers only. ``None``: all."""
     tune: Literal["frozen", "lora", "full"] = "full"
-    """What of the backbone is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything."""
+    """The part of the backbone that is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything."""
     lora_rank: int = Field(8, ge=1, le=512)
     """Rank of those updates."""
     latent_len: int = Field(16, ge=1, le=4096)
@@ -105,7 +105,7 @@ class EncoderConfig(Section):
     """Token states to latents: ``latent_len`` learned queries, interpolated where a message has another length, or the mean
     over contiguous, evenly spaced spans (arXiv 2510.20535)."""
     span_ends: Literal["even", "sentences"] = "even"
-    """Where spans end. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
+    """The ends of spans. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
     sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
     (docs/experiments/findings.md). Needs ``pooling: spans``."""
     span_parts: int = Field(1, ge=1, le=64)
@@ -131,7 +131,7 @@ class EncoderConfig(Section):
 
     @property
     def pretrained(self) -> bool:
-        """Whether it has a backbone with a tokenizer of its own; the other kinds read the text itself."""
+        """True with a backbone, which has a tokenizer of its own; the other kinds read the text itself."""
         return self.kind in ("st", "lm")
 
     @property

@@ -27,7 +27,7 @@ from latentwire.prompts.sequences import (
 )
 
 CUT_BETWEEN = (0.3, 0.8)
-"""Where a text is parted into message and continuation, as shares of its words."""
+"""The range of places where a text is parted into message and continuation, as shares of its words."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainingBatch:
     message_ids: dict[str, list[list[int]]]
     """Each receiver's own token ids of each message's text, for the alignment."""
     teacher: dict[str, Batch | Teacher]
-    """Where a KD term is on: the receiver's predictions on the texts, or, where the rows hold none, text prompts with the
+    """With a KD term: the receiver's predictions on the texts, or, where the rows hold none, text prompts with the
     same answers in the same order for it to read."""
 
 

@@ -28,7 +28,7 @@ from latentwire.storage import at, explained, place
 
 Split = Literal["train", "validation"]
 Form = Literal["parquet", "lines", "document"]
-"""How a file holds rows: in Parquet, one JSON value a line, or one JSON document."""
+"""The form in which a file holds rows: Parquet, one JSON value a line, or one JSON document."""
 SPLIT_WORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),

@@ -41,7 +41,7 @@ LENGTH_EDGES = (0, *(2**power for power in range(3, 21)), 2**40)
 HASH_BITS = 52
 """Bits of the hash that orders rows: Ray's sort takes its boundaries for floats."""
 ROW_BITS = 20
-"""Of them, those that order the rows of one context where those stand together."""
+"""Bits among them that order the rows of one context where those stand together."""
 LINE_SECONDS = 30.0
 """Between two lines on how many files are made."""
 FOOTER = b"latentwire"

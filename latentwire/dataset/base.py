@@ -25,7 +25,7 @@ class Dataset:
     """A row as it was written → the columns ``id``, ``document``, ``context``, ``question``, ``answers``.
     Raises :class:`~latentwire.dataset.rows.RowError`."""
     columns: tuple[frozenset[str], ...] = QUESTION_COLUMNS
-    """What a Parquet file must have: a column of each of these sets."""
+    """Columns that a Parquet file must have: one of each of these sets."""
     configurations: tuple[str, ...] = ()
     """Words by which files name their configuration, where the dataset comes in several."""
     hub_id: str | None = None
@@ -37,11 +37,11 @@ class Dataset:
     generate: Callable[[DataConfig, Literal["train", "validation"]], Iterator[dict[str, Any]]] | None = None
     """Makes the rows of a split by ``data.seed``, for a dataset that reads no files."""
     version: int | None = None
-    """Of the rows that ``generate`` makes: one more wherever the same seed gives other rows."""
+    """Version of the rows that ``generate`` makes: one more wherever the same seed gives other rows."""
     official_scores: Literal["squad", "hotpotqa"] | None = None
     """Whose script scores files of answers to it (:func:`latentwire.evaluation.metrics.score_file`)."""
 
     @property
     def exact_yes_no(self) -> bool:
-        """Whether a yes or no that is not exactly right has an F1 of 0, as in HotpotQA's script."""
+        """True where a yes or no that is not exactly right has an F1 of 0, as in HotpotQA's script."""
         return self.official_scores == "hotpotqa"

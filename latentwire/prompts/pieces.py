@@ -7,8 +7,8 @@ from typing import Any
 from latentwire.prompts.templates import PromptError
 
 LEADS = ("\n", ".")
-"""What a piece may stand behind while it is tokenised: the second where the first would be one token
-with its beginning."""
+"""Texts that a piece is tokenised behind: the second where the first would be one token with its
+beginning."""
 
 
 class Pieces:

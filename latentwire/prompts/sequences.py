@@ -44,7 +44,7 @@ class PromptSequence:
     ids: list[int]
     bos: int | None
     message: range
-    """Where the sender's text or, in a latent prompt, the soft slots stand."""
+    """Positions of the sender's text or, in a latent prompt, of the soft slots."""
     question: range
     anchor: range
     answer: range
@@ -53,9 +53,9 @@ class PromptSequence:
     supervised: range
     """Positions that are targets: answer and stop, or the reconstructed message; empty in a prompt to be answered."""
     soft: bool
-    """Whether ``message`` is to be filled with a soft prompt."""
+    """True where ``message`` is to be filled with a soft prompt."""
     control: int = ANSWER
-    """Which of :data:`CONTROLS` stands right after the message, where one does."""
+    """The one of :data:`CONTROLS` right after the message; :data:`ANSWER` where there is none."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class PromptBuilder:
         self.anchor_text = prompt.anchor.rstrip()
         self.answer_lead = prompt.anchor[len(self.anchor_text) :]
         self.chat = templates.is_chat(tokenizer, receiver)
-        """Whether a prompt is a turn of a chat, whose answer ends with the turn. Else it is a list of
+        """True where a prompt is a turn of a chat, whose answer ends with the turn. Else it is a list of
         lines, whose answer is one."""
         text = templates.around(tokenizer, receiver)
         self._mid_text, self._tail_text = text.mid.rstrip(" "), text.tail
