@@ -142,7 +142,7 @@ PARTS = f"{STEPS}test_every_trained_parameter_moves_by_the_rate_of_its_part"
 REFERENCES = "tests/evaluation/test_references.py::"
 NLL = f"{REFERENCES}test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token"
 STATISTICS = "tests/evaluation/test_statistics.py::"
-LAYOUT = "tests/prompts/test_builder.py::"
+LAYOUT = "tests/prompts/test_sequences.py::"
 
 FAULTS = {
     "bos_twice": Fault(bos_twice, (f"{LAYOUT}test_bos_stands_once_at_position_zero",)),
@@ -215,8 +215,8 @@ FAULTS = {
         f"{REFERENCES}test_scoring_switches_dropout_off",
     ),
     "nll_leaves_out_the_stop": line(
-        "evaluation.evaluator:_predict_batch", "index_add(0, row_N, judged.ce_N)",
-        "index_add(0, row_N, judged.ce_N * (gold.target_N.cpu() != wire.builders[name].stop_id))", NLL,
+        "evaluation.evaluator:_predict_batch", "index_add(0, row_N, scores.ce_N)",
+        "index_add(0, row_N, scores.ce_N * (gold.target_N.cpu() != wire.builders[name].stop_id))", NLL,
     ),
     "nll_divides_by_one_more": line(
         "evaluation.evaluator:_predict_batch",

@@ -86,7 +86,7 @@ def test_whole_prompts_as_embeddings_give_our_own_answers(run: RunConfig, receiv
     )  # where no text follows the message, an untrained one decides
     lm, stops = wire.receivers[receiver], wire.builders[receiver].stop_ids
     embeds = wire.prompt_embeds(message, QUESTIONS, receiver)
-    assert [len(e_SD) for e_SD in embeds] == [len(p.ids) for p in wire._asked(message, QUESTIONS, receiver)[1]]
+    assert [len(e_SD) for e_SD in embeds] == [len(p.ids) for p in wire._prompts(message, QUESTIONS, receiver)[1]]
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=run.evaluation.max_answer_tokens,
