@@ -167,7 +167,7 @@ def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, r
         (
             {"adapter.slot_positions": True},
             {"latent_len": [8]},
-            "--latent_len needs adapters without a vector per slot",
+            "--latent_len needs adapter.slot_positions false",
         ),
         ({}, {"latent_len": [0]}, "budgets must be ≥ 1, got 0"),
     ],
