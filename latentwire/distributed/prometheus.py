@@ -9,7 +9,7 @@ from ray.util.metrics import Gauge
 
 SHOWN = {
     "examples_per_s": "Training examples per second, over all workers.",
-    "tokens_per_s": "Positions per second that a worker's receivers read in training, without padding.",
+    "tokens_per_s": "Positions per second that a worker's receivers read, without padding.",
     "padding_share": "Share of the receivers' positions in training that hold nothing.",
     "receiver_bytes": "Bytes of the frozen receivers' weights in one worker.",
     "cuda_bytes": "Most CUDA memory that the worker has held, in bytes; 0 without CUDA.",

@@ -17,7 +17,7 @@ from latentwire.planning.forecast import matrix_product_rate
 from latentwire.storage import Place
 
 SCORING = "scoring"
-"""Name of a scoring among the work whose progress is told."""
+"""Name of a scoring among the work that reports its progress."""
 
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
@@ -38,7 +38,10 @@ def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> A
 def score_and_export(
     run: RunConfig, gpus: float, checkpoint: Place, validation: Place, export: Place
 ) -> scoring.Scored:
-    """Run :func:`latentwire.evaluation.scoring.score_and_export` by :func:`on_cluster`, and show here how far it is."""
+    """Score and export a checkpoint by :func:`on_cluster`, with its progress shown here.
+
+    The task is :func:`latentwire.evaluation.scoring.score_and_export`.
+    """
     bars: list[ScoringProgress] = []
     with ExitStack() as shown:
 

@@ -82,35 +82,35 @@ def sharing(replicas: int, gpus: float = 0.25) -> Sharing:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     """Two GPUs of at most eight, both free."""
-    made = FakeRay(gpus=2, free=2, most=8)
-    monkeypatch.setattr(replica_sets, "ray", made)
-    monkeypatch.setattr(waiting, "ray", made)
-    monkeypatch.setattr(replica_sets, "cluster_resources", lambda: {"GPU": made.most})
+    fake = FakeRay(gpus=2, free=2, most=8)
+    monkeypatch.setattr(replica_sets, "ray", fake)
+    monkeypatch.setattr(waiting, "ray", fake)
+    monkeypatch.setattr(replica_sets, "cluster_resources", lambda: {"GPU": fake.most})
     monkeypatch.setattr(replica_sets, "GROW_SECONDS", 3600)
-    return made
+    return fake
 
 
 def counts(served: dict[str, Any]) -> dict[str, int]:
-    return {name: len(own) for name, own in served.items()}
+    return {name: len(replicas) for name, replicas in served.items()}
 
 
 def test_what_is_asked_for_is_what_there_is_room_for_now_and_more_as_the_cluster_grows(
     run: RunConfig, cluster: FakeRay
 ) -> None:
-    own = Fleet(run, sharing(8), None)
-    own.start(minutes=1)
-    assert counts(own.served) == {"llama": 2, "qwen": 2} and len(cluster.actors) == 4
+    fleet = Fleet(run, sharing(8), None)
+    fleet.start(minutes=1)
+    assert counts(fleet.served) == {"llama": 2, "qwen": 2} and len(cluster.actors) == 4
     cluster.gpus = cluster.free = 4
-    own.look()
-    own.look()
-    assert counts(own.served) == {"llama": 4, "qwen": 4}
-    first = own.served["llama"][0].actor
+    fleet.look()
+    fleet.look()
+    assert counts(fleet.served) == {"llama": 4, "qwen": 4}
+    first = fleet.served["llama"][0].actor
     assert len(first.met[-1]) == 4  # where trials that begin from now on learn of them
     cluster.gpus = 2  # nodes that go take replicas with them, and no further ones are begun
-    own.look()
+    fleet.look()
     assert len(cluster.actors) == 8
-    own.account()
-    own.stop()
+    fleet.account()
+    fleet.stop()
     assert not any(actor.placed for actor in cluster.actors)
 
 
@@ -135,38 +135,38 @@ def test_a_cluster_without_gpus_yet_is_asked_for_one_set(
 
 def test_others_on_a_busy_cluster_are_not_waited_for(run: RunConfig, cluster: FakeRay) -> None:
     cluster.gpus, cluster.free = 8, 1
-    own = Fleet(run, sharing(8), None)
-    own.start(minutes=1)
-    assert counts(own.served) == {"llama": 1, "qwen": 1}
-    own.look()  # as many as the cluster has GPUs are begun now, and wait for what others hold
-    assert len(cluster.actors) == 16 and counts(own.served)["llama"] < 8
+    fleet = Fleet(run, sharing(8), None)
+    fleet.start(minutes=1)
+    assert counts(fleet.served) == {"llama": 1, "qwen": 1}
+    fleet.look()  # as many as the cluster has GPUs are begun now, and wait for what others hold
+    assert len(cluster.actors) == 16 and counts(fleet.served)["llama"] < 8
     cluster.free = 8
-    own.look()
-    assert counts(own.served) == {"llama": 8, "qwen": 8}
-    own.stop()
+    fleet.look()
+    assert counts(fleet.served) == {"llama": 8, "qwen": 8}
+    fleet.stop()
 
 
 def test_replicas_of_other_weights_do_not_serve(run: RunConfig, cluster: FakeRay) -> None:
     cluster.fingerprints = {2: "other"}  # the second of llama
-    own = Fleet(run, sharing(8), None)
+    fleet = Fleet(run, sharing(8), None)
     with pytest.raises(
         ReceiverError, match="replicas of receiver llama must have hash llama, as the first has, got other"
     ):
-        own.start(minutes=1)
-    own.stop()
+        fleet.start(minutes=1)
+    fleet.stop()
 
 
 def test_a_receiver_that_cannot_be_loaded_is_the_users_error(run: RunConfig, cluster: FakeRay) -> None:
     cluster.fingerprints = {0: ReceiverError("receiver llama: no decoder")}
-    own = Fleet(run, sharing(8), None)
+    fleet = Fleet(run, sharing(8), None)
     with pytest.raises(ReceiverError, match="receiver llama: no decoder"):
-        own.start(minutes=1)
-    own.stop()
+        fleet.start(minutes=1)
+    fleet.stop()
 
 
 def test_without_gpus_all_replicas_begin_at_once(run: RunConfig, cluster: FakeRay) -> None:
     cluster.gpus = cluster.free = cluster.most = 0
-    own = Fleet(run, sharing(3, gpus=0.0), None)
-    own.start(minutes=1)
-    assert counts(own.served) == {"llama": 3, "qwen": 3}
-    own.stop()
+    fleet = Fleet(run, sharing(3, gpus=0.0), None)
+    fleet.start(minutes=1)
+    assert counts(fleet.served) == {"llama": 3, "qwen": 3}
+    fleet.stop()

@@ -55,10 +55,10 @@ def test_the_gold_answer_does_not_reach_the_decoder(wire: LatentWire, rows: pa.T
 
 
 def test_token_embeddings_through_the_latent_path_say_what_the_text_says(wire: LatentWire, rows: pa.Table) -> None:
-    text, own = (list(predict(wire, rows, mode)) for mode in ("text", "embeddings"))
-    assert [p.text for p in own] == [p.text for p in text]
-    assert [p.nll for p in own] == pytest.approx([p.nll for p in text], abs=1e-4)
-    assert [p.positions for p in own] == [p.positions for p in text]
+    text, embedded = (list(predict(wire, rows, mode)) for mode in ("text", "embeddings"))
+    assert [p.text for p in embedded] == [p.text for p in text]
+    assert [p.nll for p in embedded] == pytest.approx([p.nll for p in text], abs=1e-4)
+    assert [p.positions for p in embedded] == [p.positions for p in text]
 
 
 @pytest.mark.parametrize("mode", ["truncated", "window", "selected"])
@@ -73,9 +73,9 @@ def test_baselines_of_messages_that_hold_the_question_read_as_many_positions_too
     wire, rows = LatentWire(run), shard_table(run, 4)
     latent = [p.positions for p in predict(wire, rows, "latent")]
     for mode in ("truncated", "window", "selected"):
-        found = list(predict(wire, rows, mode))
-        assert [p.positions for p in found] == latent
-        assert all(p.bytes > len(p.question.encode()) for p in found)  # the question had to be sent too
+        predictions = list(predict(wire, rows, mode))
+        assert [p.positions for p in predictions] == latent
+        assert all(p.bytes > len(p.question.encode()) for p in predictions)  # the question had to be sent too
     with pytest.raises(ConfigError, match=r"messages hold the questions \(data\.send prompt\), got none"):
         wire.encode(rows["context"].to_pylist())
 
@@ -85,18 +85,18 @@ def test_baselines_keep_what_they_say(wire: LatentWire, rows: pa.Table) -> None:
     for row in range(4):
         context, question = columns["llama_context_ids"][row], columns["llama_question_ids"][row]
 
-        def kept(mode: str, budget: int = 5, context=context, question=question, row=row) -> list[int]:
+        def shown(mode: str, budget: int = 5, context=context, question=question, row=row) -> list[int]:
             return kept_context(wire, "llama", mode, columns["id"][row], context, question, budget)
 
-        assert kept("truncated") == context[:5]
-        assert kept("closed_book") == [] and kept("text") == context
-        window = kept("window")
-        assert window == kept("window") and any(context[i : i + 5] == window for i in range(len(context)))
+        assert shown("truncated") == context[:5]
+        assert shown("closed_book") == [] and shown("text") == context
+        window = shown("window")
+        assert window == shown("window") and any(context[i : i + 5] == window for i in range(len(context)))
         surprise_T = self_information(wire, "llama", context, question)
-        assert kept("selected") == [
+        assert shown("selected") == [
             context[i] for i in range(len(context)) if surprise_T[i] >= surprise_T.topk(5).values[-1]
         ]
-        assert kept("selected", budget=99) == context
+        assert shown("selected", budget=99) == context
 
 
 def test_a_window_lies_anywhere_in_the_text(wire: LatentWire) -> None:
@@ -113,10 +113,10 @@ def test_a_window_lies_anywhere_in_the_text(wire: LatentWire) -> None:
 def test_a_plain_answer_is_its_first_line(wire: LatentWire, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base model goes on with a question of its own; what it says after its answer must not count as a part of it."""
     lm, builder = wire.receivers["llama"], wire.builders["llama"]
-    said = [" red house\nWhere is Ben?", "\n red house \n\nred house", "red house", ""]
-    rows = [lm.tokenizer(text, add_special_tokens=False).input_ids for text in said]
+    outputs = [" red house\nWhere is Ben?", "\n red house \n\nred house", "red house", ""]
+    rows = [lm.tokenizer(text, add_special_tokens=False).input_ids for text in outputs]
     monkeypatch.setattr(lm, "generate", lambda *_: Decoded(rows, 0.0, 0.0), raising=False)
-    texts, _ = wire.decode("llama", [builder.text([1, 2], [3])] * len(said))
+    texts, _ = wire.decode("llama", [builder.text([1, 2], [3])] * len(outputs))
     assert texts == ["red house", "red house", "red house", ""]
 
 
@@ -137,8 +137,10 @@ def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) ->
     ]  # fmt: skip
     positions = {s.key: [p.positions for p in predict(wire, rows.slice(0, 8), s)] for s in chosen}
     for n in (4, 8):
-        own = positions[f"latent at {n} tokens per latent"]
-        assert all(positions[f"{mode} at {n} tokens per latent"] == own for mode in ("truncated", "window", "selected"))
+        latent = positions[f"latent at {n} tokens per latent"]
+        assert all(
+            positions[f"{mode} at {n} tokens per latent"] == latent for mode in ("truncated", "window", "selected")
+        )
     assert positions["latent at 4 tokens per latent"] == [
         p.positions for p in predict(wire, rows.slice(0, 8), "latent")
     ]
@@ -147,14 +149,14 @@ def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) ->
 
 
 def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, rows: pa.Table) -> None:
-    found = {}
+    by_key = {}
     for condition in conditions(wire.run, ["latent", "truncated"], latent_len=[6, 3]):
-        found[condition.key] = list(predict(wire, rows.slice(0, 4), condition))
-    own, shorter = found["latent at 6 latents"], found["latent at 3 latents"]
-    assert [p.text for p in own] == [p.text for p in predict(wire, rows.slice(0, 4), "latent")]
-    assert [p.positions for p in shorter] == [p.positions - 3 for p in own]
-    assert [p.bytes for p in shorter] == [p.bytes // 2 for p in own]
-    assert [p.positions for p in shorter] == [p.positions for p in found["truncated at 3 latents"]]
+        by_key[condition.key] = list(predict(wire, rows.slice(0, 4), condition))
+    full, shorter = by_key["latent at 6 latents"], by_key["latent at 3 latents"]
+    assert [p.text for p in full] == [p.text for p in predict(wire, rows.slice(0, 4), "latent")]
+    assert [p.positions for p in shorter] == [p.positions - 3 for p in full]
+    assert [p.bytes for p in shorter] == [p.bytes // 2 for p in full]
+    assert [p.positions for p in shorter] == [p.positions for p in by_key["truncated at 3 latents"]]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, r
         (
             {"adapter.slot_positions": True},
             {"latent_len": [8]},
-            "--latent_len needs adapters without a vector per slot",
+            "--latent_len needs adapter.slot_positions false",
         ),
         ({}, {"latent_len": [0]}, "budgets must be ≥ 1, got 0"),
     ],
@@ -195,21 +197,23 @@ def test_shuffled_messages_are_of_another_context(wire: LatentWire, rows: pa.Tab
 
 def test_a_width_costs_what_its_packet_has(wire: LatentWire, rows: pa.Table) -> None:
     few, texts = rows.slice(0, 4), rows.slice(0, 4)["context"].to_pylist()
-    found = {s.key: list(predict(wire, few, s)) for s in conditions(wire.run, ["latent"], bits=[16, 8, 4])}
+    by_key = {s.key: list(predict(wire, few, s)) for s in conditions(wire.run, ["latent"], bits=[16, 8, 4])}
     for bits, key in ((16, "latent as fp16"), (8, "latent as int8"), (4, "latent as int4")):
         packets = [wire.encode([text]).to_bytes(bits=bits) for text in texts]
-        assert [p.bytes for p in found[key]] == [len(packet) for packet in packets] * 2
-    assert [p.nll for p in found["latent as fp16"]] == pytest.approx([p.nll for p in found["latent"]], rel=1e-2)
-    assert [p.nll for p in found["latent as int4"]] != [p.nll for p in found["latent as int8"]]
+        assert [p.bytes for p in by_key[key]] == [len(packet) for packet in packets] * 2
+    assert [p.nll for p in by_key["latent as fp16"]] == pytest.approx([p.nll for p in by_key["latent"]], rel=1e-2)
+    assert [p.nll for p in by_key["latent as int4"]] != [p.nll for p in by_key["latent as int8"]]
     assert label("latent as int4") == "latents as int4"
 
 
 def test_the_pair_chooses_the_answer_that_both_find_likeliest(wire: LatentWire, rows: pa.Table) -> None:
-    found = list(predict(wire, rows.slice(0, 16), "truncated", joint=True))
-    by_row = {p.id: [q for q in found if q.id == p.id] for p in found}
-    disagreeing = [own for own in by_row.values() if own[0].text != own[1].text]
-    assert disagreeing and all(p.joint_logp is not None and p.joint_logp < 0 for own in disagreeing for p in own)
-    row = summarise(found)["mean"]
+    predictions = list(predict(wire, rows.slice(0, 16), "truncated", joint=True))
+    by_row = {p.id: [q for q in predictions if q.id == p.id] for p in predictions}
+    disagreeing = [answers for answers in by_row.values() if answers[0].text != answers[1].text]
+    assert disagreeing and all(
+        p.joint_logp is not None and p.joint_logp < 0 for answers in disagreeing for p in answers
+    )
+    row = summarise(predictions)["mean"]
     assert row["oracle_em"] >= max(row["joint_em"], row["em"]) and row["joint_em_low"] <= row["joint_em"]
     assert row["agreement"] == pytest.approx(1 - len(disagreeing) / len(by_row))
     one = disagreeing[0][0]
@@ -243,8 +247,8 @@ def test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line(
 ) -> None:
     assert wire.builders["qwen"].chat and not wire.builders["llama"].chat
     for lm in wire.local_receivers():
-        said = lm.tokenizer(" It is\nOslo.\n", add_special_tokens=False).input_ids
-        answer = Decoded([said, said], 1.0, 1.0)
+        ids = lm.tokenizer(" It is\nOslo.\n", add_special_tokens=False).input_ids
+        answer = Decoded([ids, ids], 1.0, 1.0)
         monkeypatch.setattr(lm, "generate", lambda *_, answer=answer, **__: answer)
     answers = {p.receiver: p.text for p in predict(wire, rows.slice(0, 2), "latent")}
     assert answers == {"qwen": "It is\nOslo.", "llama": "It is"}
@@ -262,7 +266,7 @@ def test_first_tokens_and_times_are_counted(wire: LatentWire, rows: pa.Table) ->
 
 def test_one_receiver_is_together_with_nobody(wire: LatentWire, rows: pa.Table) -> None:
     both = [list(predict(wire, rows.slice(start, 2), "closed_book")) for start in (0, 2)]
-    alone = [[p for p in found if p.receiver == "qwen"] for found in both]
+    alone = [[p for p in predictions if p.receiver == "qwen"] for predictions in both]
     assert "agreement" in summarise(both[0])["mean"] and "agreement" not in summarise(alone[0])["mean"]
     with pytest.raises(ValueError, match="of the same rows in the same order"):
         compare(*alone)
@@ -270,11 +274,11 @@ def test_one_receiver_is_together_with_nobody(wire: LatentWire, rows: pa.Table) 
 
 def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     chosen = conditions(wire.run, ["text", "truncated", "closed_book"])
-    found = {s.key: list(predict(wire, rows, s)) for s in chosen}
-    (pair,) = details(found, [("text", "closed_book")])["comparisons"]
+    by_key = {s.key: list(predict(wire, rows, s)) for s in chosen}
+    (pair,) = details(by_key, [("text", "closed_book")])["comparisons"]
     gap = pair["receivers"]["qwen"]["em"]
     assert gap["low"] > 0.8 and gap["p"] < 0.01 and gap["difference"] == pytest.approx(
-        summarise(found["text"])["qwen"]["em"] - summarise(found["closed_book"])["qwen"]["em"]
+        summarise(by_key["text"])["qwen"]["em"] - summarise(by_key["closed_book"])["qwen"]["em"]
     )  # fmt: skip
     assert pair["receivers"]["qwen"]["nll"]["high"] < 0  # the gold answers are likelier from the text
     shown = tables.comparisons_table([pair])[2][1]
@@ -283,10 +287,10 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
         and shown[3] == f"{100 * gap['difference']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
     )
     assert shown[7].startswith(f"{pair['receivers']['qwen']['nll']['difference']:+.2f} [-")
-    same = compare(found["text"], found["text"])["mean"]["f1"]
+    same = compare(by_key["text"], by_key["text"])["mean"]["f1"]
     assert (same["difference"], same["p"]) == (0.0, 1.0)
     first = rows["id"][0].as_py()
-    parts = details(found, types={first: "bridge"})["breakdown"]["text"]
+    parts = details(by_key, types={first: "bridge"})["breakdown"]["text"]
     assert {kind: group["rows"] for kind, group in parts["type"].items()} == {"other": 63, "bridge": 1}
     for groups in parts.values():
         assert sum(group["rows"] for group in groups.values()) == rows.num_rows
@@ -302,5 +306,5 @@ def test_a_probe_reads_what_is_there_and_nothing_else(wire: LatentWire, rows: pa
     # Rows of one context are the same message: what one of them tells says nothing of another context.
     twins, _ = probe(torch.randn(100, 50).double().repeat(2, 1), label_N, 2 * alone[:100])
     assert twins < 0.5
-    found = diagnose(wire, rows)
-    assert -1 <= found["cosine_centred"] <= found["cosine"] <= 1 and 0 <= found["probe_word"] <= 1
+    measures = diagnose(wire, rows)
+    assert -1 <= measures["cosine_centred"] <= measures["cosine"] <= 1 and 0 <= measures["probe_word"] <= 1

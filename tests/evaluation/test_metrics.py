@@ -55,13 +55,13 @@ def test_normalisation_is_the_official_one(text: str, expected: str) -> None:
 def test_torchmetrics_agrees_but_where_nothing_is_left() -> None:
     draw, words = random.Random(0), "the a red house, Red blue 1912 “so” it's".split()
     for _ in range(200):
-        said, gold = (" ".join(draw.choices(words, k=draw.randint(1, 5))) for _ in range(2))
+        answer, gold = (" ".join(draw.choices(words, k=draw.randint(1, 5))) for _ in range(2))
         theirs = squad(
-            [{"prediction_text": said, "id": "0"}], [{"answers": {"answer_start": [0], "text": [gold]}, "id": "0"}]
+            [{"prediction_text": answer, "id": "0"}], [{"answers": {"answer_start": [0], "text": [gold]}, "id": "0"}]
         )
-        em, f1 = em_f1(said, [gold])
+        em, f1 = em_f1(answer, [gold])
         assert em == float(theirs["exact_match"]) / 100
-        if normalise(said) or normalise(gold):
+        if normalise(answer) or normalise(gold):
             assert f1 == pytest.approx(float(theirs["f1"]) / 100, rel=1e-6)
     assert em_f1("The", ["a"]) == (1.0, 0.0)
 
@@ -193,8 +193,8 @@ def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> Non
     ]  # fmt: skip
     (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps(rows))
     data, answers = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)), tmp_path / "answers.json"
-    said = {"answer": {"a": "Yes.", "b": "red", "c": "no way"}, "sp": {"a": [["T", 0]], "b": [["T", 0], ["V", 3]]}}
-    answers.write_text(json.dumps(said))
+    document = {"answer": {"a": "Yes.", "b": "red", "c": "no way"}, "sp": {"a": [["T", 0]], "b": [["T", 0], ["V", 3]]}}
+    answers.write_text(json.dumps(document))
     scores, missing = score_file(answers, data)
     f1 = 2 * 1.0 * 0.5 / 1.5
     assert missing == 0

@@ -1,4 +1,4 @@
-"""Whatever could change a score besides the wire changes the pin, and nothing else does."""
+"""Whatever could change a score besides the wire changes the protocol hash, and nothing else does."""
 
 import json
 import shutil
@@ -53,6 +53,6 @@ def test_what_a_chat_template_writes_is_pinned(run: RunConfig, table: pa.Table, 
     template = folder / "chat_template.jinja"
     template.write_text("{{ mood }}" + template.read_text())
     options = {"receivers.1.template_options": {"mood": "calm"}}
-    pins = {first, as_lines, protocol_hash(path, with_values(chat, options))}
-    assert protocol_hash(path, plain) == as_lines and len(pins) == 3
+    hashes = {first, as_lines, protocol_hash(path, with_values(chat, options))}
+    assert protocol_hash(path, plain) == as_lines and len(hashes) == 3
     assert protocol_hash(path, chat) == first  # a template that writes the same

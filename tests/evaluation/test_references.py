@@ -35,18 +35,20 @@ def log_p(wire: LatentWire, name: str, ids: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token(wire: LatentWire, rows: pa.Table) -> None:
-    told = {(p.id, p.receiver): p for p in predict(wire, rows, "text")}
+    predictions = {(p.id, p.receiver): p for p in predict(wire, rows, "text")}
     for row in rows.to_pylist():
         for name, builder in wire.builders.items():
             answer = [*row[f"{name}_answer_ids"], builder.stop_id]
             prompt = builder.text(row[f"{name}_context_ids"], row[f"{name}_question_ids"]).ids
             by_hand = -log_p(wire, name, [*prompt, *answer])[-len(answer) :].sum() / len(answer)
-            found = told[row["id"], name]
-            assert found.nll == pytest.approx(float(by_hand), rel=1e-4)
+            prediction = predictions[row["id"], name]
+            assert prediction.nll == pytest.approx(float(by_hand), rel=1e-4)
             logits_V = wire.local_receiver(name).lm(input_ids=torch.tensor([prompt])).logits[0, -1]
             likelier = int((logits_V > logits_V[answer[0]]).sum())
-            assert (found.first_1, found.first_5) == (float(likelier < 1), float(likelier < 5))
-            assert found.positions == len(prompt) and found.message_positions == len(row[f"{name}_context_ids"])
+            assert (prediction.first_1, prediction.first_5) == (float(likelier < 1), float(likelier < 5))
+            assert prediction.positions == len(prompt) and prediction.message_positions == len(
+                row[f"{name}_context_ids"]
+            )
 
 
 def test_each_row_is_scored_by_its_own_answers(wire: LatentWire, rows: pa.Table) -> None:
@@ -68,9 +70,9 @@ def test_self_information_is_of_each_token_given_those_before_it(wire: LatentWir
         found_T = self_information(wire, name, context, question)
         assert torch.allclose(found_T, by_hand, atol=1e-4)
         budget = len(context) // 2
-        kept = kept_context(wire, name, "selected", row["id"], context, question, budget)
-        chosen = sorted(range(len(context)), key=lambda place: -float(by_hand[place]))[:budget]
-        assert kept == [context[place] for place in sorted(chosen)]
+        shown = kept_context(wire, name, "selected", row["id"], context, question, budget)
+        chosen = sorted(range(len(context)), key=lambda position: -float(by_hand[position]))[:budget]
+        assert shown == [context[position] for position in sorted(chosen)]
 
 
 def test_a_closed_book_sees_nothing_of_the_context(wire: LatentWire, rows: pa.Table) -> None:
@@ -95,8 +97,8 @@ def test_baselines_read_as_many_tokens_as_the_message_has_positions(
         for row in rows.slice(0, 4).to_pylist():
             context, question = row[f"{name}_context_ids"], row[f"{name}_question_ids"]
             for budget in (1, 6, len(context)):
-                kept = kept_context(wire, name, mode, row["id"], context, question, budget)
-                assert len(kept) == budget
+                shown = kept_context(wire, name, mode, row["id"], context, question, budget)
+                assert len(shown) == budget
             left = iter(context)
             assert all(token in left for token in kept_context(wire, name, mode, row["id"], context, question, 6))
 
@@ -165,10 +167,10 @@ def test_cosines_are_of_each_rows_own_latents(rows: pa.Table) -> None:
     lengths = {wire.encode([text]).z_BLZ.shape[1] for text in texts}
     assert len(lengths) > 1 and len(set(texts)) == len(texts)  # so that a batch has padding, which is no latent
     mean_NZ = torch.stack([wire.encode([text]).z_BLZ[0].double().mean(0) for text in texts])
-    found = diagnose(wire, rows)
+    measures = diagnose(wire, rows)
     for name, x_NZ in (("cosine", mean_NZ), ("cosine_centred", mean_NZ - mean_NZ.mean(0))):
         pairs = [torch.cosine_similarity(x_NZ[i], x_NZ[j], dim=0) for i in range(12) for j in range(12) if i != j]
-        assert found[name] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-4)
+        assert measures[name] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-4)
 
 
 def test_scoring_switches_dropout_off(rows: pa.Table) -> None:
@@ -186,9 +188,9 @@ def test_a_table_says_what_was_trained_and_what_intervals_resample(
     sizes = exports.sizes(exports.save(tmp_path / "wire", wire, {}, {}))
     parts = wire.interlingua
     for name in wire.receivers:
-        own = [p for key, p in parts.features.named_parameters() if name in key.split(".")]
-        counted = sum(p.numel() for p in (*parts.adapters[name].parameters(), *own))
-        assert sizes[name] == {"parameters": counted, "bytes": 4 * counted} and own
+        modules = [p for key, p in parts.features.named_parameters() if name in key.split(".")]
+        counted = sum(p.numel() for p in (*parts.adapters[name].parameters(), *modules))
+        assert sizes[name] == {"parameters": counted, "bytes": 4 * counted} and modules
     assert sizes["encoder"]["parameters"] == sum(p.numel() for p in parts.encoder.parameters())
     _, header, body = weights_table(sizes)
     total = sum(p.numel() for p in parts.parameters())

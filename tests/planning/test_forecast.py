@@ -23,52 +23,52 @@ def node(name: str, cpus: float, memory: float = ENOUGH, alive: bool = True) -> 
 
 
 def test_trials_at_once_are_counted_node_by_node(tmp_path: Path) -> None:
-    made = plan(space(tmp_path, run={"training": {"cpus_per_worker": 2}}), {"CPU": 9}, ENOUGH)
-    assert made.max_concurrent_trials == 4
-    fitted, lines = fit(made, [node("a", 3), node("b", 3), node("c", 3), node("gone", 64, alive=False)])
+    planned = plan(space(tmp_path, run={"training": {"cpus_per_worker": 2}}), {"CPU": 9}, ENOUGH)
+    assert planned.max_concurrent_trials == 4
+    fitted, lines = fit(planned, [node("a", 3), node("b", 3), node("c", 3), node("gone", 64, alive=False)])
     assert fitted.max_concurrent_trials == 3  # a core of each node is left over
     assert [line.split(":")[1] for line in lines] == [" 1 worker(s)"] * 3
-    assert fit(made, [node("a", 9, memory=2.5 * made.bytes_per_worker)])[0].max_concurrent_trials == 2
+    assert fit(planned, [node("a", 9, memory=2.5 * planned.bytes_per_worker)])[0].max_concurrent_trials == 2
 
 
 def test_a_worker_that_no_node_can_host_is_refused(tmp_path: Path) -> None:
-    made = plan(space(tmp_path, run={"training": {"cpus_per_worker": 4}}), {"CPU": 6}, ENOUGH)
+    planned = plan(space(tmp_path, run={"training": {"cpus_per_worker": 4}}), {"CPU": 6}, ENOUGH)
     with pytest.raises(
         PlanError, match=r"needs 1 worker\(s\) of 4 CPU.*each on one node, and there is room for 0 \(node a"
     ):
-        fit(made, [node("a", 3), node("b", 3)])
+        fit(planned, [node("a", 3), node("b", 3)])
 
 
 def test_steps_runs_hours_and_disk(tmp_path: Path) -> None:
-    found_space = space(tmp_path, tune={"trials": 5, "finalists": 2, "final_seeds": 3, "keep_checkpoints": 4})
-    made = plan(found_space, {"CPU": 2}, ENOUGH)
-    found = forecast(found_space, made, tmp_path / "sweep")
-    assert (found.runs, found.steps_per_run) == (11, 40)
-    assert found.checkpoint_bytes == BYTES_PER_PARAMETER * made.trainable_parameters
-    assert found.disk_bytes == (4 + 6 + 2 * 2 + 1) * found.checkpoint_bytes
-    text = "\n".join(found.lines(made, 1e11))
+    fresh_runs = space(tmp_path, tune={"trials": 5, "finalists": 2, "final_seeds": 3, "keep_checkpoints": 4})
+    planned = plan(fresh_runs, {"CPU": 2}, ENOUGH)
+    estimate = forecast(fresh_runs, planned, tmp_path / "sweep")
+    assert (estimate.runs, estimate.steps_per_run) == (11, 40)
+    assert estimate.checkpoint_bytes == BYTES_PER_PARAMETER * planned.trainable_parameters
+    assert estimate.disk_bytes == (4 + 6 + 2 * 2 + 1) * estimate.checkpoint_bytes
+    text = "\n".join(estimate.lines(planned, 1e11))
     assert "to be made" in text and "at most 40 in a run, 440 in all" in text
     assert "CPU-hours: " in text and "100 GFLOP/s (a matrix product on one worker, just measured)" in text
-    assert "hours" not in "\n".join(found.lines(made, None))
+    assert "hours" not in "\n".join(estimate.lines(planned, None))
 
 
 def test_steps_that_read_no_receiver_or_one_of_them_take_less(tmp_path: Path) -> None:
     def flop(**training: object) -> float:
-        own = space(tmp_path, run={"training": {"batch_size": 32, "epochs": 2} | training})
-        found = forecast(own, plan(own, {"CPU": 2}, ENOUGH), tmp_path).flop_per_run
-        assert found is not None
-        return found
+        varied = space(tmp_path, run={"training": {"batch_size": 32, "epochs": 2} | training})
+        estimate = forecast(varied, plan(varied, {"CPU": 2}, ENOUGH), tmp_path).flop_per_run
+        assert estimate is not None
+        return estimate
 
-    made = plan(space(tmp_path), {"CPU": 2}, ENOUGH)
-    assert all(0 < r.multiplied < r.parameters for r in made.receivers)
+    planned = plan(space(tmp_path), {"CPU": 2}, ENOUGH)
+    assert all(0 < r.multiplied < r.parameters for r in planned.receivers)
     whole, aligned, alone = flop(), flop(alignment_steps=40), flop(receivers_per_step="one")
     assert aligned < alone < whole and whole - aligned == pytest.approx(2 * (whole - alone))
 
 
 def test_teachers_columns_count_as_disk(tmp_path: Path) -> None:
     with_kd = space(tmp_path, run={"losses": {"kd_weight": 1.0, "k": 4, "kd_top_k": 32}})
-    made = plan(with_kd, {"CPU": 2}, ENOUGH)
-    more = forecast(with_kd, made, tmp_path).disk_bytes - forecast(space(tmp_path), made, tmp_path).disk_bytes
+    planned = plan(with_kd, {"CPU": 2}, ENOUGH)
+    more = forecast(with_kd, planned, tmp_path).disk_bytes - forecast(space(tmp_path), planned, tmp_path).disk_bytes
     assert more == with_kd.run.data.samples * 2 * 4 * (32 * 6 + 2)
 
 
@@ -76,9 +76,9 @@ def test_rows_that_are_not_counted_yet_are_not_guessed(tmp_path: Path) -> None:
     unknown = space(tmp_path, run={"data": {"dataset": "custom", "data_dir": str(tmp_path), "samples": 0}})
     (tmp_path / "train.jsonl").write_text('{"context": "a", "question": "b", "answers": ["c"]}\n')
     (tmp_path / "validation.jsonl").write_text('{"context": "a", "question": "b", "answers": ["c"]}\n')
-    found = forecast(unknown, plan(unknown, {"CPU": 2}, ENOUGH), tmp_path)
-    assert found.steps_per_run is None
-    assert "known when the shards are made" in "\n".join(found.lines(plan(unknown, {"CPU": 2}, ENOUGH), 1e11))
+    estimate = forecast(unknown, plan(unknown, {"CPU": 2}, ENOUGH), tmp_path)
+    assert estimate.steps_per_run is None
+    assert "known when the shards are made" in "\n".join(estimate.lines(plan(unknown, {"CPU": 2}, ENOUGH), 1e11))
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ def space(**values: object) -> SweepConfig:
 
 
 def test_parameters_are_counted_from_the_configuration() -> None:
-    found = {r.name: r.parameters for r in plan(space(), {"CPU": 2}, ENOUGH).receivers}
+    parameters = {r.name: r.parameters for r in plan(space(), {"CPU": 2}, ENOUGH).receivers}
     for receiver in RunConfig().receivers:
-        assert found[receiver.name] == sum(p.numel() for p in LMWrapper(receiver).parameters())
+        assert parameters[receiver.name] == sum(p.numel() for p in LMWrapper(receiver).parameters())
 
 
 def test_features_that_look_at_heads_are_weighed_without_weights() -> None:
@@ -107,15 +107,15 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
 
 def test_trials_that_fit_only_beside_a_replica_share_it_and_a_plan_reads_well() -> None:
     sizes = {"training__batch_size": 512, "data__max_context_bytes": 4096}
-    own = plan(space(tune__receivers="own", **sizes), {"CPU": 8}, 1e12)
+    with_own = plan(space(tune__receivers="own", **sizes), {"CPU": 8}, 1e12)
     shared = plan(space(tune__receivers="shared", **sizes), {"CPU": 8}, 1e12)
-    assert own.sharing is None and shared.sharing is not None
+    assert with_own.sharing is None and shared.sharing is not None
     between = sum(shared.sharing.bytes_per_replica.values()) + 1.5 * shared.worker_bytes
-    told = str(shared).splitlines()
-    assert told[0].startswith("receiver llama: 0.9 M parameters") and told[-1] == "trials at once: 8"
-    assert "receivers: shared, 1 replica(s) each of llama" in told[-2] and "own, in every worker" in str(own)
+    lines = str(shared).splitlines()
+    assert lines[0].startswith("receiver llama: 0.9 M parameters") and lines[-1] == "trials at once: 8"
+    assert "receivers: shared, 1 replica(s) each of llama" in lines[-2] and "own, in every worker" in str(with_own)
     with pytest.raises(PlanError, match="one worker needs about"):
-        plan(space(tune__receivers="own", **sizes), {"CPU": 8}, min(between, own.bytes_per_worker - 1))
+        plan(space(tune__receivers="own", **sizes), {"CPU": 8}, min(between, with_own.bytes_per_worker - 1))
 
 
 def test_a_receiver_on_all_of_a_workers_gpus_has_their_memory_together() -> None:
@@ -146,10 +146,10 @@ def test_what_cannot_be_shared_is_refused(values: dict, memory: float, message: 
 
 
 def test_a_searched_feature_that_needs_weights_stands_against_sharing() -> None:
-    found = space(tune__receivers="shared").model_copy(
+    searched = space(tune__receivers="shared").model_copy(
         update={"search": {"features.lora.rank": IntDimension(type="int", low=1, high=4)}}
     )
-    assert obstacles(found) == ["features.lora acts on the receivers' own layers"]
+    assert obstacles(searched) == ["features.lora acts on the receivers' own layers"]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_nodes_that_the_autoscaler_may_add_are_counted(monkeypatch: pytest.Monke
     monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: possible)
     resources = autoscaler.cluster_resources()
     assert resources == {"CPU": 32.0, "GPU": 4.0, "on_demand": 1.0, "node:__internal_head__": 1.0, "memory": 8e9}
-    found = planner.plan_on_cluster(space())
-    assert (found.gpus_per_worker, found.max_concurrent_trials) == (1.0, 4)
+    on_gpus = planner.plan_on_cluster(space())
+    assert (on_gpus.gpus_per_worker, on_gpus.max_concurrent_trials) == (1.0, 4)
     one = space(training__worker_resources={"on_demand": 1})
     assert planner.plan_on_cluster(one).max_concurrent_trials == 1
     with pytest.raises(PlanError, match="one trial needs 1 A100 and the cluster has 0"):
@@ -194,7 +194,7 @@ def test_nodes_that_the_autoscaler_may_add_are_counted(monkeypatch: pytest.Monke
 def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private import state
 
-    told = {
+    config = {
         "max_workers": 5,
         "head_node_type": "head",
         "available_node_types": {
@@ -203,10 +203,10 @@ def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeyp
             "small": {"resources": {"CPU": 4}},
         },
     }
-    assert autoscaler.most_resources(told) == {"CPU": 2.0 + 3 * 8 + 2 * 4, "GPU": 6.0}
+    assert autoscaler.most_resources(config) == {"CPU": 2.0 + 3 * 8 + 2 * 4, "GPU": 6.0}
     assert autoscaler.most_resources({}) == {}
     monkeypatch.setattr(state.state, "get_cluster_config", lambda: None)
-    monkeypatch.setattr(autoscaler, "autoscaling_config", lambda: told)
+    monkeypatch.setattr(autoscaler, "autoscaling_config", lambda: config)
     assert [(node["Count"], node["Resources"]["CPU"]) for node in autoscaler.addable_nodes()] == [(3, 8), (5, 4)]
     one = planner.plan(space(), {"CPU": 64.0}, 1e12)
     head = {"Alive": True, "NodeManagerAddress": "head", "Resources": {"CPU": 0.0}}
@@ -233,8 +233,8 @@ def test_node_types_of_the_newer_autoscaler_count_too(monkeypatch: pytest.Monkey
         SimpleNamespace(name="no", resources={}, max_count=0),
     ]
     monkeypatch.setattr(state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=kinds))
-    (found,) = autoscaler.addable_nodes()
-    assert (found["Resources"], found["Count"]) == ({"GPU": 1}, 4)
+    (node,) = autoscaler.addable_nodes()
+    assert (node["Resources"], node["Count"]) == ({"GPU": 1}, 4)
 
 
 def test_where_a_trial_needs_more_whole_gpus_than_there_are_its_workers_share_them() -> None:

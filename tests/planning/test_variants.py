@@ -63,10 +63,10 @@ search:
 def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(BACKBONES)
     space = load_space(tmp_path / "s.yaml", {"run.encoder.pooling": "spans", "run.encoder.model": "toy-llama"})
-    made = {variant_key(run) for run in data_variants(space)}
+    keys = {variant_key(run) for run in data_variants(space)}
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = {variant_key(with_values(space.run, draw(study.ask(), space.search))) for _ in range(40)}
-    assert drawn == made and len(made) == 3
+    assert drawn == keys and len(keys) == 3
     assert (largest_run(space).encoder.pooling, largest_run(space).encoder.private_len) == ("queries", 3)
     both = BACKBONES + "  encoder.span_parts: {type: int, low: 2, high: 4, when: {encoder.pooling: spans}}\n"
     (tmp_path / "s.yaml").write_text(both)

@@ -66,7 +66,7 @@ def sweep(tmp_path: Path) -> Path:
         )
     )
     modes: tuple[Mode, ...] = ("text", "latent")
-    found = {
+    predictions = {
         mode: [
             prediction(row, receiver, mode, mode == "text" or row % 2 == 0)
             for row in range(6)
@@ -74,8 +74,8 @@ def sweep(tmp_path: Path) -> Path:
         ]
         for mode in modes
     }
-    scores = summaries(found)
-    write_predictions(found, output / "predictions.parquet")
+    scores = summaries(predictions)
+    write_predictions(predictions, output / "predictions.parquet")
     best = {"trial": 4, "step": 2, "score": 0.42, "values": {"encoder.d_z": 12}}
     (output / "results.json").write_text(
         json.dumps({"command": f"python {EVIL}", "best": best, "validation": scores,

@@ -27,11 +27,11 @@ def test_two_modes_are_compared_where_their_budgets_meet() -> None:
 
 @pytest.mark.parametrize("named", [None, []])
 def test_without_names_latents_are_compared_with_every_baseline(named: list[str] | None) -> None:
-    found = compared(named, ROWS)
-    assert [pair for pair in found if "truncated" in pair[1]] == [AT_8, AT_4]
-    assert {(a, b) for a, b in found if b == "text"} == {(AT_8[0], "text"), (AT_4[0], "text")}
-    assert len(set(found)) == len(found) and all(a.startswith("latent at") for a, _ in found)
-    assert {b.partition(" ")[0] for _, b in found} == {"text", "truncated", "shuffled"}
+    sides = compared(named, ROWS)
+    assert [pair for pair in sides if "truncated" in pair[1]] == [AT_8, AT_4]
+    assert {(a, b) for a, b in sides if b == "text"} == {(AT_8[0], "text"), (AT_4[0], "text")}
+    assert len(set(sides)) == len(sides) and all(a.startswith("latent at") for a, _ in sides)
+    assert {b.partition(" ")[0] for _, b in sides} == {"text", "truncated", "shuffled"}
 
 
 @pytest.mark.parametrize("named", [["latent"], ["latent", "truncated", "text"], ["latent", "window"], ["text", "text"]])
@@ -65,10 +65,10 @@ def test_a_directory_gets_scores_details_and_every_answer(
     evaluation = Evaluation(wire.run, questions, predictions, known)
     show(evaluation, "runs/x/best, validation")
     write(evaluation, tmp_path / "scores")
-    told = capsys.readouterr().out
-    assert "paired differences" in told and "latents: cosine 0.500" in told
+    printed = capsys.readouterr().out
+    assert "paired differences" in printed and "latents: cosine 0.500" in printed
     details = json.loads((tmp_path / "scores" / "details.json").read_text())
-    assert "1,234" in told and "2 of these 3 rows were read before" in told
+    assert "1,234" in printed and "2 of these 3 rows were read before" in printed
     assert (details["weights"], details["readings"]) == (sizes, read)
     assert details["diagnostics"] == {"cosine": 0.5} and len(details["comparisons"]) == 1
     assert set(json.loads((tmp_path / "scores" / "scores.json").read_text())) == {"text", "latent"}

@@ -27,7 +27,7 @@ def saved(folder: Path, number: int, step: int, score: float | None, size: float
     return path
 
 
-def told(search: StudySearch, number: int, step: int, score: float | None, size: float = 64) -> Path:
+def reported(search: StudySearch, number: int, step: int, score: float | None, size: float = 64) -> Path:
     """A checkpoint whose evaluation, if it has one, the study has heard of."""
     path = saved(search.trial_dir, number, step, score, size)
     if score is not None:
@@ -65,7 +65,7 @@ def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Pa
     trials = tmp_path / "trials"
     for number, scores in enumerate(((0.1, 0.9), (0.8, 0.2), (0.3, 0.4), (0.7, None))):
         for step, score in enumerate(scores, start=1):
-            told(search, number, step, score)
+            reported(search, number, step, score)
     (trial_path(trials, 2) / "notes.txt").write_text("mine")
     budget.tidy()  # all of them run: what is neither among the best nor a trial's last goes
     assert left(trials) == {0: [2], 1: [1, 2], 2: [2], 3: [2]}
@@ -74,7 +74,7 @@ def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Pa
     budget.tidy()
     assert left(trials) == {0: [2], 1: [1], 3: [2]}
     assert budget.ended == {2} and (trial_path(trials, 2) / "notes.txt").exists()
-    told(search, 3, 3, 0.95)
+    reported(search, 3, 3, 0.95)
     budget.tidy()
     assert left(trials) == {0: [2], 3: [2, 3]}  # the study may yet hear of 2
     assert 3000 < bytes_in([trials]) < 4000
@@ -85,8 +85,8 @@ def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Pa
 
 def test_those_within_the_limits_come_first(tmp_path: Path) -> None:
     search, budget = sweep(tmp_path, 2, keep_checkpoints=1, constraints={"wire_bytes": {"max": 100}})
-    told(search, 0, 1, 0.9, size=200)
-    told(search, 1, 1, 0.2, size=64)
+    reported(search, 0, 1, 0.9, size=200)
+    reported(search, 1, 1, 0.2, size=64)
     for number in range(2):
         end(search, number)
     budget.tidy()
@@ -97,7 +97,7 @@ def test_what_a_stopped_trials_worker_saved_too_late_counts_for_nothing(tmp_path
     """Else it would take the place of checkpoints that can win, and could not win itself: a sweep ended without any."""
     search, budget = sweep(tmp_path, 3, keep_checkpoints=2)
     trials = tmp_path / "trials"
-    told(search, 0, 3, 0.2)
+    reported(search, 0, 3, 0.2)
     end(search, 0)
     for number in (1, 2):
         search.on_trial_result(str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64})
@@ -109,7 +109,7 @@ def test_what_a_stopped_trials_worker_saved_too_late_counts_for_nothing(tmp_path
 
 def test_what_a_worker_saved_after_the_last_trials_end_goes_too(tmp_path: Path) -> None:
     search, budget = sweep(tmp_path, 2, keep_checkpoints=1)
-    told(search, 0, 3, 0.5), told(search, 1, 3, 0.4)
+    reported(search, 0, 3, 0.5), reported(search, 1, 3, 0.4)
     end(search, 0), end(search, 1)
     budget.tidy()
     saved(search.trial_dir, 1, 6, 0.9)
@@ -120,7 +120,7 @@ def test_what_a_worker_saved_after_the_last_trials_end_goes_too(tmp_path: Path) 
 def test_a_trials_failure_is_tidied_up_after_too(tmp_path: Path) -> None:
     search, budget = sweep(tmp_path, 2, keep_checkpoints=1)
     for number, step in ((0, 3), (0, 6), (1, 3)):
-        told(search, number, step, 0.1 + number)
+        reported(search, number, step, 0.1 + number)
     search.on_trial_complete("0", error=True)
     budget.on_trial_error(1, [], None)
     assert left(search.trial_dir) == {0: [6], 1: [3]}
@@ -154,7 +154,7 @@ def test_a_failed_trial_keeps_its_last_for_the_one_that_takes_it_up(tmp_path: Pa
     search, budget = sweep(tmp_path, 2, keep_checkpoints=1)
     trials = search.trial_dir
     for number, step, score in ((0, 3, 0.2), (0, 6, 0.1), (1, 3, 0.9)):
-        told(search, number, step, score)
+        reported(search, number, step, score)
     search.on_trial_complete("0", error=True)
     end(search, 1)
     budget.tidy()

@@ -48,7 +48,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     saved.mkdir(parents=True)
     (saved / "manifest.json").write_text(json.dumps({"pins": {"receivers": {"llama": "123"}}}))
     command = "python ray_jobs/tune.py --data_dir s3://key:secret@bucket/rows"
-    document = manifest.describe(space, FILES, "pin", tmp_path, command, search.study)
+    document = manifest.describe(space, FILES, "hash", tmp_path, command, search.study)
     manifest.write(tmp_path / manifest.MANIFEST, document)
     return tmp_path
 
@@ -58,13 +58,13 @@ def test_it_holds_what_repeats_a_run_and_no_secret(written: Path) -> None:
     document = json.loads(text)
     assert "secret" not in text and document["commands"][0].endswith("s3://bucket/rows")
     again = manifest.describe(
-        SweepConfig.model_validate(SPACE), FILES, "pin", written, "python ray_jobs/tune.py --resume x"
+        SweepConfig.model_validate(SPACE), FILES, "hash", written, "python ray_jobs/tune.py --resume x"
     )
     assert again["commands"] == [*document["commands"], "python ray_jobs/tune.py --resume x"]
     assert again["trials"] == document["trials"]
     assert document["seeds"] == {"sampler": 5, "data": 0, "training": 7}
     assert document["data"] == [{"train": "aaa", "dev": "bbb"}] and document["receivers"] == {"llama": "123"}
-    assert document["evaluation_pin"] == "pin" and {"torch", "ray", "optuna"} <= set(document["packages"])
+    assert document["evaluation_pin"] == "hash" and {"torch", "ray", "optuna"} <= set(document["packages"])
     assert document["hardware"]["cores"] >= 1 and document["hardware"]["memory_bytes"] > 1e8
     assert [trial["score"] for trial in document["trials"].values()] == [0.3, 0.9, None]
 
@@ -77,7 +77,7 @@ def test_a_trial_is_repeated_with_its_own_values(written: Path, named: int | Non
     assert space.tune.start_with == (document["trials"][str(number)]["values"],)
     assert (space.tune.trials, space.tune.finalists, space.tune.warm_start, space.run.training.seed) == (1, 0, None, 7)
     assert (space.run.data.shard_dir, space.tune.storage_path) == ("elsewhere", "there")
-    manifest.check_data(document, FILES, "pin")
+    manifest.check_data(document, FILES, "hash")
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_what_cannot_be_repeated_is_refused(
 def test_other_rows_are_refused(written: Path) -> None:
     _, document = manifest.one_trial(written, None, [])
     with pytest.raises(ConfigError, match=r"needs the shards that its manifest names .*'aaa'.*, these are"):
-        manifest.check_data(document | {"data": [{"train": "aaa", "dev": "other"}]}, FILES, "pin")
-    with pytest.raises(ConfigError, match="protocol hash must be pin as in the manifest, got other"):
+        manifest.check_data(document | {"data": [{"train": "aaa", "dev": "other"}]}, FILES, "hash")
+    with pytest.raises(ConfigError, match="protocol hash must be hash as in the manifest, got other"):
         manifest.check_data(document, FILES, "other")
 
 

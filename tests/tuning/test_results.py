@@ -28,7 +28,7 @@ def test_an_error_on_a_worker_is_the_users_error() -> None:
         ray.shutdown()
 
 
-def told(folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig) -> optuna.Study:
+def study_with(folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig) -> optuna.Study:
     """A study with trials of six steps: their scores every third step, and the size of their messages."""
     search = StudySearch(SweepConfig(tune=config), journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
     folder.mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
     config = TuneConfig.model_validate(
         {"objectives": {"wire_bytes": "min"}, "constraints": {"wire_bytes": {"max": 100}}}
     )
-    study = told(tmp_path / "a", trials, config)
+    study = study_with(tmp_path / "a", trials, config)
     best = results.find_best(study, config)
     assert (best.trial, best.step, best.score) == (1, 3, 0.6)
     rows = results.trial_rows(study, config)
@@ -58,7 +58,7 @@ def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
         (0, "beyond", 0.9, 512, False), (1, "done", 0.6, 64, True), (2, "stopped", 0.1, 64, False),
     ]  # fmt: skip
     assert front_table(rows, config)[2] == [["1", "64", "0.6"]]
-    free = told(tmp_path / "b", trials, TuneConfig())
+    free = study_with(tmp_path / "b", trials, TuneConfig())
     assert results.find_best(free, TuneConfig()).trial == 0
     assert results.selection_gap(best, {"latent": {}}, "wire_bytes") == results.selection_gap(best, {}, "dev_f1") == {}
     (tmp_path / "b" / "manifest.json").unlink()  # a checkpoint that is gone cannot win
@@ -66,7 +66,7 @@ def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
         results.find_best(free, TuneConfig())
     tight = TuneConfig.model_validate({"constraints": {"wire_bytes": {"max": 10}}})
     with pytest.raises(results.SweepError, match=r"wire_bytes ≤ 10\), all 5 evaluations kept of 3 trials go beyond"):
-        results.find_best(told(tmp_path / "c", trials, tight), tight)
+        results.find_best(study_with(tmp_path / "c", trials, tight), tight)
 
 
 def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:

@@ -38,11 +38,11 @@ def test_it_is_finished_with_its_trials_and_its_results(sweep: Path) -> None:
     assert (sweep / JOURNAL).read_bytes() == before  # another driver may append to it
 
 
-def test_failed_trials_are_taken_up_once_in_the_search_and_in_the_finals(sweep: Path) -> None:
+def test_failed_trials_are_retried_once_in_the_search_and_in_the_re_runs(sweep: Path) -> None:
     space = resume.read_space(sweep, [])
-    finals = SweepConfig.model_validate({"tune": {"trials": 2}})
+    two = SweepConfig.model_validate({"tune": {"trials": 2}})
     folder = sweep / RERUNS
-    search = StudySearch(finals, journal=folder / JOURNAL, name=RERUNS, trial_dir=folder / "trials")
+    search = StudySearch(two, journal=folder / JOURNAL, name=RERUNS, trial_dir=folder / "trials")
     for name in "ab":
         search.suggest(name)
     search.on_trial_complete("b", error=True)

@@ -138,15 +138,15 @@ def test_a_store_that_does_not_say_why_a_trial_failed_ends_no_sweep(
     assert "for a reason that cannot be read: s3://bucket" in search.study.trials[1].user_attrs[CAUSE]
 
 
-def test_a_failed_trial_is_taken_up_by_another_in_its_directory(search: StudySearch, tmp_path: Path) -> None:
-    """Twice: the second time of the trial that had taken up the first one."""
+def test_a_failed_trial_is_retried_by_another_in_its_directory(search: StudySearch, tmp_path: Path) -> None:
+    """Twice: the second time, the trial that had retried the first one is retried."""
     run(search, [0.1], error=True)
     run(search, [0.1, 0.2, 0.3], "b")
     rate = search.study.trials[0].params[RATE]
     for number in (2, 3):
         failed = [trial.number for trial in own_trials(search.study, (TrialState.FAIL,))]
         assert {new: old.number for new, old in studies.retry_failed(search.study).items()} == {number: failed[0]}
-        assert studies.retry_failed(search.study) == {}  # it is taken up once
+        assert studies.retry_failed(search.study) == {}  # it is retried once
         again = search_over(tmp_path)
         assert again.suggest("x") == {RATE: rate, NUMBER: number, TAKES_UP: 0}
         folder = trial_path(tmp_path / "trials", 0)
@@ -262,13 +262,14 @@ def test_an_earlier_sweep_warms_a_new_one(tmp_path: Path) -> None:
         check_searchable(search_over(tmp_path / "other", warm_start="nowhere").space)
 
 
-def test_scores_with_another_pin_are_not_compared(tmp_path: Path) -> None:
-    """An earlier sweep, a resumed one and its finals all open a study, which holds the pin of its scores."""
+def test_scores_of_another_protocol_are_not_compared(tmp_path: Path) -> None:
+    """An earlier sweep, a resumed one and its re-runs open a study, which holds its protocol hash."""
     space = SweepConfig.model_validate({"search": SPACE})
 
-    def opened(name: str, pin: str, **tune: Any) -> StudySearch:
+    def opened(name: str, protocol: str, **tune: Any) -> StudySearch:
         other = space.model_copy(update={"tune": space.tune.model_copy(update=tune)})
-        return StudySearch(other, journal=tmp_path / name / JOURNAL, name=name, trial_dir=tmp_path / name, protocol=pin)
+        folder = tmp_path / name
+        return StudySearch(other, journal=folder / JOURNAL, name=name, trial_dir=folder, protocol=protocol)
 
     run(opened("first", "old"), [0.1, 0.2, 0.3])
     run(opened("first", "old"), [0.1, 0.2, 0.3])

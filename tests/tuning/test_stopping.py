@@ -76,7 +76,7 @@ def test_a_time_budget_ends_the_search_and_nothing_that_is_complete() -> None:
         assert not stop.stop_all()
         time.sleep(0.1)
         assert stop.stop_all() and stop.status == 1
-    with stop.searching(60):  # the finals have what is left of it
+    with stop.searching(60):  # the re-runs have what is left of it
         assert stop.stop_all()
     stop.check(complete=True)
     with pytest.raises(SweepStopped, match=r"tune\.time_budget_minutes is over"):
@@ -148,7 +148,7 @@ def test_failed_trials_are_taken_up_again_by_the_driver_that_holds_the_sweep(
 ) -> None:
     def retry(space: SweepConfig, output: Path) -> list[str]:
         assert (output / LEASE_FILE).exists()
-        return ["taken up"]
+        return ["retried"]
 
     monkeypatch.setattr(resume, "retry_failed", retry)
     monkeypatch.setattr(api, "search", lambda *_: 0)

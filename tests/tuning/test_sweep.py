@@ -31,10 +31,10 @@ def test_trials_are_compared_on_development_rows(tmp_path: Path, monkeypatch: py
 def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
     """Trials that reported these scores every third step."""
     search = StudySearch(SweepConfig(), journal=folder / JOURNAL, name="sweep", trial_dir=folder)
-    for number, own in enumerate(scores):
+    for number, trial_scores in enumerate(scores):
         search.suggest(str(number))
-        for place, score in enumerate(own, start=1):
-            report = {"step": 3 * place, "total_steps": 9, "dev_f1": score, "wire_bytes": 64}
+        for step, score in enumerate(trial_scores, start=1):
+            report = {"step": 3 * step, "total_steps": 9, "dev_f1": score, "wire_bytes": 64}
             search.on_trial_result(str(number), report)
         search.on_trial_complete(str(number), report)
     return search.study.trials
@@ -44,26 +44,26 @@ def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
 def test_a_restart_shows_the_scheduler_what_was_reported(tmp_path: Path, scheduler: Any) -> None:
     trials = ended(tmp_path, [(0.5, 0.8, 0.9), (0.4, 0.7, 0.8), (0.4, 0.6, 0.8), (0.1, 0.1, 0.9), (0.6, 0.7, 0.9)])
     config = TuneConfig(scheduler=scheduler, grace_steps=3)
-    found = make_scheduler(config, 9)
-    replay(found, trials)
+    fresh = make_scheduler(config, 9)
+    replay(fresh, trials)
     late: Any = Earlier(99)
     controller: Any = NothingRuns()
-    found.on_trial_add(controller, late)
-    verdict = found.on_trial_result(controller, late, {"step": 3, "dev_f1": 0.0})
+    fresh.on_trial_add(controller, late)
+    verdict = fresh.on_trial_result(controller, late, {"step": 3, "dev_f1": 0.0})
     assert verdict == ("CONTINUE" if scheduler == "none" else "STOP")
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
 def test_a_scheduler_does_without_a_trial_that_failed_before_it_was_evaluated(scheduler: Any) -> None:
-    found = make_scheduler(TuneConfig(scheduler=scheduler, grace_steps=3), 9)
+    fresh = make_scheduler(TuneConfig(scheduler=scheduler, grace_steps=3), 9)
     controller: Any = NothingRuns()
     trials: list[Any] = [Earlier(number) for number in (0, 1)]
     for trial in trials:
-        found.on_trial_add(controller, trial)
+        fresh.on_trial_add(controller, trial)
     nothing = {"trial_id": "a", "done": True}
-    found.on_trial_result(controller, trials[0], nothing)
-    found.on_trial_complete(controller, trials[0], nothing)
-    assert found.on_trial_result(controller, trials[1], {"step": 3, "dev_f1": 0.5}) == "CONTINUE"
+    fresh.on_trial_result(controller, trials[0], nothing)
+    fresh.on_trial_complete(controller, trials[0], nothing)
+    assert fresh.on_trial_result(controller, trials[1], {"step": 3, "dev_f1": 0.5}) == "CONTINUE"
 
 
 def test_the_longest_trial_has_the_smallest_batches_and_the_most_epochs() -> None:
