@@ -75,7 +75,7 @@ NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc", "r
 """What Ray calls the processes of a Train worker, of a trial's driver and of a shared receiver."""
 SHARED_TOLERANCE = 1e-3
 """Relative, of values where receivers are shared: a replica computes with all cores, a trial's worker with one, and sums differ."""
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 """How long a victim may take to appear, and what a kill leaves to go away."""
 HEAD = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 2**28}
 """Of every cluster; the State API asks the dashboard."""
