@@ -29,7 +29,9 @@ from latentwire.distributed import cluster
 from latentwire.distributed.local_shards import local_shards
 from latentwire.model import LatentWire
 
-Part = Literal["preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing"]
+Part = Literal[
+    "preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing"
+]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 

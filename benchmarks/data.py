@@ -56,7 +56,9 @@ def _by_datasets(run: RunConfig, folder: Path, cores: int) -> int:
         return columns
 
     made = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"))
-    made = made.train_test_split(run.data.dev_fraction, seed=run.data.seed)["train"]  # shuffled, as ours are
+    made = made.train_test_split(run.data.dev_fraction, seed=run.data.seed)[
+        "train"
+    ]  # shuffled, as ours are
     made = made.map(tokenised, batched=True, num_proc=cores)
     made.to_parquet(str(folder / "datasets.parquet"))
     return made.num_rows
@@ -68,8 +70,18 @@ def padding_shares(wire: LatentWire, table: pa.Table) -> Row:
     for buckets in (8, 2, 1):
         training = with_values(wire.run, {"training.bucket_batches": buckets}).training
         collator = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
-        counted = [padding(collator(batch, 10**9)) for batch in streams.shuffled_batches(table, training, 0)]
-        shares.append(sum(padded for padded, _ in counted) / sum(positions for _, positions in counted))
+        counted = [
+            padding(collator(batch, 10**9))
+            for batch in streams.shuffled_batches(table, training, 0)
+        ]
+        shares.append(
+            sum(padded for padded, _ in counted) / sum(positions for _, positions in counted)
+        )
     listed = " / ".join(f"{share:.1%}" for share in shares)
     detail = f"{wire.run.data.dataset}, batches of {wire.run.training.batch_size}; 8, 2, 1 drawn together: {listed}"
-    return Row("padding share with length buckets of 2 batches ÷ without", shares[1] / shares[2], "report", detail)
+    return Row(
+        "padding share with length buckets of 2 batches ÷ without",
+        shares[1] / shares[2],
+        "report",
+        detail,
+    )

@@ -43,15 +43,22 @@ def model_of(name: str, scale: float, device: torch.device) -> Any:
         sizes["num_key_value_heads"] = max(1, round(scale * sizes["num_key_value_heads"]))
         sizes["num_attention_heads"] = groups * sizes["num_key_value_heads"]
         sizes["hidden_size"] = HEAD * sizes["num_attention_heads"]
-        sizes |= {key: max(1, round(scale * sizes[key])) for key in ("num_hidden_layers", "intermediate_size")}
+        sizes |= {
+            key: max(1, round(scale * sizes[key]))
+            for key in ("num_hidden_layers", "intermediate_size")
+        }
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(kind(**sizes, tie_word_embeddings=False), dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(
+            kind(**sizes, tie_word_embeddings=False), dtype=torch.bfloat16
+        )
 
 
 def wire_of(run: RunConfig, scale: float) -> LatentWire:
     """A wire between the two shapes."""
     device, waiting = pick_device(), iter(receiver.name for receiver in run.receivers)
-    with patch("latentwire.models.lm.load_model", lambda *_, **__: model_of(next(waiting), scale, device)):
+    with patch(
+        "latentwire.models.lm.load_model", lambda *_, **__: model_of(next(waiting), scale, device)
+    ):
         return LatentWire(run)
 
 
@@ -62,7 +69,9 @@ def rows_of(run: RunConfig, count: int) -> pa.Table:
     columns["context"] = [4 * (context + " ") for context in columns["context"]]
     columns["sender_bytes"] = [len(context) for context in columns["context"]]
     for name, builder in builders(run).items():
-        ids = builder.tokenize(columns["context"], columns["question"], [golds[0] for golds in columns["answers"]])
+        ids = builder.tokenize(
+            columns["context"], columns["question"], [golds[0] for golds in columns["answers"]]
+        )
         columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
     return pa.table(columns)
 
@@ -89,7 +98,9 @@ def flops(wire: LatentWire, trainer: Trainer, table: pa.Table) -> float:
     for name, lm in wire.receivers.items():
         sequences = lm.read_head(batch.sequences[name].to(lm.device))
         body = sum(p.numel() for p in lm.lm.base_model.layers.parameters())
-        total += 4 * (body * sequences.ids_BS.numel() + lm.head.weight.numel() * len(sequences.target_N))
+        total += 4 * (
+            body * sequences.ids_BS.numel() + lm.head.weight.numel() * len(sequences.target_N)
+        )
     trained = sum(p.numel() for p in wire.interlingua.parameters() if p.requires_grad)
     return total + 6 * trained * table.num_rows * wire.run.encoder.latent_len
 
@@ -100,15 +111,21 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of layers, heads and widths, up to 1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of layers, heads and widths, up to 1"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
     options = parser.parse_args()
     device = pick_device()
     ceiling = matmul_ceiling(device, 8192 if device.type == "cuda" else 512)
     print(f"{device}: bf16 products reach {ceiling / 1e12:.3g} TFLOP/s\n")
-    print("| step | examples/s | TFLOP/s | share of that (goal ≥ 0.45) | peak memory |\n|---|---|---|---|---|")
+    print(
+        "| step | examples/s | TFLOP/s | share of that (goal ≥ 0.45) | peak memory |\n|---|---|---|---|---|"
+    )
     for sequential in (False, True):
         run = with_values(
             RunConfig(),
@@ -129,9 +146,15 @@ def main() -> int:
         _wait(device)
         seconds = (time.perf_counter() - began) / options.steps
         rate = flops(wire, trainer, table) / seconds
-        memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else "not on a GPU"
+        memory = (
+            f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+            if device.type == "cuda"
+            else "not on a GPU"
+        )
         name = "one receiver after the other" if sequential else "joint"
-        print(f"| {name} | {options.batch_size / seconds:.3g} | {rate / 1e12:.3g} | {rate / ceiling:.2g} | {memory} |")
+        print(
+            f"| {name} | {options.batch_size / seconds:.3g} | {rate / 1e12:.3g} | {rate / ceiling:.2g} | {memory} |"
+        )
         del wire, trainer
     return 0
 

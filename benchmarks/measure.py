@@ -24,7 +24,9 @@ class Row:
         return f"| {self.what} | {self.ratio:.2f} | {self.goal} | {self.detail} |"
 
 
-def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
+def in_turns(
+    first: Callable[[], object], second: Callable[[], object], repeats: int
+) -> tuple[float, float]:
     """Median seconds of both, after one unmeasured call of each."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):

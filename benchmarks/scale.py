@@ -24,12 +24,20 @@ STUDY_MB = 0.035
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu_hours", type=float, default=1.0, help="GPU-hours that one whole trial trains")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gpu_hours", type=float, default=1.0, help="GPU-hours that one whole trial trains"
+    )
     parser.add_argument("--gpus_per_trial", type=int, default=1, help="GPUs of one trial")
-    parser.add_argument("--trainable_m", type=float, default=60, help="trainable parameters, millions")
+    parser.add_argument(
+        "--trainable_m", type=float, default=60, help="trainable parameters, millions"
+    )
     parser.add_argument("--rows", type=int, default=80_000, help="training rows")
-    parser.add_argument("--row_bytes", type=int, default=4_000, help="bytes of a training row in the object store")
+    parser.add_argument(
+        "--row_bytes", type=int, default=4_000, help="bytes of a training row in the object store"
+    )
     parser.add_argument("--receivers", type=int, default=2, help="receivers with teachers' columns")
     parser.add_argument("--k", type=int, default=4, help="tokens that a teacher tells of")
     parser.add_argument("--top_k", type=int, default=32, help="its likeliest tokens at each")

@@ -26,12 +26,18 @@ def suggestion(finished: int) -> Row:
     rng, seconds = random.Random(0), []
     with tempfile.TemporaryDirectory() as folder:
         space, journal = load_space(SPACE), Path(folder) / JOURNAL
-        search = StudySearch(space, journal=journal, name="benchmark", trial_dir=Path(folder) / "trials")
+        search = StudySearch(
+            space, journal=journal, name="benchmark", trial_dir=Path(folder) / "trials"
+        )
         for number in range(finished + MEASURED):
             began = time.perf_counter()
             search.suggest(str(number))
             seconds.append(time.perf_counter() - began)
-            search.on_trial_complete(str(number), {"step": 1, "total_steps": 1, "dev_f1": rng.random()})
+            search.on_trial_complete(
+                str(number), {"step": 1, "total_steps": 1, "dev_f1": rng.random()}
+            )
     milliseconds = 1000 * statistics.median(seconds[finished:])
     detail = f"{space.tune.sampler.name}, {len(space.search)} dimensions"
-    return Row(f"a suggestion with {finished:,} finished trials, in ms", milliseconds, "< 50", detail)
+    return Row(
+        f"a suggestion with {finished:,} finished trials, in ms", milliseconds, "< 50", detail
+    )

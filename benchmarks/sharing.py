@@ -93,11 +93,15 @@ def rows(space: SweepConfig, steps: int) -> list[Row]:
 
 
 def _sweep(run: RunConfig, receivers: Any, trials: int) -> Sweep:
-    tune = TuneConfig(trials=trials, scheduler="none", receivers=receivers, max_concurrent_trials=trials)
+    tune = TuneConfig(
+        trials=trials, scheduler="none", receivers=receivers, max_concurrent_trials=trials
+    )
     space = SweepConfig(run=run, tune=tune)
     cluster.start_ray()
     try:
-        plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
+        plan = planner.plan(
+            space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
+        )
         with tempfile.TemporaryDirectory() as folder:
             files = sweep_files.prepare(space, plan.gpus_per_worker)
             with Peak() as peak, replica_sets.serving(space, plan.sharing) as served:
@@ -137,10 +141,14 @@ def on_one_gpu(accumulation: int) -> list[Row]:
         }
         run = with_values(space.run, values).model_copy(update={"receivers": tuple(receivers)})
         tune = TuneConfig(trials=1000, receivers="shared", joined_trials=1)
-        found = planner.plan(SweepConfig(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES, files=False)
+        found = planner.plan(
+            SweepConfig(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES, files=False
+        )
     assert found.sharing is not None
     shared, own = found.max_concurrent_trials, int(GPU_BYTES // found.bytes_per_worker)
-    together = sum(found.sharing.bytes_per_replica.values()) + TOGETHER * found.sharing.bytes_per_worker
+    together = (
+        sum(found.sharing.bytes_per_replica.values()) + TOGETHER * found.sharing.bytes_per_worker
+    )
     what = f"8B + 7B, by the planner, batches of 8 in {accumulation} part(s)"
     return [
         Row(f"memory of {TOGETHER} trials that share ÷ one with its own: {what}", together / found.bytes_per_worker, "≤ 1.3",

@@ -52,12 +52,19 @@ class Simulated:
         self.step += STEPS // EVALUATIONS
         score = self.worth * self.step / STEPS
         real = {f"metric_{number}": score for number in range(40)}
-        return real | {"dev_f1": score, "step": self.step, "total_steps": STEPS, "training_iteration": self.step}
+        return real | {
+            "dev_f1": score,
+            "step": self.step,
+            "total_steps": STEPS,
+            "training_iteration": self.step,
+        }
 
 
 def simulate(space: SweepConfig, at_once: int, folder: Path) -> dict[str, float]:
     """Run the sweep; returns seconds by what they were spent on, and the study's size."""
-    search = StudySearch(space, journal=folder / JOURNAL, name="simulated", trial_dir=folder / "trials")
+    search = StudySearch(
+        space, journal=folder / JOURNAL, name="simulated", trial_dir=folder / "trials"
+    )
     scheduler = make_scheduler(space.tune, STEPS)
     budget = CheckpointBudget(search)
     spent = {"suggest": 0.0, "report": 0.0, "end": 0.0, "tidy": 0.0}
@@ -86,7 +93,9 @@ def simulate(space: SweepConfig, at_once: int, folder: Path) -> dict[str, float]
             scheduler.on_trial_complete(None, trial, result)
             ended += 1
             if ended % 100 == 0:
-                print(f"{ended} trials: {sum(spent.values()) / ended:.3f} s each so far", flush=True)
+                print(
+                    f"{ended} trials: {sum(spent.values()) / ended:.3f} s each so far", flush=True
+                )
         else:
             running.append(trial)
         timed("tidy", budget.tidy)
@@ -95,7 +104,9 @@ def simulate(space: SweepConfig, at_once: int, folder: Path) -> dict[str, float]
 
 def main() -> None:
     """Print seconds per trial and the study's size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=1_000, help="trials of the sweep")
     parser.add_argument("--at_once", type=int, default=64, help="trials that run at once")
     options = parser.parse_args()
@@ -106,7 +117,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = simulate(SweepConfig.model_validate(tree), options.at_once, Path(folder))
     size = found.pop("journal_mb")
-    each = ", ".join(f"{what} {1000 * seconds / options.trials:.1f} ms" for what, seconds in found.items())
+    each = ", ".join(
+        f"{what} {1000 * seconds / options.trials:.1f} ms" for what, seconds in found.items()
+    )
     print(f"{options.trials} trials, {options.at_once} at once: {sum(found.values()):.1f} s of the driver; per trial: {each}; "
           f"study {size:.1f} MB")  # fmt: skip
 

@@ -54,7 +54,12 @@ def beside_bare_receivers(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     receivers = " + ".join(receiver.model.rsplit("/")[-1] for receiver in run.receivers)
     positions = sum(int(sequences.attention_BS.sum()) for _, sequences, _ in prepared)
     detail = f"{receivers}, {batch.num_rows} rows, {positions} positions: {1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
-    return Row("training step ÷ forward and backward of the bare receivers", ours / theirs, "≤ 1.15", detail)
+    return Row(
+        "training step ÷ forward and backward of the bare receivers",
+        ours / theirs,
+        "≤ 1.15",
+        detail,
+    )
 
 
 def with_teachers(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
@@ -73,17 +78,25 @@ def with_teachers(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
 
 def longer_k(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     """A step that weighs the first eight tokens over one that weighs the first."""
-    eight, one = (trainer_of(with_values(run, {"losses.first_k_ce_weight": 1.0, "losses.k": k})) for k in (8, 1))
+    eight, one = (
+        trainer_of(with_values(run, {"losses.first_k_ce_weight": 1.0, "losses.k": k}))
+        for k in (8, 1)
+    )
     ours, theirs = in_turns(lambda: eight.step(batch), lambda: one.step(batch), repeats)
     return Row(
-        "step with K = 8 ÷ step with K = 1", ours / theirs, "≤ 1.05", f"{1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
+        "step with K = 8 ÷ step with K = 1",
+        ours / theirs,
+        "≤ 1.05",
+        f"{1e3 * ours:.0f} / {1e3 * theirs:.0f} ms",
     )
 
 
 def eager_attention(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     """A step whose receivers attend by plain products over one that uses torch's fused attention."""
     every = [f"receivers.{i}.attn_implementation" for i in range(len(run.receivers))]
-    eager, fused = (trainer_of(with_values(run, dict.fromkeys(every, how))) for how in ("eager", "sdpa"))
+    eager, fused = (
+        trainer_of(with_values(run, dict.fromkeys(every, how))) for how in ("eager", "sdpa")
+    )
     ours, theirs = in_turns(lambda: eager.step(batch), lambda: fused.step(batch), repeats)
     detail = f"{batch.num_rows} rows: {1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
     return Row("step with eager attention ÷ with sdpa", ours / theirs, "report", detail)
@@ -109,18 +122,36 @@ def supervised_logits(
     ours, theirs = in_turns(supervised, full, repeats)
     size, whole = peak_bytes(supervised), peak_bytes(full)
     shape = f"{vocabulary:,} tokens, {targets} of {positions} positions in {rows} rows"
-    time, memory = f"{1e3 * ours:.0f} / {1e3 * theirs:.0f} ms", f"{size / 1e6:.0f} / {whole / 1e6:.0f} MB"
+    time, memory = (
+        f"{1e3 * ours:.0f} / {1e3 * theirs:.0f} ms",
+        f"{size / 1e6:.0f} / {whole / 1e6:.0f} MB",
+    )
     return [
-        Row("logits where supervised ÷ everywhere: time", ours / theirs, "report", f"{shape}: {time}"),
-        Row("logits where supervised ÷ everywhere: peak memory", size / whole, "report", f"{shape}: {memory}"),
+        Row(
+            "logits where supervised ÷ everywhere: time",
+            ours / theirs,
+            "report",
+            f"{shape}: {time}",
+        ),
+        Row(
+            "logits where supervised ÷ everywhere: peak memory",
+            size / whole,
+            "report",
+            f"{shape}: {memory}",
+        ),
     ]
 
 
-def chunked_logits(repeats: int, vocabulary: int, width: int = 640, targets: int = 2_048) -> list[Row]:
+def chunked_logits(
+    repeats: int, vocabulary: int, width: int = 640, targets: int = 2_048
+) -> list[Row]:
     """Losses by chunks of 256 tokens over all logits at once, forward and backward: time and memory."""
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
-    state_ND, target_N = torch.randn(targets, width, requires_grad=True), torch.randint(vocabulary, (targets,))
+    state_ND, target_N = (
+        torch.randn(targets, width, requires_grad=True),
+        torch.randint(vocabulary, (targets,)),
+    )
 
     def sums(rows: slice, part_ND: torch.Tensor) -> torch.Tensor:
         return token_ce(head(part_ND), target_N[rows]).sum()[None]

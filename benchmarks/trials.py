@@ -30,7 +30,9 @@ def rows(space: SweepConfig, table: pa.Table, steps: int) -> list[Row]:
     """One trial of ``2 · steps`` steps through Data, Train and Tune, the second half beside the same steps of the bare loop."""
     run = in_halves(space.run, steps)
     space = SweepConfig(run=run, tune=TuneConfig(trials=1, scheduler="none"))
-    plan = planner.plan(space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker))
+    plan = planner.plan(
+        space, ray.cluster_resources(), planner.node_memory(run.training.gpus_per_worker)
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = sweep_files.prepare(space, plan.gpus_per_worker)
         (trial,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep").trials
@@ -57,7 +59,11 @@ def start_parts(report: Mapping[str, Any]) -> dict[str, float]:
 
 def in_halves(run: RunConfig, steps: int) -> RunConfig:
     """A run of ``2 · steps`` steps that is looked at half-way and at its end."""
-    values = {"training.max_steps": 2 * steps, "training.evaluate_every": steps, "training.epochs": 10**6}
+    values = {
+        "training.max_steps": 2 * steps,
+        "training.evaluate_every": steps,
+        "training.epochs": 10**6,
+    }
     return with_values(run, values)
 
 
@@ -65,7 +71,10 @@ def second_half_seconds(run: RunConfig, table: pa.Table, rank: int = 0, world: i
     """What the second half of :func:`in_halves` takes by the bare loop, on this worker's share of every batch."""
     trainer = Trainer(LatentWire(run), 10**6)
     seconds: list[float] = []
-    trainer.train(table_epochs(run.training, table, rank, world), lambda: seconds.append(trainer.progress.seconds))
+    trainer.train(
+        table_epochs(run.training, table, rank, world),
+        lambda: seconds.append(trainer.progress.seconds),
+    )
     return seconds[1] - seconds[0]
 
 

@@ -34,15 +34,22 @@ def uploaded(folder: Path) -> list[tuple[int, Path]]:
 
 def main() -> int:
     """Print the size; over the limit, the largest files too."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("."), help="the working directory of the job")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path("."), help="the working directory of the job"
+    )
     folder = parser.parse_args().folder.absolute()
     files = uploaded(folder)
     total = sum(size for size, _ in files) / 1e6
     print(f"{len(files)} files, {total:.1f} MB would be uploaded from {folder}")
     if total <= LIMIT_MB:
         return 0
-    print(f"warning: over {LIMIT_MB} MB; name what no job needs in .rayignore. The largest:", file=sys.stderr)
+    print(
+        f"warning: over {LIMIT_MB} MB; name what no job needs in .rayignore. The largest:",
+        file=sys.stderr,
+    )
     for size, path in files[:SHOWN]:
         print(f"  {size / 1e6:9.1f} MB  {path}", file=sys.stderr)
     return 1

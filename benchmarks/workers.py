@@ -42,6 +42,10 @@ def _examples_per_s(run: RunConfig, table: pa.Table, steps: int, count: int) -> 
 
 def _work(rank: int, run: RunConfig, table: pa.Table, count: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(second_half_seconds(run, table, rank, count)))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count
+    )
+    (Path(folder) / f"{rank}.json").write_text(
+        json.dumps(second_half_seconds(run, table, rank, count))
+    )
     dist.destroy_process_group()

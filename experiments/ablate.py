@@ -41,14 +41,20 @@ from latentwire.training.local import train_here
 MODES: tuple[Mode, ...] = ("text", "latent", "shuffled")
 
 
-def runs(flags: Any, variants_file: Path, names: Sequence[str] | None, seeds: Sequence[int]) -> dict[str, RunConfig]:
+def runs(
+    flags: Any, variants_file: Path, names: Sequence[str] | None, seeds: Sequence[int]
+) -> dict[str, RunConfig]:
     """Return ``<variant>-<seed>`` → its configuration. Raises :class:`ConfigError` for a variant that breaks a rule."""
     if flags.seed is not None:
-        raise ConfigError(f"variants take their seeds from --seeds, got --seed {flags.seed}; say --seeds {flags.seed}")
+        raise ConfigError(
+            f"variants take their seeds from --seeds, got --seed {flags.seed}; say --seeds {flags.seed}"
+        )
     space = with_home(read_config(flags))
     variants = yaml.safe_load(variants_file.read_text())
     if not isinstance(variants, dict):
-        raise ConfigError(f"variants must map names to knobs, got {type(variants).__name__} ({variants_file})")
+        raise ConfigError(
+            f"variants must map names to knobs, got {type(variants).__name__} ({variants_file})"
+        )
     names = names or list(variants)
     if unknown := set(names) - set(variants):
         raise ConfigError(
@@ -70,7 +76,11 @@ def train_one(run: RunConfig, output: Path) -> None:
     scores: dict[str, dict[str, dict[str, float]]]
     if not run.data.source.has_questions:
         metrics = {name: f"dev_loss_{name}" for name in wire.receivers} | {"mean": "dev_loss"}
-        scores = {"latent": {name: {"nll": manifest["metrics"][metric]} for name, metric in metrics.items()}}
+        scores = {
+            "latent": {
+                name: {"nll": manifest["metrics"][metric]} for name, metric in metrics.items()
+            }
+        }
     else:
         table = shards.read_table(paths["validation"])
         scores = {mode: summarise(list(predict(wire, table, mode))) for mode in MODES}
@@ -83,17 +93,26 @@ def table(output: Path, wanted: dict[str, RunConfig]) -> str:
     first = next(iter(wanted.values()))
     receivers = [receiver.name for receiver in first.receivers]
     recited = ("nats a token,", "nll", 1, 2)
-    title, score, factor, digits = recited if not first.data.source.has_questions else ("EM", "em", 100, 1)
-    lines = ["| variant | " + " | ".join(f"{title} {receiver}" for receiver in receivers) + " | mean |"]
+    title, score, factor, digits = (
+        recited if not first.data.source.has_questions else ("EM", "em", 100, 1)
+    )
+    lines = [
+        "| variant | " + " | ".join(f"{title} {receiver}" for receiver in receivers) + " | mean |"
+    ]
     lines.append("|---|" + "---|" * (len(receivers) + 1))
     for name in names:
         found = [
-            json.loads((output / key / "scores.json").read_text()) for key in wanted if key.rsplit("-", 1)[0] == name
+            json.loads((output / key / "scores.json").read_text())
+            for key in wanted
+            if key.rsplit("-", 1)[0] == name
         ]
         cells = []
         for receiver in [*receivers, "mean"]:
             values = [factor * scores["latent"][receiver][score] for scores in found]
-            told = [f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values))]
+            told = [
+                f"{value:.{digits}f}"
+                for value in (statistics.mean(values), min(values), max(values))
+            ]
             cells.append(f"{told[0]} ({told[1]}–{told[2]})" if len(values) > 1 else told[0])
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -131,7 +150,9 @@ def main(
         folder = output / key
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("a") as log:
-            code = subprocess.call([sys.executable, *sys.argv, "--only", key], stdout=log, stderr=subprocess.STDOUT)
+            code = subprocess.call(
+                [sys.executable, *sys.argv, "--only", key], stdout=log, stderr=subprocess.STDOUT
+            )
         print(f"{key}: {'done' if code == 0 else f'failed, see {folder}/log'}", flush=True)
         return code
 

@@ -50,7 +50,9 @@ class Contexts:
     def __init__(self, wire: LatentWire, drawn: list[Facts]) -> None:
         self.wire, self.count = wire, len(drawn)
         self.texts = [context_of(context) for context in drawn]
-        self.questions = [kind.question.format(name=n) for context in drawn for n, kind, _ in context]
+        self.questions = [
+            kind.question.format(name=n) for context in drawn for n, kind, _ in context
+        ]
         self.golds = [value for context in drawn for _, _, value in context]
         self.context_R = [index for index, context in enumerate(drawn) for _ in context]
 
@@ -73,9 +75,15 @@ class Contexts:
         for name, lm in self.wire.receivers.items():
             builder = self.wire.builders[name]
             questions = builder.tokenize([], self.questions, [])["question_ids"]
-            batch = collate([builder.latent(slots, ids) for ids in questions], side="left", messages=self.context_R)
+            batch = collate(
+                [builder.latent(slots, ids) for ids in questions],
+                side="left",
+                messages=self.context_R,
+            )
             with read(name, batch) as soft_ND:
-                decoded = lm.generate(batch, builder.stop_ids, self.wire.run.evaluation.max_answer_tokens, soft_ND)
+                decoded = lm.generate(
+                    batch, builder.stop_ids, self.wire.run.evaluation.max_answer_tokens, soft_ND
+                )
             texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
             right = [text.strip() == gold for text, gold in zip(texts, self.golds, strict=True)]
             found[name] = statistics.mean(right)
@@ -111,18 +119,31 @@ def slots_rung(options: argparse.Namespace) -> None:
             p_NLD, kv_NLE = {}, {}
             for name, lm in wire.receivers.items():
                 texts = wire.builders[name].tokenize(told.texts, [], [])["context_ids"]
-                pieces = [lm.token_embeddings(torch.tensor(ids)).tensor_split(slots) for ids in texts]
-                start_NLD = torch.stack([torch.stack([piece.mean(0) for piece in row]) for row in pieces])
+                pieces = [
+                    lm.token_embeddings(torch.tensor(ids)).tensor_split(slots) for ids in texts
+                ]
+                start_NLD = torch.stack(
+                    [torch.stack([piece.mean(0) for piece in row]) for row in pieces]
+                )
                 p_NLD[name] = start_NLD.requires_grad_()
-                width = sum(target.out_features for target in projections(lm.skeleton(), "deep_prefix"))
+                width = sum(
+                    target.out_features for target in projections(lm.skeleton(), "deep_prefix")
+                )
                 kv_NLE[name] = torch.zeros(told.count, slots, width, requires_grad=inside)
 
             @contextmanager
-            def read(name: str, batch: Batch, p_NLD: dict = p_NLD, kv_NLE: dict = kv_NLE) -> Iterator[torch.Tensor]:
-                with wire.receivers[name].added_to_slots(kv_NLE[name][batch.message_R].flatten(0, 1), batch.latents_BS):
+            def read(
+                name: str, batch: Batch, p_NLD: dict = p_NLD, kv_NLE: dict = kv_NLE
+            ) -> Iterator[torch.Tensor]:
+                with wire.receivers[name].added_to_slots(
+                    kv_NLE[name][batch.message_R].flatten(0, 1), batch.latents_BS
+                ):
                     yield p_NLD[name][batch.message_R].flatten(0, 1)
 
-            vectors = [{"params": list(p_NLD.values()), "lr": 0.02}, {"params": list(kv_NLE.values()), "lr": 0.05}]
+            vectors = [
+                {"params": list(p_NLD.values()), "lr": 0.02},
+                {"params": list(kv_NLE.values()), "lr": 0.05},
+            ]
             rung = f"{slots} slots, {'keys and values too' if inside else 'embeddings'}"
             climb(rung, told, read, slots, vectors[: 1 + inside])
 
@@ -137,7 +158,9 @@ def latents_rung(options: argparse.Namespace) -> None:
     optimised = replace(message, z_BLZ=z_BLZ)
     read: Read = partial(wire.reading, message=optimised)
     climb("latents", told, read, z_BLZ.shape[1], [{"params": [z_BLZ], "lr": 0.03}])
-    moved = float(((z_BLZ - message.z_BLZ).square().mean() / message.z_BLZ.square().mean()).sqrt().detach())
+    moved = float(
+        ((z_BLZ - message.z_BLZ).square().mean() / message.z_BLZ.square().mean()).sqrt().detach()
+    )
     print(f"the latents moved by {moved:.2f} of their RMS")
 
 
@@ -178,14 +201,26 @@ def encoder_rung(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rung", choices=("slots", "latents", "encoder"))
-    parser.add_argument("--wire", type=Path, help="export of a wire trained on the toy pair; not for slots")
-    parser.add_argument("--contexts", type=int, default=48, help="contexts that are scored, six questions each")
-    parser.add_argument("--slots", type=int, nargs="+", default=[4, 2, 1], help="soft slots of each receiver")
-    parser.add_argument("--seen", type=int, default=64, help="contexts that the encoder is trained on")
+    parser.add_argument(
+        "--wire", type=Path, help="export of a wire trained on the toy pair; not for slots"
+    )
+    parser.add_argument(
+        "--contexts", type=int, default=48, help="contexts that are scored, six questions each"
+    )
+    parser.add_argument(
+        "--slots", type=int, nargs="+", default=[4, 2, 1], help="soft slots of each receiver"
+    )
+    parser.add_argument(
+        "--seen", type=int, default=64, help="contexts that the encoder is trained on"
+    )
     parser.add_argument("--steps", type=int, default=300, help="of the encoder, 16 contexts each")
-    parser.add_argument("--tell_every", type=int, default=150, help="steps of the encoder between two lines")
+    parser.add_argument(
+        "--tell_every", type=int, default=150, help="steps of the encoder between two lines"
+    )
     options = parser.parse_args()
     if (options.wire is None) != (options.rung == "slots"):
         parser.error("latents and encoder take --wire, slots does not")

@@ -48,13 +48,17 @@ def sweep(space: SweepConfig, name: str, seed: int, output: Path) -> list[float]
     tune = space.tune.model_copy(update={"sampler": SamplerConfig(name=name), "seed": seed})  # type: ignore[arg-type]
     space = space.model_copy(update={"tune": tune})
     folder = output / f"{name}-{seed}"
-    search = StudySearch(space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials")
+    search = StudySearch(
+        space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials"
+    )
     paths = local_shards(space.run, ("train", "dev"))
     rows, dev = streams.training_table(space.run, paths["train"]), shards.read_table(paths["dev"])
     while len(done := [t for t in own_trials(search.study) if t.state.is_finished()]) < tune.trials:
         trial_id = str(len(done))
         values = search.suggest(trial_id)
-        run = with_values(space.run, {path: value for path, value in values.items() if path != NUMBER})
+        run = with_values(
+            space.run, {path: value for path, value in values.items() if path != NUMBER}
+        )
         try:
             search.on_trial_complete(trial_id, train(run, rows, dev))
         except TrainingError as error:
@@ -62,7 +66,10 @@ def sweep(space: SweepConfig, name: str, seed: int, output: Path) -> list[float]
             print(f"{folder.name} trial {trial_id}: {error}", flush=True)
         last = search.study.trials[values[NUMBER]]
         print(f"{folder.name} trial {trial_id}: {last.state.name} {last.values}", flush=True)
-    return [trial.value if trial.state.name == "COMPLETE" and trial.value is not None else 0.0 for trial in done]
+    return [
+        trial.value if trial.state.name == "COMPLETE" and trial.value is not None else 0.0
+        for trial in done
+    ]
 
 
 def best_so_far(scores: list[float]) -> list[float]:
@@ -72,12 +79,17 @@ def best_so_far(scores: list[float]) -> list[float]:
 
 def table(found: dict[str, list[list[float]]]) -> str:
     """Markdown: per sampler the best F1 and the mean of the best so far (the area under its curve), over seeds."""
-    lines = ["| sampler | best F1 | area under best so far | by seed: best, area |", "|---|---|---|---|"]
+    lines = [
+        "| sampler | best F1 | area under best so far | by seed: best, area |",
+        "|---|---|---|---|",
+    ]
     for name, sweeps in found.items():
         curves = [best_so_far(scores) for scores in sweeps]
         best, area = [curve[-1] for curve in curves], [statistics.mean(curve) for curve in curves]
         seeds = "; ".join(f"{b:.3f}, {a:.3f}" for b, a in zip(best, area, strict=True))
-        lines.append(f"| {name} | {statistics.mean(best):.3f} | {statistics.mean(area):.3f} | {seeds} |")
+        lines.append(
+            f"| {name} | {statistics.mean(best):.3f} | {statistics.mean(area):.3f} | {seeds} |"
+        )
     return "\n".join(lines)
 
 
@@ -95,8 +107,17 @@ def draw(found: dict[str, list[list[float]]], examples: int, picture: Path) -> N
         for curve in curves:
             axes.step(spent, curve, where="post", color=colour, alpha=0.3, linewidth=1)
         mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-        axes.step(spent, mean, where="post", color=colour, linewidth=2, label=f"{name}, mean of {len(curves)} seeds")
-    axes.set(xlabel="examples trained on, in thousands", ylabel="best development F1 so far", ylim=(0, 1))
+        axes.step(
+            spent,
+            mean,
+            where="post",
+            color=colour,
+            linewidth=2,
+            label=f"{name}, mean of {len(curves)} seeds",
+        )
+    axes.set(
+        xlabel="examples trained on, in thousands", ylabel="best development F1 so far", ylim=(0, 1)
+    )
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -105,24 +126,39 @@ def draw(found: dict[str, list[list[float]]], examples: int, picture: Path) -> N
 
 def main() -> int:
     """Run what is missing, then print and write the table and draw the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--space", type=Path, default=SPACE, help="space file; tune.trials is the budget of a sweep")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the studies and table.md go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--space", type=Path, default=SPACE, help="space file; tune.trials is the budget of a sweep"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="where the studies and table.md go"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--picture", type=Path, help="also draw the curves (needs matplotlib, in the extra dev)")
+    parser.add_argument(
+        "--picture", type=Path, help="also draw the curves (needs matplotlib, in the extra dev)"
+    )
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     try:
         space = with_home(load_space(options.space))
-        found = {name: [sweep(space, name, seed, options.output_dir) for seed in options.seeds] for name in SAMPLERS}
+        found = {
+            name: [sweep(space, name, seed, options.output_dir) for seed in options.seeds]
+            for name in SAMPLERS
+        }
     except UserError as error:
         return fail(error)
     text = table(found)
     (options.output_dir / "table.md").write_text(text + "\n")
     print(text)
     if options.picture:
-        draw(found, (space.run.training.max_steps or 0) * space.run.training.batch_size, options.picture)
+        draw(
+            found,
+            (space.run.training.max_steps or 0) * space.run.training.batch_size,
+            options.picture,
+        )
     return 0
 
 

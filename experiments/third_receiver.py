@@ -20,7 +20,15 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from latentwire.cli import run_script
-from latentwire.cli.flags import MANY, NO_FLAGS, NO_START, SharedFlags, SharedStart, input_path, read_config
+from latentwire.cli.flags import (
+    MANY,
+    NO_FLAGS,
+    NO_START,
+    SharedFlags,
+    SharedStart,
+    input_path,
+    read_config,
+)
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.overrides import override_run
 from latentwire.config.places import with_home
@@ -35,11 +43,18 @@ from latentwire.training.local import train_here
 
 def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
     """``run`` for so many steps: what takes a share of the wire's own steps takes the same share of these."""
-    total = base.training.max_steps or max(1, base.training.alignment_steps + base.training.coarsening_steps)
+    total = base.training.max_steps or max(
+        1, base.training.alignment_steps + base.training.coarsening_steps
+    )
     parts = ("alignment_steps", "coarsening_steps", "warmup_steps")
-    values = {f"training.{name}": min(round(getattr(run.training, name) * steps / total), steps) for name in parts}
+    values = {
+        f"training.{name}": min(round(getattr(run.training, name) * steps / total), steps)
+        for name in parts
+    }
     return with_values(
-        run, values | {"training.max_steps": steps, "training.epochs": 1000, "training.evaluate_every": steps}
+        run,
+        values
+        | {"training.max_steps": steps, "training.epochs": 1000, "training.evaluate_every": steps},
     )
 
 
@@ -56,10 +71,16 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began
     alone = choose_receivers(read_run(best), [name])
-    scores = scoring.score(best, paths["validation"], (Condition("text"), Condition("latent")), alone)
+    scores = scoring.score(
+        best, paths["validation"], (Condition("text"), Condition("latent")), alone
+    )
     text, latent = (scores[mode][name] for mode in ("text", "latent"))
     own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
-    return own | {"text_em": text["em"], "retention": latent["em"] / max(text["em"], 1e-9), "seconds": seconds}
+    return own | {
+        "text_em": text["em"],
+        "retention": latent["em"] / max(text["em"], 1e-9),
+        "seconds": seconds,
+    }
 
 
 def main(
@@ -67,7 +88,10 @@ def main(
     flags: SharedFlags = NO_FLAGS,
     start: SharedStart = NO_START,
     steps: Annotated[tuple[int, ...], Parameter(**MANY)] = (100, 200, 400, 800),
-    ways: Annotated[tuple[Literal["joined", "scratch"], ...], Parameter(**MANY)] = ("joined", "scratch"),
+    ways: Annotated[tuple[Literal["joined", "scratch"], ...], Parameter(**MANY)] = (
+        "joined",
+        "scratch",
+    ),
     scratch: Annotated[list[str] | None, Parameter(negative=(), allow_leading_hyphen=True)] = None,
     output: Annotated[Path, Parameter(["--output", "--output_dir"])] = Path("runs/third"),
 ) -> int:
@@ -80,7 +104,9 @@ def main(
         output: Where the runs and table.json go.
     """
     if start.add_receiver is None:
-        raise ConfigError("a receiver must join, got no --add_receiver; name it, and the wire by --from")
+        raise ConfigError(
+            "a receiver must join, got no --add_receiver; name it, and the wire by --from"
+        )
     run = with_home(read_config(flags, start=start)).run
     base = with_home(SweepConfig(run=read_run(input_path(start.base)))).run
     (name,) = run.training.train_only
@@ -90,7 +116,9 @@ def main(
     rows = []
     for count in steps:
         for way in ways:
-            scores = measure(spent(configs[way], base, count), name, (output / f"{way}-{count}").absolute())
+            scores = measure(
+                spent(configs[way], base, count), name, (output / f"{way}-{count}").absolute()
+            )
             rows.append({"steps": count, "way": way} | scores)
             (output / "table.json").write_text(json.dumps(rows, indent=1))
     print(

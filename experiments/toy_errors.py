@@ -28,14 +28,19 @@ def place_of(prediction: dict[str, Any]) -> int:
 def facts_of(prediction: dict[str, Any]) -> Facts:
     """Name, kind and value of each fact of the context, in order."""
     sentences = [sentence.rstrip(".").split() for sentence in prediction["context"].split(". ")]
-    return [(words[0], next(kind for kind in KINDS if words[-1] in kind.values), words[-1]) for words in sentences]
+    return [
+        (words[0], next(kind for kind in KINDS if words[-1] in kind.values), words[-1])
+        for words in sentences
+    ]
 
 
 def sharing(prediction: dict[str, Any], latents: int) -> str:
     """What shares the latent of the asked fact where ``latents`` spans are whole facts; the most alike of several."""
     facts, asked = facts_of(prediction), place_of(prediction) - 1
     count = torch.tensor([len(facts)])
-    edges = span_edges(count, torch.tensor([latents]), torch.ones(1, len(facts), dtype=torch.bool))[0].tolist()
+    edges = span_edges(count, torch.tensor([latents]), torch.ones(1, len(facts), dtype=torch.bool))[
+        0
+    ].tolist()
     start, end = next(edge for edge in itertools.pairwise(edges) if edge[0] <= asked < edge[1])
     name, kind, _ = facts[asked]
     others = [facts[place] for place in range(int(start), int(end)) if place != asked]
@@ -51,24 +56,39 @@ def said_instead(prediction: dict[str, Any]) -> str:
     asked = next(kind for kind in KINDS if prediction["golds"][0] in kind.values)
     there = prediction["text"] in prediction["context"].replace(".", "").split()
     if prediction["text"] in asked.values:
-        return "another person's value of that kind" if there else "a value of that kind that nobody has"
+        return (
+            "another person's value of that kind"
+            if there
+            else "a value of that kind that nobody has"
+        )
     return "a value of another kind"
 
 
 def main() -> None:
     """Print a Markdown table of exact match, and the counts of wrong answers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("predictions", type=Path, help="predictions.parquet of a run on the toy")
     parser.add_argument("--latents", type=int, help="those of a message; at most as many as facts")
     options = parser.parse_args()
-    rows = [row for row in pq.read_table(options.predictions).to_pylist() if row["condition"] == "latent"]
+    rows = [
+        row
+        for row in pq.read_table(options.predictions).to_pylist()
+        if row["condition"] == "latent"
+    ]
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         found[row["receiver"]][place_of(row)].append(row["em"])
     places = sorted({place for by_place in found.values() for place in by_place})
-    print(f"| receiver | {' | '.join(f'fact {place}' for place in places)} |\n|{'---|' * (len(places) + 1)}")
+    print(
+        f"| receiver | {' | '.join(f'fact {place}' for place in places)} |\n|{'---|' * (len(places) + 1)}"
+    )
     for receiver, by_place in found.items():
-        means = [f"{sum(by_place[place]) / len(by_place[place]):.2f} ({len(by_place[place])})" for place in places]
+        means = [
+            f"{sum(by_place[place]) / len(by_place[place]):.2f} ({len(by_place[place])})"
+            for place in places
+        ]
         print(f"| {receiver} | {' | '.join(means)} |")
     if options.latents:
         _print_sharing(rows, options.latents)

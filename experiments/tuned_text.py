@@ -45,7 +45,9 @@ def alone(run: RunConfig, receiver: str) -> RunConfig:
     """Return the data and scoring of ``run`` with one of its receivers, without its examples."""
     named = {config.name: config for config in run.receivers}
     if receiver not in named:
-        raise SystemExit(f"error: --receiver must be one of {', '.join(named)}, got {receiver}; name one of them")
+        raise SystemExit(
+            f"error: --receiver must be one of {', '.join(named)}, got {receiver}; name one of them"
+        )
     tree = run.model_dump(mode="json", include={"data", "prompt", "evaluation"})
     tree["receivers"] = [named[receiver].model_dump(mode="json") | {"instruction": ""}]
     return RunConfig.model_validate(tree)
@@ -62,7 +64,9 @@ class TextReader:
         self.builder = sequences.PromptBuilder(self.lm.tokenizer, config, run.prompt, run.data.send)
         start_ids = self.lm.tokenizer(START, add_special_tokens=False).input_ids
         start_ids = (start_ids * (1 + count // len(start_ids)))[:count]
-        self.vectors_PD = torch.nn.Parameter(self.lm.token_embeddings(torch.tensor(start_ids)).float().clone())
+        self.vectors_PD = torch.nn.Parameter(
+            self.lm.token_embeddings(torch.tensor(start_ids)).float().clone()
+        )
 
     def prompt(self, row: dict[str, Any], answered: bool) -> sequences.PromptSequence:
         """Return the text prompt of a row with slots for the vectors after BOS, and its answer where ``answered``."""
@@ -95,17 +99,26 @@ class TextReader:
         """Return the cross-entropy of each supervised token ``[N]``, differentiable in the vectors, and its row ``[N]``."""
         batch = sequences.collate([self.prompt(row, True) for row in rows]).to(self.lm.device)
         logits_NV = self.lm.supervised_logits(batch, self.soft(len(rows))).float()
-        return torch.nn.functional.cross_entropy(logits_NV, batch.target_N, reduction="none"), batch.row_N
+        return torch.nn.functional.cross_entropy(
+            logits_NV, batch.target_N, reduction="none"
+        ), batch.row_N
 
-    def train(self, rows: Sequence[dict[str, Any]], steps: int, batch_size: int, rate: float) -> None:
+    def train(
+        self, rows: Sequence[dict[str, Any]], steps: int, batch_size: int, rate: float
+    ) -> None:
         """Train the vectors on the rows in order and print the mean loss of every 25 steps."""
         optimizer = torch.optim.AdamW([self.vectors_PD], lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / WARMUP, max(0.0, (steps - step) / max(1, steps - WARMUP)))
+            optimizer,
+            lambda step: min(
+                (step + 1) / WARMUP, max(0.0, (steps - step) / max(1, steps - WARMUP))
+            ),
         )
         losses: list[float] = []
         for step in range(steps):
-            ce_N, _ = self.nll([rows[(step * batch_size + i) % len(rows)] for i in range(batch_size)])
+            ce_N, _ = self.nll(
+                [rows[(step * batch_size + i) % len(rows)] for i in range(batch_size)]
+            )
             loss = ce_N.mean()
             optimizer.zero_grad()
             loss.backward()
@@ -114,7 +127,10 @@ class TextReader:
             schedule.step()
             losses.append(loss.item())
             if (step + 1) % 25 == 0 or step + 1 == steps:
-                print(f"step {step + 1}: training loss {statistics.mean(losses[-25:]):.3f}", flush=True)
+                print(
+                    f"step {step + 1}: training loss {statistics.mean(losses[-25:]):.3f}",
+                    flush=True,
+                )
 
     @torch.no_grad()
     def score(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -123,12 +139,16 @@ class TextReader:
         size = self.run.evaluation.batch_size
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            prompts = sequences.collate([self.prompt(row, False) for row in part], side="left").to(self.lm.device)
+            prompts = sequences.collate([self.prompt(row, False) for row in part], side="left").to(
+                self.lm.device
+            )
             length = self.run.evaluation.max_answer_tokens
             decoded = self.lm.generate(prompts, self.builder.stop_ids, length, self.soft(len(part)))
             texts = self.lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
             for row, text in zip(part, texts, strict=True):
-                em, f1 = em_f1(text.strip().split("\n")[0].strip(), row["answers"], self.run.data.dataset)
+                em, f1 = em_f1(
+                    text.strip().split("\n")[0].strip(), row["answers"], self.run.data.dataset
+                )
                 scores["em"].append(100 * em)
                 scores["f1"].append(100 * f1)
             ce_N, row_N = self.nll(part)
@@ -163,7 +183,9 @@ def main(
     random.Random(run.training.seed).shuffle(training)
     reader.train(training, steps, rows_per_step, rate)
     rows = shards.read_table(paths["validation"]).to_pylist()
-    read = readings.note(paths["validation"], f"text before {receiver}", TrainedOn().with_stage(run, paths["train"]))
+    read = readings.note(
+        paths["validation"], f"text before {receiver}", TrainedOn().with_stage(run, paths["train"])
+    )
     scores, contexts = reader.score(rows), [row["context"] for row in rows]
     cells = []
     for field, values in scores.items():

@@ -90,7 +90,9 @@ def _message_size(run: RunConfig) -> str:
     if encoder.tokens_per_latent is not None:
         return f"one latent for every {encoder.tokens_per_latent} of its tokens,"
     parts = "a line" if encoder.split == "lines" else "a text"
-    private = f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    private = (
+        f" and {encoder.private_len} more for each receiver alone" if encoder.private_len else ""
+    )
     return f"{encoder.latent_len} latents {parts}{private},"
 
 
@@ -171,7 +173,8 @@ def _origin(run: RunConfig, manifest: dict[str, Any]) -> str:
     step = manifest["metrics"].get("development", manifest["metrics"]).get("step")
     total = sum(manifest["parameters"].values())
     parts = ", ".join(
-        f"{name.removesuffix('.safetensors')} {count:,}" for name, count in manifest["parameters"].items()
+        f"{name.removesuffix('.safetensors')} {count:,}"
+        for name, count in manifest["parameters"].items()
     )
     lines = [
         f"- {total:,} trained parameters ({parts})"
@@ -181,5 +184,7 @@ def _origin(run: RunConfig, manifest: dict[str, Any]) -> str:
         "- `manifest.json` has the hash of every file; a directory that does not fit it is refused",
     ]
     if run.training.train_only:
-        lines.insert(1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was")
+        lines.insert(
+            1, f"- only {_listed(list(run.training.train_only))} trained; the rest stayed as it was"
+        )
     return "\n".join(lines)

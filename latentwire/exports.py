@@ -134,7 +134,9 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
     """Return ``run`` with another address of each model, its receivers' and its encoder's."""
     values: dict[str, Any] = {
-        "receivers": [receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers]
+        "receivers": [
+            receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers
+        ]
     }
     if run.encoder.model is not None:
         values["encoder.model"] = address(run.encoder.model)
@@ -187,7 +189,9 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 def check_free(path: Path) -> None:
     """Raise :class:`CheckpointError` where a wire would overwrite something."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"a checkpoint must not overwrite anything, {path} exists; name another directory")
+        raise CheckpointError(
+            f"a checkpoint must not overwrite anything, {path} exists; name another directory"
+        )
 
 
 def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
@@ -207,7 +211,11 @@ def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     The manifest holds such a backbone's hash.
     """
     fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
-    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items() if name not in fixed}
+    return {
+        name: t.detach().cpu().contiguous()
+        for name, t in module.state_dict().items()
+        if name not in fixed
+    }
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -229,7 +237,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} must be the JSON that latentwire writes ({error}); restore it") from error
+        raise CheckpointError(
+            f"{file} must be the JSON that latentwire writes ({error}); restore it"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
@@ -301,7 +311,11 @@ def check_models(path: Path, run: RunConfig) -> None:
                 f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
                 f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
             )
-    if run.encoder.model is not None and _is_path(run.encoder.model) and not Path(run.encoder.model).exists():
+    if (
+        run.encoder.model is not None
+        and _is_path(run.encoder.model)
+        and not Path(run.encoder.model).exists()
+    ):
         raise CheckpointError(
             f"the encoder's backbone of {path} must be in a directory of this machine, "
             f"{run.encoder.model} is not there; put its weights there, or --set "
@@ -313,7 +327,9 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None) -> RunConfig:
+def choose_receivers(
+    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
+) -> RunConfig:
     """Return ``run`` with the chosen receivers alone (``None``: all).
 
     They are one name, several, or name → another place of its weights. Raises
@@ -325,7 +341,9 @@ def choose_receivers(run: RunConfig, chosen: str | Sequence[str] | Mapping[str, 
     chosen = [chosen] if isinstance(chosen, str) else chosen
     known = {receiver.name: receiver for receiver in run.receivers}
     if strange := [name for name in chosen if name not in known]:
-        raise ConfigError(f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them")
+        raise ConfigError(
+            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them"
+        )
     if run.encoder.private_len and len(chosen) < len(known):
         raise ConfigError(
             f"encoder.private_len {run.encoder.private_len} makes latents for each of "
@@ -387,11 +405,17 @@ def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> 
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(f"{file} must be readable safetensors ({error}); restore it") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out}
+        raise CheckpointError(
+            f"{file} must be readable safetensors ({error}); restore it"
+        ) from error
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out
+    }
     names = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
     if differing := tensors.keys() ^ names:
-        raise CheckpointError(f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}")
+        raise CheckpointError(
+            f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}"
+        )
     try:
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

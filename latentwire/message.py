@@ -102,7 +102,8 @@ class Message:
         padding = self.shared - int(length_B)
         z_BLZ = torch.cat((z_BLZ[:, : int(length_B)], z_BLZ[:, self.shared :]), 1)
         private = {
-            name: range(columns.start - padding, columns.stop - padding) for name, columns in self.private.items()
+            name: range(columns.start - padding, columns.stop - padding)
+            for name, columns in self.private.items()
         }
         return replace(self, z_BLZ=z_BLZ, length_B=length_B, private=private)
 
@@ -127,7 +128,9 @@ class Message:
         return packed_size(self.length_B.tolist(), self.z_BLZ.shape[2], bits, private)
 
 
-def packed_size(lengths: Sequence[int], d_z: int, bits: Bits, private: Mapping[str, int] | None = None) -> int:
+def packed_size(
+    lengths: Sequence[int], d_z: int, bits: Bits, private: Mapping[str, int] | None = None
+) -> int:
     """Count the bytes of a message's packet before it is made.
 
     ``lengths``: shared latents of each row; ``private``: receiver → latents that only it reads.
@@ -153,9 +156,13 @@ def to_bytes(message: Message, bits: Bits = 16, compress: bool = False) -> bytes
     private = {name: len(columns) for name, columns in message.private.items()}
     x_NZ = z_BLZ[_real_columns(length_B, message.shared, sum(private.values()))]
     if not x_NZ.size:
-        raise WireError(f"a message must hold a latent, got {z_BLZ.shape[0]} rows without any; encode a text")
+        raise WireError(
+            f"a message must hold a latent, got {z_BLZ.shape[0]} rows without any; encode a text"
+        )
     if not (largest := float(np.abs(x_NZ).max())) <= _LARGEST:
-        raise WireError(f"latents must be finite and at most {_LARGEST:g}, got {largest:g}; the encoder has diverged")
+        raise WireError(
+            f"latents must be finite and at most {_LARGEST:g}, got {largest:g}; the encoder has diverged"
+        )
     payload, flags = _pack(x_NZ, bits), 0
     if compress and len(small := _zstd().compress(payload, asbytes=True)) < len(payload):
         payload, flags = small, _ZSTD
@@ -187,22 +194,36 @@ def from_bytes(data: bytes, *, expect: str | None = None, limit: int = LIMIT) ->
     data = bytes(data)
     smallest = _HEAD.size + _CHECK.size
     if len(data) < smallest:
-        raise WireError(f"a packet must have {smallest} bytes or more, got {len(data)}; read it to its end")
+        raise WireError(
+            f"a packet must have {smallest} bytes or more, got {len(data)}; read it to its end"
+        )
     magic, version, bits, flags, groups, encoder, rows, d_z, size = _HEAD.unpack_from(data)
     if magic != MAGIC:
-        raise WireError(f"a packet must begin with {MAGIC!r}, got {magic!r}; these bytes are something else")
+        raise WireError(
+            f"a packet must begin with {MAGIC!r}, got {magic!r}; these bytes are something else"
+        )
     if version != VERSION:
-        raise WireError(f"a packet's version must be {VERSION}, got {version}; use the latentwire that wrote it")
+        raise WireError(
+            f"a packet's version must be {VERSION}, got {version}; use the latentwire that wrote it"
+        )
     if zlib.crc32(data[: -_CHECK.size]) != _CHECK.unpack_from(data, len(data) - _CHECK.size)[0]:
-        raise WireError("a packet must fit its checksum, this one does not; it was changed or cut off: send it again")
+        raise WireError(
+            "a packet must fit its checksum, this one does not; it was changed or cut off: send it again"
+        )
     _check_bits(bits)
     if flags & ~_ZSTD:
-        raise WireError(f"a packet's flags must be 0 or {_ZSTD}, got {flags}; use the latentwire that wrote it")
+        raise WireError(
+            f"a packet's flags must be 0 or {_ZSTD}, got {flags}; use the latentwire that wrote it"
+        )
     if expect is not None and encoder.hex() != expect:
         sender = "an unnamed encoder" if encoder == _UNKNOWN else f"encoder {encoder.hex()}"
-        raise WireError(f"a packet must come from encoder {expect}, got one of {sender}; load the wire that made it")
+        raise WireError(
+            f"a packet must come from encoder {expect}, got one of {sender}; load the wire that made it"
+        )
     if not rows or not d_z:
-        raise WireError(f"a packet must hold rows and latents, got {rows} rows of width {d_z}; send it again")
+        raise WireError(
+            f"a packet must hold rows and latents, got {rows} rows of width {d_z}; send it again"
+        )
     private, start = _read_private(data, groups)
     end = len(data) - _CHECK.size
     payload_start = start + 4 * rows
@@ -259,7 +280,9 @@ def join(messages: Sequence[Message]) -> Message:
 
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
-        raise WireError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}; choose one of them")
+        raise WireError(
+            f"bits must be one of {', '.join(map(str, BITS))}, got {bits}; choose one of them"
+        )
 
 
 def _payload_size(latents: int, d_z: int, bits: int) -> int:
@@ -302,12 +325,16 @@ def _unpack(payload: bytes, latents: int, d_z: int, bits: int) -> np.ndarray:
     if bits == 16:
         x_NZ = np.frombuffer(payload, "<f2").reshape(latents, d_z)
         if not np.isfinite(x_NZ).all():
-            raise WireError("a packet's latents must be finite, one is not; its sender must check its encoder")
+            raise WireError(
+                "a packet's latents must be finite, one is not; its sender must check its encoder"
+            )
         return x_NZ.astype(np.float32)
     groups = -(-d_z // GROUP)
     scale_NG = np.frombuffer(payload, "<f2", latents * groups).reshape(latents, groups)
     if not (np.isfinite(scale_NG) & (scale_NG >= 0)).all():
-        raise WireError("a packet's scales must be finite and not negative, one is not; its sender must check them")
+        raise WireError(
+            "a packet's scales must be finite and not negative, one is not; its sender must check them"
+        )
     byte_NC = np.frombuffer(payload, np.uint8, offset=2 * latents * groups).reshape(latents, -1)
     if bits == 4:
         # Each half of a byte in the high half of its own: low halves are shifted up.
@@ -323,12 +350,16 @@ def _payload(stored: bytes, size: int, flags: int) -> bytes:
     """Return the payload of exactly ``size`` bytes. Raises :class:`WireError` for another size."""
     if not flags & _ZSTD:
         if len(stored) != size:
-            raise WireError(f"a packet's payload must have {size} bytes, got {len(stored)}; send it again")
+            raise WireError(
+                f"a packet's payload must have {size} bytes, got {len(stored)}; send it again"
+            )
         return stored
     try:
         return _zstd().decompress(stored, decompressed_size=size, asbytes=True)
     except (OSError, ValueError) as error:
-        raise WireError(f"a packet's payload must be zstd of {size} bytes ({error}); send it again") from error
+        raise WireError(
+            f"a packet's payload must be zstd of {size} bytes ({error}); send it again"
+        ) from error
 
 
 def _read_private(data: bytes, groups: int) -> tuple[dict[str, int], int]:
@@ -340,7 +371,9 @@ def _read_private(data: bytes, groups: int) -> tuple[dict[str, int], int]:
     start, end = _HEAD.size, len(data) - _CHECK.size
     for _ in range(groups):
         if start + _PRIVATE.size > end:
-            raise WireError(f"a packet must hold its {groups} private groups, it ends before; read it to its end")
+            raise WireError(
+                f"a packet must hold its {groups} private groups, it ends before; read it to its end"
+            )
         size, columns = _PRIVATE.unpack_from(data, start)
         name = data[start + _PRIVATE.size : min(start + _PRIVATE.size + size, end)]
         whole = len(name) == size and _NAME.fullmatch(name)

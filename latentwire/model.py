@@ -61,7 +61,10 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
-        shapes = {name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton) for name, lm in self.receivers.items()}
+        shapes = {
+            name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
+            for name, lm in self.receivers.items()
+        }
         device = next(iter(self.receivers.values())).device
         self.interlingua = Interlingua(run, shapes, registry.build).to(device)
         self.trained_on = TrainedOn()
@@ -195,7 +198,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         if self._encoder_id[0] != state:
             # Without defaults: a knob that a later version adds leaves the ids of what was trained
             # before it.
-            knobs = self.run.encoder.model_dump_json(exclude=LENGTHS_AND_PLACES, exclude_defaults=True)
+            knobs = self.run.encoder.model_dump_json(
+                exclude=LENGTHS_AND_PLACES, exclude_defaults=True
+            )
             identity = f"{fingerprint(parts)} {knobs} {self.run.data.send}"
             self._encoder_id = state, hashlib.sha256(identity.encode()).hexdigest()[:32]
         return self._encoder_id[1]
@@ -203,7 +208,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     # -------------------------------------------------------------------------- sending and reading
 
     @torch.no_grad()
-    def encode(self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None) -> Message:
+    def encode(
+        self, contexts: str | Iterable[str], questions: str | Iterable[str] | None = None
+    ) -> Message:
         """Encode contexts into one message each, to be sent by its ``to_bytes``.
 
         ``questions`` are part of it with ``send: prompt`` only. A text alone is one context. Warns
@@ -245,7 +252,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return message
 
     @torch.no_grad()
-    def answer(self, message: Message | bytes, questions: str | Iterable[str], receiver: str) -> list[str]:
+    def answer(
+        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
+    ) -> list[str]:
         """Answer one question per message by one receiver, greedily.
 
         A packet is received first. A text alone is one question. Raises
@@ -283,7 +292,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> tuple[Message, list[sequences.PromptSequence]]:
         """Return a message on this wire's device, and the prompt of each question to it."""
         if receiver not in self.receivers:
-            raise ConfigError(f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them")
+            raise ConfigError(
+                f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them"
+            )
         questions = texts_of("questions", questions)
         if not isinstance(message, Message | bytes | bytearray | memoryview):
             raise ConfigError(
@@ -309,7 +320,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         return not any(feature.acts_on_text for feature in self.interlingua.features.values())
 
     @contextmanager
-    def reading(self, receiver: str, batch: Batch, message: Message | None) -> Iterator[torch.Tensor | None]:
+    def reading(
+        self, receiver: str, batch: Batch, message: Message | None
+    ) -> Iterator[torch.Tensor | None]:
         """Yield the soft vectors ``[N, D]`` of a batch, with features attached to its receiver.
 
         Without a message the prompts are text: nothing is attached, as for teachers and baselines.
@@ -323,7 +336,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             if acting:
                 reading = self._reading(receiver, batch, message)
                 for feature in acting:
-                    stack.enter_context(feature.attached(receiver, self.receivers[receiver], reading))
+                    stack.enter_context(
+                        feature.attached(receiver, self.receivers[receiver], reading)
+                    )
             yield self.interlingua.soft_rows(receiver, message, batch)
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
@@ -387,10 +402,14 @@ def texts_of(what: str, given: Any) -> list[str]:
         )
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
-        raise ConfigError(f"{what} must hold at least one text, got none; give a str, or a list of them")
+        raise ConfigError(
+            f"{what} must hold at least one text, got none; give a str, or a list of them"
+        )
     for place, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out")
+            raise ConfigError(
+                f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -27,7 +27,9 @@ from pyarrow import fs
 
 from latentwire.errors import UserError
 
-SECRETS = re.compile(r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|token|password|sig)=", re.IGNORECASE)
+SECRETS = re.compile(
+    r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|token|password|sig)=", re.IGNORECASE
+)
 """Pattern of credentials in a URI: configurations are written into results, logs and reports."""
 
 
@@ -57,7 +59,9 @@ def expanded(address: str) -> str:
     """
     address = os.path.expandvars(address)
     if unset := re.search(r"\$(\w+|\{\w+\})", address):
-        raise ValueError(f"a path's variables must be set, {unset[0]} is not; set it, or write the path out")
+        raise ValueError(
+            f"a path's variables must be set, {unset[0]} is not; set it, or write the path out"
+        )
     return address if "://" in address else os.path.expanduser(address)
 
 
@@ -169,7 +173,9 @@ REASONS = {
     r"ACCESS_DENIED|HTTP status 40[13]|SignatureDoesNotMatch|InvalidAccessKeyId": (
         "access is denied: give every node's role or AWS_ACCESS_KEY_ID the right to read, write and list there"
     ),
-    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": ("there is no such bucket or file: make it, or name another"),
+    r"NO_SUCH_BUCKET|NoSuchBucket|does not exist": (
+        "there is no such bucket or file: make it, or name another"
+    ),
     r"NETWORK_CONNECTION|REQUEST_TIMEOUT|[Tt]imed? ?out|curlCode|SERVICE_UNAVAILABLE|SLOW_DOWN": (
         "it does not answer: check the network and AWS_ENDPOINT_URL"
     ),
@@ -383,7 +389,9 @@ def read_parquet(where: Place, columns: Sequence[str] | None = None) -> pa.Table
     """
     with explained(where):
         system, path = at(where)
-        return pq.read_table(path, columns=None if columns is None else list(columns), filesystem=system)
+        return pq.read_table(
+            path, columns=None if columns is None else list(columns), filesystem=system
+        )
 
 
 def read_footer(where: Place) -> pq.FileMetaData:

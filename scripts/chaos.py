@@ -71,7 +71,11 @@ tune:
   max_concurrent_trials: 2
 """
 VICTIMS = ("driver", "worker", "trial actor", "raylet")
-NAMES = {"worker": "ray::RayTrainWorker", "trial actor": "ray::ImplicitFunc", "replica": "ray::ReplicaActor"}
+NAMES = {
+    "worker": "ray::RayTrainWorker",
+    "trial actor": "ray::ImplicitFunc",
+    "replica": "ray::ReplicaActor",
+}
 """What Ray calls the processes of a Train worker, of a trial's driver and of a shared receiver."""
 SHARED_TOLERANCE = 1e-3
 """Relative, of values where receivers are shared: a replica computes with all cores, a trial's worker with one, and sums differ."""
@@ -123,11 +127,15 @@ class Chaos:
         """Kill and resume until the sweep is through."""
         process = self.start()
         while True:
-            victim = self.victims[len(self.deaths)] if len(self.deaths) < len(self.victims) else None
+            victim = (
+                self.victims[len(self.deaths)] if len(self.deaths) < len(self.victims) else None
+            )
             if victim is None:
                 code = process.wait()
             else:
-                code = self.wait_for_steps(self.spread * len(self.deaths) / len(self.victims), process)
+                code = self.wait_for_steps(
+                    self.spread * len(self.deaths) / len(self.victims), process
+                )
                 if code is None:
                     code = self.wait(process, self.rng.uniform(*self.pause))
                 if code is None:
@@ -163,7 +171,9 @@ class Chaos:
                 command += ["--set", f"{path}={value}"]
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address, "RAY_DEDUP_LOGS": "0"}
         with (self.output.parent / f"{self.output.name}.log").open("ab") as log:
-            self.driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+            self.driver = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log
+            )
         return self.driver
 
     def stop(self) -> None:
@@ -207,7 +217,8 @@ class Chaos:
         trials = self.known()
         running = [trial.number for trial in trials if not trial.state.is_finished()]
         steps = {
-            number: max((_step(path) for path in _checkpoints(self.output, number)), default=0) for number in running
+            number: max((_step(path) for path in _checkpoints(self.output, number)), default=0)
+            for number in running
         }
         return len(trials) - len(running), steps
 
@@ -215,7 +226,9 @@ class Chaos:
         """The study's own trials; none before there is a study."""
         if not (self.output / JOURNAL).exists():
             return []
-        storage = JournalStorage(JournalFileBackend(str(self.output / JOURNAL)))  # to read: open_study would write
+        storage = JournalStorage(
+            JournalFileBackend(str(self.output / JOURNAL))
+        )  # to read: open_study would write
         names = optuna.get_all_study_names(storage)
         return own_trials(optuna.load_study(study_name=names[0], storage=storage)) if names else []
 
@@ -249,21 +262,27 @@ class Chaos:
         except subprocess.TimeoutExpired:
             return None
 
-    def wait_for(self, what: Callable[[], list[Any]], process: subprocess.Popen[bytes]) -> list[Any]:
+    def wait_for(
+        self, what: Callable[[], list[Any]], process: subprocess.Popen[bytes]
+    ) -> list[Any]:
         """What appears while the driver runs; empty where it ends before. Raises where neither happens."""
         end = time.time() + START_SECONDS
         while process.poll() is None:
             if found := what():
                 return found
             if time.time() > end:
-                raise RuntimeError(f"a process to kill must appear within {START_SECONDS:.0f} s, none did")
+                raise RuntimeError(
+                    f"a process to kill must appear within {START_SECONDS:.0f} s, none did"
+                )
             time.sleep(0.1)
         return []
 
     def connect(self) -> None:
         """Join the cluster on which the sweep has ended."""
         assert self.cluster is not None
-        os.environ["RAY_ADDRESS"] = self.cluster.address  # what the State API reads, whatever it is given
+        os.environ["RAY_ADDRESS"] = (
+            self.cluster.address
+        )  # what the State API reads, whatever it is given
         ray.init(log_to_driver=False)
 
 
@@ -284,12 +303,16 @@ def _step(path: Path) -> int:
 def checks(chaos: Chaos) -> dict[str, str]:
     """What must hold after the last resume → how it was found. Raises :class:`AssertionError` where one does not."""
     trials = chaos.known()
-    assert [trial.number for trial in trials] == list(range(chaos.trials)), f"{len(trials)} trials, not {chaos.trials}"
+    assert [trial.number for trial in trials] == list(range(chaos.trials)), (
+        f"{len(trials)} trials, not {chaos.trials}"
+    )
     states = {trial.state for trial in trials}
     assert states == {TrialState.COMPLETE}, f"states {states}"
     wanted = undisturbed(chaos.output)
     found = {trial.number: float(trial.value) for trial in trials}
-    near = all(math.isclose(found[number], wanted[number], rel_tol=SHARED_TOLERANCE) for number in wanted)
+    near = all(
+        math.isclose(found[number], wanted[number], rel_tol=SHARED_TOLERANCE) for number in wanted
+    )
     same = near if (shared := chaos.receivers == "shared") else found == wanted
     assert same, f"values {found}, undisturbed {wanted}"
     train = shards.shard_path(load_space(chaos.output / SPACE_FILE).run, "train")
@@ -316,7 +339,11 @@ def leaked() -> tuple[list[str], list[str]]:
     """Placement groups and Train's actors that are still there; Ray's own cleaner has a while to take them away."""
     end = time.time() + START_SECONDS
     while True:
-        groups = [group.placement_group_id for group in list_placement_groups() if group.state != "REMOVED"]
+        groups = [
+            group.placement_group_id
+            for group in list_placement_groups()
+            if group.state != "REMOVED"
+        ]
         ours = ("RayTrainWorker", "TrainController", "ImplicitFunc", "ReplicaActor")
         alive = [actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])]
         actors = [name for name in alive if name in ours]
@@ -336,14 +363,20 @@ def undisturbed(output: Path) -> dict[int, float]:
         own = files[variant_key(run)]
         datasets = sweep_files.load_datasets(own, run.data.in_memory)
         rows = datasets["train"].iterator()
-        dev = pa.concat_tables(datasets["dev"].iter_batches(batch_size=None, batch_format="pyarrow"))
+        dev = pa.concat_tables(
+            datasets["dev"].iter_batches(batch_size=None, batch_format="pyarrow")
+        )
         trainer = Trainer(LatentWire(run), max(1, own.train_rows // run.training.batch_size))
         scores: list[float] = []
 
         def epochs(epoch: int, rows: Any = rows, run: Any = run) -> Iterator[pa.Table]:
-            return streams.streamed_batches(rows, run.training, epoch, run.training.batch_size, keep_short=False)
+            return streams.streamed_batches(
+                rows, run.training, epoch, run.training.batch_size, keep_short=False
+            )
 
-        def keep(trainer: Trainer = trainer, dev: pa.Table = dev, scores: list[float] = scores) -> None:
+        def keep(
+            trainer: Trainer = trainer, dev: pa.Table = dev, scores: list[float] = scores
+        ) -> None:
             scores.append(trainer.evaluate(dev)[space.tune.metric])
 
         trainer.train(epochs, keep)
@@ -353,19 +386,43 @@ def undisturbed(output: Path) -> dict[int, float]:
 
 def main() -> int:
     """Run, check, write ``chaos.md``; exit status 1 where a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deaths", type=int, default=10, help="kills, as many of each kind as possible")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the victims and of the delays")
-    parser.add_argument("--pause", type=float, nargs=2, default=(2.0, 12.0), help="shortest and longest delay, seconds")
-    parser.add_argument("--steps", type=int, default=24, help="of each trial: more, to outlive more deaths")
-    parser.add_argument("--spread", type=float, default=0.0, help="deaths are spread over this share of all steps")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--deaths", type=int, default=10, help="kills, as many of each kind as possible"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of the victims and of the delays"
+    )
+    parser.add_argument(
+        "--pause",
+        type=float,
+        nargs=2,
+        default=(2.0, 12.0),
+        help="shortest and longest delay, seconds",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=24, help="of each trial: more, to outlive more deaths"
+    )
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="deaths are spread over this share of all steps"
+    )
     parser.add_argument("--trials", type=int, default=12, help="of the sweep")
-    parser.add_argument("--victims", nargs="+", choices=(*VICTIMS, "replica"), help="only these kinds")
-    parser.add_argument("--receivers", choices=("own", "shared"), default="own", help="whether trials share them")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet")
+    parser.add_argument(
+        "--victims", nargs="+", choices=(*VICTIMS, "replica"), help="only these kinds"
+    )
+    parser.add_argument(
+        "--receivers", choices=("own", "shared"), default="own", help="whether trials share them"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="the sweep's directory; must not exist yet"
+    )
     options = parser.parse_args()
     if (output := options.output_dir.absolute()).exists():
-        print(f"error: output_dir must not exist yet, got {output}; name another one", file=sys.stderr)
+        print(
+            f"error: output_dir must not exist yet, got {output}; name another one", file=sys.stderr
+        )
         return 2
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # as a worker of one CPU has
@@ -375,9 +432,14 @@ def main() -> int:
     rng.shuffle(victims)
     bounds = tuple(options.pause), options.steps, options.spread, options.receivers, options.trials
     chaos = Chaos(output, victims, rng, *bounds)
-    header = ["| death | killed | at second | trials ended | trials running |", "|---|---|---|---|---|"]
+    header = [
+        "| death | killed | at second | trials ended | trials running |",
+        "|---|---|---|---|---|",
+    ]
     print("\n".join(header), flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C does: what runs is ended first
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # as Ctrl-C does: what runs is ended first
     try:
         chaos.run()
         found = checks(chaos)
@@ -386,11 +448,19 @@ def main() -> int:
         return 1
     finally:
         chaos.stop()
-    lines = [*header, *(row(number, death) for number, death in enumerate(chaos.deaths, start=1)), ""]
+    lines = [
+        *header,
+        *(row(number, death) for number, death in enumerate(chaos.deaths, start=1)),
+        "",
+    ]
     lines += [f"- {what}: {how}" for what, how in found.items()]
-    lines.append(f"- deaths: {len(chaos.deaths)} of {options.deaths}, {time.time() - chaos.began:.0f} s in all")
+    lines.append(
+        f"- deaths: {len(chaos.deaths)} of {options.deaths}, {time.time() - chaos.began:.0f} s in all"
+    )
     (output / "chaos.md").write_text("\n".join(lines) + "\n")
-    (output / "chaos.json").write_text(json.dumps([vars(death) for death in chaos.deaths], indent=1))
+    (output / "chaos.json").write_text(
+        json.dumps([vars(death) for death in chaos.deaths], indent=1)
+    )
     print("\n".join(lines[len(chaos.deaths) + 2 :]))
     return 0 if len(chaos.deaths) == options.deaths else 1
 

@@ -39,7 +39,9 @@ yours to mend. A sweep also ends with 1 where every trial has failed or its time
 def page() -> str:
     """Return the whole page."""
     text = app.generate_docs(output_format="markdown")
-    commands = text[text.index("\n## latentwire tune") : text.index("\n## latentwire --install-completion")]
+    commands = text[
+        text.index("\n## latentwire tune") : text.index("\n## latentwire --install-completion")
+    ]
     return HEAD + re.sub(r"\n{3,}", "\n\n", commands).rstrip() + "\n"
 
 

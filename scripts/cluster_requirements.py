@@ -33,7 +33,10 @@ def pins() -> dict[str, str]:
 def asked_for() -> list[Requirement]:
     """The project's own requirements, and those of the clouds."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in EXTRAS for line in project["optional-dependencies"][extra]),
+    ]
     return [Requirement(line) for line in lines]
 
 

@@ -46,7 +46,14 @@ The column *hangs on it* says what else a knob decides:
 | own receivers | Trials that differ in it cannot share receivers. |
 
 """
-SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
+SIGNS = {
+    "ge": "≥",
+    "gt": ">",
+    "le": "≤",
+    "lt": "<",
+    "min_length": "at least",
+    "max_length": "at most",
+}
 LABELS = {
     "may_change": "may change",
     "smaller_costs_more": "smaller costs more",
@@ -57,19 +64,32 @@ LABELS = {
 def page() -> str:
     """Return the whole page."""
     dimensions = (FloatDimension, IntDimension, CategoricalDimension)
-    searched = (line for one in dimensions for line in sections(one, f"search.<path>: {one.__name__}"))
+    searched = (
+        line for one in dimensions for line in sections(one, f"search.<path>: {one.__name__}")
+    )
     return "\n".join([HEAD.rstrip() + "\n", *sections(SweepConfig, ""), *searched]) + "\n"
 
 
 def sections(model: type[BaseModel], path: str) -> Iterator[str]:
     """Yield a table of a section's own knobs, then those of the sections in it."""
-    nested = {name: inner for name, field in model.model_fields.items() if (inner := section_in(field)) is not None}
+    nested = {
+        name: inner
+        for name, field in model.model_fields.items()
+        if (inner := section_in(field)) is not None
+    }
     fields = {name: field for name, field in model.model_fields.items() if name not in nested}
     if fields:
         yield f"\n## {f'`{path}`' if path else 'A configuration file'}\n\n{_prose(model.__doc__ or '')}\n"
         yield "| knob | type | default | bounds | hangs on it | what |\n|---|---|---|---|---|---|"
     for name, field in fields.items():
-        cells = [f"`{name}`", kind(field), default(field), bounds(field), marks(field), _prose(field.description or "")]
+        cells = [
+            f"`{name}`",
+            kind(field),
+            default(field),
+            bounds(field),
+            marks(field),
+            _prose(field.description or ""),
+        ]
         yield f"| {' | '.join(cells)} |"
     for name, (inner, many) in nested.items():
         yield from sections(inner, f"{path}.{name}".lstrip(".") + ("[]" if many else ""))
@@ -77,8 +97,16 @@ def sections(model: type[BaseModel], path: str) -> Iterator[str]:
 
 def section_in(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
     """Return the one section that a field holds, and whether it holds several of it."""
-    inner = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    return (inner[0], typing.get_origin(field.annotation) in (tuple, dict)) if len(inner) == 1 else None
+    inner = [
+        part
+        for part in _parts(field.annotation)
+        if isinstance(part, type) and issubclass(part, BaseModel)
+    ]
+    return (
+        (inner[0], typing.get_origin(field.annotation) in (tuple, dict))
+        if len(inner) == 1
+        else None
+    )
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -125,7 +153,10 @@ def bounds(field: FieldInfo) -> str:
     """Return what a knob's value must be within."""
     rules = [rule for rule in field.metadata if isinstance(rule, BaseMetadata)]
     return ", ".join(
-        f"{sign} {getattr(rule, name)}" for rule in rules for name, sign in SIGNS.items() if hasattr(rule, name)
+        f"{sign} {getattr(rule, name)}"
+        for rule in rules
+        for name, sign in SIGNS.items()
+        if hasattr(rule, name)
     )
 
 

@@ -40,19 +40,44 @@ ONLY_RAY = r"\.(pipeline\.x__make|teachers\.x__make|streams\.x_ray_dataset)__mut
 CONTROL = "no.mutant.x_control__mutmut_0"
 """A name that switches no mutant on: its tests must pass."""
 # 2: pytest could not collect, 3: it failed inside; both because of the mutant, since its tests pass without it.
-OUTCOMES = {0: "survived", 1: "killed", 2: "killed", 3: "killed", -24: "timeout", -9: "timeout", 33: "no tests"}
+OUTCOMES = {
+    0: "survived",
+    1: "killed",
+    2: "killed",
+    3: "killed",
+    -24: "timeout",
+    -9: "timeout",
+    33: "no tests",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="which sample (default 0)")
-    parser.add_argument("--count", type=int, default=150, help="mutants in the sample (default 150)")
+    parser.add_argument(
+        "--count", type=int, default=150, help="mutants in the sample (default 150)"
+    )
     parser.add_argument("--at_once", type=int, default=2, help="mutants at a time (default 2)")
     parser.add_argument("--goal", type=float, default=0.9, help="share to be killed (default 0.9)")
-    parser.add_argument("--seconds", type=float, default=40.0, help="test time for one mutant (default 40)")
-    parser.add_argument("--minutes", type=float, default=20.0, help="end the sample early after this time (default 20)")
-    parser.add_argument("--only", default="", help="mutants that this regular expression finds, such as 'data.layout'")
-    parser.add_argument("--tests", nargs="*", help="tests to run, such as tests/data (default: [tool.mutmut]'s)")
+    parser.add_argument(
+        "--seconds", type=float, default=40.0, help="test time for one mutant (default 40)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=20.0,
+        help="end the sample early after this time (default 20)",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="mutants that this regular expression finds, such as 'data.layout'",
+    )
+    parser.add_argument(
+        "--tests", nargs="*", help="tests to run, such as tests/data (default: [tool.mutmut]'s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -88,7 +113,9 @@ def run(tests: dict[str, list[str]], at_once: int, until: float) -> Iterator[tup
 
     def ended() -> tuple[str, str]:
         result = runner.wait_for_result()
-        return result.mutant_name, OUTCOMES.get(result.exit_code, f"pytest's status {result.exit_code}")
+        return result.mutant_name, OUTCOMES.get(
+            result.exit_code, f"pytest's status {result.exit_code}"
+        )
 
     try:
         for mutant, names in tests.items():
@@ -115,31 +142,46 @@ def main(argv: list[str] | None = None) -> int:
         config().pytest_add_cli_args_test_selection = args.tests
     prepare(args.at_once)
     every, _ = mutmut.collect_source_file_mutation_data(mutant_names=[])
-    paths = {name: file.path for file, name, _ in every if re.search(args.only, name) and not re.search(ONLY_RAY, name)}
+    paths = {
+        name: file.path
+        for file, name, _ in every
+        if re.search(args.only, name) and not re.search(ONLY_RAY, name)
+    }
     sample = random.Random(args.seed).sample(sorted(paths), min(args.count, len(paths)))
-    print(f"{len(sample)} of {len(paths)} mutants, seed {args.seed}; prepared in {time.monotonic() - began:.0f} s")
+    print(
+        f"{len(sample)} of {len(paths)} mutants, seed {args.seed}; prepared in {time.monotonic() - began:.0f} s"
+    )
     tests = {name: tests_reaching(name, args.seconds) for name in sample}
     control = sorted({test for name in sample[:3] for test in tests[name]})
     found: dict[str, str] = {}
     for name, outcome in run({CONTROL: control} | tests, args.at_once, began + 60 * args.minutes):
         if name == CONTROL:
             if outcome not in ("survived", "no tests"):
-                print(f"tests must pass in a forked process where there is no mutant, got {outcome}; see {control}")
+                print(
+                    f"tests must pass in a forked process where there is no mutant, got {outcome}; see {control}"
+                )
                 return 2
             continue
         found[name] = outcome
         print(f"{len(found):4}/{len(sample)}  {outcome:9} {name}", flush=True)
 
-    survivors = sorted(name for name, outcome in found.items() if outcome not in ("killed", "timeout"))
+    survivors = sorted(
+        name for name, outcome in found.items() if outcome not in ("killed", "timeout")
+    )
     for name in survivors:
         print(f"\n# {name}: {found[name]}")
         print(get_diff_for_mutant(name, path=paths[name]))
-    modules, lived = Counter(map(get_module_from_key, found)), Counter(map(get_module_from_key, survivors))
+    modules, lived = (
+        Counter(map(get_module_from_key, found)),
+        Counter(map(get_module_from_key, survivors)),
+    )
     print(f"\n{'module':36}  killed  survived")
     for module, count in sorted(modules.items()):
         print(f"{module:36}  {count - lived[module]:6}  {lived[module]:8}")
     share = 1 - len(survivors) / max(1, len(found))
-    print(f"{share:.1%} of {len(found)} killed in {time.monotonic() - began:.0f} s (goal {args.goal:.0%})")
+    print(
+        f"{share:.1%} of {len(found)} killed in {time.monotonic() - began:.0f} s (goal {args.goal:.0%})"
+    )
     return int(not found or share < args.goal)
 
 

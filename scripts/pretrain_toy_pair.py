@@ -45,9 +45,24 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SHAPES: dict[str, dict[str, int]] = {
-    "toy-llama": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "toy-qwen": {"hidden_size": 112, "intermediate_size": 336, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "toy-phi": {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "toy-llama": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "toy-qwen": {
+        "hidden_size": 112,
+        "intermediate_size": 336,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "toy-phi": {
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
 }
 VOCABULARY = {"toy-llama": 704, "toy-qwen": 640, "toy-phi": 576}
 SPECIAL = {
@@ -81,7 +96,9 @@ def make_tokenizer(model: str) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     # A newline ends plain answers: it is a token of its own, whatever stands beside it.
     newline = pre_tokenizers.Split("\n", "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([newline, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [newline, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size, special = VOCABULARY[model], SPECIAL[model]
@@ -109,7 +126,9 @@ def make_model(model: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     if model == "toy-llama":
         # A bias on queries and keys lets a head look one token back whatever stands there, which copying is made of.
         return LlamaForCausalLM(LlamaConfig(**common, attention_bias=True, initializer_range=0.02))
-    if model == "toy-phi":  # attention and MLP side by side, LayerNorm, half of each head rotary, no gate in the MLP
+    if (
+        model == "toy-phi"
+    ):  # attention and MLP side by side, LayerNorm, half of each head rotary, no gate in the MLP
         return PhiForCausalLM(PhiConfig(**common, initializer_range=0.05))
     return Qwen2ForCausalLM(Qwen2Config(**common, initializer_range=0.05))
 
@@ -125,7 +144,8 @@ class Task:
         self.rng = random.Random(f"pretrain {model} {seed}")
         self.tokenizer = tokenizer
         self.builders = [
-            PromptBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context") for anchor in ANCHORS
+            PromptBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context")
+            for anchor in ANCHORS
         ]
         special = set(tokenizer.all_special_ids)
         self.ids = [token for token in range(len(tokenizer)) if token not in special]
@@ -160,12 +180,19 @@ class Task:
         """People and kinds: mostly the current level's, sometimes an earlier one's."""
         return LEVELS[level if self.rng.random() < 0.6 else self.rng.randint(0, level)]
 
-    def batch(self, size: int, level: int, copies: float, clozes: float) -> tuple[torch.Tensor, ...]:
+    def batch(
+        self, size: int, level: int, copies: float, clozes: float
+    ) -> tuple[torch.Tensor, ...]:
         """Ids and attention mask ``[B, S]``; flat positions that predict, their targets, and whether they are copies."""
-        draws = [self.copy] * round(copies * size) + [lambda: self.cloze(level)] * round(clozes * size)
+        draws = [self.copy] * round(copies * size) + [lambda: self.cloze(level)] * round(
+            clozes * size
+        )
         rows = [draw() for draw in draws] + [self.question(level) for _ in range(size - len(draws))]
         width = max(len(ids) for ids, _ in rows)
-        ids_BS, mask_BS = torch.zeros(size, width, dtype=torch.long), torch.zeros(size, width, dtype=torch.long)
+        ids_BS, mask_BS = (
+            torch.zeros(size, width, dtype=torch.long),
+            torch.zeros(size, width, dtype=torch.long),
+        )
         predict, target, copy = [], [], []
         for index, (ids, supervised) in enumerate(rows):
             ids_BS[index, : len(ids)], mask_BS[index, : len(ids)] = torch.tensor(ids), 1
@@ -178,8 +205,12 @@ class Task:
 def losses(net: Any, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, float, float]:
     """Mean loss over all supervised tokens; and, to be shown, over copies and over the rest."""
     ids_BS, mask_BS, predict_N, target_N, copy_N = batch
-    hidden_BSD = net.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
-    loss_N = functional.cross_entropy(net.lm_head(hidden_BSD.flatten(0, 1)[predict_N]), target_N, reduction="none")
+    hidden_BSD = net.model(
+        input_ids=ids_BS, attention_mask=mask_BS, use_cache=False
+    ).last_hidden_state
+    loss_N = functional.cross_entropy(
+        net.lm_head(hidden_BSD.flatten(0, 1)[predict_N]), target_N, reduction="none"
+    )
     seen_N = loss_N.detach()
     return loss_N.mean(), float(seen_N[copy_N].mean()), float(seen_N[~copy_N].mean())
 
@@ -202,15 +233,21 @@ def exact_match(
     """
     builder = PromptBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context")
     rows = list(toy_rows(count, seed=HELD_OUT_SEED, people=shape[0], kinds=shape[1]))
-    ids = builder.tokenize([r["context"] for r in rows], [r["question"] for r in rows], [r["answers"][0] for r in rows])
+    ids = builder.tokenize(
+        [r["context"] for r in rows], [r["question"] for r in rows], [r["answers"][0] for r in rows]
+    )
     built = [
         builder.text([] if closed else context, question, answer)
-        for context, question, answer in zip(ids["context_ids"], ids["question_ids"], ids["answer_ids"], strict=True)
+        for context, question, answer in zip(
+            ids["context_ids"], ids["question_ids"], ids["answer_ids"], strict=True
+        )
     ]
     wrong: set[int] = set()
     for start in range(0, count, 128):
         batch = collate(built[start : start + 128])
-        logits_NV = net(input_ids=batch.ids_BS, attention_mask=batch.attention_BS).logits.flatten(0, 1)[batch.predict_N]
+        logits_NV = net(input_ids=batch.ids_BS, attention_mask=batch.attention_BS).logits.flatten(
+            0, 1
+        )[batch.predict_N]
         wrong |= {start + int(row) for row in batch.row_N[logits_NV.argmax(-1) != batch.target_N]}
     return 1 - len(wrong) / count
 
@@ -234,7 +271,9 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(model)
     net = make_model(model, tokenizer)
     task = Task(model, tokenizer, options.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     state = {"step": 0, "level": 0, "copies": 0.3, "clozes": 0.3, "seconds": 0.0}
     kept = options.out / f".{model}.state.pt"
     if kept.exists():
@@ -244,12 +283,15 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
         task.rng.setstate(saved["rng"])
         state = saved["state"]
     print(
-        f"{model}: {net.num_parameters():,} parameters, vocabulary {len(tokenizer)}, step {state['step']}", flush=True
+        f"{model}: {net.num_parameters():,} parameters, vocabulary {len(tokenizer)}, step {state['step']}",
+        flush=True,
     )
     began, sums = time.monotonic() - state["seconds"], [0.0, 0.0]
     done = 0.0
     while done < 1:
-        rate = min(1.0, (state["step"] + 1) / 50, (1 - done) / 0.3 + 0.02)  # the last 30 % bring it down
+        rate = min(
+            1.0, (state["step"] + 1) / 50, (1 - done) / 0.3 + 0.02
+        )  # the last 30 % bring it down
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
         loss, copying, reading = losses(
@@ -293,9 +335,13 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
         "seconds": round(state["seconds"]),
         "exact_match_text": exact_match(net, model, tokenizer, JUDGED, 1024),
         "exact_match_closed_book": exact_match(net, model, tokenizer, JUDGED, 1024, closed=True),
-        "exact_match_by_anchor": {a: exact_match(net, model, tokenizer, JUDGED, 512, anchor=a) for a in ANCHORS},
+        "exact_match_by_anchor": {
+            a: exact_match(net, model, tokenizer, JUDGED, 512, anchor=a) for a in ANCHORS
+        },
         "exact_match_by_shape": {
-            f"{people} people, {kinds} kinds": exact_match(net, model, tokenizer, (people, kinds), 512)
+            f"{people} people, {kinds} kinds": exact_match(
+                net, model, tokenizer, (people, kinds), 512
+            )
             for people in range(1, 5)
             for kinds in range(1, 5)
         },
@@ -307,12 +353,20 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Train one model here, or all in a process each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("latentwire/toy_pair"), help="parent directory")
-    parser.add_argument("--steps", type=int, help=f"training stops after so many steps; default: {STEPS}")
-    parser.add_argument("--minutes", type=float, default=90, help="or after so long, whichever comes first")
+    parser.add_argument(
+        "--out", type=Path, default=Path("latentwire/toy_pair"), help="parent directory"
+    )
+    parser.add_argument(
+        "--steps", type=int, help=f"training stops after so many steps; default: {STEPS}"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=90, help="or after so long, whichever comes first"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, help=f"peak learning rate; default: {LEARNING_RATE}")
     options = parser.parse_args()
@@ -323,9 +377,13 @@ def main() -> None:
         return
     command = [sys.executable, __file__, *sys.argv[1:]]  # the later --model wins
     running = [subprocess.Popen([*command, "--model", model]) for model in SHAPES]
-    codes = [process.wait() for process in running]  # every one is waited for, whatever the first says
+    codes = [
+        process.wait() for process in running
+    ]  # every one is waited for, whatever the first says
     if any(codes):
-        sys.exit(f"pretraining must end with exit code 0 for each model, got {dict(zip(SHAPES, codes, strict=True))}")
+        sys.exit(
+            f"pretraining must end with exit code 0 for each model, got {dict(zip(SHAPES, codes, strict=True))}"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from pathlib import Path
 
 def main() -> None:
     """Write the directories; one that is there already is left alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("receivers"), help="parent directory")
     out = parser.parse_args().out
 

@@ -111,7 +111,9 @@ def shard_table(run: RunConfig, count: int, seed: int = 7, questions: int = 1) -
     rows = list(toy_rows(count, seed=seed, people=2, kinds=1, questions=questions))
     columns: dict[str, list] = {name: [row[name] for row in rows] for name in rows[0]}
     for name, builder in builders(run).items():
-        ids = builder.tokenize(columns["context"], columns["question"], [golds[0] for golds in columns["answers"]])
+        ids = builder.tokenize(
+            columns["context"], columns["question"], [golds[0] for golds in columns["answers"]]
+        )
         columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
     columns["sender_bytes"] = [len(context.encode()) for context in columns["context"]]
     columns["sender_hash"] = [zlib.crc32(context.encode()) for context in columns["context"]]

@@ -25,15 +25,24 @@ def test_variants_are_laid_over_the_space_and_its_flags(tmp_path: Path) -> None:
     assert [run.encoder.d_z for run in wanted.values()] == [32, 32, 8, 8]
     assert [run.training.seed for run in wanted.values()] == [0, 3, 0, 3]
     assert list(configs(tmp_path, names=["narrow"])) == ["narrow-0", "narrow-3"]
-    with pytest.raises(ConfigError, match=r"--names takes variants of .* \(recipe, narrow\), got wide"):
+    with pytest.raises(
+        ConfigError, match=r"--names takes variants of .* \(recipe, narrow\), got wide"
+    ):
         configs(tmp_path, names=["wide"])
     with pytest.raises(ConfigError, match="from --seeds, got --seed 3; say --seeds 3"):
         configs(tmp_path, "--seed", "3")
 
 
 def test_answers_are_told_as_exact_match_and_recitals_in_nats(tmp_path: Path) -> None:
-    for text, told in ((False, "| narrow | 25.0 (20.0–30.0) |"), (True, "| narrow | 0.25 (0.20–0.30) |")):
-        dataset = ["--dataset", "text", "--data_dir", str(tmp_path), "--set", "losses.bundle=pretrain"] if text else []
+    for text, told in (
+        (False, "| narrow | 25.0 (20.0–30.0) |"),
+        (True, "| narrow | 0.25 (0.20–0.30) |"),
+    ):
+        dataset = (
+            ["--dataset", "text", "--data_dir", str(tmp_path), "--set", "losses.bundle=pretrain"]
+            if text
+            else []
+        )
         wanted = configs(tmp_path, *dataset, names=["narrow"])
         for key, score in zip(wanted, (0.2, 0.3), strict=True):
             (tmp_path / key).mkdir(exist_ok=True)

@@ -28,9 +28,13 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
         "--only",
         *(part for part in PARTS if part not in TAKES_LONG),
     ]
-    done = subprocess.run([*command, "--set", f"data.shard_dir={tmp_path}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--set", f"data.shard_dir={tmp_path}"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout[done.stdout.index("| what") :].splitlines()  # Tune prints tables of its own before
+    lines = done.stdout[
+        done.stdout.index("| what") :
+    ].splitlines()  # Tune prints tables of its own before
     table = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert table[0] == ["| what", "ratio", "goal", "measured |"] and len(table) == 15
     assert all(float(row[1]) > 0 for row in table[1:])
@@ -43,8 +47,19 @@ def test_the_planner_holds_more_trials_that_share() -> None:
 
 @pytest.mark.slow
 def test_the_large_shapes_run_in_a_small_copy() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_shapes", "--scale=0.05", "--batch_size=2", "--steps=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_shapes",
+        "--scale=0.05",
+        "--batch_size=2",
+        "--steps=1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| joint", "| one receiver"))]
+    rows = [
+        line.split(" | ")
+        for line in done.stdout.splitlines()
+        if line.startswith(("| joint", "| one receiver"))
+    ]
     assert len(rows) == 2 and all(float(row[1]) > 0 and float(row[3]) > 0 for row in rows)

@@ -43,7 +43,9 @@ def line(text: str, *words: str) -> str:
 
 def test_scores_are_those_of_their_row_and_receiver() -> None:
     text = card.write(RunConfig(), manifest())
-    header = "| the receiver reads | receiver | EM | F1 | NLL | positions | bytes | rows | contexts |"
+    header = (
+        "| the receiver reads | receiver | EM | F1 | NLL | positions | bytes | rows | contexts |"
+    )
     assert line(text, "| the receiver reads") == header
     for read, receiver, first in (
         ("the full text", "llama", 0.1), ("the full text", "qwen", 0.2), ("**the message** as int8", "llama", 0.5),
@@ -53,10 +55,13 @@ def test_scores_are_those_of_their_row_and_receiver() -> None:
         assert line(text, f"| {read} | {receiver} |") == (
             f"| {read} | {receiver} | {shown}{100 * first + 5:.1f}] | {10 * first:.3g} | 31 | 77 | 48 | 19 |"
         )
-    assert "phi" not in text and "| mean |" not in text  # a receiver that stayed away, and no receiver at all
+    assert (
+        "phi" not in text and "| mean |" not in text
+    )  # a receiver that stayed away, and no receiver at all
     assert card.UNTUNED_TEXT in text
     assert (
-        "20 of 48 had been read before, in 3 scorings, by 2 other wires" in text and "intervals over contexts" in text
+        "20 of 48 had been read before, in 3 scorings, by 2 other wires" in text
+        and "intervals over contexts" in text
     )
 
 
@@ -73,10 +78,12 @@ def test_every_mode_says_what_is_read() -> None:
 def test_a_card_tells_receivers_data_and_how_it_was_made() -> None:
     text = card.write(RunConfig(), manifest())
     assert (
-        "| llama | `toy-llama` | – | `hash-of-llama` |" in text and "| qwen | `toy-qwen` | – | `hash-of-qwen` |" in text
+        "| llama | `toy-llama` | – | `hash-of-llama` |" in text
+        and "| qwen | `toy-qwen` | – | `hash-of-qwen` |" in text
     )
     assert (
-        "- 1,230 trained parameters (interlingua 1,000, adapters/llama 200, adapters/qwen 30), 1,234 steps of" in text
+        "- 1,230 trained parameters (interlingua 1,000, adapters/llama 200, adapters/qwen 30), 1,234 steps of"
+        in text
     )
     assert (
         "latentwire 1.2, torch 3.4" in text
@@ -84,17 +91,26 @@ def test_a_card_tells_receivers_data_and_how_it_was_made() -> None:
         and "llama and qwen answer from it" in text
     )
     assert (
-        "At most 20,000 training rows. The encoder reads the context alone" in text and "synthetic reading task" in text
+        "At most 20,000 training rows. The encoder reads the context alone" in text
+        and "synthetic reading task" in text
     )
     assert "The receivers are **frozen**" in text and "not frozen" not in text
-    assert f"a message has {RunConfig().encoder.latent_len} latents a text, of width {RunConfig().encoder.d_z}" in text
+    assert (
+        f"a message has {RunConfig().encoder.latent_len} latents a text, of width {RunConfig().encoder.d_z}"
+        in text
+    )
     other = {
         "data.samples": 0, "data.send": "prompt", "encoder.tokens_per_latent": 4, "encoder.latent_len": 64,
         "receivers.0.revision": "v9", "training.seed": 7,
     }  # fmt: skip
     changed = card.write(with_values(RunConfig(), other), manifest(receivers_frozen=False, pins={}))
-    assert "All training rows. The encoder reads the context and question." in changed and "- seed 7;" in changed
-    assert "one latent for every 4 of its tokens, of width" in changed and "**not frozen**" in changed
+    assert (
+        "All training rows. The encoder reads the context and question." in changed
+        and "- seed 7;" in changed
+    )
+    assert (
+        "one latent for every 4 of its tokens, of width" in changed and "**not frozen**" in changed
+    )
     assert "| llama | `toy-llama` | v9 | not recorded |" in changed
     lines = with_values(RunConfig(), {"encoder.split": "lines", "encoder.latent_len": 5})
     assert "5 latents a line, of width" in card.write(lines, manifest())
@@ -108,16 +124,25 @@ def test_a_card_tells_receivers_data_and_how_it_was_made() -> None:
     ("readings", "told"),
     [
         (None, "how often they were read before this scoring is not recorded"),
-        ({"rows": 9, "read_before": 9, "scorings": 1, "wires": 0}, "no other wire was scored on them before"),
+        (
+            {"rows": 9, "read_before": 9, "scorings": 1, "wires": 0},
+            "no other wire was scored on them before",
+        ),
     ],
 )
-def test_a_card_says_how_often_its_rows_were_read(readings: dict[str, Any] | None, told: str) -> None:
+def test_a_card_says_how_often_its_rows_were_read(
+    readings: dict[str, Any] | None, told: str
+) -> None:
     metrics = manifest()["metrics"] | {"readings": readings}
-    assert f"On validation rows: {told}. In brackets" in card.write(RunConfig(), manifest(metrics=metrics))
+    assert f"On validation rows: {told}. In brackets" in card.write(
+        RunConfig(), manifest(metrics=metrics)
+    )
 
 
 def test_a_wire_without_scores_says_so() -> None:
     text = card.write(RunConfig(), manifest(metrics={"step": 55}))
     assert "None: this wire was not scored on questions." in text and "55 steps of" in text
-    joined = with_values(RunConfig(), {"training.train_only": ["qwen"], "training.init_from": "runs/best"})
+    joined = with_values(
+        RunConfig(), {"training.train_only": ["qwen"], "training.init_from": "runs/best"}
+    )
     assert "- only qwen trained; the rest stayed as it was" in card.write(joined, manifest())

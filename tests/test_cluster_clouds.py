@@ -122,11 +122,18 @@ def test_ec2_starts_a_node_of_every_type(calls: list[tuple[str, dict[str, Any]]]
     }
     assert kinds["gpu_spot"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert "InstanceMarketOptions" not in kinds["gpu_on_demand"]
-    profiles = {kind: arguments["IamInstanceProfile"]["Arn"].rpartition("/")[2] for kind, arguments in kinds.items()}
-    assert profiles.pop("head") == "latentwire-head" and set(profiles.values()) == {"latentwire-worker"}
+    profiles = {
+        kind: arguments["IamInstanceProfile"]["Arn"].rpartition("/")[2]
+        for kind, arguments in kinds.items()
+    }
+    assert profiles.pop("head") == "latentwire-head" and set(profiles.values()) == {
+        "latentwire-worker"
+    }
     # One group for all, in which they reach each other, and into which no port leads but ssh.
     groups = {group for arguments in kinds.values() for group in arguments["SecurityGroupIds"]}
-    (group,) = boto3.client("ec2", "us-west-2").describe_security_groups(GroupIds=list(groups))["SecurityGroups"]
+    (group,) = boto3.client("ec2", "us-west-2").describe_security_groups(GroupIds=list(groups))[
+        "SecurityGroups"
+    ]
     assert group["GroupName"] == "latentwire"
     within = [rule for rule in group["IpPermissions"] if rule["UserIdGroupPairs"]]
     outside = [rule for rule in group["IpPermissions"] if rule["IpRanges"]]
@@ -140,8 +147,15 @@ def test_ec2_starts_a_node_of_every_type(calls: list[tuple[str, dict[str, Any]]]
 def test_a_group_that_has_rules_keeps_them(calls: list[tuple[str, dict[str, Any]]]) -> None:
     ec2 = boto3.client("ec2", "us-west-2")
     vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
-    group = ec2.create_security_group(GroupName="latentwire", Description="ours", VpcId=vpc)["GroupId"]
-    mine = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "198.51.100.7/32"}]}
+    group = ec2.create_security_group(GroupName="latentwire", Description="ours", VpcId=vpc)[
+        "GroupId"
+    ]
+    mine = {
+        "IpProtocol": "tcp",
+        "FromPort": 22,
+        "ToPort": 22,
+        "IpRanges": [{"CidrIp": "198.51.100.7/32"}],
+    }
     ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[mine])
     start_all(aws())
     (kept,) = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
@@ -152,7 +166,8 @@ def test_the_rights_in_the_docs_are_enough(calls: list[tuple[str, dict[str, Any]
     """Requests of the launcher and of the head's autoscaler against the two policies of docs/guides/cluster.md."""
     policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", DOCS, re.DOTALL)]
     launcher, head = (
-        [action for statement in policy["Statement"] for action in statement["Action"]] for policy in policies[:2]
+        [action for statement in policy["Statement"] for action in statement["Action"]]
+        for policy in policies[:2]
     )
     ready = start_all(aws())
     provider = _get_node_provider(ready["provider"], ready["cluster_name"])
@@ -160,18 +175,28 @@ def test_the_rights_in_the_docs_are_enough(calls: list[tuple[str, dict[str, Any]
     provider.set_node_tags(nodes[0], {"ray-node-status": "up-to-date"})
     provider.terminate_nodes(nodes)
     sent = {call for call, _ in calls}
-    assert {"ec2:RunInstances", "ec2:CreateKeyPair", "ec2:CreateSecurityGroup", "ec2:TerminateInstances"} <= sent
+    assert {
+        "ec2:RunInstances",
+        "ec2:CreateKeyPair",
+        "ec2:CreateSecurityGroup",
+        "ec2:TerminateInstances",
+    } <= sent
     assert not {call for call in sent if not any(fnmatch(call, action) for action in launcher)}
     # The head has the bootstrapped file: it only starts, tags and ends nodes.
     calls.clear()
     _clear_provider_cache()
     provider = _get_node_provider(ready["provider"], ready["cluster_name"])
-    provider.create_node(ready["available_node_types"]["cpu"]["node_config"], node_tags("worker", "cpu"), 1)
+    provider.create_node(
+        ready["available_node_types"]["cpu"]["node_config"], node_tags("worker", "cpu"), 1
+    )
     nodes = provider.non_terminated_nodes({})
     provider.set_node_tags(nodes[0], {"ray-node-status": "up-to-date"})
     provider.terminate_nodes(nodes)
     assert not {call for call, _ in calls if not any(fnmatch(call, action) for action in head)}
-    for actions in (launcher, head):  # which EC2 asks for by itself, for the image and for the nodes' role
+    for actions in (
+        launcher,
+        head,
+    ):  # which EC2 asks for by itself, for the image and for the nodes' role
         assert {"ssm:GetParameters", "iam:PassRole"} <= set(actions)
 
 
@@ -189,8 +214,15 @@ class GoogleCloud:
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if "serviceAccounts" in path:
             if method == "POST":
-                self.account = {"email": f"{body['accountId']}@tests.iam.gserviceaccount.com", "projectId": "tests"}
-            return (200, self.account) if self.account else (404, {"error": {"message": "no such account"}})
+                self.account = {
+                    "email": f"{body['accountId']}@tests.iam.gserviceaccount.com",
+                    "projectId": "tests",
+                }
+            return (
+                (200, self.account)
+                if self.account
+                else (404, {"error": {"message": "no such account"}})
+            )
         if path.endswith(":getIamPolicy"):
             return 200, self.policy
         if path.endswith(":setIamPolicy"):
@@ -199,7 +231,9 @@ class GoogleCloud:
         if "/operations/" in path or path.endswith("/setCommonInstanceMetadata"):
             return 200, {"name": "operation", "status": "DONE"}
         if path.endswith("/subnetworks"):
-            return 200, {"items": [{"selfLink": "projects/tests/regions/us-central1/subnetworks/default"}]}
+            return 200, {
+                "items": [{"selfLink": "projects/tests/regions/us-central1/subnetworks/default"}]
+            }
         if path.endswith("/instances") and method == "POST":
             self.inserted.append(body)
             return 200, {"name": "operation", "status": "RUNNING"}
@@ -220,9 +254,9 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> GoogleCloud:
     ) -> tuple[httplib2.Response, bytes]:
         path = uri.partition("?")[0]
         status, answer = there.answer(method, path, json.loads(body or "{}"))
-        return httplib2.Response({"status": str(status), "content-type": "application/json"}), json.dumps(
-            answer
-        ).encode()
+        return httplib2.Response(
+            {"status": str(status), "content-type": "application/json"}
+        ), json.dumps(answer).encode()
 
     monkeypatch.setattr(httplib2.Http, "request", request)
     monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "tests"))
@@ -250,32 +284,55 @@ def check(value: Any, schema: dict[str, Any], schemas: dict[str, Any], path: str
             check(inner, schema["items"], schemas, f"{path}[]")
     else:
         kinds = {bool: "boolean", str: "string", int: ("integer", "string")}
-        assert schema["type"] in kinds[type(value)], f"{path} must be {schema['type']}, got {value!r}"
-        assert value in schema.get("enum", [value]), f"{path} must be one of {schema['enum']}, got {value!r}"
+        assert schema["type"] in kinds[type(value)], (
+            f"{path} must be {schema['type']}, got {value!r}"
+        )
+        assert value in schema.get("enum", [value]), (
+            f"{path} must be one of {schema['enum']}, got {value!r}"
+        )
 
 
 def test_compute_engine_starts_a_node_of_every_type(cloud: GoogleCloud) -> None:
-    start_all(filled_in("cluster.gcp.yaml", PROJECT="tests", BUCKET="latents", FILESTORE="10.0.0.2"))
+    start_all(
+        filled_in("cluster.gcp.yaml", PROJECT="tests", BUCKET="latents", FILESTORE="10.0.0.2")
+    )
     kinds = {body["labels"]["ray-user-node-type"]: body for body in cloud.inserted}
     schemas = described()
     for kind, body in kinds.items():
         check(body, {"$ref": "Instance"}, schemas, kind)
-    images = {kind: body["disks"][0]["initializeParams"]["sourceImage"] for kind, body in kinds.items()}
+    images = {
+        kind: body["disks"][0]["initializeParams"]["sourceImage"] for kind, body in kinds.items()
+    }
     assert set(images) == {"head", "cpu", "gpu_spot", "gpu_on_demand"}
-    assert all(fnmatch(image, "projects/*/global/images/family/*") for image in images.values())  # never one image
+    assert all(
+        fnmatch(image, "projects/*/global/images/family/*") for image in images.values()
+    )  # never one image
     driver = int(re.search(r"nvidia-(\d+)$", images["gpu_spot"])[1])  # type: ignore[index]
-    assert driver >= 580 and images["gpu_on_demand"] == images["gpu_spot"]  # CUDA 13 of the pinned torch
-    accounts = {kind: body["serviceAccounts"][0]["email"].partition("@")[0] for kind, body in kinds.items()}
-    assert accounts.pop("head") == "ray-autoscaler-sa-v1" and set(accounts.values()) == {"latentwire"}
+    assert (
+        driver >= 580 and images["gpu_on_demand"] == images["gpu_spot"]
+    )  # CUDA 13 of the pinned torch
+    accounts = {
+        kind: body["serviceAccounts"][0]["email"].partition("@")[0] for kind, body in kinds.items()
+    }
+    assert accounts.pop("head") == "ray-autoscaler-sa-v1" and set(accounts.values()) == {
+        "latentwire"
+    }
     assert kinds["gpu_spot"]["scheduling"]["provisioningModel"] == "SPOT"
 
 
 def test_a_field_that_compute_engine_lacks_is_found() -> None:
     with pytest.raises(AssertionError, match=r"scheduling\.provisioningModels is unknown"):
-        check({"scheduling": {"provisioningModels": "SPOT"}}, {"$ref": "Instance"}, described(), "Instance")
+        check(
+            {"scheduling": {"provisioningModels": "SPOT"}},
+            {"$ref": "Instance"},
+            described(),
+            "Instance",
+        )
 
 
 def test_gcp_roles_in_the_docs_are_what_ray_gives(cloud: GoogleCloud) -> None:
-    start_all(filled_in("cluster.gcp.yaml", PROJECT="tests", BUCKET="latents", FILESTORE="10.0.0.2"))
+    start_all(
+        filled_in("cluster.gcp.yaml", PROJECT="tests", BUCKET="latents", FILESTORE="10.0.0.2")
+    )
     given = {binding["role"] for binding in cloud.policy["bindings"]}
     assert given and all(f"`{role}`" in DOCS for role in given)

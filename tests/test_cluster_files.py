@@ -38,7 +38,12 @@ def test_ray_takes_the_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    "path", [("idle_timeout_minute",), ("available_node_types", "gpu_spot", "max_worker"), ("docker", "imagee")]
+    "path",
+    [
+        ("idle_timeout_minute",),
+        ("available_node_types", "gpu_spot", "max_worker"),
+        ("docker", "imagee"),
+    ],
 )
 def test_a_typo_is_refused(name: str, path: tuple[str, ...]) -> None:
     config = read(name)
@@ -62,18 +67,28 @@ def test_versions_are_the_projects(name: str) -> None:
 def test_the_head_takes_no_trial_and_idle_nodes_go(name: str) -> None:
     config = read(name)
     types = config["available_node_types"]
-    assert types["head"]["resources"] == {"CPU": 0} and "--num-cpus=0" in config["head_start_ray_commands"][-1]
+    assert (
+        types["head"]["resources"] == {"CPU": 0}
+        and "--num-cpus=0" in config["head_start_ray_commands"][-1]
+    )
     assert all(types[kind]["min_workers"] == 0 for kind in types if kind != "head")
-    assert {"spot", "on_demand"} <= {resource for kind in types.values() for resource in kind["resources"]}
+    assert {"spot", "on_demand"} <= {
+        resource for kind in types.values() for resource in kind["resources"]
+    }
     assert config["idle_timeout_minutes"] <= 10
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_cluster_is_closed(name: str) -> None:
     config, text = read(name), (REPOSITORY / name).read_text()
-    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1] and "0.0.0.0" not in text
+    assert (
+        "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+        and "0.0.0.0" not in text
+    )
     assert "RAY_AUTH_MODE=token" in "".join(config["docker"]["run_options"])
-    assert not any(word in text for word in ("AWS_SECRET", "HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN="))
+    assert not any(
+        word in text for word in ("AWS_SECRET", "HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN=")
+    )
     assert config["provider"]["use_internal_ips"] and config["provider"]["use_external_head_ip"]
 
 
@@ -106,27 +121,40 @@ def test_the_pins_agree_with_each_other() -> None:
 def test_what_a_user_fills_in_is_named_at_the_top(name: str) -> None:
     text = (REPOSITORY / name).read_text()
     top, rest = text.split("cluster_name:", 1)
-    code = "\n".join(line.partition(" #")[0] for line in rest.splitlines() if not line.lstrip().startswith("#"))
+    code = "\n".join(
+        line.partition(" #")[0] for line in rest.splitlines() if not line.lstrip().startswith("#")
+    )
     blanks = set(re.findall(r"\b(ACCOUNT|BUCKET|FILESYSTEM|FILESTORE|PROJECT)\b", code))
-    assert blanks and blanks == set(re.findall(r"\b(ACCOUNT|BUCKET|FILESYSTEM|FILESTORE|PROJECT)\b", top))
+    assert blanks and blanks == set(
+        re.findall(r"\b(ACCOUNT|BUCKET|FILESYSTEM|FILESTORE|PROJECT)\b", top)
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_gpu_is_asked_for_where_there_is_one(name: str) -> None:
     config = read(name)
-    assert config["docker"]["disable_automatic_runtime_detection"]  # which starts without one where the driver is late
+    assert config["docker"][
+        "disable_automatic_runtime_detection"
+    ]  # which starts without one where the driver is late
     for kind in config["available_node_types"].values():
         docker = kind.get("docker", {})
-        assert ("--gpus all" in docker.get("worker_run_options", [])) == ("GPU" in kind["resources"])
-        assert kind["resources"].get("GPU") or docker.get("worker_image", config["docker"]["head_image"]).endswith(
-            "py311"
+        assert ("--gpus all" in docker.get("worker_run_options", [])) == (
+            "GPU" in kind["resources"]
         )
+        assert kind["resources"].get("GPU") or docker.get(
+            "worker_image", config["docker"]["head_image"]
+        ).endswith("py311")
 
 
 def test_both_clouds_set_up_their_nodes_alike() -> None:
     """But for the file system's address and options, and the type of mount."""
     aws, gcp = (read(name) for name in FILES)
-    for key in ("initialization_commands", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+    for key in (
+        "initialization_commands",
+        "setup_commands",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    ):
         pairs = zip(aws[key], gcp[key], strict=True)
         assert all(a == g or ("mount -t nfs4" in a and "mount -t nfs4" in g) for a, g in pairs)
 
@@ -135,7 +163,11 @@ def test_the_rayjob_of_the_docs_is_yaml_of_the_same_versions() -> None:
     text = (REPOSITORY / "docs" / "guides" / "cluster.md").read_text()
     job = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     cluster = job["spec"]["rayClusterSpec"]
-    assert (job["kind"], cluster["rayVersion"], cluster["authOptions"]) == ("RayJob", version("ray"), {"mode": "token"})
+    assert (job["kind"], cluster["rayVersion"], cluster["authOptions"]) == (
+        "RayJob",
+        version("ray"),
+        {"mode": "token"},
+    )
     assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0 and job["spec"]["backoffLimit"] == 0
     assert f"rayproject/ray:{version('ray')}-py311-gpu" in text

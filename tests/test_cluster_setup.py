@@ -64,7 +64,9 @@ def bare(root: Path, *, gpu: bool, ready: bool = False) -> Path:
     text = (root / "bin" / "apt-get").read_text().replace("cp later", f"{shutil.which('cp')} later")
     (root / "bin" / "apt-get").write_text(text)
     for name in ("nvidia-smi", "sleep"):
-        text = (root / "bin" / name).read_text().replace("rm driver", f"{shutil.which('rm')} driver")
+        text = (
+            (root / "bin" / name).read_text().replace("rm driver", f"{shutil.which('rm')} driver")
+        )
         (root / "bin" / name).write_text(text)
     (root / "pci").write_text(NVIDIA if gpu else "00:03.0 Ethernet controller: Amazon.com, Inc.\n")
     (root / "home" / ".bash_profile").write_text(f"export PATH={root}/bin\n")
@@ -74,10 +76,21 @@ def bare(root: Path, *, gpu: bool, ready: bool = False) -> Path:
 
 def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
     """One command as Ray runs it over ssh: by an interactive login shell, in an environment of its own."""
-    environment = {"HOME": str(root / "home"), "USER": "ubuntu", "RAY_HEAD_IP": "10.0.0.1", "PATH": f"{root}/bin"}
+    environment = {
+        "HOME": str(root / "home"),
+        "USER": "ubuntu",
+        "RAY_HEAD_IP": "10.0.0.1",
+        "PATH": f"{root}/bin",
+    }
     shell = ["bash", "-c", " ".join(_with_interactive(command))]
     return subprocess.run(
-        shell, cwd=root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+        shell,
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
     )
 
 
@@ -94,7 +107,11 @@ def place(calls: list[str], start: str) -> int:
 def commands(name: str) -> list[str]:
     """All that a worker runs, in Ray's order."""
     config = read(name)
-    return [*config["initialization_commands"], *config["setup_commands"], *config["worker_start_ray_commands"]]
+    return [
+        *config["initialization_commands"],
+        *config["setup_commands"],
+        *config["worker_start_ray_commands"],
+    ]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -106,7 +123,9 @@ def test_each_step_finds_what_it_needs(tmp_path: Path, name: str, gpu: bool, rea
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}\n{log(root)}"
     calls = log(root)
     assert ("nvidia-smi " in calls) == gpu
-    assert any(call.startswith("apt-get") for call in calls) != ready  # nothing is installed where it is there already
+    assert (
+        any(call.startswith("apt-get") for call in calls) != ready
+    )  # nothing is installed where it is there already
     order = [
         "cloud-init",
         "docker info",
@@ -116,7 +135,9 @@ def test_each_step_finds_what_it_needs(tmp_path: Path, name: str, gpu: bool, rea
         "pip",
         "ray start",
     ]
-    assert [place(calls, start) for start in order] == sorted(place(calls, start) for start in order)
+    assert [place(calls, start) for start in order] == sorted(
+        place(calls, start) for start in order
+    )
     if gpu:
         assert place(calls, "nvidia-smi") < place(calls, "docker info")
 
@@ -142,7 +163,12 @@ def test_a_node_whose_driver_never_comes_fails(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("name", FILES)
 def test_the_shell_of_every_command_is_well_formed(name: str) -> None:
     config = read(name)
-    for key in ("initialization_commands", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+    for key in (
+        "initialization_commands",
+        "setup_commands",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    ):
         for command in config[key]:
             checked = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
             assert checked.returncode == 0, checked.stderr

@@ -34,43 +34,82 @@ def write(tmp_path: Path, text: str) -> Path:
         ("run: {encoder: {latent_len: 0}}", "latent_len must be ≥ 1, got 0"),
         ("run: {encoder: {latentlen: 4}}", "did you mean latent_len?"),
         ("run: {receivers: [{name: a, modl: toy-llama}]}", "did you mean model?"),
-        ("run: {receivers: [{name: a, model: x}, {name: a, model: y}]}", "receiver names must differ, got a, a"),
+        (
+            "run: {receivers: [{name: a, model: x}, {name: a, model: y}]}",
+            "receiver names must differ, got a, a",
+        ),
         ("run: {receivers: []}", "receivers"),
         ("run: {losses: {answer_ce_weight: 0}}", "at least one loss weight must be > 0"),
         ("run: {encoder: {d_model: 30, heads: 4}}", "d_model must be a multiple of 2 × heads"),
-        ("search: {encoder.latentlen: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
+        (
+            "search: {encoder.latentlen: {type: int, low: 1, high: 4}}",
+            "did you mean encoder.latent_len?",
+        ),
         ("search: {latent_len: {type: int, low: 1, high: 4}}", "did you mean encoder.latent_len?"),
-        ("search: {hidden: {type: int, low: 1, high: 4}}", "did you mean features.deep_prefix.hidden?"),
+        (
+            "search: {hidden: {type: int, low: 1, high: 4}}",
+            "did you mean features.deep_prefix.hidden?",
+        ),
         (
             "search: {receivers.0.model: {type: categorical, choices: [a]}}",
             "receivers cannot be searched, got receivers.0.model",
         ),
-        ("search: {losses.hidden_kd_depths: {type: categorical, choices: [1]}}", "losses.hidden_kd_depths is none"),
+        (
+            "search: {losses.hidden_kd_depths: {type: categorical, choices: [1]}}",
+            "losses.hidden_kd_depths is none",
+        ),
         (
             "search: {features.lora: {type: categorical, choices: [null, {}]}}",
             "a choice must be a number, a text or a switch, got None; of a section its knobs can be searched",
         ),
-        ("search: {encoder.latent_len: {type: int, low: 0, high: 4}}", "latent_len must be ≥ 1, got 0"),
-        ("search: {encoder.latent_len: {type: float, low: 4, high: 16}}", "encoder.latent_len is no real number"),
-        ("search: {encoder.latent_len: {type: int, low: 8, high: 4}}", "low must be ≤ high, got 8 > 4"),
-        ("search: {encoder.kind: {type: categorical, choices: [byte, bite]}}", "search.encoder.kind.choices[1]"),
-        ("search: {training.encoder_lr: {type: float, low: 0.1, high: 1, log: true, step: 0.1}}", "log needs low > 0"),
+        (
+            "search: {encoder.latent_len: {type: int, low: 0, high: 4}}",
+            "latent_len must be ≥ 1, got 0",
+        ),
+        (
+            "search: {encoder.latent_len: {type: float, low: 4, high: 16}}",
+            "encoder.latent_len is no real number",
+        ),
+        (
+            "search: {encoder.latent_len: {type: int, low: 8, high: 4}}",
+            "low must be ≤ high, got 8 > 4",
+        ),
+        (
+            "search: {encoder.kind: {type: categorical, choices: [byte, bite]}}",
+            "search.encoder.kind.choices[1]",
+        ),
+        (
+            "search: {training.encoder_lr: {type: float, low: 0.1, high: 1, log: true, step: 0.1}}",
+            "log needs low > 0",
+        ),
         ("tune: {trials: 0}", "trials must be ≥ 1, got 0"),
         ("tune: [1]", "tune"),
         ("[1, 2]", "must hold a mapping"),
         ("run: {a: b: c}", "must be valid YAML"),
         ("run: {data: {overflow: chunk}}", "overflow chunk needs dataset text, got toy"),
         ("run: {data: {dataset: sqaud}}", "dataset: input should be 'custom', 'hotpotqa'"),
-        ("run: {data: {data_dir: here}}", "dataset toy is generated and reads no files, got data_dir here"),
-        ("run: {data: {toy_questions: 7}}", "toy_questions must be ≤ toy_people × toy_kinds = 6, got 7"),
-        ("run: {data: {send: prompt}, training: {questions_together: true}}", "needs contexts that questions share"),
+        (
+            "run: {data: {data_dir: here}}",
+            "dataset toy is generated and reads no files, got data_dir here",
+        ),
+        (
+            "run: {data: {toy_questions: 7}}",
+            "toy_questions must be ≤ toy_people × toy_kinds = 6, got 7",
+        ),
+        (
+            "run: {data: {send: prompt}, training: {questions_together: true}}",
+            "needs contexts that questions share",
+        ),
         ("run: {encoder: {kind: lm}}", "encoder kind lm needs a backbone, got model null"),
         (
             "run: {encoder: {kind: lm, model: 'receiver:gpt'}}",
             "must name one of the receivers llama, qwen, got receiver:gpt",
         ),
         ("run: {losses: {hidden_kd_depths: [1.5]}}", "hidden_kd_depths must lie in [0, 1]"),
-        ("run: {losses: {reconstruction_cue: 4}}", "reconstruction_cue needs a stretch to stand before"),
+        (
+            "run: {losses: {reconstruction_cue: 4}}",
+            "reconstruction_cue needs a stretch to stand before",
+        ),
         ("run: {training: {tokens_per_latent: [2]}}", "needs messages that grow with the text"),
         (
             "search: {encoder.latent_len: {type: int, low: 1, high: 4, when: byte}}",
@@ -92,11 +131,16 @@ def test_what_the_command_line_named_is_told_as_its_own(tmp_path: Path) -> None:
         load_space(file, {"run.training.eval_every": 3, "run.receivers.0.modl": "x"})
     told = str(caught.value).splitlines()
     assert "space.yaml: run.encoder.latent_len" in told[1] and len(told) == 3
-    assert "(command line: run.receivers.0.modl)" in told[0] and "(command line: run.training.eval_every)" in told[2]
+    assert (
+        "(command line: run.receivers.0.modl)" in told[0]
+        and "(command line: run.training.eval_every)" in told[2]
+    )
 
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dataset text has no questions.* got answer_ce_weight, kd_weight; set"):
+    with pytest.raises(
+        ConfigError, match=r"dataset text has no questions.* got answer_ce_weight, kd_weight; set"
+    ):
         with_values(RunConfig(), {"data.dataset": "text", "losses.kd_weight": 1.0})
     with pytest.raises(ConfigError, match=r"coarsening_steps needs encoder\.private_len 0, got 2"):
         with_values(RunConfig(), {"encoder.private_len": 2, "training.coarsening_steps": 5})
@@ -142,7 +186,9 @@ def test_set_reaches_every_knob_and_refuses_unknown_ones() -> None:
         read_config(options("--set", "training.encoder_lr"))
     phi = read_config(options("--set", "receivers.1={name: phi, model: toy-phi}")).run.receivers
     assert [receiver.name for receiver in phi] == ["llama", "phi"]
-    with pytest.raises(ConfigError, match=r"epochs: .*, got '\[3'"):  # no YAML: the text as it stands
+    with pytest.raises(
+        ConfigError, match=r"epochs: .*, got '\[3'"
+    ):  # no YAML: the text as it stands
         read_config(options("--set", "training.epochs=[3"))
 
 
@@ -153,7 +199,9 @@ def test_with_values_checks_again() -> None:
 
 
 def test_a_bundle_chosen_later_is_outvoted_by_nothing_but_what_was_set() -> None:
-    base = with_values(RunConfig(), {"losses.bundle": "first_k_curriculum", "losses.kd_temperature": 3.0})
+    base = with_values(
+        RunConfig(), {"losses.bundle": "first_k_curriculum", "losses.kd_temperature": 3.0}
+    )
     assert base.losses.k == 8 and base.losses.schedules
     chosen = with_values(base, {"losses.bundle": "distil", "encoder.latent_len": 3}).losses
     assert (chosen.kd_weight, chosen.first_k_ce_weight, chosen.kd_temperature) == (1.0, 0.0, 3.0)
@@ -174,7 +222,10 @@ def test_a_bundle_is_not_outvoted_by_defaults_that_were_written_out() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("receivers.2.model", "must be a number from 0 to 1, got 2 .receivers.2.model.; write further ones"),
+        (
+            "receivers.2.model",
+            "must be a number from 0 to 1, got 2 .receivers.2.model.; write further ones",
+        ),
         ("receivers.2", "must be a number from 0 to 1, got 2"),
         ("receivers.x.model", "must be a number from 0 to 1, got x"),
         ("data.dataset.name", "a path must end at a knob, got data.dataset.name"),
@@ -196,13 +247,24 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def test_every_knob_has_its_docstring_and_every_number_its_bounds() -> None:
     seen = set()
-    for model in {*sections(SweepConfig), Schedule, FloatDimension, IntDimension, CategoricalDimension}:
+    for model in {
+        *sections(SweepConfig),
+        Schedule,
+        FloatDimension,
+        IntDimension,
+        CategoricalDimension,
+    }:
         assert model.__doc__, model
         for name, field in model.model_fields.items():
             seen.add(f"{model.__name__}.{name}")
-            assert field.description and field.description.strip().endswith((".", ")")), f"{model.__name__}.{name}"
+            assert field.description and field.description.strip().endswith((".", ")")), (
+                f"{model.__name__}.{name}"
+            )
             number = {int, float} & {field.annotation, *typing.get_args(field.annotation)}
-            free = model in (FloatDimension, IntDimension) and name in ("low", "high")  # checked against their knob's
+            free = model in (FloatDimension, IntDimension) and name in (
+                "low",
+                "high",
+            )  # checked against their knob's
             assert free or not number or field.metadata, f"{model.__name__}.{name} has no bounds"
     assert len(seen) > 100
 
@@ -210,6 +272,10 @@ def test_every_knob_has_its_docstring_and_every_number_its_bounds() -> None:
 def test_knobs_of_optional_sections_can_be_set_and_searched(tmp_path: Path) -> None:
     assert "features.lora.rank" in dict(knobs())
     assert with_values(RunConfig(), {"features.lora.rank": 3}).features.lora.rank == 3
-    (tmp_path / "s.yaml").write_text("search: {features.deep_prefix.hidden: {type: int, low: 0, high: 8}}")
-    with pytest.raises(ConfigError, match=r"hidden must be ≥ 1, got 0 .*search\.features\.deep_prefix\.hidden\.low"):
+    (tmp_path / "s.yaml").write_text(
+        "search: {features.deep_prefix.hidden: {type: int, low: 0, high: 8}}"
+    )
+    with pytest.raises(
+        ConfigError, match=r"hidden must be ≥ 1, got 0 .*search\.features\.deep_prefix\.hidden\.low"
+    ):
         load_space(tmp_path / "s.yaml")

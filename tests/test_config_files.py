@@ -9,7 +9,9 @@ from latentwire.config.files import SHIPPED, shipped_names
 from latentwire.config.resolve import ConfigError, load_space
 
 REPOSITORY = Path(__file__).parent.parent
-CHECKED_OUT = sorted([*(REPOSITORY / "search_spaces").glob("*.yaml"), *(REPOSITORY / "presets").glob("*.yaml")])
+CHECKED_OUT = sorted(
+    [*(REPOSITORY / "search_spaces").glob("*.yaml"), *(REPOSITORY / "presets").glob("*.yaml")]
+)
 
 
 def write(folder: Path, **texts: str) -> Path:
@@ -25,7 +27,11 @@ def test_shipped_configurations_load_from_any_directory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_space(name) == load_space(SHIPPED / f"{name}.yaml") == load_space(str(SHIPPED / f"{name}.yaml"))
+    assert (
+        load_space(name)
+        == load_space(SHIPPED / f"{name}.yaml")
+        == load_space(str(SHIPPED / f"{name}.yaml"))
+    )
 
 
 @pytest.mark.parametrize("file", CHECKED_OUT, ids=lambda path: path.name)
@@ -34,10 +40,14 @@ def test_the_files_of_a_checkout_are_the_shipped_ones(file: Path) -> None:
 
 
 def test_all_that_ships_has_a_file_in_the_checkout() -> None:
-    assert [path.stem for path in sorted(CHECKED_OUT, key=lambda path: path.stem)] == shipped_names()
+    assert [
+        path.stem for path in sorted(CHECKED_OUT, key=lambda path: path.stem)
+    ] == shipped_names()
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "presets").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "presets").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_presets_are_single_runs_that_differ_from_the_defaults(file: Path) -> None:
     space = load_space(file)
     assert not space.search and space.run != RunConfig() and space.tune == SweepConfig().tune
@@ -58,7 +68,12 @@ def test_nearer_values_win_section_by_section_and_lists_replace(tmp_path: Path) 
     )
     space = load_space(file)
     encoder = space.run.encoder
-    assert (encoder.latent_len, encoder.d_z, encoder.layers, encoder.tokens_per_latent) == (3, 16, 1, 4)
+    assert (encoder.latent_len, encoder.d_z, encoder.layers, encoder.tokens_per_latent) == (
+        3,
+        16,
+        1,
+        4,
+    )
     assert space.run.training.tokens_per_latent == (8,) and space.tune.trials == 7
 
 
@@ -90,7 +105,12 @@ def test_receivers_by_name_merge_and_share_what_stands_under_each(tmp_path: Path
 def test_a_nearer_bundle_is_not_outvoted_by_inherited_weights(tmp_path: Path) -> None:
     file = write(tmp_path, mine="extends: toy_eight\nrun: {losses: {bundle: distil, k: 3}}")
     losses = load_space(file).run.losses
-    assert (losses.kd_weight, losses.answer_ce_weight, losses.first_token_ce_weight, losses.k) == (1.0, 0.5, 0.0, 3)
+    assert (losses.kd_weight, losses.answer_ce_weight, losses.first_token_ce_weight, losses.k) == (
+        1.0,
+        0.5,
+        0.0,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,18 +122,28 @@ def test_a_nearer_bundle_is_not_outvoted_by_inherited_weights(tmp_path: Path) ->
         ),
         ("extends: other.yaml", r"extends must name .*, got other\.yaml"),
         ("extends: 3", "extends must be a name, a path or a list of them, got 3"),
-        ("extends: mine.yaml", r"extends must not go round in a circle, got \S*mine\.yaml → \S*mine\.yaml"),
+        (
+            "extends: mine.yaml",
+            r"extends must not go round in a circle, got \S*mine\.yaml → \S*mine\.yaml",
+        ),
         ("extend: toy", "did you mean extends"),
-        ("run: {receivers: {a: toy-llama}}", r"must be a mapping of its knobs, got 'toy-llama' .*run\.receivers\.a"),
+        (
+            "run: {receivers: {a: toy-llama}}",
+            r"must be a mapping of its knobs, got 'toy-llama' .*run\.receivers\.a",
+        ),
     ],
 )
-def test_what_cannot_be_extended_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
+def test_what_cannot_be_extended_is_one_clear_error(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load_space(write(tmp_path, mine=text))
 
 
 def test_a_name_that_is_none_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"a file that exists, got nowhere\.yaml; known here: llama_qwen, losses"):
+    with pytest.raises(
+        ConfigError, match=r"a file that exists, got nowhere\.yaml; known here: llama_qwen, losses"
+    ):
         load_space("nowhere.yaml")
     with pytest.raises(ConfigError, match="got smal; did you mean small"):
         load_space("smal")

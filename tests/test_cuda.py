@@ -17,7 +17,8 @@ from latentwire.training.loop import Trainer
 from tests.conftest import SMALL, shard_table
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device, and LATENTWIRE_TEST_CUDA=1 to be shown it"
+    not torch.cuda.is_available(),
+    reason="needs a CUDA device, and LATENTWIRE_TEST_CUDA=1 to be shown it",
 )
 
 LM_ENCODER = {
@@ -39,7 +40,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run_on(device: str, values: dict[str, Any]) -> RunConfig:
-    both = {f"receivers.{i}.{key}": value for i in (0, 1) for key, value in (("device", device), ("dtype", "float32"))}
+    both = {
+        f"receivers.{i}.{key}": value
+        for i in (0, 1)
+        for key, value in (("device", device), ("dtype", "float32"))
+    }
     return with_values(RunConfig(), SMALL | both | values)
 
 
@@ -59,11 +64,15 @@ def test_a_wire_trained_on_it_answers_alike_on_the_cpu(tmp_path: Path) -> None:
     trainer, table = Trainer(LatentWire(run), 8), shard_table(run, 16)
     for step in range(4):
         trainer.step(table.slice(4 * step, 4))
-    checkpoints.save(tmp_path / "wire", trainer.wire, {}, {"receivers": trainer.wire.fingerprints()})
+    checkpoints.save(
+        tmp_path / "wire", trainer.wire, {}, {"receivers": trainer.wire.fingerprints()}
+    )
     found = []
     for device in ("cuda", "cpu"):
         wire, _ = load_wire(tmp_path / "wire", run_on(device, {"features.deep_prefix": {}}))
-        found.append([p for mode in ("latent", "text") for p in predict(wire, table, Condition(mode))])
+        found.append(
+            [p for mode in ("latent", "text") for p in predict(wire, table, Condition(mode))]
+        )
     assert [p.text for p in found[0]] == [p.text for p in found[1]]
     assert [p.nll for p in found[0]] == pytest.approx([p.nll for p in found[1]], rel=1e-3, abs=1e-5)
 
@@ -74,6 +83,7 @@ def test_bfloat16_token_embeddings_through_the_latent_path_equal_text(name: str)
     wire, table = LatentWire(run), shard_table(run, 8)
     assert wire.receivers[name].lm.dtype == torch.bfloat16
     text, oracle = (
-        [p.nll for p in predict(wire, table, Condition(mode)) if p.receiver == name] for mode in ("text", "embeddings")
+        [p.nll for p in predict(wire, table, Condition(mode)) if p.receiver == name]
+        for mode in ("text", "embeddings")
     )
     assert oracle == pytest.approx(text, rel=0.05, abs=0.05)

@@ -22,7 +22,9 @@ def run(script: str, *flags: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_wire_is_trained_from_python_and_its_message_crosses_to_another_process(tmp_path: Path) -> None:
+def test_a_wire_is_trained_from_python_and_its_message_crosses_to_another_process(
+    tmp_path: Path,
+) -> None:
     printed = run("train_from_python.py", "--output=wire", "--steps=4", folder=tmp_path)
     assert "llama: " in printed and "qwen: " in printed
     printed = run("two_processes.py", "wire/best", folder=tmp_path)
@@ -31,12 +33,16 @@ def test_a_wire_is_trained_from_python_and_its_message_crosses_to_another_proces
 
 @pytest.mark.slow
 def test_a_sweep_from_python_is_a_table_a_winner_and_a_notebook_of_pictures(tmp_path: Path) -> None:
-    printed = run("tune_from_python.py", "--output=sweep", "--trials=2", "--steps=4", folder=tmp_path)
+    printed = run(
+        "tune_from_python.py", "--output=sweep", "--trials=2", "--steps=4", folder=tmp_path
+    )
     assert "best: trial" in printed and (tmp_path / "sweep" / "report.html").exists()
     notebook = nbformat.read(EXAMPLES / "plot_a_sweep.ipynb", as_version=4)
     os.environ["LATENTWIRE_SWEEP"] = str(tmp_path / "sweep")
     try:
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        NotebookClient(
+            notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        ).execute()
     finally:
         del os.environ["LATENTWIRE_SWEEP"]
     assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code")

@@ -31,7 +31,16 @@ def test_that_takes_long():
 def begin(folder: Path, *flags: str) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A run of pytest in the middle of a test, and what that has started."""
     (folder / "test_long.py").write_text(TEST)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, "test_long.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *flags,
+        "test_long.py",
+    ]
     run = subprocess.Popen(
         command,
         cwd=folder,
@@ -42,7 +51,9 @@ def begin(folder: Path, *flags: str) -> tuple[subprocess.Popen[bytes], list[psut
     )
     names = ("daemon", "script", "test")
     end = time.monotonic() + 120
-    while not all((folder / name).exists() and (folder / name).read_text().strip() for name in names):
+    while not all(
+        (folder / name).exists() and (folder / name).read_text().strip() for name in names
+    ):
         assert run.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     return run, [psutil.Process(int((folder / name).read_text())) for name in names]
@@ -63,7 +74,9 @@ def still_there(processes: list[psutil.Process], seconds: float) -> list[psutil.
 
 
 @pytest.mark.parametrize("workers", [0, 1], ids=["alone", "xdist"])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name
+)
 def test_nothing_is_left(tmp_path: Path, sent: signal.Signals, workers: int) -> None:
     run, started = begin(tmp_path, "-p", "tests.guard", *(["-n", str(workers)] if workers else []))
     below = psutil.Process(run.pid).children(recursive=True)

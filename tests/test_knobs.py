@@ -31,9 +31,15 @@ def test_lists_are_made_of_definitions() -> None:
         "training.accumulation",
         "training.coarsening_from",
     )
-    assert paths_with("teachers", "size") == ("losses.kd_weight", "losses.hidden_kd_weight", "losses.k")
+    assert paths_with("teachers", "size") == (
+        "losses.kd_weight",
+        "losses.hidden_kd_weight",
+        "losses.k",
+    )
     assert "run.data.data_dir" in paths_with("may_change", "repeated trial", SweepConfig)
-    assert set(paths_with("shards")) >= {path for path, _ in knobs() if path.startswith(("data.", "prompt."))}
+    assert set(paths_with("shards")) >= {
+        path for path, _ in knobs() if path.startswith(("data.", "prompt."))
+    }
 
 
 def test_a_path_may_go_on_below_its_knob() -> None:
@@ -52,7 +58,9 @@ def test_teachers_hang_on_what_says_so(name: str, tmp_path: Path) -> None:
     assert before != after
 
 
-@pytest.mark.parametrize(("name", "value"), [("template", "plain"), ("bos", "no"), ("instruction", "Read:")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("template", "plain"), ("bos", "no"), ("instruction", "Read:")]
+)
 def test_shards_hang_on_what_says_so(name: str, value: str) -> None:
     assert name in paths_with("shards", "value", ReceiverConfig)
     run = with_values(RunConfig(), {f"receivers.0.{name}": value})

@@ -15,7 +15,9 @@ from latentwire.message import Message, WireError, from_bytes, join, packed_size
 def message() -> Message:
     """Two rows of three and one shared latents, and private ones of two receivers; columns tell their places."""
     z_BLZ = torch.arange(2 * 7 * 3, dtype=torch.float32).view(2, 7, 3)
-    return Message(z_BLZ, torch.tensor([4, 1]), {"qwen": range(4, 5), "llama": range(5, 7)}, "ab" * 16)
+    return Message(
+        z_BLZ, torch.tensor([4, 1]), {"qwen": range(4, 5), "llama": range(5, 7)}, "ab" * 16
+    )
 
 
 def columns(z_BLZ: torch.Tensor, row: int = 0) -> list[int]:
@@ -29,18 +31,27 @@ def test_each_receiver_reads_the_shared_latents_and_its_own(message: Message) ->
         z_BLZ, keep_BL = message.read_by(receiver)
         assert columns(z_BLZ) == columns(z_BLZ, 1) == [0, 1, 2, 3, *own]
         assert keep_BL.dtype == torch.bool
-        assert keep_BL.tolist() == [[True] * (4 + len(own)), [True, False, False, False] + [True] * len(own)]
+        assert keep_BL.tolist() == [
+            [True] * (4 + len(own)),
+            [True, False, False, False] + [True] * len(own),
+        ]
         assert message.slots(receiver) == [4 + len(own), 1 + len(own)] == keep_BL.sum(1).tolist()
 
 
 def test_a_row_alone_reads_what_it_read_among_others(message: Message) -> None:
     for index in range(2):
         row = message.row(index)
-        assert len(row) == 1 and row.shared == int(message.length_B[index]) and row.encoder == message.encoder
+        assert (
+            len(row) == 1
+            and row.shared == int(message.length_B[index])
+            and row.encoder == message.encoder
+        )
         for receiver in ("qwen", "llama", "phi"):
             z_BLZ, keep_BL = message.read_by(receiver)
             assert torch.equal(row.read_by(receiver)[0][0], z_BLZ[index][keep_BL[index]])
-            assert row.read_by(receiver)[1].all() and row.slots(receiver) == [message.slots(receiver)[index]]
+            assert row.read_by(receiver)[1].all() and row.slots(receiver) == [
+                message.slots(receiver)[index]
+            ]
     assert message.row(1).private == {"qwen": range(1, 2), "llama": range(2, 4)}
 
 
@@ -60,7 +71,10 @@ def latents_of(message: Message) -> np.ndarray:
     """Rows of all latents that are no padding."""
     kept = []
     for row in range(len(message)):
-        kept += [*message.z_BLZ[row, : int(message.length_B[row])], *message.z_BLZ[row, message.shared :]]
+        kept += [
+            *message.z_BLZ[row, : int(message.length_B[row])],
+            *message.z_BLZ[row, message.shared :],
+        ]
     return torch.stack(kept).numpy()
 
 
@@ -68,7 +82,9 @@ def by_hand(message: Message, bits: int, payload: bytes, private: Mapping[str, i
     """A packet as docs/guides/messages.md describes it."""
     head = b"LTWR" + bytes([1, bits, 0, len(private)]) + bytes.fromhex(message.encoder)
     head += struct.pack("<III", len(message), message.z_BLZ.shape[2], len(payload))
-    head += b"".join(struct.pack("<BH", len(name), count) + name.encode() for name, count in private.items())
+    head += b"".join(
+        struct.pack("<BH", len(name), count) + name.encode() for name, count in private.items()
+    )
     body = head + struct.pack(f"<{len(message)}I", *message.length_B.tolist()) + payload
     return body + struct.pack("<I", zlib.crc32(body))
 
@@ -80,8 +96,15 @@ def test_a_packet_is_laid_out_as_documented(message: Message) -> None:
     sizes = packed_size([4, 1], 3, 16, {"qwen": 1, "llama": 2})
     assert len(packet) == sizes == message.packed_size() == message.packed_size(16)
     back = from_bytes(packet, expect=message.encoder, limit=4 * 2 * 7 * 3)
-    assert torch.equal(latents := torch.from_numpy(latents_of(back)), torch.from_numpy(x_NZ)) and latents.numel() == 33
-    assert (back.length_B.tolist(), back.private, back.encoder) == ([4, 1], message.private, message.encoder)
+    assert (
+        torch.equal(latents := torch.from_numpy(latents_of(back)), torch.from_numpy(x_NZ))
+        and latents.numel() == 33
+    )
+    assert (back.length_B.tolist(), back.private, back.encoder) == (
+        [4, 1],
+        message.private,
+        message.encoder,
+    )
     assert not back.z_BLZ[1, 1:4].any() and back.z_BLZ.dtype == torch.float32
     with pytest.raises(WireError, match="at most 167 bytes, this one says 168"):
         from_bytes(packet, limit=4 * 2 * 7 * 3 - 1)
@@ -92,7 +115,10 @@ def test_integers_are_steps_of_their_groups_scale(bits: int) -> None:
     """Each group of 32 by the fp16 step that its largest entry needs; two nibbles a byte, the lower first."""
     rng = np.random.default_rng(0)
     message = Message(
-        torch.from_numpy(rng.normal(size=(1, 2, 67)).astype(np.float32) * 7), torch.tensor([2]), {}, "cd" * 16
+        torch.from_numpy(rng.normal(size=(1, 2, 67)).astype(np.float32) * 7),
+        torch.tensor([2]),
+        {},
+        "cd" * 16,
     )
     scales, codes = [], []
     for row in message.z_BLZ[0].numpy():
@@ -110,12 +136,16 @@ def test_integers_are_steps_of_their_groups_scale(bits: int) -> None:
         payload = b"".join(struct.pack("<67b", *row) for row in codes)
     else:
         padded = [[code & 15 for code in [*row, 0]] for row in codes]
-        payload = b"".join(bytes(low | high << 4 for low, high in zip(r[::2], r[1::2], strict=True)) for r in padded)
+        payload = b"".join(
+            bytes(low | high << 4 for low, high in zip(r[::2], r[1::2], strict=True))
+            for r in padded
+        )
     packet = message.to_bytes(bits)  # type: ignore[arg-type]
     assert packet == by_hand(message, bits, struct.pack("<6e", *scales) + payload, {})
     back = from_bytes(packet)
     expected = [
-        [code * float(scales[3 * row + place // 32]) for place, code in enumerate(codes[row])] for row in range(2)
+        [code * float(scales[3 * row + place // 32]) for place, code in enumerate(codes[row])]
+        for row in range(2)
     ]
     torch.testing.assert_close(back.z_BLZ[0], torch.tensor(expected), rtol=1e-6, atol=0)
     assert message.packed_size(bits) == len(packet)  # type: ignore[arg-type]
@@ -126,7 +156,10 @@ def test_only_messages_that_belong_together_are_joined(message: Message) -> None
     second = Message(torch.full((2, 2, 2), 2.0), torch.tensor([2, 0]), encoder="ab" * 16)
     both = join([first, second, first])
     assert both.length_B.tolist() == [4, 6] and both.encoder == first.encoder and both.private == {}
-    assert both.z_BLZ[0, :, 0].tolist() == [1, 2, 2, 1, 0, 0] and both.z_BLZ[1, :, 1].tolist() == [1] * 6
+    assert (
+        both.z_BLZ[0, :, 0].tolist() == [1, 2, 2, 1, 0, 0]
+        and both.z_BLZ[1, :, 1].tolist() == [1] * 6
+    )
     others = [
         Message(first.z_BLZ[:1], first.length_B[:1], encoder=first.encoder),
         Message(first.z_BLZ, first.length_B, encoder="cd" * 16),

@@ -48,13 +48,17 @@ def same(one: Message, other: Message) -> bool:
         and {name: len(own) for name, own in one.private.items()}
         == {name: len(own) for name, own in other.private.items()}
         and one.encoder == other.encoder
-        and all(torch.equal(mine, theirs) for mine, theirs in zip(read(one), read(other), strict=True))
+        and all(
+            torch.equal(mine, theirs) for mine, theirs in zip(read(one), read(other), strict=True)
+        )
     )
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(BITS), st.booleans())
-def test_a_round_trip_keeps_the_layout_and_errs_as_little_as_its_width_says(seed: int, bits: int, zstd: bool) -> None:
+def test_a_round_trip_keeps_the_layout_and_errs_as_little_as_its_width_says(
+    seed: int, bits: int, zstd: bool
+) -> None:
     message = message_of(random.Random(seed))
     packet = message.to_bytes(bits, zstd)
     size = message.packed_size(bits)
@@ -78,8 +82,12 @@ def test_sizes_are_counted_with_scales_and_known_before() -> None:
     message = Message(torch.randn(1, 8, 128), torch.tensor([8]))
     fixed = 36 + 4 + 4  # head, one row's length, checksum
     assert packed_size([8], 128, 16) == len(message.to_bytes(16)) == fixed + 8 * 128 * 2
-    assert packed_size([8], 128, 8) == len(message.to_bytes(8)) == fixed + 8 * (128 + 2 * 128 // GROUP)
-    assert packed_size([8], 128, 4) == len(message.to_bytes(4)) == fixed + 8 * (64 + 2 * 128 // GROUP)
+    assert (
+        packed_size([8], 128, 8) == len(message.to_bytes(8)) == fixed + 8 * (128 + 2 * 128 // GROUP)
+    )
+    assert (
+        packed_size([8], 128, 4) == len(message.to_bytes(4)) == fixed + 8 * (64 + 2 * 128 // GROUP)
+    )
     constant = Message(torch.ones(1, 8, 128), torch.tensor([8]))
     assert len(constant.to_bytes(16, compress=True)) < 100
     assert same(from_bytes(constant.to_bytes(16, compress=True)), constant)
@@ -93,7 +101,9 @@ def test_padding_is_not_sent_and_rows_travel_alone() -> None:
     assert back.z_BLZ.isfinite().all() and back.private == {"qwen": range(3, 5)}
     for row in range(2):
         alone = from_bytes(message.row(row).to_bytes())
-        assert torch.equal(alone.read_by("qwen")[0][0], read(from_bytes(message.to_bytes()).row(row))[1])
+        assert torch.equal(
+            alone.read_by("qwen")[0][0], read(from_bytes(message.to_bytes()).row(row))[1]
+        )
     assert message.row(1).private == {"qwen": range(1, 3)} and message.row(1).slots("qwen") == [3]
 
 
@@ -132,7 +142,10 @@ def test_each_rule_has_its_own_clear_error() -> None:
             forge(packet[:7] + b"\1" + packet[8:38] + packet[-4:], 0, b"L"),
             "must hold its 1 private groups, it ends before",
         ),
-        (forge(packet, 24, struct.pack("<I", 2**32 - 1)), "payload bytes must have 17,179,869,300 bytes, got 128"),
+        (
+            forge(packet, 24, struct.pack("<I", 2**32 - 1)),
+            "payload bytes must have 17,179,869,300 bytes, got 128",
+        ),
         (forge(packet, 24, struct.pack("<I", 0)), "must hold rows and latents, got 0 rows"),
         (forge(packet, 28, struct.pack("<I", 2**31)), "must unpack to at most 268,435,456 bytes"),
         (forge(packet, 36, struct.pack("<I", 0)), "each row of a packet must hold a latent"),
@@ -156,12 +169,19 @@ def test_each_rule_has_its_own_clear_error() -> None:
 
 def packets() -> list[bytes]:
     rng = random.Random(0)
-    return [message_of(rng).to_bytes(bits, zstd) for bits in BITS for zstd in (False, True) for _ in range(4)]
+    return [
+        message_of(rng).to_bytes(bits, zstd)
+        for bits in BITS
+        for zstd in (False, True)
+        for _ in range(4)
+    ]
 
 
 VALID = packets()
 VALID_SET = set(VALID)
-integers = st.sampled_from([0, 1, 2, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]).map(lambda n: struct.pack("<I", n))
+integers = st.sampled_from([0, 1, 2, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]).map(
+    lambda n: struct.pack("<I", n)
+)
 edit = st.tuples(st.integers(0, 2**16), st.one_of(st.binary(min_size=1, max_size=4), integers))
 
 
@@ -171,7 +191,9 @@ def hostile(draw: st.DrawFn) -> tuple[bytes, bool]:
     kind = draw(st.sampled_from(["noise", "cut", "grown", "changed", "forged", "forged", "forged"]))
     if kind == "noise":
         return draw(
-            st.one_of(st.binary(max_size=200), st.binary(max_size=100).map(lambda tail: b"LTWR\1" + tail))
+            st.one_of(
+                st.binary(max_size=200), st.binary(max_size=100).map(lambda tail: b"LTWR\1" + tail)
+            )
         ), False
     packet = draw(st.sampled_from(VALID))
     if kind == "cut":
@@ -182,7 +204,9 @@ def hostile(draw: st.DrawFn) -> tuple[bytes, bool]:
         # The head and the lengths decide what is allocated: half of all changes go there.
         place = place // 2 % 60 if place % 2 else place // 2 % len(packet)
         packet = (
-            forge(packet, place, value) if kind == "forged" else packet[:place] + value + packet[place + len(value) :]
+            forge(packet, place, value)
+            if kind == "forged"
+            else packet[:place] + value + packet[place + len(value) :]
         )
     return packet, kind == "forged"
 
@@ -194,7 +218,9 @@ ORIGINALS = {packet: from_bytes(packet) for packet in VALID}
     max_examples=FUZZED, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )  # fmt: skip
 @given(hostile())
-def test_ten_thousand_hostile_packets_give_a_clear_error_or_a_whole_message(case: tuple[bytes, bool]) -> None:
+def test_ten_thousand_hostile_packets_give_a_clear_error_or_a_whole_message(
+    case: tuple[bytes, bool],
+) -> None:
     data, forged = case
     tracemalloc.start()
     try:
@@ -215,7 +241,11 @@ def test_ten_thousand_hostile_packets_give_a_clear_error_or_a_whole_message(case
 
 
 def test_a_small_packet_cannot_make_a_large_allocation() -> None:
-    body = wire._HEAD.pack(b"LTWR", 1, 4, 1, 0, bytes(16), 1, 64, 30) + struct.pack("<I", 2**32 - 1) + bytes(30)
+    body = (
+        wire._HEAD.pack(b"LTWR", 1, 4, 1, 0, bytes(16), 1, 64, 30)
+        + struct.pack("<I", 2**32 - 1)
+        + bytes(30)
+    )
     tracemalloc.start()
     with pytest.raises(WireError, match="must unpack to at most"):
         from_bytes(body + struct.pack("<I", zlib.crc32(body)))
@@ -227,7 +257,9 @@ def test_private_latents_count_for_what_a_packet_may_unpack_to() -> None:
     message = Message(torch.ones(2, 51, 8), torch.tensor([1, 1]), {"qwen": range(1, 51)})
     size = 2 * 51 * 8 * 4
     assert len(from_bytes(message.to_bytes(), limit=size)) == 2
-    with pytest.raises(WireError, match=f"must unpack to at most {size - 1:,} bytes, this one says {size:,}"):
+    with pytest.raises(
+        WireError, match=f"must unpack to at most {size - 1:,} bytes, this one says {size:,}"
+    ):
         from_bytes(message.to_bytes(), limit=size - 1)
 
 

@@ -75,9 +75,12 @@ def export(wire: LatentWire, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("receiver", ["llama", "qwen"])
 @pytest.mark.parametrize(
-    "values", [{}, {"features.refiner": {}}, {"encoder.tokens_per_latent": 4}, {"data.send": "prompt"}]
+    "values",
+    [{}, {"features.refiner": {}}, {"encoder.tokens_per_latent": 4}, {"data.send": "prompt"}],
 )
-def test_whole_prompts_as_embeddings_give_our_own_answers(run: RunConfig, receiver: str, values: dict) -> None:
+def test_whole_prompts_as_embeddings_give_our_own_answers(
+    run: RunConfig, receiver: str, values: dict
+) -> None:
     wire = shaken(LatentWire(with_values(run, values)))
     message = wire.encode(CONTEXTS, QUESTIONS)
     expected = wire.answer(message, QUESTIONS, receiver)
@@ -86,7 +89,9 @@ def test_whole_prompts_as_embeddings_give_our_own_answers(run: RunConfig, receiv
     )  # where no text follows the message, an untrained one decides
     lm, stops = wire.receivers[receiver], wire.builders[receiver].stop_ids
     embeds = wire.prompt_embeds(message, QUESTIONS, receiver)
-    assert [len(e_SD) for e_SD in embeds] == [len(p.ids) for p in wire._prompts(message, QUESTIONS, receiver)[1]]
+    assert [len(e_SD) for e_SD in embeds] == [
+        len(p.ids) for p in wire._prompts(message, QUESTIONS, receiver)[1]
+    ]
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=run.evaluation.max_answer_tokens,
@@ -99,18 +104,27 @@ def test_whole_prompts_as_embeddings_give_our_own_answers(run: RunConfig, receiv
         assert text.strip().split("\n")[0].strip() == answer
 
 
-@pytest.mark.parametrize("feature", [name for name, kind in FEATURES.items() if kind.attached is not Feature.attached])
+@pytest.mark.parametrize(
+    "feature", [name for name, kind in FEATURES.items() if kind.attached is not Feature.attached]
+)
 def test_what_acts_inside_a_receiver_is_no_embedding(run: RunConfig, feature: str) -> None:
     wire = LatentWire(with_values(run, {f"features.{feature}": {}}))
     with pytest.raises(ConfigError, match=f"prompt_embeds needs a wire .* got {feature}"):
         wire.prompt_embeds(wire.encode(CONTEXTS), QUESTIONS, "llama")
 
 
-def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(wire: LatentWire, run: RunConfig) -> None:
+def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(
+    wire: LatentWire, run: RunConfig
+) -> None:
     message = shaken(wire).encode(CONTEXTS)
     packet = message.to_bytes(bits=16)
-    assert wire.answer(packet, QUESTIONS, "qwen") == wire.answer(wire.receive(packet), QUESTIONS, receiver="qwen")
-    assert wire.receive(packet).encoder == message.encoder == wire.encoder_id and len(wire.encoder_id) == 32
+    assert wire.answer(packet, QUESTIONS, "qwen") == wire.answer(
+        wire.receive(packet), QUESTIONS, receiver="qwen"
+    )
+    assert (
+        wire.receive(packet).encoder == message.encoder == wire.encoder_id
+        and len(wire.encoder_id) == 32
+    )
     other = LatentWire(with_values(run, {"training.seed": 9}))
     with pytest.raises(WireError, match="must come from encoder"):
         other.answer(packet, QUESTIONS, "qwen")
@@ -119,7 +133,9 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(wir
         wire.receive(wider.to_bytes())
     with pytest.raises(ConfigError, match="receiver must be one of llama, qwen, got gpt"):
         wire.answer(packet, QUESTIONS, "gpt")
-    with pytest.raises(ConfigError, match="each message takes one question, got 5 messages and 2 questions"):
+    with pytest.raises(
+        ConfigError, match="each message takes one question, got 5 messages and 2 questions"
+    ):
         wire.answer(packet, QUESTIONS[:2], "qwen")
 
 
@@ -162,10 +178,14 @@ def test_what_is_no_text_is_told_in_one_line(wire: LatentWire, given: object, ru
 
 
 def test_numbers_that_do_not_match_are_told_in_one_line(wire: LatentWire) -> None:
-    with pytest.raises(ConfigError, match="each context takes one question, got 5 contexts and 2 questions"):
+    with pytest.raises(
+        ConfigError, match="each context takes one question, got 5 contexts and 2 questions"
+    ):
         wire.encode(CONTEXTS, QUESTIONS[:2])
     for given in (None, [wire.encode(CONTEXTS[0])], "packet"):
-        with pytest.raises(ConfigError, match="a message must be what encode gives, or its packet as bytes"):
+        with pytest.raises(
+            ConfigError, match="a message must be what encode gives, or its packet as bytes"
+        ):
             wire.answer(given, QUESTIONS[0], "qwen")  # type: ignore[arg-type]
 
 
@@ -220,7 +240,10 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(
     wire = LatentWire(own)
     export = checkpoints.save(tmp_path / "best", wire, {}, {"receivers": wire.fingerprints()})
     config = json.loads((export / "config.json").read_text())
-    assert config["receivers"][0]["model"] == "../models/my-llama" and config["receivers"][1]["model"] == "toy-qwen"
+    assert (
+        config["receivers"][0]["model"] == "../models/my-llama"
+        and config["receivers"][1]["model"] == "toy-qwen"
+    )
     weights.rename(tmp_path / "moved")
     told = r"receiver llama of .*best must be in a directory .*models/my-llama is not there; .*receivers=\{'llama': "
     with pytest.raises(CheckpointError, match=told + r".*or --set receivers\.0\.model="):
@@ -234,7 +257,9 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(
     ).receivers
     for name in ("qwen", ["qwen"]):
         assert list(LatentWire.from_pretrained(export, receivers=name).receivers) == ["qwen"]
-    with pytest.raises(CheckpointError, match=r"qwen\.safetensors must fit .*size mismatch .*; name those") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"qwen\.safetensors must fit .*size mismatch .*; name those"
+    ) as caught:
         LatentWire.from_pretrained(export, receivers={"qwen": "toy-phi"})
     assert "\n" not in str(caught.value)
     # An export of an earlier version has absolute paths: it loads where they are, and is told alike where they are not.
@@ -253,13 +278,18 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(
 
 def test_a_backbone_that_is_not_there_is_named(run: RunConfig, tmp_path: Path) -> None:
     own, weights = elsewhere(run, tmp_path, "models")
-    own = with_values(run, {"encoder.kind": "lm", "encoder.model": own.receivers[0].model, "encoder.tune": "lora"})
+    own = with_values(
+        run, {"encoder.kind": "lm", "encoder.model": own.receivers[0].model, "encoder.tune": "lora"}
+    )
     export = checkpoints.save(tmp_path / "best", LatentWire(own), {}, {})
-    assert json.loads((export / "config.json").read_text())["encoder"]["model"] == "../models/my-llama"
+    assert (
+        json.loads((export / "config.json").read_text())["encoder"]["model"] == "../models/my-llama"
+    )
     assert LatentWire.from_pretrained(export).run.encoder.model == str(weights)
     weights.rename(tmp_path / "moved")
     with pytest.raises(
-        CheckpointError, match=r"the encoder's backbone of .* must be in a directory .*--set encoder\.model="
+        CheckpointError,
+        match=r"the encoder's backbone of .* must be in a directory .*--set encoder\.model=",
     ):
         LatentWire.from_pretrained(export)
 
@@ -272,7 +302,11 @@ def test_an_address_says_as_little_as_it_can(tmp_path: Path) -> None:
     assert exports.below(tmp_path / "home", model) == "models/llama"
     assert exports.below(tmp_path / "home" / "runs", model) == model
     assert exports.by_name(model) == "./llama"
-    for address in (exports.by_name, partial(exports.beside, tmp_path), partial(exports.below, tmp_path)):
+    for address in (
+        exports.by_name,
+        partial(exports.beside, tmp_path),
+        partial(exports.below, tmp_path),
+    ):
         assert [address(name) for name in ("toy-llama", "org/model", "receiver:llama")] == [
             "toy-llama",
             "org/model",
@@ -280,13 +314,21 @@ def test_an_address_says_as_little_as_it_can(tmp_path: Path) -> None:
         ]
 
 
-def test_the_encoders_id_hangs_on_what_a_latent_means_and_on_nothing_else(wire: LatentWire, run: RunConfig) -> None:
+def test_the_encoders_id_hangs_on_what_a_latent_means_and_on_nothing_else(
+    wire: LatentWire, run: RunConfig
+) -> None:
     first = wire.encoder_id
-    same = {"encoder.latent_dropout": 0.5, "receivers": [run.receivers[1].model_dump()], "features.deep_prefix": {}}
+    same = {
+        "encoder.latent_dropout": 0.5,
+        "receivers": [run.receivers[1].model_dump()],
+        "features.deep_prefix": {},
+    }
     assert LatentWire(with_values(run, same)).encoder_id == first
     assert LatentWire(with_values(run, {"features.refiner": {}})).encoder_id != first
     later = run.model_copy(update={"encoder": LaterEncoder(**run.encoder.model_dump())})
-    assert LatentWire(later).encoder_id == first  # a knob that a later version adds takes no packet away
+    assert (
+        LatentWire(later).encoder_id == first
+    )  # a knob that a later version adds takes no packet away
     with torch.no_grad():
         wire.interlingua.encoder.project.bias += 1
     assert wire.encoder_id != first
@@ -304,9 +346,13 @@ def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path
     wire = LatentWire.from_pretrained(export)
     wire.save_pretrained(tmp_path / "again")
     names = ("config.json", "interlingua.safetensors", "adapters/qwen.safetensors")
-    assert all((tmp_path / "again" / name).read_bytes() == (export / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "again" / name).read_bytes() == (export / name).read_bytes() for name in names
+    )
     again = LatentWire.from_pretrained(tmp_path / "again")
-    assert again.manifest and wire.manifest and again.manifest["metrics"] == wire.manifest["metrics"]
+    assert (
+        again.manifest and wire.manifest and again.manifest["metrics"] == wire.manifest["metrics"]
+    )
     with torch.no_grad():
         again.interlingua.adapters["qwen"].gain.add_(1)
     again.save_pretrained(tmp_path / "changed")  # what was measured was another wire
@@ -314,27 +360,41 @@ def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="must not overwrite anything"):
         wire.save_pretrained(export)
     assert (export / "config.json").exists()
-    with pytest.raises(CheckpointError, match=r"must be a directory or a Hub id, got runs/none/best \("):
+    with pytest.raises(
+        CheckpointError, match=r"must be a directory or a Hub id, got runs/none/best \("
+    ):
         LatentWire.from_pretrained("runs/none/best")
 
 
-def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(run: RunConfig, tmp_path: Path) -> None:
-    featured = shaken(LatentWire(with_values(run, {"features.deep_prefix": {}, "features.lora": {}})))
+def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    featured = shaken(
+        LatentWire(with_values(run, {"features.deep_prefix": {}, "features.lora": {}}))
+    )
     path = checkpoints.save(tmp_path / "featured", featured, {}, {})
     packet, expected = featured.encode(CONTEXTS).to_bytes(), {}
     for name in featured.receivers:
         expected[name] = featured.answer(packet, QUESTIONS, name)
     alone = LatentWire.from_pretrained(path, receivers=["qwen"])
-    assert list(alone.receivers) == ["qwen"] and alone.answer(packet, QUESTIONS, "qwen") == expected["qwen"]
+    assert (
+        list(alone.receivers) == ["qwen"]
+        and alone.answer(packet, QUESTIONS, "qwen") == expected["qwen"]
+    )
     folder = featured.receivers["llama"].lm.config.name_or_path
     moved = LatentWire.from_pretrained(path, receivers={"llama": folder})
-    assert moved.run.receivers[0].model == folder and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
+    assert (
+        moved.run.receivers[0].model == folder
+        and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
+    )
     joined = with_values(run, {"training.train_only": ["qwen"], "training.init_from": str(path)})
     assert choose_receivers(joined, ["llama"]).training.train_only == ()
     assert choose_receivers(joined, ["qwen"]).training.train_only == ("qwen",)
     with pytest.raises(ConfigError, match="receivers must be among llama, qwen, got gpt"):
         LatentWire.from_pretrained(path, receivers=["gpt"])
-    with pytest.raises(ConfigError, match=r"private_len 2 makes latents for each of llama, qwen, got only qwen"):
+    with pytest.raises(
+        ConfigError, match=r"private_len 2 makes latents for each of llama, qwen, got only qwen"
+    ):
         choose_receivers(with_values(run, {"encoder.private_len": 2}), ["qwen"])
 
 
@@ -344,17 +404,23 @@ def test_an_encoder_made_from_a_receiver_does_without_it(run: RunConfig, tmp_pat
     path = checkpoints.save(tmp_path / "both", wire, {}, {"receivers": wire.fingerprints()})
     alone = LatentWire.from_pretrained(path, receivers=["qwen"])
     assert alone.run.encoder.model == "toy-llama" and alone.encoder_id == wire.encoder_id
-    namesake = with_values(run, {"encoder.kind": "lm", "encoder.model": "llama"})  # a directory, not the receiver
+    namesake = with_values(
+        run, {"encoder.kind": "lm", "encoder.model": "llama"}
+    )  # a directory, not the receiver
     assert choose_receivers(namesake, ["qwen"]).encoder.model == "llama"
     packet = wire.encode(CONTEXTS).to_bytes()
     assert alone.answer(packet, QUESTIONS, "qwen") == wire.answer(packet, QUESTIONS, "qwen")
 
 
-def test_a_strangers_export_runs_no_code_unless_told(run: RunConfig, tmp_path: Path, wire: LatentWire) -> None:
+def test_a_strangers_export_runs_no_code_unless_told(
+    run: RunConfig, tmp_path: Path, wire: LatentWire
+) -> None:
     trusting = [receiver.model_dump() | {"trust_remote_code": True} for receiver in run.receivers]
     wire.run = with_values(run, {"receivers": trusting})
     path = checkpoints.save(tmp_path / "best", wire, {}, {})
-    with pytest.raises(CheckpointError, match=r"lets llama, qwen run code .* say trust_remote_code=True"):
+    with pytest.raises(
+        CheckpointError, match=r"lets llama, qwen run code .* say trust_remote_code=True"
+    ):
         LatentWire.from_pretrained(path)
     assert LatentWire.from_pretrained(path, trust_remote_code=True).receivers
 
@@ -391,7 +457,11 @@ def test_the_hub_gets_the_whole_directory_and_gives_it_back(
         str(f.relative_to(export)) for f in export.rglob("*") if f.is_file()
     }
     back = LatentWire.from_pretrained("me/wire", revision="v1")
-    assert back.encoder_id == wire.encoder_id and asked["repo_id"] == "me/wire" and asked["revision"] == "v1"
+    assert (
+        back.encoder_id == wire.encoder_id
+        and asked["repo_id"] == "me/wire"
+        and asked["revision"] == "v1"
+    )
     assert not any("bin" in pattern or "pkl" in pattern for pattern in asked["allow_patterns"])
 
 
@@ -410,8 +480,12 @@ def test_the_card_says_what_it_is_for_whom_and_how_good(export: Path) -> None:
     assert "| **the message** | qwen | 50.0 [40.0, 60.0] | 62.5 [50.0, 75.0] | 1.25 | 384 |" in card
     assert "| **the message** as int8 | qwen | 50.0" in card
     assert "| nothing | llama | 0.0 [0.0, 60.0]" in card and "| mean |" not in card
-    del manifest["metrics"]["validation"]["closed_book"]["llama"]["nll"]  # scored by a version that did not tell
-    assert "| nothing | llama | 0.0 [0.0, 60.0] | 62.5 [50.0, 75.0] | – | 384 |" in card_of(read_run(export), manifest)
+    del manifest["metrics"]["validation"]["closed_book"]["llama"][
+        "nll"
+    ]  # scored by a version that did not tell
+    assert "| nothing | llama | 0.0 [0.0, 60.0] | 62.5 [50.0, 75.0] | – | 384 |" in card_of(
+        read_run(export), manifest
+    )
 
 
 def test_the_card_says_not_frozen_and_not_scored(run: RunConfig, tmp_path: Path) -> None:
@@ -443,8 +517,13 @@ def test_the_guides_example_runs(export: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(export.parent.parent.parent)
     names = run_example(README.parent / "docs" / "guides" / "python.md")
     assert isinstance(names["wire"], latentwire.LatentWire)
-    assert len(names["packet"]) == names["message"].packed_size(8) and names["message"].packed_size(8) > 0
-    assert len(names["answers"]) == len(names["questions"]) and all(isinstance(a, str) for a in names["answers"])
+    assert (
+        len(names["packet"]) == names["message"].packed_size(8)
+        and names["message"].packed_size(8) > 0
+    )
+    assert len(names["answers"]) == len(names["questions"]) and all(
+        isinstance(a, str) for a in names["answers"]
+    )
     assert names["embeds"][0].shape[1] == names["wire"].receivers["llama"].width
 
 

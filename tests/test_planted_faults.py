@@ -14,7 +14,9 @@ from tests.faults import FAULTS
 def found() -> dict[str, tuple[int, list[str]]]:
     """Fault → pytest's status and the tests that failed under it, on the toy pair; under "" without any."""
     environment = {k: v for k, v in os.environ.items() if k != "LATENTWIRE_TEST_RECEIVERS"}
-    done = subprocess.run([sys.executable, "-m", "tests.faults"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     told: dict[str, tuple[int, list[str]]] = json.loads(done.stdout.splitlines()[-1])
     return told
@@ -27,6 +29,8 @@ def test_without_a_fault_all_of_them_pass(found: dict[str, tuple[int, list[str]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_fails_its_tests(found: dict[str, tuple[int, list[str]]], fault: str) -> None:
+def test_a_planted_fault_fails_its_tests(
+    found: dict[str, tuple[int, list[str]]], fault: str
+) -> None:
     status, failed = found[fault]
     assert (status, failed) == (pytest.ExitCode.TESTS_FAILED, sorted(FAULTS[fault].caught_by))

@@ -25,7 +25,9 @@ DOCUMENTS = sorted((*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")))
 
 def named_in_the_tree() -> set[str]:
     """Return the files of the package that the tree of docs/architecture.md names."""
-    (tree,) = re.findall(r"```text\n(latentwire/\n.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
+    (tree,) = re.findall(
+        r"```text\n(latentwire/\n.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL
+    )
     files, folders = set(), []
     for line in tree.splitlines():
         name = line.split()[0]
@@ -62,7 +64,10 @@ def commands() -> list[tuple[str, str, list[str]]]:
     shown = []
     for document in DOCUMENTS:
         blocks = document.read_text().split("```")
-        prose = [re.sub(r"`[^`]+`", lambda code: code[0].replace("\n", " "), text) for text in blocks[::2]]
+        prose = [
+            re.sub(r"`[^`]+`", lambda code: code[0].replace("\n", " "), text)
+            for text in blocks[::2]
+        ]
         for text in (*prose, *blocks[1::2]):
             for script, command, flags in COMMAND.findall(text):
                 if not flags.strip() or document == cli_page.PAGE:
@@ -79,13 +84,19 @@ def check(program: str, words: list[str]) -> None:
     if command in app:
         parse(app, [command, *as_written(words)])
         return
-    source = REPOSITORY / program.replace("-m benchmarks", "benchmarks").replace(".", "/").replace("/py", ".py")
+    source = REPOSITORY / program.replace("-m benchmarks", "benchmarks").replace(".", "/").replace(
+        "/py", ".py"
+    )
     source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
     if "run_script(" in source.read_text():
-        module = importlib.import_module(".".join(source.relative_to(REPOSITORY).with_suffix("").parts))
+        module = importlib.import_module(
+            ".".join(source.relative_to(REPOSITORY).with_suffix("").parts)
+        )
         parse(App(default_command=module.main), words)
         return
-    unknown = {word for word in words if word.startswith("--") and f'"{word}"' not in source.read_text()}
+    unknown = {
+        word for word in words if word.startswith("--") and f'"{word}"' not in source.read_text()
+    }
     assert not unknown, unknown
 
 
@@ -108,7 +119,11 @@ def test_every_command_that_the_documents_show_is_one() -> None:
             pytest.fail(f"{document}: {program} {shlex.join(words)}: {error}")
         for flag, value in itertools.pairwise(words):
             if flag in ("--config", "--space", "--variants") and value != "PLACEHOLDER":
-                assert (REPOSITORY / value).exists() or value in yaml | {"my_models.yaml"}, (document, program, value)
+                assert (REPOSITORY / value).exists() or value in yaml | {"my_models.yaml"}, (
+                    document,
+                    program,
+                    value,
+                )
             if flag in ("--set", "--scratch") and "…" not in value:
                 path = value.partition("=")[0].removeprefix("run.")
                 exists = path in known | sections | {"PLACEHOLDER"} or path.startswith("receivers.")
@@ -135,7 +150,9 @@ def test_every_test_that_the_documents_name_is_there() -> None:
         for path in re.findall(r"`(tests/[\w/.]+)", document.read_text())
     }
     assert len(named) > 20
-    assert not [(document, path) for document, path in named if not (REPOSITORY / path.rstrip(".")).exists()]
+    assert not [
+        (document, path) for document, path in named if not (REPOSITORY / path.rstrip(".")).exists()
+    ]
 
 
 def test_every_module_that_the_documents_name_is_there() -> None:
@@ -150,25 +167,40 @@ def test_every_module_that_the_documents_name_is_there() -> None:
         for slashed, dotted in module.findall(document.read_text())
     }
     assert len(named) > 20
-    assert not [(document, name) for document, name in named if not is_there(REPOSITORY / "latentwire" / name)]
+    assert not [
+        (document, name)
+        for document, name in named
+        if not is_there(REPOSITORY / "latentwire" / name)
+    ]
 
 
 def is_there(path: Path) -> bool:
     """Return whether a module is there, or the module that a name is of."""
-    return path.exists() or path.with_suffix(".py").exists() or path.parent.with_suffix(".py").exists()
+    return (
+        path.exists() or path.with_suffix(".py").exists() or path.parent.with_suffix(".py").exists()
+    )
 
 
 def test_the_parts_name_every_kind_of_encoder_every_feature_and_every_loss() -> None:
     parts = PARTS.read_text()
-    kinds = [f"`encoder.kind: {kind}`" for kind in typing.get_args(EncoderConfig.model_fields["kind"].annotation)]
+    kinds = [
+        f"`encoder.kind: {kind}`"
+        for kind in typing.get_args(EncoderConfig.model_fields["kind"].annotation)
+    ]
     features = [f"`features.{name}" for name in FeaturesConfig.model_fields]
     weights = [f"{name}`" for name in LossConfig.model_fields if name.endswith("_weight")]
     assert not [name for name in (*kinds, *features, *weights) if name not in parts]
 
 
-def test_the_documents_name_the_features_that_are_no_embeddings_and_those_that_cannot_share() -> None:
-    messages, sharing = ((DOCS / "guides" / name).read_text() for name in ("messages.md", "sharing.md"))
-    inside = [name for name, feature in FEATURES.items() if feature.attached is not Feature.attached]
+def test_the_documents_name_the_features_that_are_no_embeddings_and_those_that_cannot_share() -> (
+    None
+):
+    messages, sharing = (
+        (DOCS / "guides" / name).read_text() for name in ("messages.md", "sharing.md")
+    )
+    inside = [
+        name for name, feature in FEATURES.items() if feature.attached is not Feature.attached
+    ]
     assert len(inside) > 2 and not [name for name in inside if f"`{name}`" not in messages]
     in_process = [name for name, feature in FEATURES.items() if feature.needs_weights]
     assert in_process and not [name for name in in_process if f"`{name}`" not in sharing]
@@ -178,6 +210,8 @@ def test_every_knob_that_the_parts_name_is_there() -> None:
     switches = [line.split(" | ")[1] for line in PARTS.read_text().splitlines() if " | " in line]
     sections = {name.split(".")[0] for name, _ in knobs()}
     named = {path for cell in switches for path in re.findall(r"`([a-z_]+\.[a-z_0-9]+)[`:]", cell)}
-    known = {name for name, _ in knobs()} | {f"features.{name}" for name in FeaturesConfig.model_fields}
+    known = {name for name, _ in knobs()} | {
+        f"features.{name}" for name in FeaturesConfig.model_fields
+    }
     assert len(named) > 20
     assert not [path for path in named if path.split(".")[0] in sections and path not in known]

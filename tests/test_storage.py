@@ -42,7 +42,12 @@ def test_files_and_directories_on_a_disk_and_in_a_store(root: Place, tmp_path: P
     place = root / "sweep" / "results.json"
     assert not place.exists() and place.name == "results.json" and place.parent == root / "sweep"
     storage.write_text(place, "ö")
-    assert place.read_text() == "ö" and place.is_file() and place.parent.is_dir() and storage.size(place) == 2
+    assert (
+        place.read_text() == "ö"
+        and place.is_file()
+        and place.parent.is_dir()
+        and storage.size(place) == 2
+    )
 
     table = pa.table({"x": [1, 2, 3], "y": ["a", "b", "c"]})
     storage.write(root / "rows.parquet", lambda file: pq.write_table(table, file))
@@ -56,7 +61,9 @@ def test_files_and_directories_on_a_disk_and_in_a_store(root: Place, tmp_path: P
     storage.rename(root / "best", "best-until")
     assert not (root / "best").exists()
     with storage.local(root / "best-until") as folder:
-        assert (folder / "adapters" / "llama").read_text() == "weights" and (folder / "manifest.json").exists()
+        assert (folder / "adapters" / "llama").read_text() == "weights" and (
+            folder / "manifest.json"
+        ).exists()
 
 
 def test_a_writer_that_fails_leaves_nothing(root: Place) -> None:
@@ -79,14 +86,21 @@ def test_a_query_stays_at_the_end() -> None:
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(403, "access is denied: give every node's"), (404, "there is no such bucket or file: make it")],
+    [
+        (403, "access is denied: give every node's"),
+        (404, "there is no such bucket or file: make it"),
+    ],
 )
-def test_what_is_said_when_the_store_refuses(status: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_when_the_store_refuses(
+    status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with answering(status) as port:
         point_to(monkeypatch, port)
         with pytest.raises(StorageError, match=message) as caught:
             storage.place("s3://bucket/shards/manifest.json").read_text()
-    assert "s3://bucket/shards/manifest.json" in str(caught.value) and "--resume" in str(caught.value)
+    assert "s3://bucket/shards/manifest.json" in str(caught.value) and "--resume" in str(
+        caught.value
+    )
 
 
 def test_a_slow_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +111,9 @@ def test_a_slow_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     point_to(monkeypatch, free_port())
-    with pytest.raises(StorageError, match="it does not answer: check the network and AWS_ENDPOINT_URL"):
+    with pytest.raises(
+        StorageError, match="it does not answer: check the network and AWS_ENDPOINT_URL"
+    ):
         storage.write_text(storage.place("s3://bucket/report.md"), "text")
 
 
@@ -112,7 +128,9 @@ def test_a_journal_goes_on_from_what_the_store_holds(
     studies.keep_journal(journal)
     first.tell(first.ask(), 0.6)  # not copied: the driver died
 
-    assert len(studies.open_study(journal, "sweep", {"dev_f1": "max"}).trials) == 2  # this machine knows more
+    assert (
+        len(studies.open_study(journal, "sweep", {"dev_f1": "max"}).trials) == 2
+    )  # this machine knows more
     monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "another"))
     other = studies.open_study(journal, "sweep", {"dev_f1": "max"})
     assert [trial.value for trial in other.trials] == [0.5]
@@ -122,7 +140,9 @@ def test_a_journal_goes_on_from_what_the_store_holds(
     monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "one"))
     again = studies.open_study(journal, "sweep", {"dev_f1": "max"})
     assert [trial.value for trial in again.trials] == [0.5, 0.7]  # what went on elsewhere counts
-    assert len(list((tmp_path / "one").rglob("study.journal-until-*"))) >= 1  # and nothing is thrown away
+    assert (
+        len(list((tmp_path / "one").rglob("study.journal-until-*"))) >= 1
+    )  # and nothing is thrown away
 
 
 def test_outputs_go_to_a_bucket_that_is_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,9 +172,15 @@ def test_models_directories_are_absolute_for_workers_that_run_elsewhere(
     assert found.tune.start_with == ({"encoder.model": str(tmp_path / "mini")},)
 
 
-@pytest.mark.parametrize("uri", ["s3://key:sesame@bucket/x", "s3://bucket/x?access_key=key&secret_key=sesame"])
+@pytest.mark.parametrize(
+    "uri", ["s3://key:sesame@bucket/x", "s3://bucket/x?access_key=key&secret_key=sesame"]
+)
 def test_credentials_in_an_address_are_refused_and_not_quoted(uri: str) -> None:
-    for tree in ({"data": {"data_dir": uri}}, {"data": {"shard_dir": uri}}, {"training": {"init_from": uri}}):
+    for tree in (
+        {"data": {"data_dir": uri}},
+        {"data": {"shard_dir": uri}},
+        {"training": {"init_from": uri}},
+    ):
         with pytest.raises(ConfigError, match="a URI must not hold credentials") as caught:
             validate(RunConfig, tree, "test")
         assert "sesame" not in str(caught.value)
@@ -166,9 +192,14 @@ def test_what_another_process_has_just_deleted_is_nothing_to_delete(root: Place)
     path = root / "step-00000001"
     assert step_checkpoints.metrics_of(path) == {}
     checkpoints.remove(path)
-    storage.write_text(path / "manifest.json", json.dumps({"files": {"config.json": ""}, "metrics": {"dev_f1": 0.5}}))
+    storage.write_text(
+        path / "manifest.json",
+        json.dumps({"files": {"config.json": ""}, "metrics": {"dev_f1": 0.5}}),
+    )
     storage.write_text(path / "config.json", "{}")
-    assert step_checkpoints.metrics_of(path) == {"dev_f1": 0.5} and step_checkpoints.finished(root) == [path]
+    assert step_checkpoints.metrics_of(path) == {"dev_f1": 0.5} and step_checkpoints.finished(
+        root
+    ) == [path]
     for _ in range(2):
         checkpoints.remove(path)
     assert not path.exists()
@@ -180,7 +211,9 @@ def test_a_part_of_a_checkpoint_in_a_store_is_written_again(wire: LatentWire, ro
     trainer.progress.step = 2
     if not isinstance(root, Path):  # on a disk it would have another name
         storage.write_text(root / "run" / "step-00000002" / "config.json", "{}")
-    path = step_checkpoints.save_step(root / "run", wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
+    path = step_checkpoints.save_step(
+        root / "run", wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max"
+    )
     assert step_checkpoints.finished(root / "run") == [path]
     with storage.local(path) as folder:
         assert exports.read_manifest(folder)["metrics"] == {"dev_f1": 0.5}
@@ -190,16 +223,25 @@ def test_relative_outputs_of_flags_go_home(monkeypatch: pytest.MonkeyPatch, tmp_
     assert output_place("runs/one") == Path.cwd() / "runs" / "one"
     monkeypatch.setenv("LATENTWIRE_HOME", "s3://bucket/latentwire")
     assert output_place("runs/one") == Remote("s3://bucket/latentwire/runs/one")
-    assert output_place(str(tmp_path)) == tmp_path and output_place("gs://x/y") == Remote("gs://x/y")
+    assert output_place(str(tmp_path)) == tmp_path and output_place("gs://x/y") == Remote(
+        "gs://x/y"
+    )
     with pytest.raises(ConfigError, match="a URI must not hold credentials") as caught:
         output_place("s3://key:sesame@bucket/x")
     assert "sesame" not in str(caught.value)
 
 
-def test_a_jobs_inputs_are_sought_where_its_outputs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_jobs_inputs_are_sought_where_its_outputs_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What an earlier job wrote under a relative path, the next one names by the same; what was uploaded goes before."""
     upload, written = tmp_path / "_ray_pkg_1", tmp_path / "home"
-    for folder in (upload / "spaces", written / "runs" / "best", written / "rows", written / "model"):
+    for folder in (
+        upload / "spaces",
+        written / "runs" / "best",
+        written / "rows",
+        written / "model",
+    ):
         folder.mkdir(parents=True)
     monkeypatch.chdir(upload)
     monkeypatch.setenv("LATENTWIRE_HOME", str(written))
@@ -218,10 +260,15 @@ def test_a_jobs_inputs_are_sought_where_its_outputs_go(monkeypatch: pytest.Monke
     space = with_home(SweepConfig.model_validate(tree))
     assert space.run.data.data_dir == str(written / "rows")
     assert space.run.training.init_from == space.tune.warm_start == str(upload / "runs" / "best")
-    assert [receiver.model for receiver in space.run.receivers] == [str(written / "model"), "org/name"]
+    assert [receiver.model for receiver in space.run.receivers] == [
+        str(written / "model"),
+        "org/name",
+    ]
 
 
-def test_inputs_are_sought_in_a_bucket_too(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_sought_in_a_bucket_too(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     point_to(monkeypatch, port)
     home = storage.place(f"s3://bucket/{tmp_path.name}")
     storage.write_text(home / "runs" / "best" / "manifest.json", "{}")
@@ -255,7 +302,12 @@ def test_home_and_variables_in_paths_are_replaced_wherever_one_is_given(
         space = with_home(SweepConfig.model_validate(tree))
         run, tune = space.run, space.tune
         named = [run.data.data_dir, run.data.shard_dir, run.encoder.model, run.training.init_from]
-        named += [run.receivers[0].model, tune.warm_start, tune.storage_path, space.search["encoder.model"].choices[0]]
+        named += [
+            run.receivers[0].model,
+            tune.warm_start,
+            tune.storage_path,
+            space.search["encoder.model"].choices[0],
+        ]
         assert named == [str(place)] * 8
         monkeypatch.setenv("LATENTWIRE_HOME", given)
         assert output_place("runs") == place / "runs"
@@ -263,7 +315,8 @@ def test_home_and_variables_in_paths_are_replaced_wherever_one_is_given(
         assert cache_dir() == place
     assert storage.place("$BUCKET/~/x") == Remote("s3://bucket/~/x")
     with pytest.raises(
-        ConfigError, match=r"a path's variables must be set, \$NOWHERE is not; set it, or write the path out"
+        ConfigError,
+        match=r"a path's variables must be set, \$NOWHERE is not; set it, or write the path out",
     ):
         validate(RunConfig, {"data": {"shard_dir": "$NOWHERE/x"}}, "test")
     monkeypatch.setenv("SECRET", "key:sesame@bucket")

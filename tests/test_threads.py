@@ -20,7 +20,11 @@ from latentwire.threads import cores, use_threads
 
 def spin_count(**environment: str) -> int:
     """How often a thread of OpenMP looks for work before it sleeps, in a process that imports the package."""
-    here = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    here = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     done = subprocess.run(
         [sys.executable, "-c", "import latentwire.threads"],
         env=here | {"OMP_DISPLAY_ENV": "VERBOSE"} | environment, capture_output=True, text=True, check=True,
@@ -50,16 +54,24 @@ def test_training_takes_the_threads_of_a_worker(
         monkeypatch.setattr(train, "local_shards", stop)
         assert main(["train", *flags]) == 2
         assert torch.get_num_threads() == cpus
-        assert f"threads: {cpus} of {cores()} cores (training.cpus_per_worker)" in capsys.readouterr().out
+        assert (
+            f"threads: {cpus} of {cores()} cores (training.cpus_per_worker)"
+            in capsys.readouterr().out
+        )
 
 
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
-def test_an_evaluation_takes_the_threads_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_takes_the_threads_of_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluate.exports, "read_manifest", lambda folder: {})
     monkeypatch.setattr(evaluate.exports, "read_run", lambda folder: RunConfig())
     monkeypatch.setattr(evaluate, "local_shards", stop)
     monkeypatch.setattr(evaluate.exports, "check_models", lambda folder, run: None)
-    assert main(["evaluate", "--checkpoint", str(tmp_path), "--set", "training.cpus_per_worker=2"]) == 2
+    assert (
+        main(["evaluate", "--checkpoint", str(tmp_path), "--set", "training.cpus_per_worker=2"])
+        == 2
+    )
     assert torch.get_num_threads() == 2
 
 

@@ -50,7 +50,9 @@ def test_messages_carry_and_shuffled_ones_fall_to_closed_book() -> None:
 def test_eight_examples_through_a_real_receiver(real_receivers: Path, tmp_path: Path) -> None:
     """SmolLM2 says all eight answers from their messages, none from another's, and again after a reload."""
     values = VALUES | {
-        "receivers": [{"name": "smollm2", "model": str(real_receivers / "smollm2"), "template": "plain"}],
+        "receivers": [
+            {"name": "smollm2", "model": str(real_receivers / "smollm2"), "template": "plain"}
+        ],
         "encoder.d_model": 64,
         "training.batch_size": 8,
         "training.epochs": 120,

@@ -99,7 +99,9 @@ def _on_ray(
     memory = planner.node_memory(run.training.gpus_per_worker)
     path = pipeline.ensure_shards(run, split)
     looked = (
-        remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run) if probes else None
+        remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
+        if probes
+        else None
     )
     with local(checkpoint) as folder:
         known = known_of(folder, manifest, split, path, looked)

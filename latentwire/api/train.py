@@ -78,7 +78,12 @@ def train(
         space = space.model_copy(update={"run": with_values(space.run, dict(overrides))})
     where = place(at_home(str(output))).absolute()
     return run(
-        space, where, command=f"latentwire.train(output={str(where)!r})", resume=resume, on_ray=on_ray, verbose=verbose
+        space,
+        where,
+        command=f"latentwire.train(output={str(where)!r})",
+        resume=resume,
+        on_ray=on_ray,
+        verbose=verbose,
     )
 
 
@@ -117,11 +122,17 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
     :class:`~latentwire.exports.CheckpointError` where it would begin with half a checkpoint.
     """
     if output.exists() and not resume:
-        raise ConfigError(f"output_dir must not exist yet, got {output}; name another one, or --resume {output}")
+        raise ConfigError(
+            f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
+        )
     if resume and not output.exists():
-        raise ConfigError(f"--resume must name a run's directory, got {output}, which is not there; leave it out")
+        raise ConfigError(
+            f"--resume must name a run's directory, got {output}, which is not there; leave it out"
+        )
     if (output / "best").exists():
-        raise ConfigError(f"output_dir must not hold a finished run, got {output}; name another one")
+        raise ConfigError(
+            f"output_dir must not hold a finished run, got {output}; name another one"
+        )
     space = planner.alone(with_home(space))
     planner.check_start(space.run)
     return space
@@ -135,14 +146,18 @@ def profile(space: SweepConfig, output: Path, steps: int) -> str:
     space = prepared(space, output, resume=False)
     paths = _planned_here(space)
     wire = LatentWire(space.run)
-    return profile_steps(wire, streams.training_table(space.run, paths["train"]), steps, output / "profile")
+    return profile_steps(
+        wire, streams.training_table(space.run, paths["train"]), steps, output / "profile"
+    )
 
 
 def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
     """Print configuration and plan of a run in this process, and return its shards."""
     run = space.run
     print(f"run: {run.model_dump_json()}", flush=True)
-    print(f"threads: {use_threads(run.training.cpus_per_worker)} of {cores()} cores (training.cpus_per_worker)")
+    print(
+        f"threads: {use_threads(run.training.cpus_per_worker)} of {cores()} cores (training.cpus_per_worker)"
+    )
     here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
     print(planner.plan(space, here, planner.node_memory()), flush=True)
     return local_shards(run)
@@ -151,7 +166,9 @@ def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
 def _here(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> tuple[Place, Place]:
     """Train in this process; return the best checkpoint and the validation shards."""
     if not isinstance(output, Path):
-        raise ConfigError(f"must be a path on this machine, got {output}; copy it here, or train with --ray")
+        raise ConfigError(
+            f"must be a path on this machine, got {output}; copy it here, or train with --ray"
+        )
     paths = _planned_here(space)
     if not resume:
         check_development(space.run, paths["dev"])  # before receivers are loaded
@@ -190,4 +207,6 @@ def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> t
         raise TrainingError(str(error)) from error
     if cause := task.cause_left(output):
         raise TrainingError(cause)
-    return step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode), files.shards["validation"]
+    return step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode), files.shards[
+        "validation"
+    ]

@@ -66,7 +66,9 @@ class SweepResult:
         import pandas as pd
 
         rows = results.trial_rows(self.study, self.config.tune)
-        return pd.DataFrame([{key: row[key] for key in row if key != "values"} | row["values"] for row in rows])
+        return pd.DataFrame(
+            [{key: row[key] for key in row if key != "values"} | row["values"] for row in rows]
+        )
 
     @cached_property
     def best(self) -> Best:
@@ -105,20 +107,30 @@ def tune(
     """
     if isinstance(config, SweepConfig):
         config = (
-            SweepConfig.model_validate(config.model_dump()) if overrides is None else _overridden(config, overrides)
+            SweepConfig.model_validate(config.model_dump())
+            if overrides is None
+            else _overridden(config, overrides)
         )
     else:
-        config = load_space(config, {_full(path): value for path, value in (overrides or {}).items()})
+        config = load_space(
+            config, {_full(path): value for path, value in (overrides or {}).items()}
+        )
     space = with_home(config)
     where = new_output(space, None if output is None else str(output))
     check(space, where)
     status = run(
-        space, where, program="latentwire tune", command=f"latentwire.tune(output={str(where)!r})", verbose=verbose
+        space,
+        where,
+        program="latentwire tune",
+        command=f"latentwire.tune(output={str(where)!r})",
+        verbose=verbose,
     )
     if status == SIGINT_STATUS:
         raise KeyboardInterrupt
     if status:
-        raise SweepError(f"the sweep in {where} must come to its end, it ended with status {status}; see its report")
+        raise SweepError(
+            f"the sweep in {where} must come to its end, it ended with status {status}; see its report"
+        )
     return SweepResult(where)
 
 
@@ -127,7 +139,10 @@ def _full(path: str) -> str:
 
 
 def _overridden(config: SweepConfig, overrides: Mapping[str, Any]) -> SweepConfig:
-    return load_space(None, config.model_dump(mode="json") | {_full(path): value for path, value in overrides.items()})
+    return load_space(
+        None,
+        config.model_dump(mode="json") | {_full(path): value for path, value in overrides.items()},
+    )
 
 
 def new_output(space: SweepConfig, output: str | None) -> Place:
@@ -138,7 +153,9 @@ def new_output(space: SweepConfig, output: str | None) -> Place:
     name = time.strftime("tune-%Y%m%d-%H%M%S")
     where = (place(at_home(output)) if output else place(space.tune.storage_path) / name).absolute()
     if not lease.is_empty(where):
-        raise ConfigError(f"output_dir must not exist yet, got {where}; name another one, or --resume {where}")
+        raise ConfigError(
+            f"output_dir must not exist yet, got {where}; name another one, or --resume {where}"
+        )
     return where
 
 
@@ -220,7 +237,9 @@ def drive(
                 lines = resume.retry_failed(space, output) or ["no trial has failed"]
                 print("\n".join(lines), flush=True)
             return search(space, plan, output, command, repeated, stop)
-    except KeyboardInterrupt:  # Ray raises one of its own where a signal's handler raised in the middle of a call
+    except (
+        KeyboardInterrupt
+    ):  # Ray raises one of its own where a signal's handler raised in the middle of a call
         stop.ask("Ctrl-C", SIGINT_STATUS)
     return explain_stop(stop, space, output, f"{program} --resume {shlex.quote(str(output))}")
 
@@ -248,7 +267,10 @@ def explain_stop(stop: Stop, space: SweepConfig, output: Place, again: str) -> i
         return stop.status
     print(f"go on: {again}", flush=True)
     if 0 < ended < trials:
-        print(f"or choose and score the best of those that have ended: {again} --set tune.trials={ended}", flush=True)
+        print(
+            f"or choose and score the best of those that have ended: {again} --set tune.trials={ended}",
+            flush=True,
+        )
     return stop.status
 
 
@@ -273,7 +295,9 @@ def search(
     if repeated is not None:
         manifest.check_data(repeated, files, pin)
     stop.check_taken()
-    manifest.write(output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command))
+    manifest.write(
+        output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command)
+    )
     expected = None if repeated is None else repeated["receivers"]
     with replica_sets.serving(space, plan.sharing, expected) as served:
         study = sweep.run_sweep(space, plan, files, output, expected, served, stop)
@@ -282,25 +306,39 @@ def search(
         try:
             best, finalists = reruns.rerun_best(space, plan, files, output, study, served, stop)
         except results.SweepError as error:
-            return _without_winner(results.trial_rows(study, space.tune), space, output, command, error)
+            return _without_winner(
+                results.trial_rows(study, space.tune), space, output, command, error
+            )
     run = with_values(space.run, best.values)
     validation = files[variant_key(run)].shards["validation"]
     stop.check_taken()
     resume.set_aside(output / "best")
-    scored = remote.score_and_export(run, plan.gpus_per_worker, best.checkpoint, validation, output / "best")
+    scored = remote.score_and_export(
+        run, plan.gpus_per_worker, best.checkpoint, validation, output / "best"
+    )
     stop.check_taken()
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})
     rows = results.trial_rows(study, space.tune)
     grids = tables.sweep_tables(rows, finalists, scored, best, run, space)
     gap = results.selection_gap(best, scored.scores, space.tune.metric)
-    found = {"command": command, "best": vars(best), "selection": gap, "trials": rows} | scored.document
+    found = {
+        "command": command,
+        "best": vars(best),
+        "selection": gap,
+        "trials": rows,
+    } | scored.document
     found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
     scoring.write_results(output, found)
     tables.show(grids)
-    print(line := f"{tables.verdict(best, gap, space.tune.metric)}; {readings.sentence(scored.readings)}")
+    print(
+        line
+        := f"{tables.verdict(best, gap, space.tune.metric)}; {readings.sentence(scored.readings)}"
+    )
     if repeated is not None:
         was = repeated["trials"][str(repeated["trial"])]["score"]
-        print(f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}")
+        print(
+            f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}"
+        )
     sweep.tidy_at_last(space, output)
     held = checkpoint_budget.bytes_in([output / "trials", output / reruns.RERUNS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
@@ -312,11 +350,17 @@ def search(
 
 
 def _without_winner(
-    rows: list[dict[str, Any]], space: SweepConfig, output: Place, command: str, error: results.SweepError
+    rows: list[dict[str, Any]],
+    space: SweepConfig,
+    output: Place,
+    command: str,
+    error: results.SweepError,
 ) -> int:
     """What the trials came to all the same; returns the exit status."""
     grids = tables.trial_tables(rows, space)
     tables.show(grids)
-    print(f"report: {tables.write_report(output, f'No winner: {error}', grids, command)}, {html.write(output)}")
+    print(
+        f"report: {tables.write_report(output, f'No winner: {error}', grids, command)}, {html.write(output)}"
+    )
     status = fail(error)
     return 1 if all(row["state"] == "failed" for row in rows) else status

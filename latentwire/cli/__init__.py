@@ -48,13 +48,22 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run_script(command: Callable[..., int | None], description: str | None = None) -> int:
     """Run a script's one command with this process's arguments, and return its exit status."""
-    return _call(App(help=description, default_command=command, help_format="plaintext", default_parameter=LAST_WINS))
+    return _call(
+        App(
+            help=description,
+            default_command=command,
+            help_format="plaintext",
+            default_parameter=LAST_WINS,
+        )
+    )
 
 
 def _call(command: App, words: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if words is None else words)
     try:
-        status = command(given, exit_on_error=False, print_error=False, result_action="return_value")
+        status = command(
+            given, exit_on_error=False, print_error=False, result_action="return_value"
+        )
     except (UserError, CycloptsError) as error:
         return fail(error)
     return status if isinstance(status, int) else 0
@@ -69,9 +78,17 @@ def as_written(words: Sequence[str], goes_on: bool = False) -> list[str]:
         words: flags of ``train.py`` and its like.
         goes_on: resume wherever the output directory is there and its run has not finished.
     """
-    given = [part for word in words for part in (word.split("=", 1) if word.startswith("--output") else [word])]
+    given = [
+        part
+        for word in words
+        for part in (word.split("=", 1) if word.startswith("--output") else [word])
+    ]
     places = [index for index, word in enumerate(given) if word in ("--output", "--output_dir")]
-    bare = [i for i, word in enumerate(given) if word == "--resume" and (given[i + 1 :] or ["--"])[0].startswith("--")]
+    bare = [
+        i
+        for i, word in enumerate(given)
+        if word == "--resume" and (given[i + 1 :] or ["--"])[0].startswith("--")
+    ]
     if not places or places[0] + 1 == len(given):
         return list(words)
     output = given[places[0] + 1]

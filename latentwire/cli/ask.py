@@ -60,10 +60,14 @@ def text_prompt(wire: LatentWire, receiver: str, text: str, question: str) -> Pr
 
 def _context(context: str | None, file: Path | None) -> str:
     if (context is None) == (file is None):
-        raise ConfigError("a question needs --context TEXT or --context_file FILE, and not both; name one")
+        raise ConfigError(
+            "a question needs --context TEXT or --context_file FILE, and not both; name one"
+        )
     if file is None:
         return str(context)
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--context_file must be a text in UTF-8, got {file} ({error}); name another one") from error
+        raise ConfigError(
+            f"--context_file must be a text in UTF-8, got {file} ({error}); name another one"
+        ) from error

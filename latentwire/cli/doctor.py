@@ -22,7 +22,13 @@ from latentwire.errors import UserError
 LEAST_GB = 4.0
 """Memory and disk below which the toy sweep may not fit."""
 PACKAGES = ("ray", "torch", "transformers", "optuna", "datasets", "pyarrow")
-EXTRAS = {"gguf": "gguf", "boto3": "aws", "mlflow": "tracking", "wandb": "tracking", "torchao": "quantization"}
+EXTRAS = {
+    "gguf": "gguf",
+    "boto3": "aws",
+    "mlflow": "tracking",
+    "wandb": "tracking",
+    "torchao": "quantization",
+}
 """Optional package → the extra of ``pip install 'latentwire[…]'`` that brings it."""
 
 
@@ -53,7 +59,10 @@ def python_and_packages() -> Iterator[Finding]:
     """Look at the interpreter and the packages."""
     right = (3, 11) <= sys.version_info[:2] < (3, 13)
     yield Finding(
-        "Python", "ok" if right else "missing", platform.python_version(), "" if right else "use 3.11 or 3.12"
+        "Python",
+        "ok" if right else "missing",
+        platform.python_version(),
+        "" if right else "use 3.11 or 3.12",
     )
     for name in PACKAGES:
         try:
@@ -72,10 +81,16 @@ def devices() -> Iterator[Finding]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+        yield Finding(
+            f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+        )
     if not count:
         driver = shutil.which("nvidia-smi") is not None
-        remedy = "install a CUDA build of torch" if driver else "none needed for the toy pair; real LLMs want one"
+        remedy = (
+            "install a CUDA build of torch"
+            if driver
+            else "none needed for the toy pair; real LLMs want one"
+        )
         yield Finding("GPU", "optional", "none that torch sees", remedy)
     yield Finding("CPU cores", "ok", str(os.cpu_count()))
 
@@ -90,7 +105,11 @@ def memory_and_storage() -> Iterator[Finding]:
     if not isinstance(outputs, Path):
         yield Finding("outputs", "ok", f"{outputs} (LATENTWIRE_HOME)")
         return
-    yield _amount(f"disk of {outputs}", shutil.disk_usage(outputs).free / 1e9, "set LATENTWIRE_HOME to a larger disk")
+    yield _amount(
+        f"disk of {outputs}",
+        shutil.disk_usage(outputs).free / 1e9,
+        "set LATENTWIRE_HOME to a larger disk",
+    )
     writable = os.access(outputs, os.W_OK)
     remedy = "" if writable else "set LATENTWIRE_HOME to a directory of yours"
     yield Finding("outputs", "ok" if writable else "missing", str(outputs), remedy)
@@ -98,7 +117,9 @@ def memory_and_storage() -> Iterator[Finding]:
 
 def _amount(subject: str, gigabytes: float, remedy: str) -> Finding:
     enough = gigabytes >= LEAST_GB
-    return Finding(subject, "ok" if enough else "missing", f"{gigabytes:.1f} GB free", "" if enough else remedy)
+    return Finding(
+        subject, "ok" if enough else "missing", f"{gigabytes:.1f} GB free", "" if enough else remedy
+    )
 
 
 def hub() -> Iterator[Finding]:
@@ -106,7 +127,12 @@ def hub() -> Iterator[Finding]:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        yield Finding("Hugging Face token", "optional", "none", "hf auth login (gated models, e.g. Llama, need it)")
+        yield Finding(
+            "Hugging Face token",
+            "optional",
+            "none",
+            "hf auth login (gated models, e.g. Llama, need it)",
+        )
     else:
         yield Finding("Hugging Face token", "ok", "there")
 
@@ -126,7 +152,9 @@ def ray_cluster() -> Iterator[Finding]:
     except UserError as error:
         yield Finding("Ray cluster", "missing", address, str(error))
         return
-    resources = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+    resources = ", ".join(
+        f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU")
+    )
     yield Finding("Ray cluster", "ok", f"{address}: {len(ray.nodes())} nodes, {resources}")
     ray.shutdown()
 

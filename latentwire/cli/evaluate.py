@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import MutuallyExclusive
 
-from latentwire.cli.flags import MANY, Assignments, Output, Ray, Verbose, input_path, input_place, output_place
+from latentwire.cli.flags import (
+    MANY,
+    Assignments,
+    Output,
+    Ray,
+    Verbose,
+    input_path,
+    input_place,
+    output_place,
+)
 from latentwire.config import DataConfig
 from latentwire.config.overrides import assigned
 from latentwire.config.places import sought
@@ -32,7 +41,9 @@ def evaluate(
     data_dir: Annotated[str | None, Parameter(name="--data_dir")] = None,
     split: shards.ShardSplit = "validation",
     modes: Annotated[tuple[Mode, ...], Parameter(**MANY)] = MODES,
-    tokens_per_latent: Annotated[list[int] | None, Parameter("--tokens_per_latent", group=BUDGET, **MANY)] = None,
+    tokens_per_latent: Annotated[
+        list[int] | None, Parameter("--tokens_per_latent", group=BUDGET, **MANY)
+    ] = None,
     latent_len: Annotated[list[int] | None, Parameter("--latent_len", group=BUDGET, **MANY)] = None,
     bits: Annotated[list[Literal[16, 8, 4]] | None, Parameter(**MANY)] = None,
     compare: Annotated[list[str] | None, Parameter(**MANY)] = None,
@@ -67,7 +78,9 @@ def evaluate(
     if predictions is not None:
         return official(predictions, dataset, data_dir, split, assignments, output)
     if checkpoint is None:
-        raise ConfigError("an evaluation needs --checkpoint DIR or --predictions FILE, got neither; name one")
+        raise ConfigError(
+            "an evaluation needs --checkpoint DIR or --predictions FILE, got neither; name one"
+        )
     if data_dir is not None:
         raise ConfigError(
             f"--data_dir belongs to --predictions, got {data_dir} with --checkpoint; name the directory by "
@@ -85,7 +98,9 @@ def evaluate(
         compare=compare,
         joint=not no_joint,
         probes=diagnose,
-        overrides={path.removeprefix("run."): value for path, value in assigned(assignments).items()},
+        overrides={
+            path.removeprefix("run."): value for path, value in assigned(assignments).items()
+        },
         on_ray=ray,
         copies=copies,
         verbose=verbose,

@@ -41,9 +41,13 @@ FLAGS: dict[str, str] = {
 
 
 Output = Annotated[
-    str | None, Parameter(name=["--output", "--output_dir"], help="Directory or URI for everything written.")
+    str | None,
+    Parameter(name=["--output", "--output_dir"], help="Directory or URI for everything written."),
 ]
-Resume = Annotated[str | None, Parameter(help="Directory of an unfinished run: go on there from its last checkpoint.")]
+Resume = Annotated[
+    str | None,
+    Parameter(help="Directory of an unfinished run: go on there from its last checkpoint."),
+]
 Assignments = Annotated[
     list[str],
     Parameter(
@@ -57,16 +61,24 @@ Assignments = Annotated[
 MANY = {"consume_multiple": True, "negative": ()}
 """Of a :class:`cyclopts.Parameter` that takes several values: ``--bits 8 4``."""
 Verbose = Annotated[bool, Parameter(help="Show what workers and libraries print.", negative=())]
-Ray = Annotated[bool, Parameter(help="Run on Ray: its cluster's workers, or this machine's.", negative=())]
+Ray = Annotated[
+    bool, Parameter(help="Run on Ray: its cluster's workers, or this machine's.", negative=())
+]
 
 
 def _knob_parameter(flag: str, path: str, descriptions: dict[str, str | None]) -> Any:
     """Return the annotated type of one flag of :data:`FLAGS`; the configuration checks its value."""
-    text = descriptions.get(path) or f"Hub id or local directory of receiver {flag.removesuffix('_id')}."
+    text = (
+        descriptions.get(path)
+        or f"Hub id or local directory of receiver {flag.removesuffix('_id')}."
+    )
     names = list(dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}")))
     kind = bool | None if flag == "sequential_models" else str | None
     summary = " ".join(text.replace("``", "").split())
-    return Annotated[kind, Parameter(name=names, help=summary, negative=(), group=KNOBS, allow_leading_hyphen=True)]
+    return Annotated[
+        kind,
+        Parameter(name=names, help=summary, negative=(), group=KNOBS, allow_leading_hyphen=True),
+    ]
 
 
 def _flag_fields() -> list[Any]:
@@ -87,7 +99,9 @@ Flags: Any = make_dataclass("Flags", _flag_fields())
 """``--config``, ``--set`` and the flags of :data:`FLAGS`, as attributes."""
 
 _BASE = Parameter(
-    name="--from", help="Export or checkpoint whose configuration and weights the run begins with.", group=START
+    name="--from",
+    help="Export or checkpoint whose configuration and weights the run begins with.",
+    group=START,
 )
 _JOINING = Parameter(
     name=["--add_receiver", "--add-receiver"],
@@ -125,7 +139,9 @@ def read_config(flags: Any, default: str | None = None, start: Any = None) -> Sw
     """
     if start is not None and (start.base or start.add_receiver):
         tree, overrides = begun_with(flags, start), _overrides(flags, True)
-        if "run.losses.bundle" in overrides:  # else outvoted by the weights the wire was trained with
+        if (
+            "run.losses.bundle" in overrides
+        ):  # else outvoted by the weights the wire was trained with
             tree.pop("losses", None)
         return load_space(None, {"run": tree} | overrides)
     source = flags.config or default
@@ -217,5 +233,7 @@ def output_place(address: str) -> Place:
 
 def _on_this_machine(where: Place) -> Path:
     if not isinstance(where, Path):
-        raise ConfigError(f"must be a path on this machine, got {where}; copy it here and name the copy")
+        raise ConfigError(
+            f"must be a path on this machine, got {where}; copy it here and name the copy"
+        )
     return where

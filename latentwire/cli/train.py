@@ -41,13 +41,17 @@ def train(
     this process, and Ray is started only where shards have to be made first.
     """
     if (output is None) == (resume is None):
-        raise ConfigError("a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one")
+        raise ConfigError(
+            "a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one"
+        )
     space = read_config(flags, start=start)
     address = output or resume or ""
     if profile is not None:
         print(api.profile(space, output_path(address), profile))
         return 0
     where = output_place(address) if ray else output_path(address)
-    command = shlex.join(["python" if sys.argv[0].endswith(".py") else "", *sys.argv]).removeprefix("'' ")
+    command = shlex.join(["python" if sys.argv[0].endswith(".py") else "", *sys.argv]).removeprefix(
+        "'' "
+    )
     api.run(space, where, command=command, resume=resume is not None, on_ray=ray, verbose=verbose)
     return 0

@@ -35,7 +35,9 @@ def tune(
     flags: SharedFlags = NO_FLAGS,
     output: Output = None,
     resume: Annotated[Resume, Parameter(group=AGAIN)] = None,
-    retry_failed: Annotated[bool, Parameter(name="--retry_failed", negative=(), group=AGAIN)] = False,
+    retry_failed: Annotated[
+        bool, Parameter(name="--retry_failed", negative=(), group=AGAIN)
+    ] = False,
     force: Annotated[bool, Parameter(negative=(), group=AGAIN)] = False,
     from_manifest: Annotated[str | None, Parameter(name="--from_manifest", group=AGAIN)] = None,
     trial: Annotated[int | None, Parameter(group=AGAIN)] = None,
@@ -58,7 +60,9 @@ def tune(
     if resume or from_manifest:
         refuse_flags(flags, "a resumed sweep" if resume else "a repeated trial")
     if retry_failed and not resume:
-        raise ConfigError("--retry_failed takes up the failed trials of a sweep that --resume names, got no --resume")
+        raise ConfigError(
+            "--retry_failed takes up the failed trials of a sweep that --resume names, got no --resume"
+        )
     repeated: dict[str, Any] | None = None
     if resume:
         where = output_place(resume)
@@ -67,11 +71,15 @@ def tune(
         space = resuming.read_space(where, flags.assignments)
         retried = retry_failed and resuming.has_failed(space, where)
         if resuming.is_finished(space, where) and not retried:
-            print(f"{where} has its {space.tune.trials} trials; add some by --set tune.trials=<more>")
+            print(
+                f"{where} has its {space.tune.trials} trials; add some by --set tune.trials=<more>"
+            )
             return 0
     else:
         if from_manifest:
-            space, repeated = manifest.one_trial(input_place(from_manifest), trial, flags.assignments)
+            space, repeated = manifest.one_trial(
+                input_place(from_manifest), trial, flags.assignments
+            )
         else:
             space = with_home(read_config(flags, "toy"))
         where = api.new_output(space, output)

@@ -28,7 +28,13 @@ from latentwire.config.space import (
     TuneConfig,
 )
 from latentwire.config.training import EvaluationConfig, TrainingConfig
-from latentwire.config.wire import AdapterConfig, EncoderConfig, PromptConfig, ReceiverConfig, default_receivers
+from latentwire.config.wire import (
+    AdapterConfig,
+    EncoderConfig,
+    PromptConfig,
+    ReceiverConfig,
+    default_receivers,
+)
 
 __all__ = [
     "LOSS_BUNDLES",

@@ -22,7 +22,9 @@ class DataConfig(Section):
     """``custom``: jsonl/parquet with ``context``, ``question``, ``answers``. ``text``: jsonl/parquet with a ``text`` or
     ``context`` column, SQuAD's and HotpotQA's files too, for pretraining without questions; a text that stands in several
     rows of a file is read once. ``toy`` is generated."""
-    data_dir: Address | None = knob(None, shards="content", may_change=("resumed run", "repeated trial"))
+    data_dir: Address | None = knob(
+        None, shards="content", may_change=("resumed run", "repeated trial")
+    )
     """Directory, or URI that pyarrow reads (``s3://…``, ``gs://…``), with files of the training and the
     validation split: parquet in the Hub's schema, official JSON, a list of rows, or jsonl; the last
     three may be ``.gz``, ``.zst`` or ``.bz2``. A file, or its folder, is named after its split:
@@ -67,7 +69,9 @@ class DataConfig(Section):
     shards in every epoch, however many there are; each trial then has ``stream_cpus`` for that."""
     stream_cpus: float = knob(1.0, gt=0, shards="reading", may_change=("resumed run",))
     """CPUs kept free for each trial's reading tasks where rows are streamed."""
-    shard_dir: Address = knob("shards", shards="reading", may_change=("resumed run", "repeated trial"))
+    shard_dir: Address = knob(
+        "shards", shards="reading", may_change=("resumed run", "repeated trial")
+    )
     """Directory or URI (``s3://…``, ``gs://…``) where shards live, in directories named by the hash of what made them."""
 
     @property
@@ -80,7 +84,9 @@ class DataConfig(Section):
         given = {"data_dir": self.data_dir, "config": self.config}
         named = [f"{knob} {value}" for knob, value in given.items() if value is not None]
         if self.source.generate is not None and named:
-            others = ", ".join(name for name, dataset in DATASETS.items() if dataset.generate is None)
+            others = ", ".join(
+                name for name, dataset in DATASETS.items() if dataset.generate is None
+            )
             raise ValueError(
                 f"dataset {self.dataset} is generated and reads no files, got {named[0]}; name the dataset that they hold, "
                 f"one of {others}"

@@ -21,5 +21,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if not close:
         leaves = {option.split(".")[-1]: option for option in options}
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(options)[:16])}"
+        close = [
+            leaves[leaf]
+            for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)
+        ]
+    return (
+        f"; did you mean {close[0]}?"
+        if close
+        else f"; known here: {', '.join(sorted(options)[:16])}"
+    )

@@ -72,7 +72,9 @@ class CoprocessorFeature(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> CoprocessorFeature:
         if self.width % (2 * self.heads):
-            raise ValueError(f"width must be a multiple of 2 × heads, got width {self.width}, heads {self.heads}")
+            raise ValueError(
+                f"width must be a multiple of 2 × heads, got width {self.width}, heads {self.heads}"
+            )
         return self
 
 

@@ -70,7 +70,9 @@ def _with_bases(file: Place, chain: tuple[str, ...]) -> dict[str, Any]:
     address = str(file.absolute())
     if address in chain:
         circle = " → ".join([*chain[chain.index(address) :], address])
-        raise ConfigError(f"extends must not go round in a circle, got {circle}; take one of them out")
+        raise ConfigError(
+            f"extends must not go round in a circle, got {circle}; take one of them out"
+        )
     tree = _parsed(file)
     if "extends" not in tree:
         return tree
@@ -86,12 +88,16 @@ def _with_bases(file: Place, chain: tuple[str, ...]) -> dict[str, Any]:
 
 def _base(name: Any, file: Place) -> Place:
     if not isinstance(name, str):
-        raise ConfigError(f"extends must be a name, a path or a list of them, got {name!r} ({file}: extends)")
+        raise ConfigError(
+            f"extends must be a name, a path or a list of them, got {name!r} ({file}: extends)"
+        )
     if name.endswith(ENDINGS):
         base, known = file.parent / name, [path.name for path in sorted(SHIPPED.glob("*.yaml"))]
     else:
         base = SHIPPED / f"{name}.yaml"
-        known = sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.yaml"))
+        known = sorted(
+            str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.yaml")
+        )
     if not base.is_file():
         raise ConfigError(
             f"extends must name a shipped configuration, or a file by its path from here, got {name} ({file}: extends)"
@@ -104,28 +110,40 @@ def _parsed(file: Place) -> dict[str, Any]:
     is_json = file.name.endswith(".json")
     try:
         text = file.read_bytes().decode("utf-8")
-        tree = json.loads(text) if is_json else yaml.safe_load(text) or {}  # JSON's 3e-6 is a text to YAML
+        tree = (
+            json.loads(text) if is_json else yaml.safe_load(text) or {}
+        )  # JSON's 3e-6 is a text to YAML
     except OSError as error:
         raise ConfigError(
             f"a configuration must be a shipped name or a file that exists, got {file}"
             f"{nearest(file.name.removesuffix('.yaml'), shipped_names())}"
         ) from error
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} must be valid {'JSON' if is_json else 'YAML'}: {error}") from error
+        raise ConfigError(
+            f"{file} must be valid {'JSON' if is_json else 'YAML'}: {error}"
+        ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file} must hold a mapping with run, search and tune, got {type(tree).__name__}")
+        raise ConfigError(
+            f"{file} must hold a mapping with run, search and tune, got {type(tree).__name__}"
+        )
     return tree
 
 
 def _laid_over(under: Any, over: Any, path: tuple[str, ...] = ()) -> Any:
     """Return ``under`` with ``over``, which is nearer, laid over it, by the rules at the head of this file."""
     if path == RECEIVERS and isinstance(under, list) and isinstance(over, dict):
-        under = {receiver["name"]: receiver for receiver in under if isinstance(receiver, dict) and "name" in receiver}
+        under = {
+            receiver["name"]: receiver
+            for receiver in under
+            if isinstance(receiver, dict) and "name" in receiver
+        }
     is_dimension = path[:1] == ("search",) and len(path) == 2
     is_bundle = path == LOSSES and isinstance(over, dict) and "bundle" in over
     if is_dimension or is_bundle or not (isinstance(under, dict) and isinstance(over, dict)):
         return over
-    return under | {key: _laid_over(under.get(key), value, (*path, key)) for key, value in over.items()}
+    return under | {
+        key: _laid_over(under.get(key), value, (*path, key)) for key, value in over.items()
+    }
 
 
 def _listed(by_name: dict[str, Any], where: str) -> list[Any]:
@@ -136,4 +154,8 @@ def _listed(by_name: dict[str, Any], where: str) -> list[Any]:
                 f"a receiver must be a mapping of its knobs, got {knobs!r} ({where}: run.receivers.{name})"
             )
     shared = by_name.get(EACH) or {}
-    return [{"name": name} | _laid_over(shared, knobs or {}) for name, knobs in by_name.items() if name != EACH]
+    return [
+        {"name": name} | _laid_over(shared, knobs or {})
+        for name, knobs in by_name.items()
+        if name != EACH
+    ]

@@ -25,7 +25,14 @@ def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tupl
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """Return the section that a field of this type holds, alone, optionally, or several times."""
     options = typing.get_args(annotation) or (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    return next(
+        (
+            option
+            for option in options
+            if isinstance(option, type) and issubclass(option, BaseModel)
+        ),
+        None,
+    )
 
 
 def properties(field: FieldInfo) -> Mapping[str, Any]:
@@ -34,7 +41,9 @@ def properties(field: FieldInfo) -> Mapping[str, Any]:
     return extra if isinstance(extra, dict) else {}
 
 
-def paths_with(name: str, value: str | None = None, model: type[BaseModel] = RunConfig) -> tuple[str, ...]:
+def paths_with(
+    name: str, value: str | None = None, model: type[BaseModel] = RunConfig
+) -> tuple[str, ...]:
     """Return the paths of all knobs that have a property.
 
     Args:

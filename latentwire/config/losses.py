@@ -112,7 +112,11 @@ class LossConfig(Section):
     def asking(self) -> list[str]:
         """Weights, of those above 0, of the terms that read answers to questions; the others read texts alone."""
         texts = ("reconstruction_ce_weight", "continuation_ce_weight")
-        weights = [name for name in type(self).model_fields if name.endswith("_weight") and name not in texts]
+        weights = [
+            name
+            for name in type(self).model_fields
+            if name.endswith("_weight") and name not in texts
+        ]
         return [name for name in weights if getattr(self, name)]
 
     def factor(self, knob: str, step: int) -> float:
@@ -143,7 +147,9 @@ class LossConfig(Section):
                     f"{', '.join(name for name in weights if name in self.schedules)} a schedule with {end} > 0"
                 )
         if unknown := set(self.schedules) - {*weights, "k", "latent_dropout"}:
-            raise ValueError(f"schedules must name a weight, k or latent_dropout, got {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"schedules must name a weight, k or latent_dropout, got {', '.join(sorted(unknown))}"
+            )
         if self.reconstruction_cue and self.reconstruction_tokens is None:
             raise ValueError(
                 f"reconstruction_cue needs a stretch to stand before, got {self.reconstruction_cue} and "

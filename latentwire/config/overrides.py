@@ -14,7 +14,9 @@ from latentwire.config.resolve import ConfigError, knobs, with_values
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
     """Return ``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
     return with_values(
-        run, {path.removeprefix("run."): value for path, value in assigned(assignments).items()}, "--set"
+        run,
+        {path.removeprefix("run."): value for path, value in assigned(assignments).items()},
+        "--set",
     )
 
 

@@ -52,9 +52,14 @@ def with_home(space: SweepConfig) -> SweepConfig:
         tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
     if (searched := tree["search"].get("encoder.model")) is not None:
         searched["choices"] = [_absolute(choice) for choice in searched["choices"]]
-        for named in (*(dim["when"] for dim in tree["search"].values()), *tree["tune"]["start_with"]):
+        for named in (
+            *(dim["when"] for dim in tree["search"].values()),
+            *tree["tune"]["start_with"],
+        ):
             if (value := named.get("encoder.model")) is not None:
-                named["encoder.model"] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
+                named["encoder.model"] = (
+                    [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
+                )
     if space.run.data.data_dir is not None:
         tree["run"]["data"]["data_dir"] = str(sought(space.run.data.data_dir).absolute())
     if space.run.training.init_from is not None:

@@ -30,7 +30,9 @@ from latentwire.config.files import read_tree
 from latentwire.config.knobs import knobs, section_in
 
 
-def load_space(source: str | Path | None = None, overrides: dict[str, Any] | None = None) -> SweepConfig:
+def load_space(
+    source: str | Path | None = None, overrides: dict[str, Any] | None = None
+) -> SweepConfig:
     """Return a configuration with ``overrides`` laid over it.
 
     Args:
@@ -93,7 +95,9 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
             continue
         _check_section(node, path)
         following = parents[depth + 1] if depth + 1 < len(parents) else leaf
-        if node.get(key) is None:  # absent, or a section that is switched off: naming a knob of it switches it on
+        if (
+            node.get(key) is None
+        ):  # absent, or a section that is switched off: naming a knob of it switches it on
             if key == "receivers" and following.isdigit():
                 node[key] = [receiver.model_dump(mode="json") for receiver in default_receivers()]
             else:
@@ -108,7 +112,9 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
 
 def _check_section(node: Any, path: str) -> None:
     if not isinstance(node, dict):
-        raise ConfigError(f"a path must end at a knob, got {path}, which goes on below the value {node!r}")
+        raise ConfigError(
+            f"a path must end at a knob, got {path}, which goes on below the value {node!r}"
+        )
 
 
 def _index(node: list[Any], key: str, path: str) -> int:
@@ -149,20 +155,30 @@ def check_search(space: SweepConfig, where: str) -> None:
 def _check_searchable(path: str, dimension: Dimension, fields: dict[str, Any], at: str) -> None:
     """Raise for a path that names no knob, or none that a dimension of this kind can vary."""
     if path.startswith("receivers"):
-        raise ConfigError(f"receivers cannot be searched, got {path} ({at}); compare them in sweeps of their own")
+        raise ConfigError(
+            f"receivers cannot be searched, got {path} ({at}); compare them in sweeps of their own"
+        )
     if path not in fields:
-        raise ConfigError(f"search paths must name a knob of run, got {path} ({at}){nearest(path, fields)}")
+        raise ConfigError(
+            f"search paths must name a knob of run, got {path} ({at}){nearest(path, fields)}"
+        )
     annotation = fields[path].annotation
     if typing.get_origin(annotation) in (tuple, dict):
-        raise ConfigError(f"a number, choice or switch can be searched, {path} is none ({at}); set it under run")
+        raise ConfigError(
+            f"a number, choice or switch can be searched, {path} is none ({at}); set it under run"
+        )
     if isinstance(dimension, FloatDimension) and float not in _plain_types(annotation):
-        raise ConfigError(f"{path} is no real number, got type {dimension.type} ({at}); use int or categorical")
+        raise ConfigError(
+            f"{path} is no real number, got type {dimension.type} ({at}); use int or categorical"
+        )
 
 
 def _plain_types(annotation: Any) -> list[Any]:
     """Return a knob's own type, or those of its union."""
     options = typing.get_args(annotation)
-    return [plain for option in options for plain in _plain_types(option)] if options else [annotation]
+    return (
+        [plain for option in options for plain in _plain_types(option)] if options else [annotation]
+    )
 
 
 def _ends(dimension: Dimension, at: str) -> list[tuple[str, Any]]:
@@ -170,9 +186,13 @@ def _ends(dimension: Dimension, at: str) -> list[tuple[str, Any]]:
     if isinstance(dimension, CategoricalDimension):
         return [(f"choices[{index}]", choice) for index, choice in enumerate(dimension.choices)]
     if dimension.low > dimension.high:
-        raise ConfigError(f"low must be ≤ high, got {dimension.low} > {dimension.high} ({at}.low); swap them")
+        raise ConfigError(
+            f"low must be ≤ high, got {dimension.low} > {dimension.high} ({at}.low); swap them"
+        )
     if dimension.log and (dimension.low <= 0 or dimension.step not in (None, 1)):
-        raise ConfigError(f"log needs low > 0 and no step, got low {dimension.low}, step {dimension.step} ({at})")
+        raise ConfigError(
+            f"log needs low > 0 and no step, got low {dimension.low}, step {dimension.step} ({at})"
+        )
     return [("low", dimension.low), ("high", dimension.high)]
 
 
@@ -216,16 +236,24 @@ def _check_conditions(search: dict[str, Dimension], where: str) -> None:
 def search_order(search: dict[str, Dimension], where: str = "search") -> list[str]:
     """Return the searched paths, each after those that its conditions name. Raises :class:`ConfigError` for a circle."""
     try:
-        return list(graphlib.TopologicalSorter({path: list(dim.when) for path, dim in search.items()}).static_order())
+        return list(
+            graphlib.TopologicalSorter(
+                {path: list(dim.when) for path, dim in search.items()}
+            ).static_order()
+        )
     except graphlib.CycleError as error:
         circle = " → ".join(error.args[1])
-        raise ConfigError(f"conditions must not go round in a circle, got {circle} ({where}: search)") from error
+        raise ConfigError(
+            f"conditions must not go round in a circle, got {circle} ({where}: search)"
+        ) from error
 
 
 def _check_point(dimension: Dimension, value: Any, at: str) -> None:
     if isinstance(dimension, CategoricalDimension):
         if value not in dimension.choices:
-            raise ConfigError(f"a starting point must be among {list(dimension.choices)}, got {value!r} ({at})")
+            raise ConfigError(
+                f"a starting point must be among {list(dimension.choices)}, got {value!r} ({at})"
+            )
     elif isinstance(value, bool | str) or not dimension.low <= value <= dimension.high:
         raise ConfigError(
             f"a starting point must be a number from {dimension.low} to {dimension.high}, got {value!r} ({at})"

@@ -9,7 +9,13 @@ from latentwire.config.features import FeaturesConfig
 from latentwire.config.losses import LossConfig
 from latentwire.config.section import Section
 from latentwire.config.training import EvaluationConfig, TrainingConfig
-from latentwire.config.wire import AdapterConfig, EncoderConfig, PromptConfig, ReceiverConfig, default_receivers
+from latentwire.config.wire import (
+    AdapterConfig,
+    EncoderConfig,
+    PromptConfig,
+    ReceiverConfig,
+    default_receivers,
+)
 
 
 class RunConfig(Section):
@@ -40,14 +46,20 @@ class RunConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"receiver names must differ, got {', '.join(names)}")
         coarsening = self.training.coarsening_steps > 0
-        fixed = self.encoder.tokens_per_latent is None and self.encoder.split == "none" and not coarsening
+        fixed = (
+            self.encoder.tokens_per_latent is None
+            and self.encoder.split == "none"
+            and not coarsening
+        )
         self._check_train_only(names)
         if self.adapter.slot_positions and not fixed:
             raise ValueError(
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
             )
         if coarsening and self.encoder.private_len:
-            raise ValueError(f"coarsening_steps needs encoder.private_len 0, got {self.encoder.private_len}")
+            raise ValueError(
+                f"coarsening_steps needs encoder.private_len 0, got {self.encoder.private_len}"
+            )
         if self.training.tokens_per_latent and self.encoder.tokens_per_latent is None:
             raise ValueError(
                 f"training.tokens_per_latent {self.training.tokens_per_latent} needs messages that grow with the text, got "
@@ -57,7 +69,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"encoder.model must name one of the receivers {', '.join(names)}, got {self.encoder.model}"
             )
-        if self.training.questions_together and (self.data.send == "prompt" or not self.data.source.has_questions):
+        if self.training.questions_together and (
+            self.data.send == "prompt" or not self.data.source.has_questions
+        ):
             raise ValueError(
                 "training.questions_together needs contexts that questions share, got data.send "
                 f"{self.data.send} and dataset {self.data.dataset}; set it false, or send the context alone"
@@ -79,7 +93,9 @@ class RunConfig(Section):
             )
         refiner = self.features.refiner
         if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
-            raise ValueError(f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}")
+            raise ValueError(
+                f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}"
+            )
         return self
 
     def _check_train_only(self, names: list[str]) -> None:

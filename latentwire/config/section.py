@@ -9,7 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from latentwire.storage import expanded, refuse_secrets
 
-Address = Annotated[str, AfterValidator(refuse_secrets), AfterValidator(expanded), AfterValidator(refuse_secrets)]
+Address = Annotated[
+    str, AfterValidator(refuse_secrets), AfterValidator(expanded), AfterValidator(refuse_secrets)
+]
 """A directory, or a URI without credentials: configurations are written into results and reports. ``~`` and ``$NAME`` are
 replaced where it is read, so that they mean the same on every machine."""
 Model = Annotated[str, AfterValidator(expanded)]
@@ -19,7 +21,9 @@ Model = Annotated[str, AfterValidator(expanded)]
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors; instances do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 def knob(
@@ -58,4 +62,8 @@ def knob(
         "steps": steps,
         "changes_receivers": changes_receivers,
     }
-    return Field(*default, json_schema_extra={name: value for name, value in properties.items() if value}, **bounds)
+    return Field(
+        *default,
+        json_schema_extra={name: value for name, value in properties.items() if value},
+        **bounds,
+    )

@@ -33,7 +33,10 @@ class SearchedKnob(Section):
     def _one_or_several(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {path: given if isinstance(given, list | tuple) else (given,) for path, given in value.items()}
+        return {
+            path: given if isinstance(given, list | tuple) else (given,)
+            for path, given in value.items()
+        }
 
 
 class FloatDimension(SearchedKnob):
@@ -75,7 +78,9 @@ class CategoricalDimension(SearchedKnob):
     """The values."""
 
 
-Dimension = Annotated[FloatDimension | IntDimension | CategoricalDimension, Field(discriminator="type")]
+Dimension = Annotated[
+    FloatDimension | IntDimension | CategoricalDimension, Field(discriminator="type")
+]
 
 
 class SamplerConfig(Section):

@@ -99,7 +99,9 @@ class TrainingConfig(Section):
     """CPUs that one worker asks Ray for; also the threads that it, or a plain command, computes with."""
     gpus_per_worker: float | None = knob(None, ge=0, may_change=("resumed run", "repeated trial"))
     """GPUs that one worker asks Ray for. ``None``: 1 where the cluster has any, else 0."""
-    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = knob(default_factory=dict, may_change=("resumed run",))
+    worker_resources: dict[str, Annotated[float, Field(gt=0)]] = knob(
+        default_factory=dict, may_change=("resumed run",)
+    )
     """Further resources that one worker asks Ray for, by name: a node type's own, e.g. ``{on_demand: 1}`` or
     ``{"accelerator_type:L40S": 0.001}``."""
     max_failures: int = knob(2, ge=0, may_change=("resumed run",))
@@ -107,7 +109,11 @@ class TrainingConfig(Section):
 
     def gpus_each(self, resources: Mapping[str, float]) -> float:
         """GPUs that one worker asks a cluster with these resources for."""
-        return self.gpus_per_worker if self.gpus_per_worker is not None else (1.0 if resources.get("GPU") else 0.0)
+        return (
+            self.gpus_per_worker
+            if self.gpus_per_worker is not None
+            else (1.0 if resources.get("GPU") else 0.0)
+        )
 
 
 class EvaluationConfig(Section):

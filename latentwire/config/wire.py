@@ -45,12 +45,16 @@ class ReceiverConfig(Section):
     """Weights' type. ``auto``: bfloat16 on CUDA, float32 elsewhere."""
     device: str = knob("auto", may_change=("resumed run",))
     """``auto`` (CUDA, then MPS, then CPU), or a torch device such as ``cuda:0``."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = knob("sdpa", may_change=("resumed run",))
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = knob(
+        "sdpa", may_change=("resumed run",)
+    )
     """Attention kernel that transformers uses, in an encoder that borrows this receiver's layers too (which has no
     ``flash_attention_2``). On a CPU ``eager`` trains faster while prompts are short, and needs memory for every pair of positions."""
     quantization: Literal["none", "int8", "nf4"] = knob("none", teachers="value")
     """Weights' storage: ``int8`` by torchao, ``nf4`` by bitsandbytes (both in the extra ``quantization``)."""
-    device_map: Literal["none", "auto", "balanced", "sequential"] = knob("none", may_change=("resumed run",))
+    device_map: Literal["none", "auto", "balanced", "sequential"] = knob(
+        "none", may_change=("resumed run",)
+    )
     """Spread a receiver that is larger than one GPU over all of them, by accelerate. ``none``: all on ``device``."""
     trust_remote_code: bool = knob(False, may_change=("resumed run",))
     """Run code that comes with the weights. Off unless asked for, per receiver."""
@@ -72,7 +76,10 @@ class ReceiverConfig(Section):
 
 def default_receivers() -> tuple[ReceiverConfig, ...]:
     """Return the embedded pair, which reads the toy task and needs no network."""
-    return (ReceiverConfig(name="llama", model="toy-llama", bos="yes"), ReceiverConfig(name="qwen", model="toy-qwen"))
+    return (
+        ReceiverConfig(name="llama", model="toy-llama", bos="yes"),
+        ReceiverConfig(name="qwen", model="toy-qwen"),
+    )
 
 
 class PromptConfig(Section):
@@ -143,9 +150,13 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> EncoderConfig:
         if self.d_model % (2 * self.heads):
-            raise ValueError(f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}")
+            raise ValueError(
+                f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}"
+            )
         if self.pretrained and self.model is None:
-            raise ValueError(f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model")
+            raise ValueError(
+                f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model"
+            )
         if self.span_ends == "sentences" and self.pooling != "spans":
             raise ValueError(
                 f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
@@ -155,7 +166,9 @@ class EncoderConfig(Section):
                 f"span_parts {self.span_parts} needs pooling spans and d_z as its multiple, got {self.pooling} and {self.d_z}; "
                 f"set them, or span_parts 1"
             )
-        if self.private_len and (self.pooling != "queries" or self.split != "none" or self.tokens_per_latent):
+        if self.private_len and (
+            self.pooling != "queries" or self.split != "none" or self.tokens_per_latent
+        ):
             raise ValueError(
                 f"private_len needs pooling queries, split none and tokens_per_latent null, got {self.pooling}, "
                 f"{self.split} and {self.tokens_per_latent}"

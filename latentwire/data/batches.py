@@ -62,14 +62,18 @@ class TrainingCollator:
         self.reconstruct, self.continue_ = RECONSTRUCT in controls, CONTINUE in controls
         self.needs_teacher = bool(teacher_reads(run.losses))
 
-    def __call__(self, table: pa.Table, step: int, *, own_length: bool = False) -> list[TrainingBatch]:
+    def __call__(
+        self, table: pa.Table, step: int, *, own_length: bool = False
+    ) -> list[TrainingBatch]:
         """``table``: shard columns, one row per example. No more micro-batches come than there are rows, none for none.
 
         ``step``: optimiser steps done so far, which decide how long the messages are, unless they have their ``own_length``,
         that of ``encoder.tokens_per_latent``, as in an evaluation.
         """
         size = max(1, -(-table.num_rows // self.training.accumulation))
-        coarsening, length = (None, None) if own_length else (self._coarsening(step), self._tokens_per_latent(step))
+        coarsening, length = (
+            (None, None) if own_length else (self._coarsening(step), self._tokens_per_latent(step))
+        )
         starts = range(0, table.num_rows, size)
         return [self._micro(table.slice(start, size), coarsening, length, step) for start in starts]
 
@@ -80,22 +84,37 @@ class TrainingCollator:
 
     def _tokens_per_latent(self, step: int) -> int | None:
         choices = self.training.tokens_per_latent
-        return random.Random(f"{self.training.seed} length {step}").choice(choices) if choices else None
+        return (
+            random.Random(f"{self.training.seed} length {step}").choice(choices)
+            if choices
+            else None
+        )
 
-    def _micro(self, table: pa.Table, coarsening: Coarsening | None, length: int | None, step: int) -> TrainingBatch:
+    def _micro(
+        self, table: pa.Table, coarsening: Coarsening | None, length: int | None, step: int
+    ) -> TrainingBatch:
         rows = table.to_pydict()
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
         message_R, first_M = once(whole)
         texts = {column: [values[row] for row in first_M] for column, values in rows.items()}
         cuts = map(cut, texts["context"], texts["id"]) if self.continue_ else ()
         parted = [pieces for pieces in cuts if pieces is not None]
-        ids = [whole[row] for row in first_M] + self.encoder.token_ids([before for before, _ in parted])
+        ids = [whole[row] for row in first_M] + self.encoder.token_ids(
+            [before for before, _ in parted]
+        )
         tokens = self.encoder.tokens_of(ids, coarsening, length)
         sequences, message_ids = {}, {}
         for name in self.builders:
             slots = self.encoder.slots(tokens, name)
-            sequences[name], message_ids[name] = self._read_by(name, rows, message_R, texts, parted, slots, step)
-        return TrainingBatch(tokens, sequences, message_ids, self._teachers(table, rows) if self.needs_teacher else {})
+            sequences[name], message_ids[name] = self._read_by(
+                name, rows, message_R, texts, parted, slots, step
+            )
+        return TrainingBatch(
+            tokens,
+            sequences,
+            message_ids,
+            self._teachers(table, rows) if self.needs_teacher else {},
+        )
 
     def _read_by(
         self,
@@ -125,10 +144,17 @@ class TrainingCollator:
             builder.message_ids(*ids)
             for ids in zip(texts[f"{name}_context_ids"], texts[f"{name}_question_ids"], strict=True)
         ]
-        before, after = (builder.tokenize([pair[part] for pair in parted], [], [])["context_ids"] for part in (0, 1))
+        before, after = (
+            builder.tokenize([pair[part] for pair in parted], [], [])["context_ids"]
+            for part in (0, 1)
+        )
         if self.asks:  # pretraining on texts alone asks nothing
-            asked = zip(message_R, rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True)
-            sequences += [builder.latent(slots[m], question, answer) for m, question, answer in asked]
+            asked = zip(
+                message_R, rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True
+            )
+            sequences += [
+                builder.latent(slots[m], question, answer) for m, question, answer in asked
+            ]
             messages += message_R
         for m, ids in enumerate(text_ids if self.reconstruct else ()):
             stretch, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
@@ -141,7 +167,10 @@ class TrainingCollator:
 
     def _teachers(self, table: pa.Table, rows: Mapping[str, list]) -> dict[str, Batch | Teacher]:
         """Return each receiver's predictions on the texts where the rows hold them, else the texts for it to read."""
-        return {n: teacher_of(table, n, self.losses) or collate(self._texts(n, rows)) for n in self.builders}
+        return {
+            n: teacher_of(table, n, self.losses) or collate(self._texts(n, rows))
+            for n in self.builders
+        }
 
     def _stretch(self, ids: list[int], seed: str) -> tuple[list[int], int]:
         """Return the stretch of a text that is recited, with the tokens given before it, and how many these are."""
@@ -188,6 +217,8 @@ def cut(text: str, row: str) -> tuple[str, str] | None:
 
 def padding(batches: Iterable[TrainingBatch]) -> tuple[int, int]:
     """Count the positions of the receivers' rows that are padding, and all positions."""
-    attention = [sequences.attention_BS for batch in batches for sequences in batch.sequences.values()]
+    attention = [
+        sequences.attention_BS for batch in batches for sequences in batch.sequences.values()
+    ]
     positions = sum(a.numel() for a in attention)
     return positions - sum(int(a.sum()) for a in attention), positions

@@ -56,7 +56,9 @@ class TrainedOn:
 
     def save(self, folder: Path) -> None:
         """Write the hashes beside a wire's weights."""
-        (folder / FILE).write_bytes(save({_KEY: self.hashes}))  # by save_file others could not read it
+        (folder / FILE).write_bytes(
+            save({_KEY: self.hashes})
+        )  # by save_file others could not read it
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -91,7 +93,9 @@ def of_shards(path: Place) -> np.ndarray:
 
 def document_hashes(names: Iterable[str]) -> np.ndarray:
     """Return a 64-bit hash of each name."""
-    digests = b"".join(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8] for name in names)
+    digests = b"".join(
+        hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8] for name in names
+    )
     return np.frombuffer(digests, "<i8").astype(np.int64)
 
 
@@ -101,7 +105,9 @@ def check_development(earlier: TrainedOn, source: str, names: Sequence[str]) -> 
     ``source``: the wire whose record it is; ``names``: each row's document. Where a stage of that wire left no record, a line says
     that this cannot be told.
     """
-    trained = dict(zip(names, np.isin(document_hashes(names), earlier.hashes).tolist(), strict=True))
+    trained = dict(
+        zip(names, np.isin(document_hashes(names), earlier.hashes).tolist(), strict=True)
+    )
     rows = sum(trained[name] for name in names)
     if rows:
         leaked = sorted(name for name, seen in trained.items() if seen)

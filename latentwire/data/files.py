@@ -84,7 +84,11 @@ class File:
     def splits(self) -> set[Split]:
         """The splits that its name, or else the nearest folder with such a word, names."""
         for part in reversed(self.parts):
-            splits = {split for split, words in SPLIT_WORDS.items() if any(_has(part, word) for word in words)}
+            splits = {
+                split
+                for split, words in SPLIT_WORDS.items()
+                if any(_has(part, word) for word in words)
+            }
             if splits:
                 return splits
         return set()
@@ -106,12 +110,22 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
         listing = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(_seen(listing, root), key=lambda file: file.path)
     readable = [file for file in files if file.extension in (".parquet", ".jsonl", ".json")]
-    if any(config.dataset == file.parts[0] and split in file.splits for file in readable if len(file.parts) > 1):
-        readable = [File(f.info, f.parts[1:]) for f in readable if len(f.parts) > 1 and f.parts[0] == config.dataset]
+    if any(
+        config.dataset == file.parts[0] and split in file.splits
+        for file in readable
+        if len(file.parts) > 1
+    ):
+        readable = [
+            File(f.info, f.parts[1:])
+            for f in readable
+            if len(f.parts) > 1 and f.parts[0] == config.dataset
+        ]
     chosen = _of_one_configuration(config, split, readable)
     for file in chosen:
         if len(file.splits) > 1:
-            raise DataError(f"{file.path} must be named after one split, it has words of two; rename it")
+            raise DataError(
+                f"{file.path} must be named after one split, it has words of two; rename it"
+            )
     if not chosen:
         words = SPLIT_WORDS[split]
         named = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
@@ -122,7 +136,9 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
         )
     places = [PurePosixPath("/", *file.parts) for file in chosen]
     shared = posixpath.commonpath([place.parent for place in places])
-    return system, {str(place.relative_to(shared)): file for place, file in zip(places, chosen, strict=True)}
+    return system, {
+        str(place.relative_to(shared)): file for place, file in zip(places, chosen, strict=True)
+    }
 
 
 def _seen(listing: Iterable[fs.FileInfo], root: str) -> Iterator[File]:
@@ -152,7 +168,9 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
         for file in files:
             if len(file.parts) > 1 and not any(_names(file, word) for word in known):
                 splits[file.parts[0]] |= file.splits
-        labels |= {folder for folder, held_splits in splits.items() if held_splits == SPLIT_WORDS.keys()}
+        labels |= {
+            folder for folder, held_splits in splits.items() if held_splits == SPLIT_WORDS.keys()
+        }
     if len(labels) > 1:
         listed = sorted(labels)
         raise DataError(
@@ -202,7 +220,9 @@ def _open(system: fs.FileSystem, path: str) -> io.BufferedReader:
 def pieces(config: DataConfig, split: Split) -> list[Piece]:
     """Return what tasks can read side by side. Raises :class:`DataError` for files without such data."""
     system, files = find(config, split)
-    return [piece for key, file in files.items() for piece in _pieces(system, file, key, config.dataset)]
+    return [
+        piece for key, file in files.items() for piece in _pieces(system, file, key, config.dataset)
+    ]
 
 
 def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterator[Piece]:
@@ -211,7 +231,9 @@ def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterat
         start = stop = 0
         for group in range(metadata.num_row_groups):  # decoded as a whole: one task reads it, once
             stop += metadata.row_group(group).num_rows
-            if stop - start >= PIECE_ROWS or (stop > start and group == metadata.num_row_groups - 1):
+            if stop - start >= PIECE_ROWS or (
+                stop > start and group == metadata.num_row_groups - 1
+            ):
                 yield Piece(file.path, start, stop, key, "parquet")
                 start = stop
     elif file.info.size:
@@ -246,7 +268,11 @@ def _has_rows(line: bytes) -> bool:
         document = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(document, dict) and isinstance(document.get("data"), list) and "question" not in document
+    return (
+        isinstance(document, dict)
+        and isinstance(document.get("data"), list)
+        and "question" not in document
+    )
 
 
 def open_parquet(system: fs.FileSystem, path: str, dataset: str) -> pq.ParquetFile:

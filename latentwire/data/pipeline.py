@@ -153,7 +153,11 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     read = len(order)
     if split == "validation":
         order = order[run.data.validation_skip :]
-    limits = {"train": run.data.samples, "dev": run.data.dev_samples, "validation": run.data.validation_samples}
+    limits = {
+        "train": run.data.samples,
+        "dev": run.data.dev_samples,
+        "validation": run.data.validation_samples,
+    }
     limit = limits[split] or None
     mean_bytes = size / max(1, len(every))
     left = len(order) - len(order[:limit])
@@ -163,18 +167,26 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
     first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
     last = int(order[-1])
-    held = np.bincount(_shard_of(every[(every >= first[0]) & (every <= last)], first), minlength=count)
+    held = np.bincount(
+        _shard_of(every[(every >= first[0]) & (every <= last)], first), minlength=count
+    )
     path.mkdir(parents=True, exist_ok=True)
     names = [f"{shard:05d}.parquet" for shard in range(count)]
     missing = {shard for shard, name in enumerate(names) if not (path / name).exists()}
     if missing:
         if len(missing) < count:
-            print(f"shards {split}: {count - len(missing)} of {count} files were there, going on", flush=True)
+            print(
+                f"shards {split}: {count - len(missing)} of {count} files were there, going on",
+                flush=True,
+            )
         written = (
             cleaned.map_batches(
-                functools.partial(_choose, first=first, last=last, missing=missing), batch_format="pyarrow"
+                functools.partial(_choose, first=first, last=last, missing=missing),
+                batch_format="pyarrow",
             )
-            .sort("order", boundaries=[int(value) for value in first])  # the block before the first shard is empty
+            .sort(
+                "order", boundaries=[int(value) for value in first]
+            )  # the block before the first shard is empty
             .map_batches(
                 functools.partial(_write, run=run, split=split, path=path, first=first, held=held),
                 batch_format="pyarrow",
@@ -186,7 +198,10 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
             done += 1
             if done < count and time.monotonic() - last_line >= LINE_SECONDS:
                 last_line = time.monotonic()
-                print(f"shards {split}: {done}/{count} files, {row['rows']:,} rows in the last", flush=True)
+                print(
+                    f"shards {split}: {done}/{count} files, {row['rows']:,} rows in the last",
+                    flush=True,
+                )
     manifest = _manifest(run, split, path, names, rejects) | {"left": left}
     if manifest["rows"] == 0:
         raise _nothing_left(run, split, rejects, read=read)
@@ -197,7 +212,10 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
 def _nothing_left(
     run: RunConfig, split: shards.ShardSplit, rejects: list[dict[str, Any]], *, read: int
 ) -> sources.DataError:
-    cause = "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items()) or "the source is empty"
+    cause = (
+        "; ".join(f"{count} × {reason}" for reason, count in _reasons(rejects).items())
+        or "the source is empty"
+    )
     if split == "dev" and not rejects:  # those of the training source are reported with train
         cause = (
             f"no document with rows that fit is in data.dev_fraction {run.data.dev_fraction}; raise it, or give more "
@@ -205,7 +223,9 @@ def _nothing_left(
         )
     if split == "validation" and 0 < read <= run.data.validation_skip:
         cause = f"data.validation_skip {run.data.validation_skip:,} passes over all {read:,} of them; lower it"
-    return sources.DataError(f"{run.data.dataset} {split} must leave at least one row, got none ({cause})")
+    return sources.DataError(
+        f"{run.data.dataset} {split} must leave at least one row, got none ({cause})"
+    )
 
 
 def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
@@ -215,12 +235,16 @@ def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------- first pass
 
 
-def _read_and_clean(batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit) -> Iterator[pa.Table]:
+def _read_and_clean(
+    batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit
+) -> Iterator[pa.Table]:
     """Yield one piece's rows of this split in common columns, or with a reason."""
     piece = sources.Piece(**{name: values.tolist()[0] for name, values in batch.items()})
     source = shards.source_of(split)
     block: list[dict[str, Any]] = []
-    for row in _cleaned(run, source, piece, together=split == "train" and run.training.questions_together):
+    for row in _cleaned(
+        run, source, piece, together=split == "train" and run.training.questions_together
+    ):
         if _belongs(row, run, split):
             block.append(row)
         if len(block) == BLOCK_ROWS:
@@ -237,14 +261,24 @@ def _cleaned(
         order = _hash(f"{data.seed} {number} {file}")
         try:
             row = sources.clean(raw, data.dataset)
-            if not data.source.has_questions:  # a paragraph that several rows hold has one place, where it is kept once
+            if (
+                not data.source.has_questions
+            ):  # a paragraph that several rows hold has one place, where it is kept once
                 order = _hash(f"{data.seed} {row['id']}")
             elif together:
-                order = _hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS | order % 2**ROW_BITS
+                order = (
+                    _hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS
+                    | order % 2**ROW_BITS
+                )
             yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))
         except sources.RowError as error:
             shown = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
-            yield {"order": order, "reason": str(error), "id": f"{file} row {number}", "context": shown[:500]}
+            yield {
+                "order": order,
+                "reason": str(error),
+                "id": f"{file} row {number}",
+                "context": shown[:500],
+            }
 
 
 def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
@@ -275,7 +309,9 @@ def _belongs(row: dict[str, Any], run: RunConfig, split: shards.ShardSplit) -> b
 
 
 def _hash(text: str) -> int:
-    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[: HASH_BITS // 4], 16)
+    return int(
+        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[: HASH_BITS // 4], 16
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- second pass
@@ -297,7 +333,12 @@ def _choose(table: pa.Table, first: np.ndarray, last: int, missing: set[int]) ->
 
 
 def _write(
-    table: pa.Table, run: RunConfig, split: shards.ShardSplit, path: Place, first: np.ndarray, held: np.ndarray
+    table: pa.Table,
+    run: RunConfig,
+    split: shards.ShardSplit,
+    path: Place,
+    first: np.ndarray,
+    held: np.ndarray,
 ) -> pa.Table:
     """Tokenise one shard's rows, write its file, and return how many rows it holds."""
     if table.num_rows == 0:
@@ -313,7 +354,11 @@ def _write(
     truncated = table["truncated"]
     table, reason = _tokenise(table.drop_columns(["order", "truncated"]), run, split)
     good = pc.equal(reason, "")
-    rejects = table.append_column("reason", reason).filter(pc.invert(good)).select(["reason", "id", "context"])
+    rejects = (
+        table.append_column("reason", reason)
+        .filter(pc.invert(good))
+        .select(["reason", "id", "context"])
+    )
     table = table.filter(good)
     counts = {
         "rows": table.num_rows,
@@ -322,7 +367,10 @@ def _write(
         "lengths": _lengths(table),
     }
     table = table.replace_schema_metadata({FOOTER: json.dumps(counts)})
-    write(path / f"{shard:05d}.parquet", lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
+    write(
+        path / f"{shard:05d}.parquet",
+        lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP),
+    )
     return pa.table({"rows": [table.num_rows]})
 
 
@@ -332,12 +380,16 @@ def _once(table: pa.Table) -> pa.Table:
     return table.take(np.sort(places))
 
 
-def _tokenise(table: pa.Table, run: RunConfig, split: shards.ShardSplit) -> tuple[pa.Table, pa.Array]:
+def _tokenise(
+    table: pa.Table, run: RunConfig, split: shards.ShardSplit
+) -> tuple[pa.Table, pa.Array]:
     """Add each receiver's ids of context, question and first gold answer, and in training those that the encoder reads.
 
     Returns the table, and each row's reason not to be used, empty where there is none.
     """
-    context, question, golds = (table[name].to_pylist() for name in ("context", "question", "answers"))
+    context, question, golds = (
+        table[name].to_pylist() for name in ("context", "question", "answers")
+    )
     answers = [texts[0] if texts else "" for texts in golds]
     reasons = [""] * table.num_rows
     columns: dict[str, pa.Array] = {}
@@ -392,14 +444,19 @@ def _encoder_tokenizer(run_json: str) -> Any:
 
 
 def _manifest(
-    run: RunConfig, split: shards.ShardSplit, path: Place, names: list[str], rejects: list[dict[str, Any]]
+    run: RunConfig,
+    split: shards.ShardSplit,
+    path: Place,
+    names: list[str],
+    rejects: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return counts, hashes and lengths of all files; the rejects of both passes are written beside them."""
     key, spec = shards.shard_key(run, split)
     footers = [json.loads(read_footer(path / name).metadata[FOOTER]) for name in names]
     rejects = [*rejects, *(row for footer in footers for row in footer["rejects"])]
     lines = [
-        json.dumps({"reason": row["reason"], "id": row["id"], "row": (row["context"] or "")[:500]}) for row in rejects
+        json.dumps({"reason": row["reason"], "id": row["id"], "row": (row["context"] or "")[:500]})
+        for row in rejects
     ]
     write_text(path / "rejects.jsonl", "".join(f"{line}\n" for line in lines))
     lengths = {}

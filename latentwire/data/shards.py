@@ -41,7 +41,11 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     data = run.data.model_dump(include=set(paths_with("shards", "value", DataConfig)))
     # A split is not made anew because another split's size changes.
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
-    data = {name: value for name, value in data.items() if name == sizes[split] or name not in sizes.values()}
+    data = {
+        name: value
+        for name, value in data.items()
+        if name == sizes[split] or name not in sizes.values()
+    }
     if split != "validation" or not run.data.validation_skip:
         del data["validation_skip"]  # shards are older than this knob, and keep their names
     if split == "validation":
@@ -82,7 +86,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def shard_path(run: RunConfig, split: ShardSplit) -> Place:
     """Return the directory of a split's shards, whether they are there or not."""
-    return place(run.data.shard_dir).absolute() / f"{run.data.dataset}-{split}-{shard_key(run, split)[0]}"
+    return (
+        place(run.data.shard_dir).absolute()
+        / f"{run.data.dataset}-{split}-{shard_key(run, split)[0]}"
+    )
 
 
 def read_manifest(path: Place) -> dict[str, Any]:

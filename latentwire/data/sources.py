@@ -36,7 +36,9 @@ def pieces(config: DataConfig, split: Split) -> list[Piece]:
     if config.data_dir is not None:
         return files.pieces(config, split)
     if config.source.generate is None and config.source.hub_id is None:
-        raise DataError(f"dataset {config.dataset} needs the directory of its files, got none; name it by --data_dir")
+        raise DataError(
+            f"dataset {config.dataset} needs the directory of its files, got none; name it by --data_dir"
+        )
     return [Piece(config.dataset)]
 
 
@@ -64,7 +66,9 @@ def fingerprint(config: DataConfig, split: Split) -> str:
     system, keyed = files.find(config, split)
     for key, file in keyed.items():
         digest.update(key.encode())
-        if not isinstance(system, fs.LocalFileSystem):  # reading it all would cost as much as the work that it saves
+        if not isinstance(
+            system, fs.LocalFileSystem
+        ):  # reading it all would cost as much as the work that it saves
             digest.update(f"{file.info.size} {file.info.mtime_ns}".encode())
             continue
         with open(file.path, "rb") as stream:

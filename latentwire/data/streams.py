@@ -27,7 +27,11 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
     ``continued``: another trial on the same rows has a continuation loss.
     """
     pieces = ("context", "question", "answer")
-    columns = ["id", "sender_bytes", *(f"{r.name}_{piece}_ids" for r in run.receivers for piece in pieces)]
+    columns = [
+        "id",
+        "sender_bytes",
+        *(f"{r.name}_{piece}_ids" for r in run.receivers for piece in pieces),
+    ]
     if run.training.questions_together:
         columns.append("sender_hash")
     if run.encoder.pretrained:
@@ -38,7 +42,11 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
 
 
 def read_joined(
-    name: str, train: Place, teacher_paths: Mapping[str, Place], columns: Sequence[str], rows: int | None = None
+    name: str,
+    train: Place,
+    teacher_paths: Mapping[str, Place],
+    columns: Sequence[str],
+    rows: int | None = None,
 ) -> Iterator[pa.Table]:
     """Yield one shard file's rows with the columns of all teachers.
 
@@ -61,11 +69,16 @@ def read_joined(
 def training_table(run: RunConfig, train: Place) -> pa.Table:
     """Read all training rows into memory."""
     teacher_paths, columns = teachers.paths(run, train), training_columns(run)
-    files = [read_joined(name, train, teacher_paths, columns) for name in shards.read_manifest(train)["files"]]
+    files = [
+        read_joined(name, train, teacher_paths, columns)
+        for name in shards.read_manifest(train)["files"]
+    ]
     return pa.concat_tables(itertools.chain.from_iterable(files))
 
 
-def ray_dataset(train: Place, teacher_paths: Mapping[str, Place], columns: Sequence[str], *, in_memory: bool) -> Any:
+def ray_dataset(
+    train: Place, teacher_paths: Mapping[str, Place], columns: Sequence[str], *, in_memory: bool
+) -> Any:
     """Return training rows as a Ray Dataset; Ray must be running.
 
     Rows come in the order of the files and of their rows, whichever task ends first: a run that is
@@ -89,7 +102,9 @@ def ray_dataset(train: Place, teacher_paths: Mapping[str, Place], columns: Seque
     if in_memory:
         footers = [read_footer(train / name) for name in names]
         size = sum(
-            footer.row_group(group).total_byte_size for footer in footers for group in range(footer.num_row_groups)
+            footer.row_group(group).total_byte_size
+            for footer in footers
+            for group in range(footer.num_row_groups)
         )
         room = ray.cluster_resources().get("object_store_memory", 0.0)
         if size > room:
@@ -97,7 +112,9 @@ def ray_dataset(train: Place, teacher_paths: Mapping[str, Place], columns: Seque
                 f"training rows in memory must fit the object store, got {size / 1e9:.1f} GB for {room / 1e9:.1f} GB; "
                 f"set data.in_memory false to stream them from {train}, or add nodes"
             )
-    read = functools.partial(_read_file, train=train, teacher_paths=dict(teacher_paths), columns=list(columns))
+    read = functools.partial(
+        _read_file, train=train, teacher_paths=dict(teacher_paths), columns=list(columns)
+    )
     files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names))
     dataset = files.map_batches(read, batch_size=1)
     dataset.context.execution_options.preserve_order = True
@@ -123,7 +140,9 @@ def shuffled_batches(
     only = table.num_rows < size
     for start, part in _parts(table, training, seed, size):
         for batch in length_buckets(part, size, seed + start, keep_short=only):
-            ends = [batch.num_rows * place // world for place in (rank, rank + 1)]  # neighbours may share a context
+            ends = [
+                batch.num_rows * place // world for place in (rank, rank + 1)
+            ]  # neighbours may share a context
             yield batch.slice(ends[0], ends[1] - ends[0])
 
 
@@ -139,7 +158,9 @@ def streamed_batches(
         window = -(-SHUFFLE_ROWS // drawn) * drawn
         tables = stream.iter_batches(batch_size=window, batch_format="pyarrow")
         parts = (
-            part for number, table in enumerate(tables) for _, part in _parts(table, training, seed + number, size)
+            part
+            for number, table in enumerate(tables)
+            for _, part in _parts(table, training, seed + number, size)
         )
     else:
         parts = stream.iter_batches(
@@ -156,7 +177,9 @@ def streamed_batches(
         yield pa.table({})
 
 
-def _parts(table: pa.Table, training: TrainingConfig, seed: int, size: int) -> Iterator[tuple[int, pa.Table]]:
+def _parts(
+    table: pa.Table, training: TrainingConfig, seed: int, size: int
+) -> Iterator[tuple[int, pa.Table]]:
     """Yield the rows in an order drawn by ``seed``, a part for every ``bucket_batches`` batches, each with its first place.
 
     Groups of rows are shuffled: single rows, or, where questions go together, neighbours with one
@@ -177,7 +200,9 @@ def _parts(table: pa.Table, training: TrainingConfig, seed: int, size: int) -> I
         yield start, table.take(order[start : start + rows])
 
 
-def length_buckets(table: pa.Table, size: int, seed: int, *, keep_short: bool = False) -> Iterator[pa.Table]:
+def length_buckets(
+    table: pa.Table, size: int, seed: int, *, keep_short: bool = False
+) -> Iterator[pa.Table]:
     """Yield whole batches of ``size`` rows whose sender texts are about as long, in an order drawn by ``seed``.
 
     Rows that fill no batch are left out, before the sorting so that no length is favoured; ``keep_short`` keeps them

@@ -66,7 +66,9 @@ def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Plac
         "weights": _weights(receiver),
         "reads": [receiver.dtype, receiver.quantization, receiver.revision],
         "k": most_tokens(losses),
-        "tokens": [losses.kd_top_k, losses.kd_temperature] if "logits" in teacher_reads(losses) else None,
+        "tokens": [losses.kd_top_k, losses.kd_temperature]
+        if "logits" in teacher_reads(losses)
+        else None,
         "depths": state_depths(losses) or None,
     }
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
@@ -84,7 +86,9 @@ def _weights(receiver: ReceiverConfig) -> Any:
 
 def paths(run: RunConfig, train: Place) -> dict[str, Place]:
     """Return receiver → directory of its columns; empty where the run needs none."""
-    return {r.name: teacher_path(run, r, train) for r in run.receivers} if needed(run.losses) else {}
+    return (
+        {r.name: teacher_path(run, r, train) for r in run.receivers} if needed(run.losses) else {}
+    )
 
 
 def complete(run: RunConfig, train: Place) -> bool:
@@ -125,15 +129,28 @@ def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str
     return directories
 
 
-def _make(run: RunConfig, receiver: ReceiverConfig, train: Place, path: Place, missing: list[str], gpus: float) -> None:
+def _make(
+    run: RunConfig,
+    receiver: ReceiverConfig,
+    train: Place,
+    path: Place,
+    missing: list[str],
+    gpus: float,
+) -> None:
     import ray
     import ray.data
 
     quiet_ray_data()
     cpus = run.training.cpus_per_worker
-    room = ray.cluster_resources().get("GPU", 0.0) / gpus if gpus else ray.cluster_resources().get("CPU", 1.0) / cpus
+    room = (
+        ray.cluster_resources().get("GPU", 0.0) / gpus
+        if gpus
+        else ray.cluster_resources().get("CPU", 1.0) / cpus
+    )
     readers = max(1, min(len(missing), int(room)))
-    done = ray.data.from_items([{"file": name} for name in missing], override_num_blocks=len(missing)).map_batches(
+    done = ray.data.from_items(
+        [{"file": name} for name in missing], override_num_blocks=len(missing)
+    ).map_batches(
         TeacherReader,
         fn_constructor_args=(run.model_dump(mode="json"), receiver.name, str(train), str(path)),
         batch_size=1,
@@ -157,7 +174,9 @@ class TeacherReader:
         use_threads(self.run.training.cpus_per_worker)
         receiver = next(receiver for receiver in self.run.receivers if receiver.name == name)
         self.lm = LMWrapper(receiver)
-        self.builder = PromptBuilder(self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send)
+        self.builder = PromptBuilder(
+            self.lm.tokenizer, receiver, self.run.prompt, self.run.data.send
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Write the columns of shard files; ``batch["file"]`` holds their names."""
@@ -167,7 +186,9 @@ class TeacherReader:
         return batch
 
 
-def read_columns(lm: LMWrapper, builder: PromptBuilder, run: RunConfig, table: pa.Table) -> pa.Table:
+def read_columns(
+    lm: LMWrapper, builder: PromptBuilder, run: RunConfig, table: pa.Table
+) -> pa.Table:
     """Return one receiver's teacher columns for shard rows, in their order.
 
     ``<name>_teacher_count`` is a row's number of supervised positions that the others describe, K at
@@ -177,22 +198,39 @@ def read_columns(lm: LMWrapper, builder: PromptBuilder, run: RunConfig, table: p
     """
     losses, k = run.losses, most_tokens(run.losses)
     depths = state_depths(losses)
-    rows = table.select([f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]).to_pydict()
+    rows = table.select(
+        [f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]
+    ).to_pydict()
     sequences = [builder.text(*pieces) for pieces in zip(*rows.values(), strict=True)]
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # alike in length, so little padding
+    order = sorted(
+        range(len(sequences)), key=lambda i: len(sequences[i].ids)
+    )  # alike in length, so little padding
     outputs: list[dict[str, np.ndarray]] = [{}] * len(sequences)
     for start in range(0, len(order), BATCH_ROWS):
         chosen = order[start : start + BATCH_ROWS]
-        batch = collate(replace(sequences[i], supervised=sequences[i].supervised[:k]) for i in chosen).to(lm.device)
+        batch = collate(
+            replace(sequences[i], supervised=sequences[i].supervised[:k]) for i in chosen
+        ).to(lm.device)
         with torch.no_grad():
             hidden_ND, states = lm.supervised_states(lm.read_head(batch), None, depths)
             tensors = _tensors(lm, hidden_ND, states, losses)
         for number, index in enumerate(chosen):
             in_row_N = (batch.row_N == number).cpu()
-            outputs[index] = {name: tensor[in_row_N].flatten().numpy() for name, tensor in tensors.items()}
-    types = {"ids": pa.int32(), "log_p": pa.float16(), "log_tail": pa.float16(), "states": pa.float16()}
-    columns = {name: pa.array([row[name] for row in outputs], pa.list_(types[name])) for name in outputs[0]}
-    columns["count"] = pa.array([len(sequence.supervised[:k]) for sequence in sequences], pa.int32())
+            outputs[index] = {
+                name: tensor[in_row_N].flatten().numpy() for name, tensor in tensors.items()
+            }
+    types = {
+        "ids": pa.int32(),
+        "log_p": pa.float16(),
+        "log_tail": pa.float16(),
+        "states": pa.float16(),
+    }
+    columns = {
+        name: pa.array([row[name] for row in outputs], pa.list_(types[name])) for name in outputs[0]
+    }
+    columns["count"] = pa.array(
+        [len(sequence.supervised[:k]) for sequence in sequences], pa.int32()
+    )
     return pa.table({f"{lm.name}_teacher_{name}": column for name, column in columns.items()})
 
 
@@ -203,7 +241,11 @@ def _tensors(
     if compares_top_k(losses):
         rows = teacher_rows(lm.logits(hidden_ND), losses.kd_temperature, losses.kd_top_k)
         assert rows.ids_NK is not None and rows.log_tail_N is not None
-        tensors = {"ids": rows.ids_NK.int(), "log_p": rows.log_p_NK.half(), "log_tail": rows.log_tail_N.half()}
+        tensors = {
+            "ids": rows.ids_NK.int(),
+            "log_p": rows.log_p_NK.half(),
+            "log_tail": rows.log_tail_N.half(),
+        }
     if states:
         tensors["states"] = torch.stack([normalised(state_ND) for state_ND in states], 1).half()
     return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -222,11 +264,21 @@ def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None
     first_column = {"logits": f"{name}_teacher_ids", "states": f"{name}_teacher_states"}
     if not reads or any(first_column[read] not in table.column_names for read in reads):
         return None
-    answers, counts = table[f"{name}_answer_ids"].to_pylist(), table[f"{name}_teacher_count"].to_pylist()
-    has_columns_N = torch.cat([torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)])
+    answers, counts = (
+        table[f"{name}_answer_ids"].to_pylist(),
+        table[f"{name}_teacher_count"].to_pylist(),
+    )
+    has_columns_N = torch.cat(
+        [torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)]
+    )
 
     def spread(column: str, dtype: torch.dtype) -> torch.Tensor:
-        flat = table[f"{name}_teacher_{column}"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        flat = (
+            table[f"{name}_teacher_{column}"]
+            .combine_chunks()
+            .flatten()
+            .to_numpy(zero_copy_only=False)
+        )
         values_ME = torch.from_numpy(flat.copy()).to(dtype).view(int(has_columns_N.sum()), -1)
         empty_NE = torch.zeros(len(has_columns_N), values_ME.shape[1], dtype=dtype)
         return empty_NE.masked_scatter(has_columns_N[:, None], values_ME)
@@ -235,7 +287,9 @@ def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None
     states: tuple[torch.Tensor, ...] = ()
     if "logits" in reads:
         tail_N = spread("log_tail", torch.float32).squeeze(1)
-        rows = TeacherRows(spread("ids", torch.long), spread("log_p", torch.float32), tail_N, losses.kd_temperature)
+        rows = TeacherRows(
+            spread("ids", torch.long), spread("log_p", torch.float32), tail_N, losses.kd_temperature
+        )
     if "states" in reads:
         states_NE = spread("states", torch.float32)
         states = states_NE.view(len(states_NE), len(losses.hidden_kd_depths), -1).unbind(1)

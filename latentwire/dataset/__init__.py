@@ -17,7 +17,10 @@ __all__ = ["DATASETS", "Dataset", "Row", "RowError", "answers_of", "clean", "par
 
 
 def _registered() -> dict[str, Dataset]:
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    modules = [
+        importlib.import_module(f"{__name__}.{module.name}")
+        for module in pkgutil.iter_modules(__path__)
+    ]
     datasets = [module.DATASET for module in modules if hasattr(module, "DATASET")]
     return {dataset.name: dataset for dataset in datasets}
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from latentwire.config import DataConfig
 
-QUESTION_COLUMNS = (frozenset({"context"}), frozenset({"question"}), frozenset({"answers", "answer"}))
+QUESTION_COLUMNS = (
+    frozenset({"context"}),
+    frozenset({"question"}),
+    frozenset({"answers", "answer"}),
+)
 """Columns of a Parquet file with questions and answers."""
 
 
@@ -34,7 +38,9 @@ class Dataset:
     """The configuration that is read from the Hub unless ``data.config`` names another."""
     has_questions: bool = True
     """Without questions a text is read once, however many rows hold it, and nothing is scored."""
-    generate: Callable[[DataConfig, Literal["train", "validation"]], Iterator[dict[str, Any]]] | None = None
+    generate: (
+        Callable[[DataConfig, Literal["train", "validation"]], Iterator[dict[str, Any]]] | None
+    ) = None
     """Makes the rows of a split by ``data.seed``, for a dataset that reads no files."""
     version: int | None = None
     """Version of the rows that ``generate`` makes: one more wherever the same seed gives other rows."""

@@ -5,4 +5,6 @@ from __future__ import annotations
 from latentwire.dataset.base import Dataset
 from latentwire.dataset.squad import clean
 
-DATASET = Dataset(name="custom", description="files of its trainer's own, with questions", clean=clean)
+DATASET = Dataset(
+    name="custom", description="files of its trainer's own, with questions", clean=clean
+)

@@ -37,7 +37,9 @@ def paragraphs(context: Any) -> str:
         raise RowError(f"context must hold titles and sentences, got {type(context).__name__}")
     lines = []
     for title, sentences in titled:
-        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        if not isinstance(sentences, list) or not all(
+            isinstance(sentence, str) for sentence in sentences
+        ):
             raise RowError("sentences must be lists of text")
         body = "".join(sentences).strip()
         if body:

@@ -75,7 +75,9 @@ def answers_of(row: dict[str, Any]) -> list[str]:
     for answer in answers:
         text = answer.get("text") if isinstance(answer, dict) else answer
         if not isinstance(text, str):
-            raise RowError(f"answers must be text or a list of text, got a list of {type(text).__name__}")
+            raise RowError(
+                f"answers must be text or a list of text, got a list of {type(text).__name__}"
+            )
         texts.append(text)
     return texts
 

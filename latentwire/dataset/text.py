@@ -20,7 +20,13 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
     text = text_of(row, name) if value is None or isinstance(value, str) else paragraphs(value)
     supporting = supporting_titles(row.get("supporting_facts"))
     document = row.get("title") or row.get("document") or supporting or digest(text)
-    return {"id": digest(text), "document": str(document), "context": text, "question": "", "answers": []}
+    return {
+        "id": digest(text),
+        "document": str(document),
+        "context": text,
+        "question": "",
+        "answers": [],
+    }
 
 
 DATASET = Dataset(

@@ -83,7 +83,10 @@ def facts(rng: random.Random, people: int, kinds: int) -> Facts:
     names = rng.sample(NAMES, people)
     drawn = []
     for kind in rng.sample(KINDS, kinds):
-        drawn += [(name, kind, value) for name, value in zip(names, rng.sample(kind.values, people), strict=True)]
+        drawn += [
+            (name, kind, value)
+            for name, value in zip(names, rng.sample(kind.values, people), strict=True)
+        ]
     rng.shuffle(drawn)
     return drawn
 
@@ -93,7 +96,9 @@ def context_of(drawn: Facts) -> str:
     return " ".join(kind.fact.format(name=name, value=value) for name, kind, value in drawn)
 
 
-def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2, questions: int = 1) -> Iterator[dict[str, Any]]:
+def toy_rows(
+    count: int, *, seed: int, people: int = 3, kinds: int = 2, questions: int = 1
+) -> Iterator[dict[str, Any]]:
     """Yield ``count`` rows with ``id``, ``document``, ``context``, ``question`` and ``answers``; the seed decides them.
 
     ``people`` and ``kinds`` are 1 to 4, ``questions`` to a context 1 to their product. A context is a document of its own.
@@ -101,7 +106,9 @@ def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2, question
     rng = random.Random(f"toy {seed}")
     for first in range(0, count, questions):
         drawn = facts(rng, people, kinds)
-        for number, (name, kind, value) in enumerate(rng.sample(drawn, questions)[: count - first], start=first):
+        for number, (name, kind, value) in enumerate(
+            rng.sample(drawn, questions)[: count - first], start=first
+        ):
             yield {
                 "id": f"toy-{seed}-{number}",
                 "document": f"toy-{seed}-{first}",
@@ -114,12 +121,16 @@ def toy_rows(count: int, *, seed: int, people: int = 3, kinds: int = 2, question
 def generate(data: DataConfig, split: Literal["train", "validation"]) -> Iterator[dict[str, Any]]:
     """Yield a split's rows: of training rows enough, with a margin, when the development documents are taken out."""
     if split == "train":
-        count = round((data.samples or 20_000) / (1 - data.dev_fraction) * 1.1) + 4 * data.dev_samples
+        count = (
+            round((data.samples or 20_000) / (1 - data.dev_fraction) * 1.1) + 4 * data.dev_samples
+        )
     else:
         count = (data.validation_samples or 512) + data.validation_skip
     seed = 2 * data.seed + (split == "validation")  # the two streams never share a seed
     questions = data.toy_questions if split == "train" else 1
-    return toy_rows(count, seed=seed, people=data.toy_people, kinds=data.toy_kinds, questions=questions)
+    return toy_rows(
+        count, seed=seed, people=data.toy_people, kinds=data.toy_kinds, questions=questions
+    )
 
 
 DATASET = Dataset(

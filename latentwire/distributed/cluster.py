@@ -63,7 +63,9 @@ def check_reached(address: str) -> None:
     if named is None:
         return
     try:
-        with socket.create_connection((named["host"].strip("[]"), int(named["port"])), CONNECT_SECONDS):
+        with socket.create_connection(
+            (named["host"].strip("[]"), int(named["port"])), CONNECT_SECONDS
+        ):
             pass
     except OSError as error:
         raise ClusterError(

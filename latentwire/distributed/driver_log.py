@@ -25,7 +25,16 @@ from latentwire.distributed.worker_output import PROGRESS, TOLD
 from latentwire.models.weights import cache_dir
 from latentwire.storage import Place
 
-LIBRARIES = ("ray", "ray.data", "ray.train", "ray.tune", "optuna", "mlflow", "alembic", "py.warnings")
+LIBRARIES = (
+    "ray",
+    "ray.data",
+    "ray.train",
+    "ray.tune",
+    "optuna",
+    "mlflow",
+    "alembic",
+    "py.warnings",
+)
 """Loggers whose records go into the file."""
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TRAIN_WORKER = "RayTrainWorker"
@@ -134,7 +143,9 @@ class DriverLog:
             return
         if self.training and batch.get("actor_name") == TRAIN_WORKER and not batch["is_err"]:
             print("\n".join(others), flush=True)
-        elif self.verbose or batch.get("pid") == "autoscaler":  # of nodes that come or cannot be had
+        elif (
+            self.verbose or batch.get("pid") == "autoscaler"
+        ):  # of nodes that come or cannot be had
             rays_worker.print_worker_logs(batch | {"lines": others}, sys.stdout)
 
     def _count(self, text: str) -> None:
@@ -160,7 +171,9 @@ LOG = DriverLog()
 
 
 def _is_of_a_console(handler: logging.Handler) -> bool:
-    plain = isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    plain = isinstance(handler, logging.StreamHandler) and not isinstance(
+        handler, logging.FileHandler
+    )
     return plain and getattr(handler, "stream", None) is not LOG
 
 

@@ -37,7 +37,9 @@ def local_shards(
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:
-            teachers.ensure_teachers(run, paths["train"], run.training.gpus_each(ray.cluster_resources()))
+            teachers.ensure_teachers(
+                run, paths["train"], run.training.gpus_each(ray.cluster_resources())
+            )
         return paths
     finally:
         ray.shutdown()

@@ -27,7 +27,9 @@ def remove_orphaned_groups() -> list[str]:
     """
     with _this_cluster():
         # Jobs and actors after the groups: those that have ended by then can use none of them.
-        groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], limit=AT_MOST, detail=True)
+        groups = list_placement_groups(
+            filters=[("state", "!=", "REMOVED")], limit=AT_MOST, detail=True
+        )
         if not groups:
             return []
         living = list_actors(filters=[("state", "!=", "DEAD")], limit=AT_MOST)
@@ -45,8 +47,14 @@ def orphaned(
     An actor may outlive its job on purpose, and so may the groups that it made: those are detached,
     and are left out.
     """
-    ended = {job.job_id for job in jobs if job.status.is_terminal()} - {actor.job_id for actor in living}
-    return [group.placement_group_id for group in groups if not group.is_detached and group.creator_job_id in ended]
+    ended = {job.job_id for job in jobs if job.status.is_terminal()} - {
+        actor.job_id for actor in living
+    }
+    return [
+        group.placement_group_id
+        for group in groups
+        if not group.is_detached and group.creator_job_id in ended
+    ]
 
 
 @contextmanager

@@ -54,7 +54,9 @@ def score_and_export(
 
         shown.enter_context(LOG.listening(show))
         watch = ProgressTeller(SCORING)
-        return on_cluster(run, gpus, scoring.score_and_export, checkpoint, validation, export, watch)
+        return on_cluster(
+            run, gpus, scoring.score_and_export, checkpoint, validation, export, watch
+        )
 
 
 def measure_rate(run: RunConfig, gpus: float) -> float:

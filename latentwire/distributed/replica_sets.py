@@ -36,7 +36,9 @@ good."""
 class Fleet:
     """The replicas of every receiver of a run, in sets of one of each."""
 
-    def __init__(self, run: RunConfig, sharing: Sharing, expected: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, run: RunConfig, sharing: Sharing, expected: Mapping[str, str] | None
+    ) -> None:
         """``expected``: hashes that the weights must have."""
         self.run, self.sharing, self.expected = run, sharing, expected
         self.served: dict[str, list[Served]] = {receiver.name: [] for receiver in run.receivers}
@@ -81,7 +83,9 @@ class Fleet:
     def _begin(self, sets: int) -> None:
         group = {"asking": 2 * ASKING, "reporting": 2}
         remote = ray.remote(concurrency_groups=group)(ReplicaActor)
-        settings = self.run.training.model_dump(mode="json", include={"gradient_checkpointing", "compile"})
+        settings = self.run.training.model_dump(
+            mode="json", include={"gradient_checkpointing", "compile"}
+        )
         for _ in range(self.sets, sets):
             for receiver in self.run.receivers:
                 actor = remote.options(
@@ -91,9 +95,16 @@ class Fleet:
                     max_restarts=-1,
                     max_task_retries=-1,
                     runtime_env={"env_vars": ZERO_COPY},
-                ).remote(receiver.model_dump(mode="json"), settings, self.sharing.most_positions, self.sharing.threads)
+                ).remote(
+                    receiver.model_dump(mode="json"),
+                    settings,
+                    self.sharing.most_positions,
+                    self.sharing.threads,
+                )
                 self._begun[receiver.name].append(actor)
-                self._joining.append((receiver.name, actor, actor.node.remote(), actor.facts.remote()))
+                self._joining.append(
+                    (receiver.name, actor, actor.node.remote(), actor.facts.remote())
+                )
         self.sets = max(self.sets, sets)
 
     def _wait_for_room(self, minutes: float) -> None:
@@ -129,7 +140,9 @@ class Fleet:
         expected = self.hashes.setdefault(name, fingerprint)
         if fingerprint != expected:
             source = " as in the manifest" if self.expected else ", as the first has"
-            raise ReceiverError(f"replicas of receiver {name} must have hash {expected}{source}, got {fingerprint}")
+            raise ReceiverError(
+                f"replicas of receiver {name} must have hash {expected}{source}, got {fingerprint}"
+            )
         self.served[name].append(Served(ray.get(node), actor))
 
     # -------------------------------------------------------------------------------- while it runs
@@ -146,7 +159,10 @@ class Fleet:
         self._begin(self._sets_on(ray.cluster_resources()))
         for joining in [joining for joining in self._joining if _is_there(joining[3])]:
             self._join(*joining)
-            print(f"shared receivers: {joining[0]} has {len(self.served[joining[0]])} replicas now", flush=True)
+            print(
+                f"shared receivers: {joining[0]} has {len(self.served[joining[0]])} replicas now",
+                flush=True,
+            )
         for served in self.served.values():
             served[0].actor.meet.remote(list(served))
 
@@ -184,7 +200,9 @@ def _is_there(reference: Any) -> bool:
 
 def _answers(references: Sequence[Any]) -> list[Any]:
     """Return the answers that come within :data:`ANSWER_SECONDS`."""
-    return ray.get(ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)[0])
+    return ray.get(
+        ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)[0]
+    )
 
 
 @contextmanager
@@ -214,7 +232,10 @@ def serving(
 def usage(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     """Describe in one line what a receiver's replicas did."""
     accounts = [account for report in reports for account in report["accounts"].values()]
-    total = {name: sum(account[name] for account in accounts) for name in ("requests", "joined", "seconds", "waited")}
+    total = {
+        name: sum(account[name] for account in accounts)
+        for name in ("requests", "joined", "seconds", "waited")
+    }
     passes = sum(report["passes"] for report in reports)
     return (
         f"shared {name}: {total['requests']:,} requests of {len(accounts)} trials in {passes:,} "

@@ -29,7 +29,10 @@ ANSWER_SECONDS = 10
 """Seconds that a trial waits for a replica to say which others there are."""
 
 # Tensors that came through shared memory are read-only, and nothing here writes into one.
-for message in ("Zero-copy tensor serialization is enabled", "The given NumPy array is not writable"):
+for message in (
+    "Zero-copy tensor serialization is enabled",
+    "The given NumPy array is not writable",
+):
     warnings.filterwarnings("ignore", message=message)
 
 
@@ -48,7 +51,9 @@ class ReplicaActor:
     other calls wait for the weights.
     """
 
-    def __init__(self, receiver: dict[str, Any], training: dict[str, Any], most_positions: int, threads: int) -> None:
+    def __init__(
+        self, receiver: dict[str, Any], training: dict[str, Any], most_positions: int, threads: int
+    ) -> None:
         """Begin to load the weights.
 
         ``receiver``, ``training``: dumped sections; ``training`` says how activations are kept and
@@ -95,7 +100,9 @@ class ReplicaActor:
         return self.peers
 
 
-def _load(receiver: dict[str, Any], training: dict[str, Any], most_positions: int) -> tuple[Replica, Facts]:
+def _load(
+    receiver: dict[str, Any], training: dict[str, Any], most_positions: int
+) -> tuple[Replica, Facts]:
     lm = LocalReceiver(ReceiverConfig.model_validate(receiver))
     if training["gradient_checkpointing"]:
         lm.recompute_activations()
@@ -136,7 +143,9 @@ def current(served: Sequence[Served]) -> Sequence[Served]:
         return served
 
 
-def shared_receivers(run: RunConfig, served: Mapping[str, Sequence[Served]], asker: str) -> dict[str, Receiver]:
+def shared_receivers(
+    run: RunConfig, served: Mapping[str, Sequence[Served]], asker: str
+) -> dict[str, Receiver]:
     """Return a run's receivers, each through the nearest of its replicas."""
     device = pick_device()
     alone = not run.training.gradient_checkpointing  # which allows no cache

@@ -27,7 +27,13 @@ class Scorer:
     """One copy of a wire with the split's rows; called with a part of the work."""
 
     def __init__(
-        self, checkpoint: str, path: str, conditions: tuple[Condition, ...], run: RunConfig, joint: bool, cpus: float
+        self,
+        checkpoint: str,
+        path: str,
+        conditions: tuple[Condition, ...],
+        run: RunConfig,
+        joint: bool,
+        cpus: float,
     ) -> None:
         use_threads(cpus)
         with local(place(checkpoint)) as folder:
@@ -39,7 +45,9 @@ class Scorer:
         order.
         """
         scored = []
-        for index, start, stop in zip(batch["condition"], batch["start"], batch["stop"], strict=True):
+        for index, start, stop in zip(
+            batch["condition"], batch["start"], batch["stop"], strict=True
+        ):
             rows, condition = range(int(start), int(stop)), self.conditions[int(index)]
             predictions = predict(self.wire, self.table, condition, rows, joint=self.joint)
             for number, prediction in enumerate(predictions):
@@ -116,7 +124,10 @@ _TYPES = {
 }
 _SCHEMA = pa.schema(
     [
-        *((field.name, _TYPES[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(Prediction)),
+        *(
+            (field.name, _TYPES[str(field.type).removesuffix(" | None")])
+            for field in dataclasses.fields(Prediction)
+        ),
         ("place", pa.list_(pa.int64())),
     ]
 )

@@ -36,7 +36,9 @@ class Files:
     @property
     def keys(self) -> dict[str, str]:
         """Names of the files: split → key of its shards, and receiver → its teacher's columns."""
-        keys = {str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()}
+        keys = {
+            str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()
+        }
         return keys | {f"teacher {name}": path.name for name, path in self.teachers.items()}
 
     @property
@@ -55,7 +57,11 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
     """
     sweep = resolve(space)
     # By path: variants that share a split share its shards.
-    needed = {path: (variant.run, split, path) for variant in sweep.variants for split, path in variant.shards.items()}
+    needed = {
+        path: (variant.run, split, path)
+        for variant in sweep.variants
+        for split, path in variant.shards.items()
+    }
     dev = [path for path, (_, split, _) in needed.items() if split == "dev"]
     if len(dev) > 1:
         _make([needed.pop(path) for path in dev])
@@ -63,7 +69,9 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
     _make(needed.values())
     for variant in sweep.variants:
         checkpoints.check_development(variant.run, variant.shards["dev"])
-        documents.of_shards(variant.shards["train"])  # once here, or every worker would read all rows
+        documents.of_shards(
+            variant.shards["train"]
+        )  # once here, or every worker would read all rows
     runs = [sweep.largest, *(variant.run for variant in sweep.variants)]
     continued = any(run.losses.continuation_ce_weight for run in runs)
     files: dict[str, Files] = {}
@@ -94,7 +102,9 @@ def load_datasets(files: Files, in_memory: bool) -> dict[str, ray.data.Dataset]:
     """
     dev = files.shards["dev"]
     return {
-        "train": streams.ray_dataset(files.shards["train"], files.teachers, files.columns, in_memory=in_memory),
+        "train": streams.ray_dataset(
+            files.shards["train"], files.teachers, files.columns, in_memory=in_memory
+        ),
         "dev": ray.data.from_arrow(shards.read_table(dev)).materialize(),
     }
 

@@ -43,9 +43,13 @@ class WorkerTask:
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
     """Write why a trial failed, how large it was where that is why, and which file has its output."""
-    failure = getattr(error, "controller_failure", error)  # of Train's, the one that says what happened
+    failure = getattr(
+        error, "controller_failure", error
+    )  # of Train's, the one that says what happened
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
-    cause = lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)  # there, of a traceback
+    cause = (
+        lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)
+    )  # there, of a traceback
     if is_out_of_memory(error):
         cause = f"out of memory with {size_of(run)}: {cause}"
     log = log_file(path, min(getattr(error, "worker_failures", None) or [0]))

@@ -95,7 +95,10 @@ def drive_trial(
     run = space.run
     with trial_log(path):
         try:
-            run = with_values(run, {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)})
+            run = with_values(
+                run,
+                {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)},
+            )
             variant = variants[variant_key(run)]
             make_trainer(
                 run,

@@ -35,14 +35,20 @@ def is_lasting(error: BaseException) -> bool:
     A store that did not answer may answer the next time.
     """
     failures = [error, *getattr(error, "worker_failures", {}).values()]
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]  # Train wraps what a worker raised
-    return any(isinstance(cause, UserError) and not isinstance(cause, StorageError) for cause in causes)
+    causes = [
+        getattr(failure, "_base_exc", failure) for failure in failures
+    ]  # Train wraps what a worker raised
+    return any(
+        isinstance(cause, UserError) and not isinstance(cause, StorageError) for cause in causes
+    )
 
 
 class PatientPolicy(DefaultFailurePolicy):
     """Ray Train's policy, but no room is no failure, and a lasting failure is not tried again."""
 
-    def __init__(self, failure_config: FailureConfig, name: str, needed: Mapping[str, float]) -> None:
+    def __init__(
+        self, failure_config: FailureConfig, name: str, needed: Mapping[str, float]
+    ) -> None:
         """``name``: of the run. ``needed``: resources of all its workers together."""
         super().__init__(failure_config)
         self.name, self.needed = name, dict(needed)
@@ -55,7 +61,9 @@ class PatientPolicy(DefaultFailurePolicy):
         ):
             now = time.monotonic()
             if self._waits_since is None:
-                limit = os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
+                limit = os.environ.get(
+                    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S
+                )
                 self._waits_since = now - float(limit)
             tell(self._line(now - self._waits_since))
             return FailureDecision.RETRY

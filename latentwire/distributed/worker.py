@@ -53,10 +53,14 @@ def _train(task: WorkerTask) -> None:
     cap_memory(task.gpus)
     workers = Workers()
     served = task.served
-    wire = LatentWire(run, None if served is None else shared_receivers(run, served, str(task.folder)))
+    wire = LatentWire(
+        run, None if served is None else shared_receivers(run, served, str(task.folder))
+    )
     frozen = wire.fingerprints()
     if (expected := task.pins.get("receivers", frozen)) != frozen:
-        raise exports.CheckpointError(f"receivers must hash to {expected} as in the manifest, these to {frozen}")
+        raise exports.CheckpointError(
+            f"receivers must hash to {expected} as in the manifest, these to {frozen}"
+        )
     pins = task.pins | {"receivers": frozen}
     batch_size = run.training.batch_size // workers.size
     trainer = Trainer(wire, max(1, task.train_rows // run.training.batch_size), workers)
@@ -65,20 +69,31 @@ def _train(task: WorkerTask) -> None:
     checkpoints.restore(trainer, folder / last[0] if last else None)
     if last and workers.rank == 0:
         tell(f"{folder.name}: resumed at step {trainer.progress.step} on {socket.gethostname()}")
-    dev = pa.concat_tables(ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow"))
-    if not last and run.training.init_from is not None:  # a searched one was not there to be checked before the sweep
-        documents.check_development(wire.trained_on, run.training.init_from, dev["document"].to_pylist())
+    dev = pa.concat_tables(
+        ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow")
+    )
+    if (
+        not last and run.training.init_from is not None
+    ):  # a searched one was not there to be checked before the sweep
+        documents.check_development(
+            wire.trained_on, run.training.init_from, dev["document"].to_pylist()
+        )
     wire.trained_on = wire.trained_on.with_stage(run, task.train_shards)
     gauges = TrialMetrics(folder.name)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(task.began, entered)
-    print("trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()), flush=True)
+    print(
+        "trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()),
+        flush=True,
+    )
     rows = ray.train.get_dataset_shard("train")
     tell_progress = ProgressTeller(folder.name)
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
         only = task.train_rows < run.training.batch_size
-        for batch in streams.streamed_batches(rows, run.training, epoch, batch_size, keep_short=only):
+        for batch in streams.streamed_batches(
+            rows, run.training, epoch, batch_size, keep_short=only
+        ):
             if trainer.progress.step % PREEMPTION_STEPS == 0:
                 save_if_preempted()
             if workers.rank == 0:
@@ -107,19 +122,26 @@ def _train(task: WorkerTask) -> None:
     def placed(metrics: dict[str, Any]) -> dict[str, Any]:
         """With the step where TensorBoard puts a point, and the checkpoint."""
         step = metrics["step"]
-        return metrics | {"timesteps_total": step, CHECKPOINT_PATH_KEY: str(folder / step_checkpoints.step_name(step))}
+        return metrics | {
+            "timesteps_total": step,
+            CHECKPOINT_PATH_KEY: str(folder / step_checkpoints.step_name(step)),
+        }
 
     traffic = Traffic(wire, trainer)
 
     def report() -> None:
-        metrics: dict[str, Any] = {f"start_{what}_s": value for what, value in started.items()} | traffic.since_last()
+        metrics: dict[str, Any] = {
+            f"start_{what}_s": value for what, value in started.items()
+        } | traffic.since_last()
         metrics |= trainer.evaluate(dev)
         traffic.begin()
         if trainer.progress.step >= trainer.total_steps:
             checkpoints.check_frozen(wire, frozen)
         reported.append(metrics)
         if workers.rank == 0:
-            read = (trainer.progress.positions - trainer.progress.padded) / max(trainer.progress.seconds, 1e-9)
+            read = (trainer.progress.positions - trainer.progress.padded) / max(
+                trainer.progress.seconds, 1e-9
+            )
             gauges.show(metrics | {"tokens_per_s": read, "receiver_bytes": held})
             step_checkpoints.save_step(folder, wire, metrics, pins, trainer, *chosen)
         ray.train.report(placed(metrics))
@@ -144,7 +166,10 @@ class Traffic:
 
     def since_last(self) -> dict[str, float]:
         """``shared_mb_per_step``; nothing where receivers are the worker's own."""
-        steps, sent = self.trainer.progress.step - self.step, sum(lm.bytes_sent for lm in self.shared) - self.bytes
+        steps, sent = (
+            self.trainer.progress.step - self.step,
+            sum(lm.bytes_sent for lm in self.shared) - self.bytes,
+        )
         return {"shared_mb_per_step": sent / 1e6 / max(1, steps)} if self.shared else {}
 
 

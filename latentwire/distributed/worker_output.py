@@ -35,7 +35,11 @@ def log_file(folder: Place, rank: int = 0) -> Path | None:
 
     There the driver's log has the lines. The trial's own driver shares the file of rank 0.
     """
-    return folder / ("log.txt" if rank == 0 else f"log-{rank}.txt") if isinstance(folder, Path) else None
+    return (
+        folder / ("log.txt" if rank == 0 else f"log-{rank}.txt")
+        if isinstance(folder, Path)
+        else None
+    )
 
 
 class Tee(io.TextIOBase):
@@ -76,7 +80,9 @@ def trial_log(folder: Place, rank: int = 0) -> Iterator[None]:
         return
     before = sys.stdout, sys.stderr
     with file:
-        file.write(f"---- {time.strftime('%F %T')}, process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(
+            f"---- {time.strftime('%F %T')}, process {os.getpid()} on {socket.gethostname()}\n"
+        )
         sys.stdout, sys.stderr = Tee(sys.stdout, file), Tee(sys.stderr, file)
         try:
             yield

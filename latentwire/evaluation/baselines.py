@@ -11,7 +11,9 @@ import torch
 from latentwire.model import LatentWire
 from latentwire.prompts.sequences import collate
 
-Mode = Literal["text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"]
+Mode = Literal[
+    "text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"
+]
 MODE_NAMES: dict[Mode, str] = {
     "text": "full text",
     "latent": "latents",
@@ -32,7 +34,13 @@ BUDGET_MODES: tuple[Mode, ...] = ("latent", "truncated", "window", "selected", "
 
 @torch.no_grad()
 def kept_context(
-    wire: LatentWire, receiver: str, mode: Mode, row: str, context: list[int], question: list[int], budget: int
+    wire: LatentWire,
+    receiver: str,
+    mode: Mode,
+    row: str,
+    context: list[int],
+    question: list[int],
+    budget: int,
 ) -> list[int]:
     """Return the context's tokens that a text mode shows.
 
@@ -56,7 +64,9 @@ def kept_context(
     return [context[position] for position in sorted(surprise_T.topk(budget).indices.tolist())]
 
 
-def self_information(wire: LatentWire, receiver: str, context: list[int], question: list[int]) -> torch.Tensor:
+def self_information(
+    wire: LatentWire, receiver: str, context: list[int], question: list[int]
+) -> torch.Tensor:
     """Return −log p of each context token after the text prompt before it, in nats, ``[T]``."""
     prompt = wire.builders[receiver].text(context, question)
     start = prompt.message.start

@@ -92,7 +92,9 @@ def conditions(
             f"encoder.tokens_per_latent {run.encoder.tokens_per_latent}; use --tokens_per_latent"
         )
     if latent_len and run.adapter.slot_positions:
-        raise ConfigError("--latent_len needs adapter.slot_positions false, got true; leave --latent_len out")
+        raise ConfigError(
+            "--latent_len needs adapter.slot_positions false, got true; leave --latent_len out"
+        )
     if any(value < 1 for value in (*tokens_per_latent, *latent_len)):
         values = ", ".join(map(str, (*tokens_per_latent, *latent_len)))
         raise ConfigError(f"budgets must be ≥ 1, got {values}")

@@ -51,7 +51,9 @@ def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
     words_of = [set(context.split()) for context in contexts]
     contexts_with = Counter(word for words in words_of for word in words)
     total = len(contexts)
-    by_balance = sorted(contexts_with, key=lambda word: (abs(contexts_with[word] / total - 0.5), word))
+    by_balance = sorted(
+        contexts_with, key=lambda word: (abs(contexts_with[word] / total - 0.5), word)
+    )
     scores = []
     for word in by_balance[:WORDS]:
         if LEAST <= contexts_with[word] <= total - LEAST:

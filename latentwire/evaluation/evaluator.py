@@ -133,7 +133,9 @@ def predict(
         senders = sent.select(["context", "question"]).to_pydict()
         batch = _encode(wire, part.to_pydict(), senders, condition)
         by_receiver = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
-        answers = [{prediction.text for prediction in row} for row in zip(*by_receiver, strict=True)]
+        answers = [
+            {prediction.text for prediction in row} for row in zip(*by_receiver, strict=True)
+        ]
         if joint and any(len(texts) > 1 for texts in answers):
             by_receiver = [_score_answers(wire, batch, predictions) for predictions in by_receiver]
         if on_rows is not None:
@@ -156,7 +158,9 @@ def donors(contexts: list[str]) -> list[int]:
     return nearest
 
 
-def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], condition: Condition) -> _Rows:
+def _encode(
+    wire: LatentWire, rows: dict[str, list], sent: dict[str, list], condition: Condition
+) -> _Rows:
     encoder = wire.interlingua.encoder
     tokens = condition.tokenize(encoder, sender_texts(wire.run.data.send, sent))
     if condition.mode not in MESSAGE_MODES:
@@ -180,7 +184,9 @@ def _encode(wire: LatentWire, rows: dict[str, list], sent: dict[str, list], cond
     return _Rows(rows, condition, message, slots, shown, sizes, 1000 * seconds / size)
 
 
-def _shown(wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int]) -> list[list[int]]:
+def _shown(
+    wire: LatentWire, name: str, rows: dict[str, list], mode: Mode, slots: list[int]
+) -> list[list[int]]:
     columns = (rows["id"], rows[f"{name}_context_ids"], rows[f"{name}_question_ids"], slots)
     return [kept_context(wire, name, mode, *row) for row in zip(*columns, strict=True)]
 
@@ -242,7 +248,9 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
         )
 
 
-def _score_answers(wire: LatentWire, batch: _Rows, predictions: list[Prediction]) -> list[Prediction]:
+def _score_answers(
+    wire: LatentWire, batch: _Rows, predictions: list[Prediction]
+) -> list[Prediction]:
     """Add to one receiver's predictions the log-likelihood that all receivers give to them."""
     total_B = torch.zeros(len(predictions), dtype=torch.float64)
     texts = [prediction.text for prediction in predictions]

@@ -25,7 +25,9 @@ YES_NO = ("yes", "no", "noanswer")
 SHOWN = 80
 """Characters of a value that a message quotes."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only, as in the official scripts: “ and — stay
+_PUNCTUATION = str.maketrans(
+    "", "", string.punctuation
+)  # ASCII only, as in the official scripts: “ and — stay
 
 
 def normalise(text: str) -> str:
@@ -56,7 +58,9 @@ def _scores(prediction: str, gold: str, dataset: str) -> dict[str, float]:
     return {"em": em, "f1": f1, "prec": precision, "recall": recall}
 
 
-def score_file(file: Path, data: DataConfig, split: sources.Split = "validation") -> tuple[dict[str, float], int]:
+def score_file(
+    file: Path, data: DataConfig, split: sources.Split = "validation"
+) -> tuple[dict[str, float], int]:
     """Score a file in the dataset's official format, under the official names.
 
     Returns the scores, and how many questions the file leaves out; those score 0. SQuAD: ``{id:
@@ -72,7 +76,9 @@ def score_file(file: Path, data: DataConfig, split: sources.Split = "validation"
         raise ConfigError(f"--predictions must be a file of JSON, got {file}: {error}") from error
     if data.source.official_scores is None:
         scored = ", ".join(name for name, dataset in DATASETS.items() if dataset.official_scores)
-        raise ConfigError(f"--predictions must be for a dataset with official scores, {scored}; got {data.dataset}")
+        raise ConfigError(
+            f"--predictions must be for a dataset with official scores, {scored}; got {data.dataset}"
+        )
     hotpot = data.source.official_scores == "hotpotqa"
     answers = document.get("answer") if hotpot and isinstance(document, dict) else document
     if not isinstance(answers, dict):
@@ -144,20 +150,28 @@ def _rows(data: DataConfig, split: sources.Split) -> list[dict[str, Any]]:
                 f"official scores need every row of {data.dataset} {split}: {error}; mend the file"
             ) from error
     if not rows:
-        raise sources.DataError(f"official scores need rows of {data.dataset} {split}, {data.data_dir} holds none")
+        raise sources.DataError(
+            f"official scores need rows of {data.dataset} {split}, {data.data_dir} holds none"
+        )
     return rows
 
 
 def _only_answer(row: dict[str, Any]) -> str:
     if not isinstance(answer := row.get("answer"), str):
-        raise sources.RowError(f"answer of question {_identity(row)} must be text, got {_shown(answer)}")
+        raise sources.RowError(
+            f"answer of question {_identity(row)} must be text, got {_shown(answer)}"
+        )
     return answer
 
 
 def _gold_facts(facts: Any) -> set[tuple[str, int]]:
     """Return supporting facts, in the Hub's columns or in pairs, as pairs; there may be none."""
     try:
-        pairs = zip(facts["title"], facts["sent_id"], strict=True) if isinstance(facts, dict) else facts or ()
+        pairs = (
+            zip(facts["title"], facts["sent_id"], strict=True)
+            if isinstance(facts, dict)
+            else facts or ()
+        )
         return {(str(title), int(sentence)) for title, sentence in pairs}
     except (KeyError, TypeError, ValueError):
         raise sources.RowError(

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_SECONDS = 30.0
 """Seconds between two lines where there is no terminal, as in a job's log."""
@@ -19,7 +26,9 @@ class ScoringProgress:
     Rows count once for each condition that they are scored in.
     """
 
-    def __init__(self, total: int, console: Console | None = None, watch: Callable[..., object] | None = None) -> None:
+    def __init__(
+        self, total: int, console: Console | None = None, watch: Callable[..., object] | None = None
+    ) -> None:
         """Begin a scoring of ``total`` rows.
 
         ``watch``: called with ``what``, ``done`` and ``total`` whenever rows are scored, to show
@@ -47,7 +56,10 @@ class ScoringProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
 
@@ -58,11 +70,18 @@ class ScoringProgress:
         if self.watch is not None:
             self.watch(what=what, done=self.done, total=self.total)
         now = time.monotonic()
-        if self.console.is_terminal or now - self.last_line < LINE_SECONDS or self.done >= self.total:
+        if (
+            self.console.is_terminal
+            or now - self.last_line < LINE_SECONDS
+            or self.done >= self.total
+        ):
             return
         self.last_line = now
         left = seconds_left(self.done, self.total, now - self.began)
-        print(f"scoring {what}: {self.done:,}/{self.total:,} rows, about {duration(left)} left", flush=True)
+        print(
+            f"scoring {what}: {self.done:,}/{self.total:,} rows, about {duration(left)} left",
+            flush=True,
+        )
 
 
 def seconds_left(done: int, total: int, seconds: float) -> float:

@@ -50,7 +50,9 @@ def protocol_hash(path: Place, run: RunConfig) -> str:
         "layout_version": PROMPT_VERSION,
         "metric_version": METRIC_VERSION,
         "rules": run.data.dataset,
-        "decoding": run.evaluation.model_dump(include=set(paths_with("protocol", model=EvaluationConfig))),
+        "decoding": run.evaluation.model_dump(
+            include=set(paths_with("protocol", model=EvaluationConfig))
+        ),
     }
     chats = {}
     for receiver in run.receivers:

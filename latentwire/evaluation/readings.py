@@ -29,7 +29,9 @@ WEIGHTS = ("interlingua.safetensors", "adapters/", "features/")
 
 def wire_name(manifest: Mapping[str, Any]) -> str:
     """Return a short hash of a wire's weights, the same for a checkpoint and its export."""
-    weights = {name: digest for name, digest in manifest["files"].items() if name.startswith(WEIGHTS)}
+    weights = {
+        name: digest for name, digest in manifest["files"].items() if name.startswith(WEIGHTS)
+    }
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -55,7 +57,11 @@ def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
             read_before |= shared
             scorings += 1
             wires.add(earlier["wire"])
-    document = {"wire": wire, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": sorted(rows)}
+    document = {
+        "wire": wire,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rows": sorted(rows),
+    }
     try:
         write_text(folder / f"{int(time.time())}-{uuid.uuid4().hex[:8]}.json", json.dumps(document))
     except (OSError, StorageError) as error:  # shards that others own can still be scored
@@ -91,7 +97,9 @@ def sentence(readings: Mapping[str, Any] | None) -> str:
         return f"none of these {readings['rows']:,} rows was read by a scoring before{trained}"
     others = f"{readings['wires']:,} other wire(s)"
     by = f"{others} and this one" if readings["again"] else others
-    advice = "" if not readings["wires"] else "; data.validation_skip takes rows that no comparison used"
+    advice = (
+        "" if not readings["wires"] else "; data.validation_skip takes rows that no comparison used"
+    )
     return (
         f"{readings['read_before']:,} of these {readings['rows']:,} rows were read before, in "
         f"{readings['scorings']:,} scoring(s) by {by}{advice}{trained}"

@@ -90,7 +90,9 @@ def predict_conditions(
     with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
         for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
             on_rows = partial(progress.advance, label(condition.key))
-            predictions[condition.key] = list(predict(wire, table, condition, joint=joint, on_rows=on_rows))
+            predictions[condition.key] = list(
+                predict(wire, table, condition, joint=joint, on_rows=on_rows)
+            )
             print(
                 f"scored {number}/{len(conditions)}: {label(condition.key)}, {table.num_rows:,} rows",
                 flush=True,
@@ -138,7 +140,9 @@ def score_and_export(
     :class:`~latentwire.evaluation.progress.ScoringProgress`.
     """
     if export.exists():
-        raise ConfigError(f"an export must not overwrite anything, {export} exists; name another output_dir")
+        raise ConfigError(
+            f"an export must not overwrite anything, {export} exists; name another output_dir"
+        )
     with local(checkpoint) as folder:
         wire, manifest = load_wire(folder)
     read_before, predictions = {}, {}

@@ -36,7 +36,9 @@ def interval(values: Sequence[float], contexts: Sequence[str]) -> tuple[float, f
     return float(low), float(high)
 
 
-def difference(first: Sequence[float], second: Sequence[float], contexts: Sequence[str]) -> dict[str, float]:
+def difference(
+    first: Sequence[float], second: Sequence[float], contexts: Sequence[str]
+) -> dict[str, float]:
     """Return the paired mean of ``first − second`` over rows, with ``low``, ``high`` and ``p``.
 
     ``contexts``: as in :func:`interval`, which gives the 95 % interval. ``p`` is how often so large
@@ -67,6 +69,8 @@ def _by_context(values: Sequence[float], contexts: Sequence[str]) -> tuple[np.nd
     numbers = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
     context_N = np.array([numbers[context] for context in contexts])
     if len(context_N) != len(values):
-        raise ValueError(f"each value needs its context, got {len(values)} values and {len(context_N)} contexts")
+        raise ValueError(
+            f"each value needs its context, got {len(values)} values and {len(context_N)} contexts"
+        )
     total_G = np.bincount(context_N, weights=np.asarray(values, np.float64))
     return total_G, np.bincount(context_N).astype(np.float64)

@@ -106,7 +106,9 @@ def together(predictions: Sequence[Prediction]) -> dict[str, float]:
     return scores
 
 
-def compare(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[str, dict[str, dict[str, float]]]:
+def compare(
+    first: Sequence[Prediction], second: Sequence[Prediction]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Return receiver (and ``mean`` over them) → ``em``, ``f1``, ``nll`` → paired difference.
 
     A difference has ``difference``, ``low``, ``high`` and ``p``. Both must be of the same rows in
@@ -172,7 +174,9 @@ def details(
 def _distinct(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Return receiver → different answers over rows."""
     by_receiver = _by_receiver(predictions)
-    return {name: len({p.text for p in answers}) / len(answers) for name, answers in by_receiver.items()}
+    return {
+        name: len({p.text for p in answers}) / len(answers) for name, answers in by_receiver.items()
+    }
 
 
 def breakdown(
@@ -187,7 +191,10 @@ def breakdown(
     common = {word for word, _ in words.most_common(KINDS)}
     edges = np.quantile([p.context_bytes for p in predictions], [0, 1 / 3, 2 / 3, 1])
     names = [f"{low:.0f} to {high:.0f} bytes" for low, high in itertools.pairwise(edges)]
-    groups: dict[str, dict[str, list[Prediction]]] = {"length": {name: [] for name in names}, "question": {}}
+    groups: dict[str, dict[str, list[Prediction]]] = {
+        "length": {name: [] for name in names},
+        "question": {},
+    }
     for p in predictions:
         third = int(np.searchsorted(edges[1:-1], p.context_bytes, side="left"))
         groups["length"][names[third]].append(p)

@@ -55,7 +55,9 @@ class Feature(nn.Module):
     needs_weights = False
     """True where it acts on the receiver's layers (``lm.lm``): they must be in this process."""
 
-    def __init__(self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: Any, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         """Build the feature; ``options`` is its own section of the configuration.
 
         Parts for single receivers go into a ``ModuleDict`` or ``ParameterDict`` by their

@@ -22,10 +22,14 @@ class Coprocessor(Feature):
     Its states at the latents become keys and values.
     """
 
-    def __init__(self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         width, self.head_width = options.width, options.width // options.heads
-        self.from_latents = nn.ModuleDict({name: nn.Linear(run.encoder.d_z, width) for name in receivers})
+        self.from_latents = nn.ModuleDict(
+            {name: nn.Linear(run.encoder.d_z, width) for name in receivers}
+        )
         self.from_question = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, width))
@@ -33,10 +37,16 @@ class Coprocessor(Feature):
             }
         )
         self.blocks = nn.ModuleDict(
-            {name: nn.ModuleList(Block(width, options.heads) for _ in range(options.layers)) for name in receivers}
+            {
+                name: nn.ModuleList(Block(width, options.heads) for _ in range(options.layers))
+                for name in receivers
+            }
         )
         self.slots = nn.ModuleDict(
-            {name: SlotKeyValues(shape.skeleton(), width, "coprocessor") for name, shape in receivers.items()}
+            {
+                name: SlotKeyValues(shape.skeleton(), width, "coprocessor")
+                for name, shape in receivers.items()
+            }
         )
 
     @contextmanager

@@ -23,13 +23,17 @@ class DeepPrefix(Feature):
     (docs/experiments/findings.md).
     """
 
-    def __init__(self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: DeepPrefixFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.parts = options.head_parts
         width = run.encoder.d_z // self.parts
         self.hidden = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU())
+                name: nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU()
+                )
                 for name in receivers
             }
         )
@@ -44,6 +48,8 @@ class DeepPrefix(Feature):
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Add to keys and values at the slots."""
         # N real latents of all rows, each in P parts: [N, Z] → [N, P, Z/P] → [N, P, M].
-        state_NPM = self.hidden[receiver](reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1)))
+        state_NPM = self.hidden[receiver](
+            reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1))
+        )
         with lm.added_to_slots(self.slots[receiver](state_NPM), reading.latents_RS):
             yield

@@ -26,7 +26,9 @@ class LatentAdapters(Feature):
     acts_on_text = True
     needs_weights = True
 
-    def __init__(self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: LatentAdaptersFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.depths = options.depths
         self.attention = nn.ModuleDict(
@@ -71,9 +73,13 @@ class GatedCrossAttention(nn.Module):
         self.out = nn.Linear(width, d_model)
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_RSD: torch.Tensor, z_RLZ: torch.Tensor, keep_RL: torch.Tensor
+    ) -> torch.Tensor:
         """Return what is added to ``x_RSD``, ``[R, S, D]``; ``keep_RL``: the real latents."""
         key, value = self.key_value(z_RLZ).chunk(2, dim=-1)
-        query, key, value = (split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value))
+        query, key, value = (
+            split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value)
+        )
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RL[:, None, None])
         return self.gate.tanh() * self.out(merge(read))

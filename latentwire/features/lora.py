@@ -22,7 +22,9 @@ class Lora(Feature):
     acts_on_text = True
     needs_weights = True
 
-    def __init__(self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: LoraFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.updates = nn.ModuleDict()
         self.heads: dict[str, str] = {}

@@ -17,7 +17,9 @@ from latentwire.models.interlingua import ReceiverShape
 class Refiner(Feature):
     """Transformer layers over all latents of a message, shared by the receivers."""
 
-    def __init__(self, options: RefinerFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> None:
+    def __init__(
+        self, options: RefinerFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
+    ) -> None:
         super().__init__(options, run, receivers)
         self.head_width = run.encoder.d_z // options.heads
         self.blocks = nn.ModuleList(

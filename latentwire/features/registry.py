@@ -45,4 +45,8 @@ def check_training(features: nn.ModuleDict) -> None:
 
 def keeps_receivers_frozen(run: RunConfig) -> bool:
     """Return whether all features that are on leave the receivers' own weights as they act."""
-    return all(f.keeps_receivers_frozen for name, f in FEATURES.items() if getattr(run.features, name) is not None)
+    return all(
+        f.keeps_receivers_frozen
+        for name, f in FEATURES.items()
+        if getattr(run.features, name) is not None
+    )

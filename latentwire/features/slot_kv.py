@@ -44,7 +44,9 @@ class SlotKeyValues(nn.Module):
         """Map ``[N, P, M]`` to ``[N, E]``."""
         if len(self.sizes) == 1:
             return self.out(state_NPM.squeeze(1))
-        weights, biases = (t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias))
+        weights, biases = (
+            t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias)
+        )
         # Part p makes the entries of its own heads; place_E puts all back in their order.
         parts = zip(state_NPM.unbind(1), weights, biases, strict=True)
         return torch.cat([F.linear(*part) for part in parts], 1)[:, self.place_E]

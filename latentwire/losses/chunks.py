@@ -58,5 +58,7 @@ def common_gradient(gradient_T: torch.Tensor) -> torch.Tensor:
     Of entries that were summed before the backward pass, only their sum's gradient is known.
     """
     if not bool((gradient_T == gradient_T[0]).all()):
-        raise RuntimeError(f"losses must be summed before the backward pass, got gradients {gradient_T.tolist()}")
+        raise RuntimeError(
+            f"losses must be summed before the backward pass, got gradients {gradient_T.tolist()}"
+        )
     return gradient_T[0]

@@ -97,7 +97,9 @@ def kd_first_k_prefix_vs_text(
     if rows.log_tail_N is not None:
         # One more summand: all other tokens as a single event.
         kl_N = kl_N + rows.log_tail_N.exp() * (rows.log_tail_N - _log_rest(log_q_NK))
-    return torch.zeros_like(offset_N, dtype=kl_N.dtype).masked_scatter(mask_N, rows.temperature**2 * kl_N)
+    return torch.zeros_like(offset_N, dtype=kl_N.dtype).masked_scatter(
+        mask_N, rows.temperature**2 * kl_N
+    )
 
 
 def kd_hidden_states_first_k(
@@ -116,7 +118,9 @@ def kd_hidden_states_first_k(
     return torch.zeros_like(offset_N, dtype=distance_N.dtype).masked_scatter(mask_N, distance_N)
 
 
-def alignment_loss(p_BLD: torch.Tensor, target_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
+def alignment_loss(
+    p_BLD: torch.Tensor, target_BLD: torch.Tensor, keep_BL: torch.Tensor
+) -> torch.Tensor:
     """Squared distance per row ``[B]``, relative to the target's mean square.
 
     1 is the distance of a prompt of zeros. ``keep_BL`` marks the real latents.

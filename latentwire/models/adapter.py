@@ -56,6 +56,10 @@ class Adapter(nn.Module):
             return self.gain * p_BLD
         if self.calibration == "none":
             return p_BLD
-        keep_BL1 = torch.ones_like(p_BLD[..., :1]) if keep_BL is None else keep_BL[..., None].to(p_BLD.dtype)
+        keep_BL1 = (
+            torch.ones_like(p_BLD[..., :1])
+            if keep_BL is None
+            else keep_BL[..., None].to(p_BLD.dtype)
+        )
         mean_B = (p_BLD.square().mean(-1, keepdim=True) * keep_BL1).sum(1) / keep_BL1.sum(1)
         return p_BLD * (self.embed_rms * mean_B.clamp(min=1e-12).rsqrt())[:, None]

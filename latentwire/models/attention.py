@@ -27,7 +27,9 @@ class Block(nn.Module):
 
         ``keep_BS``: positions that may be attended to; a row without any reads zeros.
         """
-        query, key, value = (split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1))
+        query, key, value = (
+            split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1)
+        )
         query, key = rotate(query, rotary), rotate(key, rotary)
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_BS[:, None, None])
         x_BSM = x_BSM + self.out(merge(read))
@@ -43,7 +45,9 @@ class Block(nn.Module):
 
 def mlp(width: int) -> nn.Sequential:
     """Build a pre-norm MLP, four times as wide inside."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+    )
 
 
 def split(x_BSM: torch.Tensor, heads: int) -> torch.Tensor:

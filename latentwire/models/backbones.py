@@ -35,7 +35,9 @@ class PretrainedStates(States):
     tokens that the backbone knows, and the windows' states are joined: nothing is cut off.
     """
 
-    def __init__(self, config: EncoderConfig, receivers: Mapping[str, ReceiverConfig], load_weights: bool) -> None:
+    def __init__(
+        self, config: EncoderConfig, receivers: Mapping[str, ReceiverConfig], load_weights: bool
+    ) -> None:
         """Load the backbone, or build its shape alone where not ``load_weights``.
 
         Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
@@ -48,7 +50,9 @@ class PretrainedStates(States):
         _keep_layers(self.backbone, config.model_layers)
         text_config = self.backbone.config.get_text_config()
         self.width: int = text_config.hidden_size
-        self.tokenizer.model_max_length = 10**9  # windows keep to the backbone's positions; nothing to warn about
+        self.tokenizer.model_max_length = (
+            10**9
+        )  # windows keep to the backbone's positions; nothing to warn about
         self.prefix, self.suffix = _wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.token_bytes = token_bytes(self.tokenizer)
@@ -57,7 +61,9 @@ class PretrainedStates(States):
             self.backbone.requires_grad_(False)
         if config.tune == "lora":
             targets = LORA_TARGETS[config.kind]
-            self.updates = updates_of(self.backbone, targets, config.lora_rank, alpha=2.0 * config.lora_rank)
+            self.updates = updates_of(
+                self.backbone, targets, config.lora_rank, alpha=2.0 * config.lora_rank
+            )
 
     def train(self, mode: bool = True) -> PretrainedStates:
         """Switch modes; a backbone that is not fully trained stays without dropout."""
@@ -78,7 +84,9 @@ class PretrainedStates(States):
             return frozenset()
         return frozenset(f"backbone.{name}" for name, _ in self.backbone.named_parameters())
 
-    def collate(self, rows: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    def collate(
+        self, rows: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Cut rows of a text's ids into windows ``[W, T]``.
 
         Returns the windows, their attention and the mask of the text's own tokens, by name; and the
@@ -89,10 +97,14 @@ class PretrainedStates(States):
             for start in range(0, max(1, len(row)), self.window):
                 part = row[start : start + self.window]
                 windows.append(torch.tensor([*self.prefix, *part, *self.suffix] or [0]))
-                inside = [False] * len(self.prefix) + [True] * len(part) + [False] * len(self.suffix)
+                inside = (
+                    [False] * len(self.prefix) + [True] * len(part) + [False] * len(self.suffix)
+                )
                 real.append(torch.tensor(inside or [False]))
         ids_WT = pad_sequence(windows, batch_first=True)
-        attention_WT = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        attention_WT = pad_sequence(
+            [torch.ones_like(window) for window in windows], batch_first=True
+        )
         real_WT = pad_sequence(real, batch_first=True)
         return (
             {"ids_WT": ids_WT, "attention_WT": attention_WT, "real_WT": real_WT},
@@ -122,7 +134,9 @@ class PretrainedStates(States):
         mask = attention_WT
         if self.kind == "lm":  # a 4-D mask is taken as it is, so every token sees every other
             mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
-            if self.backbone.config.get_text_config()._attn_implementation == "eager":  # adds its mask to the scores
+            if (
+                self.backbone.config.get_text_config()._attn_implementation == "eager"
+            ):  # adds its mask to the scores
                 # 0 and −inf are exact in any type.
                 nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
                 mask = nothing.masked_fill(~mask, -math.inf)
@@ -155,9 +169,13 @@ def _keep_layers(backbone: Any, count: int | None) -> None:
         holder, name = getattr(backbone, "encoder", None), "layer"
     layers = getattr(holder, name, None)
     if layers is None:
-        raise ReceiverError(f"model_layers needs a backbone with a list of layers, {type(backbone).__name__} has none")
+        raise ReceiverError(
+            f"model_layers needs a backbone with a list of layers, {type(backbone).__name__} has none"
+        )
     if count > len(layers):
-        raise ReceiverError(f"model_layers must be ≤ {len(layers)}, the backbone's own, got {count}")
+        raise ReceiverError(
+            f"model_layers must be ≤ {len(layers)}, the backbone's own, got {count}"
+        )
     setattr(holder, name, layers[:count])
     backbone.config.get_text_config().num_hidden_layers = count
 

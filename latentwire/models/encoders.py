@@ -81,7 +81,8 @@ class InterlinguaEncoder(nn.Module):
         groups = (config.private_len,) * len(receivers) if config.private_len else ()
         starts = [config.latent_len + index * config.private_len for index in range(len(groups))]
         self.private = {
-            name: range(start, start + config.private_len) for name, start in zip(receivers, starts, strict=False)
+            name: range(start, start + config.private_len)
+            for name, start in zip(receivers, starts, strict=False)
         }
         self.ends_at = config.span_ends
         self.pool: SpanQueries | None = None
@@ -194,12 +195,15 @@ class InterlinguaEncoder(nn.Module):
             # number.
             shift = z_BLZ.shape[1] - self.latent_len - sum(map(len, self.private.values()))
             private = {
-                name: range(columns.start + shift, columns.stop + shift) for name, columns in self.private.items()
+                name: range(columns.start + shift, columns.stop + shift)
+                for name, columns in self.private.items()
             }
             return Message(z_BLZ, length_B, private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]
         joined_B = _joined(length_B, tokens.parts)
-        return Message(pad_sequence(z_BLZ[keep_BL].split(joined_B.tolist()), batch_first=True), joined_B)
+        return Message(
+            pad_sequence(z_BLZ[keep_BL].split(joined_B.tolist()), batch_first=True), joined_B
+        )
 
 
 def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tensor:
@@ -213,7 +217,9 @@ def encoder_tokenizer(config: EncoderConfig, receivers: Sequence[ReceiverConfig]
     """Load the tokenizer of an encoder's backbone; ``None`` for kinds that read the text itself."""
     if not config.pretrained:
         return None
-    return load_tokenizer(backbone_source(config, {receiver.name: receiver for receiver in receivers}))
+    return load_tokenizer(
+        backbone_source(config, {receiver.name: receiver for receiver in receivers})
+    )
 
 
 def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list[str]]:
@@ -223,9 +229,15 @@ def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list
     return [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
 
 
-def token_rows(tokenizer: Any, texts: Sequence[str], split: Literal["none", "lines"]) -> list[list[list[int]]]:
+def token_rows(
+    tokenizer: Any, texts: Sequence[str], split: Literal["none", "lines"]
+) -> list[list[list[int]]]:
     """Tokenise the parts of each text, without a backbone's special tokens."""
     rows = lines_of(texts, split)
     parts = [line for row in rows for line in row]
-    ids = iter(tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids if parts else ())
+    ids = iter(
+        tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
+        if parts
+        else ()
+    )
     return [list(itertools.islice(ids, len(row))) for row in rows]

@@ -117,14 +117,20 @@ def check_safetensors(file: Path) -> None:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = stream.read(header_bytes) if header_bytes <= size else b""
     try:
-        ends = [tensor["data_offsets"][1] for name, tensor in json.loads(header).items() if name != "__metadata__"]
+        ends = [
+            tensor["data_offsets"][1]
+            for name, tensor in json.loads(header).items()
+            if name != "__metadata__"
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         # Beyond safetensors' own limit the first bytes are those of another kind of file.
         cut = 8 < size < 8 + header_bytes < 100_000_000
         what = f"ends within its header, at {size:,} bytes" if cut else "has no safetensors header"
         raise ReceiverError(f"{file} {what}; fetch it again") from None
     if (whole := 8 + header_bytes + max(ends, default=0)) != size:
-        raise ReceiverError(f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again")
+        raise ReceiverError(
+            f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again"
+        )
 
 
 def check_pickled(file: Path) -> None:

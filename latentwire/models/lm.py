@@ -48,7 +48,9 @@ def quantization_config(config: ReceiverConfig) -> Any:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if config.quantization == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
@@ -175,14 +177,18 @@ class LMWrapper(nn.Module):
             return e_BSD
         slots_BS = batch.slots_BS.to(self.device)
         if (slots := int(slots_BS.sum())) != soft_ND.shape[:-1].numel():
-            raise ValueError(f"a soft prompt must fill its slots, got {tuple(soft_ND.shape)} for {slots} slots")
+            raise ValueError(
+                f"a soft prompt must fill its slots, got {tuple(soft_ND.shape)} for {slots} slots"
+            )
         return e_BSD.masked_scatter(slots_BS[..., None], soft_ND.to(self.device, e_BSD.dtype))
 
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up the embeddings ``[…, D]`` of token ids."""
         return self.embed_tokens(ids.to(self.device))
 
-    def added_to_slots(self, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> AbstractContextManager[None]:
+    def added_to_slots(
+        self, added_NE: torch.Tensor, latents_RS: torch.Tensor
+    ) -> AbstractContextManager[None]:
         """Add ``added_NE`` to keys and values at the latents, until this context ends.
 
         See :func:`latentwire.models.slots.added_to_slots`.
@@ -238,7 +244,9 @@ class LMWrapper(nn.Module):
             return state_BSD.flatten(0, 1).index_select(0, predict_N).to(self.device)
 
         # hidden_states holds the embeddings, then each layer's output.
-        layers = [output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths]
+        layers = [
+            output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths
+        ]
         return at_targets(output.last_hidden_state), [at_targets(layer) for layer in layers]
 
     def recompute_activations(self) -> None:
@@ -249,7 +257,9 @@ class LMWrapper(nn.Module):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
-        self._recomputed = [module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._recomputed = [
+            module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)
+        ]
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile the receiver's layers by ``torch.compile``; the first steps take minutes."""
@@ -275,7 +285,9 @@ class LMWrapper(nn.Module):
         if batch.head_H is None or not len(batch.head_H):
             return None
         if self._head is None or self._head[0] != batch.head_H.tolist():
-            raise ValueError(f"receiver {self.name} has not read this batch's head; take it off with read_head")
+            raise ValueError(
+                f"receiver {self.name} has not read this batch's head; take it off with read_head"
+            )
         cache = copy.deepcopy(self._head[1])  # a forward appends to the cache that it is given
         cache.batch_repeat_interleave(len(batch.ids_BS))
         return cache

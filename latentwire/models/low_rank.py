@@ -49,7 +49,9 @@ def updates_of(model: nn.Module, targets: Iterable[str], rank: int, alpha: float
         raise ReceiverError(
             f"targets must name linear layers of {type(model).__name__}, got {', '.join(sorted(missing))}"
         )
-    return nn.ModuleDict({path.replace(".", "/"): LowRank(m, rank, alpha / rank) for path, m in layers.items()})
+    return nn.ModuleDict(
+        {path.replace(".", "/"): LowRank(m, rank, alpha / rank) for path, m in layers.items()}
+    )
 
 
 @contextmanager
@@ -59,7 +61,9 @@ def attached(model: nn.Module, updates: nn.ModuleDict) -> Iterator[None]:
         for key, update in updates.items():
             layer = model.get_submodule(key.replace("/", "."))
 
-            def add(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor, update: Any = update) -> torch.Tensor:
+            def add(
+                _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor, update: Any = update
+            ) -> torch.Tensor:
                 return output + update(inputs[0])
 
             stack.callback(layer.register_forward_hook(add).remove)

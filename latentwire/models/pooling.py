@@ -38,7 +38,9 @@ class SpanQueries(nn.Module):
         self.register_buffer("share_P", torch.cat(shares), persistent=False)
         self.register_buffer("size_P", torch.cat(sizes), persistent=False)
 
-    def forward(self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BSM: torch.Tensor, length_B: torch.Tensor, latents_B: torch.Tensor
+    ) -> torch.Tensor:
         """Pool ``[B, S, M]``, of which each row's first ``length_B`` are real, to ``[B, L, M]``.
 
         L is the largest of ``latents_B`` and all private ones; a row's entries after its own
@@ -56,7 +58,9 @@ class SpanQueries(nn.Module):
         bias_BHLS = -self.sharpness[None, :, None, None] * distance_BLS[:, None].square()
         bias_BHLS = bias_BHLS.masked_fill(~keep_BS[:, None, None], float("-inf"))
         dtype = key_BSM.dtype
-        query, key, value = (split(t, self.heads) for t in (query_BLM.to(dtype), key_BSM, value_BSM))
+        query, key, value = (
+            split(t, self.heads) for t in (query_BLM.to(dtype), key_BSM, value_BSM)
+        )
         read_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_BHLS.to(dtype))
         y_BLM = query_BLM + self.out(merge(read_BHLE))
         return y_BLM + self.mlp(y_BLM)
@@ -69,7 +73,9 @@ class SpanQueries(nn.Module):
         at_BL = (share_BL * self.count - 0.5).clamp(0, self.count - 1)
         below_BL = at_BL.floor().long()
         above_BL = (below_BL + 1).clamp(max=self.count - 1)
-        query_BLM = torch.lerp(self.query[below_BL], self.query[above_BL], (at_BL - below_BL)[..., None])
+        query_BLM = torch.lerp(
+            self.query[below_BL], self.query[above_BL], (at_BL - below_BL)[..., None]
+        )
         size_BL = latents_B[:, None].expand_as(share_BL)
         alike = (len(latents_B), -1)
         return (
@@ -116,7 +122,9 @@ def span_means(
     return overlap_means(x_BSM, size_BS, part_BLP2.flatten(1, 2))
 
 
-def span_edges(length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None) -> torch.Tensor:
+def span_edges(
+    length_B: torch.Tensor, spans_B: torch.Tensor, ends_BS: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the edges ``[B, L + 1]`` of spans of each row's first ``length_B`` states.
 
     They are counted in states from 0 and evenly spaced. ``ends_BS`` is true where a sentence ends
@@ -161,7 +169,9 @@ def text_spans(
     return torch.stack((share_BE[:, :-1], share_BE[:, 1:]), -1)
 
 
-def overlap_means(x_BSM: torch.Tensor, size_BS: torch.Tensor, span_BL2: torch.Tensor) -> torch.Tensor:
+def overlap_means(
+    x_BSM: torch.Tensor, size_BS: torch.Tensor, span_BL2: torch.Tensor
+) -> torch.Tensor:
     """Average the vectors that each span meets, by how much of it they cover, ``[B, L, M]``.
 
     An empty span gives zero. Vector s covers ``size_BS`` of its row; spans are shares of the row

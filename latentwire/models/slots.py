@@ -29,7 +29,11 @@ def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
 
 def projections(lm: nn.Module, feature: str) -> list[nn.Linear]:
     """Return the projections to keys and to values of every layer, in order."""
-    return [part for attention in attentions(lm, feature) for part in (attention.k_proj, attention.v_proj)]
+    return [
+        part
+        for attention in attentions(lm, feature)
+        for part in (attention.k_proj, attention.v_proj)
+    ]
 
 
 def attentions(lm: nn.Module, feature: str) -> list[Any]:
@@ -65,7 +69,9 @@ def heads_of_entries(lm: nn.Module, feature: str) -> torch.Tensor:
 
 
 @contextmanager
-def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> Iterator[None]:
+def added_to_slots(
+    lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tensor
+) -> Iterator[None]:
     """Add to the keys and values of latents, while the receiver reads sequences with them.
 
     ``added_NE``: a vector for each latent, row by row, E being the width of all :func:`projections`
@@ -79,7 +85,9 @@ def added_to_slots(lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tens
         parts = added_NE.split([target.out_features for target in targets], dim=-1)
         for target, part_NE in zip(targets, parts, strict=True):
 
-            def add(_: nn.Module, __: tuple, output: torch.Tensor, part_NE: torch.Tensor = part_NE) -> torch.Tensor:
+            def add(
+                _: nn.Module, __: tuple, output: torch.Tensor, part_NE: torch.Tensor = part_NE
+            ) -> torch.Tensor:
                 if output.shape[:2] != latents_RS.shape:
                     return output
                 part_NE = part_NE.to(output.device, output.dtype)

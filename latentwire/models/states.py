@@ -75,7 +75,9 @@ class ByteStates(States):
     def collate(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Collate byte ids in patches ``[B, P, bytes_per_patch]``; and the patches' bytes."""
         ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
-        return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()]
+        return {"ids_BPE": ids_BPE}, [
+            size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()
+        ]
 
     def sentence_ends(self, text: str) -> list[bool]:
         """Return for each patch of a text whether a sentence ends after it."""

@@ -32,7 +32,11 @@ class ByteTokenizer:
     def cut(self, text: str, longest: int) -> list[bytes]:
         """Cut a text into patches of up to ``longest`` bytes that end after white space."""
         words = _WORD.findall(text.encode("utf-8"))
-        return [word[start : start + longest] for word in words for start in range(0, len(word), longest)]
+        return [
+            word[start : start + longest]
+            for word in words
+            for start in range(0, len(word), longest)
+        ]
 
     def patches(self, texts: Sequence[str], longest: int) -> torch.Tensor:
         """Return ids ``[B, P, longest]`` in patches (:meth:`cut`), padded with 0.
@@ -98,9 +102,15 @@ def token_bytes(tokenizer: Any) -> torch.Tensor:
     if mark == "Ġ":
         sizes = [len(piece) for piece in pieces]
     elif mark == "##":
-        sizes = [len(piece.removeprefix("##").encode()) + (not piece.startswith("##")) for piece in pieces]
+        sizes = [
+            len(piece.removeprefix("##").encode()) + (not piece.startswith("##"))
+            for piece in pieces
+        ]
     else:
-        sizes = [1 if _BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode()) for piece in pieces]
+        sizes = [
+            1 if _BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
+            for piece in pieces
+        ]
     return torch.tensor(sizes, dtype=torch.float32).clamp(min=1)
 
 
@@ -112,7 +122,9 @@ def sentence_marks(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """
     pieces, mark = _pieces(tokenizer)
     ends = [_PIECE_END.search(piece) is not None for piece in pieces]
-    joins = [piece.startswith(mark) == (mark == "##") and not _WHITE.match(piece) for piece in pieces]
+    joins = [
+        piece.startswith(mark) == (mark == "##") and not _WHITE.match(piece) for piece in pieces
+    ]
     return torch.tensor(ends), torch.tensor(joins)
 
 

@@ -92,7 +92,9 @@ def _named(config: ReceiverConfig) -> Iterator[None]:
         raise ReceiverError(f"receiver {config.name}: {error}") from error
 
 
-def backbone_source(config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]) -> ReceiverConfig:
+def backbone_source(
+    config: EncoderConfig, receivers: Mapping[str, ReceiverConfig]
+) -> ReceiverConfig:
     """Return the source of the encoder's backbone, in the form of a receiver's."""
     if config.lender is not None:
         return receivers[config.lender]
@@ -146,7 +148,9 @@ def load_model(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
             files.check_weights(source)
     if "quantization_config" in options or quantised_by(load_hf_config(config)) is not None:
         return load_from(kind, config, **options)
-    model, report = load_from(kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, report = load_from(
+        kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     _refuse_misfit(model, config, report)
     return model
 
@@ -215,7 +219,9 @@ def receiver_shape(config: ReceiverConfig) -> Any:
     try:
         if not AutoHfQuantizer.supports_quant_method(quantised):
             raise ValueError(f"transformers knows no quantization_config.quant_method {method}")
-        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment(device_map=None)
+        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment(
+            device_map=None
+        )
     except (ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ReceiverError(
@@ -286,7 +292,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name != "auto":
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ReceiverError(f"device must exist on this machine, got {name} and no CUDA; use device: auto")
+            raise ReceiverError(
+                f"device must exist on this machine, got {name} and no CUDA; use device: auto"
+            )
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -391,7 +399,9 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
             f"with `hf auth login` where the model is gated, check the network, or give a local "
             f"directory by {where}"
         )
-    return ReceiverError(f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}")
+    return ReceiverError(
+        f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -24,12 +24,18 @@ def cluster_resources() -> dict[str, float]:
     possible = state.get_max_resources_from_cluster_config()
     if possible is None:  # only Ray's newer autoscaler tells
         possible = most_resources(autoscaling_config())
-    return {name: max(there.get(name, 0.0), float(possible.get(name, 0))) for name in there | possible}
+    return {
+        name: max(there.get(name, 0.0), float(possible.get(name, 0))) for name in there | possible
+    }
 
 
 def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
     """Add up the most of each resource that an autoscaling configuration allows, with the head."""
-    head = config.get("available_node_types", {}).get(config.get("head_node_type"), {}).get("resources", {})
+    head = (
+        config.get("available_node_types", {})
+        .get(config.get("head_node_type"), {})
+        .get("resources", {})
+    )
     workers = worker_types(config)
     names = set(head).union(*(resources for _, resources, _ in workers))
     totals: dict[str, float] = {}
@@ -78,7 +84,9 @@ def addable_nodes() -> list[dict[str, Any]]:
 
     config = state.get_cluster_config()
     if config is not None and config.node_group_configs:
-        types = [(kind.name, dict(kind.resources), kind.max_count) for kind in config.node_group_configs]
+        types = [
+            (kind.name, dict(kind.resources), kind.max_count) for kind in config.node_group_configs
+        ]
     else:
         types = worker_types(autoscaling_config())
     return [
@@ -105,7 +113,9 @@ def autoscaling_config() -> dict[str, Any]:
     gcs_address = ray.get_runtime_context().gcs_address
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        options = dict(
+            word.split("=", 1) for word in words if word.startswith("--") and "=" in word
+        )
         if options.get("--gcs-address") == gcs_address and "--autoscaling-config" in options:
             return yaml.safe_load(Path(options["--autoscaling-config"]).read_text()) or {}
     return {}

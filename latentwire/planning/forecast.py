@@ -69,7 +69,9 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
     if any("Free" in node for node in living):
         started = min(at_once, places_now // plan.num_workers)
-        waiting = f"; the others wait for {need} each, as long as it takes" if started < at_once else ""
+        waiting = (
+            f"; the others wait for {need} each, as long as it takes" if started < at_once else ""
+        )
         lines.append(f"trials that can start now: {started} of {at_once}{waiting}")
     return dataclasses.replace(plan, max_concurrent_trials=at_once), lines
 
@@ -83,7 +85,9 @@ def _workers_on(plan: Plan, has: Mapping[str, float], gpus: float) -> int:
     if plan.worker_gpus:
         here, taken = has.get("GPU", 0.0), []
         if plan.sharing:
-            sets = min(plan.sharing.replicas, math.ceil(plan.sharing.replicas * here / max(gpus, 1.0)))
+            sets = min(
+                plan.sharing.replicas, math.ceil(plan.sharing.replicas * here / max(gpus, 1.0))
+            )
             taken = plan.sharing.gpus_of_replicas(sets)
         room.append(pieces(here, plan.worker_gpus, taken))
     else:
@@ -93,7 +97,9 @@ def _workers_on(plan: Plan, has: Mapping[str, float], gpus: float) -> int:
 
 
 def _sizes(has: Mapping[str, float]) -> str:
-    return f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
+    return (
+        f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, {has.get('memory', 0) / 1e9:.1f} GB"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,17 +132,22 @@ class Forecast:
             lines += self.files
         else:
             missing = sum("to be made" in file for file in self.files)
-            lines.append(f"shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there")
+            lines.append(
+                f"shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there"
+            )
         if self.steps_per_run is None:
             lines.append("steps: known when the shards are made (data.samples is 0: all rows)")
         else:
-            lines.append(f"steps: at most {self.steps_per_run:,} in a run, {self.runs * self.steps_per_run:,} in all")
+            lines.append(
+                f"steps: at most {self.steps_per_run:,} in a run, {self.runs * self.steps_per_run:,} in all"
+            )
         if rate is not None and self.flop_per_run is not None:
             kind = "GPU" if plan.gpus_per_worker else "CPU"
             devices = plan.num_workers * (plan.gpus_per_worker or plan.cpus_per_worker)
             flop_per_worker = self.flop_per_run / plan.num_workers
             high, low = (
-                self.runs * devices * (flop_per_worker / (share * rate) + START_SECONDS) / 3600 for share in REACHED
+                self.runs * devices * (flop_per_worker / (share * rate) + START_SECONDS) / 3600
+                for share in REACHED
             )
             lines.append(
                 f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: "
@@ -144,7 +155,11 @@ class Forecast:
                 f"{REACHED[1]:.0%} of {rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, "
                 f"just measured), and {START_SECONDS:.0f} s to start"
             )
-        free = "in an object store" if self.free_bytes is None else f"{self.free_bytes / 1e9:,.1f} GB free"
+        free = (
+            "in an object store"
+            if self.free_bytes is None
+            else f"{self.free_bytes / 1e9:,.1f} GB free"
+        )
         lines.append(
             f"disk: about {self.disk_bytes / 1e6:,.1f} MB at most (a checkpoint "
             f"{self.checkpoint_bytes / 1e6:,.2f} MB), {free}"
@@ -275,7 +290,9 @@ def _column_bytes(losses: LossConfig, width: int) -> int:
     return teachers.most_tokens(losses) * (words + states)
 
 
-def show(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place, rate: float | None = None) -> Plan:
+def show(
+    space: SweepConfig | ResolvedSweep, plan: Plan, output: Place, rate: float | None = None
+) -> Plan:
     """Print plan and forecast, and return the plan that fits the cluster's nodes. Needs Ray.
 
     ``rate``: FLOP/s of a worker, where it was measured. Raises

@@ -140,7 +140,9 @@ def plan(
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
         )
-    receivers = tuple(_estimate(run, index, gpus_per_worker > 0, files) for index in range(len(run.receivers)))
+    receivers = tuple(
+        _estimate(run, index, gpus_per_worker > 0, files) for index in range(len(run.receivers))
+    )
     if files:
         builders(run)  # raises for a tokenizer that cannot build a prompt, before shards are made
     trainable, fixed = _encoder_and_adapters(run)
@@ -167,7 +169,9 @@ def plan(
     if not gpus:
         _share("GPUs", gpus, gpus_per_worker)
     sharing = _sharing(sweep.space, run, estimate, resources, memory_bytes)
-    beside = 0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
+    beside = (
+        0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
+    )
     with_shared = int(min(beside, limit, *fits))
     if tune.receivers == "shared":
         if with_shared < 1:
@@ -265,7 +269,10 @@ def alone(space: SweepConfig) -> SweepConfig:
 def plan_on_cluster(space: SweepConfig | ResolvedSweep) -> Plan:
     """Plan for the cluster that Ray is connected to, as :func:`plan` does."""
     sweep, resources = resolve(space), cluster_resources()
-    gpus, gpu_memory_gb = sweep.space.run.training.gpus_each(resources), sweep.space.tune.gpu_memory_gb
+    gpus, gpu_memory_gb = (
+        sweep.space.run.training.gpus_each(resources),
+        sweep.space.tune.gpu_memory_gb,
+    )
     if gpus and gpu_memory_gb is not None:
         return plan(sweep, resources, 1e9 * gpu_memory_gb)
     return plan(sweep, resources, node_memory(gpus))
@@ -317,15 +324,23 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool, files: bool) -> Receiver
     width_bytes = torch.empty((), dtype=pick_dtype(receiver.dtype, device)).element_size()
     text: Any = lm.config.get_text_config()
     rows, positions = rows_of(run), positions_of(run, slots_of(run))
-    activations = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
-    logits = rows * 8 * text.vocab_size * (width_bytes + 8)  # 8 supervised tokens; loss and gradient in fp32
+    activations = (
+        positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
+    )
+    logits = (
+        rows * 8 * text.vocab_size * (width_bytes + 8)
+    )  # 8 supervised tokens; loss and gradient in fp32
     # Quantisation leaves the embeddings, and an output head that is not tied to them, as they are.
     ends = lm.get_input_embeddings().weight.numel()
     if (head := lm.get_output_embeddings()) is not None and not lm.config.tie_word_embeddings:
         ends += head.weight.numel()
     multiplied = parameters - ends
-    weights = ends * width_bytes + multiplied * QUANTIZED_BYTES.get(receiver.quantization, width_bytes)
-    return ReceiverEstimate(receiver.name, parameters, multiplied, int(weights), activations + logits)
+    weights = ends * width_bytes + multiplied * QUANTIZED_BYTES.get(
+        receiver.quantization, width_bytes
+    )
+    return ReceiverEstimate(
+        receiver.name, parameters, multiplied, int(weights), activations + logits
+    )
 
 
 def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
@@ -334,7 +349,9 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
         shapes = {}
         for receiver in run.receivers:
             width = load_hf_config(receiver).get_text_config().hidden_size
-            shapes[receiver.name] = ReceiverShape(width, 1.0, functools.partial(skeleton, receiver, check=False))
+            shapes[receiver.name] = ReceiverShape(
+                width, 1.0, functools.partial(skeleton, receiver, check=False)
+            )
         interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
         registry.check_training(interlingua.features)
         interlingua.train_only(run.training.train_only)

@@ -113,7 +113,9 @@ def encoder_bytes(run: RunConfig) -> int:
     encoder = run.encoder
     layers, width = encoder.layers, encoder.d_model
     if encoder.pretrained:
-        config = load_hf_config(backbone_source(encoder, {r.name: r for r in run.receivers})).get_text_config()
+        config = load_hf_config(
+            backbone_source(encoder, {r.name: r for r in run.receivers})
+        ).get_text_config()
         layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
     positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
     return 4 * ENCODER_WORDS * positions * layers * width
@@ -138,7 +140,8 @@ def share(
     together = space.tune.joined_trials or (4 if gpus else 1)
     context = CUDA_CONTEXT_BYTES if gpus else base_bytes
     bytes_per_replica = {
-        name: int(weights + together * step + context) for name, (weights, step) in weights_and_steps.items()
+        name: int(weights + together * step + context)
+        for name, (weights, step) in weights_and_steps.items()
     }
     worker = int(16 * trainable + encoder_bytes(run) + context)
     asked_gpus = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
@@ -163,16 +166,26 @@ def trials_in(memory_bytes: float, sharing: Sharing) -> int:
 
     ``memory_bytes``: of a GPU, or of a node without GPUs.
     """
-    return max(0, int((memory_bytes - sum(sharing.bytes_per_replica.values())) / sharing.bytes_per_worker))
+    return max(
+        0, int((memory_bytes - sum(sharing.bytes_per_replica.values())) / sharing.bytes_per_worker)
+    )
 
 
 def at_once(
-    sharing: Sharing, cpus: float, cpus_per_trial: float, gpus: float, memory_bytes: float, workers: int
+    sharing: Sharing,
+    cpus: float,
+    cpus_per_trial: float,
+    gpus: float,
+    memory_bytes: float,
+    workers: int,
 ) -> int:
     """Count the trials of so many workers that fit at once beside the replicas."""
     room = [times(cpus, cpus_per_trial)]
     if sharing.gpus_per_worker:
-        room.append(pieces(gpus, sharing.gpus_per_worker, sharing.gpus_of_replicas(sharing.replicas)) // workers)
+        room.append(
+            pieces(gpus, sharing.gpus_per_worker, sharing.gpus_of_replicas(sharing.replicas))
+            // workers
+        )
     else:
         room.append(trials_in(memory_bytes, sharing) // workers)
     return max(0, int(min(room)))

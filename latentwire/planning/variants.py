@@ -24,7 +24,9 @@ def check_metrics(space: SweepConfig) -> None:
         )
     names = ["", *(f"_{receiver.name}" for receiver in space.run.receivers)]
     kinds = ("dev_loss",) if texts else ("dev_f1", "dev_em", "dev_loss")
-    reported = [f"{kind}{name}" for kind in kinds for name in names] + ([] if texts else ["wire_bytes"])
+    reported = [f"{kind}{name}" for kind in kinds for name in names] + (
+        [] if texts else ["wire_bytes"]
+    )
     for knob, metrics in (
         ("metric", [tune.metric]),
         ("objectives", tune.objectives),
@@ -61,7 +63,9 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
             continue
         dim = space.search[path]
         if not isinstance(dim, CategoricalDimension):
-            raise ConfigError(f"search.{path} must be categorical, got {dim.type}: each value needs files of its own")
+            raise ConfigError(
+                f"search.{path} must be categorical, got {dim.type}: each value needs files of its own"
+            )
         conditions = {other: choices for other, choices in dim.when.items() if other in NAMES_FILES}
         may_be_left_out = len(conditions) < len(dim.when)  # by a condition that names no files
         extended: list[dict[str, Any]] = []
@@ -118,11 +122,17 @@ def _largest(space: SweepConfig) -> dict[str, Any]:
         costliest = min if path in smaller_costs_more else max
         if not isinstance(dim, CategoricalDimension):
             values[path] = costliest(dim.low, dim.high)
-        elif all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in dim.choices):
+        elif all(
+            isinstance(choice, int | float) and not isinstance(choice, bool)
+            for choice in dim.choices
+        ):
             values[path] = costliest(dim.choices)
     return values
 
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
     """Return the optimiser steps of a run on that many rows."""
-    return min(run.training.epochs * max(1, train_rows // run.training.batch_size), run.training.max_steps or 10**12)
+    return min(
+        run.training.epochs * max(1, train_rows // run.training.batch_size),
+        run.training.max_steps or 10**12,
+    )

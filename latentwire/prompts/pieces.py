@@ -71,8 +71,16 @@ class Pieces:
         different = list(dict.fromkeys(texts))
         if not different:
             return []
-        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-        ids = self.tokenizer(different, **options).input_ids if anew else self._behind(different, **options)
+        options = {
+            "add_special_tokens": False,
+            "split_special_tokens": True,
+            "return_attention_mask": False,
+        }
+        ids = (
+            self.tokenizer(different, **options).input_ids
+            if anew
+            else self._behind(different, **options)
+        )
         known = dict(zip(different, ids, strict=True))
         return [known[text] for text in texts]
 
@@ -83,7 +91,11 @@ class Pieces:
         for lead in LEADS:
             left = [place for place, tokens in enumerate(ids) if tokens is None]
             start = self.tokenizer(lead, **options).input_ids
-            wholes = self.tokenizer([lead + texts[place] for place in left], **options).input_ids if left else []
+            wholes = (
+                self.tokenizer([lead + texts[place] for place in left], **options).input_ids
+                if left
+                else []
+            )
             for place, whole in zip(left, wholes, strict=True):
                 if whole[: len(start)] == start:
                     ids[place] = whole[len(start) :]

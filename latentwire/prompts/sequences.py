@@ -32,7 +32,9 @@ ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
 or what follows it. The numbers of controls are their places among a receiver's control embeddings."""
 CONTROLS = (RECONSTRUCT, CONTINUE)
 
-SLOT_ID = 0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
+SLOT_ID = (
+    0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
+)
 
 _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
 
@@ -101,8 +103,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on ``device``."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        tensors: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        )
 
     def after_head(self) -> Batch:
         """Return the rows without the tokens that all of them begin with, which go to ``head_H``."""
@@ -127,7 +133,11 @@ class PromptBuilder:
     """Builds sequences for one receiver under one prompt configuration."""
 
     def __init__(
-        self, tokenizer: Any, receiver: ReceiverConfig, prompt: PromptConfig, send: Literal["context", "prompt"]
+        self,
+        tokenizer: Any,
+        receiver: ReceiverConfig,
+        prompt: PromptConfig,
+        send: Literal["context", "prompt"],
     ) -> None:
         self.tokenizer, self.receiver, self.send = tokenizer, receiver, send
         self.anchor_text = prompt.anchor.rstrip()
@@ -156,18 +166,24 @@ class PromptBuilder:
         self.anchor_ids = self._pieces.after(self._tail_text, self.anchor_text)
         closing = self._tail_text + self.anchor_text
         self._answers_anew = self._pieces.begins_anew(closing, f"{self.answer_lead}a")
-        self._before_answer = closing if self._pieces.marks_beginnings else self.anchor_text or self._tail_text
+        self._before_answer = (
+            closing if self._pieces.marks_beginnings else self.anchor_text or self._tail_text
+        )
         self.newline_ids = self._pieces.following("\n")
         self.stop_id, self.stop_ids = self._stops()
         self._probe()
 
     # ------------------------------------------------------------------------------------------------- tokenising
 
-    def tokenize(self, contexts: list[str], questions: list[str], answers: list[str]) -> dict[str, list[list[int]]]:
+    def tokenize(
+        self, contexts: list[str], questions: list[str], answers: list[str]
+    ) -> dict[str, list[list[int]]]:
         """Return the ids of the three pieces that change from row to row, for a column of rows."""
         return {
             "context_ids": self._pieces.of_user(contexts),
-            "question_ids": self._pieces.of_user([self._question_lead + question for question in questions]),
+            "question_ids": self._pieces.of_user(
+                [self._question_lead + question for question in questions]
+            ),
             "answer_ids": self._pieces.of_user(
                 [self.answer_lead + answer for answer in answers], anew=self._answers_anew
             ),
@@ -176,7 +192,9 @@ class PromptBuilder:
     def check_boundaries(self, answers: list[str], answer_ids: list[list[int]]) -> list[bool]:
         """Return for each answer whether anchor and answer, tokenised as one text, give the same ids as joined."""
         before_ids = self._template_ids(self._before_answer)
-        joint = self._pieces.all_following([self._before_answer + self.answer_lead + answer for answer in answers])
+        joint = self._pieces.all_following(
+            [self._before_answer + self.answer_lead + answer for answer in answers]
+        )
         return [whole == before_ids + ids for whole, ids in zip(joint, answer_ids, strict=True)]
 
     def answer_of(self, text: str) -> str:
@@ -199,14 +217,20 @@ class PromptBuilder:
 
     def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
         """Return the tokens that a latent prompt's slots stand for."""
-        return [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
+        return (
+            [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
+        )
 
-    def latent(self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None) -> PromptSequence:
+    def latent(
+        self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None
+    ) -> PromptSequence:
         """Return the same prompt with ``slots`` soft positions in place of the message."""
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
 
-    def controlled(self, slots: int, control: int, text_ids: list[int], given: int = 0) -> PromptSequence:
+    def controlled(
+        self, slots: int, control: int, text_ids: list[int], given: int = 0
+    ) -> PromptSequence:
         """Return soft slots, a control embedding, and a text as targets.
 
         Args:
@@ -232,7 +256,13 @@ class PromptBuilder:
         )
 
     def _join(
-        self, message: list[int], mid: list[int], question: list[int], answer: list[int] | None, *, soft: bool
+        self,
+        message: list[int],
+        mid: list[int],
+        question: list[int],
+        answer: list[int] | None,
+        *,
+        soft: bool,
     ) -> PromptSequence:
         start = len(self.head_ids)
         question_at = start + len(message) + len(mid)
@@ -258,7 +288,9 @@ class PromptBuilder:
     def _wants_bos(self, head: str) -> bool:
         token = self.tokenizer.bos_token
         if self.receiver.bos == "yes" and token is None:
-            raise PromptError(f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none")
+            raise PromptError(
+                f"bos: yes needs a tokenizer with a BOS token, {self.receiver.model} has none"
+            )
         if self.receiver.bos != "auto" or token is None:
             return self.receiver.bos == "yes"
         if self.chat:
@@ -273,7 +305,9 @@ class PromptBuilder:
         """
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise PromptError(f"the tokenizer of {self.receiver.model} must have an EOS token, it has none")
+            raise PromptError(
+                f"the tokenizer of {self.receiver.model} must have an EOS token, it has none"
+            )
         if self.chat:
             end = self._turn_end()
             stop = eos if end is None else end
@@ -307,7 +341,10 @@ class PromptBuilder:
 
 
 def collate(
-    sequences: Iterable[PromptSequence], *, side: Literal["right", "left"] = "right", messages: list[int] | None = None
+    sequences: Iterable[PromptSequence],
+    *,
+    side: Literal["right", "left"] = "right",
+    messages: list[int] | None = None,
 ) -> Batch:
     """Pad sequences to one length; the attention mask follows from their lengths, never from token ids.
 
@@ -346,7 +383,9 @@ def collate(
         latents_BS=latents_BS,
         control_BS=control_BS,
         question_BS=question_BS,
-        message_R=torch.tensor(list(range(len(rows))) if messages is None else messages, dtype=torch.long),
+        message_R=torch.tensor(
+            list(range(len(rows))) if messages is None else messages, dtype=torch.long
+        ),
         control_R=torch.tensor([row.control for row in rows], dtype=torch.long),
         predict_N=torch.tensor(predict, dtype=torch.long),
         target_N=torch.tensor(target, dtype=torch.long),
@@ -367,7 +406,9 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
         return batches[0]
     width = max(batch.ids_BS.shape[1] for batch in batches)
     names = ("ids_BS", "attention_BS", "latents_BS", "control_BS", "question_BS")
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*names, "message_R", "predict_N", "row_N")}
+    rows: dict[str, list[torch.Tensor]] = {
+        name: [] for name in (*names, "message_R", "predict_N", "row_N")
+    }
     first_row = first_message = 0
     for batch in batches:
         missing = width - batch.ids_BS.shape[1]
@@ -375,7 +416,10 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
         for name in names:
             rows[name].append(F.pad(getattr(batch, name), (shift, missing - shift)))
         # A flat index of the old B × S grid is a row and a place in it, each of which moves.
-        row_N, place_N = batch.predict_N // batch.ids_BS.shape[1], batch.predict_N % batch.ids_BS.shape[1]
+        row_N, place_N = (
+            batch.predict_N // batch.ids_BS.shape[1],
+            batch.predict_N % batch.ids_BS.shape[1],
+        )
         rows["predict_N"].append((first_row + row_N) * width + shift + place_N)
         rows["row_N"].append(first_row + batch.row_N)
         rows["message_R"].append(first_message + batch.message_R)

@@ -35,7 +35,9 @@ def is_chat(tokenizer: Any, receiver: ReceiverConfig) -> bool:
 
     Raises :class:`PromptError` for knobs that need a chat template and have none.
     """
-    chat = receiver.template == "chat" or (receiver.template == "auto" and bool(tokenizer.chat_template))
+    chat = receiver.template == "chat" or (
+        receiver.template == "auto" and bool(tokenizer.chat_template)
+    )
     if chat and not tokenizer.chat_template:
         raise PromptError(
             f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain"
@@ -85,13 +87,17 @@ def rendered(tokenizer: Any, receiver: ReceiverConfig) -> list[str] | None:
     return [text.head, text.mid, text.tail, after_answer(tokenizer, receiver)]
 
 
-def _apply(tokenizer: Any, receiver: ReceiverConfig, turns: list[dict[str, str]], **options: Any) -> str:
+def _apply(
+    tokenizer: Any, receiver: ReceiverConfig, turns: list[dict[str, str]], **options: Any
+) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name, of which this one is for a chat without tools
         template = template.get("default", "")
     if "strftime_now" in template:
         options["chat_template"] = _fixed_clock() + template
-    return tokenizer.apply_chat_template(turns, tokenize=False, **options, **receiver.template_options)
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, **options, **receiver.template_options
+    )
 
 
 def _fixed_clock() -> str:

@@ -92,7 +92,9 @@ class Receiver(Protocol):
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up the embeddings ``[…, D]`` of token ids."""
 
-    def added_to_slots(self, added_NE: torch.Tensor, latents_RS: torch.Tensor) -> AbstractContextManager[None]:
+    def added_to_slots(
+        self, added_NE: torch.Tensor, latents_RS: torch.Tensor
+    ) -> AbstractContextManager[None]:
         """Add ``added_NE`` to keys and values at the latents, until this context ends."""
 
     def read_head(self, batch: Batch) -> Batch:

@@ -51,7 +51,9 @@ class LocalReceiver(LMWrapper):
         """Return the same from states that are computed already."""
         assert not isinstance(task.teacher, Batch), "read_teacher comes first"
         with part(f"loss {self.name}"):
-            shares = loss_terms(task.weights, task.batch, reader, task.teacher, task.counts, task.rows_at_once)
+            shares = loss_terms(
+                task.weights, task.batch, reader, task.teacher, task.counts, task.rows_at_once
+            )
             return torch.stack(list(shares.values()))
 
     @torch.no_grad()

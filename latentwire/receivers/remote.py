@@ -96,7 +96,9 @@ class RemoteReceiver:
     Its losses hand on the gradients that come back.
     """
 
-    def __init__(self, config: ReceiverConfig, channel: Channel, device: torch.device, *, head_is_text: bool) -> None:
+    def __init__(
+        self, config: ReceiverConfig, channel: Channel, device: torch.device, *, head_is_text: bool
+    ) -> None:
         """Connect to a replica.
 
         ``device``: where the wire is trained. ``head_is_text``: whether the text before the message
@@ -167,7 +169,9 @@ class RemoteReceiver:
         soft_ND: torch.Tensor | None = None,
     ) -> Decoded:
         """Decode greedy continuations of left-padded prompts."""
-        return self._ask(GenerateRequest(batch.to("cpu"), self._prompt(soft_ND), tuple(stop_ids), max_new_tokens))
+        return self._ask(
+            GenerateRequest(batch.to("cpu"), self._prompt(soft_ND), tuple(stop_ids), max_new_tokens)
+        )
 
     def _sum_added(self) -> torch.Tensor | None:
         return torch.stack(self._added).sum(0) if self._added else None
@@ -193,12 +197,16 @@ class _Losses(torch.autograd.Function):
         teacher = None if task.teacher is None else task.teacher.to("cpu")
         task = replace(task, batch=task.batch.to("cpu"), teacher=teacher)
         prompt = _to_send(soft_ND, added_NE)
-        answer = receiver._ask(LossRequest(task, prompt, any(ctx.needs_input_grad), receiver.head_is_text))
+        answer = receiver._ask(
+            LossRequest(task, prompt, any(ctx.needs_input_grad), receiver.head_is_text)
+        )
         ctx.gradient = answer.gradient.each(lambda gradient: gradient.to(soft_ND.device))
         return answer.shares_T.to(soft_ND.device)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         scale = common_gradient(grad_outputs[0])
         # d loss / d prompt = (d loss / d Σ shares) · (d Σ shares / d prompt).
         # The replica has sent the second factor.

@@ -108,7 +108,9 @@ class Replica:
             with self._changed:
                 self._closed = True
                 for waiting in self._waiting:
-                    waiting.answer.set_exception(RuntimeError(f"replica of {self.lm.name} has ended; see its log"))
+                    waiting.answer.set_exception(
+                        RuntimeError(f"replica of {self.lm.name} has ended; see its log")
+                    )
 
     def _next(self) -> list[_Waiting] | None:
         """Take the next pass's requests off the queue; ``None`` at the end."""
@@ -120,7 +122,10 @@ class Replica:
             group, positions = [order[0]], order[0].request.positions
             for other in order[1:]:
                 more = other.request.positions
-                if other.request.alike == group[0].request.alike and positions + more <= self.most_positions:
+                if (
+                    other.request.alike == group[0].request.alike
+                    and positions + more <= self.most_positions
+                ):
                     group.append(other)
                     positions += more
             self._waiting = [waiting for waiting in self._waiting if waiting not in group]
@@ -158,7 +163,9 @@ class Replica:
                 account.requests += 1
                 account.joined += len(group) > 1
                 account.positions += waiting.request.positions
-                account.seconds += seconds * (waiting.request.positions / total if len(group) > 1 else 1)
+                account.seconds += seconds * (
+                    waiting.request.positions / total if len(group) > 1 else 1
+                )
                 account.waited += began - waiting.since
         for waiting, answer in zip(group, answers, strict=True):
             waiting.answer.set_result(answer)

@@ -93,7 +93,10 @@ class LossRequest(Request):
     def answer(lm: LocalReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
         """Compute each request's shares of the loss, and their sum's gradient for its prompt."""
         tasks = [request.task for request in requests]
-        teachers = [None if task.teacher is None else lm.read_teacher(task.teacher, task.settings) for task in tasks]
+        teachers = [
+            None if task.teacher is None else lm.read_teacher(task.teacher, task.settings)
+            for task in tasks
+        ]
         batch = join([task.batch for task in tasks]).to(lm.device)
         if requests[0].head_is_text:
             batch = lm.read_head(batch)
@@ -152,8 +155,12 @@ class ScoreRequest(Request):
             scores = lm.score_answers(batch, soft_ND)
         sizes = [len(request.batch.target_N) for request in requests]
         return [
-            AnswerScores(ce_N.clone(), likelier_N.clone())  # a slice would carry the others' with it
-            for ce_N, likelier_N in zip(scores.ce_N.split(sizes), scores.likelier_N.split(sizes), strict=True)
+            AnswerScores(
+                ce_N.clone(), likelier_N.clone()
+            )  # a slice would carry the others' with it
+            for ce_N, likelier_N in zip(
+                scores.ce_N.split(sizes), scores.likelier_N.split(sizes), strict=True
+            )
         ]
 
 
@@ -188,7 +195,9 @@ class GenerateRequest(Request):
             decoded = lm.generate(batch, first.stop_ids, first.max_new_tokens, soft_ND)
         rows = iter(decoded.rows)
         return [
-            Decoded([next(rows) for _ in request.batch.ids_BS], decoded.prefill_ms, decoded.decode_ms)
+            Decoded(
+                [next(rows) for _ in request.batch.ids_BS], decoded.prefill_ms, decoded.decode_ms
+            )
             for request in requests
         ]
 
@@ -242,10 +251,14 @@ def _gradients(total: torch.Tensor, prompts: Sequence[Prompt]) -> list[Prompt]:
     return [prompt.each(lambda _: next(gradients).cpu()) for prompt in prompts]
 
 
-def _read_into(lm: LocalReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack) -> torch.Tensor | None:
+def _read_into(
+    lm: LocalReceiver, batch: Batch, prompts: Sequence[Prompt], stack: ExitStack
+) -> torch.Tensor | None:
     """Lay all prompts over a joined batch; return the soft vectors, or ``None`` for texts."""
     added = [prompt.added_NE for prompt in prompts if prompt.added_NE is not None]
     if added:
-        stack.enter_context(lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS))
+        stack.enter_context(
+            lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS)
+        )
     soft = [prompt.soft_ND for prompt in prompts if prompt.soft_ND is not None]
     return torch.cat([s.flatten(0, -2).to(lm.device) for s in soft]) if soft else None

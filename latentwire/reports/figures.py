@@ -39,7 +39,9 @@ def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
     ]
 
 
-def _importances(study: optuna.Study, done: Sequence[FrozenTrial], target: Mapping[str, Any]) -> list[Figure]:
+def _importances(
+    study: optuna.Study, done: Sequence[FrozenTrial], target: Mapping[str, Any]
+) -> list[Figure]:
     """Draw which searched paths matter, where enough trials differ in them.
 
     ``target``: the value by which Optuna's pictures compare trials, and its name.
@@ -51,12 +53,18 @@ def _importances(study: optuna.Study, done: Sequence[FrozenTrial], target: Mappi
         return [("What mattered", "Parameter importances, parallel coordinates and contour.", why)]
     lines = visualization.plot_parallel_coordinate(study, params=varied, **target)
     figures: list[Figure] = [
-        ("Parallel coordinates", "A line per finished trial through the values that it drew.", lines)
+        (
+            "Parallel coordinates",
+            "A line per finished trial through the values that it drew.",
+            lines,
+        )
     ]
     if len(varied) == 1:
         slices = visualization.plot_slice(study, params=varied, **target)
         return [*figures, ("Slice", f"Scores by {varied[0]}.", slices)]
-    weights = optuna.importance.get_param_importances(study, params=varied, target=target.get("target"))
+    weights = optuna.importance.get_param_importances(
+        study, params=varied, target=target.get("target")
+    )
     two = list(weights)[:2]
     share = "How much of the spread of scores each parameter explains (fANOVA)."
     bars = visualization.plot_param_importances(study, params=varied, **target)
@@ -77,7 +85,9 @@ def _fronts(study: optuna.Study) -> list[Figure]:
             report = _best(trial, "dev_f1", max)
             if report is not None and cost in report:
                 values = [report[cost], report["dev_f1"]]
-                copied = create_trial(values=values, params=trial.params, distributions=trial.distributions)
+                copied = create_trial(
+                    values=values, params=trial.params, distributions=trial.distributions
+                )
                 both.add_trial(copied)
         if both.trials:
             about = "Every trial; those that no other beats in both are marked."

@@ -57,10 +57,14 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         best=best,
         selection=document.get("selection") or {},
         metric=space.tune.metric,
-        scores=tables.scores_table(scores, f"{run.data.dataset} validation", run) if scores else None,
+        scores=tables.scores_table(scores, f"{run.data.dataset} validation", run)
+        if scores
+        else None,
         read=readings.sentence(document.get("readings")),
         weights=tables.weights_table(document["weights"]) if document.get("weights") else None,
-        together=tables.together_table(scores) if any("agreement" in row["mean"] for row in scores.values()) else None,
+        together=tables.together_table(scores)
+        if any("agreement" in row["mean"] for row in scores.values())
+        else None,
         shares=_shares_of_text(scores),
         untuned=UNTUNED_TEXT,
         chart=_draw(figures.scores_figure(scores)) if scores else "",
@@ -71,7 +75,9 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         examples=_examples(output / "predictions.parquet"),
         costs=_costs(study, space, output),
         manifest=_manifest(output / "manifest.json"),
-        plotly=get_plotlyjs() if scores or any(not isinstance(what, str) for *_, what in pictures) else "",
+        plotly=get_plotlyjs()
+        if scores or any(not isinstance(what, str) for *_, what in pictures)
+        else "",
     )
     write_text(output / FILE, page)
     return output / FILE
@@ -79,9 +85,9 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
 
 def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("latentwire.reports", "")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "report.html.jinja"
-    )
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    ).get_template("report.html.jinja")
 
 
 def _draw(figure: go.Figure | str) -> str:
@@ -145,7 +151,12 @@ def _examples(file: Place) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     right: dict[str, list[bool]] = {}
     for p in read_parquet(file, columns).to_pylist():
-        row = {"context": p["context"], "question": p["question"], "golds": p["golds"], "answers": []}
+        row = {
+            "context": p["context"],
+            "question": p["question"],
+            "golds": p["golds"],
+            "answers": [],
+        }
         row = rows.setdefault(p["id"], row)
         if p["mode"] in ("text", "latent"):
             answer = (label(p[condition]), p["receiver"], p["text"], p["em"] == 1, p["mode"])
@@ -161,7 +172,9 @@ def _examples(file: Place) -> list[dict[str, Any]]:
 def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple[str, str]]:
     """Return what the search took: wall-clock time, CPU- and GPU-hours of the workers, and disk."""
     training = space.run.training
-    hours = sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
+    hours = (
+        sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
+    )
     gpus = training.gpus_per_worker
     nodes = _json(output / "manifest.json").get("hardware", {}).get("nodes", [])
     if gpus is None:

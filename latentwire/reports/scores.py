@@ -146,7 +146,9 @@ def show(evaluation: Evaluation, title: str) -> None:
     if known.readings is not None:
         print(readings.sentence(known.readings))
     if known.probes is not None:
-        print("latents: " + ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items()))
+        print(
+            "latents: " + ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items())
+        )
 
 
 def write(evaluation: Evaluation, output: Place) -> None:
@@ -158,7 +160,9 @@ def write(evaluation: Evaluation, output: Place) -> None:
     if output.name.endswith(".json"):
         write_text(output, json.dumps(scores, indent=1))
         return
-    further = details(evaluation.predictions, questions.sides, questions.types) | {"weights": known.sizes}
+    further = details(evaluation.predictions, questions.sides, questions.types) | {
+        "weights": known.sizes
+    }
     further |= {} if known.readings is None else {"readings": known.readings}
     further |= {} if known.probes is None else {"diagnostics": known.probes}
     write_text(output / "scores.json", json.dumps(scores, indent=1))

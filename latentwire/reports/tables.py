@@ -59,7 +59,14 @@ def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
     """Return all trials, best first."""
     tune = space.tune
     measured = dict.fromkeys((tune.metric, *tune.objectives, *tune.constraints))
-    columns = ("step", *measured, "first_train_loss", "train_loss", "examples_per_s", "train_seconds")
+    columns = (
+        "step",
+        *measured,
+        "first_train_loss",
+        "train_loss",
+        "examples_per_s",
+        "train_seconds",
+    )
     paths = dict.fromkeys(path for row in rows for path in row["values"])
     names = column_names(space.search)
     body = []
@@ -81,7 +88,11 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     names = [*config.objectives, config.metric]
     front = sorted((row for row in rows if row["front"]), key=lambda row: row[names[0]])
     body = [[str(row["trial"]), *(_number(row[name]) for name in names)] for row in front]
-    return f"Pareto front: {len(front)} trials that none beats in everything", ["trial", *names], body
+    return (
+        f"Pareto front: {len(front)} trials that none beats in everything",
+        ["trial", *names],
+        body,
+    )
 
 
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
@@ -123,7 +134,10 @@ def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
         "bytes": sum(part["bytes"] for part in sizes.values()),
     }
     parts = {**sizes, "all of the wire": total}
-    body = [[name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"] for name, part in parts.items()]
+    body = [
+        [name, f"{part['parameters']:,}", f"{part['bytes'] / 1e6:,.2f}"]
+        for name, part in parts.items()
+    ]
     return "trained weights", ["part", "parameters", "MB"], body
 
 
@@ -158,7 +172,9 @@ def comparisons_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
 
 def _paired(paired: dict[str, float], factor: int = 100, digits: int = 1) -> list[str]:
     """Return a difference with its interval, and p."""
-    difference, low, high = (f"{factor * paired[end]:+.{digits}f}" for end in ("difference", "low", "high"))
+    difference, low, high = (
+        f"{factor * paired[end]:+.{digits}f}" for end in ("difference", "low", "high")
+    )
     return [f"{difference} [{low}, {high}]", f"{paired['p']:.2g}"]
 
 
@@ -211,7 +227,11 @@ def sweep_tables(
 
 def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
     """Return the tables of a wire: its scores, their costs, and its trained weights."""
-    return [scores_table(scored.scores, title, run), together_table(scored.scores), weights_table(scored.sizes)]
+    return [
+        scores_table(scored.scores, title, run),
+        together_table(scored.scores),
+        weights_table(scored.sizes),
+    ]
 
 
 def show(grids: list[Grid]) -> None:

@@ -56,7 +56,9 @@ def save(
     """
     if trainer is None:
         return exports.save(path, wire, metrics, provenance)
-    return exports.save(path, wire, metrics, provenance, partial(_save_training, trainer=trainer), address=str)
+    return exports.save(
+        path, wire, metrics, provenance, partial(_save_training, trainer=trainer), address=str
+    )
 
 
 def _save_training(path: Path, *, trainer: Trainer) -> None:
@@ -66,7 +68,9 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
         for slot, value in slots.items():
             tensors[f"optimizer.{names[index]}.{slot}"] = torch.as_tensor(value).detach().cpu()
     exports.write_tensors(tensors, path / "training_state.safetensors")
-    (path / "training_state.json").write_text(json.dumps({"progress": asdict(trainer.progress)}, indent=1))
+    (path / "training_state.json").write_text(
+        json.dumps({"progress": asdict(trainer.progress)}, indent=1)
+    )
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -88,12 +92,16 @@ def initialise(source: str | Place, wire: LatentWire) -> None:
         )
         common = [name for name in parts if name in manifest["files"]]
         if not common:
-            raise CheckpointError(f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none")
+            raise CheckpointError(
+                f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none"
+            )
         for name in common:
             exports.fill(path / name, parts[name], left_out=wire.receivers.keys() ^ known)
         wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
-    frozen = [name for name in missing if not all(p.requires_grad for p in parts[name].parameters())]
+    frozen = [
+        name for name in missing if not all(p.requires_grad for p in parts[name].parameters())
+    ]
     if wire.run.training.train_only and frozen:
         raise CheckpointError(
             f"init_from must hold what train_only keeps as it is, {source} has no {', '.join(frozen)}; train it too"
@@ -150,7 +158,9 @@ def load_training(path: Path, trainer: Trainer) -> None:
         name, _, slot = key.removeprefix("optimizer.").rpartition(".")
         name = former[int(name)] if name.isdigit() and int(name) < len(former) else name
         if name not in places:
-            raise CheckpointError(f"{path} must hold the optimiser state of this wire, got one of {name}; restore it")
+            raise CheckpointError(
+                f"{path} must hold the optimiser state of this wire, got one of {name}; restore it"
+            )
         state.setdefault(places[name], {})[slot] = tensor
     # Rates and decays are the configuration's, which a resumed run keeps.
     groups = trainer.optimizer.state_dict()["param_groups"]
@@ -221,7 +231,11 @@ def written_names(path: Place) -> list[str]:
     if (manifest := text_if_there(path / exports.MANIFEST)) is not None:
         return [*json.loads(manifest)["files"], exports.CARD, exports.MANIFEST]
     fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
-    return [name for name in files_below(path) if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")]
+    return [
+        name
+        for name in files_below(path)
+        if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")
+    ]
 
 
 def remove_files(path: Path, names: list[str]) -> None:

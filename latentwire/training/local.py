@@ -59,7 +59,9 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     if trainer.stop_asked:
         step_checkpoints.save_step(folder, wire, {}, provenance, trainer, *metric_of(wire.run))
         step = trainer.progress.step
-        raise TrainingError(f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on")
+        raise TrainingError(
+            f"training was stopped by SIGTERM after step {step} and saved; add --resume to go on"
+        )
     checkpoints.check_frozen(wire, frozen)
     return step_checkpoints.best_of(step_checkpoints.finished(folder), *metric_of(wire.run))
 

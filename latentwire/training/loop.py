@@ -38,7 +38,9 @@ class TrainingError(UserError):
 class Trainer:
     """One run's optimiser, schedule and progress."""
 
-    def __init__(self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None) -> None:
+    def __init__(
+        self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None
+    ) -> None:
         """``steps_per_epoch``: batches in one epoch, the same on every worker; at least 1."""
         self.wire, self.workers = wire, workers or Workers()
         self.config = wire.run.training
@@ -48,7 +50,9 @@ class Trainer:
         """Loss terms, prompt scales and, on request, gradient norms of the last step."""
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
-        self.total_steps = min(self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12)
+        self.total_steps = min(
+            self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12
+        )
         check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
         for lm in wire.local_receivers():
@@ -217,7 +221,9 @@ class Trainer:
             return names
         return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
 
-    def _counts(self, weights: Weights, name: str, batches: list[TrainingBatch]) -> dict[str, float]:
+    def _counts(
+        self, weights: Weights, name: str, batches: list[TrainingBatch]
+    ) -> dict[str, float]:
         """Count each term's tokens in the whole step: all micro-batches of all workers."""
         totals = dict.fromkeys(weights.terms, 0.0)
         for batch in batches:
@@ -252,7 +258,9 @@ class Trainer:
         shares_T = lm.losses(LossTask(sequences, weights, counts, teacher, losses, rows), soft_ND)
         return dict(zip(weights.terms, shares_T, strict=True)), scale
 
-    def _gradient_norms(self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor) -> dict[str, float]:
+    def _gradient_norms(
+        self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor
+    ) -> dict[str, float]:
         norms = {}
         for term, share in shares.items():
             (gradient_BLZ,) = torch.autograd.grad(share, z_BLZ, retain_graph=True)

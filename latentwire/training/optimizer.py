@@ -23,7 +23,11 @@ def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
     """
     matrices = matrices_of(interlingua)
     groups = _groups(interlingua, config, matrices)
-    flat = {p for name, p in interlingua.named_parameters() if name in matrices and p.ndim == 2 and p.requires_grad}
+    flat = {
+        p
+        for name, p in interlingua.named_parameters()
+        if name in matrices and p.ndim == 2 and p.requires_grad
+    }
     if config.optimizer == "muon" and flat:
         return MuonAndAdamW(_only(groups, flat, True), _only(groups, flat, False))
     return _AdamW(groups)
@@ -43,7 +47,9 @@ def matrices_of(module: nn.Module) -> set[str]:
     }
 
 
-def _groups(interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]) -> list[dict[str, Any]]:
+def _groups(
+    interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]
+) -> list[dict[str, Any]]:
     """Group parameters by part (its rate) and by decay; empty groups are left out."""
     groups = []
     parts = {
@@ -52,14 +58,20 @@ def _groups(interlingua: nn.Module, config: TrainingConfig, decayed: Collection[
         "features": config.adapter_lr,
     }
     for part, rate in parts.items():
-        named = {n: p for n, p in interlingua.named_parameters() if p.requires_grad and n.startswith(f"{part}.")}
+        named = {
+            n: p
+            for n, p in interlingua.named_parameters()
+            if p.requires_grad and n.startswith(f"{part}.")
+        }
         for decay, chosen in ((config.weight_decay, True), (0.0, False)):
             parameters = [p for name, p in named.items() if (name in decayed) is chosen]
             groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
     return [group for group in groups if group["params"]]
 
 
-def _only(groups: list[dict[str, Any]], chosen: set[nn.Parameter], among: bool) -> list[dict[str, Any]]:
+def _only(
+    groups: list[dict[str, Any]], chosen: set[nn.Parameter], among: bool
+) -> list[dict[str, Any]]:
     """Keep of each group the parameters among the chosen (or the others); drop empty groups."""
     parted = []
     for group in groups:
@@ -81,9 +93,15 @@ def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
     Those let every table of two dimensions decay, so their groups held the parameters in another
     order.
     """
-    former = {name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name}
+    former = {
+        name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name
+    }
     groups = _groups(interlingua, config, former)
-    flat = {p for n, p in interlingua.named_parameters() if n in former and p.ndim == 2 and n.endswith(".weight")}
+    flat = {
+        p
+        for n, p in interlingua.named_parameters()
+        if n in former and p.ndim == 2 and n.endswith(".weight")
+    }
     if config.optimizer == "muon" and any(p.requires_grad for p in flat):
         groups = [*_only(groups, flat, True), *_only(groups, flat, False)]
     names = {id(p): name for name, p in interlingua.named_parameters()}

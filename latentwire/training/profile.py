@@ -29,9 +29,13 @@ def profile_steps(wire: LatentWire, train: pa.Table, steps: int, output: Path) -
     :class:`~latentwire.training.loop.TrainingError` where the rows do not suffice.
     """
     trainer = Trainer(wire, WARM_UP + steps)
-    batches = list(zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False))
+    batches = list(
+        zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False)
+    )
     if len(batches) < WARM_UP + steps:
-        raise TrainingError(f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has {len(batches)}")
+        raise TrainingError(
+            f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has {len(batches)}"
+        )
     for _, batch in batches[:WARM_UP]:
         trainer.step(batch)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()

@@ -22,7 +22,11 @@ from latentwire.training.loop import Trainer
 
 def finished(folder: Place) -> list[Place]:
     """List the complete checkpoints, oldest first."""
-    return [path for path in children(folder) if path.name.startswith("step-") and (path / exports.MANIFEST).exists()]
+    return [
+        path
+        for path in children(folder)
+        if path.name.startswith("step-") and (path / exports.MANIFEST).exists()
+    ]
 
 
 def step_name(step: int) -> str:
@@ -64,7 +68,9 @@ def save_step(
 ) -> Place:
     """Save the trainer's step unless it is there, then keep the run's best and last alone."""
     path = folder / step_name(trainer.progress.step)
-    if not (path / exports.MANIFEST).exists():  # a store may hold a part, of a process that died while it was sent
+    if not (
+        path / exports.MANIFEST
+    ).exists():  # a store may hold a part, of a process that died while it was sent
         with directory(path, last=exports.MANIFEST) as target:
             checkpoints.save(target, wire, metrics, provenance, trainer)
     keep_best_and_last(folder, metric, mode)
@@ -84,11 +90,20 @@ def clear_debris(folder: Place) -> int:
     Only for a directory that no other process writes to.
     """
     if not isinstance(folder, Path):
-        halves = [p for p in children(folder) if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()]
+        halves = [
+            p
+            for p in children(folder)
+            if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()
+        ]
         for half in halves:
             checkpoints.remove(half)
         return len(halves)
-    left = [path for kind in ("part", "removed") for path in folder.glob(f".*.{kind}-*") if path.is_dir()]
+    left = [
+        path
+        for kind in ("part", "removed")
+        for path in folder.glob(f".*.{kind}-*")
+        if path.is_dir()
+    ]
     for path in left:
         checkpoints.remove_files(path, checkpoints.written_names(path))
     return len(left)

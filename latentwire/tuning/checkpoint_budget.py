@@ -103,4 +103,6 @@ def bytes_in(folders: Iterable[Place]) -> int:
 
 def _rank(path: Place, config: TuneConfig) -> tuple[bool, float]:
     metrics = step_checkpoints.metrics_of(path)
-    return within_limits(metrics, config), step_checkpoints.score(metrics, config.metric, config.mode)
+    return within_limits(metrics, config), step_checkpoints.score(
+        metrics, config.metric, config.mode
+    )

@@ -15,7 +15,9 @@ def column_names(paths: Iterable[str]) -> dict[str, str]:
     names = {}
     for path, words in parts_of.items():
         count = 1
-        while any(other[-count:] == words[-count:] for key, other in parts_of.items() if key != path):
+        while any(
+            other[-count:] == words[-count:] for key, other in parts_of.items() if key != path
+        ):
             count += 1
         names[path] = ".".join(words[-count:])
     return names

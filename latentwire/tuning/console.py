@@ -73,7 +73,11 @@ class SweepConsole(TrialProgressCallback):
     """
 
     def __init__(
-        self, search: StudySearch, steps: int, log: Path | None = None, console: Console | None = None
+        self,
+        search: StudySearch,
+        steps: int,
+        log: Path | None = None,
+        console: Console | None = None,
     ) -> None:
         """``search``: whose study says what becomes of trials. ``steps``: of the longest trial. ``log``: the driver's."""
         super().__init__()
@@ -82,7 +86,9 @@ class SweepConsole(TrialProgressCallback):
         self.names = column_names(search.space.search)
         self.progress: dict[str, dict[str, Any]] = {}
         """Name of a trial's directory → what its worker said last."""
-        self.ended = {trial.number for trial in own_trials(search.study) if trial.state.is_finished()}
+        self.ended = {
+            trial.number for trial in own_trials(search.study) if trial.state.is_finished()
+        }
         """Trials that are done with: their line has been printed, or they ended before this driver."""
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(),
@@ -106,7 +112,10 @@ class SweepConsole(TrialProgressCallback):
         self.say(
             f"{self.search.space.tune.trials} trials, {len(self.ended)} of them ended before; their output: {output}"
         )
-        with LOG.listening(self.hear), self.live if self.screen.is_interactive else contextlib.nullcontext():
+        with (
+            LOG.listening(self.hear),
+            self.live if self.screen.is_interactive else contextlib.nullcontext(),
+        ):
             yield
 
     def hear(self, values: dict[str, Any]) -> None:
@@ -140,7 +149,10 @@ class SweepConsole(TrialProgressCallback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print that a trial begins again: its failure may be none of its own."""
         number = trial.config[NUMBER]
-        output = log_file(trial_path(self.search.trial_dir, trial.config.get(TAKES_UP, number))) or self.log
+        output = (
+            log_file(trial_path(self.search.trial_dir, trial.config.get(TAKES_UP, number)))
+            or self.log
+        )
         self.say(f"trial {number} failed and goes on from its last checkpoint; output: {output}")
 
     # ------------------------------------------------------------------------------- what is shown
@@ -173,7 +185,9 @@ class SweepConsole(TrialProgressCallback):
     def outlook(self, rows: list[dict[str, Any]]) -> str:
         """Return how many trials have ended, and about how long the others will take."""
         ended = sum(row["state"] != UNFINISHED for row in rows)
-        trials = f"{ended} of {self.search.space.tune.trials} trials ended, {len(rows) - ended} running"
+        trials = (
+            f"{ended} of {self.search.space.tune.trials} trials ended, {len(rows) - ended} running"
+        )
         return ", ".join(filter(None, (trials, self._time_left(rows))))
 
     def drawing(self, rows: list[dict[str, Any]]) -> Group:
@@ -185,7 +199,9 @@ class SweepConsole(TrialProgressCallback):
     def table(self, rows: list[dict[str, Any]]) -> Table:
         """Return a row per trial: those that run first, then the best, as many as the screen holds."""
         tune = self.search.space.tune
-        measured = dict.fromkeys((tune.metric, *tune.objectives, *tune.constraints, "train_loss", "examples_per_s"))
+        measured = dict.fromkeys(
+            (tune.metric, *tune.objectives, *tune.constraints, "train_loss", "examples_per_s")
+        )
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for name in ("trial", "state", "step", *measured, *self.names.values()):
             table.add_column(name, no_wrap=True)
@@ -208,16 +224,24 @@ class SweepConsole(TrialProgressCallback):
         rows = trial_rows(self.search.study, self.search.space.tune)
         for row in rows:
             trial = trials[row["trial"]]
-            row["total_steps"] = next((report["total_steps"] for report in evaluations(trial)), self.steps)
+            row["total_steps"] = next(
+                (report["total_steps"] for report in evaluations(trial)), self.steps
+            )
             news = self.progress.get(f"trial-{directory_of(trial)}")
-            if news is not None and row["state"] == UNFINISHED and news["step"] >= row.get("step", 0):
+            if (
+                news is not None
+                and row["state"] == UNFINISHED
+                and news["step"] >= row.get("step", 0)
+            ):
                 row |= news
         return rows
 
     def _steps(self, rows: list[dict[str, Any]]) -> tuple[int, int]:
         """Return the steps that are done, and all that there will be if no further trial is stopped."""
         done = sum(row.get("step", 0) for row in rows)
-        left = sum(row["total_steps"] - row.get("step", 0) for row in rows if row["state"] == UNFINISHED)
+        left = sum(
+            row["total_steps"] - row.get("step", 0) for row in rows if row["state"] == UNFINISHED
+        )
         return done, done + left + max(0, self.search.space.tune.trials - len(rows)) * self.steps
 
     def _time_left(self, rows: list[dict[str, Any]]) -> str:

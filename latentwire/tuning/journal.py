@@ -136,7 +136,11 @@ def readable(journal: Place) -> Iterator[Path]:
         if torn is None:
             yield file
             return
-        print(f"{journal}: read without its torn end, from line {torn.line} on", file=sys.stderr, flush=True)
+        print(
+            f"{journal}: read without its torn end, from line {torn.line} on",
+            file=sys.stderr,
+            flush=True,
+        )
         with tempfile.TemporaryDirectory() as folder, file.open("rb") as lines:
             whole = Path(folder) / JOURNAL
             whole.write_bytes(lines.read(torn.start))
@@ -178,4 +182,6 @@ def keep_journal(journal: Place) -> None:
 
 
 def _copy_of(journal: Remote) -> Path:
-    return cache_dir() / "studies" / hashlib.sha256(str(journal).encode()).hexdigest()[:16] / JOURNAL
+    return (
+        cache_dir() / "studies" / hashlib.sha256(str(journal).encode()).hexdigest()[:16] / JOURNAL
+    )

@@ -73,7 +73,10 @@ class Driver:
         if self.machine != this_machine():
             return False
         try:
-            return start_of(self.pid) != self.started or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            return (
+                start_of(self.pid) != self.started
+                or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            )
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
 
@@ -253,7 +256,11 @@ class Lease:
             if holder is not None and holder.token == self.me.token:
                 delete(self.sweep / LEASE_FILE)
         except (LeaseError, StorageError, OSError) as error:
-            print(f"lease not released; it ends with this process: {error}", file=sys.stderr, flush=True)
+            print(
+                f"lease not released; it ends with this process: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write(self) -> None:
         now = time.time()
@@ -267,7 +274,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(sweep: Place, force: bool = False, lost: Callable[[str], None] = lambda why: None) -> Iterator[Lease]:
+def held(
+    sweep: Place, force: bool = False, lost: Callable[[str], None] = lambda why: None
+) -> Iterator[Lease]:
     """Hold a sweep for as long as the block lasts, whatever ends it.
 
     Raises :class:`LeaseError` where another driver has it.

@@ -57,9 +57,15 @@ def describe(
     commands = before.get("commands", [])
     document = {
         "manifest_version": MANIFEST_VERSION,
-        "commands": commands if commands[-1:] == [CREDENTIALS.sub("", command)] else [*commands, command],
+        "commands": commands
+        if commands[-1:] == [CREDENTIALS.sub("", command)]
+        else [*commands, command],
         "space": space.model_dump(mode="json"),
-        "seeds": {"sampler": space.tune.seed, "data": space.run.data.seed, "training": space.run.training.seed},
+        "seeds": {
+            "sampler": space.tune.seed,
+            "data": space.run.data.seed,
+            "training": space.run.training.seed,
+        },
         "evaluation_pin": protocol,
         "data": [variant.keys for variant in files.values()],
         "receivers": receiver_hashes(output),
@@ -117,7 +123,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """Return the commit and whether files differ from it; ``None`` outside a checkout."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     try:
@@ -167,7 +175,9 @@ def read(path: Place) -> dict[str, Any]:
         document = json.loads(file.read_text())
         version = document["manifest_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"from_manifest must name the {MANIFEST} of a sweep, got {path} ({error!r})") from error
+        raise ConfigError(
+            f"from_manifest must name the {MANIFEST} of a sweep, got {path} ({error!r})"
+        ) from error
     if version != MANIFEST_VERSION:
         raise ConfigError(
             f"manifest_version must be {MANIFEST_VERSION}, got {version} ({file}); use the version that wrote it"
@@ -175,7 +185,9 @@ def read(path: Place) -> dict[str, Any]:
     return document
 
 
-def one_trial(manifest: Place, number: int | None, assignments: Iterable[str]) -> tuple[SweepConfig, dict[str, Any]]:
+def one_trial(
+    manifest: Place, number: int | None, assignments: Iterable[str]
+) -> tuple[SweepConfig, dict[str, Any]]:
     """Return a sweep that repeats one trial of a manifest, and the manifest.
 
     ``number``: which trial; ``None``: the export's own, else the best. Raises
@@ -191,7 +203,9 @@ def one_trial(manifest: Place, number: int | None, assignments: Iterable[str]) -
         number = document.get("trial", best)
     if number not in scored or not document["receivers"]:
         known = ", ".join(map(str, sorted(scored))) or "none"
-        raise ConfigError(f"trial must be one with a score in {manifest}, got {number}; there are {known}")
+        raise ConfigError(
+            f"trial must be one with a score in {manifest}, got {number}; there are {known}"
+        )
     tree = space.model_dump(mode="json")
     tree["tune"] |= {
         "trials": 1,

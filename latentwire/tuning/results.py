@@ -41,7 +41,9 @@ STATES = {
 }
 
 
-def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] | None = None) -> Best:
+def find_best(
+    study: optuna.Study, config: TuneConfig, numbers: Container[int] | None = None
+) -> Best:
     """Return the best evaluation within ``tune.constraints`` whose checkpoint still exists.
 
     ``numbers``: of these trials only. Raises :class:`SweepError` where no trial left a checkpoint,
@@ -56,7 +58,9 @@ def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] |
                 continue
             if within_limits(report, config):
                 score = report[config.metric]
-                candidates.append(Best(trial.number, report["step"], score, path, dict(trial.params)))
+                candidates.append(
+                    Best(trial.number, report["step"], score, path, dict(trial.params))
+                )
             else:
                 beyond += 1
     if not candidates and beyond:
@@ -76,7 +80,9 @@ def find_best(study: optuna.Study, config: TuneConfig, numbers: Container[int] |
 
 def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
     """Return whether an evaluation keeps to ``tune.constraints``."""
-    return all(report.get(name, math.inf) <= limit.max for name, limit in config.constraints.items())
+    return all(
+        report.get(name, math.inf) <= limit.max for name, limit in config.constraints.items()
+    )
 
 
 def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
@@ -100,10 +106,16 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
             row["retries"] = trial.user_attrs[RETRIES]
         reports = evaluations(trial)
         if reports:
-            best, last = config.best_of(reports, key=lambda report: report[config.metric]), reports[-1]
+            best, last = (
+                config.best_of(reports, key=lambda report: report[config.metric]),
+                reports[-1],
+            )
             if row["state"] in ("done", "stopped") and not within_limits(last, config):
                 row["state"] = "beyond"
-            row |= {name: best[name] for name in (config.metric, *config.objectives, *config.constraints)}
+            row |= {
+                name: best[name]
+                for name in (config.metric, *config.objectives, *config.constraints)
+            }
             row |= {name: last[name] for name in REPORTED}
         rows.append(row)
     worst = float("-inf") if config.mode == "max" else float("inf")

@@ -37,7 +37,9 @@ def read_space(output: Place, assignments: list[str]) -> SweepConfig:
     assignments that would make its trials incomparable.
     """
     if not (output / SPACE_FILE).is_file():
-        raise ConfigError(f"resume must name a sweep's directory (one with {SPACE_FILE}), got {output}")
+        raise ConfigError(
+            f"resume must name a sweep's directory (one with {SPACE_FILE}), got {output}"
+        )
     overrides = assigned(assignments)
     for path in overrides:
         if path not in CHANGEABLE:
@@ -81,7 +83,9 @@ def retry_failed(space: SweepConfig, output: Place) -> list[str]:
         for number, failed in studies.retry_failed(study).items():
             delete(trial_path(folder / "trials", studies.directory_of(failed)) / ERROR_FILE)
             cause = failed.user_attrs.get(CAUSE, "no cause is known")
-            lines.append(f"{folder.name}: trial {failed.number} is retried as trial {number}; it failed by: {cause}")
+            lines.append(
+                f"{folder.name}: trial {failed.number} is retried as trial {number}; it failed by: {cause}"
+            )
         studies.keep_journal(folder / JOURNAL)
     return lines
 

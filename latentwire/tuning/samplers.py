@@ -20,7 +20,9 @@ from latentwire.config.resolve import ConfigError
 class Grid(samplers.GridSampler):
     """A grid sampler that visits every combination once, in an order that the seed decides."""
 
-    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
         """Do nothing: Tune ends the sweep, and the original would stop a loop that is not there."""
 
 
@@ -65,10 +67,19 @@ def make_sampler(space: SweepConfig, number: int = 0) -> samplers.BaseSampler:
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known) or 'none'}"
-            raise ConfigError(f"unknown option {option} of sampler {name} (tune.sampler.options); {hint}")
-    arguments = OWN_DEFAULTS.get(name, {}) | options | {"seed": space.tune.seed * 1_000_003 + number}
-    if name in ("grid", "qmc"):  # one sequence for the whole study, which they walk by the trials' numbers
+            hint = (
+                f"did you mean {close[0]}?" if close else f"it takes {', '.join(known) or 'none'}"
+            )
+            raise ConfigError(
+                f"unknown option {option} of sampler {name} (tune.sampler.options); {hint}"
+            )
+    arguments = (
+        OWN_DEFAULTS.get(name, {}) | options | {"seed": space.tune.seed * 1_000_003 + number}
+    )
+    if name in (
+        "grid",
+        "qmc",
+    ):  # one sequence for the whole study, which they walk by the trials' numbers
         arguments["seed"] = space.tune.seed
     if name == "grid":
         arguments["search_space"] = grid(space)

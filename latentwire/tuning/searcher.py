@@ -187,7 +187,9 @@ class StudySearch(Searcher):
             trial.set_user_attr(EVALUATIONS, recorded | new)
             self._keep()
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Record a trial's end: PRUNED, FAIL or COMPLETE.
 
         PRUNED is a trial that was stopped early, FAIL one that raised or has no usable metric.
@@ -211,16 +213,22 @@ class StudySearch(Searcher):
             if result is not None:
                 reported = str({name: result.get(name) for name in self.objectives})
             self._fail(trial, f"finite {', '.join(self.objectives)} needed, got {reported}")
-        elif missing := [name for name in self.space.tune.constraints if self._number(last, name) is None]:
+        elif missing := [
+            name for name in self.space.tune.constraints if self._number(last, name) is None
+        ]:
             value = last.get(missing[0])
-            self._fail(trial, f"finite {', '.join(missing)} needed for tune.constraints, got {value}")
+            self._fail(
+                trial, f"finite {', '.join(missing)} needed for tune.constraints, got {value}"
+            )
         else:
             self._tell(trial, reports)
         self._keep(ended=True)
 
     def save(self, checkpoint_path: str) -> None:
         """Write only where the journal is, which holds everything."""
-        Path(checkpoint_path).write_text(json.dumps({"journal": str(self.journal), "study": self.name}))
+        Path(checkpoint_path).write_text(
+            json.dumps({"journal": str(self.journal), "study": self.name})
+        )
 
     def restore(self, checkpoint_path: str) -> None:
         """Go on with the study of a saved sweep."""

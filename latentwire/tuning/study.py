@@ -7,7 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -28,7 +33,11 @@ OBJECTIVES, PROTOCOL = "objectives", "evaluation_pin"
 its scores have."""
 DIRECTIONS = {"max": "maximize", "min": "minimize"}
 """Mode → direction in Optuna's terms."""
-__all__ = ["JOURNAL", "keep_journal", "own_journal"]  # of the journal, beside the study that it holds
+__all__ = [
+    "JOURNAL",
+    "keep_journal",
+    "own_journal",
+]  # of the journal, beside the study that it holds
 
 
 def distribution(dim: Dimension) -> BaseDistribution:
@@ -77,7 +86,9 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
     pairs = [list(pair) for pair in objectives.items()]
     recorded = study.user_attrs.get(OBJECTIVES, pairs)
     if recorded != pairs:
-        raise ConfigError(f"study {name} of {journal} has objectives {recorded}, got {pairs}; start a new sweep")
+        raise ConfigError(
+            f"study {name} of {journal} has objectives {recorded}, got {pairs}; start a new sweep"
+        )
     study.set_user_attr(OBJECTIVES, pairs)
     return study
 
@@ -95,7 +106,9 @@ def read_study(journal: Place, name: str, objectives: Mapping[str, str]) -> Iter
             if name in optuna.get_all_study_names(storage):
                 yield optuna.load_study(study_name=name, storage=storage)
                 return
-    yield optuna.create_study(study_name=name, directions=[DIRECTIONS[mode] for mode in objectives.values()])
+    yield optuna.create_study(
+        study_name=name, directions=[DIRECTIONS[mode] for mode in objectives.values()]
+    )
 
 
 def record_protocol(study: optuna.Study, protocol: str) -> None:
@@ -119,14 +132,18 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
         study.enqueue_trial(dict(point), skip_if_exists=True)
 
 
-def own_trials(study: optuna.Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
+def own_trials(
+    study: optuna.Study, states: Sequence[TrialState] | None = None
+) -> list[FrozenTrial]:
     """Return the study's trials without those of a warm start and failed ones that were retried."""
     trials = study.get_trials(deepcopy=False)
     retried = {trial.user_attrs[RETRIES] for trial in trials if RETRIES in trial.user_attrs}
     return [
         trial
         for trial in trials
-        if WARM not in trial.user_attrs and trial.number not in retried and (states is None or trial.state in states)
+        if WARM not in trial.user_attrs
+        and trial.number not in retried
+        and (states is None or trial.state in states)
     ]
 
 
@@ -154,7 +171,9 @@ def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:
     return sorted(trial.user_attrs.get(EVALUATIONS, {}).values(), key=lambda report: report["step"])
 
 
-def read_earlier(source: str | Place, objectives: Mapping[str, str], protocol: str | None = None) -> list[FrozenTrial]:
+def read_earlier(
+    source: str | Place, objectives: Mapping[str, str], protocol: str | None = None
+) -> list[FrozenTrial]:
     """Return the finished trials of an earlier sweep (its directory, or its journal).
 
     ``protocol``: the protocol hash that they must have; ``None``: any. Raises
@@ -166,7 +185,9 @@ def read_earlier(source: str | Place, objectives: Mapping[str, str], protocol: s
     if journal.is_dir():
         journal = journal / JOURNAL
     if not journal.is_file():
-        raise ConfigError(f"tune.warm_start must be a sweep's directory or its {JOURNAL}, got {source}")
+        raise ConfigError(
+            f"tune.warm_start must be a sweep's directory or its {JOURNAL}, got {source}"
+        )
     pairs = [list(pair) for pair in objectives.items()]
     trials = []
     with readable(journal) as file:
@@ -187,7 +208,9 @@ def read_earlier(source: str | Place, objectives: Mapping[str, str], protocol: s
     return trials
 
 
-def warm_start(study: optuna.Study, earlier: Sequence[FrozenTrial], search: Mapping[str, Dimension]) -> int:
+def warm_start(
+    study: optuna.Study, earlier: Sequence[FrozenTrial], search: Mapping[str, Dimension]
+) -> int:
     """Add the ``earlier`` trials whose values lie in this space, each once.
 
     Returns how many there are now. Trials outside the space are left out, since a trial's score

@@ -74,7 +74,9 @@ def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
     compared: dict[str, Any] = {"time_attr": "step", "metric": config.metric, "mode": config.mode}
     grace = min(config.grace_steps, steps)
     if config.scheduler == "asha":
-        return ASHAScheduler(max_t=steps, grace_period=grace, reduction_factor=config.reduction_factor, **compared)
+        return ASHAScheduler(
+            max_t=steps, grace_period=grace, reduction_factor=config.reduction_factor, **compared
+        )
     if config.scheduler == "median":
         return MedianRule(grace_period=grace, **compared)
     return FIFOScheduler()
@@ -100,7 +102,12 @@ def run_sweep(
     config, trial_dir = space.tune, output / "trials"
     pin = common_protocol_hash(space, {own.shards["dev"] for own in files.values()})
     search = StudySearch(
-        space, journal=output / JOURNAL, name=output.name, trial_dir=trial_dir, protocol=pin, stop=stop
+        space,
+        journal=output / JOURNAL,
+        name=output.name,
+        trial_dir=trial_dir,
+        protocol=pin,
+        stop=stop,
     )
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     budget = CheckpointBudget(search)
@@ -113,12 +120,17 @@ def run_sweep(
             load_datasets(own, space.run.data.in_memory),
             own.train_rows,
             own.shards["train"],
-            pins(own.shards, space.run) | ({} if receivers is None else {"receivers": dict(receivers)}),
+            pins(own.shards, space.run)
+            | ({} if receivers is None else {"receivers": dict(receivers)}),
         )
         for key, own in files.items()
     }
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial may fail before it has any: the study is told
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's newer output prints a table of its own whatever it is told
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = (
+        "1"  # a trial may fail before it has any: the study is told
+    )
+    os.environ["RAY_AIR_NEW_OUTPUT"] = (
+        "0"  # Tune's newer output prints a table of its own whatever it is told
+    )
     steps = total_steps(longest_run(space), max(own.train_rows for own in files.values()))
     scheduler = make_scheduler(config, steps)
     replay(scheduler, ended)
@@ -156,7 +168,10 @@ def run_sweep(
         tuner.fit()
     if not stop.taken:
         keep_journal(output / JOURNAL)
-    stop.check(complete=sum(trial.state.is_finished() for trial in own_trials(search.study)) >= config.trials)
+    stop.check(
+        complete=sum(trial.state.is_finished() for trial in own_trials(search.study))
+        >= config.trials
+    )
     clear_debris(trial_dir)
     budget.tidy()
     return search.study

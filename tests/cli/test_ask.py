@@ -14,7 +14,9 @@ def export(wire: LatentWire, tmp_path: Path) -> Path:
     return tmp_path / "best"
 
 
-def test_each_receiver_answers_from_both(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_receiver_answers_from_both(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text").write_text("Ben owns a duck. Ben lives in Seoul.")
     question = ["--question", "Where is the home of Ben?", "--context_file", str(tmp_path / "text")]
     assert main(["ask", str(export), *question]) == 0
@@ -26,7 +28,9 @@ def test_each_receiver_answers_from_both(export: Path, tmp_path: Path, capsys: p
     assert "llama" not in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_text_is_named(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_text_is_named(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
     assert main(["ask", str(export), "--question=Who?", f"--context_file={tmp_path / 'text'}"]) == 2
     assert "--context_file must be a text in UTF-8" in capsys.readouterr().err

@@ -23,7 +23,9 @@ def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFix
     assert f"Usage: latentwire {command}" in text and len(text.splitlines()) > 4
 
 
-def test_the_same_flags_are_in_every_command_that_has_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_flags_are_in_every_command_that_has_a_configuration(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     shared = ("--config --space", "--set", "--max_steps", "--latent_len", "--verbose")
     for command in ("tune", "train", "preprocess"):
         text = help_of(command, capsys)
@@ -44,17 +46,33 @@ def test_help_loads_neither_torch_nor_ray() -> None:
     ("words", "error"),
     [
         (["tune", "--max_stesp", "3"], "Unknown option: --max_stesp. Did you mean --max_steps?"),
-        (["train"], "a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one"),
+        (
+            ["train"],
+            "a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one",
+        ),
         (["train", "--output=x", "--resume=x"], "a run needs --output DIR"),
-        (["evaluate"], "an evaluation needs --checkpoint DIR or --predictions FILE, got neither; name one"),
-        (["tune", "--retry_failed"], "--retry_failed takes up the failed trials of a sweep that --resume names"),
+        (
+            ["evaluate"],
+            "an evaluation needs --checkpoint DIR or --predictions FILE, got neither; name one",
+        ),
+        (
+            ["tune", "--retry_failed"],
+            "--retry_failed takes up the failed trials of a sweep that --resume names",
+        ),
         (["train", "--output=x", "--max_steps=0"], "max_steps must be ≥ 1, got 0"),
-        (["ask", "nowhere", "--question=Who?"], "a question needs --context TEXT or --context_file FILE"),
+        (
+            ["ask", "nowhere", "--question=Who?"],
+            "a question needs --context TEXT or --context_file FILE",
+        ),
         (["tuen"], "Did you mean"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
-    words: list[str], error: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
@@ -65,14 +83,26 @@ def test_a_mistake_is_one_line_and_status_2(
 
 def test_a_script_resumes_in_its_output_directory(tmp_path: Path) -> None:
     run = str(tmp_path)
-    assert as_written(["--output_dir", run, "--resume", "--seed", "3"]) == ["--seed", "3", "--resume", run]
+    assert as_written(["--output_dir", run, "--resume", "--seed", "3"]) == [
+        "--seed",
+        "3",
+        "--resume",
+        run,
+    ]
     assert as_written([f"--output_dir={run}", "--seed=3"]) == ["--output_dir", run, "--seed=3"]
     assert as_written([f"--output_dir={run}"], goes_on=True) == ["--resume", run]
     assert as_written(["--output=elsewhere"], goes_on=True) == ["--output", "elsewhere"]
-    assert as_written(["--resume", run, "--set", "tune.trials=3"]) == ["--resume", run, "--set", "tune.trials=3"]
+    assert as_written(["--resume", run, "--set", "tune.trials=3"]) == [
+        "--resume",
+        run,
+        "--set",
+        "tune.trials=3",
+    ]
 
 
-@pytest.mark.parametrize("script", ["latentwire/train.py", "latentwire/evaluate.py", "ray_jobs/evaluate.py"])
+@pytest.mark.parametrize(
+    "script", ["latentwire/train.py", "latentwire/evaluate.py", "ray_jobs/evaluate.py"]
+)
 def test_a_script_hides_no_package_of_its_own_name(script: str) -> None:
     """Hugging Face's ``evaluate`` must stay what ``import evaluate`` finds."""
     code = (
@@ -81,7 +111,9 @@ def test_a_script_hides_no_package_of_its_own_name(script: str) -> None:
         "except SystemExit: pass\n"
         "import importlib.util; print(importlib.util.find_spec('evaluate'), importlib.util.find_spec('train'))"
     )
-    done = subprocess.run([sys.executable, "-c", code, script], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, script], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.stdout.endswith("None None\n"), done.stdout[-500:] + done.stderr[-500:]
 
 
@@ -91,4 +123,6 @@ def test_dir_shows_what_the_package_offers() -> None:
     assert set(names) <= set(dir(latentwire))
     for name in names:
         assert callable(getattr(latentwire, name)) or isinstance(getattr(latentwire, name), type)
-    assert callable(latentwire.train) and callable(latentwire.evaluate)  # functions, though files have these names
+    assert callable(latentwire.train) and callable(
+        latentwire.evaluate
+    )  # functions, though files have these names

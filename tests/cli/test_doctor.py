@@ -14,7 +14,9 @@ from latentwire.cli import doctor, main
 def test_a_machine_that_has_everything_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("Python", "torch", "memory", "CPU cores", "Ray cluster"))
+    assert all(
+        word in printed for word in ("Python", "torch", "memory", "CPU cores", "Ray cluster")
+    )
 
 
 def test_a_missing_package_and_a_full_disk_are_named_with_their_remedies(
@@ -43,7 +45,9 @@ def test_a_cluster_that_does_not_answer_is_missing(monkeypatch: pytest.MonkeyPat
     assert finding.state == "missing" and "ray start --head" in finding.remedy
 
 
-def test_outputs_that_cannot_be_written_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_written_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("LATENTWIRE_HOME", str(tmp_path))
     monkeypatch.setattr("os.access", lambda *_: False)
     assert [finding.state for finding in doctor.memory_and_storage()][-1] == "missing"

@@ -39,7 +39,9 @@ def test_rows_with_one_text_share_its_message(run: RunConfig) -> None:
         assert sequences.control_R.tolist() == [ANSWER] * 6 + [RECONSTRUCT] * 3 + [CONTINUE] * 3
         assert sequences.message_R.tolist() == [0, 1, 2, 2, 1, 0, 0, 1, 2, 3, 4, 5]
         assert batch.message_ids[name][:3] == table[f"{name}_context_ids"].to_pylist()[::2]
-    (batch,) = collator(wire, {"data.send": "prompt"})(table, step=0)  # where the question is part of it
+    (batch,) = collator(wire, {"data.send": "prompt"})(
+        table, step=0
+    )  # where the question is part of it
     assert batch.sequences["llama"].message_R.tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -65,8 +67,15 @@ def test_a_stretch_is_said_again_after_a_cue(wire: LatentWire, table: pa.Table) 
         before = text[max(0, start - 3) : start]
         prompt = sequences.ids_BS[0].tolist()
         control = sequences.control_BS[0].tolist().index(True)
-        assert prompt[control + 1 :] == before + said and sequences.offset_N.tolist() == [0, 1, 2, 3]
-        assert torch.equal(sequences.target_N, collate(table.slice(0, 1), step)[0].sequences["llama"].target_N)
+        assert prompt[control + 1 :] == before + said and sequences.offset_N.tolist() == [
+            0,
+            1,
+            2,
+            3,
+        ]
+        assert torch.equal(
+            sequences.target_N, collate(table.slice(0, 1), step)[0].sequences["llama"].target_N
+        )
     assert len(found) > 5 and len(text) - 4 >= max(found)
 
 
@@ -79,7 +88,10 @@ def test_messages_shrink_to_their_own_length(wire: LatentWire, table: pa.Table) 
 
     def slots(step: int) -> list[int]:
         (batch,) = collate(table.slice(0, 2), step)
-        assert wire.interlingua.encode(batch.tokens).slots("qwen") == batch.sequences["qwen"].latents_BS.sum(1).tolist()
+        assert (
+            wire.interlingua.encode(batch.tokens).slots("qwen")
+            == batch.sequences["qwen"].latents_BS.sum(1).tolist()
+        )
         return batch.sequences["qwen"].latents_BS.sum(1).tolist()
 
     words = [len(context.split()) for context in table["context"].to_pylist()[:2]]
@@ -88,11 +100,18 @@ def test_messages_shrink_to_their_own_length(wire: LatentWire, table: pa.Table) 
     assert slots(15) == slots(99) == [3, 3]
 
 
-def test_each_step_draws_its_messages_length(wire: LatentWire, run: RunConfig, table: pa.Table) -> None:
-    sized = with_values(run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 4, 8)})
+def test_each_step_draws_its_messages_length(
+    wire: LatentWire, run: RunConfig, table: pa.Table
+) -> None:
+    sized = with_values(
+        run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 4, 8)}
+    )
     encoder = InterlinguaEncoder(sized.encoder, {})
     collate = TrainingCollator(sized, wire.builders, encoder)
-    plain = {size: encoder.tokens_of(encoder.token_ids(["x" * 64]), None, size).latents_B for size in (2, 4, 8)}
+    plain = {
+        size: encoder.tokens_of(encoder.token_ids(["x" * 64]), None, size).latents_B
+        for size in (2, 4, 8)
+    }
     assert plain[2] > plain[4] > plain[8]
     found = set()
     for step in range(20):
@@ -103,8 +122,14 @@ def test_each_step_draws_its_messages_length(wire: LatentWire, run: RunConfig, t
     assert found == {tuple((-(-lengths // size)).tolist()) for size in (2, 4, 8)}
 
 
-def test_an_evaluation_has_messages_of_their_own_length(wire: LatentWire, run: RunConfig, table: pa.Table) -> None:
-    values = {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 8), "training.coarsening_steps": 50}
+def test_an_evaluation_has_messages_of_their_own_length(
+    wire: LatentWire, run: RunConfig, table: pa.Table
+) -> None:
+    values = {
+        "encoder.tokens_per_latent": 4,
+        "training.tokens_per_latent": (2, 8),
+        "training.coarsening_steps": 50,
+    }
     sized = with_values(run, values)
     encoder = InterlinguaEncoder(sized.encoder, {})
     collate = TrainingCollator(sized, wire.builders, encoder)
@@ -129,7 +154,9 @@ def test_micro_batches_share_out_all_rows(wire: LatentWire, table: pa.Table) -> 
 @pytest.mark.parametrize("text", ["Ada lives in Oslo and works as a baker.", "a b c d"])
 def test_texts_are_cut_before_a_word_and_nothing_is_lost(text: str) -> None:
     cuts = {cut(text, str(row)) for row in range(50)}
-    assert all(before + after == text and after.startswith(" ") and before for before, after in cuts)
+    assert all(
+        before + after == text and after.startswith(" ") and before for before, after in cuts
+    )
     assert len(cuts) > 1
     assert cut(text, "7") == cut(text, "7")
     assert cut("too short", "7") is None
@@ -156,4 +183,7 @@ def test_ids_of_shards_are_those_of_the_texts(run: RunConfig, table: pa.Table) -
         collate = TrainingCollator(with_values(run, values), LatentWire(run).builders, encoder)
         columns = table.drop_columns(["context"]).append_column("encoder_ids", pa.array(ids))
         read = collate(columns, step=0)[0].tokens
-        assert torch.equal(read.tensors["ids_WT"], texts.tensors["ids_WT"]) and read.parts == texts.parts
+        assert (
+            torch.equal(read.tensors["ids_WT"], texts.tensors["ids_WT"])
+            and read.parts == texts.parts
+        )

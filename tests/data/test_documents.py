@@ -50,12 +50,16 @@ def names_of(path: Path) -> set[str]:
     return set(shards.read_table(path, ["document"])["document"].to_pylist())
 
 
-def stage(run: RunConfig, table: pa.Table, folder: Path, start: Path | None = None, **data: float) -> Path:
+def stage(
+    run: RunConfig, table: pa.Table, folder: Path, start: Path | None = None, **data: float
+) -> Path:
     """A run of one step; returns its best checkpoint."""
     values = SHORT | {f"data.{name}": value for name, value in data.items()}
     values |= {} if start is None else {"training.init_from": str(start)}
     run = with_values(run, values)
-    return Path(str(train_here(wire_of(run), splits(run, table, folder / "shards"), folder / "run")))
+    return Path(
+        str(train_here(wire_of(run), splits(run, table, folder / "shards"), folder / "run"))
+    )
 
 
 def test_a_stage_that_would_be_compared_on_what_an_earlier_one_trained_on_is_refused(
@@ -88,7 +92,9 @@ def test_a_stage_that_would_be_compared_on_what_an_earlier_one_trained_on_is_ref
     with pytest.raises(ConfigError, match=rf"dev_fraction to at most {small / 2}"):
         stage(run, table, tmp_path / "fourth", third, dev_fraction=small)
     # Other data of other documents is free to be parted anew.
-    elsewhere = table.set_column(table.column_names.index("document"), "document", pa.array(["x"] * 60 + ["y"] * 60))
+    elsewhere = table.set_column(
+        table.column_names.index("document"), "document", pa.array(["x"] * 60 + ["y"] * 60)
+    )
     names = pa.array([f"page {number // 3}" for number in range(120)])
     elsewhere = table.set_column(table.column_names.index("document"), "document", names)
     stage(run, elsewhere, tmp_path / "elsewhere", third, dev_fraction=large)
@@ -119,7 +125,9 @@ def test_a_sweep_is_held_to_the_same_before_it_starts(run: RunConfig, tmp_path: 
                 path.rename(named)
         return sweep_files.prepare(SweepConfig(run=own), 0.0)
 
-    with pytest.raises(ConfigError, match=rf"development rows must be of .*dev_fraction to at most {small}"):
+    with pytest.raises(
+        ConfigError, match=rf"development rows must be of .*dev_fraction to at most {small}"
+    ):
         prepared(large)
     (files,) = prepared(small).values()
     assert (
@@ -140,10 +148,15 @@ def test_a_wire_of_an_earlier_version_is_begun_with_and_said_to_be_unknown(
     capsys.readouterr()
     second = stage(run, table, tmp_path / "second", first, dev_fraction=0.3)
     told = capsys.readouterr().out
-    assert f"started from {first}: an earlier version did not record what it trained on" in told and "unknown" in told
+    assert (
+        f"started from {first}: an earlier version did not record what it trained on" in told
+        and "unknown" in told
+    )
     # What comes after knows of itself, and that it does not know all.
     record = documents.read(second, exports.read_manifest(second))
-    assert not record.known and len(record.hashes) == len(names_of(tmp_path / "second" / "shards" / "train"))
+    assert not record.known and len(record.hashes) == len(
+        names_of(tmp_path / "second" / "shards" / "train")
+    )
     stage(run, table, tmp_path / "third", second, dev_fraction=0.3)
     assert "an earlier version did not record" in capsys.readouterr().out
 
@@ -152,9 +165,15 @@ def test_the_record_goes_where_the_wire_goes(run: RunConfig, tmp_path: Path) -> 
     first = stage(run, of_documents(run), tmp_path / "first", dev_fraction=0.1)
     loaded = LatentWire.from_pretrained(first)
     loaded.save_pretrained(tmp_path / "again")
-    one, other = (documents.read(path, exports.read_manifest(path)) for path in (first, tmp_path / "again"))
-    assert np.array_equal(one.hashes, other.hashes) and one.stages == other.stages and len(one.hashes)
-    assert exports.read_manifest(first)["trained_on"] == one.entry and one.entry["documents"] == len(one.hashes)
+    one, other = (
+        documents.read(path, exports.read_manifest(path)) for path in (first, tmp_path / "again")
+    )
+    assert (
+        np.array_equal(one.hashes, other.hashes) and one.stages == other.stages and len(one.hashes)
+    )
+    assert exports.read_manifest(first)["trained_on"] == one.entry and one.entry[
+        "documents"
+    ] == len(one.hashes)
     assert FILE in exports.FILES  # or the Hub would not hand it out
     (tmp_path / "again" / FILE).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"{FILE} must hash to"):
@@ -172,10 +191,15 @@ def test_a_resumed_run_is_not_another_stage(run: RunConfig, tmp_path: Path) -> N
     assert len(documents.read(last, exports.read_manifest(last)).stages) == 1
 
 
-def test_hashes_are_kept_beside_the_shards_and_are_of_distinct_documents(run: RunConfig, tmp_path: Path) -> None:
+def test_hashes_are_kept_beside_the_shards_and_are_of_distinct_documents(
+    run: RunConfig, tmp_path: Path
+) -> None:
     path = splits(run, of_documents(run), tmp_path)["train"]
     found = documents.of_shards(path)
-    assert list(found) == sorted(set(documents.document_hashes(names_of(path)))) and found.dtype == np.int64
+    assert (
+        list(found) == sorted(set(documents.document_hashes(names_of(path))))
+        and found.dtype == np.int64
+    )
     (path / "0.parquet").unlink()
     assert np.array_equal(documents.of_shards(path), found)
     assert documents.document_hashes(["a"]).tolist() != documents.document_hashes(["b"]).tolist()
@@ -185,7 +209,13 @@ def test_hashes_are_kept_beside_the_shards_and_are_of_distinct_documents(run: Ru
 
 
 def test_a_text_is_of_the_same_document_with_questions_and_without() -> None:
-    squad = {"id": "1", "title": "Ada", "context": "Ada was here.", "question": "Who?", "answers": {"text": ["Ada"]}}
+    squad = {
+        "id": "1",
+        "title": "Ada",
+        "context": "Ada was here.",
+        "question": "Who?",
+        "answers": {"text": ["Ada"]},
+    }
     hotpot = {
         "_id": "a", "question": "q", "answer": "yes", "context": [["T", ["x"]], ["U", ["y"]]],
         "supporting_facts": [["U", 0], ["T", 0], ["U", 1]],

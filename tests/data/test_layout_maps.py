@@ -27,7 +27,9 @@ def builder() -> PromptBuilder:
     return builders(RunConfig())["llama"]
 
 
-def built(builder: PromptBuilder, context: str, question: str, answer: str) -> tuple[list[int], ...]:
+def built(
+    builder: PromptBuilder, context: str, question: str, answer: str
+) -> tuple[list[int], ...]:
     return tuple(column[0] for column in builder.tokenize([context], [question], [answer]).values())
 
 
@@ -53,12 +55,16 @@ def same(one: Batch, other: Batch) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_joined_batches_are_the_batch_of_all_their_rows(sequences: list[PromptSequence], side: str) -> None:
+def test_joined_batches_are_the_batch_of_all_their_rows(
+    sequences: list[PromptSequence], side: str
+) -> None:
     parts = [(sequences[:2], [2, 0]), (sequences[2:3], [0]), (sequences[3:], [2, 2])]
     batches = [collate(rows, side=side, messages=messages) for rows, messages in parts]
     whole = collate(sequences, side=side, messages=[2, 0, 3, 6, 6])
     same(join(batches, side=side), whole)
-    assert len({batch.ids_BS.shape[1] for batch in batches}) == 3  # each is padded, on whichever side
+    assert (
+        len({batch.ids_BS.shape[1] for batch in batches}) == 3
+    )  # each is padded, on whichever side
     assert join(batches[:1], side=side) is batches[0]
 
 
@@ -67,13 +73,24 @@ def test_a_head_is_what_every_row_begins_with_and_nobody_is_asked_for(
 ) -> None:
     head = len(builder.head_ids)
     assert head > 2
-    assert collate(sequences).head == collate(sequences[:1]).head == head and collate(sequences, side="left").head == 0
+    assert (
+        collate(sequences).head == collate(sequences[:1]).head == head
+        and collate(sequences, side="left").head == 0
+    )
     # A target that stands first in its row leaves nothing before the position that predicts it.
-    early = PromptSequence([5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(1, 3), True)
+    early = PromptSequence(
+        [5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(1, 3), True
+    )
     assert collate([early]).head == 0 and collate([early, *sequences]).head == 0
     nothing = PromptSequence([5, 6, 7], None, range(2, 3), *3 * [range(3, 3)], None, range(0), True)
     assert collate([nothing]).head == 2
-    other = collate([PromptSequence([9, *nothing.ids], None, range(3, 4), *3 * [range(4, 4)], None, range(0), True)])
+    other = collate(
+        [
+            PromptSequence(
+                [9, *nothing.ids], None, range(3, 4), *3 * [range(4, 4)], None, range(0), True
+            )
+        ]
+    )
     assert join([collate([nothing]), other]).head == 0  # heads of different tokens
     assert join([collate([nothing]), collate([nothing])]).head == 2
 
@@ -91,7 +108,10 @@ def test_without_its_head_a_batch_predicts_the_same_tokens(
     assert torch.equal(cut.ids_BS[row_N, place_N + 1], whole.target_N)
     for name in ("latents_BS", "control_BS", "question_BS"):
         before = getattr(whole, name)
-        assert torch.equal(getattr(cut, name), before[:, whole.head :]) and not before[:, : whole.head].any()
+        assert (
+            torch.equal(getattr(cut, name), before[:, whole.head :])
+            and not before[:, : whole.head].any()
+        )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -105,8 +125,12 @@ def test_every_mask_marks_what_it_names(sequences: list[PromptSequence], side: s
         assert real == list(range(missing, width) if side == "left" else range(len(row.ids)))
         assert [ids[place] for place in real] == row.ids and sum(ids) == sum(row.ids)
         shift = real[0]
-        assert batch.latents_BS[index].nonzero()[:, 0].tolist() == [shift + place for place in row.message]
-        assert batch.question_BS[index].nonzero()[:, 0].tolist() == [shift + place for place in row.question]
+        assert batch.latents_BS[index].nonzero()[:, 0].tolist() == [
+            shift + place for place in row.message
+        ]
+        assert batch.question_BS[index].nonzero()[:, 0].tolist() == [
+            shift + place for place in row.question
+        ]
         controls = [] if row.control == ANSWER else [shift + row.message.stop]
         assert batch.control_BS[index].nonzero()[:, 0].tolist() == controls
         asked = [row.ids[place] for place in row.supervised]
@@ -115,9 +139,13 @@ def test_every_mask_marks_what_it_names(sequences: list[PromptSequence], side: s
     assert batch.message_R.tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(batch.slots_BS, batch.latents_BS | batch.control_BS)
     assert batch.target_N.tolist() == batch.ids_BS.flatten()[batch.predict_N + 1].tolist()
-    texts = PromptSequence([5, 6, 7], 0, range(1, 2), range(2, 3), *2 * [range(3, 3)], None, range(0), False)
+    texts = PromptSequence(
+        [5, 6, 7], 0, range(1, 2), range(2, 3), *2 * [range(3, 3)], None, range(0), False
+    )
     assert not collate([texts]).latents_BS.any()  # a text's message is read as it is
-    assert collate([texts]).predict_N.dtype == collate([texts]).target_N.dtype == torch.long  # an index, of nothing
+    assert (
+        collate([texts]).predict_N.dtype == collate([texts]).target_N.dtype == torch.long
+    )  # an index, of nothing
 
 
 def test_a_text_that_is_said_again_is_asked_for_after_its_cue(builder: PromptBuilder) -> None:
@@ -136,10 +164,18 @@ def test_a_prompt_to_be_answered_ends_with_its_anchor(builder: PromptBuilder) ->
     assert asked.stop is None and not asked.supervised and not asked.answer and not asked.soft
     assert asked.answer.start == len(asked.ids) == asked.anchor.stop
     assert answered.supervised == range(len(asked.ids), len(answered.ids))
-    assert answered.answer == range(len(asked.ids), len(answered.ids) - 1) and answered.stop == len(answered.ids) - 1
-    assert builder.text(context, question, []).supervised == range(len(asked.ids), len(asked.ids) + 1)  # the stop alone
+    assert (
+        answered.answer == range(len(asked.ids), len(answered.ids) - 1)
+        and answered.stop == len(answered.ids) - 1
+    )
+    assert builder.text(context, question, []).supervised == range(
+        len(asked.ids), len(asked.ids) + 1
+    )  # the stop alone
     closed = builder.text([], question)
-    assert closed.ids == [*asked.ids[: asked.message.start], *asked.ids[asked.message.stop :]] and not closed.message
+    assert (
+        closed.ids == [*asked.ids[: asked.message.start], *asked.ids[asked.message.stop :]]
+        and not closed.message
+    )
     assert builder.latent(2, question).soft and builder.latent(2, question).supervised == range(0)
 
 
@@ -155,7 +191,9 @@ def test_a_plain_prompt_reads_as_it_is_written_down() -> None:
             ids = builder.text(*built(builder, "Ada lives in Oslo.", "Where?", "Oslo")).ids
             said = builder.tokenizer.decode(ids)
             if send == "context":
-                assert said == f"{lead}Passage:\nAda lives in Oslo.\nQuestion: Where?\nAnswer: Oslo\n"
+                assert (
+                    said == f"{lead}Passage:\nAda lives in Oslo.\nQuestion: Where?\nAnswer: Oslo\n"
+                )
             else:
                 assert said.startswith(f"{lead}Passage:\nAda lives in Oslo.\nQuestion: Where?")
                 assert said.endswith("\nAnswer: Oslo\n")
@@ -173,8 +211,14 @@ def test_bos_is_as_the_receiver_is_told() -> None:
     class Beginning:
         """The same tokenizer, beginning each text that is not ours with BOS."""
 
-        def __call__(self, text: str | list[str], add_special_tokens: bool = True, **options: Any) -> Any:
-            return begun if add_special_tokens else tokenizer(text, add_special_tokens=False, **options)
+        def __call__(
+            self, text: str | list[str], add_special_tokens: bool = True, **options: Any
+        ) -> Any:
+            return (
+                begun
+                if add_special_tokens
+                else tokenizer(text, add_special_tokens=False, **options)
+            )
 
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)

@@ -8,7 +8,14 @@ import torch
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data.batches import TrainingBatch, TrainingCollator, cut, once, padding, sender_texts
+from latentwire.data.batches import (
+    TrainingBatch,
+    TrainingCollator,
+    cut,
+    once,
+    padding,
+    sender_texts,
+)
 from latentwire.model import LatentWire
 from latentwire.prompts.sequences import Batch, collate
 from tests.conftest import shard_table
@@ -20,7 +27,10 @@ def collator(wire: LatentWire, values: dict) -> TrainingCollator:
 
 def test_texts_are_encoded_once_and_known_by_all_their_parts() -> None:
     assert once([["a"], ["b"], ["a"], ["b"], ["c"]]) == ([0, 1, 0, 1, 2], [0, 1, 4])
-    assert once([[[1, 2]], [[1], [2]], [[1, 2]]]) == ([0, 1, 0], [0, 1])  # two lines are another text than one
+    assert once([[[1, 2]], [[1], [2]], [[1, 2]]]) == (
+        [0, 1, 0],
+        [0, 1],
+    )  # two lines are another text than one
     assert once([]) == ([], [])
 
 
@@ -57,7 +67,9 @@ def test_a_continuation_is_of_the_texts_that_have_one(wire: LatentWire, table: p
             assert sequences.target_N[sequences.row_N == 6 + place].tolist() == after
 
 
-def test_teachers_read_the_texts_in_the_order_of_the_answers(wire: LatentWire, table: pa.Table) -> None:
+def test_teachers_read_the_texts_in_the_order_of_the_answers(
+    wire: LatentWire, table: pa.Table
+) -> None:
     rows = table.slice(0, 4)
     assert not collator(wire, {})(rows, 0)[0].teacher
     for values in ({"losses.kd_weight": 1.0}, {"losses.hidden_kd_weight": 1.0}):
@@ -65,26 +77,43 @@ def test_teachers_read_the_texts_in_the_order_of_the_answers(wire: LatentWire, t
         assert batch.teacher.keys() == {"llama", "qwen"}
         for name, told in batch.teacher.items():
             assert isinstance(told, Batch)
-            columns = [rows[f"{name}_{piece}_ids"].to_pylist() for piece in ("context", "question", "answer")]
-            expected = collate([wire.builders[name].text(*pieces) for pieces in zip(*columns, strict=True)])
+            columns = [
+                rows[f"{name}_{piece}_ids"].to_pylist()
+                for piece in ("context", "question", "answer")
+            ]
+            expected = collate(
+                [wire.builders[name].text(*pieces) for pieces in zip(*columns, strict=True)]
+            )
             assert torch.equal(told.ids_BS, expected.ids_BS) and not told.slots_BS.any()
             assert torch.equal(told.target_N, batch.sequences[name].target_N)
 
 
 def test_coarsening_begins_fine_and_ends_after_its_steps(wire: LatentWire) -> None:
-    values = {"training.alignment_steps": 4, "training.coarsening_steps": 8, "training.coarsening_from": 2.0}
+    values = {
+        "training.alignment_steps": 4,
+        "training.coarsening_steps": 8,
+        "training.coarsening_from": 2.0,
+    }
     values |= {"encoder.pooling": "spans", "encoder.latent_len": 3}
     made = collator(wire, values)
     shares = [found.share if (found := made._coarsening(step)) else None for step in range(14)]
     assert shares == [0.0] * 5 + [number / 8 for number in range(1, 8)] + [None] * 2
-    assert made._coarsening(0).tokens_per_latent == 2.0 and collator(wire, {})._coarsening(0) is None  # type: ignore[union-attr]
+    assert (
+        made._coarsening(0).tokens_per_latent == 2.0 and collator(wire, {})._coarsening(0) is None
+    )  # type: ignore[union-attr]
 
 
-def test_lengths_are_drawn_by_seed_and_step_as_often_as_each_other(run: RunConfig, wire: LatentWire) -> None:
-    sized = with_values(run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 4, 8)})
+def test_lengths_are_drawn_by_seed_and_step_as_often_as_each_other(
+    run: RunConfig, wire: LatentWire
+) -> None:
+    sized = with_values(
+        run, {"encoder.tokens_per_latent": 4, "training.tokens_per_latent": (2, 4, 8)}
+    )
 
     def drawn(seed: int) -> list[int | None]:
-        made = TrainingCollator(with_values(sized, {"training.seed": seed}), wire.builders, wire.interlingua.encoder)
+        made = TrainingCollator(
+            with_values(sized, {"training.seed": seed}), wire.builders, wire.interlingua.encoder
+        )
         return [made._tokens_per_latent(step) for step in range(600)]
 
     first = drawn(1)
@@ -94,7 +123,11 @@ def test_lengths_are_drawn_by_seed_and_step_as_often_as_each_other(run: RunConfi
 
 
 def test_a_stretch_may_begin_anywhere_and_its_cue_stands_before_it(wire: LatentWire) -> None:
-    values = {"losses.reconstruction_ce_weight": 1.0, "losses.reconstruction_tokens": 4, "losses.reconstruction_cue": 2}
+    values = {
+        "losses.reconstruction_ce_weight": 1.0,
+        "losses.reconstruction_tokens": 4,
+        "losses.reconstruction_cue": 2,
+    }
     made = collator(wire, values)
     found: set[int] = set()
     for number in range(200):
@@ -104,7 +137,9 @@ def test_a_stretch_may_begin_anywhere_and_its_cue_stands_before_it(wire: LatentW
     assert found == set(range(7))
     assert made._stretch(list(range(4)), "r") == (list(range(4)), 0)
     assert len(made._stretch(list(range(5)), "r")[0]) <= 5
-    assert collator(wire, {"losses.reconstruction_ce_weight": 1.0})._stretch(list(range(99)), "r") == (
+    assert collator(wire, {"losses.reconstruction_ce_weight": 1.0})._stretch(
+        list(range(99)), "r"
+    ) == (
         list(range(99)),
         0,
     )

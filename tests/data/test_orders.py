@@ -21,7 +21,11 @@ def numbered(count: int) -> pa.Table:
 
 
 def test_training_reads_ids_and_texts_only_where_they_are_needed(run: RunConfig) -> None:
-    ids = {f"{name}_{piece}_ids" for name in ("llama", "qwen") for piece in ("context", "question", "answer")}
+    ids = {
+        f"{name}_{piece}_ids"
+        for name in ("llama", "qwen")
+        for piece in ("context", "question", "answer")
+    }
     texts = {"context", "question"}
     found = streams.training_columns(run)
     assert set(found) == {"id", "sender_bytes"} | ids | texts and len(set(found)) == len(found)
@@ -50,7 +54,10 @@ def test_teachers_columns_stand_beside_their_rows(tmp_path: Path) -> None:
             "id": list(range(10)), "llama_count": list(range(100, 110)), "qwen_count": list(range(200, 210))
         }  # fmt: skip
     (read,) = streams._read_file(
-        {"file": np.array(["0.parquet"])}, train=tmp_path, teacher_paths=teacher_paths, columns=["id"]
+        {"file": np.array(["0.parquet"])},
+        train=tmp_path,
+        teacher_paths=teacher_paths,
+        columns=["id"],
     )
     assert read.equals(whole)
 
@@ -60,10 +67,14 @@ def test_an_epoch_leaves_out_only_what_fills_no_batch(bucket_batches: int) -> No
     training = TrainingConfig(batch_size=8, bucket_batches=bucket_batches, seed=3)
     table = numbered(101)
     for epoch in range(2):
-        batches = [batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, epoch)]
+        batches = [
+            batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, epoch)
+        ]
         assert [len(batch) for batch in batches] == [8] * 12
         assert len({row for batch in batches for row in batch}) == 96
-        assert batches == [batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, epoch)]
+        assert batches == [
+            batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, epoch)
+        ]
     (only,) = streams.shuffled_batches(numbered(5), training, 0)
     assert sorted(only["id"].to_pylist()) == list(range(5))
     assert len(list(streams.shuffled_batches(numbered(8), training, 0))) == 1
@@ -75,7 +86,11 @@ def test_every_row_is_as_likely_to_be_left_out() -> None:
     training, table = TrainingConfig(batch_size=4, bucket_batches=2), numbered(9)
     left = np.zeros(9)
     for epoch in range(300):
-        seen = {row for batch in streams.shuffled_batches(table, training, epoch) for row in batch["id"].to_pylist()}
+        seen = {
+            row
+            for batch in streams.shuffled_batches(table, training, epoch)
+            for row in batch["id"].to_pylist()
+        }
         assert len(seen) == 8
         left[next(iter(set(range(9)) - seen))] += 1
     assert left.min() > 33 - 4 * 5.5 and left.max() < 33 + 4 * 5.5
@@ -86,7 +101,10 @@ def test_workers_share_out_every_batch(world: int) -> None:
     training, table = TrainingConfig(batch_size=8, bucket_batches=2), numbered(40)
     whole = [batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, 5)]
     shares = [
-        [batch["id"].to_pylist() for batch in streams.shuffled_batches(table, training, 5, rank, world)]
+        [
+            batch["id"].to_pylist()
+            for batch in streams.shuffled_batches(table, training, 5, rank, world)
+        ]
         for rank in range(world)
     ]
     assert [list(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)] == whole
@@ -94,7 +112,11 @@ def test_workers_share_out_every_batch(world: int) -> None:
 
 
 def test_no_two_epochs_or_seeds_share_an_order() -> None:
-    seeds = {streams.epoch_seed(TrainingConfig(seed=seed), epoch) for seed in range(5) for epoch in range(200)}
+    seeds = {
+        streams.epoch_seed(TrainingConfig(seed=seed), epoch)
+        for seed in range(5)
+        for epoch in range(200)
+    }
     assert len(seeds) == 1_000
     orders = set()
     for seed in range(3):
@@ -108,7 +130,9 @@ def test_no_two_epochs_or_seeds_share_an_order() -> None:
 def test_what_is_drawn_together_is_sorted_by_length_and_the_rest_is_not() -> None:
     """Each window of bucket_batches batches holds its rows by length; windows are as drawn."""
     training, table = TrainingConfig(batch_size=5, bucket_batches=4, seed=2), numbered(60)
-    batches = [batch["sender_bytes"].to_pylist() for batch in streams.shuffled_batches(table, training, 0)]
+    batches = [
+        batch["sender_bytes"].to_pylist() for batch in streams.shuffled_batches(table, training, 0)
+    ]
     assert len(batches) == 12
     for start in range(0, 12, 4):
         window = sorted(batches[start : start + 4])
@@ -123,14 +147,20 @@ class Stream:
     def __init__(self, table: pa.Table) -> None:
         self.table, self.asked = table, dict[str, Any]()
 
-    def iter_batches(self, *, batch_size: int, batch_format: str, **options: Any) -> Iterator[pa.Table]:
+    def iter_batches(
+        self, *, batch_size: int, batch_format: str, **options: Any
+    ) -> Iterator[pa.Table]:
         self.asked = {"batch_size": batch_size, "batch_format": batch_format} | options
-        order = np.random.default_rng(options["local_shuffle_seed"]).permutation(self.table.num_rows)
+        order = np.random.default_rng(options["local_shuffle_seed"]).permutation(
+            self.table.num_rows
+        )
         for start in range(0, self.table.num_rows, batch_size):
             yield self.table.take(order[start : start + batch_size])
 
 
-def test_a_stream_is_shuffled_within_its_buffer_and_sorted_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_shuffled_within_its_buffer_and_sorted_by_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(streams, "SHUFFLE_ROWS", 30)
     table, orders = numbered(66), []
     training = TrainingConfig(bucket_batches=2, seed=7)

@@ -33,7 +33,11 @@ def run_on(folder: Path, rows: list[dict[str, Any] | bytes], **values: Any) -> R
     (folder / "train.jsonl").write_bytes(b"\n".join(lines))
     (folder / "validation.jsonl").write_bytes(b"\n".join(lines))
     knobs = {name.replace("__", "."): value for name, value in values.items()}
-    own = {"data.dataset": "custom", "data.data_dir": str(folder), "data.shard_dir": str(folder / "shards")}
+    own = {
+        "data.dataset": "custom",
+        "data.data_dir": str(folder),
+        "data.shard_dir": str(folder / "shards"),
+    }
     return with_values(RunConfig(), own | knobs)
 
 
@@ -78,26 +82,37 @@ def test_what_is_wrong_with_a_row_is_told_once(tmp_path: Path) -> None:
     assert sum(bool(row["reason"]) for row in rows(run, "validation")) == 3
 
 
-def test_blocks_are_bounded_and_hold_every_row_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_bounded_and_hold_every_row_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline, "BLOCK_ROWS", 7)
     run = run_on(tmp_path, [good(number) for number in range(20)])
     made = tables(run, "validation")
-    assert [table.num_rows for table in made] == [7, 7, 6] and all(table.schema == pipeline.CLEAN for table in made)
-    assert [row["id"] for table in made for row in table.to_pylist()] == [str(number) for number in range(20)]
+    assert [table.num_rows for table in made] == [7, 7, 6] and all(
+        table.schema == pipeline.CLEAN for table in made
+    )
+    assert [row["id"] for table in made for row in table.to_pylist()] == [
+        str(number) for number in range(20)
+    ]
 
 
 def test_rows_are_shuffled_by_numbers_that_a_sort_can_hold(tmp_path: Path) -> None:
     run = run_on(tmp_path, [good(number) for number in range(400)], data__dev_fraction=0.01)
     order = np.array([row["order"] for row in rows(run, "validation")])
     assert len(np.unique(order)) == 400 and order.min() >= 0 and order.max() < 2**52
-    assert abs(order.mean() / 2**52 - 0.5) < 0.07 and order.max() > 0.95 * 2**52  # as if drawn evenly
+    assert (
+        abs(order.mean() / 2**52 - 0.5) < 0.07 and order.max() > 0.95 * 2**52
+    )  # as if drawn evenly
     assert abs(np.corrcoef(order, np.arange(400))[0, 1]) < 0.2
     again = [row["order"] for row in rows(with_values(run, {"data.seed": 9}), "validation")]
     assert not set(again) & set(order.tolist())
 
 
 def test_rows_of_one_context_stand_together_where_questions_do(tmp_path: Path) -> None:
-    asked = [good(number, context=f"Ada lives in house {number % 40}.", id=f"r{number}") for number in range(200)]
+    asked = [
+        good(number, context=f"Ada lives in house {number % 40}.", id=f"r{number}")
+        for number in range(200)
+    ]
     run = run_on(tmp_path, asked, training__questions_together=True, data__dev_fraction=0.01)
     found = sorted(rows(run, "train"), key=lambda row: row["order"])
     contexts = [row["context"] for row in found]
@@ -106,12 +121,16 @@ def test_rows_of_one_context_stand_together_where_questions_do(tmp_path: Path) -
     assert len({row["order"] for row in found}) == len(found)
     within = [int(row["id"][1:]) for row in found if row["context"] == contexts[0]]
     assert contexts[0] != asked[0]["context"] or within != sorted(within)
-    apart = [row["context"] for row in sorted(rows(run, "validation"), key=lambda row: row["order"])]
+    apart = [
+        row["context"] for row in sorted(rows(run, "validation"), key=lambda row: row["order"])
+    ]
     assert sum(one != other for one, other in pairwise(apart)) > 150  # only training rows do
 
 
 def test_a_text_has_one_place_whatever_row_holds_it(tmp_path: Path) -> None:
-    texts = [{"context": f"text {number % 6}", "question": "?", "answers": ["a"]} for number in range(30)]
+    texts = [
+        {"context": f"text {number % 6}", "question": "?", "answers": ["a"]} for number in range(30)
+    ]
     run = run_on(tmp_path, texts, data__dataset="text", losses__bundle="pretrain")
     found = rows(run, "validation")
     places: dict[str, set[int]] = {}
@@ -126,13 +145,25 @@ def fitted(run: RunConfig, context: str, question: str = "Where?") -> list[dict[
     return list(pipeline._fitted(row, run.data))
 
 
-def test_a_text_that_just_fits_stays_whole_and_a_longer_one_goes_by_the_rule(tmp_path: Path) -> None:
+def test_a_text_that_just_fits_stays_whole_and_a_longer_one_goes_by_the_rule(
+    tmp_path: Path,
+) -> None:
     just, over = "ä" * 8 + "bcde", "ä" * 8 + "bcdef"  # 20 and 21 bytes
     texts = {"data__dataset": "text", "losses__bundle": "pretrain", "data__max_context_bytes": 20}
-    runs = {overflow: run_on(tmp_path, [good(0)], **texts, data__overflow=overflow) for overflow in OVERFLOWS}
+    runs = {
+        overflow: run_on(tmp_path, [good(0)], **texts, data__overflow=overflow)
+        for overflow in OVERFLOWS
+    }
     for run in runs.values():
         assert fitted(run, just) == [
-            {"id": "r", "document": "d", "context": just, "question": "Where?", "answers": ["a"], "truncated": False}
+            {
+                "id": "r",
+                "document": "d",
+                "context": just,
+                "question": "Where?",
+                "answers": ["a"],
+                "truncated": False,
+            }
         ]
     (cut,) = fitted(runs["truncate"], over)
     assert cut["context"] == just and cut["truncated"] is True
@@ -141,15 +172,23 @@ def test_a_text_that_just_fits_stays_whole_and_a_longer_one_goes_by_the_rule(tmp
     with pytest.raises(RowError, match="sender text must be ≤ 20 bytes: got 21"):
         fitted(runs["reject"], over)
     parts = fitted(runs["chunk"], "one two three four five six seven")
-    assert [part["id"] for part in parts] == [f"r-{number}" for number in range(len(parts))] and len(parts) > 1
+    assert [part["id"] for part in parts] == [
+        f"r-{number}" for number in range(len(parts))
+    ] and len(parts) > 1
     assert "".join(part["context"] for part in parts) == "one two three four five six seven"
-    assert not any(part["truncated"] for part in parts) and all(len(part["context"]) <= 20 for part in parts)
+    assert not any(part["truncated"] for part in parts) and all(
+        len(part["context"]) <= 20 for part in parts
+    )
 
 
 def test_the_question_takes_its_room_where_it_is_sent_too(tmp_path: Path) -> None:
     overhead = len("\nQuestion: ") + 6
     run = run_on(
-        tmp_path, [good(0)], data__overflow="truncate", data__send="prompt", data__max_context_bytes=overhead + 5
+        tmp_path,
+        [good(0)],
+        data__overflow="truncate",
+        data__send="prompt",
+        data__max_context_bytes=overhead + 5,
     )
     (cut,) = fitted(run, "abcdefgh")
     assert cut["context"] == "abcde"
@@ -190,9 +229,15 @@ def cleaned(contexts: list[str], answers: list[list[str]], order: list[int]) -> 
 
 
 def written(
-    run: RunConfig, table: pa.Table, path: Path, first: list[int], split: shards.ShardSplit = "train"
+    run: RunConfig,
+    table: pa.Table,
+    path: Path,
+    first: list[int],
+    split: shards.ShardSplit = "train",
 ) -> pa.Table:
-    held = np.bincount(pipeline._shard_of(table["order"].to_numpy(), np.array(first)), minlength=len(first))
+    held = np.bincount(
+        pipeline._shard_of(table["order"].to_numpy(), np.array(first)), minlength=len(first)
+    )
     return pipeline._write(table, run, split, path, np.array(first), held)
 
 
@@ -230,7 +275,11 @@ def test_answers_that_merge_with_the_anchor_are_told_and_left_out(tmp_path: Path
     assert (told["rows"], told["truncated"]) == (2, 1)
     first = next(iter(shards.builders(run)))
     assert told["rejects"] == [
-        {"reason": f"anchor and answer must not merge into one token for {first}", "id": "r0", "context": "c1"}
+        {
+            "reason": f"anchor and answer must not merge into one token for {first}",
+            "id": "r0",
+            "context": "c1",
+        }
     ]
 
 
@@ -257,10 +306,22 @@ def test_lists_of_ids_are_the_column_that_arrow_makes_of_them(ids: list[list[int
 def test_lengths_are_counted_by_powers_of_two() -> None:
     sizes = [0, 1, 7, 8, 15, 16, 2**20]
     ids = [[0] * min(size, 20) for size in sizes]
-    table = pa.table({"sender_bytes": sizes, "llama_answer_ids": ids, "encoder_ids": [[[1]]] * 7, "id": ["a"] * 7})
+    table = pa.table(
+        {
+            "sender_bytes": sizes,
+            "llama_answer_ids": ids,
+            "encoder_ids": [[[1]]] * 7,
+            "id": ["a"] * 7,
+        }
+    )
     found = pipeline._lengths(table)
     edges = pipeline.LENGTH_EDGES
-    assert found.keys() == {"sender_bytes", "llama_answer_ids"} and list(edges[:4]) == [0, 8, 16, 32]
+    assert found.keys() == {"sender_bytes", "llama_answer_ids"} and list(edges[:4]) == [
+        0,
+        8,
+        16,
+        32,
+    ]
     for name, values in (("sender_bytes", sizes), ("llama_answer_ids", [len(row) for row in ids])):
         expected = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
         assert found[name] == expected and sum(expected) == 7
@@ -277,8 +338,13 @@ def test_a_manifest_adds_up_what_the_files_say(tmp_path: Path) -> None:
     manifest = pipeline._manifest(run, "validation", tmp_path, names, early)
     assert (manifest["rows"], manifest["file_rows"], manifest["files"]) == (2, [1, 1], names)
     assert manifest["truncated"] == 1  # r2; r0 is truncated too and left out
-    assert list(manifest["rejects"].values()) == [2, 1, 1] and "row must be JSON" in manifest["rejects"]
-    assert manifest["sha256"] == [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names]
+    assert (
+        list(manifest["rejects"].values()) == [2, 1, 1]
+        and "row must be JSON" in manifest["rejects"]
+    )
+    assert manifest["sha256"] == [
+        hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names
+    ]
     assert manifest["key"] == shards.shard_key(run, "validation")[0]
     assert manifest["spec"] == shards.shard_key(run, "validation")[1]
     lengths = manifest["lengths"]
@@ -286,7 +352,9 @@ def test_a_manifest_adds_up_what_the_files_say(tmp_path: Path) -> None:
     assert {sum(counts) for counts in lengths.values()} == {2}
     lines = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["x", "z", "r0", "r3"]
-    assert [line["row"] for line in lines] == ["y" * 500, "", "c1", "c4"] and lines[0]["reason"] == early[0]["reason"]
+    assert [line["row"] for line in lines] == ["y" * 500, "", "c1", "c4"] and lines[0][
+        "reason"
+    ] == early[0]["reason"]
 
 
 # -------------------------------------------------------------------------------------------------------- what is said
@@ -294,15 +362,20 @@ def test_a_manifest_adds_up_what_the_files_say(tmp_path: Path) -> None:
 
 def test_no_rows_at_all_say_why(tmp_path: Path) -> None:
     run = run_on(tmp_path, [good(0)], data__dev_fraction=0.125)
-    rejects = [{"reason": f"row must be JSON: {number}", "id": "", "context": ""} for number in range(2)]
+    rejects = [
+        {"reason": f"row must be JSON: {number}", "id": "", "context": ""} for number in range(2)
+    ]
     rejects += [{"reason": "context is missing", "id": "", "context": ""}] * 3
     assert pipeline._reasons(rejects) == {"context is missing": 3, "row must be JSON": 2}
     assert list(pipeline._reasons(rejects)) == ["context is missing", "row must be JSON"]
-    assert "custom train must leave at least one row, got none (3 × context is missing; 2 × row must be JSON)" in str(
-        pipeline._nothing_left(run, "train", rejects, read=5)
+    assert (
+        "custom train must leave at least one row, got none (3 × context is missing; 2 × row must be JSON)"
+        in str(pipeline._nothing_left(run, "train", rejects, read=5))
     )
     assert "(the source is empty)" in str(pipeline._nothing_left(run, "train", [], read=0))
-    assert "is in data.dev_fraction 0.125; raise it" in str(pipeline._nothing_left(run, "dev", [], read=0))
+    assert "is in data.dev_fraction 0.125; raise it" in str(
+        pipeline._nothing_left(run, "dev", [], read=0)
+    )
     assert "dev_fraction" not in str(pipeline._nothing_left(run, "dev", rejects, read=5))
     assert isinstance(pipeline._nothing_left(run, "dev", [], read=0), DataError)
 
@@ -324,7 +397,11 @@ def test_what_is_made_is_told_and_what_is_there_is_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_on(tmp_path, [good(0)], data__dev_samples=64, data__dev_fraction=0.125)
-    manifest = {"rows": 1_234, "truncated": 17, "rejects": {"row must be JSON": 2_000, "context is missing": 1}}
+    manifest = {
+        "rows": 1_234,
+        "truncated": 17,
+        "rejects": {"row must be JSON": 2_000, "context is missing": 1},
+    }
     asked: list[tuple[str, Path]] = []
 
     def make(run: RunConfig, split: str, path: Path) -> dict[str, Any]:
@@ -334,19 +411,26 @@ def test_what_is_made_is_told_and_what_is_there_is_not_made(
     monkeypatch.setattr(pipeline, "_make", make)
     assert pipeline.ensure_shards(run, "train") == shards.shard_path(run, "train")
     said = capsys.readouterr().out
-    assert "shards train: 1,234 rows (17 truncated), 2,001 rejected (2,000 × row must be JSON, 1 × context" in said
+    assert (
+        "shards train: 1,234 rows (17 truncated), 2,001 rejected (2,000 × row must be JSON, 1 × context"
+        in said
+    )
     manifest |= {"rows": 63, "rejects": {}}
     pipeline.ensure_shards(run, "dev", tmp_path / "there")
     said = capsys.readouterr().out
     assert (
-        "0 rejected (none; see" in said and "asks for 64 rows, data.dev_fraction 0.125 of the documents has 63" in said
+        "0 rejected (none; see" in said
+        and "asks for 64 rows, data.dev_fraction 0.125 of the documents has 63" in said
     )
     manifest |= {"rows": 64}
     for split in ("dev", "train"):
         pipeline.ensure_shards(run, split, tmp_path / "there")
         manifest |= {"rows": 3}
     assert "asks for" not in capsys.readouterr().out
-    assert asked[0] == ("train", shards.shard_path(run, "train")) and asked[1] == ("dev", tmp_path / "there")
+    assert asked[0] == ("train", shards.shard_path(run, "train")) and asked[1] == (
+        "dev",
+        tmp_path / "there",
+    )
     (tmp_path / "manifest.json").write_text('{"rows": 5000}')
     assert pipeline.ensure_shards(run, "dev", tmp_path) == tmp_path and len(asked) == 4
     assert f"shards dev: 5,000 rows, reused from {tmp_path}" in capsys.readouterr().out

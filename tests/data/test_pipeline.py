@@ -30,7 +30,12 @@ def asking(run: RunConfig, root: Path, **values: Any) -> RunConfig:
 def articles(run: RunConfig, tmp_path: Path) -> RunConfig:
     """300 rows of 60 documents, five in each."""
     lines = [
-        {"title": f"article {number % 60}", "context": f"House {number}.", "question": "Where?", "answers": "there"}
+        {
+            "title": f"article {number % 60}",
+            "context": f"House {number}.",
+            "question": "Where?",
+            "answers": "there",
+        }
         for number in range(300)
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -49,7 +54,10 @@ def test_development_rows_are_whole_documents(articles: RunConfig) -> None:
 
 
 def test_every_row_of_two_folders_has_a_place_of_its_own(run: RunConfig, tmp_path: Path) -> None:
-    lines = [{"context": f"House {number}.", "question": "Where?", "answers": "there"} for number in range(50)]
+    lines = [
+        {"context": f"House {number}.", "question": "Where?", "answers": "there"}
+        for number in range(50)
+    ]
     places = []
     for root in (tmp_path / "here", tmp_path / "there"):
         for folder in ("a", "b"):
@@ -59,22 +67,36 @@ def test_every_row_of_two_folders_has_a_place_of_its_own(run: RunConfig, tmp_pat
         places.append([row["order"] for row in cleaned(own, "train")])
     assert len(places[0]) == len(set(places[0])) == 100
     assert places[0] == places[1]  # wherever the directory is
-    assert len({sources.fingerprint(asking(run, tmp_path / name).data, "train") for name in ("here", "there")}) == 1
+    assert (
+        len(
+            {
+                sources.fingerprint(asking(run, tmp_path / name).data, "train")
+                for name in ("here", "there")
+            }
+        )
+        == 1
+    )
 
 
 def test_rejected_rows_are_told_by_file_and_number(run: RunConfig, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "train.jsonl").write_text('{"context": "c", "question": "q", "answers": "a"}\n{broken\n')
+        (tmp_path / folder / "train.jsonl").write_text(
+            '{"context": "c", "question": "q", "answers": "a"}\n{broken\n'
+        )
     rejects = [row for row in cleaned(asking(run, tmp_path), "train") if row["reason"]]
     assert [row["id"] for row in rejects] == ["a/train.jsonl row 1", "b/train.jsonl row 1"]
 
 
-def test_a_configuration_that_names_the_same_files_has_the_same_shards(run: RunConfig, tmp_path: Path) -> None:
+def test_a_configuration_that_names_the_same_files_has_the_same_shards(
+    run: RunConfig, tmp_path: Path
+) -> None:
     (tmp_path / "fullwiki").mkdir()
     (tmp_path / "fullwiki" / "train.jsonl").write_text("{}")
     named = asking(run, tmp_path, **{"data.dataset": "hotpotqa", "data.config": "fullwiki"})
     plain = asking(run, tmp_path / "fullwiki", **{"data.dataset": "hotpotqa"})
     assert shards.shard_key(named, "train") == shards.shard_key(plain, "train")
     hub = with_values(run, {"data.dataset": "hotpotqa"})
-    assert shards.shard_key(with_values(hub, {"data.config": "fullwiki"}), "train") != shards.shard_key(hub, "train")
+    assert shards.shard_key(
+        with_values(hub, {"data.config": "fullwiki"}), "train"
+    ) != shards.shard_key(hub, "train")

@@ -29,13 +29,22 @@ GOOD = {
         (json.dumps(GOOD | {"question": ""}).encode(), "question must not be empty"),
         (json.dumps(GOOD | {"answers": {"text": []}}).encode(), "answers must not be empty"),
         (json.dumps(GOOD | {"answers": [" "]}).encode(), "answers must not be empty"),
-        (json.dumps(GOOD | {"answers": 5}).encode(), "answers must be text or a list of text, got int"),
-        (GOOD | {"answers": [{"spans": "x"}]}, "answers must be text or a list of text, got a list of NoneType"),
+        (
+            json.dumps(GOOD | {"answers": 5}).encode(),
+            "answers must be text or a list of text, got int",
+        ),
+        (
+            GOOD | {"answers": [{"spans": "x"}]},
+            "answers must be text or a list of text, got a list of NoneType",
+        ),
         (GOOD | {"answers": None}, "answers must be text or a list of text, got NoneType"),
         (b"[" * 100_000, "row must be JSON"),
         (json.dumps({"question": "q", "answers": "a"}).encode(), "context is missing"),
         (b'{"context": "\\ud800", "question": "q", "answers": "a"}', "context must be UTF-8"),
-        (b'{"context": "c", "question": "q", "answers": ["a", "\\ud83d"]}', "answers must be UTF-8"),
+        (
+            b'{"context": "c", "question": "q", "answers": ["a", "\\ud83d"]}',
+            "answers must be UTF-8",
+        ),
         (b'{"context": "c", "question": "q", "answers": "a", "id": "\\ud83d"}', "id must be UTF-8"),
     ],
 )
@@ -54,7 +63,10 @@ def test_squad_row() -> None:
 
 def test_texts_come_from_text_columns_and_from_the_contexts_of_questions() -> None:
     paragraphs = {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}
-    found = [clean(json.dumps(row).encode(), "text") for row in ({"text": " c "}, GOOD, {"context": paragraphs})]
+    found = [
+        clean(json.dumps(row).encode(), "text")
+        for row in ({"text": " c "}, GOOD, {"context": paragraphs})
+    ]
     assert [row["context"] for row in found] == ["c", "c", "A: One. Two.\nB: Three."]
     assert found[0]["id"] == found[1]["id"] and found[1]["document"] == "T"
     assert all(row["question"] == "" and row["answers"] == [] for row in found)
@@ -103,7 +115,13 @@ def test_bad_paragraphs_are_told_why(context: object, reason: str) -> None:
     ],
 )
 def test_bad_hotpotqa_rows_are_told_why(change: dict[str, Any], reason: str) -> None:
-    row = {"_id": "a", "question": "q", "answer": "yes", "context": [["T", ["x"]]], "supporting_facts": [["T", 0]]}
+    row = {
+        "_id": "a",
+        "question": "q",
+        "answer": "yes",
+        "context": [["T", ["x"]]],
+        "supporting_facts": [["T", 0]],
+    }
     assert clean(row, "hotpotqa")["document"] == "T"
     with pytest.raises(RowError, match=reason):
         clean(row | change, "hotpotqa")
@@ -116,7 +134,10 @@ def test_bad_hotpotqa_rows_are_told_why(change: dict[str, Any], reason: str) -> 
         (["Oslo", " Bergen "], ["Oslo", "Bergen"]),
         ({"text": ["Oslo"], "answer_start": [18]}, ["Oslo"]),
         ({"text": "Oslo"}, ["Oslo"]),
-        ([{"text": "Oslo", "answer_start": 18}, {"text": "Bergen", "answer_start": 2}], ["Oslo", "Bergen"]),
+        (
+            [{"text": "Oslo", "answer_start": 18}, {"text": "Bergen", "answer_start": 2}],
+            ["Oslo", "Bergen"],
+        ),
         (["['a', 'b']"], ["['a', 'b']"]),  # where the answer is such a text, the list says so
         ("[1, 2]", ["[1, 2]"]),
         ("{x} and [y]", ["{x} and [y]"]),
@@ -124,7 +145,12 @@ def test_bad_hotpotqa_rows_are_told_why(change: dict[str, Any], reason: str) -> 
 )
 def test_answers_are_taken_in_every_form_that_people_write(answers: Any, found: list[str]) -> None:
     assert clean(GOOD | {"answers": answers}, "squad")["answers"] == found
-    assert clean({"context": "c", "question": "q", "answers": None, "answer": answers}, "custom")["answers"] == found
+    assert (
+        clean({"context": "c", "question": "q", "answers": None, "answer": answers}, "custom")[
+            "answers"
+        ]
+        == found
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,23 +20,32 @@ def test_every_dataset_says_all_that_differs(dataset: Dataset) -> None:
     assert (dataset.version is None) == (dataset.generate is None)
     assert dataset.has_questions == (dataset.columns == QUESTION_COLUMNS)
     row = clean({"context": "Rome is old.", "question": "What?", "answers": ["Rome"]}, "squad")
-    assert clean(row | {"context": [["Rome", ["Rome is old."]]]} if dataset.name == "hotpotqa" else row, dataset.name)
+    assert clean(
+        row | {"context": [["Rome", ["Rome is old."]]]} if dataset.name == "hotpotqa" else row,
+        dataset.name,
+    )
 
 
 def test_only_names_that_are_registered_are_taken() -> None:
     assert set(typing.get_args(DataConfig.model_fields["dataset"].annotation)) == set(DATASETS)
-    with pytest.raises(ValueError, match="Input should be 'custom', 'hotpotqa', 'squad', 'text' or 'toy'"):
+    with pytest.raises(
+        ValueError, match="Input should be 'custom', 'hotpotqa', 'squad', 'text' or 'toy'"
+    ):
         DataConfig.model_validate({"dataset": "sqaud"})
 
 
 def test_official_scripts_are_those_of_the_two_datasets() -> None:
-    assert [name for name, dataset in DATASETS.items() if dataset.official_scores] == ["hotpotqa", "squad"]
+    assert [name for name, dataset in DATASETS.items() if dataset.official_scores] == [
+        "hotpotqa",
+        "squad",
+    ]
     assert [name for name, dataset in DATASETS.items() if dataset.exact_yes_no] == ["hotpotqa"]
 
 
 def test_a_dataset_of_files_needs_their_directory() -> None:
     with pytest.raises(
-        DataError, match="dataset custom needs the directory of its files, got none; name it by --data_dir"
+        DataError,
+        match="dataset custom needs the directory of its files, got none; name it by --data_dir",
     ):
         pieces(DataConfig(dataset="custom"), "train")
 
@@ -48,9 +57,13 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"rajpurkar/squad cannot be read from the Hub \(no route\).*--data_dir"):
+    with pytest.raises(
+        DataError, match=r"rajpurkar/squad cannot be read from the Hub \(no route\).*--data_dir"
+    ):
         list(read(DataConfig(dataset="squad"), "train", sources.Piece("squad")))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, **_: [GOOD | {"id": f"{name} {subset}"}])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, subset, **_: [GOOD | {"id": f"{name} {subset}"}]
+    )
     (row,) = read(DataConfig(dataset="hotpotqa"), "train", sources.Piece("hotpotqa"))
     assert row["id"] == "hotpotqa/hotpot_qa distractor"  # type: ignore[index]
 
@@ -58,6 +71,10 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dataset", ["squad", "hotpotqa"])
 def test_real_rows_are_read(real_data: Path, dataset: str) -> None:
     config = DataConfig(dataset=dataset, data_dir=str(real_data / dataset))
-    rows = [clean(raw, dataset) for piece in pieces(config, "validation") for raw in read(config, "validation", piece)]
+    rows = [
+        clean(raw, dataset)
+        for piece in pieces(config, "validation")
+        for raw in read(config, "validation", piece)
+    ]
     assert len(rows) == {"squad": 5397, "hotpotqa": 734}[dataset]
     assert all(row["context"] and row["answers"] for row in rows)

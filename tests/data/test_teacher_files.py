@@ -27,7 +27,9 @@ def shards_of(folder: Path, table: pa.Table | None = None, key: str = "k") -> Pa
     names = ["0.parquet", "1.parquet"]
     manifest = {"key": key, "rows": 6, "files": names}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    for name, part in zip(names, (table.slice(0, 4), table.slice(4)) if table else (), strict=False):
+    for name, part in zip(
+        names, (table.slice(0, 4), table.slice(4)) if table else (), strict=False
+    ):
         pq.write_table(part, path / name)
     return path
 
@@ -38,7 +40,9 @@ def test_columns_are_known_by_what_they_hang_on(run: RunConfig, tmp_path: Path) 
     receiver = run.receivers[0]
 
     def path(values: dict, train: Path = train, **reads: object) -> Path:
-        return teachers.teacher_path(with_values(run, values), receiver.model_copy(update=reads), train)
+        return teachers.teacher_path(
+            with_values(run, values), receiver.model_copy(update=reads), train
+        )
 
     first = path({})
     assert first.parent == tmp_path and first.name.startswith(f"teacher-{receiver.name}-")
@@ -56,8 +60,15 @@ def test_columns_are_known_by_what_they_hang_on(run: RunConfig, tmp_path: Path) 
         {"encoder.latent_len": 3},
     ]
     assert {path(values) for values in alike} == {first}
-    assert teachers.paths(run, train) == {r.name: teachers.teacher_path(run, r, train) for r in run.receivers}
-    assert teachers.paths(with_values(run, {"losses.kd_weight": 0.0, "losses.hidden_kd_weight": 0.0}), train) == {}
+    assert teachers.paths(run, train) == {
+        r.name: teachers.teacher_path(run, r, train) for r in run.receivers
+    }
+    assert (
+        teachers.paths(
+            with_values(run, {"losses.kd_weight": 0.0, "losses.hidden_kd_weight": 0.0}), train
+        )
+        == {}
+    )
 
 
 def test_weights_of_a_directory_are_known_by_their_files(tmp_path: Path) -> None:
@@ -100,7 +111,8 @@ def test_columns_are_made_file_by_file_and_told_when_whole(
     said = capsys.readouterr().out
     size = sum((paths["llama"] / name).stat().st_size for name in ("0.parquet", "1.parquet"))
     assert (
-        f"teacher llama: 6 rows, {size / 6 * 1_000 / 1e6:.2f} MB per 1,000 rows, reused from {paths['llama']}" in said
+        f"teacher llama: 6 rows, {size / 6 * 1_000 / 1e6:.2f} MB per 1,000 rows, reused from {paths['llama']}"
+        in said
     )
     assert teachers.ensure_teachers(with_values(run, {"losses.kd_weight": 0.0}), train) == {}
     assert capsys.readouterr().out == ""
@@ -115,20 +127,31 @@ def test_columns_hold_what_the_model_itself_says(run: RunConfig, wire: LatentWir
     rows = table.to_pydict()
     layers = len(lm.lm.model.layers)
     for index in range(5):
-        sequence = builder.text(*(rows[f"llama_{piece}_ids"][index] for piece in ("context", "question", "answer")))
+        sequence = builder.text(
+            *(rows[f"llama_{piece}_ids"][index] for piece in ("context", "question", "answer"))
+        )
         asked = [place - 1 for place in sequence.supervised][:2]
         assert found["llama_teacher_count"][index] == len(asked)
         with torch.no_grad():
             out = lm.lm(torch.tensor([sequence.ids]), output_hidden_states=True)
         log_p, ids = torch.log_softmax(out.logits[0, asked] / 2.0, -1).topk(3)
         assert found["llama_teacher_ids"][index] == ids.flatten().tolist()
-        assert found["llama_teacher_log_p"][index] == pytest.approx(log_p.flatten().tolist(), abs=5e-3)
+        assert found["llama_teacher_log_p"][index] == pytest.approx(
+            log_p.flatten().tolist(), abs=5e-3
+        )
         tail = torch.log1p(-log_p.exp().sum(-1)).tolist()
         assert found["llama_teacher_log_tail"][index] == pytest.approx(tail, abs=2e-2)
         half = out.hidden_states[layers // 2][0, asked]
-        states = np.array(found["llama_teacher_states"][index], np.float32).reshape(len(asked), 2, -1)
-        told, own = (torch.nn.functional.layer_norm(x, x.shape[1:]) for x in (torch.from_numpy(states[:, 0]), half))
-        torch.testing.assert_close(told, own, atol=1e-2, rtol=1e-2)  # a layer off would be another state
+        states = np.array(found["llama_teacher_states"][index], np.float32).reshape(
+            len(asked), 2, -1
+        )
+        told, own = (
+            torch.nn.functional.layer_norm(x, x.shape[1:])
+            for x in (torch.from_numpy(states[:, 0]), half)
+        )
+        torch.testing.assert_close(
+            told, own, atol=1e-2, rtol=1e-2
+        )  # a layer off would be another state
 
 
 def test_words_are_laid_out_for_every_answer_token() -> None:
@@ -142,7 +165,13 @@ def test_words_are_laid_out_for_every_answer_token() -> None:
             "a_teacher_states": [list(range(8)), list(range(8, 16))],
         }
     )  # fmt: skip
-    both = LossConfig(kd_weight=1.0, kd_top_k=2, kd_temperature=4.0, hidden_kd_weight=1.0, hidden_kd_depths=(0.5, 1.0))
+    both = LossConfig(
+        kd_weight=1.0,
+        kd_top_k=2,
+        kd_temperature=4.0,
+        hidden_kd_weight=1.0,
+        hidden_kd_depths=(0.5, 1.0),
+    )
     teacher = teachers.teacher_of(table, "a", both)
     assert teacher is not None and teacher.rows is not None and teacher.rows.temperature == 4.0
     told = [0, 1, 4, 5]  # of the six tokens; the first row's third and its stop are not told of
@@ -160,11 +189,18 @@ def test_words_are_laid_out_for_every_answer_token() -> None:
     assert deep[told].tolist() == [[2, 3], [6, 7], [10, 11], [14, 15]]
     assert {tensor.dtype for tensor in (shallow, deep, teacher.rows.log_p_NK)} == {torch.float32}
     words = teachers.teacher_of(
-        table.drop_columns(["a_teacher_states"]), "a", both.model_copy(update={"hidden_kd_weight": 0.0})
+        table.drop_columns(["a_teacher_states"]),
+        "a",
+        both.model_copy(update={"hidden_kd_weight": 0.0}),
     )
     assert words is not None and words.rows is not None and words.states == ()
-    states = teachers.teacher_of(table.drop_columns(["a_teacher_ids"]), "a", both.model_copy(update={"kd_weight": 0.0}))
+    states = teachers.teacher_of(
+        table.drop_columns(["a_teacher_ids"]), "a", both.model_copy(update={"kd_weight": 0.0})
+    )
     assert states is not None and states.rows is None and len(states.states) == 2
     assert teachers.teacher_of(table.drop_columns(["a_teacher_ids"]), "a", both) is None
     assert teachers.teacher_of(table.drop_columns(["a_teacher_states"]), "a", both) is None
-    assert teachers.teacher_of(table, "b", both) is None and teachers.teacher_of(table, "a", LossConfig()) is None
+    assert (
+        teachers.teacher_of(table, "b", both) is None
+        and teachers.teacher_of(table, "a", LossConfig()) is None
+    )

@@ -39,7 +39,11 @@ def test_a_step_with_columns_is_the_step_with_a_live_teacher(trainer: Trainer, m
     rows = shard_table(trainer.wire.run, 70)  # more than are read together, in another order
     table = with_columns(trainer, rows, {"losses.k": most})
     live = trainer.backward(trainer.collate(rows.slice(30, 9), 0))
-    expected = {name: p.grad.clone() for name, p in trainer.wire.interlingua.named_parameters() if p.grad is not None}
+    expected = {
+        name: p.grad.clone()
+        for name, p in trainer.wire.interlingua.named_parameters()
+        if p.grad is not None
+    }
     trainer.optimizer.zero_grad(set_to_none=True)
     told = trainer.backward(trainer.collate(table.slice(30, 9), 0))
     for term in ("kd_llama", "kd_qwen", "hidden_kd_llama", "hidden_kd_qwen"):
@@ -50,7 +54,9 @@ def test_a_step_with_columns_is_the_step_with_a_live_teacher(trainer: Trainer, m
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
-def test_no_receiver_reads_a_text_that_has_columns(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_receiver_reads_a_text_that_has_columns(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = shard_table(trainer.wire.run, 6)
     (batch,) = trainer.collate(with_columns(trainer, rows, {}), 0)
     for lm in trainer.wire.receivers.values():
@@ -73,7 +79,9 @@ def test_states_beyond_fp16_are_columns_like_any_other(run: RunConfig) -> None:
     trainer.optimizer.zero_grad(set_to_none=True)
     table = with_columns(trainer, rows, values)
     for name in trainer.wire.receivers:
-        stored = torch.tensor(table[f"{name}_teacher_states"].combine_chunks().flatten().to_pylist())
+        stored = torch.tensor(
+            table[f"{name}_teacher_states"].combine_chunks().flatten().to_pylist()
+        )
         assert 0 < stored.abs().max() < 100
     told = trainer.backward(trainer.collate(table, 0))
     for term in ("hidden_kd_llama", "hidden_kd_qwen"):
@@ -81,8 +89,12 @@ def test_states_beyond_fp16_are_columns_like_any_other(run: RunConfig) -> None:
 
 
 def test_what_is_needed_and_how_far() -> None:
-    assert not teachers.needed(LossConfig()) and not teachers.needed(LossConfig(kd_weight=1.0, kd_top_k=0))
-    assert teachers.needed(LossConfig(kd_weight=1.0, kd_top_k=8)) and teachers.needed(LossConfig(hidden_kd_weight=1.0))
+    assert not teachers.needed(LossConfig()) and not teachers.needed(
+        LossConfig(kd_weight=1.0, kd_top_k=0)
+    )
+    assert teachers.needed(LossConfig(kd_weight=1.0, kd_top_k=8)) and teachers.needed(
+        LossConfig(hidden_kd_weight=1.0)
+    )
     assert teachers.most_tokens(LossConfig(k=3)) == 3
     growing = {"k": {"kind": "linear", "start": 0.5, "end": 2.0, "steps": 10}}
     assert teachers.most_tokens(LossConfig.model_validate({"k": 3, "schedules": growing})) == 6
@@ -97,7 +109,11 @@ def test_files_are_made_once_and_missing_ones_again(
     train = local_shards(run)["train"]
     files = shards.read_manifest(train)["files"]
     first = {r.name: teachers.teacher_path(run, r, train) for r in run.receivers}
-    assert len(files) == 2 and teachers.complete(run, train) and "MB per 1,000 rows, made in" in capsys.readouterr().out
+    assert (
+        len(files) == 2
+        and teachers.complete(run, train)
+        and "MB per 1,000 rows, made in" in capsys.readouterr().out
+    )
     joined = streams.training_table(run, train)
     assert joined.num_rows == 70 and teachers.teacher_of(joined, "qwen", run.losses) is not None
     kept, lost = (first["llama"] / name for name in files)
@@ -109,10 +125,15 @@ def test_files_are_made_once_and_missing_ones_again(
     assert "teacher llama: 1/1 files" in capsys.readouterr().out
     # Other numbers need other columns, fewer tokens' weights do not.
     assert (
-        teachers.teacher_path(with_values(run, {"losses.kd_temperature": 3.0}), run.receivers[0], train)
+        teachers.teacher_path(
+            with_values(run, {"losses.kd_temperature": 3.0}), run.receivers[0], train
+        )
         != first["llama"]
     )
-    assert teachers.teacher_path(with_values(run, {"losses.kd_weight": 0.1}), run.receivers[0], train) == first["llama"]
+    assert (
+        teachers.teacher_path(with_values(run, {"losses.kd_weight": 0.1}), run.receivers[0], train)
+        == first["llama"]
+    )
 
 
 def test_weights_of_the_hub_are_known_by_their_id() -> None:

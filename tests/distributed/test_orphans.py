@@ -33,18 +33,30 @@ time.sleep(600)
 def test_only_groups_of_ended_jobs_without_actors_are_orphans() -> None:
     def group(name: str, job: str, detached: bool = False) -> PlacementGroupState:
         return PlacementGroupState(
-            placement_group_id=name, name="", creator_job_id=job, state="CREATED", is_detached=detached
+            placement_group_id=name,
+            name="",
+            creator_job_id=job,
+            state="CREATED",
+            is_detached=detached,
         )
 
     def job(job_id: str, status: str) -> JobState:
         return JobState(job_id=job_id, type="DRIVER", status=status, entrypoint="")
 
     def actor(job_id: str) -> ActorState:
-        fields = dict.fromkeys(("actor_id", "class_name", "name", "node_id", "pid", "ray_namespace"), "1")
+        fields = dict.fromkeys(
+            ("actor_id", "class_name", "name", "node_id", "pid", "ray_namespace"), "1"
+        )
         return ActorState(state="ALIVE", job_id=job_id, **fields)
 
     jobs = [job("01", "RUNNING"), job("02", "SUCCEEDED"), job("03", "FAILED"), job("04", "STOPPED")]
-    groups = [group("a", "01"), group("b", "02"), group("c", "02", detached=True), group("d", "03"), group("e", "04")]
+    groups = [
+        group("a", "01"),
+        group("b", "02"),
+        group("c", "02", detached=True),
+        group("d", "03"),
+        group("e", "04"),
+    ]
     assert orphaned(groups, jobs, [actor("01"), actor("03")]) == ["b", "e"]
 
 
@@ -61,7 +73,9 @@ def test_what_a_killed_driver_left_is_removed() -> None:
         kept = {"mine"}
         for attempt in range(10):  # about two of three drivers leave one
             command = [sys.executable, "-c", RESTLESS, address, f"kept {attempt}"]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as driver:
                 assert driver.stdout is not None and driver.stdout.readline() == b"ready\n"
                 kept.add(f"kept {attempt}")
                 time.sleep(1.5)
@@ -72,7 +86,9 @@ def test_what_a_killed_driver_left_is_removed() -> None:
                 break
         assert removed, "no driver left a group: Ray may have mended it, and this could go"
         end = time.time() + 20
-        while {g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"} != kept:
+        while {
+            g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"
+        } != kept:
             assert time.time() < end, placement_group_table()
             time.sleep(0.2)
         assert remove_orphaned_groups() == [] and mine.wait(5)

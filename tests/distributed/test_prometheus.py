@@ -27,7 +27,9 @@ def test_gauges_are_at_the_prometheus_endpoint() -> None:
         (node,) = ray.nodes()
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         end = time.time() + 30
-        while "ray_latentwire_dev_f1{" not in (text := urllib.request.urlopen(address).read().decode()):
+        while "ray_latentwire_dev_f1{" not in (
+            text := urllib.request.urlopen(address).read().decode()
+        ):
             assert time.time() < end, text[:2000]
             time.sleep(1)
         shown = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines()

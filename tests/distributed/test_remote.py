@@ -28,4 +28,6 @@ def test_a_scoring_elsewhere_is_shown_as_one_here(
     monkeypatch.setattr(remote, "on_cluster", on_cluster)
     assert remote.score_and_export(RunConfig(), 0.0, tmp_path, tmp_path, tmp_path) == "scores"
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("scoring latents: 5/10 rows, about ") and second.startswith("scoring latents: 9/10 rows")
+    assert first.startswith("scoring latents: 5/10 rows, about ") and second.startswith(
+        "scoring latents: 9/10 rows"
+    )

@@ -38,7 +38,9 @@ class FakeRay:
     def options(self, num_gpus: float, **_: Any) -> Any:
         def begin(receiver: dict[str, Any], *_: Any) -> Any:
             number = len(self.actors)
-            actor = SimpleNamespace(number=number, name=receiver["name"], gpus=num_gpus, placed=False, met=[])
+            actor = SimpleNamespace(
+                number=number, name=receiver["name"], gpus=num_gpus, placed=False, met=[]
+            )
             facts = SimpleNamespace(fingerprint=self.fingerprints.get(number, receiver["name"]))
             for method, value in {
                 "node": f"node-{number}",
@@ -46,14 +48,20 @@ class FakeRay:
                 "report": account(),
                 "fingerprint": facts.fingerprint,
             }.items():
-                setattr(actor, method, SimpleNamespace(remote=lambda value=value: Reference(actor=actor, value=value)))
+                setattr(
+                    actor,
+                    method,
+                    SimpleNamespace(remote=lambda value=value: Reference(actor=actor, value=value)),
+                )
             actor.meet = SimpleNamespace(remote=actor.met.append)
             self.actors.append(actor)
             return actor
 
         return SimpleNamespace(remote=begin)
 
-    def wait(self, references: list[Reference], num_returns: int = 1, timeout: float = 0) -> tuple[list, list]:
+    def wait(
+        self, references: list[Reference], num_returns: int = 1, timeout: float = 0
+    ) -> tuple[list, list]:
         for actor in self.actors:
             if not actor.placed and self.used + actor.gpus <= self.free:
                 actor.placed, self.used = True, self.used + actor.gpus
@@ -119,7 +127,9 @@ def test_a_cluster_without_gpus_yet_is_asked_for_one_set(
 ) -> None:
     """And where it does not come the sweep says what it waited for, within its limit."""
     cluster.gpus = cluster.free = 0
-    space = SweepConfig.model_validate({"tune": {"wait_minutes": 0.001}}).model_copy(update={"run": run})
+    space = SweepConfig.model_validate({"tune": {"wait_minutes": 0.001}}).model_copy(
+        update={"run": run}
+    )
     with (
         pytest.raises(
             ReceiverError,
@@ -130,7 +140,10 @@ def test_a_cluster_without_gpus_yet_is_asked_for_one_set(
     ):
         raise AssertionError("no trial begins without a receiver")
     assert len(cluster.actors) == 2
-    assert "shared receivers wait for room for llama and qwen, 0.5 GPU: the cluster" in capsys.readouterr().out
+    assert (
+        "shared receivers wait for room for llama and qwen, 0.5 GPU: the cluster"
+        in capsys.readouterr().out
+    )
 
 
 def test_others_on_a_busy_cluster_are_not_waited_for(run: RunConfig, cluster: FakeRay) -> None:
@@ -150,13 +163,16 @@ def test_replicas_of_other_weights_do_not_serve(run: RunConfig, cluster: FakeRay
     cluster.fingerprints = {2: "other"}  # the second of llama
     fleet = Fleet(run, sharing(8), None)
     with pytest.raises(
-        ReceiverError, match="replicas of receiver llama must have hash llama, as the first has, got other"
+        ReceiverError,
+        match="replicas of receiver llama must have hash llama, as the first has, got other",
     ):
         fleet.start(minutes=1)
     fleet.stop()
 
 
-def test_a_receiver_that_cannot_be_loaded_is_the_users_error(run: RunConfig, cluster: FakeRay) -> None:
+def test_a_receiver_that_cannot_be_loaded_is_the_users_error(
+    run: RunConfig, cluster: FakeRay
+) -> None:
     cluster.fingerprints = {0: ReceiverError("receiver llama: no decoder")}
     fleet = Fleet(run, sharing(8), None)
     with pytest.raises(ReceiverError, match="receiver llama: no decoder"):

@@ -43,21 +43,30 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
     ray.init(num_cpus=2, include_dashboard=False)
     try:
         with (
-            pytest.raises(ReceiverError, match="replicas of receiver llama must have hash 00 as in the manifest, got"),
+            pytest.raises(
+                ReceiverError,
+                match="replicas of receiver llama must have hash 00 as in the manifest, got",
+            ),
             serving(space, sharing, {"llama": "00", "qwen": "00"}),
         ):
             pass
         crowded = dataclasses.replace(sharing, gpus_per_replica={"llama": 0.6, "qwen": 0.6})
-        hurried = space.model_copy(update={"tune": space.tune.model_copy(update={"wait_minutes": 0.02})})
+        hurried = space.model_copy(
+            update={"tune": space.tune.model_copy(update={"wait_minutes": 0.02})}
+        )
         with (
             pytest.raises(
-                ReceiverError, match=r"no room for llama and qwen, 1\.2 GPU: the cluster has 0 GPU \(0 free\)"
+                ReceiverError,
+                match=r"no room for llama and qwen, 1\.2 GPU: the cluster has 0 GPU \(0 free\)",
             ),
             serving(hurried, crowded),
         ):
             pass
         with serving(space, sharing) as served:
-            assert served is not None and {name: len(own) for name, own in served.items()} == {"llama": 1, "qwen": 1}
+            assert served is not None and {name: len(own) for name, own in served.items()} == {
+                "llama": 1,
+                "qwen": 1,
+            }
             wire = LatentWire(run, shared_receivers(run, served, "here"))
             assert Trainer(wire, 100).step(table) == pytest.approx(expected, rel=1e-4)
 
@@ -82,7 +91,9 @@ def test_replicas_serve_survive_and_forget(run: RunConfig, tmp_path: Path) -> No
                 ray.get(ask_and_die.options(max_retries=0).remote())
             end = time.time() + 20
             actors = [replicas[0].actor for replicas in served.values()]
-            while any(report["waiting"] for report in ray.get([actor.report.remote() for actor in actors])):
+            while any(
+                report["waiting"] for report in ray.get([actor.report.remote() for actor in actors])
+            ):
                 assert time.time() < end, "a dead trial's request still waits"
                 time.sleep(0.1)
             (report,) = ray.get([served["llama"][0].actor.report.remote()])

@@ -27,15 +27,24 @@ def test_a_pool_predicts_bit_for_bit_what_one_wire_does(wire: LatentWire, tmp_pa
     rows: pa.Table = shard_table(wire.run, 40)
     (tmp_path / "shards").mkdir()
     pq.write_table(rows, tmp_path / "shards" / "0.parquet")
-    (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"rows": 40, "files": ["0.parquet"]}))
+    (tmp_path / "shards" / "manifest.json").write_text(
+        json.dumps({"rows": 40, "files": ["0.parquet"]})
+    )
     frozen = wire.fingerprints()
     checkpoint = checkpoints.save(tmp_path / "wire", wire, {}, {"receivers": frozen})
     run = with_values(wire.run, {"evaluation.batch_size": 4})
-    conditions = (Condition("latent"), Condition("shuffled"), Condition("selected"), Condition("latent", bits=8))
+    conditions = (
+        Condition("latent"),
+        Condition("shuffled"),
+        Condition("selected"),
+        Condition("latent", bits=8),
+    )
     alone, _ = load_wire(checkpoint, run)
     ray.init(num_cpus=2, include_dashboard=False)
     try:
-        found = predict_pool(checkpoint, tmp_path / "shards", conditions, run, copies=2, cpus=1, gpus=0)
+        found = predict_pool(
+            checkpoint, tmp_path / "shards", conditions, run, copies=2, cpus=1, gpus=0
+        )
     finally:
         ray.shutdown()
     assert list(found) == [condition.key for condition in conditions]

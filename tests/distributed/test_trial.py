@@ -36,7 +36,9 @@ from latentwire.tuning.study import JOURNAL, own_trials
 
 HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
 """What takes seconds to import, and is for whoever loads a model, scores, or searches."""
-KILLED_BY_RAY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
+KILLED_BY_RAY = ray.exceptions.OutOfMemoryError(
+    "Task was killed due to the node running low on memory."
+)
 
 
 @pytest.mark.parametrize(
@@ -48,22 +50,35 @@ KILLED_BY_RAY = ray.exceptions.OutOfMemoryError("Task was killed due to the node
         OSError(12, "Cannot allocate memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         KILLED_BY_RAY,
-        ray.train.WorkerGroupError("rank 0 died", {0: torch.OutOfMemoryError("CUDA out of memory")}),
+        ray.train.WorkerGroupError(
+            "rank 0 died", {0: torch.OutOfMemoryError("CUDA out of memory")}
+        ),
         ray.train.WorkerGroupError("rank 1 died", {1: KILLED_BY_RAY}),
     ],
 )
-def test_out_of_memory_is_told_with_the_size(run: RunConfig, tmp_path: Path, error: BaseException) -> None:
+def test_out_of_memory_is_told_with_the_size(
+    run: RunConfig, tmp_path: Path, error: BaseException
+) -> None:
     assert is_out_of_memory(error)
     leave_cause(tmp_path, run, error)
     cause = cause_left(tmp_path)
     assert cause is not None
-    assert "out of memory with batch_size 4 over 1 worker(s)" in cause and "latent_len 6, d_z 32, toy-llama" in cause
+    assert (
+        "out of memory with batch_size 4 over 1 worker(s)" in cause
+        and "latent_len 6, d_z 32, toy-llama" in cause
+    )
     assert [file.name for file in tmp_path.iterdir()] == [ERROR_FILE]
 
 
 def task_of(run: RunConfig, folder: Path, **values: Any) -> WorkerTask:
     """The work of a run's workers, with values of its own where it matters."""
-    plain: dict[str, Any] = {"pins": {}, "train_rows": 16, "train_shards": folder, "began": 0.0, "gpus": 0.0}
+    plain: dict[str, Any] = {
+        "pins": {},
+        "train_rows": 16,
+        "train_shards": folder,
+        "began": 0.0,
+        "gpus": 0.0,
+    }
     plain |= {"metric": "dev_f1", "mode": "max", "served": None}
     return WorkerTask(run=run, folder=folder, **(plain | values))
 
@@ -93,7 +108,12 @@ def test_other_failures_are_not_taken_for_it(run: RunConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), TrainingError("gradients must be finite")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        TrainingError("gradients must be finite"),
+    ],
 )
 def test_what_would_fail_again_ends_the_run_at_once(
     run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -130,7 +150,9 @@ def shards_of(table: pa.Table, path: Path) -> Path:
     if not path.exists():
         path.mkdir(parents=True)
         pq.write_table(table, path / "0.parquet")
-        (path / "manifest.json").write_text(json.dumps({"files": ["0.parquet"], "rows": table.num_rows}))
+        (path / "manifest.json").write_text(
+            json.dumps({"files": ["0.parquet"], "rows": table.num_rows})
+        )
     return path
 
 
@@ -139,7 +161,13 @@ class Process(BaseException):
 
 
 def work(
-    run: RunConfig, table: pa.Table, folder: Path, patch: pytest.MonkeyPatch, *, notice_at: int = 99, dies_at: int = 99
+    run: RunConfig,
+    table: pa.Table,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    notice_at: int = 99,
+    dies_at: int = 99,
 ) -> list[dict[str, Any]]:
     """Run a worker here; Ray gives notice at one step, and the process dies at another. Returns what it reported."""
     reports: list[dict[str, Any]] = []
@@ -159,7 +187,9 @@ def work(
         ours.setattr(worker, "PREEMPTION_STEPS", 1)
         ours.setattr(worker, "broadcast_from_rank_zero", lambda value: value)
         ours.setattr(ray.train, "get_dataset_shard", lambda name: Stream(table))
-        ours.setattr(ray.train, "get_preemption_info", lambda: notice if seen.step >= notice_at else None)
+        ours.setattr(
+            ray.train, "get_preemption_info", lambda: notice if seen.step >= notice_at else None
+        )
         ours.setattr(ray.train, "report", reports.append)
         pins = {"shards": {}, "evaluation": {}}
         rows = shards_of(table, folder.parent / "shards")
@@ -172,7 +202,9 @@ def work(
 def test_a_preempted_worker_saves_and_another_goes_on(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1})
+    run = with_values(
+        run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1}
+    )
     (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
     folder = tmp_path / "parted"
     assert work(run, table, folder, monkeypatch, notice_at=2, dies_at=3) == []
@@ -188,11 +220,14 @@ def test_a_preempted_worker_saves_and_another_goes_on(
     record = exports.read_manifest(folder / "step-00000008")["trained_on"]
     assert record["documents"] == len(set(table["document"].to_pylist())) == 16
     assert [stage["documents"] for stage in record["stages"]] == [16] and record["known"]
-    (only,) = work(run, table, folder, monkeypatch)  # died after its last checkpoint: told again, nothing is trained
+    (only,) = work(
+        run, table, folder, monkeypatch
+    )  # died after its last checkpoint: told again, nothing is trained
     assert only["dev_loss"] == last["dev_loss"]
     (earlier,) = json.loads(only[EARLIER])  # which may not have arrived either
     assert (
-        earlier["dev_loss"] == reports[0]["dev_loss"] and Path(earlier[CHECKPOINT_PATH_KEY]) == folder / "step-00000004"
+        earlier["dev_loss"] == reports[0]["dev_loss"]
+        and Path(earlier[CHECKPOINT_PATH_KEY]) == folder / "step-00000004"
     )
 
 
@@ -200,25 +235,37 @@ def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through study, driver and worker, of which the last ends as one whose process died."""
-    run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1})
+    run = with_values(
+        run, {"training.epochs": 2, "training.evaluate_every": 4, "training.bucket_batches": 1}
+    )
     (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
     space = SweepConfig(run=run)
     variants: Any = {variant_key(run): Variant({}, table.num_rows, tmp_path, {})}
 
     def driver() -> StudySearch:
-        return StudySearch(space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials")
+        return StudySearch(
+            space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials"
+        )
 
     def go_on(search: StudySearch, dies_at: int = 99) -> list[dict[str, Any]]:
         """Drive a trial, as Tune does, with a worker in this process."""
         reports: list[dict[str, Any]] = []
 
         def make_trainer(run: RunConfig, *_: Any, folder: Path, **__: Any) -> Any:
-            return SimpleNamespace(fit=lambda: reports.extend(work(run, table, folder, monkeypatch, dies_at=dies_at)))
+            return SimpleNamespace(
+                fit=lambda: reports.extend(work(run, table, folder, monkeypatch, dies_at=dies_at))
+            )
 
         monkeypatch.setattr(trial, "make_trainer", make_trainer)
         monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
         values = search.suggest("a")
-        drive_trial(values, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path / "trials")
+        drive_trial(
+            values,
+            space=space,
+            variants=variants,
+            gpus_per_worker=0.0,
+            trial_dir=tmp_path / "trials",
+        )
         for report in reports:
             search.on_trial_result("a", report)
         search.on_trial_complete("a", reports[-1], error=dies_at < 99)
@@ -250,14 +297,21 @@ def test_a_trial_that_begins_with_a_wire_is_not_compared_on_what_that_has_traine
     )  # as a search may draw it, after the sweep was checked
     assert work(begun, table, tmp_path / "second", monkeypatch) == []
     cause = str(cause_left(tmp_path / "second"))
-    assert f"development rows must be of documents that the wire of {first} has not trained on, got 16 of 16" in cause
-    assert "data.dev_fraction to at most 0.05" in cause and not step_checkpoints.finished(tmp_path / "second")
+    assert (
+        f"development rows must be of documents that the wire of {first} has not trained on, got 16 of 16"
+        in cause
+    )
+    assert "data.dev_fraction to at most 0.05" in cause and not step_checkpoints.finished(
+        tmp_path / "second"
+    )
 
 
 def test_a_trial_whose_values_do_not_go_together_leaves_the_rule(tmp_path: Path) -> None:
     values = {NUMBER: 3, "encoder.d_model": 65}
     drive_trial(values, space=SweepConfig(), variants={}, gpus_per_worker=0.0, trial_dir=tmp_path)
-    assert str(cause_left(tmp_path / "trial-3")).startswith("d_model must be a multiple of 2 × heads, got d_model 65")
+    assert str(cause_left(tmp_path / "trial-3")).startswith(
+        "d_model must be a multiple of 2 × heads, got d_model 65"
+    )
 
 
 @pytest.mark.parametrize("again", [True, False])
@@ -265,7 +319,9 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """Here of a trial of two workers: what would fail again ends it, anything else Tune tries again."""
-    error = TrainingError("gradients must be finite") if again else ValueError("a fault of a driver")
+    error = (
+        TrainingError("gradients must be finite") if again else ValueError("a fault of a driver")
+    )
     failed = ray.train.WorkerGroupError(
         "rank 1:\nValueError: " + str(error), {1: UserExceptionWithTraceback(error, "…")}
     )
@@ -280,7 +336,9 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
     log = tmp_path / "trial-3" / "log-1.txt"  # of the worker that failed
     write_text(log, "step 1")
     with contextlib.nullcontext() if again else pytest.raises(ray.train.WorkerGroupError):
-        drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
+        drive_trial(
+            {NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path
+        )
     assert cause_left(tmp_path / "trial-3") == f"ValueError: {error}; output: {log}"
 
 
@@ -294,16 +352,24 @@ def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
     monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
     space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
-    drive_trial({NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path)
+    drive_trial(
+        {NUMBER: 3}, space=space, variants=variants, gpus_per_worker=0.0, trial_dir=tmp_path
+    )
     log = tmp_path / "trial-3" / "log.txt"
-    assert cause_left(tmp_path / "trial-3") == f"receiver llama: no decoder; output: {log}" and log.exists()
+    assert (
+        cause_left(tmp_path / "trial-3") == f"receiver llama: no decoder; output: {log}"
+        and log.exists()
+    )
 
 
 def test_what_would_fail_again_ends_the_trial_and_a_store_that_does_not_answer_does_not(
     run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(run, tmp_path)
-    fault: list[Exception] = [ReceiverError("receiver llama: no decoder"), StorageError("the bucket cannot be read")]
+    fault: list[Exception] = [
+        ReceiverError("receiver llama: no decoder"),
+        StorageError("the bucket cannot be read"),
+    ]
 
     def failing(*_: object) -> None:
         raise fault.pop(0)
@@ -323,7 +389,9 @@ def test_receivers_of_other_weights_are_refused(
     assert "receivers must hash to {'llama': '0000" in str(cause_left(tmp_path))
 
 
-@pytest.mark.parametrize("module", ["latentwire.distributed.trial", "latentwire.distributed.worker"])
+@pytest.mark.parametrize(
+    "module", ["latentwire.distributed.trial", "latentwire.distributed.worker"]
+)
 def test_a_trials_processes_import_no_more_than_they_must(module: str) -> None:
     told = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)

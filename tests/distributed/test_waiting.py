@@ -61,7 +61,11 @@ def test_waiting_for_room_is_no_failure_and_says_what_it_waits_for(
         f"{TOLD}trial-3 has waited 120 s for 1 CPU, 1 GPU: the cluster has 64 CPU (12 free), 8 GPU (0 free)"
     )
     broken = ControllerError(WorkerGroupStartupFailedError("a worker died as it started"))
-    assert [policy.make_decision(broken) for _ in range(3)] == [RETRY, RETRY, RAISE]  # the limit is theirs alone
+    assert [policy.make_decision(broken) for _ in range(3)] == [
+        RETRY,
+        RETRY,
+        RAISE,
+    ]  # the limit is theirs alone
 
 
 def test_a_cluster_that_does_not_answer_ends_no_trial_that_waits(
@@ -76,12 +80,16 @@ def test_a_cluster_that_does_not_answer_ends_no_trial_that_waits(
 
 
 def test_deaths_of_workers_are_counted_whatever_was_waited_for(policy: PatientPolicy) -> None:
-    decisions = [policy.make_decision(error) for error in (died(ValueError("a fault")), no_room(), no_room())]
+    decisions = [
+        policy.make_decision(error) for error in (died(ValueError("a fault")), no_room(), no_room())
+    ]
     assert decisions == [RETRY] * 3
     assert policy.make_decision(died(ValueError("a fault"))) is RAISE
 
 
-@pytest.mark.parametrize(("error", "decision"), [(TrainingError("not finite"), RAISE), (StorageError("no"), RETRY)])
+@pytest.mark.parametrize(
+    ("error", "decision"), [(TrainingError("not finite"), RAISE), (StorageError("no"), RETRY)]
+)
 def test_what_would_fail_again_is_not_tried_again(
     policy: PatientPolicy, error: Exception, decision: FailureDecision
 ) -> None:
@@ -99,12 +107,18 @@ def test_a_trials_controller_is_given_these_rules(
         given.update(options)
         raise Started
 
-    monkeypatch.setattr(data_parallel_trainer, "ObjectRefWrapper", lambda function: function)  # which would start Ray
-    monkeypatch.setattr(data_parallel_trainer.DataParallelTrainer, "_initialize_and_run_controller", start)
+    monkeypatch.setattr(
+        data_parallel_trainer, "ObjectRefWrapper", lambda function: function
+    )  # which would start Ray
+    monkeypatch.setattr(
+        data_parallel_trainer.DataParallelTrainer, "_initialize_and_run_controller", start
+    )
     two = with_values(run, {"training.num_workers": 2})
     make: Callable[..., Any] = trial.make_trainer
     chosen = {"pins": {}, "metric": "dev_f1", "mode": "max"}
-    trainer = make(two, {}, 16, tmp_path, folder=tmp_path / "trial-7", gpus_per_worker=0.5, **chosen)
+    trainer = make(
+        two, {}, 16, tmp_path, folder=tmp_path / "trial-7", gpus_per_worker=0.5, **chosen
+    )
     with pytest.raises(Started):
         trainer.fit()
     policy = given["failure_policy"]

@@ -12,18 +12,29 @@ from pathlib import Path
 import pytest
 
 from latentwire.distributed import worker_output
-from latentwire.distributed.worker_output import PROGRESS, TOLD, ProgressTeller, log_file, tell, trial_log
+from latentwire.distributed.worker_output import (
+    PROGRESS,
+    TOLD,
+    ProgressTeller,
+    log_file,
+    tell,
+    trial_log,
+)
 from latentwire.storage import Remote
 
 
-def test_lines_go_to_both_and_later_ones_are_appended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_go_to_both_and_later_ones_are_appended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for attempt in ("first", "second"):
         with trial_log(tmp_path / "trial-3", 1):
             print(attempt, flush=True)
             handler = logging.StreamHandler()  # of a library that logs
             handler.emit(logging.LogRecord("a", logging.WARNING, "", 0, "careful", None, None))
     print("after")
-    head, first, careful, again, second, _ = (tmp_path / "trial-3" / "log-1.txt").read_text().splitlines()
+    head, first, careful, again, second, _ = (
+        (tmp_path / "trial-3" / "log-1.txt").read_text().splitlines()
+    )
     assert (first, careful, second) == ("first", "careful", "second")
     assert head.startswith("---- ") and f"process {os.getpid()} on " in again
     shown = capsys.readouterr()
@@ -57,7 +68,9 @@ class Full(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_a_disk_without_room_ends_no_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_without_room_ends_no_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tee = worker_output.Tee(sys.stdout, Full())
     assert tee.write("step 1\n") == 7
     (tmp_path / "a file").touch()

@@ -48,13 +48,17 @@ def test_the_gold_answer_does_not_reach_the_decoder(wire: LatentWire, rows: pa.T
     for name in wire.receivers:
         column = changed.column_names.index(f"{name}_answer_ids")
         longer = [ids * 5 for ids in changed.column(column).to_pylist()]
-        changed = changed.set_column(column, f"{name}_answer_ids", pa.array(longer, pa.list_(pa.int32())))
+        changed = changed.set_column(
+            column, f"{name}_answer_ids", pa.array(longer, pa.list_(pa.int32()))
+        )
     assert [p.text for p in predict(wire, rows.slice(0, 8), "latent")] == [
         p.text for p in predict(wire, changed, "latent")
     ]
 
 
-def test_token_embeddings_through_the_latent_path_say_what_the_text_says(wire: LatentWire, rows: pa.Table) -> None:
+def test_token_embeddings_through_the_latent_path_say_what_the_text_says(
+    wire: LatentWire, rows: pa.Table
+) -> None:
     text, embedded = (list(predict(wire, rows, mode)) for mode in ("text", "embeddings"))
     assert [p.text for p in embedded] == [p.text for p in text]
     assert [p.nll for p in embedded] == pytest.approx([p.nll for p in text], abs=1e-4)
@@ -62,7 +66,9 @@ def test_token_embeddings_through_the_latent_path_say_what_the_text_says(wire: L
 
 
 @pytest.mark.parametrize("mode", ["truncated", "window", "selected"])
-def test_baselines_of_the_same_budget_read_as_many_positions(wire: LatentWire, rows: pa.Table, mode: str) -> None:
+def test_baselines_of_the_same_budget_read_as_many_positions(
+    wire: LatentWire, rows: pa.Table, mode: str
+) -> None:
     latent = {(p.id, p.receiver): p for p in predict(wire, rows, "latent")}
     for prediction in predict(wire, rows, mode):
         assert prediction.positions == latent[prediction.id, prediction.receiver].positions
@@ -75,8 +81,12 @@ def test_baselines_of_messages_that_hold_the_question_read_as_many_positions_too
     for mode in ("truncated", "window", "selected"):
         predictions = list(predict(wire, rows, mode))
         assert [p.positions for p in predictions] == latent
-        assert all(p.bytes > len(p.question.encode()) for p in predictions)  # the question had to be sent too
-    with pytest.raises(ConfigError, match=r"messages hold the questions \(data\.send prompt\), got none"):
+        assert all(
+            p.bytes > len(p.question.encode()) for p in predictions
+        )  # the question had to be sent too
+    with pytest.raises(
+        ConfigError, match=r"messages hold the questions \(data\.send prompt\), got none"
+    ):
         wire.encode(rows["context"].to_pylist())
 
 
@@ -85,16 +95,22 @@ def test_baselines_keep_what_they_say(wire: LatentWire, rows: pa.Table) -> None:
     for row in range(4):
         context, question = columns["llama_context_ids"][row], columns["llama_question_ids"][row]
 
-        def shown(mode: str, budget: int = 5, context=context, question=question, row=row) -> list[int]:
+        def shown(
+            mode: str, budget: int = 5, context=context, question=question, row=row
+        ) -> list[int]:
             return kept_context(wire, "llama", mode, columns["id"][row], context, question, budget)
 
         assert shown("truncated") == context[:5]
         assert shown("closed_book") == [] and shown("text") == context
         window = shown("window")
-        assert window == shown("window") and any(context[i : i + 5] == window for i in range(len(context)))
+        assert window == shown("window") and any(
+            context[i : i + 5] == window for i in range(len(context))
+        )
         surprise_T = self_information(wire, "llama", context, question)
         assert shown("selected") == [
-            context[i] for i in range(len(context)) if surprise_T[i] >= surprise_T.topk(5).values[-1]
+            context[i]
+            for i in range(len(context))
+            if surprise_T[i] >= surprise_T.topk(5).values[-1]
         ]
         assert shown("selected", budget=99) == context
 
@@ -102,7 +118,9 @@ def test_baselines_keep_what_they_say(wire: LatentWire, rows: pa.Table) -> None:
 def test_a_window_lies_anywhere_in_the_text(wire: LatentWire) -> None:
     """Every place is as likely as another: a window that began at the start would be the cut text once more."""
     context = list(range(20))
-    starts = [kept_context(wire, "llama", "window", f"row {n}", context, [1], 5)[0] for n in range(1_600)]
+    starts = [
+        kept_context(wire, "llama", "window", f"row {n}", context, [1], 5)[0] for n in range(1_600)
+    ]
     assert set(starts) == set(range(16))
     counts = [starts.count(start) for start in range(16)]
     assert (
@@ -110,7 +128,9 @@ def test_a_window_lies_anywhere_in_the_text(wire: LatentWire) -> None:
     )  # of a binomial, five standard deviations
 
 
-def test_a_plain_answer_is_its_first_line(wire: LatentWire, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_answer_is_its_first_line(
+    wire: LatentWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A base model goes on with a question of its own; what it says after its answer must not count as a part of it."""
     lm, builder = wire.receivers["llama"], wire.builders["llama"]
     outputs = [" red house\nWhere is Ben?", "\n red house \n\nred house", "red house", ""]
@@ -129,7 +149,9 @@ def test_scores_come_with_their_intervals(wire: LatentWire, rows: pa.Table) -> N
 
 
 def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) -> None:
-    run = with_values(RunConfig(), SMALL | {"encoder.latent_len": 16, "encoder.tokens_per_latent": 4})
+    run = with_values(
+        RunConfig(), SMALL | {"encoder.latent_len": 16, "encoder.tokens_per_latent": 4}
+    )
     wire = LatentWire(run)
     chosen = conditions(run, MODES, [4, 8])
     assert [s.key for s in chosen] == [
@@ -139,16 +161,21 @@ def test_every_budget_has_its_messages_and_baselines_as_short(rows: pa.Table) ->
     for n in (4, 8):
         latent = positions[f"latent at {n} tokens per latent"]
         assert all(
-            positions[f"{mode} at {n} tokens per latent"] == latent for mode in ("truncated", "window", "selected")
+            positions[f"{mode} at {n} tokens per latent"] == latent
+            for mode in ("truncated", "window", "selected")
         )
     assert positions["latent at 4 tokens per latent"] == [
         p.positions for p in predict(wire, rows.slice(0, 8), "latent")
     ]
-    assert sum(positions["latent at 8 tokens per latent"]) < sum(positions["latent at 4 tokens per latent"])
+    assert sum(positions["latent at 8 tokens per latent"]) < sum(
+        positions["latent at 4 tokens per latent"]
+    )
     assert label("latent at 4 tokens per latent") == "latents at 4 tokens per latent"
 
 
-def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, rows: pa.Table) -> None:
+def test_messages_of_a_fixed_length_have_other_fixed_lengths(
+    wire: LatentWire, rows: pa.Table
+) -> None:
     by_key = {}
     for condition in conditions(wire.run, ["latent", "truncated"], latent_len=[6, 3]):
         by_key[condition.key] = list(predict(wire, rows.slice(0, 4), condition))
@@ -162,8 +189,16 @@ def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, r
 @pytest.mark.parametrize(
     ("values", "budgets", "message"),
     [
-        ({}, {"tokens_per_latent": [4]}, "--tokens_per_latent needs an encoder whose message grows with the text"),
-        ({"encoder.tokens_per_latent": 4}, {"latent_len": [8]}, "--latent_len needs an encoder whose messages have a"),
+        (
+            {},
+            {"tokens_per_latent": [4]},
+            "--tokens_per_latent needs an encoder whose message grows with the text",
+        ),
+        (
+            {"encoder.tokens_per_latent": 4},
+            {"latent_len": [8]},
+            "--latent_len needs an encoder whose messages have a",
+        ),
         (
             {"adapter.slot_positions": True},
             {"latent_len": [8]},
@@ -172,7 +207,9 @@ def test_messages_of_a_fixed_length_have_other_fixed_lengths(wire: LatentWire, r
         ({}, {"latent_len": [0]}, "budgets must be ≥ 1, got 0"),
     ],
 )
-def test_budgets_that_a_wire_does_not_have_are_refused(values: dict, budgets: dict, message: str) -> None:
+def test_budgets_that_a_wire_does_not_have_are_refused(
+    values: dict, budgets: dict, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         conditions(with_values(RunConfig(), values), MODES, **budgets)
 
@@ -191,22 +228,31 @@ def test_shuffled_messages_are_of_another_context(wire: LatentWire, rows: pa.Tab
     swapped = rows.slice(0, 16)
     others = donors(swapped["context"].to_pylist())
     shuffled = list(predict(wire, swapped, "shuffled"))
-    moved = swapped.set_column(swapped.column_names.index("context"), "context", swapped["context"].take(others))
+    moved = swapped.set_column(
+        swapped.column_names.index("context"), "context", swapped["context"].take(others)
+    )
     assert [p.text for p in shuffled] == [p.text for p in predict(wire, moved, "latent")]
 
 
 def test_a_width_costs_what_its_packet_has(wire: LatentWire, rows: pa.Table) -> None:
     few, texts = rows.slice(0, 4), rows.slice(0, 4)["context"].to_pylist()
-    by_key = {s.key: list(predict(wire, few, s)) for s in conditions(wire.run, ["latent"], bits=[16, 8, 4])}
+    by_key = {
+        s.key: list(predict(wire, few, s))
+        for s in conditions(wire.run, ["latent"], bits=[16, 8, 4])
+    }
     for bits, key in ((16, "latent as fp16"), (8, "latent as int8"), (4, "latent as int4")):
         packets = [wire.encode([text]).to_bytes(bits=bits) for text in texts]
         assert [p.bytes for p in by_key[key]] == [len(packet) for packet in packets] * 2
-    assert [p.nll for p in by_key["latent as fp16"]] == pytest.approx([p.nll for p in by_key["latent"]], rel=1e-2)
+    assert [p.nll for p in by_key["latent as fp16"]] == pytest.approx(
+        [p.nll for p in by_key["latent"]], rel=1e-2
+    )
     assert [p.nll for p in by_key["latent as int4"]] != [p.nll for p in by_key["latent as int8"]]
     assert label("latent as int4") == "latents as int4"
 
 
-def test_the_pair_chooses_the_answer_that_both_find_likeliest(wire: LatentWire, rows: pa.Table) -> None:
+def test_the_pair_chooses_the_answer_that_both_find_likeliest(
+    wire: LatentWire, rows: pa.Table
+) -> None:
     predictions = list(predict(wire, rows.slice(0, 16), "truncated", joint=True))
     by_row = {p.id: [q for q in predictions if q.id == p.id] for p in predictions}
     disagreeing = [answers for answers in by_row.values() if answers[0].text != answers[1].text]
@@ -214,7 +260,10 @@ def test_the_pair_chooses_the_answer_that_both_find_likeliest(wire: LatentWire, 
         p.joint_logp is not None and p.joint_logp < 0 for answers in disagreeing for p in answers
     )
     row = summarise(predictions)["mean"]
-    assert row["oracle_em"] >= max(row["joint_em"], row["em"]) and row["joint_em_low"] <= row["joint_em"]
+    assert (
+        row["oracle_em"] >= max(row["joint_em"], row["em"])
+        and row["joint_em_low"] <= row["joint_em"]
+    )
     assert row["agreement"] == pytest.approx(1 - len(disagreeing) / len(by_row))
     one = disagreeing[0][0]
     ids = next(row for row in rows.to_pylist() if row["id"] == one.id)
@@ -257,8 +306,13 @@ def test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line(
 def test_first_tokens_and_times_are_counted(wire: LatentWire, rows: pa.Table) -> None:
     text = summarise(list(predict(wire, rows, "text")))["qwen"]
     closed = summarise(list(predict(wire, rows, "closed_book")))["qwen"]
-    assert 0.95 <= text["em"] <= text["first_1"] <= text["first_5"] <= 1 and closed["first_1"] < text["first_1"]
-    assert text["compression_bytes"] == pytest.approx(1, abs=0.01) and text["compression_tokens"] == 1
+    assert (
+        0.95 <= text["em"] <= text["first_1"] <= text["first_5"] <= 1
+        and closed["first_1"] < text["first_1"]
+    )
+    assert (
+        text["compression_bytes"] == pytest.approx(1, abs=0.01) and text["compression_tokens"] == 1
+    )
     assert "compression_bytes" not in closed
     assert text["prefill_ms"] > 0 and text["decode_ms"] > 0 and text["encode_ms"] == 0
     assert text["examples_per_s"] == pytest.approx(1000 / (text["prefill_ms"] + text["decode_ms"]))
@@ -267,7 +321,9 @@ def test_first_tokens_and_times_are_counted(wire: LatentWire, rows: pa.Table) ->
 def test_one_receiver_is_together_with_nobody(wire: LatentWire, rows: pa.Table) -> None:
     both = [list(predict(wire, rows.slice(start, 2), "closed_book")) for start in (0, 2)]
     alone = [[p for p in predictions if p.receiver == "qwen"] for predictions in both]
-    assert "agreement" in summarise(both[0])["mean"] and "agreement" not in summarise(alone[0])["mean"]
+    assert (
+        "agreement" in summarise(both[0])["mean"] and "agreement" not in summarise(alone[0])["mean"]
+    )
     with pytest.raises(ValueError, match="of the same rows in the same order"):
         compare(*alone)
 
@@ -280,18 +336,24 @@ def test_details_compare_and_part(wire: LatentWire, rows: pa.Table) -> None:
     assert gap["low"] > 0.8 and gap["p"] < 0.01 and gap["difference"] == pytest.approx(
         summarise(by_key["text"])["qwen"]["em"] - summarise(by_key["closed_book"])["qwen"]["em"]
     )  # fmt: skip
-    assert pair["receivers"]["qwen"]["nll"]["high"] < 0  # the gold answers are likelier from the text
+    assert (
+        pair["receivers"]["qwen"]["nll"]["high"] < 0
+    )  # the gold answers are likelier from the text
     shown = tables.comparisons_table([pair])[2][1]
     assert (
         shown[2] == "qwen"
-        and shown[3] == f"{100 * gap['difference']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
+        and shown[3]
+        == f"{100 * gap['difference']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
     )
     assert shown[7].startswith(f"{pair['receivers']['qwen']['nll']['difference']:+.2f} [-")
     same = compare(by_key["text"], by_key["text"])["mean"]["f1"]
     assert (same["difference"], same["p"]) == (0.0, 1.0)
     first = rows["id"][0].as_py()
     parts = details(by_key, types={first: "bridge"})["breakdown"]["text"]
-    assert {kind: group["rows"] for kind, group in parts["type"].items()} == {"other": 63, "bridge": 1}
+    assert {kind: group["rows"] for kind, group in parts["type"].items()} == {
+        "other": 63,
+        "bridge": 1,
+    }
     for groups in parts.values():
         assert sum(group["rows"] for group in groups.values()) == rows.num_rows
 
@@ -300,11 +362,16 @@ def test_a_probe_reads_what_is_there_and_nothing_else(wire: LatentWire, rows: pa
     torch.manual_seed(0)
     label_N = torch.arange(200) % 4
     alone = [str(row) for row in range(200)]
-    seen, _ = probe(torch.nn.functional.one_hot(label_N).double() + 0.1 * torch.randn(200, 4), label_N, alone)
+    seen, _ = probe(
+        torch.nn.functional.one_hot(label_N).double() + 0.1 * torch.randn(200, 4), label_N, alone
+    )
     blind, majority = probe(torch.randn(200, 4).double(), label_N, alone)
     assert seen == 1.0 and blind < 0.5 and majority < 0.5
     # Rows of one context are the same message: what one of them tells says nothing of another context.
     twins, _ = probe(torch.randn(100, 50).double().repeat(2, 1), label_N, 2 * alone[:100])
     assert twins < 0.5
     measures = diagnose(wire, rows)
-    assert -1 <= measures["cosine_centred"] <= measures["cosine"] <= 1 and 0 <= measures["probe_word"] <= 1
+    assert (
+        -1 <= measures["cosine_centred"] <= measures["cosine"] <= 1
+        and 0 <= measures["probe_word"] <= 1
+    )

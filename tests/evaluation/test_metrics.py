@@ -57,7 +57,8 @@ def test_torchmetrics_agrees_but_where_nothing_is_left() -> None:
     for _ in range(200):
         answer, gold = (" ".join(draw.choices(words, k=draw.randint(1, 5))) for _ in range(2))
         theirs = squad(
-            [{"prediction_text": answer, "id": "0"}], [{"answers": {"answer_start": [0], "text": [gold]}, "id": "0"}]
+            [{"prediction_text": answer, "id": "0"}],
+            [{"answers": {"answer_start": [0], "text": [gold]}, "id": "0"}],
         )
         em, f1 = em_f1(answer, [gold])
         assert em == float(theirs["exact_match"]) / 100
@@ -82,7 +83,10 @@ def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
     answers.write_text(json.dumps({"1": "the house", "2": "year 1912 AD", "unasked": "x"}))
     scores, missing = score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
     # 1: exact by its second answer. 2: {year, 1912} of {year, 1912, ad} and {in, year, 1912}. 3: not answered.
-    assert scores == {"exact_match": 100.0 * 1 / 3, "f1": 100.0 * (1.0 + 2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3)) / 3}
+    assert scores == {
+        "exact_match": 100.0 * 1 / 3,
+        "f1": 100.0 * (1.0 + 2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3)) / 3,
+    }
     assert missing == 1
     answers.write_text("{")
     with pytest.raises(ConfigError, match="--predictions must be a file of JSON"):
@@ -98,7 +102,10 @@ def v2(identity: str, *answers: str) -> dict:
 
 
 def write_squad(folder: Path, questions: list[dict]) -> DataConfig:
-    document = {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": questions}]}]}
+    document = {
+        "version": "v2.0",
+        "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": questions}]}],
+    }
     (folder / "dev-v2.0.json").write_text(json.dumps(document))
     return DataConfig(dataset="squad", data_dir=str(folder))
 
@@ -111,9 +118,17 @@ def test_a_squad_2_file_scores_as_by_its_own_script(tmp_path: Path) -> None:
         "exact": 100.0, "f1": 100.0, "total": 2, "HasAns_exact": 100.0, "HasAns_f1": 100.0, "HasAns_total": 1,
         "NoAns_exact": 100.0, "NoAns_f1": 100.0, "NoAns_total": 1,
     }, 0)  # fmt: skip
-    questions = [v2("a", "red house", "House"), v2("b"), v2("c"), v2("d", "the", "in the year 1912"), v2("e", "blue")]
+    questions = [
+        v2("a", "red house", "House"),
+        v2("b"),
+        v2("c"),
+        v2("d", "the", "in the year 1912"),
+        v2("e", "blue"),
+    ]
     data = write_squad(tmp_path, questions)
-    answers.write_text(json.dumps({"a": "a big house", "b": "The", "c": "red", "d": "year 1912 AD"}))
+    answers.write_text(
+        json.dumps({"a": "a big house", "b": "The", "c": "red", "d": "year 1912 AD"})
+    )
     scores, missing = score_file(answers, data)
     # a: {big, house} against {house}. b: nothing is left of it. c: wrong. d: as in v1.1, "the" is no answer. e: left out.
     a, d = 2 * 0.5 * 1.0 / 1.5, 2 * (2 / 3) * (2 / 3) / (2 / 3 + 2 / 3)
@@ -132,7 +147,9 @@ def test_the_hubs_squad_2_is_known_by_its_empty_answers(tmp_path: Path) -> None:
     ]
     (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "answers.json").write_text(json.dumps({"a": "", "b": "Oslo"}))
-    scores, _ = score_file(tmp_path / "answers.json", DataConfig(dataset="squad", data_dir=str(tmp_path)))
+    scores, _ = score_file(
+        tmp_path / "answers.json", DataConfig(dataset="squad", data_dir=str(tmp_path))
+    )
     assert scores["exact"] == scores["HasAns_f1"] == scores["NoAns_f1"] == 0.0
 
 
@@ -152,17 +169,43 @@ def test_an_answer_that_is_no_text_is_told_by_its_question(tmp_path: Path, answe
 
 
 @pytest.mark.parametrize(
-    "facts", [None, "a", 3, {}, ["T"], [["T"]], [["T", "0"]], [["T", 0, 1]], [[0, "T"]], [["T", True]], [None]]
+    "facts",
+    [
+        None,
+        "a",
+        3,
+        {},
+        ["T"],
+        [["T"]],
+        [["T", "0"]],
+        [["T", 0, 1]],
+        [[0, "T"]],
+        [["T", True]],
+        [None],
+    ],
 )
-def test_malformed_supporting_facts_are_told_by_their_question(tmp_path: Path, facts: object) -> None:
-    row = {"_id": "p0", "question": "q", "answer": "yes", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]}
+def test_malformed_supporting_facts_are_told_by_their_question(
+    tmp_path: Path, facts: object
+) -> None:
+    row = {
+        "_id": "p0",
+        "question": "q",
+        "answer": "yes",
+        "supporting_facts": [["T", 0]],
+        "context": [["T", ["x"]]],
+    }
     (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps([row]))
-    data, answers = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)), tmp_path / "answers.json"
+    data, answers = (
+        DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)),
+        tmp_path / "answers.json",
+    )
     answers.write_text(json.dumps({"answer": {"p0": "yes"}, "sp": {"p0": facts}}))
     with pytest.raises(ConfigError) as caught:
         score_file(answers, data)
     form = '"sp": {id: [[title, number of the sentence], …]}'
-    assert str(caught.value).endswith(f"supporting facts as {form}, {answers} has {json.dumps(facts)} for p0")
+    assert str(caught.value).endswith(
+        f"supporting facts as {form}, {answers} has {json.dumps(facts)} for p0"
+    )
     answers.write_text(json.dumps({"answer": {"p0": "yes"}, "sp": [facts]}))
     with pytest.raises(ConfigError, match="must give supporting facts as"):
         score_file(answers, data)
@@ -173,15 +216,26 @@ def test_malformed_supporting_facts_are_told_by_their_question(tmp_path: Path, f
     [
         ({"answer": None}, "answer of question p0 must be text, got null"),
         ({"supporting_facts": [["T"]]}, "supporting_facts must be titles with sentences' numbers"),
-        ({"supporting_facts": {"title": ["T"]}}, "supporting_facts must be titles with sentences' numbers"),
+        (
+            {"supporting_facts": {"title": ["T"]}},
+            "supporting_facts must be titles with sentences' numbers",
+        ),
     ],
 )
 def test_a_gold_that_cannot_be_scored_is_told(tmp_path: Path, change: dict, reason: str) -> None:
-    row = {"_id": "p0", "question": "q", "answer": "yes", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]}
+    row = {
+        "_id": "p0",
+        "question": "q",
+        "answer": "yes",
+        "supporting_facts": [["T", 0]],
+        "context": [["T", ["x"]]],
+    }
     (tmp_path / "dev.json").write_text(json.dumps([row | change]))
     (tmp_path / "answers.json").write_text(json.dumps({"answer": {"p0": "yes"}}))
     with pytest.raises(DataError, match=reason):
-        score_file(tmp_path / "answers.json", DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)))
+        score_file(
+            tmp_path / "answers.json", DataConfig(dataset="hotpotqa", data_dir=str(tmp_path))
+        )
 
 
 def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
@@ -192,8 +246,14 @@ def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> Non
         {"_id": "c", "question": "q", "answer": "no", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]},
     ]  # fmt: skip
     (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps(rows))
-    data, answers = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)), tmp_path / "answers.json"
-    document = {"answer": {"a": "Yes.", "b": "red", "c": "no way"}, "sp": {"a": [["T", 0]], "b": [["T", 0], ["V", 3]]}}
+    data, answers = (
+        DataConfig(dataset="hotpotqa", data_dir=str(tmp_path)),
+        tmp_path / "answers.json",
+    )
+    document = {
+        "answer": {"a": "Yes.", "b": "red", "c": "no way"},
+        "sp": {"a": [["T", 0]], "b": [["T", 0], ["V", 3]]},
+    }
     answers.write_text(json.dumps(document))
     scores, missing = score_file(answers, data)
     f1 = 2 * 1.0 * 0.5 / 1.5
@@ -203,15 +263,29 @@ def test_a_hotpotqa_file_scores_as_by_the_official_script(tmp_path: Path) -> Non
     }  # fmt: skip
     assert scores["sp_em"] == 0.0 and scores["sp_f1"] == (2 * 0.5 / 1.5 + 2 * 0.5 / 1.5) / 3
     # a: 1 × 1 and 1 × ½; b: 1 × ½ and ½ × 1; c has no facts.
-    assert scores["joint_prec"] == 1.5 / 3 and scores["joint_recall"] == 1.0 / 3 and scores["joint_em"] == 0.0
+    assert (
+        scores["joint_prec"] == 1.5 / 3
+        and scores["joint_recall"] == 1.0 / 3
+        and scores["joint_em"] == 0.0
+    )
     assert scores["joint_f1"] == (2 * 0.5 / 1.5 + 2 * 0.5 * 0.5 / 1.0) / 3
     assert question_types(data, "validation") == {"a": "comparison"}
     answers.write_text(json.dumps({"answer": {"a": "yes"}}))
-    assert score_file(answers, data) == ({"em": 1 / 3, "f1": 1 / 3, "prec": 1 / 3, "recall": 1 / 3}, 2)
+    assert score_file(answers, data) == (
+        {"em": 1 / 3, "f1": 1 / 3, "prec": 1 / 3, "recall": 1 / 3},
+        2,
+    )
 
 
-def test_predictions_name_a_configuration_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"question": "q", "answer": "yes", "supporting_facts": [["T", 0]], "context": [["T", ["x"]]]}
+def test_predictions_name_a_configuration_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "question": "q",
+        "answer": "yes",
+        "supporting_facts": [["T", 0]],
+        "context": [["T", ["x"]]],
+    }
     for name in ("distractor", "fullwiki"):
         (tmp_path / f"hotpot_dev_{name}_v1.json").write_text(json.dumps([row | {"_id": name}]))
     (tmp_path / "answers.json").write_text(json.dumps({"answer": {"fullwiki": "yes"}}))
@@ -222,15 +296,26 @@ def test_predictions_name_a_configuration_and_nothing_else(tmp_path: Path, capsy
     assert main([*flags, "--set", "data.config=fullwiki"]) == 0
     assert json.loads(capsys.readouterr().out)["em"] == 1.0
     assert main([*flags, "--set", "evaluation.batch_size=3"]) == 2
-    assert "scored by the data alone, got --set evaluation.batch_size; leave it out" in capsys.readouterr().err
+    assert (
+        "scored by the data alone, got --set evaluation.batch_size; leave it out"
+        in capsys.readouterr().err
+    )
 
 
 def test_lines_that_cannot_be_read_have_no_type_and_no_official_score(tmp_path: Path) -> None:
-    row = {"_id": "a", "question": "q", "answer": "yes", "type": "bridge", "context": [["T", ["x"]]]}
+    row = {
+        "_id": "a",
+        "question": "q",
+        "answer": "yes",
+        "type": "bridge",
+        "context": [["T", ["x"]]],
+    }
     (tmp_path / "dev.jsonl").write_text(json.dumps(row) + "\n{\n")
     data = DataConfig(dataset="hotpotqa", data_dir=str(tmp_path))
     assert question_types(data, "validation") == {"a": "bridge"}
     answers = tmp_path / "answers.json"
     answers.write_text(json.dumps({"answer": {"a": "yes"}}))
-    with pytest.raises(DataError, match="official scores need every row of hotpotqa validation: row must be JSON"):
+    with pytest.raises(
+        DataError, match="official scores need every row of hotpotqa validation: row must be JSON"
+    ):
         score_file(answers, data)

@@ -25,7 +25,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_gets_a_line_now_and_then(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_a_line_now_and_then(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     with ScoringProgress(1_000, Console(file=io.StringIO(), force_terminal=False)) as rows:
         for second in range(1, 101):
             clock[0] = second
@@ -50,11 +52,19 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_times_are_said_as_people_say_them() -> None:
-    assert [duration(seconds) for seconds in (0.4, 59, 61, 3_725)] == ["0 s", "59 s", "1 min 1 s", "1 h 2 min"]
+    assert [duration(seconds) for seconds in (0.4, 59, 61, 3_725)] == [
+        "0 s",
+        "59 s",
+        "1 min 1 s",
+        "1 h 2 min",
+    ]
 
 
 def test_a_scoring_shows_each_batch(
-    wire: LatentWire, table: pa.Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wire: LatentWire,
+    table: pa.Table,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """16 rows in batches of 8, two conditions: a line after each batch but the last."""
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)

@@ -18,7 +18,9 @@ from latentwire.models.weights import resolve
 def shards_of(folder: Path, table: pa.Table) -> Path:
     folder.mkdir()
     pq.write_table(table, folder / "00000.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"files": ["00000.parquet"], "key": folder.name}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"files": ["00000.parquet"], "key": folder.name})
+    )
     return folder
 
 
@@ -34,7 +36,11 @@ def test_rows_layout_decoding_and_metrics_are_pinned(
     differing.add(protocol_hash(shards_of(tmp_path / "fewer", table.slice(1)), run))
     answers = [["other"], *table["answers"].to_pylist()[1:]]
     index = table.column_names.index("answers")
-    differing.add(protocol_hash(shards_of(tmp_path / "answers", table.set_column(index, "answers", [answers])), run))
+    differing.add(
+        protocol_hash(
+            shards_of(tmp_path / "answers", table.set_column(index, "answers", [answers])), run
+        )
+    )
     for version in ("PROMPT_VERSION", "METRIC_VERSION"):
         with monkeypatch.context() as patch:
             patch.setattr(protocol, version, 1_000)
@@ -42,7 +48,9 @@ def test_rows_layout_decoding_and_metrics_are_pinned(
     assert len(differing) == 5 and first not in differing
 
 
-def test_what_a_chat_template_writes_is_pinned(run: RunConfig, table: pa.Table, tmp_path: Path) -> None:
+def test_what_a_chat_template_writes_is_pinned(
+    run: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
     """It may hold a date, or hang on a variable; a plain prompt's text is the receiver's own affair."""
     path, folder = shards_of(tmp_path / "a", table), tmp_path / "qwen"
     shutil.copytree(resolve(run.receivers[1]), folder)

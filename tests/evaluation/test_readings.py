@@ -43,21 +43,50 @@ def rows(run: RunConfig) -> pa.Table:
 
 
 def test_rows_are_known_whatever_shards_they_lie_in(rows: pa.Table, tmp_path: Path) -> None:
-    half, whole = shards_of(tmp_path / "half", rows.slice(0, 6)), shards_of(tmp_path / "whole", rows)
+    half, whole = (
+        shards_of(tmp_path / "half", rows.slice(0, 6)),
+        shards_of(tmp_path / "whole", rows),
+    )
     first = readings.note(half, "one", NOTHING)
-    assert first == {"rows": 6, "read_before": 0, "scorings": 0, "wires": 0, "again": False, "trained_on": 0}
+    assert first == {
+        "rows": 6,
+        "read_before": 0,
+        "scorings": 0,
+        "wires": 0,
+        "again": False,
+        "trained_on": 0,
+    }
     assert readings.sentence(first) == "none of these 6 rows was read by a scoring before"
     readings.note(half, "two", NOTHING)
     third = readings.note(whole, "three", NOTHING)
-    assert third == {"rows": 12, "read_before": 6, "scorings": 2, "wires": 2, "again": False, "trained_on": 0}
-    assert "6 of these 12 rows were read before, in 2 scoring(s) by 2 other wire(s)" in readings.sentence(third)
+    assert third == {
+        "rows": 12,
+        "read_before": 6,
+        "scorings": 2,
+        "wires": 2,
+        "again": False,
+        "trained_on": 0,
+    }
+    assert (
+        "6 of these 12 rows were read before, in 2 scoring(s) by 2 other wire(s)"
+        in readings.sentence(third)
+    )
     assert "data.validation_skip" in readings.sentence(third)
     again = readings.note(whole, "three", NOTHING)
-    assert (again["scorings"], again["wires"], again["again"], again["read_before"]) == (3, 2, True, 12)
+    assert (again["scorings"], again["wires"], again["again"], again["read_before"]) == (
+        3,
+        2,
+        True,
+        12,
+    )
     assert "by 2 other wire(s) and this one" in readings.sentence(again)
     rest = shards_of(tmp_path / "rest", shard_table(with_values(RunConfig(), {}), 4, seed=77))
     assert readings.note(rest, "four", NOTHING)["scorings"] == 0
-    assert readings.sentence(None) == readings.sentence({}) == "how often these rows were read before is not recorded"
+    assert (
+        readings.sentence(None)
+        == readings.sentence({})
+        == "how often these rows were read before is not recorded"
+    )
 
 
 def test_shards_that_cannot_be_written_are_scored_all_the_same(
@@ -66,18 +95,29 @@ def test_shards_that_cannot_be_written_are_scored_all_the_same(
     path = shards_of(tmp_path / "whole", rows)
     (tmp_path / readings.FOLDER).write_text("a file, where the directory should be")
     assert readings.note(path, "one", NOTHING)["scorings"] == 0
-    assert "this scoring is not recorded, so later ones will not count it" in capsys.readouterr().out
+    assert (
+        "this scoring is not recorded, so later ones will not count it" in capsys.readouterr().out
+    )
 
 
 def test_a_row_is_its_context_and_question(rows: pa.Table) -> None:
-    other_ids = rows.set_column(rows.column_names.index("id"), "id", pa.array([f"x{n}" for n in range(12)]))
-    assert readings.row_hashes(rows) == readings.row_hashes(other_ids) and len(readings.row_hashes(rows)) == 12
-    asked = rows.set_column(rows.column_names.index("question"), "question", pa.array(["Why?"] * 12))
+    other_ids = rows.set_column(
+        rows.column_names.index("id"), "id", pa.array([f"x{n}" for n in range(12)])
+    )
+    assert (
+        readings.row_hashes(rows) == readings.row_hashes(other_ids)
+        and len(readings.row_hashes(rows)) == 12
+    )
+    asked = rows.set_column(
+        rows.column_names.index("question"), "question", pa.array(["Why?"] * 12)
+    )
     assert not readings.row_hashes(rows) & readings.row_hashes(asked)
     assert max(readings.row_hashes(rows)) < 2**53
 
 
-def test_rows_of_documents_that_a_wire_trained_on_are_counted(rows: pa.Table, tmp_path: Path) -> None:
+def test_rows_of_documents_that_a_wire_trained_on_are_counted(
+    rows: pa.Table, tmp_path: Path
+) -> None:
     own = TrainedOn(np.sort(document_hashes(rows["document"].to_pylist()[:2])))
     found = readings.note(shards_of(tmp_path / "whole", rows), "one", own)
     assert found["trained_on"] == 2
@@ -90,7 +130,9 @@ def test_a_checkpoint_and_its_export_are_one_wire_and_every_scoring_counts(
     wire = LatentWire(with_values(wire.run, {"data.shard_dir": str(tmp_path / "shards")}))
     validation = shards_of(tmp_path / "shards" / "validation", rows.slice(0, 2))
     frozen = {"receivers": wire.fingerprints()}
-    checkpoint = exports.save(tmp_path / "step-00000001", wire, {"dev_f1": 0.0}, frozen, add=with_training_state)
+    checkpoint = exports.save(
+        tmp_path / "step-00000001", wire, {"dev_f1": 0.0}, frozen, add=with_training_state
+    )
     scored = score_and_export(checkpoint, validation, tmp_path / "out" / "best")
     assert (scored.readings["scorings"], scored.readings["rows"]) == (0, 2)
     assert scored.document == {
@@ -99,17 +141,28 @@ def test_a_checkpoint_and_its_export_are_one_wire_and_every_scoring_counts(
     one, other = (exports.read_manifest(path) for path in (checkpoint, tmp_path / "out" / "best"))
     assert readings.wire_name(one) == readings.wire_name(other) and one["files"] != other["files"]
     card = (tmp_path / "out" / "best" / "README.md").read_text()
-    assert "no other wire was scored on them before. In brackets 95 % bootstrap intervals over contexts" in card
+    assert (
+        "no other wire was scored on them before. In brackets 95 % bootstrap intervals over contexts"
+        in card
+    )
     table = pq.read_table(tmp_path / "out" / "predictions.parquet")
-    by_context = dict(zip(table["context"].to_pylist(), table["context_id"].to_pylist(), strict=True))
+    by_context = dict(
+        zip(table["context"].to_pylist(), table["context_id"].to_pylist(), strict=True)
+    )
     assert len(set(by_context.values())) == len(by_context) == 2
     # Another wire on the same rows hears of the first.
     next(iter(wire.interlingua.parameters())).data += 1
     second = checkpoints.save(tmp_path / "step-00000002", wire, {"dev_f1": 0.0}, frozen)
     again = score_and_export(second, validation, tmp_path / "second" / "best")
-    assert (again.readings["scorings"], again.readings["wires"], again.readings["read_before"]) == (1, 1, 2)
+    assert (again.readings["scorings"], again.readings["wires"], again.readings["read_before"]) == (
+        1,
+        1,
+        2,
+    )
     card = (tmp_path / "second" / "best" / "README.md").read_text()
-    assert "On validation rows: 2 of 2 had been read before, in 1 scorings, by 1 other wires" in card
+    assert (
+        "On validation rows: 2 of 2 had been read before, in 1 scorings, by 1 other wires" in card
+    )
     assert "scored 1/7" in capsys.readouterr().out
 
 
@@ -120,10 +173,15 @@ def test_evaluate_records_validation_rows_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    paths = {split: shards_of(tmp_path / "shards" / split, rows.slice(0, 2)) for split in ("validation", "dev")}
+    paths = {
+        split: shards_of(tmp_path / "shards" / split, rows.slice(0, 2))
+        for split in ("validation", "dev")
+    }
     export = exports.save(tmp_path / "best", wire, {}, {"receivers": wire.fingerprints()})
     command = importlib.import_module("latentwire.api.evaluate")
-    monkeypatch.setattr(command, "local_shards", lambda run, splits: {split: paths[split] for split in splits})
+    monkeypatch.setattr(
+        command, "local_shards", lambda run, splits: {split: paths[split] for split in splits}
+    )
     for split, recorded in (("dev", False), ("validation", True)):
         flags = ["--checkpoint", str(export), "--modes", "latent", "--split", split]
         assert main(["evaluate", *flags, "--output", str(tmp_path / split)]) == 0
@@ -136,8 +194,22 @@ def test_evaluate_records_validation_rows_alone(
 
 
 def test_a_card_of_an_earlier_version_says_what_it_knows(wire: LatentWire, tmp_path: Path) -> None:
-    manifest = json.loads((exports.save(tmp_path / "wire", wire, {}, {}) / "manifest.json").read_text())
-    row = {"em": 0.5, "em_low": 0.4, "em_high": 0.6, "f1": 0.5, "f1_low": 0.4, "f1_high": 0.6, "nll": 1.0, "rows": 9}
+    manifest = json.loads(
+        (exports.save(tmp_path / "wire", wire, {}, {}) / "manifest.json").read_text()
+    )
+    row = {
+        "em": 0.5,
+        "em_low": 0.4,
+        "em_high": 0.6,
+        "f1": 0.5,
+        "f1_low": 0.4,
+        "f1_high": 0.6,
+        "nll": 1.0,
+        "rows": 9,
+    }
     manifest["metrics"] = {"validation": {"latent": {"llama": row}}}
     card = card_of(wire.run, manifest)
-    assert "how often they were read before this scoring is not recorded" in card and "intervals over rows" in card
+    assert (
+        "how often they were read before this scoring is not recorded" in card
+        and "intervals over rows" in card
+    )

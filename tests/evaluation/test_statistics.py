@@ -32,7 +32,10 @@ def test_an_interval_is_as_wide_as_theory_says() -> None:
     half = 1.96 * values.std() / 400**0.5  # of 90 % it would be 1.645, of 99 % 2.576
     assert high - low == pytest.approx(2 * half, rel=0.06)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * half)
-    assert interval(values.tolist(), names(400)) == (low, high)  # the same scores have the same interval
+    assert interval(values.tolist(), names(400)) == (
+        low,
+        high,
+    )  # the same scores have the same interval
 
 
 def test_rows_that_share_a_context_count_as_one() -> None:
@@ -48,11 +51,15 @@ def test_a_resample_is_the_mean_of_its_rows() -> None:
     # Of two contexts with 9 rows and 1, both twice or each once: 1, 0 or 9 of 10 rows are right.
     low, high = interval([1.0] * 9 + [0.0], ["long"] * 9 + ["short"])
     assert (low, high) == (0.0, 1.0)
-    assert interval([1.0, 0.0], ["one", "one"]) == (0.5, 0.5) and interval([1.0, 1.0], names(2)) == (1.0, 1.0)
+    assert interval([1.0, 0.0], ["one", "one"]) == (0.5, 0.5) and interval(
+        [1.0, 1.0], names(2)
+    ) == (1.0, 1.0)
     # The order of rows does not matter, nor whether those of a context stand together.
     apart = interval([1.0, 0.0, 0.0, 1.0], ["a", "b", "a", "b"])
     assert apart == interval([1.0, 0.0, 0.0, 1.0], ["a", "b", "a", "b"]) == (0.5, 0.5)
-    with pytest.raises(ValueError, match="each value needs its context, got 2 values and 1 contexts"):
+    with pytest.raises(
+        ValueError, match="each value needs its context, got 2 values and 1 contexts"
+    ):
         interval([1.0, 0.0], ["a"])
 
 
@@ -77,7 +84,10 @@ def test_a_difference_is_paired() -> None:
     assert found["difference"] == pytest.approx(gap.mean()) and found["p"] < 0.01
     assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.1)
     apart = difference(first.tolist(), draw.permutation(second).tolist(), names(100))
-    assert apart["difference"] == pytest.approx(gap.mean()) and apart["high"] - apart["low"] > 10 * half
+    assert (
+        apart["difference"] == pytest.approx(gap.mean())
+        and apart["high"] - apart["low"] > 10 * half
+    )
     assert apart["p"] > 0.2
 
 
@@ -120,11 +130,16 @@ def test_scores_resample_contexts_and_count_them() -> None:
         assert by_context[field] == by_row[field] == pytest.approx(right.mean())
         width, narrow = (row[f"{field}_high"] - row[f"{field}_low"] for row in (by_context, by_row))
         assert width == pytest.approx(2 * narrow, rel=0.15)
-    pair = [dataclasses.replace(p, receiver="qwen", text="blue", em=1 - p.em, joint_logp=-2.0) for p in shared]
+    pair = [
+        dataclasses.replace(p, receiver="qwen", text="blue", em=1 - p.em, joint_logp=-2.0)
+        for p in shared
+    ]
     first = [dataclasses.replace(p, joint_logp=-1.0) for p in shared]
     joint = summarise([*first, *pair])["mean"]
     assert joint["joint_em"] == by_context["em"] and joint["joint_em_low"] == by_context["em_low"]
     assert (
-        compare(shared, pair[:0] + [dataclasses.replace(p, em=0.0) for p in shared])["llama"]["em"]["low"]
+        compare(shared, pair[:0] + [dataclasses.replace(p, em=0.0) for p in shared])["llama"]["em"][
+            "low"
+        ]
         == by_context["em_low"]
     )

@@ -11,7 +11,13 @@ from tests.evaluation.test_statistics import prediction
 
 
 def answer(
-    row: int, receiver: str, text: str, em: float, f1: float, joint_logp: float | None = None, **values: object
+    row: int,
+    receiver: str,
+    text: str,
+    em: float,
+    f1: float,
+    joint_logp: float | None = None,
+    **values: object,
 ) -> Prediction:
     return prediction(row, em, f1, receiver=receiver, text=text, joint_logp=joint_logp, **values)
 
@@ -26,21 +32,41 @@ def test_receivers_together_are_as_good_as_their_best_and_as_the_likeliest_answe
         answer(2, "qwen", "tin", 0.0, 0.0, -1.0),
     ]
     scores = together(rows)
-    assert scores["agreement"] == pytest.approx(1 / 3)  # both are wrong on the second row, and do not say the same
-    assert scores["oracle_em"] == pytest.approx(1 / 3) and scores["oracle_f1"] == pytest.approx(1.5 / 3)
-    assert scores["joint_em"] == pytest.approx(1 / 3) and scores["joint_f1"] == pytest.approx(1.2 / 3)
+    assert scores["agreement"] == pytest.approx(
+        1 / 3
+    )  # both are wrong on the second row, and do not say the same
+    assert scores["oracle_em"] == pytest.approx(1 / 3) and scores["oracle_f1"] == pytest.approx(
+        1.5 / 3
+    )
+    assert scores["joint_em"] == pytest.approx(1 / 3) and scores["joint_f1"] == pytest.approx(
+        1.2 / 3
+    )
     unasked = [answer(0, "llama", "red", 1.0, 1.0), answer(0, "qwen", "blue", 0.0, 0.0)]
     assert "joint_em" not in together(unasked) and together(unasked[:1]) == {}
     mean = summarise(rows)["mean"]
-    assert mean["em"] == pytest.approx((1 / 3 + 0) / 2) and "em_low" not in mean and mean["rows"] == 3
+    assert (
+        mean["em"] == pytest.approx((1 / 3 + 0) / 2) and "em_low" not in mean and mean["rows"] == 3
+    )
 
 
 def test_a_difference_of_the_mean_is_the_mean_over_receivers() -> None:
-    one = [answer(row, name, "x", em, em) for name, em in (("llama", 1.0), ("qwen", 0.0)) for row in range(6)]
+    one = [
+        answer(row, name, "x", em, em)
+        for name, em in (("llama", 1.0), ("qwen", 0.0))
+        for row in range(6)
+    ]
     other = [answer(row, name, "x", 0.0, 0.0) for name in ("llama", "qwen") for row in range(6)]
     differences = compare(one, other)
-    assert (differences["llama"]["em"]["difference"], differences["qwen"]["em"]["difference"]) == (1.0, 0.0)
-    assert differences["mean"]["em"] == {"difference": 0.5, "low": 0.5, "high": 0.5, "p": pytest.approx(2 / 2**6)}
+    assert (differences["llama"]["em"]["difference"], differences["qwen"]["em"]["difference"]) == (
+        1.0,
+        0.0,
+    )
+    assert differences["mean"]["em"] == {
+        "difference": 0.5,
+        "low": 0.5,
+        "high": 0.5,
+        "p": pytest.approx(2 / 2**6),
+    }
 
 
 def test_parts_by_length_question_and_type_have_their_own_rows() -> None:
@@ -55,14 +81,28 @@ def test_parts_by_length_question_and_type_have_their_own_rows() -> None:
         (2, 1.0, pytest.approx(0.05)), (2, 0.0, pytest.approx(0.25)), (2, 0.0, pytest.approx(0.45)),
     ]  # fmt: skip
     edge = breakdown(
-        [answer(row, "llama", "", 0.0, 0.0, context_bytes=size) for row, size in enumerate((10, 20, 30, 40))]
+        [
+            answer(row, "llama", "", 0.0, 0.0, context_bytes=size)
+            for row, size in enumerate((10, 20, 30, 40))
+        ]
     )
-    assert [part["rows"] for part in edge["length"].values()] == [2, 1, 1]  # 20 is the first third's end
-    assert {kind: part["rows"] for kind, part in groups["question"].items()} == {"who": 3, "where": 2, "": 1}
+    assert [part["rows"] for part in edge["length"].values()] == [
+        2,
+        1,
+        1,
+    ]  # 20 is the first third's end
+    assert {kind: part["rows"] for kind, part in groups["question"].items()} == {
+        "who": 3,
+        "where": 2,
+        "": 1,
+    }
     assert {kind: part["f1"] for kind, part in groups["type"].items()} == {
         "other": pytest.approx(0.25), "bridge": pytest.approx(0.25),
     }  # fmt: skip
-    assert {kind: part["rows"] for kind, part in groups["type"].items()} == {"other": 4, "bridge": 2}
+    assert {kind: part["rows"] for kind, part in groups["type"].items()} == {
+        "other": 4,
+        "bridge": 2,
+    }
     same = [answer(row, "llama", "x" if row else "y", 0.0, 0.0) for row in range(4)]
     assert details({"latent": same})["distinct"]["latent"] == {"llama": 0.5}
 
@@ -81,5 +121,7 @@ def test_a_probe_is_judged_on_contexts_that_it_has_not_seen() -> None:
 
 def test_cosines_are_of_different_contexts() -> None:
     x_NZ = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()
-    assert _cosine(x_NZ, ["a", "a", "b"]) == 0.0 and _cosine(x_NZ, ["a", "b", "c"]) == pytest.approx(1 / 3)
+    assert _cosine(x_NZ, ["a", "a", "b"]) == 0.0 and _cosine(
+        x_NZ, ["a", "b", "c"]
+    ) == pytest.approx(1 / 3)
     assert np.isnan(_cosine(x_NZ, ["a", "a", "a"]))

@@ -24,18 +24,24 @@ def added(wire: LatentWire, name: str, reading: Reading) -> torch.Tensor:
     """What a feature adds to the slots of llama."""
     caught: list[torch.Tensor] = []
     feature: Any = wire.interlingua.features[name]
-    lm = SimpleNamespace(added_to_slots=lambda added_NE, _: caught.append(added_NE) or nullcontext())
+    lm = SimpleNamespace(
+        added_to_slots=lambda added_NE, _: caught.append(added_NE) or nullcontext()
+    )
     with torch.no_grad(), feature.attached("llama", lm, reading):
         pass
     return caught[0]
 
 
-def reading_of(wire: LatentWire, questions: list[list[int]], keep: list[list[bool]], z_RLZ: torch.Tensor) -> Reading:
+def reading_of(
+    wire: LatentWire, questions: list[list[int]], keep: list[list[bool]], z_RLZ: torch.Tensor
+) -> Reading:
     longest = max(map(len, questions))
     ids = torch.tensor([q + [5] * (longest - len(q)) for q in questions])
     question_keep = torch.tensor([[place < len(q) for place in range(longest)] for q in questions])
     keep_RL = torch.tensor(keep)
-    return Reading(z_RLZ, keep_RL, keep_RL, wire.receivers["llama"].token_embeddings, ids, question_keep)
+    return Reading(
+        z_RLZ, keep_RL, keep_RL, wire.receivers["llama"].token_embeddings, ids, question_keep
+    )
 
 
 @pytest.fixture
@@ -45,11 +51,15 @@ def asked(run: RunConfig) -> LatentWire:
     return wire
 
 
-def test_a_coprocessor_reads_the_question_its_order_and_nothing_beyond_it(asked: LatentWire) -> None:
+def test_a_coprocessor_reads_the_question_its_order_and_nothing_beyond_it(
+    asked: LatentWire,
+) -> None:
     z_RLZ = torch.randn(1, 3, 32)
     all_three = [[True] * 3]
 
-    def said(question: list[int], z_RLZ: torch.Tensor = z_RLZ, keep: list[list[bool]] = all_three) -> torch.Tensor:
+    def said(
+        question: list[int], z_RLZ: torch.Tensor = z_RLZ, keep: list[list[bool]] = all_three
+    ) -> torch.Tensor:
         return added(asked, "coprocessor", reading_of(asked, [question], keep, z_RLZ))
 
     plain = said([7, 8, 9])
@@ -61,7 +71,9 @@ def test_a_coprocessor_reads_the_question_its_order_and_nothing_beyond_it(asked:
     # Beside a longer question and a longer message nothing changes.
     z_other = torch.cat((torch.cat((z_RLZ, torch.randn(1, 2, 32)), 1), torch.randn(1, 5, 32)))
     keep = [[True] * 3 + [False] * 2, [True] * 5]
-    both = added(asked, "coprocessor", reading_of(asked, [[7, 8, 9], [1, 2, 3, 4, 6]], keep, z_other))
+    both = added(
+        asked, "coprocessor", reading_of(asked, [[7, 8, 9], [1, 2, 3, 4, 6]], keep, z_other)
+    )
     torch.testing.assert_close(both[:3], plain, atol=1e-5, rtol=1e-4)
 
 
@@ -75,10 +87,18 @@ def test_a_deep_prefix_is_an_mlp_of_the_normalised_latent(run: RunConfig) -> Non
     out = feature.slots["llama"].out
     rows = [z_RLZ[0, 0], z_RLZ[1, 0], z_RLZ[1, 1]]
     expected = [
-        out(F.gelu(linear((z - z.mean()) / (z.var(unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias)))
+        out(
+            F.gelu(
+                linear(
+                    (z - z.mean()) / (z.var(unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias
+                )
+            )
+        )
         for z in rows
     ]
-    torch.testing.assert_close(added(wire, "deep_prefix", reading), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        added(wire, "deep_prefix", reading), torch.stack(expected), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_slots_get_what_is_added_on_top_of_their_own_keys_and_values(run: RunConfig) -> None:
@@ -94,7 +114,9 @@ def test_slots_get_what_is_added_on_top_of_their_own_keys_and_values(run: RunCon
         found = [projection(x_RSD) for projection in (attention.k_proj, attention.v_proj)]
     width = attention.k_proj.out_features
     for place, (before, after) in enumerate(zip(plain, found, strict=True)):
-        part = added_NE[:, (2 + place) * width : (3 + place) * width]  # after the keys and values of layer 0
+        part = added_NE[
+            :, (2 + place) * width : (3 + place) * width
+        ]  # after the keys and values of layer 0
         expected = before.clone()
         for row, (r, s) in enumerate([(0, 1), (0, 2), (1, 0)]):
             expected[r, s] += part[row]
@@ -102,7 +124,9 @@ def test_slots_get_what_is_added_on_top_of_their_own_keys_and_values(run: RunCon
 
 
 @pytest.mark.parametrize("depth", [0.25, 0.5, 1.0])
-def test_latent_adapters_act_after_the_layer_that_their_depth_names(run: RunConfig, depth: float) -> None:
+def test_latent_adapters_act_after_the_layer_that_their_depth_names(
+    run: RunConfig, depth: float
+) -> None:
     wire = wire_of(with_values(run, {"features.latent_adapters": {"depths": [depth]}}))
     shake(wire)
     lm, builder = wire.local_receiver("llama"), wire.builders["llama"]
@@ -111,7 +135,9 @@ def test_latent_adapters_act_after_the_layer_that_their_depth_names(run: RunConf
     soft_ND = torch.randn(3, lm.width)
     feature: Any = wire.interlingua.features["latent_adapters"]
     z_RLZ, keep_RL = message.z_BLZ[:, :3], torch.ones(1, 3, dtype=torch.bool)
-    reading = Reading(z_RLZ, keep_RL, batch.latents_BS, lm.token_embeddings, batch.ids_BS, batch.question_BS)
+    reading = Reading(
+        z_RLZ, keep_RL, batch.latents_BS, lm.token_embeddings, batch.ids_BS, batch.question_BS
+    )
 
     def states() -> list[torch.Tensor]:
         """What each layer puts out, last norm left out."""
@@ -131,7 +157,9 @@ def test_latent_adapters_act_after_the_layer_that_their_depth_names(run: RunConf
         plain = states()
         with feature.attached("llama", lm, reading):
             acted = states()
-    changed = [not torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, acted, strict=True)]
+    changed = [
+        not torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, acted, strict=True)
+    ]
     first = round(depth * len(plain))
     assert changed == [place >= first for place in range(1, len(plain) + 1)]
 
@@ -153,7 +181,9 @@ def test_gated_cross_attention_reads_real_latents_alone() -> None:
         torch.testing.assert_close(found[place], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_refiner_relates_private_latents_to_the_others_and_padding_to_none(run: RunConfig) -> None:
+def test_a_refiner_relates_private_latents_to_the_others_and_padding_to_none(
+    run: RunConfig,
+) -> None:
     wire = wire_of(with_values(run, {"features.refiner": {}}))
     shake(wire)
     z_BLZ = torch.randn(1, 5, 32)

@@ -58,14 +58,18 @@ def logits(wire: LatentWire, table: pa.Table, receiver: str = "llama") -> torch.
 
 def hooks(wire: LatentWire) -> dict[str, list[int]]:
     """Those of each part of a receiver. transformers leaves some of its own where hidden states were once asked for."""
-    return {name: list(part._forward_hooks) for name, part in wire.receivers["llama"].lm.named_modules()}
+    return {
+        name: list(part._forward_hooks) for name, part in wire.receivers["llama"].lm.named_modules()
+    }
 
 
 def test_the_registry_and_the_configuration_name_the_same_features() -> None:
     assert set(FEATURES) == set(FeaturesConfig.model_fields)
 
 
-def test_a_feature_that_changes_nothing_is_left_out_of_readings(run: RunConfig, wire: LatentWire) -> None:
+def test_a_feature_that_changes_nothing_is_left_out_of_readings(
+    run: RunConfig, wire: LatentWire
+) -> None:
     plain = Feature(None, run, {})
     message, reading = wire.encode(["Ada lives in Oslo."]), cast(Reading, None)
     assert plain.refine(message) is message and not (plain.acts_inside or plain.acts_on_message)
@@ -73,7 +77,9 @@ def test_a_feature_that_changes_nothing_is_left_out_of_readings(run: RunConfig, 
         pass
 
 
-def test_it_starts_as_nothing_and_then_acts(featured: LatentWire, wire: LatentWire, table: pa.Table) -> None:
+def test_it_starts_as_nothing_and_then_acts(
+    featured: LatentWire, wire: LatentWire, table: pa.Table
+) -> None:
     attached = hooks(featured)
     plain = logits(wire, table)
     torch.testing.assert_close(logits(featured, table), plain, atol=1e-5, rtol=1e-4)
@@ -94,10 +100,14 @@ def test_a_batch_of_unequal_messages_gives_what_each_row_gives_alone(
     assert len(set(featured.interlingua.encoder.slots(tokens, "qwen"))) == 2
     for receiver in featured.receivers:
         alone = torch.cat([logits(featured, row, receiver) for row in rows])
-        torch.testing.assert_close(logits(featured, pa.concat_tables(rows), receiver), alone, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            logits(featured, pa.concat_tables(rows), receiver), alone, atol=1e-4, rtol=1e-3
+        )
 
 
-def test_every_parameter_is_in_the_optimiser_and_learns(featured: LatentWire, table: pa.Table) -> None:
+def test_every_parameter_is_in_the_optimiser_and_learns(
+    featured: LatentWire, table: pa.Table
+) -> None:
     trainer = Trainer(featured, 4)
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     features = dict(featured.interlingua.features.named_parameters())
@@ -111,7 +121,9 @@ def test_every_parameter_is_in_the_optimiser_and_learns(featured: LatentWire, ta
     assert featured.fingerprints() == frozen
 
 
-def test_it_is_saved_exported_and_loaded(featured: LatentWire, name: str, table: pa.Table, tmp_path: Path) -> None:
+def test_it_is_saved_exported_and_loaded(
+    featured: LatentWire, name: str, table: pa.Table, tmp_path: Path
+) -> None:
     shake(featured)
     path = checkpoints.save(tmp_path / "best", featured, {}, {})
     saved = load_file(path / f"features/{name}.safetensors")
@@ -122,7 +134,9 @@ def test_it_is_saved_exported_and_loaded(featured: LatentWire, name: str, table:
 
 
 @pytest.mark.parametrize("receiver", ["llama", "qwen"])
-def test_decoding_with_a_cache_is_what_one_forward_says(featured: LatentWire, table: pa.Table, receiver: str) -> None:
+def test_decoding_with_a_cache_is_what_one_forward_says(
+    featured: LatentWire, table: pa.Table, receiver: str
+) -> None:
     """Free-running answers are the argmax of a fresh forward over prompt and answer: the feature acts in every step."""
     shake(featured)
     rows = table.slice(0, 4).to_pydict()
@@ -132,14 +146,18 @@ def test_decoding_with_a_cache_is_what_one_forward_says(featured: LatentWire, ta
     prompts = collate([builder.latent(6, ids) for ids in questions], side="left")
     with torch.no_grad(), featured.reading(receiver, prompts, message) as soft_ND:
         answers = lm.generate(prompts, (0,), 5, soft_ND).rows  # a token that is never said
-    full = collate([builder.latent(6, ids, answer) for ids, answer in zip(questions, answers, strict=True)])
+    full = collate(
+        [builder.latent(6, ids, answer) for ids, answer in zip(questions, answers, strict=True)]
+    )
     with torch.no_grad(), featured.reading(receiver, full, message) as soft_ND:
         said = lm.supervised_logits(full, soft_ND).argmax(-1)
     for row, answer in enumerate(answers):
         assert said[full.row_N == row].tolist()[:-1] == answer
 
 
-def test_text_never_meets_a_feature(featured: LatentWire, wire: LatentWire, table: pa.Table) -> None:
+def test_text_never_meets_a_feature(
+    featured: LatentWire, wire: LatentWire, table: pa.Table
+) -> None:
     shake(featured)
     for mode in ("text", "closed_book"):
         own, plain = (list(predict(w, table.slice(0, 4), mode)) for w in (featured, wire))
@@ -147,8 +165,13 @@ def test_text_never_meets_a_feature(featured: LatentWire, wire: LatentWire, tabl
 
 
 def test_a_run_is_frozen_unless_a_feature_says_otherwise(run: RunConfig) -> None:
-    frozen = {name: keeps_receivers_frozen(with_values(run, {f"features.{name}": {}})) for name in NAMES}
-    assert frozen == {name: FEATURES[name].keeps_receivers_frozen for name in NAMES} and not frozen["lora"]
+    frozen = {
+        name: keeps_receivers_frozen(with_values(run, {f"features.{name}": {}})) for name in NAMES
+    }
+    assert (
+        frozen == {name: FEATURES[name].keeps_receivers_frozen for name in NAMES}
+        and not frozen["lora"]
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -165,7 +188,11 @@ def test_a_head_meets_its_own_part_of_a_latent(run: RunConfig, parts: int) -> No
         """Keys and values of the slot, ``[layers, 2, heads, head's width]``."""
         found: list[torch.Tensor] = []
         reading = Reading(
-            z_RLZ, torch.ones(1, 1, dtype=torch.bool), latents_RS, lm.get_input_embeddings(), *2 * [latents_RS]
+            z_RLZ,
+            torch.ones(1, 1, dtype=torch.bool),
+            latents_RS,
+            lm.get_input_embeddings(),
+            *2 * [latents_RS],
         )
         with torch.no_grad(), feature.attached("llama", featured.receivers["llama"], reading):
             for layer in lm.base_model.layers:
@@ -188,21 +215,25 @@ def test_options_are_checked(run: RunConfig) -> None:
         with_values(run, {"features.latent_adapters": {"depths": [0.0]}})
     with pytest.raises(ConfigError, match="width must be a multiple of 2 × heads"):
         with_values(run, {"features.coprocessor": {"width": 9}})
-    with pytest.raises(ConfigError, match=r"d_z must be a multiple of deep_prefix\.head_parts, got 32, 5"):
+    with pytest.raises(
+        ConfigError, match=r"d_z must be a multiple of deep_prefix\.head_parts, got 32, 5"
+    ):
         with_values(run, {"features.deep_prefix": {"head_parts": 5}})
-    with pytest.raises(ReceiverError, match=r"head_parts must be ≤ the 8 key-value heads in all layers"):
+    with pytest.raises(
+        ReceiverError, match=r"head_parts must be ≤ the 8 key-value heads in all layers"
+    ):
         wire_of(with_values(run, {"features.deep_prefix": {"head_parts": 16}}))
     with pytest.raises(ConfigError, match=r"d_z must be a multiple of 2 × refiner\.heads"):
         with_values(run, {"features.refiner": {"heads": 5}})
 
 
-def test_an_update_of_the_output_head_is_refused_before_training_and_read_with_after(run: RunConfig) -> None:
+def test_an_update_of_the_output_head_is_refused_before_training_and_read_with_after(
+    run: RunConfig,
+) -> None:
     """Where logits are taken in chunks it gets no gradient; what was trained before this rule still loads."""
     headed = with_values(run, {"features.lora": {"targets": ("q_proj", "lm_head")}})
     wire = wire_of(headed)
-    message = (
-        r"lora\.targets must be layers before the output head, got lm_head, the head of receiver llama; leave it out"
-    )
+    message = r"lora\.targets must be layers before the output head, got lm_head, the head of receiver llama; leave it out"
     with pytest.raises(ReceiverError, match=message):
         Trainer(wire, 8)
     with pytest.raises(ReceiverError, match=message):
@@ -212,8 +243,12 @@ def test_an_update_of_the_output_head_is_refused_before_training_and_read_with_a
 def test_no_layer_makes_the_host_wait_for_a_mask(run: RunConfig, table: pa.Table) -> None:
     """What a mask selects is counted on the device, and the host waits for the number: once a step, not once a projection."""
     trainer = Trainer(wire_of(with_values(run, {"features.deep_prefix": {}})), 8)
-    projections = sum(2 * len(receiver.lm.base_model.layers) for receiver in trainer.wire.local_receivers())
+    projections = sum(
+        2 * len(receiver.lm.base_model.layers) for receiver in trainer.wire.local_receivers()
+    )
     with profile() as record:
         trainer.step(table.slice(0, 4))
-    waits = sum(event.count for event in record.key_averages() if event.key == "aten::masked_select")
+    waits = sum(
+        event.count for event in record.key_averages() if event.key == "aten::masked_select"
+    )
     assert 0 < waits <= len(trainer.wire.receivers) < projections

@@ -9,7 +9,15 @@ import torch
 from latentwire.config import LOSS_BUNDLES, LossConfig
 from latentwire.config.losses import Schedule
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.losses.bundles import Reader, Teacher, loss_terms, term_counts, term_masks, terms_on, weights_at
+from latentwire.losses.bundles import (
+    Reader,
+    Teacher,
+    loss_terms,
+    term_counts,
+    term_masks,
+    terms_on,
+    weights_at,
+)
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import TERMS, cross_entropy, teacher_rows
 from latentwire.prompts.sequences import ANSWER, Batch
@@ -35,11 +43,17 @@ def test_each_term_is_the_mean_over_its_own_tokens() -> None:
     ce_N = torch.nn.functional.cross_entropy(LOGITS_NV, batch.target_N, reduction="none")
     weights = weights_at(
         LossConfig(
-            answer_ce_weight=1.0, first_k_ce_weight=0.5, first_token_ce_weight=0.25, reconstruction_ce_weight=2.0, k=2
+            answer_ce_weight=1.0,
+            first_k_ce_weight=0.5,
+            first_token_ce_weight=0.25,
+            reconstruction_ce_weight=2.0,
+            k=2,
         ),
         0,
     )
-    terms = loss_terms(weights, batch, Reader(LOGITS_NV, torch.clone), None, term_counts(weights, batch))
+    terms = loss_terms(
+        weights, batch, Reader(LOGITS_NV, torch.clone), None, term_counts(weights, batch)
+    )
     assert terms["answer_ce"].item() == pytest.approx(float(ce_N[:4].mean()))
     assert terms["first_k_ce"].item() == pytest.approx(0.5 * float(ce_N[[0, 1, 3]].mean()))
     assert terms["first_token_ce"].item() == pytest.approx(0.25 * float(ce_N[[0, 3]].mean()))
@@ -53,10 +67,20 @@ def test_every_weight_has_tokens_and_a_value_of_its_own() -> None:
     weights = weights_at(LossConfig(**dict.fromkeys(names, 1.0)), 0)
     states, others = torch.randn(5, 4), torch.randn(3, 4)
     teacher = Teacher(teacher_rows(torch.randn(3, 7)), [others])
-    terms = loss_terms(weights, batch, Reader(LOGITS_NV, torch.clone, [states]), teacher, term_counts(weights, batch))
+    terms = loss_terms(
+        weights,
+        batch,
+        Reader(LOGITS_NV, torch.clone, [states]),
+        teacher,
+        term_counts(weights, batch),
+    )
     assert list(terms) == [name.removesuffix("_weight") for name in names]
-    answers = {name for name, mask_N in term_masks(weights, batch).items() if bool(mask_N[:3].any())}
-    alike = {name for name in answers if terms[name].item() == pytest.approx(terms["answer_ce"].item())}
+    answers = {
+        name for name, mask_N in term_masks(weights, batch).items() if bool(mask_N[:3].any())
+    }
+    alike = {
+        name for name in answers if terms[name].item() == pytest.approx(terms["answer_ce"].item())
+    }
     plain = {name for name, term in TERMS.items() if term.value is cross_entropy}
     assert alike == answers & plain and all(value > 0 for value in terms.values())
 
@@ -71,7 +95,13 @@ def test_the_configuration_has_a_weight_for_every_term_in_the_same_order() -> No
 def test_terms_of_a_teacher_that_is_not_there_are_an_error() -> None:
     weights = weights_at(LossConfig(kd_weight=1.0), 0)
     with pytest.raises(ValueError, match="kd need a teacher, got none"):
-        loss_terms(weights, batch_of([0]), Reader(LOGITS_NV[:1], torch.clone), None, {"answer_ce": 1.0, "kd": 1.0})
+        loss_terms(
+            weights,
+            batch_of([0]),
+            Reader(LOGITS_NV[:1], torch.clone),
+            None,
+            {"answer_ce": 1.0, "kd": 1.0},
+        )
 
 
 def test_terms_without_weight_are_not_computed() -> None:
@@ -84,7 +114,11 @@ def test_shares_of_a_batch_add_up_to_the_whole() -> None:
     states, others = torch.randn(5, 4), torch.randn(5, 4)
     teacher = Teacher(teacher_rows(torch.randn(5, 7)), [others])
     counts = term_counts(weights, whole)
-    total = sum(loss_terms(weights, whole, Reader(LOGITS_NV, torch.clone, [states]), teacher, counts).values())
+    total = sum(
+        loss_terms(
+            weights, whole, Reader(LOGITS_NV, torch.clone, [states]), teacher, counts
+        ).values()
+    )
     parts = []
     for index in (slice(0, 3), slice(3, 5)):
         part = batch_of(whole.offset_N[index].tolist())
@@ -107,12 +141,17 @@ def test_chunks_give_the_same_terms_and_gradient(rows_at_once: int) -> None:
         reconstruction_ce_weight=2.0,
     )  # fmt: skip
     weights, batch = weights_at(config, 0), batch_of([0, 1, 2, 0, 1], control=[-1, -1, 0, -1, -1])
-    head, hidden_ND = torch.nn.Linear(6, 7).requires_grad_(False), torch.randn(5, 6, requires_grad=True)
+    head, hidden_ND = (
+        torch.nn.Linear(6, 7).requires_grad_(False),
+        torch.randn(5, 6, requires_grad=True),
+    )
     teacher = Teacher(teacher_rows(torch.randn(4, 7), top_k=3), [torch.randn(4, 6)])
     counts = term_counts(weights, batch)
 
     def terms(rows: int | None) -> tuple[dict[str, float], torch.Tensor]:
-        found = loss_terms(weights, batch, Reader(hidden_ND, head, [hidden_ND]), teacher, counts, rows)
+        found = loss_terms(
+            weights, batch, Reader(hidden_ND, head, [hidden_ND]), teacher, counts, rows
+        )
         (gradient_ND,) = torch.autograd.grad(3 * torch.stack(list(found.values())).sum(), hidden_ND)
         return {name: float(value.detach()) for name, value in found.items()}, gradient_ND
 
@@ -120,7 +159,9 @@ def test_chunks_give_the_same_terms_and_gradient(rows_at_once: int) -> None:
     assert chunked == pytest.approx(whole) and all(value > 0 for value in whole.values())
     torch.testing.assert_close(chunked_ND, gradient_ND)
     with torch.no_grad():
-        quiet = loss_terms(weights, batch, Reader(hidden_ND, head, [hidden_ND]), teacher, counts, rows_at_once)
+        quiet = loss_terms(
+            weights, batch, Reader(hidden_ND, head, [hidden_ND]), teacher, counts, rows_at_once
+        )
     assert {name: float(value) for name, value in quiet.items()} == pytest.approx(whole)
 
 
@@ -151,12 +192,16 @@ def test_schedules_move_weights_and_k() -> None:
 def test_a_cosine_is_slow_at_both_ends() -> None:
     schedule = Schedule(kind="cosine", start=0.2, end=1.0, steps=6)
     shares = [(1 - math.cos(math.pi * step / 6)) / 2 for step in range(7)]
-    assert [schedule.factor(step) for step in range(7)] == pytest.approx([0.2 + 0.8 * share for share in shares])
+    assert [schedule.factor(step) for step in range(7)] == pytest.approx(
+        [0.2 + 0.8 * share for share in shares]
+    )
     assert shares[1] < 0.1 and schedule.factor(99) == 1
 
 
 @pytest.mark.parametrize("rows_at_once", [None, 2])
-def test_an_answers_token_meets_its_own_teacher_whatever_stands_between(rows_at_once: int | None) -> None:
+def test_an_answers_token_meets_its_own_teacher_whatever_stands_between(
+    rows_at_once: int | None,
+) -> None:
     batch = batch_of([0, 0, 0, 0, 0], control=[0, -1, 1, -1, -1])
     weights = weights_at(LossConfig(kd_weight=1.0, kd_temperature=2.0), 0)
     teacher_NV = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
@@ -178,7 +223,11 @@ def test_k_decides_what_the_first_tokens_are() -> None:
 @pytest.mark.parametrize("name", LOSS_BUNDLES)
 def test_bundles_are_configurations(name: str) -> None:
     config = LossConfig(bundle=name)
-    assert all(getattr(config, key) == value for key, value in LOSS_BUNDLES[name].items() if key != "schedules")
+    assert all(
+        getattr(config, key) == value
+        for key, value in LOSS_BUNDLES[name].items()
+        if key != "schedules"
+    )
     assert LossConfig(bundle=name, answer_ce_weight=0.123).answer_ce_weight == 0.123
 
 
@@ -190,12 +239,16 @@ def test_wrong_names_are_refused(run) -> None:
         if when is None:
             assert weights_at(with_values(run, alone).losses, 0).terms == {"answer_ce": 1.0}
             continue
-        with pytest.raises(ConfigError, match=rf"must be > 0 at the {when} step of the schedules, .*with start > 0"):
+        with pytest.raises(
+            ConfigError, match=rf"must be > 0 at the {when} step of the schedules, .*with start > 0"
+        ):
             with_values(run, alone)
     falling = {"answer_ce_weight": {"kind": "cosine", "start": 1.0, "end": 0.0, "steps": 9}}
     with pytest.raises(ConfigError, match="must be > 0 at the last step of the schedules"):
         with_values(run, {"losses.schedules": falling})
-    with pytest.raises(ConfigError, match="schedules must name a weight, k or latent_dropout, got kd"):
+    with pytest.raises(
+        ConfigError, match="schedules must name a weight, k or latent_dropout, got kd"
+    ):
         with_values(run, {"losses.schedules": {"kd": {}}})
     with pytest.raises(ConfigError, match=r"hidden_kd_depths must lie in \[0, 1\]"):
         with_values(run, {"losses.hidden_kd_depths": [2.0]})

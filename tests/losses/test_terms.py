@@ -34,7 +34,9 @@ def test_k_tokens_of_every_answer_and_no_other() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_a_teacher_against_itself_is_zero(top_k: int, temperature: float) -> None:
     logits_NV = 5 * torch.randn(5, 9)
-    kl_N = kd_first_k_prefix_vs_text(logits_NV, teacher_rows(logits_NV, temperature, top_k), OFFSETS, 3)
+    kl_N = kd_first_k_prefix_vs_text(
+        logits_NV, teacher_rows(logits_NV, temperature, top_k), OFFSETS, 3
+    )
     assert kl_N.abs().max().item() == pytest.approx(0, abs=1e-5)
 
 
@@ -75,7 +77,9 @@ def test_hidden_states_are_compared_after_normalisation() -> None:
 def test_alignment_is_relative_to_the_target() -> None:
     target_BLD, all_BL = torch.randn(5, 4, 3), torch.ones(5, 4, dtype=torch.bool)
     assert alignment_loss(target_BLD, target_BLD, all_BL).sum() == 0
-    assert alignment_loss(torch.zeros_like(target_BLD), target_BLD, all_BL).tolist() == pytest.approx([1] * 5)
+    assert alignment_loss(
+        torch.zeros_like(target_BLD), target_BLD, all_BL
+    ).tolist() == pytest.approx([1] * 5)
 
 
 def test_alignment_does_not_see_padding() -> None:
@@ -83,4 +87,6 @@ def test_alignment_does_not_see_padding() -> None:
     keep_BL = torch.tensor([[True] * 4, [True, True, False, False]])
     padded = p_BLD.clone()
     padded[1, 2:] = 99
-    torch.testing.assert_close(alignment_loss(padded, target_BLD, keep_BL), alignment_loss(p_BLD, target_BLD, keep_BL))
+    torch.testing.assert_close(
+        alignment_loss(padded, target_BLD, keep_BL), alignment_loss(p_BLD, target_BLD, keep_BL)
+    )

@@ -16,7 +16,8 @@ def turned(x_E: torch.Tensor, position: int) -> torch.Tensor:
     """One head's entries as complex numbers, turned by their position: rates fall from 1 to nearly 1/10,000."""
     half = len(x_E) // 2
     found = [
-        complex(float(x_E[i]), float(x_E[half + i])) * cmath.exp(1j * position * 10_000 ** (-i / half))
+        complex(float(x_E[i]), float(x_E[half + i]))
+        * cmath.exp(1j * position * 10_000 ** (-i / half))
         for i in range(half)
     ]
     return torch.tensor([z.real for z in found] + [z.imag for z in found])
@@ -26,7 +27,10 @@ def attend(
     query_E: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: list[float]
 ) -> torch.Tensor:
     """Softmax of scaled products and a bias, over values."""
-    scores = [math.exp(float(query_E @ key) / math.sqrt(len(query_E)) + b) for key, b in zip(keys, bias, strict=True)]
+    scores = [
+        math.exp(float(query_E @ key) / math.sqrt(len(query_E)) + b)
+        for key, b in zip(keys, bias, strict=True)
+    ]
     return torch.stack([s / sum(scores) * v for s, v in zip(scores, values, strict=True)]).sum(0)
 
 
@@ -74,7 +78,9 @@ def test_a_block_is_attention_and_mlp_on_top_of_what_it_reads() -> None:
 def test_an_identity_block_adds_nothing_at_first() -> None:
     block = Block(8, 2).start_as_identity()
     x_BSM = torch.randn(2, 3, 8)
-    assert torch.equal(block(x_BSM, torch.ones(2, 3, dtype=torch.bool), rotary_of(3, 4, x_BSM.device)), x_BSM)
+    assert torch.equal(
+        block(x_BSM, torch.ones(2, 3, dtype=torch.bool), rotary_of(3, 4, x_BSM.device)), x_BSM
+    )
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(2, 6.0), (4, 1.0)])
@@ -116,7 +122,10 @@ def test_queries_read_states_by_likeness_and_nearness(latents: int) -> None:
         heads = []
         for head in range(2):
             at = slice(4 * head, 4 * head + 4)
-            bias = [-float(pool.sharpness[head]) * ((s + 0.5 - share * length) / span) ** 2 for s in range(length)]
+            bias = [
+                -float(pool.sharpness[head]) * ((s + 0.5 - share * length) / span) ** 2
+                for s in range(length)
+            ]
             heads.append(attend(query_M[at], list(kv[:, :8][:, at]), list(kv[:, 8:][:, at]), bias))
         y = query_M + pool.out.weight @ torch.cat(heads) + pool.out.bias
         inner = F.layer_norm(y, (8,), pool.mlp[0].weight, pool.mlp[0].bias)

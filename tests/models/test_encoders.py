@@ -19,7 +19,11 @@ from latentwire.models.low_rank import updates_of
 from latentwire.models.slots import heads_of_entries, projections
 from latentwire.models.weights import ReceiverError, load_tokenizer
 
-TEXTS = ["Ada lives in Oslo.", "", "Ben works as baker. Cleo owns an uncommonly-long-word. Ada eats rice."]
+TEXTS = [
+    "Ada lives in Oslo.",
+    "",
+    "Ben works as baker. Cleo owns an uncommonly-long-word. Ada eats rice.",
+]
 RECEIVERS = {receiver.name: receiver for receiver in RunConfig().receivers}
 SMALL = {"latent_len": 5, "d_z": 16, "d_model": 32, "layers": 2, "heads": 4}
 
@@ -50,7 +54,13 @@ KINDS: dict[str, dict] = {
     "st-lora": {"kind": "st", "tune": "lora"},
     "lm": {"kind": "lm", "model": "receiver:llama", "model_layers": 2},
     "lm-ratio": {"kind": "lm", "model": "toy-qwen", "pooling": "spans", "tokens_per_latent": 4},
-    "lm-sentences": {"kind": "lm", "model": "toy-qwen", "pooling": "spans", "span_ends": "sentences", "latent_len": 2},
+    "lm-sentences": {
+        "kind": "lm",
+        "model": "toy-qwen",
+        "pooling": "spans",
+        "span_ends": "sentences",
+        "latent_len": 2,
+    },
     "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
     "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
 }
@@ -66,7 +76,9 @@ def test_every_kind_is_tried() -> None:
 
 
 @pytest.fixture(params=KINDS)
-def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InterlinguaEncoder:
+def encoder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> InterlinguaEncoder:
     values = SMALL | KINDS[request.param]
     if values.get("kind") == "st":
         values["model"] = sentence_encoder(tmp_path_factory.getbasetemp() / "sentence-encoder")
@@ -85,15 +97,23 @@ def test_a_batch_gives_what_each_row_gives_alone(encoder: InterlinguaEncoder) ->
     for row, text in enumerate(TEXTS):
         alone = encoder(encoder.tokenize([text]))
         for name in RECEIVERS:
-            torch.testing.assert_close(read(together, row, name), read(alone, 0, name), atol=1e-5, rtol=1e-4)
-            assert len(read(together, row, name)) == encoder.slots(tokens, name)[row] == together.slots(name)[row]
+            torch.testing.assert_close(
+                read(together, row, name), read(alone, 0, name), atol=1e-5, rtol=1e-4
+            )
+            assert (
+                len(read(together, row, name))
+                == encoder.slots(tokens, name)[row]
+                == together.slots(name)[row]
+            )
 
 
 def test_the_first_and_the_last_word_matter(encoder: InterlinguaEncoder) -> None:
     texts = [TEXTS[2], TEXTS[2].replace("rice", "fish"), TEXTS[2].replace("Ben", "Dan")]
     message = encoder(encoder.tokenize(texts))
     for other in (1, 2):
-        assert not torch.allclose(read(message, 0, "llama"), read(message, other, "llama"), atol=1e-4)
+        assert not torch.allclose(
+            read(message, 0, "llama"), read(message, other, "llama"), atol=1e-4
+        )
 
 
 def test_spans_cover_the_text_once_for_each_group_of_latents(encoder: InterlinguaEncoder) -> None:
@@ -122,7 +142,9 @@ def test_each_receiver_reads_its_own_private_latents_at_any_length(shared: int) 
     for place, name in enumerate(RECEIVERS):
         z_BLZ, keep_BL = message.read_by(name)
         private_BLZ = message.z_BLZ[:, shared + 2 * place :][:, :2]
-        assert keep_BL.all() and torch.equal(z_BLZ, torch.cat((message.z_BLZ[:, :shared], private_BLZ), 1))
+        assert keep_BL.all() and torch.equal(
+            z_BLZ, torch.cat((message.z_BLZ[:, :shared], private_BLZ), 1)
+        )
 
 
 def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
@@ -141,7 +163,9 @@ def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
     assert any("updates" in name for name in reached) == (tuned == "lora")
 
 
-@pytest.mark.parametrize("values", [{}, {"pooling": "spans", "tokens_per_latent": 3}], ids=["fixed", "ratio"])
+@pytest.mark.parametrize(
+    "values", [{}, {"pooling": "spans", "tokens_per_latent": 3}], ids=["fixed", "ratio"]
+)
 def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None:
     torch.manual_seed(0)
     encoder = InterlinguaEncoder(EncoderConfig(**SMALL | values, split="lines"), RECEIVERS).eval()
@@ -149,7 +173,11 @@ def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None
     tokens = encoder.tokenize([f"{one}\n\n{other}", other, ""])
     message = encoder(tokens)
     alone = [read(encoder(encoder.tokenize([text])), 0, "qwen") for text in (one, other, "")]
-    assert encoder.slots(tokens, "qwen") == [len(alone[0]) + len(alone[1]), len(alone[1]), len(alone[2])]
+    assert encoder.slots(tokens, "qwen") == [
+        len(alone[0]) + len(alone[1]),
+        len(alone[1]),
+        len(alone[2]),
+    ]
     torch.testing.assert_close(read(message, 0, "qwen"), torch.cat(alone[:2]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(read(message, 1, "qwen"), alone[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(read(message, 2, "qwen"), alone[2], atol=1e-5, rtol=1e-4)
@@ -158,23 +186,34 @@ def test_lines_are_encoded_alone_and_their_messages_joined(values: dict) -> None
 def test_parts_of_a_latent_are_the_latents_of_parts_of_its_span() -> None:
     base = {"kind": "byte", "pooling": "spans", "d_model": 32, "heads": 2, "layers": 1}
     torch.manual_seed(0)
-    parted = InterlinguaEncoder(EncoderConfig(**base, latent_len=3, d_z=16, span_parts=2), {}).eval()
+    parted = InterlinguaEncoder(
+        EncoderConfig(**base, latent_len=3, d_z=16, span_parts=2), {}
+    ).eval()
     finer = InterlinguaEncoder(EncoderConfig(**base, latent_len=6, d_z=8), {}).eval()
     finer.load_state_dict(parted.state_dict())
     texts = ["Ada lives in Oslo and works as a baker.", "Ben owns a dog."]
     z_BLZ, finer_BLZ = (encoder(encoder.tokenize(texts)).z_BLZ for encoder in (parted, finer))
     assert z_BLZ.shape == (2, 3, 16)
     torch.testing.assert_close(z_BLZ.unflatten(2, (2, 8)).flatten(1, 2), finer_BLZ)
-    with pytest.raises(ValidationError, match="span_parts 2 needs pooling spans and d_z as its multiple"):
+    with pytest.raises(
+        ValidationError, match="span_parts 2 needs pooling spans and d_z as its multiple"
+    ):
         EncoderConfig(span_parts=2)
 
 
 @pytest.mark.parametrize("kind", ["byte-sentences", "lm-sentences"])
 def test_a_span_holds_whole_sentences_where_there_are_enough(kind: str) -> None:
     encoder = InterlinguaEncoder(EncoderConfig(**SMALL | KINDS[kind]), RECEIVERS)
-    texts = ["Ada lives in Oslo. Ben has a very small cat.", "Ada lives in Oslo. Ben eats. Cleo works as pilot.", "Ada"]
+    texts = [
+        "Ada lives in Oslo. Ben has a very small cat.",
+        "Ada lives in Oslo. Ben eats. Cleo works as pilot.",
+        "Ada",
+    ]
     span_BL2 = encoder.spans(encoder.tokenize(texts), "qwen")
-    ends = [texts[0].index("Ben"), texts[1].index("Cleo")]  # three sentences in two spans: two, then one
+    ends = [
+        texts[0].index("Ben"),
+        texts[1].index("Cleo"),
+    ]  # three sentences in two spans: two, then one
     for span_L2, text, end in zip(span_BL2, texts, ends, strict=False):
         (_, first), (second, stop) = (span_L2 * len(text)).tolist()
         assert first == second == pytest.approx(end, abs=1.01)  # the space belongs to either word
@@ -187,7 +226,9 @@ def own_ids(states: PretrainedStates, texts: list[str]) -> list[list[int]]:
 
 
 def test_a_causal_lm_is_made_bidirectional() -> None:
-    states = PretrainedStates(EncoderConfig(kind="lm", model="receiver:llama"), RECEIVERS, load_weights=True).eval()
+    states = PretrainedStates(
+        EncoderConfig(kind="lm", model="receiver:llama"), RECEIVERS, load_weights=True
+    ).eval()
     tensors, sizes = states.collate(own_ids(states, [TEXTS[0], TEXTS[0].replace("Oslo", "Rome")]))
     one, other = states(**tensors, length_B=torch.tensor([len(size_S) for size_S in sizes]))
     assert not torch.allclose(one[0], other[0], atol=1e-3)  # the first token sees the last
@@ -196,7 +237,10 @@ def test_a_causal_lm_is_made_bidirectional() -> None:
 def test_eager_attention_gives_what_sdpa_gives() -> None:
     receivers = {"llama": RECEIVERS["llama"].model_copy(update={"attn_implementation": "eager"})}
     config = EncoderConfig(kind="lm", model="receiver:llama")
-    eager, sdpa = (PretrainedStates(config, lenders, load_weights=True).eval() for lenders in (receivers, RECEIVERS))
+    eager, sdpa = (
+        PretrainedStates(config, lenders, load_weights=True).eval()
+        for lenders in (receivers, RECEIVERS)
+    )
     assert eager.backbone.config._attn_implementation == "eager"
     rows = [sdpa.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     length_B = torch.tensor([len(row) for row in rows])
@@ -220,7 +264,11 @@ def test_a_long_text_is_read_in_windows_and_nothing_is_cut(tmp_path: Path) -> No
 def test_a_real_sentence_encoder_reads_what_a_text_is_about(real_receivers: Path) -> None:
     config = EncoderConfig(kind="st", model=str(real_receivers / "minilm"), tune="frozen")
     states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
-    texts = ["A cat sleeps on the sofa.", "The kitten is napping on a couch.", "Interest rates rose again. " * 200]
+    texts = [
+        "A cat sleeps on the sofa.",
+        "The kitten is napping on a couch.",
+        "Interest rates rose again. " * 200,
+    ]
     tensors, sizes = states.collate(own_ids(states, texts))
     assert len(sizes[2]) > states.window  # read in windows
     lengths = [len(size_S) for size_S in sizes]
@@ -248,21 +296,35 @@ class Joined(torch.nn.Module):
 
 def test_layers_and_backbones_that_are_not_there() -> None:
     with pytest.raises(ReceiverError, match="model_layers must be ≤ 4, the backbone's own, got 9"):
-        PretrainedStates(EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True)
-    with pytest.raises(ReceiverError, match="model_layers needs a backbone with a list of layers, Tower has none"):
-        backbones._keep_layers(Tower(), 1)
-    with pytest.raises(ReceiverError, match="targets must name linear layers of LlamaModel, got nobody"):
-        updates_of(
-            PretrainedStates(EncoderConfig(kind="lm", model="toy-llama"), RECEIVERS, True).backbone, ["nobody"], 2, 2.0
+        PretrainedStates(
+            EncoderConfig(kind="lm", model="toy-qwen", model_layers=9), RECEIVERS, load_weights=True
         )
-    with pytest.raises(ReceiverError, match=r"deep_prefix needs a receiver with base_model\.layers, Tower has none"):
+    with pytest.raises(
+        ReceiverError, match="model_layers needs a backbone with a list of layers, Tower has none"
+    ):
+        backbones._keep_layers(Tower(), 1)
+    with pytest.raises(
+        ReceiverError, match="targets must name linear layers of LlamaModel, got nobody"
+    ):
+        updates_of(
+            PretrainedStates(EncoderConfig(kind="lm", model="toy-llama"), RECEIVERS, True).backbone,
+            ["nobody"],
+            2,
+            2.0,
+        )
+    with pytest.raises(
+        ReceiverError, match=r"deep_prefix needs a receiver with base_model\.layers, Tower has none"
+    ):
         projections(Tower(), "deep_prefix")
     for part, feature in ((projections, "deep_prefix"), (heads_of_entries, "coprocessor")):
         with pytest.raises(
-            ReceiverError, match=f"{feature} needs a receiver whose layers have .*--set features.{feature}=null"
+            ReceiverError,
+            match=f"{feature} needs a receiver whose layers have .*--set features.{feature}=null",
         ):
             part(Joined(), feature)
-    with pytest.raises(ReceiverError, match="receiver encoder: model must be a Hub id or an existing directory"):
+    with pytest.raises(
+        ReceiverError, match="receiver encoder: model must be a Hub id or an existing directory"
+    ):
         PretrainedStates(EncoderConfig(kind="lm", model="./nowhere"), RECEIVERS, load_weights=True)
 
 
@@ -276,7 +338,9 @@ def test_calibration_sets_the_scale_of_the_prompt(calibration: str) -> None:
     with torch.no_grad():
         adapter.skip.weight *= 3
     after_B = adapter(5 * torch.randn(8, 4, 64)).square().mean((1, 2)).sqrt()
-    assert after_B.mean().item() == pytest.approx(0.03 if calibration == "embed_rms" else 3 * expected, rel=0.1)
+    assert after_B.mean().item() == pytest.approx(
+        0.03 if calibration == "embed_rms" else 3 * expected, rel=0.1
+    )
     assert hasattr(adapter, "gain") == (calibration == "learned")
 
 
@@ -286,14 +350,20 @@ def test_a_held_scale_is_each_examples_own() -> None:
         adapter.down.bias.fill_(0.5)
         adapter.up.weight.mul_(9)
     keep_BL = torch.tensor([[True, True, True], [True, False, False]])
-    p_BLD = adapter(torch.randn(2, 3, 8) * torch.tensor([1.0, 9.0])[:, None, None], keep_BL).detach()
+    p_BLD = adapter(
+        torch.randn(2, 3, 8) * torch.tensor([1.0, 9.0])[:, None, None], keep_BL
+    ).detach()
     for row, count in ((0, 3), (1, 1)):
         assert float(p_BLD[row, :count].square().mean().sqrt()) == pytest.approx(0.03, rel=1e-4)
 
 
 @pytest.mark.parametrize(("words", "latents"), [(1, 1), (3, 1), (4, 2), (6, 2), (7, 3), (0, 1)])
-def test_a_message_has_a_latent_for_every_so_many_tokens_and_for_what_is_left(words: int, latents: int) -> None:
-    encoder = InterlinguaEncoder(EncoderConfig(**SMALL | {"pooling": "spans", "tokens_per_latent": 3}), RECEIVERS)
+def test_a_message_has_a_latent_for_every_so_many_tokens_and_for_what_is_left(
+    words: int, latents: int
+) -> None:
+    encoder = InterlinguaEncoder(
+        EncoderConfig(**SMALL | {"pooling": "spans", "tokens_per_latent": 3}), RECEIVERS
+    )
     tokens = encoder.tokenize([" ".join(["word"] * words)])  # a word is a patch
     assert tokens.length_B.tolist() == [words] and encoder.slots(tokens, "qwen") == [latents]
     assert encoder(tokens).length_B.tolist() == [latents]
@@ -308,7 +378,9 @@ def test_held_scale_does_not_see_padding() -> None:
 
 
 def test_slot_positions_tell_equal_latents_apart() -> None:
-    adapter = Adapter(AdapterConfig(slot_positions=True), d_z=8, d_model=16, embed_rms=0.03, slots=2)
+    adapter = Adapter(
+        AdapterConfig(slot_positions=True), d_z=8, d_model=16, embed_rms=0.03, slots=2
+    )
     torch.nn.init.normal_(adapter.position_LD)
     one, other = adapter(torch.ones(1, 2, 8))[0]
     assert not torch.allclose(one, other)

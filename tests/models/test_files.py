@@ -46,7 +46,10 @@ def in_parts(folder: Path, missing: bool = False) -> None:
     parts = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
     for file, names in parts.items():
         save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, names in parts.items() for name in names},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     if missing:
@@ -76,7 +79,11 @@ def silent_tokenizer(folder: Path) -> None:
     edit_config(folder, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
     tensors = load_file(folder / "model.safetensors")
     biases = ("q_proj.bias", "k_proj.bias", "v_proj.bias")  # those that this architecture has
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias") or name.endswith(biases)}
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(".bias") or name.endswith(biases)
+    }
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -133,13 +140,17 @@ def test_an_encoders_backbone_is_looked_at_too(folder: Path) -> None:
 def test_quantised_weights_are_not_quantised_again(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
     with pytest.raises(
-        ReceiverError, match=r"int8 needs plain weights, .* quantised already \(fp8\); set quantization: none"
+        ReceiverError,
+        match=r"int8 needs plain weights, .* quantised already \(fp8\); set quantization: none",
     ):
         skeleton(ReceiverConfig(name="a", model=str(folder), quantization="int8"))
 
 
 def test_the_command_says_it_before_it_makes_shards(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cut(folder, 1_000_000)
     named = [
@@ -164,7 +175,9 @@ def test_a_model_whose_layers_look_token_ids_up_is_refused(folder: Path) -> None
     )  # fmt: skip
     Gemma3nForCausalLM(shape).save_pretrained(folder)
     for call in (planned, lambda f: LMWrapper(ReceiverConfig(name="llama", model=str(f)))):
-        with pytest.raises(ReceiverError, match=r"gives every layer embeddings of its token ids .* such as Gemma 3"):
+        with pytest.raises(
+            ReceiverError, match=r"gives every layer embeddings of its token ids .* such as Gemma 3"
+        ):
             call(folder)
 
 
@@ -206,7 +219,9 @@ def test_the_right_one_of_several_files_is_chosen(folder: Path, tmp_path: Path) 
         (["a-00002-of-00003.gguf"], r"got a-00002-of-00003\.gguf, one of 3 parts; .* --merge a-00001-of-00003\.gguf a\.gguf"),
     ],
 )  # fmt: skip
-def test_gguf_files_that_leave_a_choice_or_are_no_model_are_refused(tmp_path: Path, names: list, message: str) -> None:
+def test_gguf_files_that_leave_a_choice_or_are_no_model_are_refused(
+    tmp_path: Path, names: list, message: str
+) -> None:
     with pytest.raises(ReceiverError, match=rf"receiver a: .*{message}") as caught:
         resolve(ReceiverConfig(name="a", model=gguf(tmp_path / "x", *names)))
     assert "\n" not in str(caught.value)

@@ -63,7 +63,9 @@ def own_loss(lm: LMWrapper, sequences: list, shift: int = 0) -> float:
     for row, sequence in enumerate(sequences):
         for position in range(sequence.answer.start, sequence.stop + 1):
             labels[row, position - shift] = batch.ids_BS[row, position]
-    return float(lm.lm(input_ids=batch.ids_BS, attention_mask=batch.attention_BS, labels=labels).loss)
+    return float(
+        lm.lm(input_ids=batch.ids_BS, attention_mask=batch.attention_BS, labels=labels).loss
+    )
 
 
 def test_ce_equals_the_models_own_loss(receiver: tuple) -> None:
@@ -79,8 +81,12 @@ def test_the_head_reads_states_that_lie_side_by_side(receiver: tuple) -> None:
     """Of a strided slice, which transformers hands it in generation, a CPU multiplies row by row: 14 s for 0.04 in bfloat16."""
     lm, builder, rows = receiver
     seen: list[bool] = []
-    with lm.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous())):
-        lm.generate(collate([builder.text(*row[:2]) for row in rows], side="left"), builder.stop_ids, 2)
+    with lm.head.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous())
+    ):
+        lm.generate(
+            collate([builder.text(*row[:2]) for row in rows], side="left"), builder.stop_ids, 2
+        )
     assert seen and all(seen)
 
 
@@ -92,15 +98,25 @@ def test_a_compiled_receiver_says_the_same() -> None:
     traced.compile_layers(backend="eager")
     for slots in (3, 5):
         batch = collate([builder.latent(slots, question, answer) for _, question, answer in rows])
-        soft_ND = torch.randn(2 * slots, plain.width, generator=torch.Generator().manual_seed(0)) * plain.embed_rms
+        soft_ND = (
+            torch.randn(2 * slots, plain.width, generator=torch.Generator().manual_seed(0))
+            * plain.embed_rms
+        )
         expected_NV = plain.supervised_logits(batch, soft_ND)
         for asked in (batch, traced.read_head(batch)):
-            torch.testing.assert_close(traced.supervised_logits(asked, soft_ND), expected_NV, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                traced.supervised_logits(asked, soft_ND), expected_NV, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_head_read_beforehand_changes_nothing(receiver: tuple) -> None:
     lm, builder, rows = receiver
-    batch = collate([builder.latent(3 + place, question, answer) for place, (_, question, answer) in enumerate(rows)])
+    batch = collate(
+        [
+            builder.latent(3 + place, question, answer)
+            for place, (_, question, answer) in enumerate(rows)
+        ]
+    )
     soft_ND = torch.randn(7, lm.width, generator=torch.Generator().manual_seed(0)) * lm.embed_rms
     short = lm.read_head(batch)
     assert short.head_H is not None
@@ -127,9 +143,13 @@ def test_token_embeddings_through_the_latent_path_equal_text(receiver: tuple) ->
             lm.supervised_logits(latent, p_BLD), lm.supervised_logits(text), atol=1e-4, rtol=1e-4
         )
         asked = [
-            collate([s], side="left") for s in (builder.text(context, question), builder.latent(len(context), question))
+            collate([s], side="left")
+            for s in (builder.text(context, question), builder.latent(len(context), question))
         ]
-        said, expected = lm.generate(asked[1], builder.stop_ids, 6, p_BLD), lm.generate(asked[0], builder.stop_ids, 6)
+        said, expected = (
+            lm.generate(asked[1], builder.stop_ids, 6, p_BLD),
+            lm.generate(asked[0], builder.stop_ids, 6),
+        )
         assert said.rows == expected.rows
 
 
@@ -143,7 +163,10 @@ def test_a_batch_of_unequal_lengths_gives_what_each_row_gives_alone(receiver: tu
         torch.testing.assert_close(together[batch.row_N == row], alone, atol=2e-3, rtol=1e-3)
     prompts = [builder.text(context, question) for context, question, _ in rows]
     joined = lm.generate(collate(prompts, side="left"), builder.stop_ids, 6).rows
-    assert joined == [lm.generate(collate([prompt], side="left"), builder.stop_ids, 6).rows[0] for prompt in prompts]
+    assert joined == [
+        lm.generate(collate([prompt], side="left"), builder.stop_ids, 6).rows[0]
+        for prompt in prompts
+    ]
 
 
 def test_the_side_of_the_padding_and_its_token_do_not_matter(receiver: tuple) -> None:
@@ -151,10 +174,14 @@ def test_the_side_of_the_padding_and_its_token_do_not_matter(receiver: tuple) ->
     lm, builder, rows = receiver
     sequences = [builder.text(*row) for row in rows]
     right, left = collate(sequences), collate(sequences, side="left")
-    torch.testing.assert_close(lm.supervised_logits(left), lm.supervised_logits(right), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        lm.supervised_logits(left), lm.supervised_logits(right), atol=2e-3, rtol=1e-3
+    )
     padded = right.ids_BS.masked_fill(right.attention_BS == 0, builder.stop_id)
     other = replace(right, ids_BS=padded)
-    torch.testing.assert_close(lm.supervised_logits(other), lm.supervised_logits(right), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        lm.supervised_logits(other), lm.supervised_logits(right), atol=1e-5, rtol=1e-4
+    )
     assert torch.equal(other.target_N, right.target_N)
 
 
@@ -187,20 +214,33 @@ def test_a_soft_prompt_that_does_not_fill_its_slots_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_receivers_read_answer_and_stay_frozen(kind: str) -> None:
     pytest.importorskip(
-        {"int8": "torchao", "nf4": "bitsandbytes"}[kind], reason="pip install 'latentwire[quantization]'"
+        {"int8": "torchao", "nf4": "bitsandbytes"}[kind],
+        reason="pip install 'latentwire[quantization]'",
     )
     lm, builder, rows = load(RunConfig().receivers[0].model_copy(update={"quantization": kind}))
     before = lm.fingerprint()
     assert before != LMWrapper(RunConfig().receivers[0]).fingerprint()
     prompts = [builder.text(context, question) for context, question, _ in rows]
-    answers = lm.tokenizer.batch_decode(lm.generate(collate(prompts, side="left"), builder.stop_ids, 6).rows)
+    answers = lm.tokenizer.batch_decode(
+        lm.generate(collate(prompts, side="left"), builder.stop_ids, 6).rows
+    )
     assert [answer.strip() for answer in answers] == [answer for _, _, answer in ROWS]
-    asked = list(toy_rows(64, seed=5, people=3, kinds=2))  # 0.97 in full precision; four bits cost a few more
+    asked = list(
+        toy_rows(64, seed=5, people=3, kinds=2)
+    )  # 0.97 in full precision; four bits cost a few more
     golds = [row["answers"][0] for row in asked]
-    ids = builder.tokenize([row["context"] for row in asked], [row["question"] for row in asked], golds)
-    prompts = [builder.text(*read) for read in zip(ids["context_ids"], ids["question_ids"], strict=True)]
-    answers = lm.tokenizer.batch_decode(lm.generate(collate(prompts, side="left"), builder.stop_ids, 6).rows)
-    assert sum(answer.strip() == gold for answer, gold in zip(answers, golds, strict=True)) > 0.8 * len(golds)
+    ids = builder.tokenize(
+        [row["context"] for row in asked], [row["question"] for row in asked], golds
+    )
+    prompts = [
+        builder.text(*read) for read in zip(ids["context_ids"], ids["question_ids"], strict=True)
+    ]
+    answers = lm.tokenizer.batch_decode(
+        lm.generate(collate(prompts, side="left"), builder.stop_ids, 6).rows
+    )
+    assert sum(
+        answer.strip() == gold for answer, gold in zip(answers, golds, strict=True)
+    ) > 0.8 * len(golds)
     batch = collate([builder.latent(4, question, answer) for _, question, answer in rows])
     p_BLD = torch.randn(2, 4, lm.width, requires_grad=True)
     token_ce(lm.supervised_logits(batch, p_BLD), batch.target_N).mean().backward()
@@ -208,9 +248,13 @@ def test_quantised_receivers_read_answer_and_stay_frozen(kind: str) -> None:
     assert lm.fingerprint() == before
 
 
-def test_quantisation_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantisation_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ReceiverError, match=r"needs bitsandbytes, .* pip install 'latentwire\[quantization\]'"):
+    with pytest.raises(
+        ReceiverError, match=r"needs bitsandbytes, .* pip install 'latentwire\[quantization\]'"
+    ):
         quantization_config(ReceiverConfig(name="a", model="toy-llama", quantization="nf4"))
 
 
@@ -242,7 +286,8 @@ def test_a_prompt_that_is_longer_than_a_model_can_read_is_refused() -> None:
     lm.most_positions = prompts.ids_BS.shape[1] + 4
     lm.generate(prompts, builder.stop_ids, 4)
     with pytest.raises(
-        ReceiverError, match=r"reads at most \d+ positions, a prompt and its answer take \d+; lower data"
+        ReceiverError,
+        match=r"reads at most \d+ positions, a prompt and its answer take \d+; lower data",
     ):
         lm.generate(prompts, builder.stop_ids, 5)
     lm.most_positions = 10
@@ -271,35 +316,53 @@ def test_states_are_those_that_layers_put_out(receiver: tuple) -> None:
     for state, expected in zip(states, (made[0], made[len(layers) // 2], None), strict=True):
         at_targets = last_ND if expected is None else expected.flatten(0, 1)[batch.predict_N]
         torch.testing.assert_close(state, at_targets)
-    assert not torch.allclose(states[1], made[len(layers) // 2 - 1].flatten(0, 1)[batch.predict_N], atol=1e-3)
+    assert not torch.allclose(
+        states[1], made[len(layers) // 2 - 1].flatten(0, 1)[batch.predict_N], atol=1e-3
+    )
 
 
 def test_the_embeddings_scale_is_that_which_layers_read(tmp_path: Path) -> None:
     """Gemma multiplies its table by the root of its width on the way to the first layer."""
     toy = load_tokenizer(RunConfig().receivers[0])
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(toy), hidden_size=64, intermediate_size=32, **shape))
+    shape = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(vocab_size=len(toy), hidden_size=64, intermediate_size=32, **shape)
+    )
     model.save_pretrained(tmp_path)
     toy.save_pretrained(tmp_path)
     lm = LMWrapper(ReceiverConfig(name="gemma", model=str(tmp_path)))
     seen: list[torch.Tensor] = []
-    with lm.lm.base_model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+    with lm.lm.base_model.layers[0].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    ):
         lm.lm(input_ids=torch.arange(len(toy))[None])
     assert lm.embed_rms == pytest.approx(float(seen[0].square().mean().sqrt()), rel=1e-4)
-    assert lm.embed_rms == pytest.approx(8 * float(lm.embed_tokens.weight.square().mean().sqrt()), rel=1e-2)
+    assert lm.embed_rms == pytest.approx(
+        8 * float(lm.embed_tokens.weight.square().mean().sqrt()), rel=1e-2
+    )
 
 
-def test_an_architecture_that_reads_ids_beside_embeddings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_that_reads_ids_beside_embeddings_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     forward = LlamaModel.forward
 
-    def by_ids(self: LlamaModel, input_ids: Any = None, inputs_embeds: Any = None, **options: Any) -> Any:
+    def by_ids(
+        self: LlamaModel, input_ids: Any = None, inputs_embeds: Any = None, **options: Any
+    ) -> Any:
         if inputs_embeds is None:  # what is looked up by the ids alone
             inputs_embeds = self.embed_tokens(input_ids) + torch.sin(input_ids.float())[..., None]
         return forward(self, inputs_embeds=inputs_embeds, **options)
 
     monkeypatch.setattr(LlamaModel, "forward", by_ids)
     with pytest.raises(
-        ReceiverError, match="must read embeddings as it reads their token ids, and does not; name a model"
+        ReceiverError,
+        match="must read embeddings as it reads their token ids, and does not; name a model",
     ):
         LMWrapper(RunConfig().receivers[0])
 
@@ -313,15 +376,20 @@ def test_an_architecture_that_scales_its_logits_is_refused(tmp_path: Path) -> No
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
     }
-    CohereForCausalLM(CohereConfig(vocab_size=len(toy), logit_scale=0.1, **shape)).save_pretrained(tmp_path)
+    CohereForCausalLM(CohereConfig(vocab_size=len(toy), logit_scale=0.1, **shape)).save_pretrained(
+        tmp_path
+    )
     toy.save_pretrained(tmp_path)
     with pytest.raises(
-        ReceiverError, match=r"scales its logits in a way LMWrapper does not know.*needs a case in logits"
+        ReceiverError,
+        match=r"scales its logits in a way LMWrapper does not know.*needs a case in logits",
     ):
         LMWrapper(ReceiverConfig(name="scaled", model=str(tmp_path)))
 
 
-def test_models_that_are_no_decoders_with_a_vocabulary_for_their_tokens_are_refused(tmp_path: Path) -> None:
+def test_models_that_are_no_decoders_with_a_vocabulary_for_their_tokens_are_refused(
+    tmp_path: Path,
+) -> None:
     toy = load_tokenizer(RunConfig().receivers[0])
     small = {"num_hidden_layers": 1, "hidden_size": 16}
     models: dict[str, tuple[Any, str]] = {
@@ -335,19 +403,26 @@ def test_models_that_are_no_decoders_with_a_vocabulary_for_their_tokens_are_refu
         model.save_pretrained(tmp_path / name)
         toy.save_pretrained(tmp_path / name)
         with pytest.raises(ReceiverError, match=message):
-            LMWrapper(ReceiverConfig(name=name, model=str(tmp_path / name), attn_implementation="eager"))
+            LMWrapper(
+                ReceiverConfig(name=name, model=str(tmp_path / name), attn_implementation="eager")
+            )
     shape = T5Config(vocab_size=len(toy), d_model=16, num_layers=1)
     shape.save_pretrained(tmp_path / "t5")
     with pytest.raises(
-        ReceiverError, match=r"t5 cannot be loaded \(.*; its architecture must be one that AutoModelForCausalLM"
+        ReceiverError,
+        match=r"t5 cannot be loaded \(.*; its architecture must be one that AutoModelForCausalLM",
     ):
         skeleton(ReceiverConfig(name="t5", model=str(tmp_path / "t5")))
     with pytest.raises(ReceiverError, match="set attn_implementation: eager for it, got sdpa"):
         LMWrapper(ReceiverConfig(name="mamba", model=str(tmp_path / "mamba")))
     (tmp_path / "narrow" / "tokenizer.json").unlink()
-    with pytest.raises(ReceiverError, match=r"its directory must hold config\.json, .* a fast tokenizer"):
+    with pytest.raises(
+        ReceiverError, match=r"its directory must hold config\.json, .* a fast tokenizer"
+    ):
         LMWrapper(ReceiverConfig(name="mute", model=str(tmp_path / "narrow")))
-    with pytest.raises(ReceiverError, match="must be one of toy-llama, toy-qwen, toy-phi, got toy-lama"):
+    with pytest.raises(
+        ReceiverError, match="must be one of toy-llama, toy-qwen, toy-phi, got toy-lama"
+    ):
         LMWrapper(ReceiverConfig(name="mine", model="toy-lama"))
 
 
@@ -357,14 +432,21 @@ def test_a_gguf_is_converted_whoever_asks_first(
 ) -> None:
     monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path))
     model = ReceiverConfig(name="a", model=str(real_receivers / "smollm2"))
-    with torch.device("meta"):  # where planners look at shapes, which cannot hold the weights that are converted
+    with torch.device(
+        "meta"
+    ):  # where planners look at shapes, which cannot hold the weights that are converted
         shape = skeleton(model)
-    assert sum(p.numel() for p in shape.parameters()) == sum(p.numel() for p in LMWrapper(model).lm.parameters())
+    assert sum(p.numel() for p in shape.parameters()) == sum(
+        p.numel() for p in LMWrapper(model).lm.parameters()
+    )
 
 
 def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, move in (("llama", "--llama_id <directory>"), ("mine", "run.receivers in the space file")):
+    for name, move in (
+        ("llama", "--llama_id <directory>"),
+        ("mine", "run.receivers in the space file"),
+    ):
         with pytest.raises(ReceiverError, match=rf"hf auth login.*{move}"):
             LMWrapper(ReceiverConfig(name=name, model="meta-llama/Meta-Llama-3.1-8B-Instruct"))
 

@@ -53,7 +53,9 @@ def test_tokens_add_up_to_the_texts_bytes(model: str) -> None:
 
 
 @pytest.mark.parametrize(("model", "off_by"), [("smollm2", 0), ("gemma3", 0), ("minilm", 6)])
-def test_real_tokens_add_up_to_the_texts_bytes(real_receivers: Path, model: str, off_by: int) -> None:
+def test_real_tokens_add_up_to_the_texts_bytes(
+    real_receivers: Path, model: str, off_by: int
+) -> None:
     # WordPiece drops accents and counts a space before punctuation too.
     assert abs(counted(str(real_receivers / model)) - len(SENTENCE.encode())) <= off_by
 
@@ -68,20 +70,30 @@ SENTENCES = [
 ]
 
 
-@pytest.mark.parametrize("longest", [1, 3, 8, 9])  # but for 8, the white space after "Portland." is a patch of its own
+@pytest.mark.parametrize(
+    "longest", [1, 3, 8, 9]
+)  # but for 8, the white space after "Portland." is a patch of its own
 def test_sentences_end_where_patches_do(longest: int) -> None:
     config = EncoderConfig(bytes_per_patch=longest)
     states, text = ByteStates(config), "".join(SENTENCES)
     patches, ends = states.tokenizer.cut(text, config.bytes_per_patch), states.sentence_ends(text)
-    after = [b"".join(patches[: place + 1]).decode().rstrip() for place, end in enumerate(ends) if end]
+    after = [
+        b"".join(patches[: place + 1]).decode().rstrip() for place, end in enumerate(ends) if end
+    ]
     assert after == ["".join(SENTENCES[:count]).rstrip() for count in range(1, len(SENTENCES))]
 
 
 def check_ends(model: str, sentences: list[str]) -> None:
     """What a backbone's tokens say up to the end of each sentence is these sentences."""
-    states = PretrainedStates(EncoderConfig(kind="lm", model=model, model_layers=1), {}, load_weights=False)
+    states = PretrainedStates(
+        EncoderConfig(kind="lm", model=model, model_layers=1), {}, load_weights=False
+    )
     ids = states.tokenizer("".join(sentences), add_special_tokens=False).input_ids
-    found = [states.tokenizer.decode(ids[: place + 1]) for place, end in enumerate(states.sentence_ends(ids)) if end]
+    found = [
+        states.tokenizer.decode(ids[: place + 1])
+        for place, end in enumerate(states.sentence_ends(ids))
+        if end
+    ]
     expected = ["".join(sentences[:count]).rstrip() for count in range(1, len(sentences))]
     assert [text.rstrip() for text in found] == expected
 
@@ -98,7 +110,9 @@ def test_sentences_end_where_real_tokens_do(real_receivers: Path, model: str) ->
 
 
 @given(st.text(max_size=80), st.integers(4, 20))
-def test_chunks_lose_nothing_and_end_after_white_space_where_there_is_any(text: str, limit: int) -> None:
+def test_chunks_lose_nothing_and_end_after_white_space_where_there_is_any(
+    text: str, limit: int
+) -> None:
     text = text.encode("utf-8", "ignore").decode()
     chunks = chunks_utf8(text, limit)
     assert "".join(chunks) == text and all(0 < len(chunk.encode()) <= limit for chunk in chunks)

@@ -14,33 +14,48 @@ ENOUGH = 64e9
 
 
 def space(folder: Path, **sections: dict) -> SweepConfig:
-    run = {"data": {"shard_dir": str(folder), "samples": 640}, "training": {"batch_size": 32, "epochs": 2}}
+    run = {
+        "data": {"shard_dir": str(folder), "samples": 640},
+        "training": {"batch_size": 32, "epochs": 2},
+    }
     return SweepConfig.model_validate({"run": run | sections.pop("run", {})} | sections)
 
 
 def node(name: str, cpus: float, memory: float = ENOUGH, alive: bool = True) -> dict:
-    return {"Alive": alive, "NodeManagerAddress": name, "Resources": {"CPU": cpus, "memory": memory}}
+    return {
+        "Alive": alive,
+        "NodeManagerAddress": name,
+        "Resources": {"CPU": cpus, "memory": memory},
+    }
 
 
 def test_trials_at_once_are_counted_node_by_node(tmp_path: Path) -> None:
     planned = plan(space(tmp_path, run={"training": {"cpus_per_worker": 2}}), {"CPU": 9}, ENOUGH)
     assert planned.max_concurrent_trials == 4
-    fitted, lines = fit(planned, [node("a", 3), node("b", 3), node("c", 3), node("gone", 64, alive=False)])
+    fitted, lines = fit(
+        planned, [node("a", 3), node("b", 3), node("c", 3), node("gone", 64, alive=False)]
+    )
     assert fitted.max_concurrent_trials == 3  # a core of each node is left over
     assert [line.split(":")[1] for line in lines] == [" 1 worker(s)"] * 3
-    assert fit(planned, [node("a", 9, memory=2.5 * planned.bytes_per_worker)])[0].max_concurrent_trials == 2
+    assert (
+        fit(planned, [node("a", 9, memory=2.5 * planned.bytes_per_worker)])[0].max_concurrent_trials
+        == 2
+    )
 
 
 def test_a_worker_that_no_node_can_host_is_refused(tmp_path: Path) -> None:
     planned = plan(space(tmp_path, run={"training": {"cpus_per_worker": 4}}), {"CPU": 6}, ENOUGH)
     with pytest.raises(
-        PlanError, match=r"needs 1 worker\(s\) of 4 CPU.*each on one node, and there is room for 0 \(node a"
+        PlanError,
+        match=r"needs 1 worker\(s\) of 4 CPU.*each on one node, and there is room for 0 \(node a",
     ):
         fit(planned, [node("a", 3), node("b", 3)])
 
 
 def test_steps_runs_hours_and_disk(tmp_path: Path) -> None:
-    fresh_runs = space(tmp_path, tune={"trials": 5, "finalists": 2, "final_seeds": 3, "keep_checkpoints": 4})
+    fresh_runs = space(
+        tmp_path, tune={"trials": 5, "finalists": 2, "final_seeds": 3, "keep_checkpoints": 4}
+    )
     planned = plan(fresh_runs, {"CPU": 2}, ENOUGH)
     estimate = forecast(fresh_runs, planned, tmp_path / "sweep")
     assert (estimate.runs, estimate.steps_per_run) == (11, 40)
@@ -48,7 +63,10 @@ def test_steps_runs_hours_and_disk(tmp_path: Path) -> None:
     assert estimate.disk_bytes == (4 + 6 + 2 * 2 + 1) * estimate.checkpoint_bytes
     text = "\n".join(estimate.lines(planned, 1e11))
     assert "to be made" in text and "at most 40 in a run, 440 in all" in text
-    assert "CPU-hours: " in text and "100 GFLOP/s (a matrix product on one worker, just measured)" in text
+    assert (
+        "CPU-hours: " in text
+        and "100 GFLOP/s (a matrix product on one worker, just measured)" in text
+    )
     assert "hours" not in "\n".join(estimate.lines(planned, None))
 
 
@@ -68,20 +86,31 @@ def test_steps_that_read_no_receiver_or_one_of_them_take_less(tmp_path: Path) ->
 def test_teachers_columns_count_as_disk(tmp_path: Path) -> None:
     with_kd = space(tmp_path, run={"losses": {"kd_weight": 1.0, "k": 4, "kd_top_k": 32}})
     planned = plan(with_kd, {"CPU": 2}, ENOUGH)
-    more = forecast(with_kd, planned, tmp_path).disk_bytes - forecast(space(tmp_path), planned, tmp_path).disk_bytes
+    more = (
+        forecast(with_kd, planned, tmp_path).disk_bytes
+        - forecast(space(tmp_path), planned, tmp_path).disk_bytes
+    )
     assert more == with_kd.run.data.samples * 2 * 4 * (32 * 6 + 2)
 
 
 def test_rows_that_are_not_counted_yet_are_not_guessed(tmp_path: Path) -> None:
-    unknown = space(tmp_path, run={"data": {"dataset": "custom", "data_dir": str(tmp_path), "samples": 0}})
+    unknown = space(
+        tmp_path, run={"data": {"dataset": "custom", "data_dir": str(tmp_path), "samples": 0}}
+    )
     (tmp_path / "train.jsonl").write_text('{"context": "a", "question": "b", "answers": ["c"]}\n')
-    (tmp_path / "validation.jsonl").write_text('{"context": "a", "question": "b", "answers": ["c"]}\n')
+    (tmp_path / "validation.jsonl").write_text(
+        '{"context": "a", "question": "b", "answers": ["c"]}\n'
+    )
     estimate = forecast(unknown, plan(unknown, {"CPU": 2}, ENOUGH), tmp_path)
     assert estimate.steps_per_run is None
-    assert "known when the shards are made" in "\n".join(estimate.lines(plan(unknown, {"CPU": 2}, ENOUGH), 1e11))
+    assert "known when the shards are made" in "\n".join(
+        estimate.lines(plan(unknown, {"CPU": 2}, ENOUGH), 1e11)
+    )
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(PlanError, match=r"a sweep needs about .* GB free: lower tune\.keep_checkpoints \(now 4\)"):
+    with pytest.raises(
+        PlanError, match=r"a sweep needs about .* GB free: lower tune\.keep_checkpoints \(now 4\)"
+    ):
         forecast(space(tmp_path), plan(space(tmp_path), {"CPU": 2}, ENOUGH), tmp_path / "sweep")

@@ -21,7 +21,11 @@ ENOUGH = 64e9
 
 def space(**values: object) -> SweepConfig:
     named = {name.replace("__", "."): value for name, value in values.items()}
-    tune = {name.removeprefix("tune."): named.pop(name) for name in list(named) if name.startswith("tune.")}
+    tune = {
+        name.removeprefix("tune."): named.pop(name)
+        for name in list(named)
+        if name.startswith("tune.")
+    }
     return SweepConfig(run=with_values(RunConfig(), named), tune=TuneConfig.model_validate(tune))
 
 
@@ -32,7 +36,11 @@ def test_parameters_are_counted_from_the_configuration() -> None:
 
 
 def test_features_that_look_at_heads_are_weighed_without_weights() -> None:
-    parted = {"encoder.pooling": "spans", "encoder.span_parts": 2, "features.deep_prefix": {"head_parts": 2}}
+    parted = {
+        "encoder.pooling": "spans",
+        "encoder.span_parts": 2,
+        "features.deep_prefix": {"head_parts": 2},
+    }
     plain = plan(space(features__deep_prefix={}), {"CPU": 2}, ENOUGH)
     assert (
         plan(space(**parted), {"CPU": 2}, ENOUGH).trainable_parameters < plain.trainable_parameters
@@ -42,7 +50,9 @@ def test_features_that_look_at_heads_are_weighed_without_weights() -> None:
 def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
     assert plan(space(), {"CPU": 4}, ENOUGH).max_concurrent_trials == 4
     assert plan(space(training__num_workers=2), {"CPU": 4}, ENOUGH).max_concurrent_trials == 2
-    assert plan(space(), {"CPU": 100}, ENOUGH).max_concurrent_trials == 8  # the sweep has eight trials
+    assert (
+        plan(space(), {"CPU": 100}, ENOUGH).max_concurrent_trials == 8
+    )  # the sweep has eight trials
     one = plan(space(), {"CPU": 4}, ENOUGH).bytes_per_worker
     assert plan(space(), {"CPU": 4}, 2.5 * one).max_concurrent_trials == 2
 
@@ -52,11 +62,17 @@ def test_quantised_weights_and_encoders_that_stay_as_they_are_count() -> None:
         return plan(space(**values), {"CPU": 4}, ENOUGH)
 
     lm = {"encoder__kind": "lm", "encoder__model": "receiver:llama", "encoder__pooling": "spans"}
-    sizes = [first(receivers__0__quantization=kind).receivers[0].bytes_weights for kind in ("none", "int8", "nf4")]
+    sizes = [
+        first(receivers__0__quantization=kind).receivers[0].bytes_weights
+        for kind in ("none", "int8", "nf4")
+    ]
     assert sizes[0] > sizes[1] > sizes[2] > sizes[0] / 8
     frozen, full = (first(**lm, encoder__tune=tune).bytes_per_worker for tune in ("frozen", "full"))
     layers = 4 * first().receivers[0].parameters  # a copy of the receiver, head left out
-    assert frozen - first(**lm, encoder__tune="frozen", encoder__model_layers=1).bytes_per_worker > layers / 2
+    assert (
+        frozen - first(**lm, encoder__tune="frozen", encoder__model_layers=1).bytes_per_worker
+        > layers / 2
+    )
     assert full > frozen + 2 * layers
 
 
@@ -69,11 +85,19 @@ def test_messages_that_grow_or_shrink_are_planned_at_their_longest() -> None:
     kib = {"data__max_context_bytes": 1024, "training__batch_size": 2}
     assert slots_of(space(**kib).run) == shared_latents()
     assert slots_of(space(**kib, encoder__tokens_per_latent=8).run) == 32
-    assert slots_of(space(**kib, encoder__tokens_per_latent=8, training__tokens_per_latent=[4, 8]).run) == 64
-    assert slots_of(space(**kib, training__coarsening_steps=9, training__coarsening_from=2.0).run) == 128
+    assert (
+        slots_of(space(**kib, encoder__tokens_per_latent=8, training__tokens_per_latent=[4, 8]).run)
+        == 64
+    )
+    assert (
+        slots_of(space(**kib, training__coarsening_steps=9, training__coarsening_from=2.0).run)
+        == 128
+    )
     assert slots_of(space(**kib, encoder__private_len=3).run) == shared_latents() + 3
     fixed, shrinking = (
-        plan(space(**kib, training__coarsening_steps=steps), {"CPU": 2}, ENOUGH).receivers[0].bytes_step
+        plan(space(**kib, training__coarsening_steps=steps), {"CPU": 2}, ENOUGH)
+        .receivers[0]
+        .bytes_step
         for steps in (0, 9)
     )
     assert shrinking > 2 * fixed
@@ -83,10 +107,14 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
     eight = {"CPU": 16, "GPU": 4}
     shared = plan(space(), eight, ENOUGH)
     assert shared.sharing is not None and shared.max_concurrent_trials == 8  # the sweep has no more
-    assert shared.sharing.replicas == 4 and shared.sharing.most_positions == 4 * 32 * (shared_latents() + 64)
+    assert shared.sharing.replicas == 4 and shared.sharing.most_positions == 4 * 32 * (
+        shared_latents() + 64
+    )
     single = plan(space(tune__joined_trials=1), eight, ENOUGH).sharing
     assert single is not None and single.most_positions == 0  # nothing is joined, however short
-    assert 0 < shared.worker_gpus < 0.1 and shared.gpus_per_worker == 1.0  # a finished wire is scored with its own
+    assert (
+        0 < shared.worker_gpus < 0.1 and shared.gpus_per_worker == 1.0
+    )  # a finished wire is scored with its own
     whole = shared.sharing.gpus_per_replica
     assert all(0 < share < 0.2 for share in whole.values()) and set(whole) == {"llama", "qwen"}
     on_cpus = plan(space(), {"CPU": 4}, ENOUGH)
@@ -102,7 +130,9 @@ def test_receivers_are_shared_where_more_trials_fit_that_way() -> None:
     searched = SweepConfig.model_validate(
         {"search": {"losses.first_token_ce_weight": {"type": "float", "low": 0.1, "high": 1}}}
     )
-    assert not planner.alone(searched).search  # a single run has what its ``run:`` says, and is planned by it
+    assert not planner.alone(
+        searched
+    ).search  # a single run has what its ``run:`` says, and is planned by it
 
 
 def test_trials_that_fit_only_beside_a_replica_share_it_and_a_plan_reads_well() -> None:
@@ -112,14 +142,26 @@ def test_trials_that_fit_only_beside_a_replica_share_it_and_a_plan_reads_well() 
     assert with_own.sharing is None and shared.sharing is not None
     between = sum(shared.sharing.bytes_per_replica.values()) + 1.5 * shared.worker_bytes
     lines = str(shared).splitlines()
-    assert lines[0].startswith("receiver llama: 0.9 M parameters") and lines[-1] == "trials at once: 8"
-    assert "receivers: shared, 1 replica(s) each of llama" in lines[-2] and "own, in every worker" in str(with_own)
+    assert (
+        lines[0].startswith("receiver llama: 0.9 M parameters") and lines[-1] == "trials at once: 8"
+    )
+    assert "receivers: shared, 1 replica(s) each of llama" in lines[
+        -2
+    ] and "own, in every worker" in str(with_own)
     with pytest.raises(PlanError, match="one worker needs about"):
-        plan(space(tune__receivers="own", **sizes), {"CPU": 8}, min(between, with_own.bytes_per_worker - 1))
+        plan(
+            space(tune__receivers="own", **sizes),
+            {"CPU": 8},
+            min(between, with_own.bytes_per_worker - 1),
+        )
 
 
 def test_a_receiver_on_all_of_a_workers_gpus_has_their_memory_together() -> None:
-    split = {"receivers__0__device_map": "auto", "training__gpus_per_worker": 2.0, "tune__receivers": "own"}
+    split = {
+        "receivers__0__device_map": "auto",
+        "training__gpus_per_worker": 2.0,
+        "tune__receivers": "own",
+    }
     need = plan(space(**split), {"CPU": 8, "GPU": 4}, ENOUGH).bytes_per_worker
     assert plan(space(**split), {"CPU": 8, "GPU": 4}, 0.6 * need).max_concurrent_trials == 2
     with pytest.raises(PlanError, match="the GPU has"):
@@ -133,9 +175,21 @@ def shared_latents() -> int:
 @pytest.mark.parametrize(
     ("values", "memory", "message"),
     [
-        ({"features__lora": {}}, ENOUGH, r"but features\.lora acts on the receivers' own layers: change that, or set"),
-        ({"training__log_gradient_norms": True}, ENOUGH, "log_gradient_norms takes a backward pass per term"),
-        ({}, 1e9, r"needs room for one trial beside the replicas, got 1\.0 GB for 1 replica\(s\) each of llama 0\.8"),
+        (
+            {"features__lora": {}},
+            ENOUGH,
+            r"but features\.lora acts on the receivers' own layers: change that, or set",
+        ),
+        (
+            {"training__log_gradient_norms": True},
+            ENOUGH,
+            "log_gradient_norms takes a backward pass per term",
+        ),
+        (
+            {},
+            1e9,
+            r"needs room for one trial beside the replicas, got 1\.0 GB for 1 replica\(s\) each of llama 0\.8",
+        ),
         ({}, float("inf"), "set tune.gpu_memory_gb, or tune.receivers: own"),
     ],
 )
@@ -155,9 +209,24 @@ def test_a_searched_feature_that_needs_weights_stands_against_sharing() -> None:
 @pytest.mark.parametrize(
     ("values", "resources", "memory", "message"),
     [
-        ({}, {"CPU": 2}, 1e8, r"one worker needs about .* GB and the node has 0\.1 GB: lower training\.batch_size"),
-        ({"training__num_workers": 4}, {"CPU": 2}, ENOUGH, "one trial needs 4 CPUs and the cluster has 2"),
-        ({"training__gpus_per_worker": 1}, {"CPU": 2}, ENOUGH, "one trial needs 1 GPUs and the cluster has 0"),
+        (
+            {},
+            {"CPU": 2},
+            1e8,
+            r"one worker needs about .* GB and the node has 0\.1 GB: lower training\.batch_size",
+        ),
+        (
+            {"training__num_workers": 4},
+            {"CPU": 2},
+            ENOUGH,
+            "one trial needs 4 CPUs and the cluster has 2",
+        ),
+        (
+            {"training__gpus_per_worker": 1},
+            {"CPU": 2},
+            ENOUGH,
+            "one trial needs 1 GPUs and the cluster has 0",
+        ),
         (
             {"training__num_workers": 3},
             {"CPU": 8},
@@ -166,7 +235,9 @@ def test_a_searched_feature_that_needs_weights_stands_against_sharing() -> None:
         ),
     ],
 )
-def test_what_cannot_fit_is_refused(values: dict, resources: dict, memory: float, message: str) -> None:
+def test_what_cannot_fit_is_refused(
+    values: dict, resources: dict, memory: float, message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         plan(space(**values), resources, memory)
 
@@ -175,23 +246,35 @@ def test_nodes_that_the_autoscaler_may_add_are_counted(monkeypatch: pytest.Monke
     import ray
     from ray._private import state
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0, "node:__internal_head__": 1.0, "memory": 8e9})
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {"CPU": 0.0, "node:__internal_head__": 1.0, "memory": 8e9}
+    )
     possible = {"GPU": 4, "CPU": 32, "on_demand": 1}
     monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: possible)
     resources = autoscaler.cluster_resources()
-    assert resources == {"CPU": 32.0, "GPU": 4.0, "on_demand": 1.0, "node:__internal_head__": 1.0, "memory": 8e9}
+    assert resources == {
+        "CPU": 32.0,
+        "GPU": 4.0,
+        "on_demand": 1.0,
+        "node:__internal_head__": 1.0,
+        "memory": 8e9,
+    }
     on_gpus = planner.plan_on_cluster(space())
     assert (on_gpus.gpus_per_worker, on_gpus.max_concurrent_trials) == (1.0, 4)
     one = space(training__worker_resources={"on_demand": 1})
     assert planner.plan_on_cluster(one).max_concurrent_trials == 1
     with pytest.raises(PlanError, match="one trial needs 1 A100 and the cluster has 0"):
         planner.plan_on_cluster(space(training__worker_resources={"A100": 1}))
-    monkeypatch.setattr(state.state, "get_max_resources_from_cluster_config", lambda: None)  # no autoscaler
+    monkeypatch.setattr(
+        state.state, "get_max_resources_from_cluster_config", lambda: None
+    )  # no autoscaler
     with pytest.raises(PlanError, match="one trial needs 1 CPUs and the cluster has 0"):
         planner.plan_on_cluster(space())
 
 
-def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ray._private import state
 
     config = {
@@ -207,7 +290,10 @@ def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(monkeyp
     assert autoscaler.most_resources({}) == {}
     monkeypatch.setattr(state.state, "get_cluster_config", lambda: None)
     monkeypatch.setattr(autoscaler, "autoscaling_config", lambda: config)
-    assert [(node["Count"], node["Resources"]["CPU"]) for node in autoscaler.addable_nodes()] == [(3, 8), (5, 4)]
+    assert [(node["Count"], node["Resources"]["CPU"]) for node in autoscaler.addable_nodes()] == [
+        (3, 8),
+        (5, 4),
+    ]
     one = planner.plan(space(), {"CPU": 64.0}, 1e12)
     head = {"Alive": True, "NodeManagerAddress": "head", "Resources": {"CPU": 0.0}}
     fitting, lines = forecast.fit(one, [head, *autoscaler.addable_nodes()])
@@ -221,7 +307,9 @@ def test_a_start_that_is_not_whole_is_refused_where_something_is_trained(tmp_pat
     begun = space(training__init_from=str(tmp_path))
     with pytest.raises(CheckpointError, match="must hold manifest"):
         planner.check_start(begun.run)
-    assert plan(begun, {"CPU": 2}, ENOUGH).max_concurrent_trials == 2  # a finished wire is scored without it
+    assert (
+        plan(begun, {"CPU": 2}, ENOUGH).max_concurrent_trials == 2
+    )  # a finished wire is scored without it
     planner.check_start(space().run)
 
 
@@ -232,7 +320,9 @@ def test_node_types_of_the_newer_autoscaler_count_too(monkeypatch: pytest.Monkey
         SimpleNamespace(name="gpu", resources={"GPU": 1}, max_count=4),
         SimpleNamespace(name="no", resources={}, max_count=0),
     ]
-    monkeypatch.setattr(state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=kinds))
+    monkeypatch.setattr(
+        state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=kinds)
+    )
     (node,) = autoscaler.addable_nodes()
     assert (node["Resources"], node["Count"]) == ({"GPU": 1}, 4)
 
@@ -249,22 +339,38 @@ def test_trials_on_gpus_are_counted_beside_replicas_on_each_of_them() -> None:
     shared = plan(space(), {"CPU": 16, "GPU": 4}, ENOUGH)
     nodes = [{"Alive": True, "NodeManagerAddress": "a", "Resources": {"CPU": 8, "GPU": 2}}]
     fitting, lines = forecast.fit(shared, nodes)
-    assert 0 < fitting.max_concurrent_trials <= shared.max_concurrent_trials and "node a (8 CPU, 2 GPU" in lines[0]
+    assert (
+        0 < fitting.max_concurrent_trials <= shared.max_concurrent_trials
+        and "node a (8 CPU, 2 GPU" in lines[0]
+    )
 
 
-@pytest.mark.parametrize(("share", "trials"), [(0.4, 16), (0.3, 24), (0.15, 48), (0.1, 80), (1.0, 8), (2.0, 4)])
+@pytest.mark.parametrize(
+    ("share", "trials"), [(0.4, 16), (0.3, 24), (0.15, 48), (0.1, 80), (1.0, 8), (2.0, 4)]
+)
 def test_a_share_of_a_gpu_lies_on_one_device(share: float, trials: int) -> None:
     wide = space(training__gpus_per_worker=share, tune__receivers="own", tune__trials=100)
     assert plan(wide, {"CPU": 100, "GPU": 8}, ENOUGH).max_concurrent_trials == trials
     node = {"Alive": True, "NodeManagerAddress": "a", "Resources": {"CPU": 100, "GPU": 4}}
-    (two, _), (one, _) = (forecast.fit(plan(wide, {"CPU": 100, "GPU": 8}, ENOUGH), [node] * n) for n in (2, 1))
+    (two, _), (one, _) = (
+        forecast.fit(plan(wide, {"CPU": 100, "GPU": 8}, ENOUGH), [node] * n) for n in (2, 1)
+    )
     assert (two.max_concurrent_trials, one.max_concurrent_trials) == (trials, trials // 2)
-    assert scoring_pool.copies_at_once({"CPU": 100, "GPU": 8}, two, ENOUGH) == trials  # of a finished wire, too
+    assert (
+        scoring_pool.copies_at_once({"CPU": 100, "GPU": 8}, two, ENOUGH) == trials
+    )  # of a finished wire, too
 
 
 def test_a_worker_whose_share_lies_on_no_device_is_refused() -> None:
-    pair = space(training__gpus_per_worker=0.6, training__num_workers=3, tune__receivers="own", training__batch_size=33)
-    with pytest.raises(PlanError, match=r"each of a trial's 3 worker\(s\) needs 0\.6 of one GPU, and 2 GPUs hold 2"):
+    pair = space(
+        training__gpus_per_worker=0.6,
+        training__num_workers=3,
+        tune__receivers="own",
+        training__batch_size=33,
+    )
+    with pytest.raises(
+        PlanError, match=r"each of a trial's 3 worker\(s\) needs 0\.6 of one GPU, and 2 GPUs hold 2"
+    ):
         plan(pair, {"CPU": 16, "GPU": 2}, ENOUGH)
 
 
@@ -272,12 +378,18 @@ def test_parts_of_gpus_are_put_where_they_leave_least() -> None:
     assert pieces(2, 0.5, [0.6, 0.3, 0.3]) == 1  # 0.6 and 0.3 share a device
     assert pieces(4, 1.0, [0.2] * 8) == 2 and pieces(4, 0.2, [0.2] * 8) == 12
     assert pieces(1.5, 0.5) == 3 and pieces(1.5, 1.0) == 1 and pieces(0, 0.1) == 0
-    assert hold(2, [0.6, 0.6, 0.4]) and not hold(2, [0.6, 0.6, 0.6]) and pieces(2, 0.1, [0.6, 0.6, 0.6]) == 0
+    assert (
+        hold(2, [0.6, 0.6, 0.4])
+        and not hold(2, [0.6, 0.6, 0.6])
+        and pieces(2, 0.1, [0.6, 0.6, 0.6]) == 0
+    )
     assert times(1, 0.1) == 10 and times(0.3, 0.1) == 3
 
 
 def test_a_plan_says_what_is_free_now_and_what_the_others_wait_for() -> None:
-    one = plan(space(training__gpus_per_worker=1, tune__receivers="own"), {"CPU": 16, "GPU": 4}, ENOUGH)
+    one = plan(
+        space(training__gpus_per_worker=1, tune__receivers="own"), {"CPU": 16, "GPU": 4}, ENOUGH
+    )
     has = {"CPU": 8.0, "GPU": 2.0, "memory": 64e9}
     busy, idle = (
         {"Alive": True, "NodeManagerAddress": name, "Resources": has, "Free": free}

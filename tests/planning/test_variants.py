@@ -9,7 +9,13 @@ from latentwire.config import RunConfig
 from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.data.shards import shard_key
-from latentwire.planning.variants import NAMES_FILES, check_metrics, data_variants, largest_run, variant_key
+from latentwire.planning.variants import (
+    NAMES_FILES,
+    check_metrics,
+    data_variants,
+    largest_run,
+    variant_key,
+)
 from latentwire.tuning.searcher import check_draws, check_searchable
 from latentwire.tuning.study import distribution, draw
 
@@ -27,7 +33,9 @@ def test_distributions_and_variants(tmp_path: Path) -> None:
     space = load_space(tmp_path / "s.yaml")
     table = {path: distribution(dim) for path, dim in space.search.items()}
     assert table["encoder.latent_len"] == optuna.distributions.IntDistribution(4, 16, step=4)
-    assert table["training.encoder_lr"] == optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
+    assert table["training.encoder_lr"] == optuna.distributions.FloatDistribution(
+        1e-4, 1e-2, log=True
+    )
     assert [run.prompt.anchor for run in data_variants(space)] == ["Answer: ", "A: "]
     assert largest_run(space).encoder.latent_len == 16
 
@@ -60,17 +68,31 @@ search:
 """
 
 
-def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(tmp_path: Path) -> None:
+def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "s.yaml").write_text(BACKBONES)
-    space = load_space(tmp_path / "s.yaml", {"run.encoder.pooling": "spans", "run.encoder.model": "toy-llama"})
+    space = load_space(
+        tmp_path / "s.yaml", {"run.encoder.pooling": "spans", "run.encoder.model": "toy-llama"}
+    )
     keys = {variant_key(run) for run in data_variants(space)}
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = {variant_key(with_values(space.run, draw(study.ask(), space.search))) for _ in range(40)}
+    drawn = {
+        variant_key(with_values(space.run, draw(study.ask(), space.search))) for _ in range(40)
+    }
     assert drawn == keys and len(keys) == 3
-    assert (largest_run(space).encoder.pooling, largest_run(space).encoder.private_len) == ("queries", 3)
-    both = BACKBONES + "  encoder.span_parts: {type: int, low: 2, high: 4, when: {encoder.pooling: spans}}\n"
+    assert (largest_run(space).encoder.pooling, largest_run(space).encoder.private_len) == (
+        "queries",
+        3,
+    )
+    both = (
+        BACKBONES
+        + "  encoder.span_parts: {type: int, low: 2, high: 4, when: {encoder.pooling: spans}}\n"
+    )
     (tmp_path / "s.yaml").write_text(both)
-    space = load_space(tmp_path / "s.yaml", {"run.encoder.pooling": "spans", "run.encoder.model": "toy-llama"})
+    space = load_space(
+        tmp_path / "s.yaml", {"run.encoder.pooling": "spans", "run.encoder.model": "toy-llama"}
+    )
     assert largest_run(space).encoder.span_parts == 1  # no trial has private latents and parts
 
 
@@ -90,7 +112,9 @@ def test_all_that_files_hang_on_tells_a_sweeps_files_apart(path: str) -> None:
 def test_what_shards_hang_on_names_them_too(path: str) -> None:
     kind = "byte" if path == "encoder.kind" else "lm"  # whose ids shards hold
     run = with_values(RunConfig(), {"encoder.kind": kind, "encoder.model": "toy-llama"})
-    assert shard_key(with_values(run, {path: OTHER[path]}), "train")[0] != shard_key(run, "train")[0]
+    assert (
+        shard_key(with_values(run, {path: OTHER[path]}), "train")[0] != shard_key(run, "train")[0]
+    )
 
 
 def test_all_that_files_hang_on_is_tested_but_most_of_data() -> None:
@@ -117,12 +141,23 @@ def test_a_dimension_with_a_condition_is_drawn_where_it_holds(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("encoder.kind: [lm, st]", "encoder.kidn: lm"), r"got encoder\.kidn .*encoder\.tune\.when.*encoder\.kind\?"),
-        (("encoder.kind: [lm, st]", "encoder.kind: gpt"), r"among the choices \['byte', 'lm', 'st'\], got 'gpt'"),
-        (("[byte, lm, st]}", "[byte, lm, st], when: {encoder.tune: lora}}"), "must not go round in a circle"),
+        (
+            ("encoder.kind: [lm, st]", "encoder.kidn: lm"),
+            r"got encoder\.kidn .*encoder\.tune\.when.*encoder\.kind\?",
+        ),
+        (
+            ("encoder.kind: [lm, st]", "encoder.kind: gpt"),
+            r"among the choices \['byte', 'lm', 'st'\], got 'gpt'",
+        ),
+        (
+            ("[byte, lm, st]}", "[byte, lm, st], when: {encoder.tune: lora}}"),
+            "must not go round in a circle",
+        ),
     ],
 )
-def test_conditions_name_dimensions_and_their_choices(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+def test_conditions_name_dimensions_and_their_choices(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
     (tmp_path / "s.yaml").write_text(CONDITIONS.replace(*change))
     with pytest.raises(ConfigError, match=message):
         load_space(tmp_path / "s.yaml")
@@ -136,7 +171,10 @@ def test_conditions_name_dimensions_and_their_choices(tmp_path: Path, change: tu
             r"got encoder\.latent_le \(.*start_with\[0\].*encoder\.latent_len\?",
         ),
         ("{start_with: [{encoder.latent_len: 40}]}", r"a number from 4 to 16, got 40"),
-        ('{start_with: [{}, {prompt.anchor: "X"}]}', r"among \['Answer: ', 'A: '\], got 'X' .*start_with\[1\]"),
+        (
+            '{start_with: [{}, {prompt.anchor: "X"}]}',
+            r"among \['Answer: ', 'A: '\], got 'X' .*start_with\[1\]",
+        ),
     ],
 )
 def test_starting_points_lie_in_the_space(tmp_path: Path, tune: str, message: str) -> None:
@@ -150,7 +188,10 @@ def test_starting_points_lie_in_the_space(tmp_path: Path, tune: str, message: st
     [
         ("{metric: dev_f2}", r"tune\.metric must name a reported metric, got dev_f2"),
         ("{objectives: {bytes: min}}", r"tune\.objectives must name a reported metric, got bytes"),
-        ("{constraints: {wire: {max: 2}}}", r"tune\.constraints must name a reported metric, got wire"),
+        (
+            "{constraints: {wire: {max: 2}}}",
+            r"tune\.constraints must name a reported metric, got wire",
+        ),
         ("{objectives: {dev_f1: max}}", "got dev_f1 in both"),
     ],
 )
@@ -187,7 +228,14 @@ search:
   losses.kd_temperature: {type: categorical, choices: [1.0, 2.0]}
 """)
     runs = data_variants(load_space(tmp_path / "s.yaml"))
-    assert [(r.losses.kd_weight, r.losses.k, r.losses.kd_temperature) for r in runs] == [(0.5, 6, 1.0), (0.5, 6, 2.0)]
-    (tmp_path / "s.yaml").write_text("search: {losses.kd_temperature: {type: float, low: 1, high: 4}}")
-    with pytest.raises(ConfigError, match=r"search\.losses\.kd_temperature must be categorical, got float"):
+    assert [(r.losses.kd_weight, r.losses.k, r.losses.kd_temperature) for r in runs] == [
+        (0.5, 6, 1.0),
+        (0.5, 6, 2.0),
+    ]
+    (tmp_path / "s.yaml").write_text(
+        "search: {losses.kd_temperature: {type: float, low: 1, high: 4}}"
+    )
+    with pytest.raises(
+        ConfigError, match=r"search\.losses\.kd_temperature must be categorical, got float"
+    ):
         data_variants(load_space(tmp_path / "s.yaml"))

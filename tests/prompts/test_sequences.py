@@ -66,7 +66,9 @@ def test_bos_that_does_not_exist_is_refused() -> None:
         ({}, {"template": "plain", "bos": "yes", "instruction": "Read <s> this"}, "BOS must stand once, at position 0, got 2"),
     ],
 )  # fmt: skip
-def test_tokenizers_that_cannot_be_read_from_are_refused(change: dict, knobs: dict, message: str) -> None:
+def test_tokenizers_that_cannot_be_read_from_are_refused(
+    change: dict, knobs: dict, message: str
+) -> None:
     receiver = ReceiverConfig(name="llama", model="toy-llama", **knobs)
     tokenizer = load_tokenizer(receiver)
     for name, value in change.items():
@@ -79,7 +81,9 @@ def test_a_plain_prompt_needs_lines_that_end_with_one_token() -> None:
     receiver = ReceiverConfig(name="llama", model="toy-llama", template="plain")
     tokenizer = load_tokenizer(receiver)
     tokenizer.backend_tokenizer.normalizer = Replace("\n", "!?")
-    with pytest.raises(PromptError, match=r"needs a newline that is one token, toy-llama gives \[\d+, \d+\]"):
+    with pytest.raises(
+        PromptError, match=r"needs a newline that is one token, toy-llama gives \[\d+, \d+\]"
+    ):
         PromptBuilder(tokenizer, receiver, PromptConfig(), "context")
 
 
@@ -101,7 +105,11 @@ def test_a_chat_turn_ends_with_the_templates_own_token_and_begins_as_it_is_told(
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<turn>"]})
     tokenizer.chat_template = TURNS
     built = PromptBuilder(tokenizer, receiver, PromptConfig(), "context")
-    end, eos, bos = tokenizer.convert_tokens_to_ids("<end>"), tokenizer.eos_token_id, tokenizer.bos_token_id
+    end, eos, bos = (
+        tokenizer.convert_tokens_to_ids("<end>"),
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+    )
     assert built.stop_id == end and built.stop_ids == (end, eos) and built.head_ids[0] == bos
     tokenizer.chat_template = TURNS.replace("<end>", "")  # a turn that ends with its line
     assert PromptBuilder(tokenizer, receiver, PromptConfig(), "context").stop_ids == (eos,)
@@ -118,9 +126,13 @@ def test_special_tokens_in_a_users_text_stay_text(builder: PromptBuilder) -> Non
 
 def test_anchor_that_merges_with_the_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     receiver = RunConfig().receivers[0]
-    builder = PromptBuilder(load_tokenizer(receiver), receiver, PromptConfig(anchor="Answer: Os"), "context")
+    builder = PromptBuilder(
+        load_tokenizer(receiver), receiver, PromptConfig(anchor="Answer: Os"), "context"
+    )
     # " Oslo" is one token: as anchor " Os" and answer "lo" the model would never have seen it written so.
-    assert builder.check_boundaries(["lo", "!"], builder.tokenize([], [], ["lo", "!"])["answer_ids"]) == [False, True]
+    assert builder.check_boundaries(
+        ["lo", "!"], builder.tokenize([], [], ["lo", "!"])["answer_ids"]
+    ) == [False, True]
     monkeypatch.setattr("latentwire.prompts.sequences._PROBE_ANSWERS", ("lo",))
     with pytest.raises(PromptError, match="end the anchor with a space or a newline"):
         PromptBuilder(builder.tokenizer, receiver, PromptConfig(anchor="Answer: Os"), "context")
@@ -159,7 +171,9 @@ def test_send_prompt_replaces_the_question_too() -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_collate_supervises_answers_and_stops_and_nothing_else(builder: PromptBuilder, side: str) -> None:
+def test_collate_supervises_answers_and_stops_and_nothing_else(
+    builder: PromptBuilder, side: str
+) -> None:
     context, question, answer = pieces(builder)
     rows = [builder.text(context, question, answer), builder.text([], question, answer)]
     batch = collate(rows, side=side)

@@ -57,9 +57,13 @@ def tokenizer(template: str | dict[str, str]) -> Any:
 def test_the_date_is_the_same_every_day() -> None:
     turns = [{"role": "user", "content": "a"}]
     loaded = tokenizer(LLAMA_3_2)
-    assert "02 Jan 2031" in loaded.apply_chat_template(turns, tokenize=False)  # so the clock is asked
+    assert "02 Jan 2031" in loaded.apply_chat_template(
+        turns, tokenize=False
+    )  # so the clock is asked
     assert around(loaded, receiver()).head.startswith("Today Date: 26 Jul 2024\n\nuser: Passage:")
-    assert around(tokenizer(IN_A_MACRO), receiver()).head.startswith("2024-07-26, Friday 26 July, 100% 12:00\n")
+    assert around(tokenizer(IN_A_MACRO), receiver()).head.startswith(
+        "2024-07-26, Friday 26 July, 100% 12:00\n"
+    )
     named = {"default": LLAMA_3_2, "tool_use": "{{ messages }}"}
     assert around(tokenizer(named), receiver()).head.startswith("Today Date: 26 Jul 2024\n")
     other = receiver(template_options={"date_string": "1 May 1999"})
@@ -69,7 +73,9 @@ def test_the_date_is_the_same_every_day() -> None:
 def test_templates_take_variables() -> None:
     loaded = tokenizer(THINKING)
     assert around(loaded, receiver()).tail == "\nassistant\n"
-    assert around(loaded, receiver(template_options={"enable_thinking": True})).tail == "\nassistant\n"
+    assert (
+        around(loaded, receiver(template_options={"enable_thinking": True})).tail == "\nassistant\n"
+    )
     quiet = receiver(template_options={"enable_thinking": False})
     assert around(loaded, quiet).tail == "\nassistant\n<think>\n\n</think>\n\n"
     ids = PromptBuilder(loaded, quiet, PromptConfig(), "context").tail_ids
@@ -78,13 +84,18 @@ def test_templates_take_variables() -> None:
 
 def test_variables_that_nothing_reads_or_that_are_none_are_refused() -> None:
     with pytest.raises(
-        PromptError, match="template_options need a chat template, receiver qwen is read as plain and has a; leave"
+        PromptError,
+        match="template_options need a chat template, receiver qwen is read as plain and has a; leave",
     ):
         PromptBuilder(
-            tokenizer(THINKING), receiver(template="plain", template_options={"a": 1}), PromptConfig(), "context"
+            tokenizer(THINKING),
+            receiver(template="plain", template_options={"a": 1}),
+            PromptConfig(),
+            "context",
         )
     with pytest.raises(
-        ValidationError, match="must be variables of the template, got tokenize, which the prompt sets itself"
+        ValidationError,
+        match="must be variables of the template, got tokenize, which the prompt sets itself",
     ):
         receiver(template_options={"tokenize": True})
 
@@ -96,9 +107,18 @@ def test_what_a_template_writes_is_part_of_the_shards_hash(tmp_path: Path) -> No
     plain = with_values(run, {"receivers.1.template": "plain"})
     before = {split: shard_key(run, split)[0] for split in ("train", "dev", "validation")}
     written = shard_key(run, "dev")[1]["receivers"]
-    assert written["qwen"]["rendered"] == rendered(load_tokenizer(run.receivers[1]), run.receivers[1])
-    assert "rendered" not in written["llama"] and "rendered" not in shard_key(plain, "dev")[1]["receivers"]["qwen"]
+    assert written["qwen"]["rendered"] == rendered(
+        load_tokenizer(run.receivers[1]), run.receivers[1]
+    )
+    assert (
+        "rendered" not in written["llama"]
+        and "rendered" not in shard_key(plain, "dev")[1]["receivers"]["qwen"]
+    )
     (folder / "chat_template.jinja").write_text(THINKING)
     keys = {shard_key(run, "dev")[0]}
-    keys.add(shard_key(with_values(run, {"receivers.1.template_options": {"enable_thinking": False}}), "dev")[0])
+    keys.add(
+        shard_key(
+            with_values(run, {"receivers.1.template_options": {"enable_thinking": False}}), "dev"
+        )[0]
+    )
     assert len(keys | set(before.values())) == 5

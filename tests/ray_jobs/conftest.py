@@ -21,7 +21,10 @@ def job(tmp_path: Path) -> Job:
         log = (tmp_path / "log").open("w")
         shards = ["--set", f"data.shard_dir={tmp_path / 'shards'}"]
         return subprocess.Popen(
-            [sys.executable, script, *flags, *shards], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, script, *flags, *shards],
+            cwd=REPOSITORY,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
     return start

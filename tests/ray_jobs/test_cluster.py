@@ -27,7 +27,9 @@ STEPS = ("--epochs=40", "--set", "training.evaluate_every=20", "--set", "tune.sc
 TRIAL_NODE = ("--set", "training.worker_resources={trial_node: 1}")
 
 
-def wait_for(condition: Callable[[], object], seconds: float, tell: Callable[[], str], pause: float = 0.5) -> None:
+def wait_for(
+    condition: Callable[[], object], seconds: float, tell: Callable[[], str], pause: float = 0.5
+) -> None:
     """``pause``: seconds between looks; more for those that cost a processor, as every ``ray`` command does."""
     end = time.time() + seconds
     while not condition():
@@ -78,8 +80,13 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
             assert any("trials/trial-0/step-" in name for name in names)
             assert any(name.startswith("shards/teacher-llama-") for name in names)
             secrets = [SECRET, "planted-key", *planted.values()]
-            everything = [said.encode(), *(file.read_bytes() for file in copy.rglob("*") if file.is_file())]
-            assert not [secret for secret in secrets for held in everything if secret.encode() in held]
+            everything = [
+                said.encode(),
+                *(file.read_bytes() for file in copy.rglob("*") if file.is_file()),
+            ]
+            assert not [
+                secret for secret in secrets for held in everything if secret.encode() in held
+            ]
 
         first = contents(root, "trials/trial-0/", "best/")
         monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "another_machine"))
@@ -87,9 +94,13 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
         rows = json.loads((root / "results.json").read_text())["trials"]
         assert sorted((row["trial"], row["step"]) for row in rows) == [(0, 40), (1, 40)]
         assert "reused from s3://bucket/home/shards" in said
-        (aside,) = [path.name for path in storage.children(root) if path.name.startswith("best-until-")]
+        (aside,) = [
+            path.name for path in storage.children(root) if path.name.startswith("best-until-")
+        ]
         trial, best = contents(root, "trials/trial-0/", f"{aside}/")
-        assert trial.items() <= first[0].items() and best == first[1]  # of checkpoints, some may have been let go
+        assert (
+            trial.items() <= first[0].items() and best == first[1]
+        )  # of checkpoints, some may have been let go
         assert (root / "best" / "manifest.json").exists()
 
 
@@ -111,7 +122,8 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "4")
 
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0},
     )
     try:
         first = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
@@ -126,7 +138,8 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
             if process.poll() is not None:
                 return [500]
             return [
-                int(path.parent.name.removeprefix("step-")) for path in output.glob("trials/*/step-*/manifest.json")
+                int(path.parent.name.removeprefix("step-"))
+                for path in output.glob("trials/*/step-*/manifest.json")
             ]
 
         try:
@@ -146,11 +159,14 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
             def waited() -> int:
                 """Seconds that the trial has waited for room, as it says."""
                 waits = re.findall(
-                    r"trial-0 has waited (\d+) s for 1 CPU, 1 trial_node: the cluster has", log_of(tmp_path)
+                    r"trial-0 has waited (\d+) s for 1 CPU, 1 trial_node: the cluster has",
+                    log_of(tmp_path),
                 )
                 return max(map(int, waits), default=0)
 
-            wait_for(lambda: waited() >= 16 or process.poll() is not None, 400, lambda: log_of(tmp_path))
+            wait_for(
+                lambda: waited() >= 16 or process.poll() is not None, 400, lambda: log_of(tmp_path)
+            )
             cluster.add_node(num_cpus=1, resources={"trial_node": 1})
             assert process.wait(800) == 0, log_of(tmp_path)
         finally:
@@ -182,7 +198,9 @@ NODE_TYPES = {
 
 
 @pytest.fixture
-def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def autoscaled(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """A head of one CPU whose autoscaler may start two fake nodes; its address."""
     with socket.socket() as found:
         if found.connect_ex(("127.0.0.1", 6379)) == 0:
@@ -192,7 +210,9 @@ def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     subprocess.run(
-        [Path(sys.executable).parent / "ray", "get-auth-token", "--generate"], check=True, capture_output=True
+        [Path(sys.executable).parent / "ray", "get-auth-token", "--generate"],
+        check=True,
+        capture_output=True,
     )
     environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     temp = Path(f"/tmp/lw-{os.getpid()}")
@@ -205,12 +225,16 @@ def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     )  # fmt: skip
     try:
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 60, lambda: "")
+            wait_for(
+                lambda: "Ray runtime started" in (folder / "head.log").read_text(), 60, lambda: ""
+            )
         assert head.poll() is None, (folder / "head.log").read_text()
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8299")
         yield "127.0.0.1:6379"
     finally:
-        for process in psutil.process_iter(["cmdline"]):  # ours: those that name our own temporary directory
+        for process in psutil.process_iter(
+            ["cmdline"]
+        ):  # ours: those that name our own temporary directory
             if str(temp) in " ".join(process.info["cmdline"] or []):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
@@ -250,19 +274,43 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
         return ray_command("job", "logs", name)
 
     submit("one", first)
-    wait_for(lambda: len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1, 400, lambda: logs("one"))
+    wait_for(
+        lambda: len(list(output.glob("trials/*/step-*/manifest.json"))) >= 1,
+        400,
+        lambda: logs("one"),
+    )
     assert nodes(autoscaled) >= 2  # a worker node beside the head
     ray_command("job", "stop", "one")
     assert "was stopped" in ray_command("job", "status", "one")
     submit("two", [sys.executable, script, "--resume", str(output)])
     wait_for((output / "best" / "manifest.json").exists, 400, lambda: logs("two"))
-    wait_for(lambda: "succeeded" in ray_command("job", "status", "two"), 120, lambda: logs("two"), pause=5)
+    wait_for(
+        lambda: "succeeded" in ray_command("job", "status", "two"),
+        120,
+        lambda: logs("two"),
+        pause=5,
+    )
     assert "resumed at step" in logs("two")
     rows = json.loads((output / "results.json").read_text())["trials"]
     assert sorted((row["state"], row["step"]) for row in rows) == [("done", 200)] * 2
-    submit("three", [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")], "--working-dir", ".")
-    wait_for(lambda: "failed" in ray_command("job", "status", "three"), 120, lambda: logs("three"), pause=5)
-    wait_for(lambda: nodes(autoscaled) == 1, 120, lambda: ray_command("status", "--address", autoscaled), pause=5)
+    submit(
+        "three",
+        [sys.executable, "ray_jobs/tune.py", "--resume", str(tmp_path / "nowhere")],
+        "--working-dir",
+        ".",
+    )
+    wait_for(
+        lambda: "failed" in ray_command("job", "status", "three"),
+        120,
+        lambda: logs("three"),
+        pause=5,
+    )
+    wait_for(
+        lambda: nodes(autoscaled) == 1,
+        120,
+        lambda: ray_command("status", "--address", autoscaled),
+        pause=5,
+    )
 
 
 def nodes(address: str) -> int:

@@ -10,10 +10,26 @@ from tests.ray_jobs.conftest import TINY, Job, log_of
 
 
 @pytest.mark.slow
-def test_trials_that_are_stopped_leave_nothing_with_shared_receivers(job: Job, tmp_path: Path) -> None:
+def test_trials_that_are_stopped_leave_nothing_with_shared_receivers(
+    job: Job, tmp_path: Path
+) -> None:
     output = tmp_path / "sweep"
-    steps = ("--max_steps=60", "--epochs=40", "--set", "training.evaluate_every=10", "--set", "tune.grace_steps=10")
-    seen = ("--set", "tune.receivers=shared", "--set", "tune.reduction_factor=2", "--set", "tune.trials=4")
+    steps = (
+        "--max_steps=60",
+        "--epochs=40",
+        "--set",
+        "training.evaluate_every=10",
+        "--set",
+        "tune.grace_steps=10",
+    )
+    seen = (
+        "--set",
+        "tune.receivers=shared",
+        "--set",
+        "tune.reduction_factor=2",
+        "--set",
+        "tune.trials=4",
+    )
     process = job("ray_jobs/tune.py", *TINY, *steps, *seen, "--output_dir", str(output))
     assert process.wait(600) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
@@ -21,9 +37,13 @@ def test_trials_that_are_stopped_leave_nothing_with_shared_receivers(job: Job, t
     document = json.loads((output / "results.json").read_text())
     states = {row["state"] for row in document["trials"]}
     assert len(document["trials"]) == 4 and states == {"done", "stopped"}
-    for name in ("llama", "qwen"):  # the last thing that replicas say, before they go: nothing waits
+    for name in (
+        "llama",
+        "qwen",
+    ):  # the last thing that replicas say, before they go: nothing waits
         (used,) = re.findall(
-            rf"shared {name}: ([\d,]+) requests of 4 trials in [\d,]+ passes, 0 of them joined.*; 0 wait still", log
+            rf"shared {name}: ([\d,]+) requests of 4 trials in [\d,]+ passes, 0 of them joined.*; 0 wait still",
+            log,
         )
         assert int(used.replace(",", "")) > 60
     # The wire is scored with receivers of its own, and knows them by the same hashes.

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def another_ray() -> Iterator[None]:
     """A second Ray on this machine, which Train's own actors must not take for theirs."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     yield
     cluster.shutdown()
 
@@ -42,26 +44,43 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     output, space = tmp_path / "sweep", load_space("search_spaces/toy.yaml")
     tree = space.model_dump(mode="json", exclude_unset=True)
     weight = "losses.first_token_ce_weight"
-    tree["search"][weight] = {"type": "categorical", "choices": [0.5, 1e39]}  # fp32 has no such number
+    tree["search"][weight] = {
+        "type": "categorical",
+        "choices": [0.5, 1e39],
+    }  # fp32 has no such number
     tree["tune"]["start_with"] = [{weight: 1e39}, {weight: 0.5}, {weight: 0.5}]
     tree["run"]["training"]["max_bad_steps"] = 1
     (tmp_path / "space.json").write_text(json.dumps(tree))
     steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "tune.grace_steps=3")
-    seen = ("--set", "tune.trackers=[mlflow]", "--set", "tune.keep_checkpoints=2", "--set", "tune.trials=3")
+    seen = (
+        "--set",
+        "tune.trackers=[mlflow]",
+        "--set",
+        "tune.keep_checkpoints=2",
+        "--set",
+        "tune.trials=3",
+    )
     named = ("--space", str(tmp_path / "space.json"), "--output_dir", str(output))
     process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen)
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
-    assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(tmp_path)
+    assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(
+        tmp_path
+    )
     check_console(output, log_of(tmp_path))
     check_progress(output)
     *rows, failed = document["trials"]
-    assert len(rows) == 2 and all((row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in rows)
+    assert len(rows) == 2 and all(
+        (row["state"], row["step"]) in {("done", 6), ("stopped", 3)} for row in rows
+    )
     assert (failed["trial"], failed["state"], "step" in failed) == (0, "failed", False)
     assert failed["error"].startswith("gradients must be finite, got norm ")
     study = open_study(output / JOURNAL, output.name, {"dev_f1": "max"})
     told = {t.number: (t.state.name, t.value) for t in study.trials}
-    states = {row["trial"]: ("COMPLETE" if row["state"] == "done" else "PRUNED", row["dev_f1"]) for row in rows}
+    states = {
+        row["trial"]: ("COMPLETE" if row["state"] == "done" else "PRUNED", row["dev_f1"])
+        for row in rows
+    }
     assert told == states | {0: ("FAIL", None)}
     assert all(set(row["values"]) == set(space.search) for row in document["trials"])
     assert rows[0]["dev_f1"] == max(row["dev_f1"] for row in rows)
@@ -85,13 +104,26 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
 
     # Its manifest repeats a trial to the last bit.
     written = json.loads((output / "manifest.json").read_text())
-    assert written["evaluation_pin"] == document["evaluation_pin"] == manifest["pins"]["evaluation_pin"]
+    assert (
+        written["evaluation_pin"]
+        == document["evaluation_pin"]
+        == manifest["pins"]["evaluation_pin"]
+    )
     assert written["receivers"] == manifest["pins"]["receivers"]
     beside = json.loads((output / "best" / "sweep.json").read_text())
     assert beside == written | {"trial": document["best"]["trial"]}
-    number = next(int(key) for key, trial in written["trials"].items() if trial["state"] == "COMPLETE")
+    number = next(
+        int(key) for key, trial in written["trials"].items() if trial["state"] == "COMPLETE"
+    )
     again = tmp_path / "again"
-    process = job("ray_jobs/tune.py", "--from_manifest", str(output), f"--trial={number}", "--output_dir", str(again))
+    process = job(
+        "ray_jobs/tune.py",
+        "--from_manifest",
+        str(output),
+        f"--trial={number}",
+        "--output_dir",
+        str(again),
+    )
     assert process.wait(600) == 0, log_of(tmp_path)
     score = written["trials"][str(number)]["score"]
     assert f"repeated trial {number}: dev_f1 {score!r}, was {score!r}" in log_of(tmp_path)
@@ -105,11 +137,18 @@ def check_console(output: Path, console: str) -> None:
     assert len(lines) < 80, console
     ends = [line for line in lines if re.match(r"trial \d (done|stopped|failed)", line)]
     assert len(ends) == 3 and re.search(r"; 3 of 3 trials ended, 0 running", ends[-1])
-    (failed,) = [line for line in ends if line.startswith("trial 0 failed: gradients must be finite")]
+    (failed,) = [
+        line for line in ends if line.startswith("trial 0 failed: gradients must be finite")
+    ]
     output_of_trial = output / "trials" / "trial-0" / "log.txt"
-    assert f"output: {output_of_trial};" in failed and "gradients must be finite" in output_of_trial.read_text()
+    assert (
+        f"output: {output_of_trial};" in failed
+        and "gradients must be finite" in output_of_trial.read_text()
+    )
     assert "step 6/6 " in (output / "trials" / "trial-1" / "log.txt").read_text()
-    assert not [line for line in lines if re.match(r"\d{4}-\d\d-\d\d |step \d|\(\w+ pid=|scored ", line)]
+    assert not [
+        line for line in lines if re.match(r"\d{4}-\d\d-\d\d |step \d|\(\w+ pid=|scored ", line)
+    ]
     assert re.search(r"\(RayTrainWorker pid=\d+.*\) step 6/6 ", (output / "log.txt").read_text())
 
 
@@ -119,7 +158,12 @@ def check_progress(output: Path) -> None:
     assert len(files) == 3
     for file in files:
         events = [event_pb2.Event.FromString(record) for record in records(file.read_bytes())]
-        steps = [event.step for event in events for value in event.summary.value if value.tag == "ray/tune/dev_f1"]
+        steps = [
+            event.step
+            for event in events
+            for value in event.summary.value
+            if value.tag == "ray/tune/dev_f1"
+        ]
         assert steps in ([[]] if file.parent.name == "trial-0" else [[3], [3, 6]])
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(output.name)
@@ -161,7 +205,12 @@ def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> 
         with read_study(output / JOURNAL, output.name, {"dev_f1": "max"}) as study:
             return [trial.state.name for trial in study.trials]
 
-    budget = ("--set", "tune.time_budget_minutes=0.05", "--set", f"data.shard_dir={tmp_path / 'shards'}")
+    budget = (
+        "--set",
+        "tune.time_budget_minutes=0.05",
+        "--set",
+        f"data.shard_dir={tmp_path / 'shards'}",
+    )
     process = command(*flags, *budget, "--output_dir", str(output))
     try:
         assert process.wait(600) == 1, log_of(tmp_path)
@@ -174,7 +223,9 @@ def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> 
             [sys.executable, "ray_jobs/tune.py", "--resume", str(output), "--force"],
             cwd=REPOSITORY, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert second.returncode == 2 and f"has process {process.pid} on" in second.stderr, second.stderr
+        assert second.returncode == 2 and f"has process {process.pid} on" in second.stderr, (
+            second.stderr
+        )
         wait_for(lambda: list(output.glob("trials/trial-0/step-*/manifest.json")), process)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(300) == 130, log_of(tmp_path)

@@ -32,7 +32,10 @@ class Direct:
 @pytest.fixture
 def replicas(run: RunConfig) -> Iterator[dict[str, Replica]]:
     """One replica of each receiver of the toy pair."""
-    made = {r.name: Replica(LocalReceiver(r), most_positions=10_000, most_waiting=8) for r in run.receivers}
+    made = {
+        r.name: Replica(LocalReceiver(r), most_positions=10_000, most_waiting=8)
+        for r in run.receivers
+    }
     yield made
     for replica in made.values():
         replica.close()
@@ -44,7 +47,9 @@ def sharing_wire(replicas: dict[str, Replica]) -> Callable[[RunConfig, str], Lat
 
     def make(run: RunConfig, asker: str) -> LatentWire:
         receivers = {
-            r.name: RemoteReceiver(r, Direct(replicas[r.name], asker), torch.device("cpu"), head_is_text=True)
+            r.name: RemoteReceiver(
+                r, Direct(replicas[r.name], asker), torch.device("cpu"), head_is_text=True
+            )
             for r in run.receivers
         }
         return LatentWire(run, receivers)

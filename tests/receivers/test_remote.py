@@ -19,11 +19,20 @@ VARIANTS = {
     "plain": {},
     "one receiver after the other": {"training.sequential_models": True},
     "aligned, and coarser then": {"training.alignment_steps": 2, "training.coarsening_steps": 4},
-    "every loss": {f"losses.{name}": 0.3 for name in LossConfig.model_fields if name.endswith("_weight")}
+    "every loss": {
+        f"losses.{name}": 0.3 for name in LossConfig.model_fields if name.endswith("_weight")
+    }
     | {"losses.kd_top_k": 0, "losses.k": 2, "training.accumulation": 2},
     "chunks of logits": {"training.logit_rows": 3},
-    "deep prefix and coprocessor": {"features.deep_prefix": {}, "features.coprocessor": {"width": 16, "heads": 2}},
-    **{name: {f"features.{name}": {}} for name, feature in FEATURES.items() if not feature.needs_weights},
+    "deep prefix and coprocessor": {
+        "features.deep_prefix": {},
+        "features.coprocessor": {"width": 16, "heads": 2},
+    },
+    **{
+        name: {f"features.{name}": {}}
+        for name, feature in FEATURES.items()
+        if not feature.needs_weights
+    },
 }
 
 Make = Callable[[RunConfig, str], LatentWire]
@@ -35,11 +44,17 @@ def curve(wire: LatentWire, table: pa.Table, steps: int = 6) -> tuple[list[dict]
     trainer = Trainer(wire, 100)
     said = [trainer.step(table.slice(4 * step % 12, 4)) for step in range(steps)]
     found = trainer.evaluate(table)
-    return said, {name: value for name, value in found.items() if "second" not in name and name != "examples_per_s"}
+    return said, {
+        name: value
+        for name, value in found.items()
+        if "second" not in name and name != "examples_per_s"
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_curve_is_that_of_own_receivers(run: RunConfig, sharing_wire: Make, variant: str) -> None:
+def test_the_curve_is_that_of_own_receivers(
+    run: RunConfig, sharing_wire: Make, variant: str
+) -> None:
     run = with_values(run, VARIANTS[variant])
     table = shard_table(run, 12)
     expected, metrics = curve(LatentWire(run), table)
@@ -50,7 +65,9 @@ def test_the_curve_is_that_of_own_receivers(run: RunConfig, sharing_wire: Make, 
 
 
 def test_texts_without_questions_are_scored_alike(run: RunConfig, sharing_wire: Make) -> None:
-    run = with_values(run, {"data.dataset": "text", "data.data_dir": "unused", "losses.bundle": "pretrain"})
+    run = with_values(
+        run, {"data.dataset": "text", "data.data_dir": "unused", "losses.bundle": "pretrain"}
+    )
     table = shard_table(run, 8)
     _, expected = curve(LatentWire(run), table, 2)
     _, found = curve(sharing_wire(run, "trial"), table, 2)
@@ -71,11 +88,15 @@ def test_what_needs_weights_says_so(run: RunConfig, sharing_wire: Make) -> None:
     wire = sharing_wire(run, "trial")
     message = wire.encode(["Ada lives in Oslo."])
     assert len(wire.answer(message, ["Where is the home of Ada?"], "llama")) == 1
-    with pytest.raises(ReceiverError, match="needs the weights of receiver llama in this process, they are shared"):
+    with pytest.raises(
+        ReceiverError, match="needs the weights of receiver llama in this process, they are shared"
+    ):
         wire.prompt_embeds(message, ["Where is the home of Ada?"], "llama")
 
 
-def test_only_the_plain_sum_has_a_gradient(run: RunConfig, sharing_wire: Make, replicas: dict[str, Replica]) -> None:
+def test_only_the_plain_sum_has_a_gradient(
+    run: RunConfig, sharing_wire: Make, replicas: dict[str, Replica]
+) -> None:
     wire = sharing_wire(with_values(run, {"losses.first_token_ce_weight": 0.5}), "trial")
     trainer = Trainer(wire, 100)
     lm, seen = wire.receivers["llama"], {}

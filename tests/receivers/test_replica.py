@@ -17,29 +17,58 @@ from latentwire.model import LatentWire
 from latentwire.prompts.sequences import collate
 from latentwire.receivers.base import LossTask
 from latentwire.receivers.replica import Replica
-from latentwire.receivers.requests import GenerateRequest, LossRequest, Prompt, Request, ScoreRequest
+from latentwire.receivers.requests import (
+    GenerateRequest,
+    LossRequest,
+    Prompt,
+    Request,
+    ScoreRequest,
+)
 from tests.conftest import shard_table
 
 UNLIKE = (
     {"encoder.latent_len": 3, "losses.answer_ce_weight": 0.7},
     {"encoder.latent_len": 9, "losses.kd_weight": 1.0, "losses.k": 2, "prompt.anchor": "A: "},
-    {"losses.first_token_ce_weight": 0.5, "losses.reconstruction_ce_weight": 1.0, "training.logit_rows": 2},
+    {
+        "losses.first_token_ce_weight": 0.5,
+        "losses.reconstruction_ce_weight": 1.0,
+        "training.logit_rows": 2,
+    },
 )
 """Trials that differ in all that may differ."""
 
 
-def loss_request(run: RunConfig, name: str, rows: int, seed: int, *, added: bool = False) -> LossRequest:
+def loss_request(
+    run: RunConfig, name: str, rows: int, seed: int, *, added: bool = False
+) -> LossRequest:
     """One step's request of a run, with a soft prompt drawn by the seed."""
     wire = LatentWire(run)
-    (batch,) = TrainingCollator(run, wire.builders, wire.interlingua.encoder)(shard_table(run, rows, seed), 0)
+    (batch,) = TrainingCollator(run, wire.builders, wire.interlingua.encoder)(
+        shard_table(run, rows, seed), 0
+    )
     sequences, weights = batch.sequences[name], weights_at(run.losses, 0)
     teacher = batch.teacher[name] if weights.needs_teacher else None
-    task = LossTask(sequences, weights, term_counts(weights, sequences), teacher, run.losses, run.training.logit_rows)
+    task = LossTask(
+        sequences,
+        weights,
+        term_counts(weights, sequences),
+        teacher,
+        run.losses,
+        run.training.logit_rows,
+    )
     generator = torch.Generator().manual_seed(seed)
     lm = wire.receivers[name]
-    soft_ND = torch.randn(int(sequences.slots_BS.sum()), lm.width, generator=generator) * lm.embed_rms
-    wide = sum(p.out_features for n, p in lm.skeleton().named_modules() if n.endswith(("k_proj", "v_proj")))
-    added_NE = torch.randn(int(sequences.latents_BS.sum()), wide, generator=generator) * 0.1 if added else None
+    soft_ND = (
+        torch.randn(int(sequences.slots_BS.sum()), lm.width, generator=generator) * lm.embed_rms
+    )
+    wide = sum(
+        p.out_features for n, p in lm.skeleton().named_modules() if n.endswith(("k_proj", "v_proj"))
+    )
+    added_NE = (
+        torch.randn(int(sequences.latents_BS.sum()), wide, generator=generator) * 0.1
+        if added
+        else None
+    )
     return LossRequest(task, Prompt(soft_ND, added_NE), True, True)
 
 
@@ -50,7 +79,8 @@ def test_joined_losses_and_gradients_are_those_of_each_alone(
 ) -> None:
     lm = replicas[name].lm
     requests = [
-        loss_request(with_values(run, values), name, 2 + seed, seed, added=added) for seed, values in enumerate(UNLIKE)
+        loss_request(with_values(run, values), name, 2 + seed, seed, added=added)
+        for seed, values in enumerate(UNLIKE)
     ]
     assert len({request.alike for request in requests}) == 1
     joined = LossRequest.answer(lm, requests)
@@ -63,18 +93,25 @@ def test_joined_losses_and_gradients_are_those_of_each_alone(
         ):
             assert (own is None) == (other is None)
             if own is not None and other is not None:
-                torch.testing.assert_close(own, other, atol=1e-5 * float(other.abs().max()), rtol=1e-4)
+                torch.testing.assert_close(
+                    own, other, atol=1e-5 * float(other.abs().max()), rtol=1e-4
+                )
                 assert float(own.abs().max()) > 0
 
 
-def test_joined_answers_and_judgements_are_those_of_each_alone(run: RunConfig, replicas: dict[str, Replica]) -> None:
+def test_joined_answers_and_judgements_are_those_of_each_alone(
+    run: RunConfig, replicas: dict[str, Replica]
+) -> None:
     lm = replicas["llama"].lm
     asked: list[tuple[GenerateRequest, ScoreRequest]] = []
     for seed, slots in enumerate((2, 7, 4)):
         wire = LatentWire(run)
         builder, columns = wire.builders["llama"], shard_table(run, 1 + seed, seed).to_pydict()
         ids = list(zip(columns["llama_question_ids"], columns["llama_answer_ids"], strict=True))
-        soft_ND = torch.randn(slots * len(ids), lm.width, generator=torch.Generator().manual_seed(seed)) * lm.embed_rms
+        soft_ND = (
+            torch.randn(slots * len(ids), lm.width, generator=torch.Generator().manual_seed(seed))
+            * lm.embed_rms
+        )
         left = collate([builder.latent(slots, question) for question, _ in ids], side="left")
         gold = collate([builder.latent(slots, question, answer) for question, answer in ids])
         asked.append(
@@ -83,7 +120,11 @@ def test_joined_answers_and_judgements_are_those_of_each_alone(run: RunConfig, r
                 ScoreRequest(gold, Prompt(soft_ND, None)),
             )
         )
-    assert len({generate.alike for generate, _ in asked}) == len({judge.alike for _, judge in asked}) == 1
+    assert (
+        len({generate.alike for generate, _ in asked})
+        == len({judge.alike for _, judge in asked})
+        == 1
+    )
     said = GenerateRequest.answer(lm, [generate for generate, _ in asked])
     judged = ScoreRequest.answer(lm, [judge for _, judge in asked])
     for (generate, judge), own_said, own_judged in zip(asked, said, judged, strict=True):
@@ -208,7 +249,11 @@ def test_a_request_that_fails_is_its_own_trials_error() -> None:
         desk.ask(name, name, fails=lambda names: ValueError("b is wrong") if "b" in names else None)
     open_.set()
     desk.finish()
-    assert isinstance(desk.answers.pop("b"), ValueError) and desk.answers == {"z": "z", "a": "a", "c": "c"}
+    assert isinstance(desk.answers.pop("b"), ValueError) and desk.answers == {
+        "z": "z",
+        "a": "a",
+        "c": "c",
+    }
     assert desk.replica.most_positions == 8  # memory was not the matter
 
 
@@ -246,7 +291,9 @@ def test_requests_of_one_asker_with_tensors_wait_together() -> None:
 
     def ask(number: int, hold: threading.Event | None = None) -> threading.Thread:
         request = Holding(torch.full((1, 2), number), hold)
-        thread = threading.Thread(target=lambda: found.update({number: desk.replica.ask("a", request)}), daemon=True)
+        thread = threading.Thread(
+            target=lambda: found.update({number: desk.replica.ask("a", request)}), daemon=True
+        )
         thread.start()
         time.sleep(0.02)
         return thread

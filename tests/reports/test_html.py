@@ -55,14 +55,25 @@ def sweep(tmp_path: Path) -> Path:
                         "examples_per_s": 9.0, "train_seconds": 1.0}
             for step in (1, 2)
         }  # fmt: skip
-        params = {"encoder.d_z": 8 + number, "prompt.anchor": ["A: ", "</script><b>A: "][number % 2]}
+        params = {
+            "encoder.d_z": 8 + number,
+            "prompt.anchor": ["A: ", "</script><b>A: "][number % 2],
+        }
         value = reports["2"]["dev_f1"]
         study.add_trial(
-            create_trial(values=[value], params=params, distributions=distributions, user_attrs={EVALUATIONS: reports})
+            create_trial(
+                values=[value],
+                params=params,
+                distributions=distributions,
+                user_attrs={EVALUATIONS: reports},
+            )
         )
     study.add_trial(
         create_trial(
-            state=TrialState.FAIL, params=params, distributions=distributions, user_attrs={CAUSE: f"died of {EVIL}"}
+            state=TrialState.FAIL,
+            params=params,
+            distributions=distributions,
+            user_attrs={CAUSE: f"died of {EVIL}"},
         )
     )
     modes: tuple[Mode, ...] = ("text", "latent")
@@ -82,7 +93,9 @@ def sweep(tmp_path: Path) -> Path:
                     "finalists": [{"trial": 4, "score": 0.42, "fresh": [0.4, 0.3]}],
                     "selection": {"validation": 0.5, "gap": -0.08, "development": 0.42}})
     )  # fmt: skip
-    (output / "manifest.json").write_text(json.dumps({"git": EVIL, "hardware": {"nodes": [{"CPU": 2}]}}))
+    (output / "manifest.json").write_text(
+        json.dumps({"git": EVIL, "hardware": {"nodes": [{"CPU": 2}]}})
+    )
     return output
 
 
@@ -103,9 +116,14 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
     page = html.write(sweep).read_text()
     tags = Tags()
     tags.feed(page)
-    assert not [tag for tag, attrs in tags.found if tag in ("img", "b") and attrs] and page.count("plotly.js v") == 1
+    assert (
+        not [tag for tag, attrs in tags.found if tag in ("img", "b") and attrs]
+        and page.count("plotly.js v") == 1
+    )
     assert not [attrs for _, attrs in tags.found for name in ("src", "onerror") if name in attrs]
-    assert not [attrs["href"] for _, attrs in tags.found if not attrs.get("href", "#").startswith("#")]
+    assert not [
+        attrs["href"] for _, attrs in tags.found if not attrs.get("href", "#").startswith("#")
+    ]
     assert "<script>alert" not in page and "<b>A: " not in page
     assert EVIL in "".join(tags.text)  # it is shown as text
     for heading in (
@@ -120,9 +138,13 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
     assert not list(sweep.glob(".*.part-*"))
 
 
-def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_page(tmp_path: Path) -> None:
+def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_page(
+    tmp_path: Path,
+) -> None:
     sizes = {"encoder.d_z": {"type": "int", "low": 8, "high": 64}}
-    space = SweepConfig.model_validate({"search": sizes, "tune": {"objectives": {"wire_bytes": "min"}}})
+    space = SweepConfig.model_validate(
+        {"search": sizes, "tune": {"objectives": {"wire_bytes": "min"}}}
+    )
     resume.write_space(space, tmp_path)
     study = open_study(tmp_path / JOURNAL, tmp_path.name, {"dev_f1": "max", "wire_bytes": "min"})
     for number in range(4):
@@ -132,7 +154,12 @@ def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_pa
         study.add_trial(create_trial(values=[0.1 * number, 64.0], params={"encoder.d_z": 8 + number},
                                      distributions=distributions, user_attrs={EVALUATIONS: {"1": report}}))  # fmt: skip
     page = html.write(tmp_path).read_text()
-    for heading in ("Slice", "Scores by encoder.d_z.", "Optimisation history", "F1 against wire bytes"):
+    for heading in (
+        "Slice",
+        "Scores by encoder.d_z.",
+        "Optimisation history",
+        "F1 against wire bytes",
+    ):
         assert heading in page, heading
 
 

@@ -34,9 +34,14 @@ def test_without_names_latents_are_compared_with_every_baseline(named: list[str]
     assert {b.partition(" ")[0] for _, b in sides} == {"text", "truncated", "shuffled"}
 
 
-@pytest.mark.parametrize("named", [["latent"], ["latent", "truncated", "text"], ["latent", "window"], ["text", "text"]])
+@pytest.mark.parametrize(
+    "named", [["latent"], ["latent", "truncated", "text"], ["latent", "window"], ["text", "text"]]
+)
 def test_rows_that_the_table_lacks_are_refused(named: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"--compare must name two different rows of the table \(text, latent at 8"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--compare must name two different rows of the table \(text, latent at 8",
+    ):
         compared(named, ROWS)
 
 
@@ -47,10 +52,15 @@ def test_a_table_with_nothing_to_compare_says_so_only_where_asked() -> None:
         compared([], alone)
 
 
-def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_for_answers_is_not_passed_over_with_a_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["evaluate", "--checkpoint", "runs/x/best", "--data_dir", "elsewhere"]) == 2
     error = capsys.readouterr().err
-    assert "--data_dir belongs to --predictions, " in error and "by --set data.data_dir=elsewhere" in error
+    assert (
+        "--data_dir belongs to --predictions, " in error
+        and "by --set data.data_dir=elsewhere" in error
+    )
 
 
 def test_a_directory_gets_scores_details_and_every_answer(
@@ -59,7 +69,10 @@ def test_a_directory_gets_scores_details_and_every_answer(
     rows = conditions(wire.run, ["text", "latent"])
     predictions = {row.key: list(predict(wire, table.slice(0, 3), row)) for row in rows}
     questions = Questions(rows, compared([], rows), {}, compared=True)
-    sizes = {"encoder": {"parameters": 1_200, "bytes": 4_800}, "llama": {"parameters": 34, "bytes": 136}}
+    sizes = {
+        "encoder": {"parameters": 1_200, "bytes": 4_800},
+        "llama": {"parameters": 34, "bytes": 136},
+    }
     read = {"rows": 3, "read_before": 2, "scorings": 1, "wires": 1, "again": False, "trained_on": 0}
     known = Known(sizes, read, {"cosine": 0.5})
     evaluation = Evaluation(wire.run, questions, predictions, known)

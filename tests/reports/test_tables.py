@@ -15,9 +15,20 @@ ROW = {
 def test_results_with_changed_receivers_are_labelled() -> None:
     scores = {"text": {"llama": ROW, "mean": ROW}, "latent": {"llama": ROW, "mean": ROW}}
     title, _, body = scores_table(scores, "toy", RunConfig())
-    assert title == "toy; 95 % intervals by resampling rows"  # of an earlier version, which counted no contexts
+    assert (
+        title == "toy; 95 % intervals by resampling rows"
+    )  # of an earlier version, which counted no contexts
     assert [row[0] for row in body] == ["full text", "latents"]
-    assert body[0][2:] == ["50.0 [25.0, 75.0]", "50.0 [25.0, 75.0]", "1", "9", "128", "1.5", "4", "–"]
+    assert body[0][2:] == [
+        "50.0 [25.0, 75.0]",
+        "50.0 [25.0, 75.0]",
+        "1",
+        "9",
+        "128",
+        "1.5",
+        "4",
+        "–",
+    ]
     _, _, body = scores_table(scores, "", with_values(RunConfig(), {"features.lora": {}}))
     assert [row[0] for row in body] == ["full text", "latents, not frozen"]
 

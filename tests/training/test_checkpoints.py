@@ -43,12 +43,35 @@ def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
         "adapters/qwen.safetensors", "training_state.safetensors", "training_state.json", "trained_on.safetensors",
         "README.md",
     }  # fmt: skip
-    adapter = {"norm.weight", "norm.bias", "skip.weight", "up.weight", "up.bias", "down.weight", "down.bias", "gain"}
+    adapter = {
+        "norm.weight",
+        "norm.bias",
+        "skip.weight",
+        "up.weight",
+        "up.bias",
+        "down.weight",
+        "down.bias",
+        "gain",
+    }
     for name in ("llama", "qwen"):
         assert set(load_file(saved / f"adapters/{name}.safetensors")) == adapter | {"control_CD"}
-    block = ["norm.weight", "norm.bias", "query_key_value.weight", "query_key_value.bias", "out.weight", "out.bias"]
+    block = [
+        "norm.weight",
+        "norm.bias",
+        "query_key_value.weight",
+        "query_key_value.bias",
+        "out.weight",
+        "out.bias",
+    ]
     mlp = ["mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias", "mlp.3.weight", "mlp.3.bias"]
-    attention = ["norm.weight", "norm.bias", "key_value.weight", "key_value.bias", "out.weight", "out.bias"]
+    attention = [
+        "norm.weight",
+        "norm.bias",
+        "key_value.weight",
+        "key_value.bias",
+        "out.weight",
+        "out.bias",
+    ]
     pool = ["query", "sharpness", *attention]
     joined = ["join.0.weight", "join.0.bias", "join.2.weight", "join.2.bias"]
     assert set(load_file(saved / "interlingua.safetensors")) == {
@@ -61,7 +84,9 @@ def test_exact_set_of_files_and_keys(saved: Path, wire: LatentWire) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_files_have_the_permissions_that_the_umask_allows(wire: LatentWire, tmp_path: Path, umask: int) -> None:
+def test_files_have_the_permissions_that_the_umask_allows(
+    wire: LatentWire, tmp_path: Path, umask: int
+) -> None:
     """A group that shares a directory can read its weights."""
     before = os.umask(umask)
     try:
@@ -69,7 +94,11 @@ def test_files_have_the_permissions_that_the_umask_allows(wire: LatentWire, tmp_
         storage.write_text(path / "note.txt", "x")
     finally:
         os.umask(before)
-    modes = {str(file.relative_to(path)): file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()}
+    modes = {
+        str(file.relative_to(path)): file.stat().st_mode & 0o777
+        for file in path.rglob("*")
+        if file.is_file()
+    }
     assert set(modes.values()) == {0o666 & ~umask}, modes
     assert "interlingua.safetensors" in modes and path.stat().st_mode & 0o777 == 0o777 & ~umask
 
@@ -84,7 +113,9 @@ def test_a_checkpoint_that_numbers_its_parameters_goes_on_too(
     run: RunConfig, table: pa.Table, tmp_path: Path, optimizer: str
 ) -> None:
     """Earlier versions told parameters by their place in groups where every table of vectors decayed."""
-    run = with_values(run, {"training.optimizer": optimizer, "training.epochs": 2, "features.coprocessor": {}})
+    run = with_values(
+        run, {"training.optimizer": optimizer, "training.epochs": 2, "features.coprocessor": {}}
+    )
     trainer = Trainer(wire_of(run), 4)
     batches = list(table_epochs(run.training, table)(0))
     for rows in batches[:2]:
@@ -97,14 +128,20 @@ def test_a_checkpoint_that_numbers_its_parameters_goes_on_too(
         former = [name for name in own if len(shapes[name]) >= 2 and "embed" not in name]
         order += [*former, *(name for name in own if name not in former)]
     if optimizer == "muon":
-        first = [n for n in order if len(shapes[n]) == 2 and n.endswith(".weight") and "embed" not in n]
+        first = [
+            n for n in order if len(shapes[n]) == 2 and n.endswith(".weight") and "embed" not in n
+        ]
         order = [*first, *(name for name in order if name not in first)]
     tensors = {}
     for key, tensor in load_file(path / "training_state.safetensors").items():
         name, _, slot = key.removeprefix("optimizer.").rpartition(".")
         tensors[f"optimizer.{order.index(name)}.{slot}"] = tensor
     assert len(tensors) > 100
-    document = {"progress": asdict(trainer.progress), "optimizer_groups": [{"lr": 0.0}], "scheduler": {"last_epoch": 2}}
+    document = {
+        "progress": asdict(trainer.progress),
+        "optimizer_groups": [{"lr": 0.0}],
+        "scheduler": {"last_epoch": 2},
+    }
     resealed(path, "training_state.safetensors", save(tensors))
     resealed(path, "training_state.json", json.dumps(document).encode())
     resumed = Trainer(wire_of(run), 4)
@@ -112,12 +149,19 @@ def test_a_checkpoint_that_numbers_its_parameters_goes_on_too(
     for one in (trainer, resumed):
         one.step(batches[2])
     for (name, expected), found in zip(
-        trainer.wire.interlingua.state_dict().items(), resumed.wire.interlingua.state_dict().values(), strict=True
+        trainer.wire.interlingua.state_dict().items(),
+        resumed.wire.interlingua.state_dict().values(),
+        strict=True,
     ):
         assert torch.equal(expected, found), name
-    resealed(path, "training_state.safetensors", save({"optimizer.encoder.nobody.exp_avg": torch.zeros(1)}))
+    resealed(
+        path,
+        "training_state.safetensors",
+        save({"optimizer.encoder.nobody.exp_avg": torch.zeros(1)}),
+    )
     with pytest.raises(
-        CheckpointError, match=r"must hold the optimiser state of this wire, got one of encoder\.nobody"
+        CheckpointError,
+        match=r"must hold the optimiser state of this wire, got one of encoder\.nobody",
     ):
         checkpoints.load_training(path, resumed)
 
@@ -129,7 +173,11 @@ VARIANTS: dict[str, dict] = {
 } | {
     "lm": {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 2},
     "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
-    "ratio": {"encoder.pooling": "spans", "encoder.tokens_per_latent": 3, "adapter.calibration": "embed_rms"},
+    "ratio": {
+        "encoder.pooling": "spans",
+        "encoder.tokens_per_latent": 3,
+        "adapter.calibration": "embed_rms",
+    },
     "private": {"encoder.private_len": 2, "adapter.slot_positions": True},
 }
 RELOAD = """
@@ -168,10 +216,14 @@ def test_every_combination_of_features_reloads_bit_equal_in_a_new_process(
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True)
     for name, (z_BLZ, scores) in expected.items():
         assert torch.equal(torch.load(tmp_path / name / "z.pt", weights_only=True), z_BLZ), name
-        assert untimed(json.loads((tmp_path / name / "scores.json").read_text())) == untimed(scores), name
+        assert untimed(json.loads((tmp_path / name / "scores.json").read_text())) == untimed(
+            scores
+        ), name
 
 
-def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, tmp_path: Path) -> None:
+def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(
+    run: RunConfig, tmp_path: Path
+) -> None:
     values = {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"}
     wire = wire_of(with_values(run, values))
     path = checkpoints.save(tmp_path / "best", wire, {}, {})
@@ -185,11 +237,17 @@ def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(run: RunConfig, 
 def test_a_wire_starts_from_what_an_earlier_one_has_in_common(
     saved: Path, wire: LatentWire, run: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    later = with_values(run, {"training.seed": 7, "features.refiner": {}, "receivers": [run.receivers[1].model_dump()]})
+    later = with_values(
+        run,
+        {"training.seed": 7, "features.refiner": {}, "receivers": [run.receivers[1].model_dump()]},
+    )
     fresh = wire_of(later)
     checkpoints.initialise(saved, fresh)
     assert torch.equal(fresh.encode(TEXTS).z_BLZ, wire.encode(TEXTS).z_BLZ)
-    assert torch.equal(fresh.interlingua.adapters["qwen"].skip.weight, wire.interlingua.adapters["qwen"].skip.weight)
+    assert torch.equal(
+        fresh.interlingua.adapters["qwen"].skip.weight,
+        wire.interlingua.adapters["qwen"].skip.weight,
+    )
     assert "fresh: features/refiner.safetensors" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="must fit the configuration"):
         checkpoints.initialise(saved, wire_of(with_values(run, {"encoder.d_z": 8})))
@@ -202,7 +260,9 @@ def test_a_changed_file_is_refused(saved: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"qwen\.safetensors must hash to .* it was changed or cut off"):
+    with pytest.raises(
+        CheckpointError, match=r"qwen\.safetensors must hash to .* it was changed or cut off"
+    ):
         load_wire(saved)
 
 
@@ -246,8 +306,12 @@ def resealed(folder: Path, name: str, content: bytes) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_file_that_is_not_what_it_should_be_is_refused(saved: Path, wire: LatentWire, run: RunConfig) -> None:
-    with pytest.raises(CheckpointError, match=r"must hold features/refiner\.safetensors for this configuration"):
+def test_a_file_that_is_not_what_it_should_be_is_refused(
+    saved: Path, wire: LatentWire, run: RunConfig
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"must hold features/refiner\.safetensors for this configuration"
+    ):
         refined = wire_of(with_values(run, {"features.refiner": {}}))
         exports.load_weights(saved, refined, exports.read_manifest(saved))
     resealed(saved, "adapters/qwen.safetensors", save({"other": torch.zeros(1)}))
@@ -270,7 +334,9 @@ def test_nothing_in_common_is_nothing_to_start_from(saved: Path, run: RunConfig)
 
 def test_another_shape_is_refused(saved: Path, run: RunConfig) -> None:
     with pytest.raises(CheckpointError, match="must fit the configuration"):
-        exports.load_weights(saved, wire_of(with_values(run, {"encoder.d_z": 8})), exports.read_manifest(saved))
+        exports.load_weights(
+            saved, wire_of(with_values(run, {"encoder.d_z": 8})), exports.read_manifest(saved)
+        )
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(
@@ -289,15 +355,24 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
 
 
 def test_no_receiver_weight_is_written(saved: Path, wire: LatentWire) -> None:
-    shapes = {tuple(t.shape) for lm in wire.receivers.values() for t in lm.lm.state_dict().values() if t.ndim == 2}
+    shapes = {
+        tuple(t.shape)
+        for lm in wire.receivers.values()
+        for t in lm.lm.state_dict().values()
+        if t.ndim == 2
+    }
     for file in saved.rglob("*.safetensors"):
-        assert not [name for name, tensor in load_file(file).items() if tuple(tensor.shape) in shapes], file
+        assert not [
+            name for name, tensor in load_file(file).items() if tuple(tensor.shape) in shapes
+        ], file
 
 
 def test_the_table_fixture_matches_what_training_reads(table: pa.Table, run: RunConfig) -> None:
-    assert {f"{r.name}_{piece}_ids" for r in run.receivers for piece in ("context", "question", "answer")} <= set(
-        table.column_names
-    )
+    assert {
+        f"{r.name}_{piece}_ids"
+        for r in run.receivers
+        for piece in ("context", "question", "answer")
+    } <= set(table.column_names)
 
 
 def test_a_wire_is_saved_where_a_package_is_not_installed() -> None:

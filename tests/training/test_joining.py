@@ -78,7 +78,9 @@ def test_the_new_receiver_learns_and_the_old_parts_stay_bit_equal(
     assert before["llama"]["em"] == 1 and before["phi"]["em"] < 0.5
     trainer.train(table_epochs(trainer.config, eight), lambda: None)
     after = summarise(list(predict(trainer.wire, eight, "latent")))
-    assert after["phi"]["em"] == 1 and after["llama"]["nll"] == pytest.approx(before["llama"]["nll"], abs=1e-6)
+    assert after["phi"]["em"] == 1 and after["llama"]["nll"] == pytest.approx(
+        before["llama"]["nll"], abs=1e-6
+    )
     export = checkpoints.save(tmp_path / "joined", trainer.wire, {}, {})
     for name in ("interlingua.safetensors", "adapters/llama.safetensors"):
         assert (export / name).read_bytes() == (base / name).read_bytes()
@@ -100,24 +102,34 @@ VARIANTS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_only_the_new_receivers_part_changes(run: RunConfig, table: pa.Table, tmp_path: Path, variant: str) -> None:
+def test_only_the_new_receivers_part_changes(
+    run: RunConfig, table: pa.Table, tmp_path: Path, variant: str
+) -> None:
     base = saved(with_values(run, VARIANTS[variant]), tmp_path)
     trainer = training(joined(base, "--set", "training.warmup_steps=0"), 16)
     before = {name: t.clone() for name, t in trainer.wire.interlingua.state_dict().items()}
     trainer.train(table_epochs(trainer.config, table), lambda: None)
-    changed = {name for name, t in trainer.wire.interlingua.state_dict().items() if not torch.equal(t, before[name])}
+    changed = {
+        name
+        for name, t in trainer.wire.interlingua.state_dict().items()
+        if not torch.equal(t, before[name])
+    }
     assert changed and all("phi" in name.split(".") for name in changed)
     own = {name for name, p in trainer.wire.interlingua.named_parameters() if p.requires_grad}
     assert all("phi" in name.split(".") for name in own)
     for name in FEATURES if variant == "everything" else ():
         parts = trainer.wire.interlingua.features[name].named_parameters()
-        if any("phi" in key.split(".") for key, _ in parts):  # what refines the message is no receiver's
+        if any(
+            "phi" in key.split(".") for key, _ in parts
+        ):  # what refines the message is no receiver's
             assert any(key.startswith(f"features.{name}.") for key in changed), name
     export = checkpoints.save(tmp_path / "joined", trainer.wire, {}, {})
     for file in base.rglob("*.safetensors"):
         both, old = load_file(export / file.relative_to(base)), load_file(file)
         assert all(torch.equal(both[key], old[key]) for key in old), file
-    assert LatentWire.from_pretrained(export).encoder_id == LatentWire.from_pretrained(base).encoder_id
+    assert (
+        LatentWire.from_pretrained(export).encoder_id == LatentWire.from_pretrained(base).encoder_id
+    )
 
 
 def test_encoder_and_one_receiver_can_be_trained_while_another_stays(
@@ -127,7 +139,11 @@ def test_encoder_and_one_receiver_can_be_trained_while_another_stays(
     trainer = training(joined(base, "--set", "training.train_only=[phi, encoder]"), 16)
     before = {name: t.clone() for name, t in trainer.wire.interlingua.state_dict().items()}
     trainer.train(table_epochs(trainer.config, table), lambda: None)
-    same = {name for name, t in trainer.wire.interlingua.state_dict().items() if torch.equal(t, before[name])}
+    same = {
+        name
+        for name, t in trainer.wire.interlingua.state_dict().items()
+        if torch.equal(t, before[name])
+    }
     assert {name for name in before if name.startswith("adapters.llama")} <= same
     assert "encoder.project.weight" not in same and "adapters.phi.down.weight" not in same
 
@@ -135,13 +151,22 @@ def test_encoder_and_one_receiver_can_be_trained_while_another_stays(
 def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
     base = saved(run, tmp_path)
     for flags, rule in [
-        (("--set", "training.train_only=[gpt]"), r"train_only must name receivers \(llama, phi\) or encoder, got gpt"),
-        (("--set", "training.init_from=null"), "keeps the other parts as they are, got init_from null"),
+        (
+            ("--set", "training.train_only=[gpt]"),
+            r"train_only must name receivers \(llama, phi\) or encoder, got gpt",
+        ),
+        (
+            ("--set", "training.init_from=null"),
+            "keeps the other parts as they are, got init_from null",
+        ),
         (
             ("--set", "training.log_gradient_norms=true"),
             "log_gradient_norms needs an encoder that learns, got train_only phi",
         ),
-        (("--config", "toy"), "--from takes an export, whose configuration it keeps, and no --config"),
+        (
+            ("--config", "toy"),
+            "--from takes an export, whose configuration it keeps, and no --config",
+        ),
         (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL beside it"),
         (("--add_receiver", "llama=toy-phi"), "receiver names must differ"),
     ]:
@@ -153,35 +178,57 @@ def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"without private latents, got encoder\.private_len 2"):
         joined(private)
     missing = joined(base, "--set", "features.refiner={}")
-    with pytest.raises(CheckpointError, match=r"keeps as it is, .* has no features/refiner\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"keeps as it is, .* has no features/refiner\.safetensors"
+    ):
         training(missing, 16)
 
 
-def test_a_further_stage_keeps_the_configuration_and_begins_with_the_weights(run: RunConfig, tmp_path: Path) -> None:
+def test_a_further_stage_keeps_the_configuration_and_begins_with_the_weights(
+    run: RunConfig, tmp_path: Path
+) -> None:
     base = saved(with_values(run, {"training.alignment_steps": 7}), tmp_path)
     stage = begun(base, "--set", "losses.bundle=autoencode", "--epochs=3")
     assert stage.losses.reconstruction_ce_weight == 1 and stage.training.epochs == 3
-    assert stage.encoder == run.encoder and stage.training.alignment_steps == 0 and not stage.training.train_only
+    assert (
+        stage.encoder == run.encoder
+        and stage.training.alignment_steps == 0
+        and not stage.training.train_only
+    )
     assert begun(base, "--set", "training.alignment_steps=2").training.alignment_steps == 2
     trainer, before = training(stage, 16), load_file(base / "adapters" / "llama.safetensors")
     assert all(
-        torch.equal(before[name], t) for name, t in trainer.wire.interlingua.adapters["llama"].state_dict().items()
+        torch.equal(before[name], t)
+        for name, t in trainer.wire.interlingua.adapters["llama"].state_dict().items()
     )
 
 
 def test_joined_and_from_scratch_spend_the_same_shares_of_their_steps(run: RunConfig) -> None:
-    parts = {"training.alignment_steps": 40, "training.coarsening_steps": 20, "training.warmup_steps": 10}
+    parts = {
+        "training.alignment_steps": 40,
+        "training.coarsening_steps": 20,
+        "training.warmup_steps": 10,
+    }
     borrowed = {"encoder.kind": "lm", "encoder.model": "receiver:llama"}
     base = with_values(run, parts | borrowed | {"training.max_steps": 100})
     joining = {"receivers": [*(r.model_dump() for r in base.receivers), PHI]}
-    joined = with_values(base, joining | {"training.init_from": "best", "training.train_only": ["phi"]})
+    joined = with_values(
+        base, joining | {"training.init_from": "best", "training.train_only": ["phi"]}
+    )
     scratch = from_scratch(joined, "phi", ["training.warmup_steps=50"])
-    assert [receiver.name for receiver in scratch.receivers] == ["phi"] and scratch.encoder.model == "toy-llama"
+    assert [receiver.name for receiver in scratch.receivers] == [
+        "phi"
+    ] and scratch.encoder.model == "toy-llama"
     assert scratch.training.init_from is None and not scratch.training.train_only
 
     def told(config: RunConfig) -> tuple[int | None, int, int, int]:
         training = spent(config, base, 50).training
-        return training.max_steps, training.alignment_steps, training.coarsening_steps, training.warmup_steps
+        return (
+            training.max_steps,
+            training.alignment_steps,
+            training.coarsening_steps,
+            training.warmup_steps,
+        )
 
     assert told(joined) == (50, 20, 10, 5) and told(scratch) == (50, 20, 10, 25)
 

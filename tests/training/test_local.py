@@ -47,7 +47,9 @@ def test_best_and_last_are_kept_and_foreign_files_stay(
 ) -> None:
     scores = iter([0.1, 0.9, 0.2, 0.3])
     evaluate = Trainer.evaluate
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, dev: evaluate(self, dev) | {"dev_f1": next(scores)})
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self, dev: evaluate(self, dev) | {"dev_f1": next(scores)}
+    )
     folder = tmp_path / "run" / "checkpoints"
     (folder / "step-00000001").mkdir(parents=True)
     (folder / "step-00000001" / "notes.txt").write_text("mine")
@@ -61,14 +63,24 @@ def test_best_and_last_are_kept_and_foreign_files_stay(
 
 @pytest.mark.parametrize(("best_by", "best"), [(None, 2), ("dev_f1", 2), ("dev_loss", 6)])
 def test_what_is_asked_for_chooses_the_best_checkpoint(
-    best_by: str | None, best: int, run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    best_by: str | None,
+    best: int,
+    run: RunConfig,
+    paths: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores = iter([(0.9, 3.0), (0.1, 2.0), (0.2, 1.0), (0.3, 2.5)])
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self, dev: dict(zip(("dev_f1", "dev_loss"), next(scores), strict=True))
+        Trainer,
+        "evaluate",
+        lambda self, dev: dict(zip(("dev_f1", "dev_loss"), next(scores), strict=True)),
     )
     values = {"training.evaluate_every": 2, "training.epochs": 2, "training.best_by": best_by}
-    assert train_here(LatentWire(with_values(run, values)), paths, tmp_path / "run").name == f"step-{best:08d}"
+    assert (
+        train_here(LatentWire(with_values(run, values)), paths, tmp_path / "run").name
+        == f"step-{best:08d}"
+    )
 
 
 def test_training_rows_train_and_development_rows_choose(
@@ -98,7 +110,9 @@ def test_texts_without_answers_have_only_a_loss(run: RunConfig) -> None:
         with_values(run, texts | {"training.best_by": "dev_f1"})
 
 
-def test_removing_a_checkpoint_leaves_what_it_did_not_write(wire: LatentWire, tmp_path: Path) -> None:
+def test_removing_a_checkpoint_leaves_what_it_did_not_write(
+    wire: LatentWire, tmp_path: Path
+) -> None:
     path = checkpoints.save(tmp_path / "one", wire, {}, {})
     (path / "adapters" / "notes.txt").write_text("mine")
     checkpoints.remove(path)
@@ -121,13 +135,17 @@ def test_a_stopped_run_is_saved_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3 and saved; add --resume"):
+        with pytest.raises(
+            TrainingError, match="stopped by SIGTERM after step 3 and saved; add --resume"
+        ):
             train_here(LatentWire(run), paths, tmp_path / "run")
     assert [path.name for path in finished(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     assert train_here(LatentWire(run), paths, tmp_path / "run").name == "step-00000008"
 
 
-def test_a_run_leaves_neither_its_wire_in_memory_nor_debris(run: RunConfig, paths: dict, tmp_path: Path) -> None:
+def test_a_run_leaves_neither_its_wire_in_memory_nor_debris(
+    run: RunConfig, paths: dict, tmp_path: Path
+) -> None:
     """What is scored next loads a wire of its own: two of large receivers do not fit."""
     debris = tmp_path / "run" / "checkpoints" / ".step-00000002.part-0123abcd"
     debris.mkdir(parents=True)
@@ -139,10 +157,13 @@ def test_a_run_leaves_neither_its_wire_in_memory_nor_debris(run: RunConfig, path
     assert left() is None and signal.getsignal(signal.SIGTERM) is before and not debris.exists()
 
 
-def test_missing_shards_without_ray_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shards_without_ray_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     own = with_values(RunConfig(), {"data.shard_dir": str(tmp_path)})
     with pytest.raises(
-        DataError, match=r"Ray, which makes them, is not installed, got none at .*toy-dev-.*; make them by"
+        DataError,
+        match=r"Ray, which makes them, is not installed, got none at .*toy-dev-.*; make them by",
     ):
         local_shards(own, ("dev",))

@@ -40,7 +40,9 @@ OVERFIT: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("kind", OVERFIT)
-def test_eight_examples_overfit_to_exact_match_one(run: RunConfig, table: pa.Table, tmp_path: Path, kind: str) -> None:
+def test_eight_examples_overfit_to_exact_match_one(
+    run: RunConfig, table: pa.Table, tmp_path: Path, kind: str
+) -> None:
     values = {
         "training.epochs": 150,
         "training.encoder_lr": 5e-3,
@@ -75,7 +77,9 @@ EVERYTHING = {
 
 def test_everything_is_everything() -> None:
     weights = {name for name in LossConfig.model_fields if name.endswith("_weight")}
-    assert weights == {name for name in EVERYTHING["losses"] if name.endswith("_weight")} | {"answer_ce_weight"}
+    assert weights == {name for name in EVERYTHING["losses"] if name.endswith("_weight")} | {
+        "answer_ce_weight"
+    }
     tried = {values.get("encoder.kind", "byte") for values in OVERFIT.values()}
     assert tried == set(typing.get_args(EncoderConfig.model_fields["kind"].annotation))
 
@@ -86,7 +90,11 @@ ON_TEXT = tuple(name for name, feature in FEATURES.items() if feature.acts_on_te
 def gradients(run: RunConfig, table: pa.Table) -> dict[str, torch.Tensor]:
     trainer = trainer_of(run, table.num_rows)
     trainer.backward(trainer.collate(next(table_epochs(trainer.config, table)(0)), 0))
-    return {name: p.grad.clone() for name, p in trainer.wire.interlingua.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.clone()
+        for name, p in trainer.wire.interlingua.named_parameters()
+        if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,9 @@ def gradients(run: RunConfig, table: pa.Table) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_other_orders_of_work_give_the_joint_gradient(run: RunConfig, table: pa.Table, values: dict) -> None:
+def test_other_orders_of_work_give_the_joint_gradient(
+    run: RunConfig, table: pa.Table, values: dict
+) -> None:
     run = with_values(run, EVERYTHING)
     joint, parted = gradients(run, table), gradients(with_values(run, values), table)
     assert joint.keys() == parted.keys() and len(joint) > 10
@@ -115,7 +125,10 @@ def test_questions_to_one_message_give_the_gradient_of_a_message_each(run: RunCo
               for name, value in EVERYTHING["losses"].items()}  # fmt: skip
     run = with_values(run, EVERYTHING | {"losses": losses, "training.questions_together": True})
     run = with_values(run, {"training.batch_size": 12})
-    joint, parted = gradients(run, table), gradients(with_values(run, {"training.accumulation": 12}), table)
+    joint, parted = (
+        gradients(run, table),
+        gradients(with_values(run, {"training.accumulation": 12}), table),
+    )
     trainer = trainer_of(run, 12)
     assert [len(batch.tokens.length_B) for batch in trainer.collate(table, 0)] == [6]
     assert joint.keys() == parted.keys() and len(joint) > 10
@@ -128,10 +141,14 @@ def test_a_head_read_beforehand_leaves_the_gradient(
     run: RunConfig, table: pa.Table, without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features that act on text switch the shortcut off; with the others it changes nothing."""
-    run = with_values(run, EVERYTHING | {"features": {name: {} for name in FEATURES if name not in without}})
+    run = with_values(
+        run, EVERYTHING | {"features": {name: {} for name in FEATURES if name not in without}}
+    )
     taken, read_head = [], LMWrapper.read_head
     monkeypatch.setattr(
-        LMWrapper, "read_head", lambda lm, batch: taken.append(batch.latents_BS.any()) or read_head(lm, batch)
+        LMWrapper,
+        "read_head",
+        lambda lm, batch: taken.append(batch.latents_BS.any()) or read_head(lm, batch),
     )
     found = gradients(run, table)
     assert any(taken) == bool(without)
@@ -142,7 +159,9 @@ def test_a_head_read_beforehand_leaves_the_gradient(
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_sequential_models_and_checkpointing_keep_less_for_the_backward_pass(run: RunConfig, table: pa.Table) -> None:
+def test_sequential_models_and_checkpointing_keep_less_for_the_backward_pass(
+    run: RunConfig, table: pa.Table
+) -> None:
     """Bytes that autograd keeps at once: the largest receiver's share, and not the sum."""
 
     def peak(values: dict) -> int:
@@ -178,19 +197,29 @@ class Box:
 
 
 def test_one_receiver_a_step_trains_every_one_in_turn(run: RunConfig, table: pa.Table) -> None:
-    trainer = trainer_of(with_values(run, {"training.receivers_per_step": "one", "training.epochs": 5}), 16)
+    trainer = trainer_of(
+        with_values(run, {"training.receivers_per_step": "one", "training.epochs": 5}), 16
+    )
     drawn = []
     for epoch in range(5):
         for rows in table_epochs(trainer.config, table)(epoch):
-            drawn.append({key.split("_")[-1] for key in trainer.step(rows) if key.startswith("answer_ce")})
+            drawn.append(
+                {key.split("_")[-1] for key in trainer.step(rows) if key.startswith("answer_ce")}
+            )
     assert all(len(step) == 1 for step in drawn)
     assert {name for step in drawn for name in step} == {"llama", "qwen"}
 
 
 def test_autocast_moves_the_gradient_little(run: RunConfig, table: pa.Table) -> None:
-    exact, rough = gradients(run, table), gradients(with_values(run, {"training.autocast": True}), table)
+    exact, rough = (
+        gradients(run, table),
+        gradients(with_values(run, {"training.autocast": True}), table),
+    )
     for name in ("encoder.project.weight", "adapters.llama.skip.weight"):
-        assert torch.nn.functional.cosine_similarity(exact[name].flatten(), rough[name].flatten(), 0) > 0.98
+        assert (
+            torch.nn.functional.cosine_similarity(exact[name].flatten(), rough[name].flatten(), 0)
+            > 0.98
+        )
         assert rough[name].dtype == torch.float32
 
 
@@ -199,12 +228,18 @@ def test_gradient_norms_of_each_term_are_told_on_request(run: RunConfig, table: 
     trainer = trainer_of(with_values(run, values), 16)
     told = trainer.step(next(table_epochs(trainer.config, table)(0)))
     for name in ("llama", "qwen"):
-        assert told[f"gradient_norm_answer_ce_{name}"] > 0 and told[f"gradient_norm_first_token_ce_{name}"] > 0
+        assert (
+            told[f"gradient_norm_answer_ce_{name}"] > 0
+            and told[f"gradient_norm_first_token_ce_{name}"] > 0
+        )
         assert told[f"prompt_scale_{name}"] == pytest.approx(1, abs=0.2)
 
 
 def test_latent_dropout_follows_its_schedule(run: RunConfig, table: pa.Table) -> None:
-    values = {"encoder.latent_dropout": 0.4, "losses.schedules": {"latent_dropout": {"kind": "linear", "steps": 2}}}
+    values = {
+        "encoder.latent_dropout": 0.4,
+        "losses.schedules": {"latent_dropout": {"kind": "linear", "steps": 2}},
+    }
     trainer = trainer_of(with_values(run, values), 16)
     batches, found = list(table_epochs(trainer.config, table)(0)), []
     for step in range(3):
@@ -233,9 +268,14 @@ def test_alignment_runs_no_receiver_and_brings_the_prompt_to_the_text(
 
 RESUMED = {
     "dropout": {"encoder.latent_dropout": 0.2},
-    "coarsening": {"encoder.pooling": "spans", "encoder.latent_len": 3, "training.coarsening_steps": 4},
+    "coarsening": {
+        "encoder.pooling": "spans",
+        "encoder.latent_len": 3,
+        "training.coarsening_steps": 4,
+    },
     "everything": EVERYTHING | {"training.accumulation": 2, "training.receivers_per_step": "one"},
-    "everything-muon": EVERYTHING | {"training.optimizer": "muon", "training.receivers_per_step": "one"},
+    "everything-muon": EVERYTHING
+    | {"training.optimizer": "muon", "training.receivers_per_step": "one"},
     "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
 }
 
@@ -252,7 +292,9 @@ def test_resumed_training_ends_in_the_same_weights(
 
     def save() -> None:
         if straight.progress.step in stops:
-            checkpoints.save(tmp_path / str(straight.progress.step), straight.wire, {}, {}, straight)
+            checkpoints.save(
+                tmp_path / str(straight.progress.step), straight.wire, {}, {}, straight
+            )
 
     straight.train(table_epochs(straight.config, table), save)
     for stop in stops:
@@ -262,7 +304,9 @@ def test_resumed_training_ends_in_the_same_weights(
         resumed.train(table_epochs(resumed.config, table), nothing)
         assert resumed.progress.step == straight.progress.step == 8
         for (name, expected), found in zip(
-            straight.wire.interlingua.state_dict().items(), resumed.wire.interlingua.state_dict().values(), strict=True
+            straight.wire.interlingua.state_dict().items(),
+            resumed.wire.interlingua.state_dict().values(),
+            strict=True,
         ):
             assert torch.equal(expected, found), (stop, name)
 
@@ -278,7 +322,10 @@ def test_a_run_goes_on_as_the_run_it_was(run: RunConfig, table: pa.Table, tmp_pa
         ("training.encoder_lr", r"training\.encoder_lr 0\.001 → 0\.5"),
         ("losses.first_token_ce_weight", r"losses\.first_token_ce_weight 0\.0 → 0\.5"),
     ):
-        with pytest.raises(ConfigError, match=rf"a resumed run keeps its configuration, .* with another: {told}; take"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"a resumed run keeps its configuration, .* with another: {told}; take",
+        ):
             checkpoints.load_training(saved, trainer_of(with_values(run, {knob: 0.5}), 16))
 
 
@@ -287,7 +334,9 @@ def test_gradients_that_stay_not_finite_end_the_run(run: RunConfig, table: pa.Ta
     trainer = trainer_of(run, 16)
     before = trainer.wire.interlingua.encoder.project.weight.detach().clone()
     trainer.wire.interlingua.adapters["llama"].gain.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="gradients must be finite, got norm nan in 3 steps in a row"):
+    with pytest.raises(
+        TrainingError, match="gradients must be finite, got norm nan in 3 steps in a row"
+    ):
         trainer.train(table_epochs(trainer.config, table), nothing)
     assert trainer.progress.bad_steps == 3
     assert torch.equal(trainer.wire.interlingua.encoder.project.weight, before)
@@ -299,7 +348,9 @@ def test_an_epoch_without_a_batch_is_an_error(run: RunConfig) -> None:
         trainer.train(lambda epoch: iter(()), nothing)
 
 
-def test_own_receivers_are_compiled_where_that_is_asked_for(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_receivers_are_compiled_where_that_is_asked_for(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fused: list[str] = []
     monkeypatch.setattr(LMWrapper, "compile_layers", lambda lm: fused.append(lm.name))
     trainer_of(run, 8)

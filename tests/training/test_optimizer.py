@@ -28,7 +28,11 @@ def names_by_optimizer(trainer: Trainer) -> dict[str, set[str]]:
 
 def linear_maps(module: torch.nn.Module) -> set[str]:
     """Names of the weights of linear layers."""
-    return {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
+    return {
+        f"{name}.weight"
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -72,14 +76,24 @@ def rates(run: RunConfig, table: pa.Table, values: dict) -> list[float]:
 
 
 def test_rates_rise_to_the_peak_and_fall_to_the_minimum(run: RunConfig, table: pa.Table) -> None:
-    found = rates(run, table, {"training.epochs": 3, "training.warmup_steps": 4, "training.min_lr_ratio": 0.2})
+    found = rates(
+        run, table, {"training.epochs": 3, "training.warmup_steps": 4, "training.min_lr_ratio": 0.2}
+    )
     assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])  # the first step learns
     assert found[7] == pytest.approx((1 + 0.2) / 2)  # half way down
     assert found[-1] == pytest.approx(0.2) and sorted(found[3:], reverse=True) == found[3:]
-    without = rates(run, table, {"training.epochs": 2, "training.warmup_steps": 0, "training.min_lr_ratio": 0.0})
+    without = rates(
+        run, table, {"training.epochs": 2, "training.warmup_steps": 0, "training.min_lr_ratio": 0.0}
+    )
     assert without[0] == 1 and without[-1] == pytest.approx(0) and len(set(without)) == 8
-    short = rates(run, table, {"training.max_steps": 4, "training.warmup_steps": 50, "training.min_lr_ratio": 0.1})
-    assert short[:2] == [0.5, 1.0] and short[-1] == pytest.approx(0.1)  # at most half of the steps warm up
+    short = rates(
+        run,
+        table,
+        {"training.max_steps": 4, "training.warmup_steps": 50, "training.min_lr_ratio": 0.1},
+    )
+    assert short[:2] == [0.5, 1.0] and short[-1] == pytest.approx(
+        0.1
+    )  # at most half of the steps warm up
 
 
 def test_a_run_of_one_step_has_the_peak(run: RunConfig, table: pa.Table) -> None:
@@ -96,7 +110,9 @@ def test_muon_has_every_matrix_and_nothing_else(run: RunConfig) -> None:
     trainer = trainer_of(with_values(run, values | MUON), 16)
     found = names_by_optimizer(trainer)
     assert not found["muon"] & found["adamw"]
-    assert found["muon"] | found["adamw"] == {name for name, _ in trainer.wire.interlingua.named_parameters()}
+    assert found["muon"] | found["adamw"] == {
+        name for name, _ in trainer.wire.interlingua.named_parameters()
+    }
     assert found["muon"] == linear_maps(trainer.wire.interlingua)
     tables = {
         "encoder.pool.query",
@@ -111,7 +127,9 @@ def test_adamw_has_all_where_nothing_else_is_asked_for(run: RunConfig) -> None:
     assert type(trainer_of(run, 16).optimizer) is AdamW
 
 
-def test_two_steps_are_those_of_torchs_optimisers_side_by_side(run: RunConfig, table: pa.Table) -> None:
+def test_two_steps_are_those_of_torchs_optimisers_side_by_side(
+    run: RunConfig, table: pa.Table
+) -> None:
     trainer = trainer_of(with_values(run, MUON), 16)
     assert isinstance(trainer.optimizer, MuonAndAdamW)
     other = wire_of(trainer.wire.run).interlingua
@@ -121,7 +139,10 @@ def test_two_steps_are_those_of_torchs_optimisers_side_by_side(run: RunConfig, t
     rates = {"encoder": config.encoder_lr, "adapters": config.adapter_lr}
     decays = {name: config.weight_decay if name in linear_maps(other) else 0.0 for name in theirs}
     groups = {
-        kind: [{"params": [theirs[n]], "lr": rates[n.split(".")[0]], "weight_decay": decays[n]} for n in sorted(names)]
+        kind: [
+            {"params": [theirs[n]], "lr": rates[n.split(".")[0]], "weight_decay": decays[n]}
+            for n in sorted(names)
+        ]
         for kind, names in held.items()
     }
     separate = [

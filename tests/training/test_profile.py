@@ -13,20 +13,41 @@ from latentwire.training.loop import TrainingError
 from latentwire.training.profile import profile_steps
 
 
-def test_a_profile_names_the_parts_of_a_step(wire: LatentWire, table: pa.Table, tmp_path: Path) -> None:
+def test_a_profile_names_the_parts_of_a_step(
+    wire: LatentWire, table: pa.Table, tmp_path: Path
+) -> None:
     run = with_values(wire.run, {"training.batch_size": 4, "training.alignment_steps": 0})
     wire.run = run
     printed = profile_steps(wire, table, 2, tmp_path / "profile")
     assert (tmp_path / "profile/shares.md").read_text() == printed + "\n"
-    rows = {cells[1]: cells for cells in ([cell.strip() for cell in line.split("|")] for line in printed.splitlines())}
-    parts = ["collate", "encode", "read llama", "read qwen", "loss llama", "loss qwen", "backward", "update"]
-    shares = {name: float(rows[name][3].rstrip("%")) for name in [*parts, "everything else", "**whole step**"]}
+    rows = {
+        cells[1]: cells
+        for cells in ([cell.strip() for cell in line.split("|")] for line in printed.splitlines())
+    }
+    parts = [
+        "collate",
+        "encode",
+        "read llama",
+        "read qwen",
+        "loss llama",
+        "loss qwen",
+        "backward",
+        "update",
+    ]
+    shares = {
+        name: float(rows[name][3].rstrip("%"))
+        for name in [*parts, "everything else", "**whole step**"]
+    }
     assert shares.pop("**whole step**") == 100
     assert sum(shares.values()) == pytest.approx(100, abs=2) and shares["backward"] > 1
     trace = json.loads((tmp_path / "profile/trace.json").read_text())
-    assert {f"{PART}{name}" for name in parts} <= {event.get("name") for event in trace["traceEvents"]}
+    assert {f"{PART}{name}" for name in parts} <= {
+        event.get("name") for event in trace["traceEvents"]
+    }
 
 
-def test_a_profile_asks_for_enough_batches(wire: LatentWire, table: pa.Table, tmp_path: Path) -> None:
+def test_a_profile_asks_for_enough_batches(
+    wire: LatentWire, table: pa.Table, tmp_path: Path
+) -> None:
     with pytest.raises(TrainingError, match="needs 102 batches, the data has"):
         profile_steps(wire, table, 100, tmp_path)

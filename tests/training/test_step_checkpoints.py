@@ -53,19 +53,30 @@ def test_a_death_at_any_moment_leaves_no_half_checkpoint(wire: LatentWire, tmp_p
             folder = tmp_path / f"run-{len(where[0][1])}-{after}"
             for step, score in ((1, 0.9), (2, 0.1)):
                 trainer.progress.step = step
-                step_checkpoints.save_step(folder, wire, {"dev_f1": score}, {}, trainer, "dev_f1", "max")
+                step_checkpoints.save_step(
+                    folder, wire, {"dev_f1": score}, {}, trainer, "dev_f1", "max"
+                )
             trainer.progress.step = 3  # saves step 3, deletes step 2
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exports.shutil, "rmtree", lambda *_, **__: None)  # a dead process tidies nothing up
+                patch.setattr(
+                    exports.shutil, "rmtree", lambda *_, **__: None
+                )  # a dead process tidies nothing up
                 dying(patch, where, after)
                 try:
-                    step_checkpoints.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
+                    step_checkpoints.save_step(
+                        folder, wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max"
+                    )
                     survived = True
                 except Killed:
                     survived = False
             whole = step_checkpoints.finished(folder)
-            assert all(exports.read_manifest(path) for path in whole) and folder / "step-00000001" in whole
-            assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {p.name for p in whole}
+            assert (
+                all(exports.read_manifest(path) for path in whole)
+                and folder / "step-00000001" in whole
+            )
+            assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
+                p.name for p in whole
+            }
             step_checkpoints.save_step(folder, wire, {"dev_f1": 0.5}, {}, trainer, "dev_f1", "max")
             step_checkpoints.clear_debris(folder)
             assert {path.name for path in folder.iterdir()} == {"step-00000001", "step-00000003"}
@@ -89,8 +100,16 @@ def test_the_best_is_kept_by_the_metric_that_is_asked_for(wire: LatentWire, tmp_
     trainer = Trainer(wire, 9)
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), start=1):
         trainer.progress.step = step
-        step_checkpoints.save_step(tmp_path, wire, {"dev_loss": loss}, {}, trainer, "dev_loss", "min")
-    assert [path.name for path in step_checkpoints.finished(tmp_path)] == ["step-00000002", "step-00000004"]
+        step_checkpoints.save_step(
+            tmp_path, wire, {"dev_loss": loss}, {}, trainer, "dev_loss", "min"
+        )
+    assert [path.name for path in step_checkpoints.finished(tmp_path)] == [
+        "step-00000002",
+        "step-00000004",
+    ]
     trainer.progress.step = 5  # saved because the run was stopped: it has no score
     step_checkpoints.save_step(tmp_path, wire, {}, {}, trainer, "dev_loss", "min")
-    assert step_checkpoints.best_of(step_checkpoints.finished(tmp_path), "dev_loss", "min").name == "step-00000002"
+    assert (
+        step_checkpoints.best_of(step_checkpoints.finished(tmp_path), "dev_loss", "min").name
+        == "step-00000002"
+    )

@@ -64,7 +64,9 @@ class Reference:
         a = self.adapter
         x_LZ = torch.nn.functional.layer_norm(z_LZ, z_LZ.shape[1:], a.norm.weight, a.norm.bias)
         inner_LM = torch.nn.functional.gelu(x_LZ @ a.up.weight.T + a.up.bias)
-        return a.gain * (x_LZ @ a.skip.weight.T + inner_LM @ a.down.weight.T + a.down.bias + a.position_LD)
+        return a.gain * (
+            x_LZ @ a.skip.weight.T + inner_LM @ a.down.weight.T + a.down.bias + a.position_LD
+        )
 
     def said(self, before: list[torch.Tensor], ids: list[int]) -> list[torch.Tensor]:
         """Negative log-likelihood of each id after what stands before."""
@@ -78,12 +80,16 @@ class Reference:
     def terms(self) -> dict[str, torch.Tensor]:
         """Weighted terms, each the mean over all of its tokens in all rows."""
         found: dict[str, list[torch.Tensor]] = {
-            name.removesuffix("_weight"): [] for name in type(self.losses).model_fields if name.endswith("_weight")
+            name.removesuffix("_weight"): []
+            for name in type(self.losses).model_fields
+            if name.endswith("_weight")
         }
         losses, builder = self.losses, self.builder
         for row in self.rows:
             ids = builder.tokenize([row["context"]], [row["question"]], [row["answers"][0]])
-            context, question, answer = (ids[key][0] for key in ("context_ids", "question_ids", "answer_ids"))
+            context, question, answer = (
+                ids[key][0] for key in ("context_ids", "question_ids", "answer_ids")
+            )
             after = [*builder.mid_ids, *question, *builder.tail_ids, *builder.anchor_ids]
             target = [*answer, builder.stop_id]
             head = self.embed(builder.head_ids)
@@ -103,27 +109,37 @@ class Reference:
                 found["kd"].append(losses.kd_temperature**2 * (p_V * (p_V.log() - q_V.log())).sum())
                 distances = []
                 for depth in losses.hidden_kd_depths:
-                    layer = round(depth * self.lm.config.num_hidden_layers)  # 0 is what the first layer reads
+                    layer = round(
+                        depth * self.lm.config.num_hidden_layers
+                    )  # 0 is what the first layer reads
                     mine, other = (
-                        (s[layer][i] - s[layer][i].mean()) / (s[layer][i].var(unbiased=False) + 1e-5).sqrt()
+                        (s[layer][i] - s[layer][i].mean())
+                        / (s[layer][i].var(unbiased=False) + 1e-5).sqrt()
                         for s, i in ((student, at), (teacher, there))
                     )
                     distances.append(((mine - other) ** 2).mean())
                 found["hidden_kd"].append(sum(distances) / len(distances))
             again, further = self.adapter.control_CD[0:1], self.adapter.control_CD[1:2]
-            found["reconstruction_ce"] += self.said([head, self.soft(row["context"]), again], context)
+            found["reconstruction_ce"] += self.said(
+                [head, self.soft(row["context"]), again], context
+            )
             pieces = cut(row["context"], row["id"])
             assert pieces is not None
             ids_after = builder.tokenize([pieces[1]], [], [])["context_ids"][0]
             found["continuation_ce"] += self.said([head, self.soft(pieces[0]), further], ids_after)
-        return {term: getattr(losses, f"{term}_weight") * torch.stack(values).mean() for term, values in found.items()}
+        return {
+            term: getattr(losses, f"{term}_weight") * torch.stack(values).mean()
+            for term, values in found.items()
+        }
 
 
 def five_rows(run: RunConfig) -> tuple[pa.Table, list[dict]]:
     """Five rows whose answers and texts are not equally long, as shard columns and as texts."""
     table = shard_table(run, 5, seed=11)
     answers = ["Oslo", "a very old and rather large goat", "rice", "a baker", "Rome"]
-    table = table.set_column(table.column_names.index("answers"), "answers", pa.array([[text] for text in answers]))
+    table = table.set_column(
+        table.column_names.index("answers"), "answers", pa.array([[text] for text in answers])
+    )
     for name, builder in wire_of(run).builders.items():
         ids = builder.tokenize([], [], answers)["answer_ids"]
         column = f"{name}_answer_ids"
@@ -134,7 +150,9 @@ def five_rows(run: RunConfig) -> tuple[pa.Table, list[dict]]:
 @pytest.mark.parametrize(
     "values", [{}, {"training.accumulation": 2, "training.logit_rows": 4}], ids=["whole", "parted"]
 )
-def test_losses_and_gradients_are_those_of_plain_loops_over_rows_and_tokens(run: RunConfig, values: dict) -> None:
+def test_losses_and_gradients_are_those_of_plain_loops_over_rows_and_tokens(
+    run: RunConfig, values: dict
+) -> None:
     run = with_values(run, TERMS | values)
     table, rows = five_rows(run)
     trainer = trainer_of(run, 5)
@@ -143,11 +161,18 @@ def test_losses_and_gradients_are_those_of_plain_loops_over_rows_and_tokens(run:
     names = list(trainer.wire.receivers)
     references = {name: Reference(trainer.wire, name, rows).terms() for name in names}
     for name in names:
-        lengths = [len(trainer.wire.builders[name].tokenize([], [], row["answers"])["answer_ids"][0]) for row in rows]
+        lengths = [
+            len(trainer.wire.builders[name].tokenize([], [], row["answers"])["answer_ids"][0])
+            for row in rows
+        ]
         assert max(lengths) > 3 * min(lengths)  # a mean of rows' means would be another number
-    total = torch.stack([value for terms in references.values() for value in terms.values()]).sum() / len(names)
+    total = torch.stack(
+        [value for terms in references.values() for value in terms.values()]
+    ).sum() / len(names)
     total.backward()
-    expected = {name: p.grad.clone() for name, p in interlingua.named_parameters() if p.grad is not None}
+    expected = {
+        name: p.grad.clone() for name, p in interlingua.named_parameters() if p.grad is not None
+    }
     interlingua.zero_grad(set_to_none=True)
     told = trainer.backward(trainer.collate(table, 0))
     assert told["loss"] == pytest.approx(total.item(), rel=1e-4)
@@ -160,7 +185,9 @@ def test_losses_and_gradients_are_those_of_plain_loops_over_rows_and_tokens(run:
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=5e-3, msg=name)
 
 
-def test_every_trained_parameter_moves_by_the_rate_of_its_part(run: RunConfig, table: pa.Table) -> None:
+def test_every_trained_parameter_moves_by_the_rate_of_its_part(
+    run: RunConfig, table: pa.Table
+) -> None:
     """Adam's first step moves what has a gradient by the rate: a feature's is the adapters', a gain's too."""
     rates = {"encoder": 1e-3, "adapters": 4e-3, "features": 4e-3}
     values = {
@@ -177,11 +204,17 @@ def test_every_trained_parameter_moves_by_the_rate_of_its_part(run: RunConfig, t
         assert float((p - before[name]).abs().max()) == pytest.approx(rate, rel=0.02), name
 
 
-def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(run: RunConfig, table: pa.Table) -> None:
+def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(
+    run: RunConfig, table: pa.Table
+) -> None:
     def norms(clip: float) -> tuple[float, float]:
         trainer = trainer_of(with_values(run, {"training.clip_norm": clip}), 16)
         told = trainer.step(table.slice(0, 4))
-        squares = [float(p.grad.square().sum()) for p in trainer.wire.interlingua.parameters() if p.grad is not None]
+        squares = [
+            float(p.grad.square().sum())
+            for p in trainer.wire.interlingua.parameters()
+            if p.grad is not None
+        ]
         return told["gradient_norm"], math.sqrt(sum(squares))
 
     free, left = norms(1e6)
@@ -194,7 +227,9 @@ def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(run: RunConfig, t
 def masks_of(trainer: Trainer, table: pa.Table, steps: list[int]) -> list[torch.Tensor]:
     """What the encoder's dropout lets through in these steps."""
     kept: list[torch.Tensor] = []
-    hook = trainer.wire.interlingua.encoder.dropout.register_forward_hook(lambda *call: kept.append(call[2] != 0))
+    hook = trainer.wire.interlingua.encoder.dropout.register_forward_hook(
+        lambda *call: kept.append(call[2] != 0)
+    )
     for step in steps:
         trainer.progress.step = step
         trainer.step(table.slice(0, 4))
@@ -202,7 +237,9 @@ def masks_of(trainer: Trainer, table: pa.Table, steps: list[int]) -> list[torch.
     return kept
 
 
-def test_dropout_is_another_in_every_step_and_worker_and_the_same_when_resumed(run: RunConfig, table: pa.Table) -> None:
+def test_dropout_is_another_in_every_step_and_worker_and_the_same_when_resumed(
+    run: RunConfig, table: pa.Table
+) -> None:
     run = with_values(run, {"encoder.latent_dropout": 0.5, "training.epochs": 9})
     masks = masks_of(trainer_of(run, 16), table, [0, 1, 2, 3])
     assert all(0.3 < float(mask.float().mean()) < 0.7 for mask in masks)
@@ -224,7 +261,8 @@ def test_schedules_begin_where_the_alignment_ends(
         "encoder.latent_dropout": 0.4,
         "losses.first_token_ce_weight": 1.0,
         "losses.schedules": {
-            name: {"kind": "linear", "steps": 2} for name in ("first_token_ce_weight", "latent_dropout")
+            name: {"kind": "linear", "steps": 2}
+            for name in ("first_token_ce_weight", "latent_dropout")
         },
     }
     trainer = trainer_of(with_values(run, values), 16)
@@ -243,7 +281,9 @@ def test_schedules_begin_where_the_alignment_ends(
     assert weights == [0, 0.5, 1, 1] and dropped[2:] == pytest.approx([0, 0.2, 0.4, 0.4])
 
 
-def test_a_message_is_finest_in_the_first_step_after_the_alignment(run: RunConfig, table: pa.Table) -> None:
+def test_a_message_is_finest_in_the_first_step_after_the_alignment(
+    run: RunConfig, table: pa.Table
+) -> None:
     values = {
         "training.alignment_steps": 3,
         "training.coarsening_steps": 4,
@@ -264,7 +304,9 @@ def test_a_message_is_finest_in_the_first_step_after_the_alignment(run: RunConfi
     assert latents(7) == latents(99) == [3] * 4
 
 
-def test_an_epoch_trains_on_every_row_once_in_an_order_of_its_own(run: RunConfig, table: pa.Table) -> None:
+def test_an_epoch_trains_on_every_row_once_in_an_order_of_its_own(
+    run: RunConfig, table: pa.Table
+) -> None:
     trainer = trainer_of(with_values(run, {"training.epochs": 2}), 16)
     seen: list[list[str]] = []
     step = trainer.step

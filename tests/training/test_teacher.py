@@ -52,22 +52,30 @@ def test_each_row_is_what_the_receiver_says_one_token_at_a_time(
             for offset in range(len(answer) + 1):
                 with torch.no_grad():
                     said_V = lm.lm(input_ids=torch.tensor([prompt + answer[:offset]])).logits[0, -1]
-                torch.testing.assert_close(teacher.log_p_NK[place], said_V.log_softmax(-1), atol=2e-3, rtol=1e-3)
+                torch.testing.assert_close(
+                    teacher.log_p_NK[place], said_V.log_softmax(-1), atol=2e-3, rtol=1e-3
+                )
                 place += 1
         assert place == len(teacher.log_p_NK)
 
 
-def test_kd_is_zero_for_the_oracle_soft_prompt(trainer: Trainer, batch: TrainingBatch, rows: pa.Table) -> None:
+def test_kd_is_zero_for_the_oracle_soft_prompt(
+    trainer: Trainer, batch: TrainingBatch, rows: pa.Table
+) -> None:
     """Token embeddings of the message, through the latent path, say what the teacher says; other rows' do not."""
     losses = trainer.wire.run.losses
     weights, columns = weights_at(losses, 0), rows.to_pydict()
     for name, lm in trainer.wire.receivers.items():
         builder, ids = trainer.wire.builders[name], batch.message_ids[name]
         question, answer = columns[f"{name}_question_ids"], columns[f"{name}_answer_ids"]
-        latent = collate(builder.latent(len(ids[i]), question[i], answer[i]) for i in range(len(ids)))
+        latent = collate(
+            builder.latent(len(ids[i]), question[i], answer[i]) for i in range(len(ids))
+        )
         teacher = lm.read_teacher(batch.teacher[name], losses)
 
-        def terms(tokens: list[int], name=name, lm=lm, latent=latent, teacher=teacher) -> dict[str, float]:
+        def terms(
+            tokens: list[int], name=name, lm=lm, latent=latent, teacher=teacher
+        ) -> dict[str, float]:
             with torch.no_grad():
                 soft_ND = lm.embed_tokens(torch.tensor(tokens))
                 hidden_ND, states = lm.supervised_states(latent, soft_ND, losses.hidden_kd_depths)
@@ -76,7 +84,9 @@ def test_kd_is_zero_for_the_oracle_soft_prompt(trainer: Trainer, batch: Training
             return {term: float(value) for term, value in found.items()}
 
         own = terms([token for row in ids for token in row])
-        assert own["kd"] == pytest.approx(0, abs=1e-4) and own["hidden_kd"] == pytest.approx(0, abs=1e-4)
+        assert own["kd"] == pytest.approx(0, abs=1e-4) and own["hidden_kd"] == pytest.approx(
+            0, abs=1e-4
+        )
         other = terms([token for row in ids[1:] + ids[:1] for token in row])
         assert other["kd"] > 0.1 and other["hidden_kd"] > 0.01
 

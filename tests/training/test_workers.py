@@ -41,13 +41,19 @@ def train(variant: str, target: str) -> None:
     table = shard_table(run, 16)
     trainer = Trainer(LatentWire(run), 4)
     generator = torch.Generator().manual_seed(3)
-    for parameter in trainer.wire.interlingua.features.parameters():  # features that are zero have no gradient
+    for (
+        parameter
+    ) in trainer.wire.interlingua.features.parameters():  # features that are zero have no gradient
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     workers, gradients = trainer.workers, {}
     for rows in table_epochs(trainer.config, table, workers.rank, workers.size)(0):
         trainer.last_values = trainer.step(rows)
         named = trainer.wire.interlingua.named_parameters()
-        gradients |= {f"{trainer.progress.step} {name}": p.grad.clone() for name, p in named if p.grad is not None}
+        gradients |= {
+            f"{trainer.progress.step} {name}": p.grad.clone()
+            for name, p in named
+            if p.grad is not None
+        }
     torch.save([gradients, trainer.evaluate(table)], target)
 
 
@@ -55,7 +61,9 @@ def train(variant: str, target: str) -> None:
 def test_workers_equal_one(tmp_path: Path, variant: str, world: int) -> None:
     train(variant, str(tmp_path / "alone.pt"))
     started = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(world), str(tmp_path), variant])
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), str(world), str(tmp_path), variant]
+        )
         for rank in range(world)
     ]
     assert [process.wait(300) for process in started] == [0] * world
@@ -66,7 +74,9 @@ def test_workers_equal_one(tmp_path: Path, variant: str, world: int) -> None:
         assert shared_metrics["dev_loss"] == pytest.approx(metrics["dev_loss"], rel=1e-3)
         assert shared_metrics["dev_f1"] == pytest.approx(metrics["dev_f1"])
         terms = [name for name in metrics if name.startswith("answer_ce_")]
-        assert terms and all(shared_metrics[name] == pytest.approx(metrics[name], rel=1e-2) for name in terms)
+        assert terms and all(
+            shared_metrics[name] == pytest.approx(metrics[name], rel=1e-2) for name in terms
+        )
         for name, expected in gradients.items():
             size = float(expected.norm())
             # Steps add up what rounding left; where a gradient is nothing, so is its direction.
@@ -116,10 +126,14 @@ class Threads:
     [{}, EVERYTHING | {"training.receivers_per_step": "one", "training.accumulation": 2}],
     ids=["answers", "all"],
 )
-def test_a_worker_without_rows_takes_part(values: dict, run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_rows_takes_part(
+    values: dict, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rows for three workers, then development rows for one: nobody waits for ever, all end in one worker's weights."""
     run = with_values(
-        run, values | {"training.batch_size": 2, "training.alignment_steps": 1, "training.warmup_steps": 0}
+        run,
+        values
+        | {"training.batch_size": 2, "training.alignment_steps": 1, "training.warmup_steps": 0},
     )
     table = shard_table(run, 6)
     group = Threads(3, monkeypatch)
@@ -140,4 +154,6 @@ def test_a_worker_without_rows_takes_part(values: dict, run: RunConfig, monkeypa
         assert told["dev_loss"] == pytest.approx(metrics["dev_loss"], rel=1e-3)
         assert {name for name in metrics if not name.startswith("prompt_scale")} <= told.keys()
         for name, expected in weights.items():
-            torch.testing.assert_close(found[name], expected, atol=2e-4, rtol=1e-2, msg=f"{rank} {name}")
+            torch.testing.assert_close(
+                found[name], expected, atol=2e-4, rtol=1e-2, msg=f"{rank} {name}"
+            )

@@ -23,11 +23,15 @@ def saved(folder: Path, number: int, step: int, score: float | None, size: float
     path.mkdir(parents=True)
     (path / "interlingua.safetensors").write_bytes(b"x" * 1000)
     metrics = {} if score is None else {"dev_f1": score, "wire_bytes": size}
-    (path / "manifest.json").write_text(json.dumps({"files": {"interlingua.safetensors": ""}, "metrics": metrics}))
+    (path / "manifest.json").write_text(
+        json.dumps({"files": {"interlingua.safetensors": ""}, "metrics": metrics})
+    )
     return path
 
 
-def reported(search: StudySearch, number: int, step: int, score: float | None, size: float = 64) -> Path:
+def reported(
+    search: StudySearch, number: int, step: int, score: float | None, size: float = 64
+) -> Path:
     """A checkpoint whose evaluation, if it has one, the study has heard of."""
     path = saved(search.trial_dir, number, step, score, size)
     if score is not None:
@@ -43,13 +47,17 @@ def left(folder: Path) -> dict[int, list[int]]:
         for path in sorted(folder.glob("trial-*"))
     }
     return {
-        number: [int(path.name.removeprefix("step-")) for path in paths] for number, paths in found.items() if paths
+        number: [int(path.name.removeprefix("step-")) for path in paths]
+        for number, paths in found.items()
+        if paths
     }
 
 
 def sweep(folder: Path, trials: int, **tune: object) -> tuple[StudySearch, CheckpointBudget]:
     space = SweepConfig.model_validate({"tune": tune})
-    search = StudySearch(space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials")
+    search = StudySearch(
+        space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials"
+    )
     for number in range(trials):
         search.suggest(str(number))
     return search, CheckpointBudget(search)
@@ -84,7 +92,9 @@ def test_the_best_over_all_trials_stay_and_each_running_trials_last(tmp_path: Pa
 
 
 def test_those_within_the_limits_come_first(tmp_path: Path) -> None:
-    search, budget = sweep(tmp_path, 2, keep_checkpoints=1, constraints={"wire_bytes": {"max": 100}})
+    search, budget = sweep(
+        tmp_path, 2, keep_checkpoints=1, constraints={"wire_bytes": {"max": 100}}
+    )
     reported(search, 0, 1, 0.9, size=200)
     reported(search, 1, 1, 0.2, size=64)
     for number in range(2):
@@ -100,8 +110,12 @@ def test_what_a_stopped_trials_worker_saved_too_late_counts_for_nothing(tmp_path
     reported(search, 0, 3, 0.2)
     end(search, 0)
     for number in (1, 2):
-        search.on_trial_result(str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64})
-        search.on_trial_complete(str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64})
+        search.on_trial_result(
+            str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64}
+        )
+        search.on_trial_complete(
+            str(number), {"step": 3, "total_steps": 9, "dev_f1": 0.1, "wire_bytes": 64}
+        )
         saved(trials, number, 6, 0.9)
     budget.tidy()
     assert left(trials) == {0: [3]}
@@ -145,7 +159,9 @@ def test_a_store_that_does_not_answer_ends_no_sweep(
     monkeypatch.setattr(step_checkpoints, "finished", gone)
     none: Any = None
     budget.on_trial_result(1, [], none, {})
-    assert capsys.readouterr().err == "checkpoints not tidied this time: the bucket does not answer\n"
+    assert (
+        capsys.readouterr().err == "checkpoints not tidied this time: the bucket does not answer\n"
+    )
     with pytest.raises(StorageError):
         budget.tidy()
 

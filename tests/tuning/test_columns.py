@@ -22,7 +22,10 @@ def test_knobs_of_one_name_keep_their_sections() -> None:
 
 
 def test_a_path_at_the_end_of_another_stays_whole() -> None:
-    assert column_names(["heads", "encoder.heads"]) == {"heads": "heads", "encoder.heads": "encoder.heads"}
+    assert column_names(["heads", "encoder.heads"]) == {
+        "heads": "heads",
+        "encoder.heads": "encoder.heads",
+    }
 
 
 def test_the_table_of_trials_tells_two_features_heads_apart() -> None:

@@ -50,14 +50,27 @@ def test_a_torn_end_is_set_aside_and_the_sweep_goes_on(
     whole = append(sweep, tail)
     for _ in range(3):  # as often as it is opened again
         study = open_study(sweep / JOURNAL, "sweep", F1)
-        assert [trial.state for trial in study.trials[:2]] == [TrialState.COMPLETE, TrialState.RUNNING]
+        assert [trial.state for trial in study.trials[:2]] == [
+            TrialState.COMPLETE,
+            TrialState.RUNNING,
+        ]
         study.tell(study.ask(), 0.7)
-    assert [trial.value for trial in open_study(sweep / JOURNAL, "sweep", F1).trials] == [0.5, None, 0.7, 0.7, 0.7]
+    assert [trial.value for trial in open_study(sweep / JOURNAL, "sweep", F1).trials] == [
+        0.5,
+        None,
+        0.7,
+        0.7,
+        0.7,
+    ]
     assert (sweep / JOURNAL).read_bytes().startswith(whole)
     (aside,) = sweep.glob(f"{JOURNAL}-torn-*")
     assert aside.read_bytes() == tail
     told = capsys.readouterr().err
-    assert told.count("ended in a torn line") == 1 and f"{len(tail):,} bytes from line" in told and str(aside) in told
+    assert (
+        told.count("ended in a torn line") == 1
+        and f"{len(tail):,} bytes from line" in told
+        and str(aside) in told
+    )
 
 
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
@@ -68,7 +81,9 @@ def test_others_read_a_torn_journal_and_leave_it_as_it_is(sweep: Path, tail: byt
         assert [trial.value for trial in read_earlier(source, F1)] == [0.5]
     with read_study(sweep / JOURNAL, "sweep", F1) as study:
         assert [trial.value for trial in study.trials] == [0.5, None]
-    assert (sweep / JOURNAL).read_bytes() == before and [file.name for file in sweep.iterdir()] == [JOURNAL]
+    assert (sweep / JOURNAL).read_bytes() == before and [file.name for file in sweep.iterdir()] == [
+        JOURNAL
+    ]
 
 
 def test_a_look_at_a_journal_that_another_driver_writes_changes_nothing(sweep: Path) -> None:
@@ -91,7 +106,9 @@ def test_a_line_that_was_whole_once_is_no_torn_end(sweep: Path) -> None:
     (sweep / JOURNAL).write_bytes(b"".join(lines))
     before = (sweep / JOURNAL).read_bytes()
     for look in (lambda: open_study(sweep / JOURNAL, "sweep", F1), lambda: read_earlier(sweep, F1)):
-        with pytest.raises(JournalError, match=rf"got a damaged line {damaged + 1} with 21 whole ones after it"):
+        with pytest.raises(
+            JournalError, match=rf"got a damaged line {damaged + 1} with 21 whole ones after it"
+        ):
             look()
     assert (sweep / JOURNAL).read_bytes() == before
     lines[-1:] = []
@@ -127,6 +144,10 @@ def test_a_torn_journal_in_a_store_goes_on(
         study.tell(study.ask(), 0.7)
         keep_journal(journal)
     assert [trial.value for trial in open_study(journal, "sweep", F1).trials] == [0.5, 0.7, 0.7]
-    asides = [path for path in storage.children(journal.parent) if path.name.startswith(f"{JOURNAL}-torn-")]
+    asides = [
+        path
+        for path in storage.children(journal.parent)
+        if path.name.startswith(f"{JOURNAL}-torn-")
+    ]
     assert [path.read_bytes() for path in asides] == [HALF]
     assert not list(tmp_path.rglob(f"{JOURNAL}-until-*"))

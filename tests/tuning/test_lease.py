@@ -63,7 +63,9 @@ def held_by(sweep: Place, **changed: Any) -> Driver:
     return other
 
 
-def test_a_second_driver_is_refused_by_name_and_touches_nothing(sweep: Place, holder: subprocess.Popen) -> None:
+def test_a_second_driver_is_refused_by_name_and_touches_nothing(
+    sweep: Place, holder: subprocess.Popen
+) -> None:
     before = (sweep / LEASE_FILE).read_text()
     for force in (False, True):  # what lives is not taken
         said = rf"has process {holder.pid} on \S+, heartbeat \d s old: stop that one"
@@ -100,17 +102,25 @@ def test_one_that_stands_still_is_taken_by_force_alone(
     with pytest.raises(LeaseError, match=r"process \d+ on elsewhere, heartbeat 6\d s old"):
         Lease(sweep).take(force=True)
     other = held_by(sweep, host="elsewhere", machine="another", heartbeat=time.time() - 130)
-    with pytest.raises(LeaseError, match=rf"process {other.pid} on elsewhere, heartbeat 13\d s old.*with --force"):
+    with pytest.raises(
+        LeaseError, match=rf"process {other.pid} on elsewhere, heartbeat 13\d s old.*with --force"
+    ):
         Lease(sweep).take()
     assert lease.read(sweep) == other
     with held(sweep, force=True) as mine:
         assert lease.read(sweep).token == mine.me.token
-    assert "taken over from process" in capsys.readouterr().out and not (sweep / LEASE_FILE).exists()
+    assert (
+        "taken over from process" in capsys.readouterr().out and not (sweep / LEASE_FILE).exists()
+    )
 
 
-def test_one_whose_clock_is_behind_is_not_taken_while_it_beats(sweep: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_whose_clock_is_behind_is_not_taken_while_it_beats(
+    sweep: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = held_by(sweep, machine="another", heartbeat=time.time() - 3600)
-    monkeypatch.setattr(time, "sleep", lambda _: held_by(sweep, machine="another", heartbeat=other.heartbeat + 10))
+    monkeypatch.setattr(
+        time, "sleep", lambda _: held_by(sweep, machine="another", heartbeat=other.heartbeat + 10)
+    )
     with pytest.raises(LeaseError, match="which lives"):
         Lease(sweep).take(force=True)
 
@@ -127,11 +137,15 @@ def test_a_driver_that_lost_its_lease_hears_of_it_and_leaves_the_others_alone(
             assert time.time() < end
             time.sleep(0.02)
         while mine.held():
-            held_by(sweep)  # again where a heartbeat was on its way: who takes a lease reads it back
+            held_by(
+                sweep
+            )  # again where a heartbeat was on its way: who takes a lease reads it back
             assert time.time() < end
             time.sleep(0.1)
         time.sleep(0.2)
-    assert len(told) == 1 and f"another driver has taken {sweep} (process {os.getpid()} on" in told[0]
+    assert (
+        len(told) == 1 and f"another driver has taken {sweep} (process {os.getpid()} on" in told[0]
+    )
     assert lease.read(sweep).token == "another"
 
 
@@ -170,7 +184,10 @@ def test_a_store_that_does_not_answer_for_a_while_ends_no_sweep(
         with monkeypatch.context() as broken:
             broken.setattr(lease, "write_text", gone)
             mine.beat()
-        assert mine.held() and "no heartbeat this time: the bucket does not answer" in capsys.readouterr().err
+        assert (
+            mine.held()
+            and "no heartbeat this time: the bucket does not answer" in capsys.readouterr().err
+        )
         mine.beat()
         assert lease.read(tmp_path).token == mine.me.token
 
@@ -193,7 +210,9 @@ def test_what_is_no_lease_is_said(tmp_path: Path) -> None:
 
 def test_a_suspended_driver_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
         process.send_signal(signal.SIGSTOP)

@@ -39,7 +39,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
     space = SweepConfig.model_validate(SPACE)
     unwarmed = space.model_copy(update={"tune": space.tune.model_copy(update={"warm_start": None})})
-    search = StudySearch(unwarmed, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials")
+    search = StudySearch(
+        unwarmed, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials"
+    )
     for number, score in enumerate((0.3, 0.9, None)):
         search.suggest(str(number))
         report = {"step": 6, "total_steps": 6} | ({} if score is None else {"dev_f1": score})
@@ -58,24 +60,39 @@ def test_it_holds_what_repeats_a_run_and_no_secret(written: Path) -> None:
     document = json.loads(text)
     assert "secret" not in text and document["commands"][0].endswith("s3://bucket/rows")
     again = manifest.describe(
-        SweepConfig.model_validate(SPACE), FILES, "hash", written, "python ray_jobs/tune.py --resume x"
+        SweepConfig.model_validate(SPACE),
+        FILES,
+        "hash",
+        written,
+        "python ray_jobs/tune.py --resume x",
     )
     assert again["commands"] == [*document["commands"], "python ray_jobs/tune.py --resume x"]
     assert again["trials"] == document["trials"]
     assert document["seeds"] == {"sampler": 5, "data": 0, "training": 7}
-    assert document["data"] == [{"train": "aaa", "dev": "bbb"}] and document["receivers"] == {"llama": "123"}
-    assert document["evaluation_pin"] == "hash" and {"torch", "ray", "optuna"} <= set(document["packages"])
+    assert document["data"] == [{"train": "aaa", "dev": "bbb"}] and document["receivers"] == {
+        "llama": "123"
+    }
+    assert document["evaluation_pin"] == "hash" and {"torch", "ray", "optuna"} <= set(
+        document["packages"]
+    )
     assert document["hardware"]["cores"] >= 1 and document["hardware"]["memory_bytes"] > 1e8
     assert [trial["score"] for trial in document["trials"].values()] == [0.3, 0.9, None]
 
 
 @pytest.mark.parametrize(("named", "number"), [(0, 0), (1, 1), (None, 1)])
-def test_a_trial_is_repeated_with_its_own_values(written: Path, named: int | None, number: int) -> None:
+def test_a_trial_is_repeated_with_its_own_values(
+    written: Path, named: int | None, number: int
+) -> None:
     free = ["data.shard_dir=elsewhere", "tune.storage_path=there"]
     space, document = manifest.one_trial(written / manifest.MANIFEST, named, free)
     assert document["trial"] == number
     assert space.tune.start_with == (document["trials"][str(number)]["values"],)
-    assert (space.tune.trials, space.tune.finalists, space.tune.warm_start, space.run.training.seed) == (1, 0, None, 7)
+    assert (
+        space.tune.trials,
+        space.tune.finalists,
+        space.tune.warm_start,
+        space.run.training.seed,
+    ) == (1, 0, None, 7)
     assert (space.run.data.shard_dir, space.tune.storage_path) == ("elsewhere", "there")
     manifest.check_data(document, FILES, "hash")
 
@@ -101,15 +118,21 @@ def test_what_cannot_be_repeated_is_refused(
     manifest.write(file, json.loads(file.read_text()) | changes)
     with pytest.raises(ConfigError, match=message):
         manifest.one_trial(file, number, assignments)
-    with pytest.raises(ConfigError, match=r"must name the manifest\.json of a sweep, got .*nowhere"):
+    with pytest.raises(
+        ConfigError, match=r"must name the manifest\.json of a sweep, got .*nowhere"
+    ):
         manifest.one_trial(written / "nowhere", None, [])
 
 
 def test_other_rows_are_refused(written: Path) -> None:
     _, document = manifest.one_trial(written, None, [])
-    with pytest.raises(ConfigError, match=r"needs the shards that its manifest names .*'aaa'.*, these are"):
+    with pytest.raises(
+        ConfigError, match=r"needs the shards that its manifest names .*'aaa'.*, these are"
+    ):
         manifest.check_data(document | {"data": [{"train": "aaa", "dev": "other"}]}, FILES, "hash")
-    with pytest.raises(ConfigError, match="protocol hash must be hash as in the manifest, got other"):
+    with pytest.raises(
+        ConfigError, match="protocol hash must be hash as in the manifest, got other"
+    ):
         manifest.check_data(document, FILES, "other")
 
 
@@ -125,7 +148,9 @@ def test_the_state_of_a_checkout_and_none_outside(tmp_path: Path) -> None:
     assert manifest.git_state(tmp_path) == state | {"dirty": True}
 
 
-def test_a_system_that_names_no_processor_has_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_names_no_processor_has_its_architecture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def absent(*_: object, **__: object) -> str:
         raise FileNotFoundError
 

@@ -27,7 +27,9 @@ FRESH = {(6, 1): 0.5, (6, 2): 0.7, (8, 1): 0.75, (8, 2): 0.81}
 
 def search_all(space: SweepConfig, output: Path, steps: int = 6) -> Any:
     """What a sweep does, with scores from the tables above instead of training."""
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+    search = StudySearch(
+        space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
+    )
     for number in range(space.tune.trials):
         values = search.suggest(str(number))
         length, seed = values["encoder.latent_len"], values.get(reruns.SEED)
@@ -42,14 +44,21 @@ def search_all(space: SweepConfig, output: Path, steps: int = 6) -> Any:
     return search.study
 
 
-def test_the_best_mean_over_fresh_seeds_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_mean_over_fresh_seeds_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = SweepConfig.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
     assert results.find_best(study, space.tune).score == 0.95
-    monkeypatch.setattr(reruns, "run_sweep", lambda space, plan, files, output, **_: search_all(space, output))
+    monkeypatch.setattr(
+        reruns, "run_sweep", lambda space, plan, files, output, **_: search_all(space, output)
+    )
     plan: Any = None
     best, finalists = reruns.rerun_best(space, plan, {}, tmp_path / "sweep", study)
-    assert [(f.trial, f.score, f.fresh) for f in finalists] == [(1, 0.9, (0.5, 0.7)), (2, 0.8, (0.75, 0.81))]
+    assert [(f.trial, f.score, f.fresh) for f in finalists] == [
+        (1, 0.9, (0.5, 0.7)),
+        (2, 0.8, (0.75, 0.81)),
+    ]
     assert (best.trial, best.step, best.score) == (2, 6, pytest.approx(0.78))
     assert best.values == {"encoder.latent_len": 8, reruns.SEED: 2}
     assert best.checkpoint == tmp_path / "sweep" / "finals" / "checkpoint-3"
@@ -79,19 +88,27 @@ def test_where_all_fresh_runs_were_lost_the_best_evaluation_that_is_left_wins(
     assert reruns_table(finalists, "dev_f1")[2][0][2:4] == ["–", "nan"]
 
 
-def test_finalists_that_more_trials_bring_are_trained_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finalists_that_more_trials_bring_are_trained_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = SweepConfig.model_validate(SPACE)
     study = search_all(space, tmp_path / "sweep")
     trained: list[tuple[int, int]] = []
 
     def run(space: SweepConfig, plan: Any, files: Any, output: Path, **_: Any) -> Any:
-        search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+        search = StudySearch(
+            space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
+        )
         ended = sum(trial.state.is_finished() for trial in search.study.trials)
         (output / "manifest.json").write_text("{}")  # stands for that of every checkpoint
         for number in range(ended, space.tune.trials):
             values = search.suggest(str(number))
             trained.append((values["encoder.latent_len"], values[reruns.SEED]))
-            score = {"dev_f1": values["encoder.latent_len"] / 100, "wire_bytes": 64, CHECKPOINT_PATH_KEY: str(output)}
+            score = {
+                "dev_f1": values["encoder.latent_len"] / 100,
+                "wire_bytes": 64,
+                CHECKPOINT_PATH_KEY: str(output),
+            }
             search.on_trial_complete(str(number), {"step": 6, "total_steps": 6} | score)
         return search.study
 
@@ -113,7 +130,9 @@ def test_where_no_fresh_run_came_to_a_checkpoint_the_search_has_its_winner(
     study = search_all(space, tmp_path / "sweep")
 
     def failing(space: SweepConfig, plan: Any, files: Any, output: Path, **_: Any) -> Any:
-        search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+        search = StudySearch(
+            space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
+        )
         for number in range(space.tune.trials):
             search.suggest(str(number))
             search.on_trial_complete(str(number), error=True)
@@ -129,14 +148,18 @@ def test_where_no_fresh_run_came_to_a_checkpoint_the_search_has_its_winner(
 def test_without_finalists_the_best_trial_wins_as_it_is(tmp_path: Path) -> None:
     space = SweepConfig.model_validate(SPACE | {"tune": SPACE["tune"] | {"finalists": 0}})
     plan: Any = None
-    best, finalists = reruns.rerun_best(space, plan, {}, tmp_path, search_all(space, tmp_path / "sweep"))
+    best, finalists = reruns.rerun_best(
+        space, plan, {}, tmp_path, search_all(space, tmp_path / "sweep")
+    )
     assert (best.trial, best.score, finalists) == (3, 0.95, [])
 
 
 def test_a_seed_cannot_be_searched_and_varied(tmp_path: Path) -> None:
     seeds = {"training.seed": {"type": "int", "low": 0, "high": 9}}
     with pytest.raises(ConfigError, match=r"training\.seed cannot be searched"):
-        check_metrics(SweepConfig.model_validate(SPACE | {"search": seeds, "tune": {"finalists": 1}}))
+        check_metrics(
+            SweepConfig.model_validate(SPACE | {"search": seeds, "tune": {"finalists": 1}})
+        )
 
 
 def test_trials_with_the_same_values_are_one_finalist(tmp_path: Path) -> None:

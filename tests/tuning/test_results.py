@@ -20,7 +20,9 @@ from latentwire.tuning.study import JOURNAL
 @pytest.mark.slow
 def test_an_error_on_a_worker_is_the_users_error() -> None:
     ray.init(num_cpus=1, log_to_driver=False)
-    texts = RunConfig.model_validate({"data": {"dataset": "text"}, "losses": {"bundle": "pretrain"}})
+    texts = RunConfig.model_validate(
+        {"data": {"dataset": "text"}, "losses": {"bundle": "pretrain"}}
+    )
     try:
         with pytest.raises(ConfigError, match=r"^scores need questions, dataset text has none"):
             remote.on_cluster(RunConfig(), 0.0, scoring.check_questions, texts)
@@ -28,9 +30,16 @@ def test_an_error_on_a_worker_is_the_users_error() -> None:
         ray.shutdown()
 
 
-def study_with(folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig) -> optuna.Study:
+def study_with(
+    folder: Path, trials: list[tuple[list[float], float]], config: TuneConfig
+) -> optuna.Study:
     """A study with trials of six steps: their scores every third step, and the size of their messages."""
-    search = StudySearch(SweepConfig(tune=config), journal=folder / JOURNAL, name="sweep", trial_dir=folder / "trials")
+    search = StudySearch(
+        SweepConfig(tune=config),
+        journal=folder / JOURNAL,
+        name="sweep",
+        trial_dir=folder / "trials",
+    )
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text("{}")  # stands for that of every checkpoint
     for number, (scores, size) in enumerate(trials):
@@ -60,17 +69,27 @@ def test_the_winner_keeps_to_the_limits(tmp_path: Path) -> None:
     assert front_table(rows, config)[2] == [["1", "64", "0.6"]]
     free = study_with(tmp_path / "b", trials, TuneConfig())
     assert results.find_best(free, TuneConfig()).trial == 0
-    assert results.selection_gap(best, {"latent": {}}, "wire_bytes") == results.selection_gap(best, {}, "dev_f1") == {}
+    assert (
+        results.selection_gap(best, {"latent": {}}, "wire_bytes")
+        == results.selection_gap(best, {}, "dev_f1")
+        == {}
+    )
     (tmp_path / "b" / "manifest.json").unlink()  # a checkpoint that is gone cannot win
-    with pytest.raises(results.SweepError, match="needs at least one trial with a checkpoint, got none of 3"):
+    with pytest.raises(
+        results.SweepError, match="needs at least one trial with a checkpoint, got none of 3"
+    ):
         results.find_best(free, TuneConfig())
     tight = TuneConfig.model_validate({"constraints": {"wire_bytes": {"max": 10}}})
-    with pytest.raises(results.SweepError, match=r"wire_bytes ≤ 10\), all 5 evaluations kept of 3 trials go beyond"):
+    with pytest.raises(
+        results.SweepError, match=r"wire_bytes ≤ 10\), all 5 evaluations kept of 3 trials go beyond"
+    ):
         results.find_best(study_with(tmp_path / "c", trials, tight), tight)
 
 
 def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:
-    search = StudySearch(SweepConfig(), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)
+    search = StudySearch(
+        SweepConfig(), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path
+    )
     search.suggest("a")
     search.on_trial_complete("a", error=True)
     with pytest.raises(results.SweepError, match=r"got none of 1 \(the trial's driver died"):
@@ -82,7 +101,10 @@ def test_a_sweep_without_a_checkpoint_says_why(tmp_path: Path) -> None:
 def test_starting_points_that_nobody_began_have_no_row(tmp_path: Path) -> None:
     points = ({"encoder.latent_len": 4}, {"encoder.latent_len": 8})
     space = SweepConfig.model_validate(
-        {"search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 8}}, "tune": {"start_with": points}}
+        {
+            "search": {"encoder.latent_len": {"type": "int", "low": 4, "high": 8}},
+            "tune": {"start_with": points},
+        }
     )
     search = StudySearch(space, journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path)
     search.suggest("a")

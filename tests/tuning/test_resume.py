@@ -22,7 +22,9 @@ def sweep(tmp_path: Path) -> Path:
     output, space = tmp_path / "sweep", SweepConfig.model_validate({"tune": {"trials": 1}})
     output.mkdir()
     resume.write_space(space, output)
-    search = StudySearch(space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials")
+    search = StudySearch(
+        space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
+    )
     search.suggest("a")
     search.on_trial_complete("a", error=True)
     return output
@@ -62,7 +64,9 @@ def test_failed_trials_are_retried_once_in_the_search_and_in_the_re_runs(sweep: 
 
 def test_small_numbers_stay_numbers(tmp_path: Path) -> None:
     tree = {
-        "search": {"training.encoder_lr": {"type": "float", "low": 1e-6, "high": 1e-3, "log": True}},
+        "search": {
+            "training.encoder_lr": {"type": "float", "low": 1e-6, "high": 1e-3, "log": True}
+        },
         "tune": {"start_with": [{"training.encoder_lr": 3e-6}]},
     }
     space = SweepConfig.model_validate(tree)
@@ -70,22 +74,30 @@ def test_small_numbers_stay_numbers(tmp_path: Path) -> None:
     assert resume.read_space(tmp_path, []) == space
 
 
-@pytest.mark.parametrize("assignment", ["training.encoder_lr=1e-3", "run.training.encoder_lr=1e-3", "tune.mode=min"])
+@pytest.mark.parametrize(
+    "assignment", ["training.encoder_lr=1e-3", "run.training.encoder_lr=1e-3", "tune.mode=min"]
+)
 def test_what_makes_trials_incomparable_is_refused(sweep: Path, assignment: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"a resumed sweep keeps its space; only tune\.trials.* can change, got (run|tune)"
+        ConfigError,
+        match=r"a resumed sweep keeps its space; only tune\.trials.* can change, got (run|tune)",
     ):
         resume.read_space(sweep, [assignment])
 
 
 def test_no_flag_is_passed_over(sweep: Path) -> None:
     refuse_flags(flags_of("--set", "tune.trials=2")[0], "a resumed sweep")
-    with pytest.raises(ConfigError, match=r"a resumed sweep keeps its configuration, got --config, --max_steps; leave"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a resumed sweep keeps its configuration, got --config, --max_steps; leave",
+    ):
         refuse_flags(flags_of("--max_steps=9", "--space=other.yaml")[0], "a resumed sweep")
 
 
 def test_a_directory_without_a_sweep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"resume must name a sweep's directory \(one with space\.json\), got"):
+    with pytest.raises(
+        ConfigError, match=r"resume must name a sweep's directory \(one with space\.json\), got"
+    ):
         resume.read_space(tmp_path, [])
 
 

@@ -33,7 +33,9 @@ SPACE = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 
 def search_over(folder: Path, search: dict[str, Any] = SPACE, **tune: Any) -> StudySearch:
     space = SweepConfig.model_validate({"search": search, "tune": tune})
-    return StudySearch(space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials")
+    return StudySearch(
+        space, journal=folder / JOURNAL, name=folder.name, trial_dir=folder / "trials"
+    )
 
 
 @pytest.fixture
@@ -42,10 +44,14 @@ def search(tmp_path: Path) -> StudySearch:
 
 
 def report(step: int, value: float | None) -> dict:
-    return {"step": step, "total_steps": 3, "training_iteration": step} | ({} if value is None else {"dev_f1": value})
+    return {"step": step, "total_steps": 3, "training_iteration": step} | (
+        {} if value is None else {"dev_f1": value}
+    )
 
 
-def run(search: object, values: list[float | None], trial_id: str = "a", error: bool = False) -> None:
+def run(
+    search: object, values: list[float | None], trial_id: str = "a", error: bool = False
+) -> None:
     search.suggest(trial_id)  # type: ignore[attr-defined]
     for step, value in enumerate(values[:-1], start=1):
         search.on_trial_result(trial_id, report(step, value))  # type: ignore[attr-defined]
@@ -56,7 +62,9 @@ def run(search: object, values: list[float | None], trial_id: str = "a", error: 
 def stock(**options: Any) -> OptunaSearch:
     space = {RATE: FloatDistribution(1e-4, 1e-2, log=True)}
     sampler = optuna.samplers.TPESampler(seed=0)
-    return OptunaSearch(space, metric="dev_f1", mode="max", study_name="stock", sampler=sampler, **options)
+    return OptunaSearch(
+        space, metric="dev_f1", mode="max", study_name="stock", sampler=sampler, **options
+    )
 
 
 def only(study: optuna.Study) -> optuna.trial.FrozenTrial:
@@ -80,7 +88,9 @@ def test_a_stopped_trial_is_pruned(search: StudySearch) -> None:
 
 
 @pytest.mark.parametrize("last", [float("nan"), None])
-def test_a_trial_without_a_usable_metric_fails_with_its_cause(search: StudySearch, last: float | None) -> None:
+def test_a_trial_without_a_usable_metric_fails_with_its_cause(
+    search: StudySearch, last: float | None
+) -> None:
     run(search, [0.1, last])
     assert only(search.study).state == TrialState.FAIL
     assert "finite dev_f1 needed, got {'dev_f1': " in only(search.study).user_attrs[CAUSE]
@@ -98,7 +108,9 @@ def test_a_report_without_the_metric_is_no_error(search: StudySearch) -> None:
         run(stock(), [None, 0.4, 0.5])
 
 
-def test_a_trial_that_raised_fails_with_what_its_driver_left(search: StudySearch, tmp_path: Path) -> None:
+def test_a_trial_that_raised_fails_with_what_its_driver_left(
+    search: StudySearch, tmp_path: Path
+) -> None:
     run(search, [0.1, 0.2], error=True)
     folder = trial_path(tmp_path / "trials", 1)
     folder.mkdir(parents=True)
@@ -135,17 +147,23 @@ def test_a_store_that_does_not_say_why_a_trial_failed_ends_no_sweep(
     run(search, [0.1, 0.2, 0.3])
     run(search, [0.1, 0.2], "b")
     assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
-    assert "for a reason that cannot be read: s3://bucket" in search.study.trials[1].user_attrs[CAUSE]
+    assert (
+        "for a reason that cannot be read: s3://bucket" in search.study.trials[1].user_attrs[CAUSE]
+    )
 
 
-def test_a_failed_trial_is_retried_by_another_in_its_directory(search: StudySearch, tmp_path: Path) -> None:
+def test_a_failed_trial_is_retried_by_another_in_its_directory(
+    search: StudySearch, tmp_path: Path
+) -> None:
     """Twice: the second time, the trial that had retried the first one is retried."""
     run(search, [0.1], error=True)
     run(search, [0.1, 0.2, 0.3], "b")
     rate = search.study.trials[0].params[RATE]
     for number in (2, 3):
         failed = [trial.number for trial in own_trials(search.study, (TrialState.FAIL,))]
-        assert {new: old.number for new, old in studies.retry_failed(search.study).items()} == {number: failed[0]}
+        assert {new: old.number for new, old in studies.retry_failed(search.study).items()} == {
+            number: failed[0]
+        }
         assert studies.retry_failed(search.study) == {}  # it is retried once
         again = search_over(tmp_path)
         assert again.suggest("x") == {RATE: rate, NUMBER: number, TAKES_UP: 0}
@@ -178,20 +196,28 @@ def test_a_resumed_trial_tells_what_was_on_its_way_when_it_died(search: StudySea
     ] * 3
 
 
-def test_a_new_driver_goes_on_with_what_the_last_one_left(search: StudySearch, tmp_path: Path) -> None:
+def test_a_new_driver_goes_on_with_what_the_last_one_left(
+    search: StudySearch, tmp_path: Path
+) -> None:
     """Finished trials stay told once, unfinished ones come first with their own values, and none is left over."""
     run(search, [0.1, 0.2, 0.3])
     left = [search.suggest("b"), search.suggest("c")]
     search.on_trial_result("b", report(1, 0.4))
     search.study.ask()  # a driver that died before it drew anything
-    pickle.loads(pickle.dumps(search))  # as Tune does; it is the same driver, which takes nothing over
+    pickle.loads(
+        pickle.dumps(search)
+    )  # as Tune does; it is the same driver, which takes nothing over
     again = search_over(tmp_path)
     assert [again.suggest("x"), again.suggest("y")] == left
     assert [again.suggest("z")[NUMBER], again.suggest("new")[NUMBER]] == [3, 4]
-    again.on_trial_result("x", report(1, 0.4))  # reported again after a resume from the checkpoint before
+    again.on_trial_result(
+        "x", report(1, 0.4)
+    )  # reported again after a resume from the checkpoint before
     for trial_id in ("x", "y", "z", "new"):
         again.on_trial_complete(trial_id, report(3, 0.5))
-    assert {trial.state for trial in again.study.trials} == {TrialState.COMPLETE} and len(again.study.trials) == 5
+    assert {trial.state for trial in again.study.trials} == {TrialState.COMPLETE} and len(
+        again.study.trials
+    ) == 5
     assert again.study.trials[1].intermediate_values == {1: 0.4, 3: 0.5}
 
 
@@ -236,7 +262,9 @@ def test_the_rest_of_a_starting_point_is_drawn_by_its_own_number(tmp_path: Path)
 
 
 def test_the_stock_class_enqueues_its_starting_points_again(tmp_path: Path) -> None:
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal")))
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
+    )
     for _ in range(2):
         search = stock(storage=storage, points_to_evaluate=[{RATE: 2e-3}])
         assert search.suggest(str(_))[RATE] == 2e-3
@@ -251,14 +279,25 @@ def test_an_earlier_sweep_warms_a_new_one(tmp_path: Path) -> None:
     narrow = {RATE: SPACE[RATE] | {"low": 5e-4}}
     for _ in range(2):  # the second opens the same study again
         warm = search_over(tmp_path / "warm", narrow, warm_start=str(tmp_path / "earlier"))
-        inside = [trial for trial in earlier.study.trials if trial.params[RATE] >= 5e-4 and trial.state.name != "FAIL"]
+        inside = [
+            trial
+            for trial in earlier.study.trials
+            if trial.params[RATE] >= 5e-4 and trial.state.name != "FAIL"
+        ]
         assert 0 < len(inside) < 12 and len(warm.study.trials) == len(inside)
         assert own_trials(warm.study) == []
     with pytest.raises(
-        ConfigError, match=r"must have the objectives \[\['dev_em', 'max'\]\], got \[\['dev_f1', 'max'\]\]"
+        ConfigError,
+        match=r"must have the objectives \[\['dev_em', 'max'\]\], got \[\['dev_f1', 'max'\]\]",
     ):
-        check_searchable(search_over(tmp_path / "other", metric="dev_em", warm_start=str(tmp_path / "earlier")).space)
-    with pytest.raises(ConfigError, match=r"must be a sweep's directory or its study\.journal, got nowhere"):
+        check_searchable(
+            search_over(
+                tmp_path / "other", metric="dev_em", warm_start=str(tmp_path / "earlier")
+            ).space
+        )
+    with pytest.raises(
+        ConfigError, match=r"must be a sweep's directory or its study\.journal, got nowhere"
+    ):
         check_searchable(search_over(tmp_path / "other", warm_start="nowhere").space)
 
 
@@ -269,7 +308,9 @@ def test_scores_of_another_protocol_are_not_compared(tmp_path: Path) -> None:
     def opened(name: str, protocol: str, **tune: Any) -> StudySearch:
         other = space.model_copy(update={"tune": space.tune.model_copy(update=tune)})
         folder = tmp_path / name
-        return StudySearch(other, journal=folder / JOURNAL, name=name, trial_dir=folder, protocol=protocol)
+        return StudySearch(
+            other, journal=folder / JOURNAL, name=name, trial_dir=folder, protocol=protocol
+        )
 
     run(opened("first", "old"), [0.1, 0.2, 0.3])
     run(opened("first", "old"), [0.1, 0.2, 0.3])
@@ -277,7 +318,9 @@ def test_scores_of_another_protocol_are_not_compared(tmp_path: Path) -> None:
         assert opened("first", "new").study
     warm = {"warm_start": str(tmp_path / "first")}
     assert len(opened("same", "old", **warm).study.trials) == 2
-    with pytest.raises(ConfigError, match=r"tune\.warm_start must have the protocol hash new, got old"):
+    with pytest.raises(
+        ConfigError, match=r"tune\.warm_start must have the protocol hash new, got old"
+    ):
         assert opened("other", "new", **warm).study
 
 
@@ -289,21 +332,30 @@ def test_earlier_scores_of_several_objectives_are_taken_over(tmp_path: Path) -> 
     warm = search_over(tmp_path / "warm", warm_start=str(tmp_path / "earlier"), **sizes)
     assert [trial.values for trial in warm.study.trials] == [[0.5, 64.0]]
     space = {RATE: FloatDistribution(1e-4, 1e-2, log=True)}
-    ray = OptunaSearch(space, metric=["dev_f1", "wire_bytes"], mode=["max", "min"], study_name="stock")
+    ray = OptunaSearch(
+        space, metric=["dev_f1", "wire_bytes"], mode=["max", "min"], study_name="stock"
+    )
     with pytest.raises(TypeError, match="must be real number"):
         ray.add_evaluated_point({RATE: 1e-3}, [0.5, 64.0])  # type: ignore[arg-type]
 
 
 def test_a_conditional_space_can_be_pickled(tmp_path: Path) -> None:
     kind = {"encoder.kind": {"type": "categorical", "choices": ["byte", "lm"]}}
-    rank = {"encoder.lora_rank": {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}}
+    rank = {
+        "encoder.lora_rank": {"type": "int", "low": 2, "high": 8, "when": {"encoder.kind": "lm"}}
+    }
     space = {"run": {"encoder": {"model": "receiver:llama"}}, "search": kind | rank}
     search = StudySearch(
-        SweepConfig.model_validate(space), journal=tmp_path / JOURNAL, name="sweep", trial_dir=tmp_path / "trials"
+        SweepConfig.model_validate(space),
+        journal=tmp_path / JOURNAL,
+        name="sweep",
+        trial_dir=tmp_path / "trials",
     )
     values = [pickle.loads(pickle.dumps(search)).suggest(str(number)) for number in range(12)]
     assert {"encoder.lora_rank" in value for value in values} == {True, False}
-    ray = OptunaSearch(lambda trial: {"rate": trial.suggest_float("rate", 0, 1)}, metric="dev_f1", mode="max")
+    ray = OptunaSearch(
+        lambda trial: {"rate": trial.suggest_float("rate", 0, 1)}, metric="dev_f1", mode="max"
+    )
     with pytest.raises((pickle.PicklingError, AttributeError)):
         pickle.dumps(ray)
 
@@ -312,7 +364,10 @@ def test_sweeps_that_share_a_storage_stay_apart(tmp_path: Path) -> None:
     journal = tmp_path / "shared" / JOURNAL
     for name in ("one", "two"):
         space = SweepConfig.model_validate({"search": SPACE})
-        run(StudySearch(space, journal=journal, name=name, trial_dir=tmp_path / name), [0.1, 0.2, 0.3])
+        run(
+            StudySearch(space, journal=journal, name=name, trial_dir=tmp_path / name),
+            [0.1, 0.2, 0.3],
+        )
     assert len(open_study(journal, "one", {"dev_f1": "max"}).trials) == 1
     storage = optuna.storages.InMemoryStorage()
     space = {RATE: FloatDistribution(1e-4, 1e-2, log=True)}
@@ -345,21 +400,32 @@ def test_the_best_trial_is_the_one_with_the_best_evaluation(tmp_path: Path) -> N
 def test_population_based_training_is_not_offered(tmp_path: Path) -> None:
     """Under Train V2 Tune has no checkpoints of its trials, which PBT copies."""
     (tmp_path / "space.yaml").write_text("tune: {scheduler: pbt}")
-    with pytest.raises(ConfigError, match="scheduler: input should be 'asha', 'median' or 'none', got 'pbt'"):
+    with pytest.raises(
+        ConfigError, match="scheduler: input should be 'asha', 'median' or 'none', got 'pbt'"
+    ):
         load_space(tmp_path / "space.yaml")
 
 
 def test_several_objectives_and_a_limit(tmp_path: Path) -> None:
     """Values are those of the evaluation that is best by the first; a trial beyond the limit is told so."""
-    search = search_over(tmp_path, objectives={"wire_bytes": "min"}, constraints={"wire_bytes": {"max": 100}})
+    search = search_over(
+        tmp_path, objectives={"wire_bytes": "min"}, constraints={"wire_bytes": {"max": 100}}
+    )
     for trial_id, size in (("a", 60.0), ("b", 140.0)):
         search.suggest(trial_id)
         search.on_trial_result(trial_id, report(1, 0.5) | {"wire_bytes": size})
         search.on_trial_complete(trial_id, report(3, 0.4) | {"wire_bytes": size})
     run(search, [0.9, 0.9, 0.9], "c")
-    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
+    assert [trial.state for trial in search.study.trials] == [
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+    ]
     assert search.study.trials[0].values == [0.5, 60.0]
-    assert [trial.constraints for trial in search.study.trials[:2]] == [{"wire_bytes": -40}, {"wire_bytes": 40}]
+    assert [trial.constraints for trial in search.study.trials[:2]] == [
+        {"wire_bytes": -40},
+        {"wire_bytes": 40},
+    ]
     assert [trial.number for trial in search.study.best_trials] == [0]
     assert "finite dev_f1, wire_bytes needed" in search.study.trials[2].user_attrs[CAUSE]
 
@@ -368,10 +434,15 @@ def test_a_limit_on_what_is_not_reported_is_a_failure_with_its_cause(tmp_path: P
     search = search_over(tmp_path, constraints={"wire_bytes": {"max": 100}})
     run(search, [0.1, 0.2, 0.3])
     assert only(search.study).state == TrialState.FAIL
-    assert only(search.study).user_attrs[CAUSE] == "finite wire_bytes needed for tune.constraints, got None"
+    assert (
+        only(search.study).user_attrs[CAUSE]
+        == "finite wire_bytes needed for tune.constraints, got None"
+    )
 
 
-def test_tunes_own_record_of_the_searcher_says_where_the_study_is(search: StudySearch, tmp_path: Path) -> None:
+def test_tunes_own_record_of_the_searcher_says_where_the_study_is(
+    search: StudySearch, tmp_path: Path
+) -> None:
     run(search, [0.1, 0.2, 0.3])
     search.save(str(tmp_path / "searcher"))
     other = search_over(tmp_path / "other")
@@ -436,13 +507,21 @@ def test_a_sampler_that_cannot_serve_is_refused(tmp_path: Path, tune: dict, mess
 
 def test_a_grid_smaller_than_the_sweep_is_refused(tmp_path: Path) -> None:
     anchors = {"prompt.anchor": {"type": "categorical", "choices": ["A: ", ""]}}
-    with pytest.raises(ConfigError, match=r"has 2 combinations here, tune\.trials must be ≤ that, got 6"):
+    with pytest.raises(
+        ConfigError, match=r"has 2 combinations here, tune\.trials must be ≤ that, got 6"
+    ):
         make_sampler(search_over(tmp_path, anchors, sampler={"name": "grid"}, trials=6).space)
     two: dict[str, Any] = {"sampler": {"name": "grid"}, "trials": 2}
     with pytest.raises(ConfigError, match=r"visits every combination; leave tune\.start_with out"):
-        make_sampler(search_over(tmp_path, anchors, start_with=[{"prompt.anchor": ""}], **two).space)
-    conditional = anchors | {"encoder.latent_len": {"type": "int", "low": 4, "high": 8, "when": {"prompt.anchor": ""}}}
-    with pytest.raises(ConfigError, match=r"takes no conditions, got search\.encoder\.latent_len\.when"):
+        make_sampler(
+            search_over(tmp_path, anchors, start_with=[{"prompt.anchor": ""}], **two).space
+        )
+    conditional = anchors | {
+        "encoder.latent_len": {"type": "int", "low": 4, "high": 8, "when": {"prompt.anchor": ""}}
+    }
+    with pytest.raises(
+        ConfigError, match=r"takes no conditions, got search\.encoder\.latent_len\.when"
+    ):
         make_sampler(search_over(tmp_path, conditional, **two).space)
 
 
@@ -467,13 +546,21 @@ def test_values_that_do_not_go_together_are_refused_before_the_sweep(
 
 def test_a_study_keeps_its_objectives(search: StudySearch) -> None:
     assert search.study.user_attrs["objectives"] == [["dev_f1", "max"]]
-    with pytest.raises(ConfigError, match=r"has objectives \[\['dev_f1', 'max'\]\], got \[\['dev_em', 'max'\]\]"):
+    with pytest.raises(
+        ConfigError, match=r"has objectives \[\['dev_f1', 'max'\]\], got \[\['dev_em', 'max'\]\]"
+    ):
         open_study(search.journal, search.name, {"dev_em": "max"})
 
 
 def test_what_is_kept_of_an_evaluation_is_plain_and_finite(search: StudySearch) -> None:
     search.suggest("a")
-    said = report(1, 0.25) | {"note": "ok", "parts": [1, 2], "config": {"a": 1}, "nothing": None, EARLIER: "[]"}
+    said = report(1, 0.25) | {
+        "note": "ok",
+        "parts": [1, 2],
+        "config": {"a": 1},
+        "nothing": None,
+        EARLIER: "[]",
+    }
     search.on_trial_result("a", said)
     for value in (float("nan"), float("inf"), "0.5", None):
         search.on_trial_result("a", report(2, 0.5) | {"dev_f1": value})
@@ -503,7 +590,9 @@ def test_a_driver_that_died_without_a_report_is_told_so(search: StudySearch) -> 
     assert search.study.trials[1].state == TrialState.COMPLETE
 
 
-def test_copies_take_a_small_share_of_the_time(search: StudySearch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_take_a_small_share_of_the_time(
+    search: StudySearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a copy of two seconds none is made for forty, unless a trial ends."""
     clock, copies = [100.0], list[float]()
 
@@ -531,7 +620,11 @@ def test_what_is_drawn_on_paper_is_no_news(tmp_path: Path) -> None:
         check_draws(search_over(tmp_path).space)
         assert optuna.logging.get_verbosity() == optuna.logging.ERROR
         with pytest.raises(ConfigError):
-            check_draws(search_over(tmp_path, {"encoder.d_model": {"type": "int", "low": 64, "high": 128}}).space)
+            check_draws(
+                search_over(
+                    tmp_path, {"encoder.d_model": {"type": "int", "low": 64, "high": 128}}
+                ).space
+            )
         assert optuna.logging.get_verbosity() == optuna.logging.ERROR
     finally:
         optuna.logging.set_verbosity(before)
@@ -543,7 +636,9 @@ def test_an_unpickled_searcher_has_its_session_and_nothing_open(search: StudySea
     assert again.session == search.session and again.study is not search.study
     assert [trial.value for trial in again.study.trials] == [0.3]
     assert again.space == search.space and (again.metric, again.mode) == ("dev_f1", "max")
-    fresh = StudySearch(search.space, journal=search.journal, name=search.name, trial_dir=search.trial_dir)
+    fresh = StudySearch(
+        search.space, journal=search.journal, name=search.name, trial_dir=search.trial_dir
+    )
     assert fresh.session != search.session
 
 

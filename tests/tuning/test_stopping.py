@@ -30,7 +30,11 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def searching(output: Path, stop: Stop) -> StudySearch:
     return StudySearch(
-        SweepConfig(), journal=output / JOURNAL, name=output.name, trial_dir=output / "trials", stop=stop
+        SweepConfig(),
+        journal=output / JOURNAL,
+        name=output.name,
+        trial_dir=output / "trials",
+        stop=stop,
     )
 
 
@@ -52,7 +56,11 @@ def test_a_cut_trial_stays_unfinished_and_goes_on(tmp_path: Path, error: bool) -
     search.on_trial_complete("2", None if error else report(9))
     assert search.suggest("3") == Searcher.FINISHED
     states = [trial.state for trial in search.study.trials]
-    assert states == [TrialState.RUNNING, TrialState.RUNNING, TrialState.COMPLETE]  # the last had come to its end
+    assert states == [
+        TrialState.RUNNING,
+        TrialState.RUNNING,
+        TrialState.COMPLETE,
+    ]  # the last had come to its end
     again = searching(tmp_path, Stop())
     assert [again.suggest(name)["study_trial"] for name in ("a", "b", "c")] == [0, 1, 3]
 
@@ -86,7 +94,9 @@ def test_a_time_budget_ends_the_search_and_nothing_that_is_complete() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_search_end_and_a_second_one_does_not(number: signal.Signals, status: int) -> None:
+def test_a_signal_lets_the_search_end_and_a_second_one_does_not(
+    number: signal.Signals, status: int
+) -> None:
     stop, before = Stop(), signal.getsignal(number)
     with stop.by_signals():
         with stop.searching(None):
@@ -112,7 +122,9 @@ def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
 ) -> None:
     output, space = tmp_path / "a sweep", SweepConfig.model_validate({"tune": {"trials": 3}})
 
-    def search(space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
+    def search(
+        space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
+    ) -> int:
         assert (output / LEASE_FILE).exists() and (output / resume.SPACE_FILE).exists()
         with pytest.raises(LeaseError, match=f"has process {os.getpid()} on"):
             api.drive(space, NO_PLAN, output, *COMMAND, force=True)
@@ -158,8 +170,12 @@ def test_failed_trials_are_taken_up_again_by_the_driver_that_holds_the_sweep(
 def test_a_lease_that_was_lost_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def search(space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop) -> int:
-        (output / LEASE_FILE).write_text((output / LEASE_FILE).read_text().replace(stop.lease.me.token, "another"))
+    def search(
+        space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
+    ) -> int:
+        (output / LEASE_FILE).write_text(
+            (output / LEASE_FILE).read_text().replace(stop.lease.me.token, "another")
+        )
         stop.lease.beat()
         stop.check_taken()
         raise AssertionError("goes on")

@@ -19,12 +19,16 @@ from latentwire.tuning.study import JOURNAL
 from latentwire.tuning.sweep import Earlier, NothingRuns, make_scheduler, replay
 
 
-def test_trials_are_compared_on_development_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_are_compared_on_development_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The validation rows are for the chosen wire alone."""
     paths: dict[shards.ShardSplit, Place] = {split: tmp_path / split for split in shards.SPLITS}
     monkeypatch.setattr(sweep_files.streams, "ray_dataset", lambda path, *_, **__: path.name)
     monkeypatch.setattr(sweep_files.shards, "read_table", lambda path: path.name)
-    monkeypatch.setattr(sweep_files.ray.data, "from_arrow", lambda rows: SimpleNamespace(materialize=lambda: rows))
+    monkeypatch.setattr(
+        sweep_files.ray.data, "from_arrow", lambda rows: SimpleNamespace(materialize=lambda: rows)
+    )
     assert sweep_files.load_datasets(Files(paths, {}, ()), True) == {"train": "train", "dev": "dev"}
 
 
@@ -42,7 +46,10 @@ def ended(folder: Path, scores: Sequence[Sequence[float]]) -> list[Any]:
 
 @pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
 def test_a_restart_shows_the_scheduler_what_was_reported(tmp_path: Path, scheduler: Any) -> None:
-    trials = ended(tmp_path, [(0.5, 0.8, 0.9), (0.4, 0.7, 0.8), (0.4, 0.6, 0.8), (0.1, 0.1, 0.9), (0.6, 0.7, 0.9)])
+    trials = ended(
+        tmp_path,
+        [(0.5, 0.8, 0.9), (0.4, 0.7, 0.8), (0.4, 0.6, 0.8), (0.1, 0.1, 0.9), (0.6, 0.7, 0.9)],
+    )
     config = TuneConfig(scheduler=scheduler, grace_steps=3)
     fresh = make_scheduler(config, 9)
     replay(fresh, trials)
@@ -54,7 +61,9 @@ def test_a_restart_shows_the_scheduler_what_was_reported(tmp_path: Path, schedul
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
-def test_a_scheduler_does_without_a_trial_that_failed_before_it_was_evaluated(scheduler: Any) -> None:
+def test_a_scheduler_does_without_a_trial_that_failed_before_it_was_evaluated(
+    scheduler: Any,
+) -> None:
     fresh = make_scheduler(TuneConfig(scheduler=scheduler, grace_steps=3), 9)
     controller: Any = NothingRuns()
     trials: list[Any] = [Earlier(number) for number in (0, 1)]
@@ -85,9 +94,12 @@ def test_trials_on_different_development_rows_are_refused(monkeypatch: pytest.Mo
     assert common_protocol_hash(space, dev) == "same"
     monkeypatch.setattr(sweep_files, "protocol_hash", lambda path, run: path.name)
     made: list[str] = []
-    monkeypatch.setattr(sweep_files.pipeline, "ensure_shards", lambda run, split, path: made.append(split))
+    monkeypatch.setattr(
+        sweep_files.pipeline, "ensure_shards", lambda run, split, path: made.append(split)
+    )
     with pytest.raises(
-        ConfigError, match=r"the same development rows, got 2 different sets; .* among data\.dev_samples"
+        ConfigError,
+        match=r"the same development rows, got 2 different sets; .* among data\.dev_samples",
     ):
         prepare(space, 0)
     assert made == ["dev", "dev"]  # and no training rows before it is said
