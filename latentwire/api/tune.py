@@ -19,11 +19,12 @@ from latentwire.errors import fail
 from latentwire.evaluation import readings, scoring
 from latentwire.planning import forecast, planner
 from latentwire.planning.planner import Plan
-from latentwire.planning.resolved import objectives
-from latentwire.planning.variants import largest_run, variant_key
+from latentwire.planning.resolved import ResolvedSweep, objectives, resolve
+from latentwire.planning.variants import variant_key
 from latentwire.reports import html, tables
 from latentwire.storage import Place, place
-from latentwire.tuning import checkpoint_budget, lease, manifest, reruns, results, resume, sweep
+from latentwire.tuning import checkpoint_budget, lease, manifest, reruns, results, resume
+from latentwire.tuning import sweep as searching
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.results import Best, SweepError
 from latentwire.tuning.searcher import check_draws, check_searchable
@@ -193,17 +194,18 @@ def run(
         verbose: show what workers and libraries print.
     """
     cluster.start_ray(verbose)
-    plan = planner.plan_on_cluster(space)
-    rate = remote.measure_rate(largest_run(space), plan.gpus_per_worker) if dry_run else None
-    plan = forecast.show(space, plan, output, rate)
+    sweep = resolve(space)
+    plan = planner.plan_on_cluster(sweep)
+    rate = remote.measure_rate(sweep.largest, plan.gpus_per_worker) if dry_run else None
+    plan = forecast.show(sweep, plan, output, rate)
     if dry_run:
         print(space.model_dump_json(indent=1))
         return 0
-    return drive(space, plan, output, program, command, repeated, retry=retry, force=force)
+    return drive(sweep, plan, output, program, command, repeated, retry=retry, force=force)
 
 
 def drive(
-    space: SweepConfig,
+    sweep: ResolvedSweep,
     plan: Plan,
     output: Place,
     program: str,
@@ -216,7 +218,7 @@ def drive(
     """Run a sweep as its only driver; returns the exit status.
 
     Args:
-        space: what is searched.
+        sweep: what is searched, resolved.
         plan: how many trials fit.
         output: the sweep's directory.
         program: words with which a person runs the command that goes on, e.g. ``latentwire tune``.
@@ -228,7 +230,7 @@ def drive(
     Raises:
         LeaseError: another driver has the sweep; nothing was touched.
     """
-    stop = Stop()
+    stop, space = Stop(), sweep.space
     try:
         with lease.held(output, force, stop.lose) as stop.lease, stop.by_signals():
             resume.write_space(space, output)
@@ -236,7 +238,7 @@ def drive(
             if retry:
                 lines = resume.retry_failed(space, output) or ["no trial has failed"]
                 print("\n".join(lines), flush=True)
-            return search(space, plan, output, command, repeated, stop)
+            return search(sweep, plan, output, command, repeated, stop)
     except (
         KeyboardInterrupt
     ):  # Ray raises one of its own where a signal's handler raised in the middle of a call
@@ -275,33 +277,43 @@ def explain_stop(stop: Stop, space: SweepConfig, output: Place, again: str) -> i
 
 
 def search(
-    space: SweepConfig,
+    sweep: ResolvedSweep,
     plan: Plan,
     output: Place,
     command: str,
     repeated: Mapping[str, Any] | None = None,
     stop: Stop | None = None,
 ) -> int:
-    """Shards, trials, finals, scores, export, report; returns the exit status: 1 where every trial has failed.
+    """Go from shards over trials, re-runs and scores to export and report; return the exit status.
 
-    ``repeated``: the manifest whose trial this is, whose data and receivers must be the same. ``stop``: may end it before, by
-    :class:`~latentwire.tuning.stopping.SweepStopped`.
+    Args:
+        sweep: what is searched, resolved.
+        plan: how many trials fit.
+        output: the sweep's directory.
+        command: the whole command, for the record.
+        repeated: the manifest whose trial this is; data and receivers must be the same.
+        stop: may end it before, by :class:`~latentwire.tuning.stopping.SweepStopped`.
+
+    Returns:
+        1 where every trial has failed, else 0.
     """
-    stop = stop or Stop()
+    stop, space = stop or Stop(), sweep.space
     if left := orphans.remove_orphaned_groups():
         print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
-    files = sweep_files.prepare(space, plan.gpus_per_worker)
-    pin = sweep_files.common_protocol_hash(space, {own.shards["dev"] for own in files.values()})
+    files = sweep_files.prepare(sweep, plan.gpus_per_worker)
+    protocol = sweep_files.common_protocol_hash(
+        space, {own.shards["dev"] for own in files.values()}
+    )
     if repeated is not None:
-        manifest.check_data(repeated, files, pin)
+        manifest.check_data(repeated, files, protocol)
     stop.check_taken()
     manifest.write(
-        output / manifest.MANIFEST, manifest.describe(space, files, pin, output, command)
+        output / manifest.MANIFEST, manifest.describe(space, files, protocol, output, command)
     )
     expected = None if repeated is None else repeated["receivers"]
     with replica_sets.serving(space, plan.sharing, expected) as served:
-        study = sweep.run_sweep(space, plan, files, output, expected, served, stop)
-        document = manifest.describe(space, files, pin, output, command, study)
+        study = searching.run_sweep(space, plan, files, output, expected, served, stop)
+        document = manifest.describe(space, files, protocol, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
         try:
             best, finalists = reruns.rerun_best(space, plan, files, output, study, served, stop)
@@ -321,14 +333,14 @@ def search(
     rows = results.trial_rows(study, space.tune)
     grids = tables.sweep_tables(rows, finalists, scored, best, run, space)
     gap = results.selection_gap(best, scored.scores, space.tune.metric)
-    found = {
+    summary = {
         "command": command,
         "best": vars(best),
         "selection": gap,
         "trials": rows,
     } | scored.document
-    found |= {"evaluation_pin": pin, "finalists": [vars(finalist) for finalist in finalists]}
-    scoring.write_results(output, found)
+    summary |= {"evaluation_pin": protocol, "finalists": [vars(finalist) for finalist in finalists]}
+    scoring.write_results(output, summary)
     tables.show(grids)
     print(
         line
@@ -339,7 +351,7 @@ def search(
         print(
             f"repeated trial {repeated['trial']}: {space.tune.metric} {best.score!r}, was {was!r}"
         )
-    sweep.tidy_at_last(space, output)
+    searching.tidy_at_last(space, output)
     held = checkpoint_budget.bytes_in([output / "trials", output / reruns.RERUNS])
     print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
     print(f"log: {LOG.path}")

@@ -13,6 +13,7 @@ from ray.tune.search.searcher import Searcher
 
 from latentwire.api import tune as api
 from latentwire.config import SweepConfig
+from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.tuning import lease, resume, stopping
 from latentwire.tuning.lease import LEASE_FILE, LeaseError
 from latentwire.tuning.searcher import StudySearch
@@ -123,11 +124,11 @@ def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
     output, space = tmp_path / "a sweep", SweepConfig.model_validate({"tune": {"trials": 3}})
 
     def search(
-        space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
+        sweep: ResolvedSweep, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
     ) -> int:
         assert (output / LEASE_FILE).exists() and (output / resume.SPACE_FILE).exists()
         with pytest.raises(LeaseError, match=f"has process {os.getpid()} on"):
-            api.drive(space, NO_PLAN, output, *COMMAND, force=True)
+            api.drive(resolve(space), NO_PLAN, output, *COMMAND, force=True)
         held = searching(output, stop)
         for number in range(2):
             held.suggest(str(number))
@@ -136,7 +137,7 @@ def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
         raise AssertionError("goes on")
 
     monkeypatch.setattr(api, "search", search)
-    assert api.drive(space, NO_PLAN, output, *COMMAND) == 130
+    assert api.drive(resolve(space), NO_PLAN, output, *COMMAND) == 130
     told = capsys.readouterr().out
     assert "stopped: Ctrl-C; 1 of 3 trials have ended" in told and "nothing was scored" in told
     assert f"\ngo on: latentwire tune --resume '{output}'\n" in told
@@ -151,7 +152,7 @@ def test_rays_own_interrupt_counts_too(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "search", search)
-    assert api.drive(SweepConfig(), NO_PLAN, tmp_path, *COMMAND) == stopping.SIGINT_STATUS
+    assert api.drive(resolve(SweepConfig()), NO_PLAN, tmp_path, *COMMAND) == stopping.SIGINT_STATUS
     assert "stopped: Ctrl-C; 0 of" in capsys.readouterr().out
 
 
@@ -164,14 +165,14 @@ def test_failed_trials_are_taken_up_again_by_the_driver_that_holds_the_sweep(
 
     monkeypatch.setattr(resume, "retry_failed", retry)
     monkeypatch.setattr(api, "search", lambda *_: 0)
-    assert api.drive(SweepConfig(), NO_PLAN, tmp_path, *COMMAND, retry=True) == 0
+    assert api.drive(resolve(SweepConfig()), NO_PLAN, tmp_path, *COMMAND, retry=True) == 0
 
 
 def test_a_lease_that_was_lost_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def search(
-        space: SweepConfig, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
+        sweep: ResolvedSweep, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
     ) -> int:
         (output / LEASE_FILE).write_text(
             (output / LEASE_FILE).read_text().replace(stop.lease.me.token, "another")
@@ -181,7 +182,7 @@ def test_a_lease_that_was_lost_ends_the_command(
         raise AssertionError("goes on")
 
     monkeypatch.setattr(api, "search", search)
-    assert api.drive(SweepConfig(), NO_PLAN, tmp_path, *COMMAND) == 1
+    assert api.drive(resolve(SweepConfig()), NO_PLAN, tmp_path, *COMMAND) == 1
     told = capsys.readouterr().out
     assert "stopped: another driver has taken" in told and "go on:" not in told
     assert (tmp_path / LEASE_FILE).exists()
