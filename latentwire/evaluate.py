@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).parents[1]
-    )  # else this folder's evaluate.py hides Hugging Face's
+    # This folder would come first, and its evaluate.py hide Hugging Face's package.
+    sys.path[0] = str(Path(__file__).parents[1])
     from latentwire.cli import as_written, main
 
     sys.exit(main(["evaluate", *as_written(sys.argv[1:])]))

@@ -69,14 +69,15 @@ def _call(command: App, words: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def as_written(words: Sequence[str], goes_on: bool = False) -> list[str]:
+def as_written(words: Sequence[str], goes_on: bool = False, config: str | None = None) -> list[str]:
     """Return a script's flags as the console command takes them.
 
     Scripts also take ``--resume`` without a value: go on in ``--output_dir``.
 
     Args:
         words: flags of ``train.py`` and its like.
-        goes_on: resume wherever the output directory is there and its run has not finished.
+        goes_on: resume wherever the output directory is there.
+        config: configuration of a script that is given none, and no wire to begin with.
     """
     given = [
         part
@@ -89,8 +90,11 @@ def as_written(words: Sequence[str], goes_on: bool = False) -> list[str]:
         for i, word in enumerate(given)
         if word == "--resume" and (given[i + 1 :] or ["--"])[0].startswith("--")
     ]
+    named = {word.partition("=")[0] for word in words}
+    if config is not None and not named & {"--config", "--space", "--from"}:
+        given += ["--config", config]
     if not places or places[0] + 1 == len(given):
-        return list(words)
+        return given
     output = given[places[0] + 1]
     if bare or (goes_on and place(at_home(output)).exists()):
         kept = [word for i, word in enumerate(given) if i not in (places[0], places[0] + 1, *bare)]

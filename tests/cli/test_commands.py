@@ -90,6 +90,9 @@ def test_a_script_resumes_in_its_output_directory(tmp_path: Path) -> None:
         run,
     ]
     assert as_written([f"--output_dir={run}", "--seed=3"]) == ["--output_dir", run, "--seed=3"]
+    assert as_written(["--seed=3"], config="toy") == ["--seed=3", "--config", "toy"]
+    for named in (["--space=small"], ["--config", "small"], ["--from", run]):
+        assert as_written(named, config="toy") == named
     assert as_written([f"--output_dir={run}"], goes_on=True) == ["--resume", run]
     assert as_written(["--output=elsewhere"], goes_on=True) == ["--output", "elsewhere"]
     assert as_written(["--resume", run, "--set", "tune.trials=3"]) == [

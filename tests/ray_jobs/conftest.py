@@ -40,3 +40,5 @@ TINY = (
     "--set", "training.log_every=2", "--set", "training.alignment_steps=2",
 )  # fmt: skip
 """Flags that make a toy run of seconds."""
+ONE_VARIANT = ("--config", str(Path(__file__).parent / "one_variant.yaml"))
+"""The toy's space without what makes a second set of shards: seconds less for a sweep that is about other things."""

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from latentwire import storage
-from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
+from tests.ray_jobs.conftest import ONE_VARIANT, REPOSITORY, TINY, Job, log_of
 from tests.s3 import SECRET, bucket, point_to
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
         monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path / "cache"))
         home = "s3://bucket/home"
         flags = [
-            *TINY, *STEPS, "--max_steps=40", "--set", "tune.trials=1", "--set", f"data.shard_dir={home}/shards",
+            *ONE_VARIANT, *TINY, *STEPS, "--max_steps=40", "--set", "tune.trials=1", "--set", f"data.shard_dir={home}/shards",
             "--set", "losses.kd_weight=0.1",
         ]  # fmt: skip
         log = tmp_path / "log"
@@ -59,7 +59,7 @@ def test_a_sweep_in_a_bucket_leaves_no_secret_anywhere(
             with log.open("w") as stream:
                 done = subprocess.run(
                     [sys.executable, "ray_jobs/tune.py", *arguments],
-                    cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, timeout=400, check=False,
+                    cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT, timeout=900, check=False,
                 )  # fmt: skip
             assert done.returncode == 0, log.read_text()
             return log.read_text()
@@ -130,7 +130,7 @@ def test_a_drained_node_and_a_lost_one_cost_a_trial_nothing_but_time(
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         output = tmp_path / "sweep"
-        process = job("ray_jobs/tune.py", *TINY, *STEPS, *TRIAL_NODE, "--max_steps=500", "--set", "training.log_every=50",
+        process = job("ray_jobs/tune.py", *ONE_VARIANT, *TINY, *STEPS, *TRIAL_NODE, "--max_steps=500", "--set", "training.log_every=50",
                       "--set", "tune.trials=1", "--output_dir", str(output))  # fmt: skip
 
         def steps() -> list[int]:
@@ -256,7 +256,7 @@ def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
     """Jobs find the code by ``PYTHONPATH``: fake nodes share one session directory, in which each would unpack an uploaded
     working directory anew, under the feet of the others. The last job, which fails on the head, is uploaded."""
     output, script = tmp_path / "sweep", str(REPOSITORY / "ray_jobs" / "tune.py")
-    first = [sys.executable, script, *TINY, *STEPS, *TRIAL_NODE, "--max_steps=200", "--set", "tune.trials=2",
+    first = [sys.executable, script, *ONE_VARIANT, *TINY, *STEPS, *TRIAL_NODE, "--max_steps=200", "--set", "tune.trials=2",
              "--set", f"data.shard_dir={tmp_path / 'shards'}", "--output_dir", str(output)]  # fmt: skip
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}})
 

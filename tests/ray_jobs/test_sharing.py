@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_jobs.conftest import TINY, Job, log_of
+from tests.ray_jobs.conftest import ONE_VARIANT, TINY, Job, log_of
 
 
 @pytest.mark.slow
@@ -30,7 +30,9 @@ def test_trials_that_are_stopped_leave_nothing_with_shared_receivers(
         "--set",
         "tune.trials=4",
     )
-    process = job("ray_jobs/tune.py", *TINY, *steps, *seen, "--output_dir", str(output))
+    process = job(
+        "ray_jobs/tune.py", *ONE_VARIANT, *TINY, *steps, *seen, "--output_dir", str(output)
+    )
     assert process.wait(600) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
     assert "receivers: shared, 1 replica(s) each of llama 0." in log

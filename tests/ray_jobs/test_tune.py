@@ -23,7 +23,7 @@ from latentwire.evaluation import scoring
 from latentwire.tuning.lease import LEASE_FILE
 from latentwire.tuning.study import JOURNAL, open_study, read_study
 from tests.conftest import untimed
-from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
+from tests.ray_jobs.conftest import ONE_VARIANT, REPOSITORY, TINY, Job, log_of
 
 pytestmark = pytest.mark.slow
 
@@ -185,7 +185,7 @@ def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> 
     """Nothing is scored, cut trials stay unfinished, and a second driver is refused meanwhile."""
     output = tmp_path / "sweep"
     steps = ("--max_steps=300", "--epochs=40", "--set", "training.evaluate_every=20")
-    flags = (*TINY, *steps, "--set", "tune.scheduler=none", "--set", "tune.trials=2")
+    flags = (*ONE_VARIANT, *TINY, *steps, "--set", "tune.scheduler=none", "--set", "tune.trials=2")
 
     def command(*arguments: str) -> subprocess.Popen:
         """Start a command in a group of its own, as a terminal does."""
