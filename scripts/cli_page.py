@@ -24,7 +24,7 @@ The commands of earlier versions are these with the same flags, and keep working
 |---|---|
 | `python ray_jobs/tune.py` | `latentwire tune` |
 | `python latentwire/train.py` | `latentwire train` |
-| `python ray_jobs/train.py` | `latentwire train --ray`, with `--config toy` where none is named; goes on where its output directory is there |
+| `python ray_jobs/train.py` | `latentwire train --ray`, with `--config toy` where none is named; goes on in a directory that is there |
 | `python latentwire/evaluate.py` | `latentwire evaluate` |
 | `python ray_jobs/evaluate.py` | `latentwire evaluate --ray` |
 | `python ray_jobs/preprocess.py` | `latentwire preprocess` |
