@@ -1,5 +1,6 @@
 """Columns say what the live teacher says, to the precision of fp16, for exactly the tokens that are compared."""
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -122,7 +123,9 @@ def test_files_are_made_once_and_missing_ones_again(
     assert not teachers.complete(run, train)
     local_shards(run)
     assert kept.stat().st_mtime_ns == time and lost.read_bytes() == whole
-    assert "teacher llama: 1/1 files" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"teacher llama: .* made in \d+ s", printed)
+    assert "reused from" in printed.partition("teacher qwen")[2]
     # Other numbers need other columns, fewer tokens' weights do not.
     assert (
         teachers.teacher_path(

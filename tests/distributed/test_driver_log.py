@@ -20,6 +20,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[DriverLog]:
     """A log of its own, and the loggers as they were afterwards."""
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(list(logger.handlers), logger.propagate) for logger in loggers]
+    logging.captureWarnings(False)  # a test before may have left it on, with a hook that is gone
     fresh = DriverLog()
     monkeypatch.setattr(driver_log, "LOG", fresh)
     yield fresh
