@@ -25,7 +25,7 @@ from ray.autoscaler._private.providers import _clear_provider_cache, _get_node_p
 from tests.test_cluster_files import REPOSITORY
 
 ACCOUNT = "123456789012"
-DOCS = (REPOSITORY / "docs" / "cluster.md").read_text()
+DOCS = (REPOSITORY / "docs" / "guides" / "cluster.md").read_text()
 IMAGES = {
     "head": "/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id",
     "cpu": "/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id",
