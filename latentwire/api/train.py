@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,8 @@ def run(
 ) -> TrainResult:
     """Train ``space.run`` as :func:`train` does. ``command``: for the record in ``results.json``."""
     space = prepared(space, output, resume)
-    best, validation = (_on_ray if on_ray else _here)(space, output, resume, verbose)
-    if on_ray:
-        from latentwire.distributed import remote
-
-        gpus = planner.plan_on_cluster(space).gpus_per_worker
-        scored: Scored = remote.score_and_export(space.run, gpus, best, validation, output / "best")
-    else:
-        scored = scoring.score_and_export(best, validation, output / "best")
+    train_and_score = partial(_on_ray, verbose) if on_ray else partial(_here, resume)
+    best, validation, scored = train_and_score(space, output)
     scoring.write_results(output, {"command": command, "best": best} | scored.document)
     title = f"{space.run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
     tables.show(tables.scored_tables(scored, title, space.run))
@@ -163,8 +158,8 @@ def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
     return local_shards(run)
 
 
-def _here(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> tuple[Place, Place]:
-    """Train in this process; return the best checkpoint and the validation shards."""
+def _here(resume: bool, space: SweepConfig, output: Place) -> tuple[Place, Place, Scored]:
+    """Train and score in this process; return the best checkpoint, the validation shards and scores."""
     if not isinstance(output, Path):
         raise ConfigError(
             f"must be a path on this machine, got {output}; copy it here, or train with --ray"
@@ -172,14 +167,16 @@ def _here(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> tup
     paths = _planned_here(space)
     if not resume:
         check_development(space.run, paths["dev"])  # before receivers are loaded
-    return train_here(LatentWire(space.run), paths, output), paths["validation"]
+    best = train_here(LatentWire(space.run), paths, output)
+    scored = scoring.score_and_export(best, paths["validation"], output / "best")
+    return best, paths["validation"], scored
 
 
-def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> tuple[Place, Place]:
-    """Train by a TorchTrainer; return the best checkpoint and the validation shards."""
+def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Place, Scored]:
+    """Train by a TorchTrainer and score on a worker; return as :func:`_here`."""
     from ray.train import TrainingFailedError
 
-    from latentwire.distributed import cluster, sweep_files, task, trial
+    from latentwire.distributed import cluster, remote, sweep_files, task, trial
     from latentwire.distributed.driver_log import LOG, path_beside
 
     cluster.start_ray(verbose, training=True)
@@ -207,6 +204,7 @@ def _on_ray(space: SweepConfig, output: Place, resume: bool, verbose: bool) -> t
         raise TrainingError(str(error)) from error
     if cause := task.cause_left(output):
         raise TrainingError(cause)
-    return step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode), files.shards[
-        "validation"
-    ]
+    best = step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode)
+    validation = files.shards["validation"]
+    scored = remote.score_and_export(run, plan.gpus_per_worker, best, validation, output / "best")
+    return best, validation, scored

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentwire.config import SweepConfig
+from latentwire.config.overrides import full_path
 from latentwire.config.places import at_home, with_home
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
@@ -106,17 +107,13 @@ def tune(
         UserError: a value that cannot be, too little memory, a directory that is taken.
         SweepError: the sweep stopped before its end, or every trial failed.
     """
-    if isinstance(config, SweepConfig):
-        config = (
-            SweepConfig.model_validate(config.model_dump())
-            if overrides is None
-            else _overridden(config, overrides)
-        )
-    else:
-        config = load_space(
-            config, {_full(path): value for path, value in (overrides or {}).items()}
-        )
+    values = {full_path(path): value for path, value in (overrides or {}).items()}
+    if not isinstance(config, SweepConfig):
+        config = load_space(config, values)
+    elif values:
+        config = load_space(None, config.model_dump(mode="json", exclude_unset=True) | values)
     space = with_home(config)
+    check_draws(space)
     where = new_output(space, None if output is None else str(output))
     check(space, where)
     status = run(
@@ -135,17 +132,6 @@ def tune(
     return SweepResult(where)
 
 
-def _full(path: str) -> str:
-    return path if path.split(".")[0] in ("run", "tune", "search") else f"run.{path}"
-
-
-def _overridden(config: SweepConfig, overrides: Mapping[str, Any]) -> SweepConfig:
-    return load_space(
-        None,
-        config.model_dump(mode="json") | {_full(path): value for path, value in overrides.items()},
-    )
-
-
 def new_output(space: SweepConfig, output: str | None) -> Place:
     """Return the directory of a new sweep: ``output``, or one named by the time.
 
@@ -162,7 +148,6 @@ def new_output(space: SweepConfig, output: str | None) -> Place:
 
 def check(space: SweepConfig, output: Place) -> None:
     """Raise a :class:`~latentwire.errors.UserError` for what could never run, before Ray starts."""
-    check_draws(space)
     planner.check_start(space.run)
     check_searchable(space)
     check_trackers(space.tune, output)

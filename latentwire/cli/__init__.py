@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -67,6 +69,20 @@ def _call(command: App, words: Sequence[str] | None = None) -> int:
     except (UserError, CycloptsError) as error:
         return fail(error)
     return status if isinstance(status, int) else 0
+
+
+def program(name: str) -> str:
+    """Return the words that run a command again: a script's, or the console command's."""
+    return f"python {sys.argv[0]}" if _is_script(name) else f"latentwire {name}"
+
+
+def command_line(name: str) -> str:
+    """Return this process's whole command, for the record."""
+    return f"{program(name)} {shlex.join(sys.argv[1 if _is_script(name) else 2 :])}".strip()
+
+
+def _is_script(name: str) -> bool:
+    return Path(sys.argv[0]).name == f"{name}.py"
 
 
 def as_written(words: Sequence[str], goes_on: bool = False, config: str | None = None) -> list[str]:

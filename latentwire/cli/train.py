@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from latentwire.api import train as api
+from latentwire.cli import command_line
 from latentwire.cli.flags import (
     NO_FLAGS,
     NO_START,
@@ -50,8 +49,12 @@ def train(
         print(api.profile(space, output_path(address), profile))
         return 0
     where = output_place(address) if ray else output_path(address)
-    command = shlex.join(["python" if sys.argv[0].endswith(".py") else "", *sys.argv]).removeprefix(
-        "'' "
+    api.run(
+        space,
+        where,
+        command=command_line("train"),
+        resume=resume is not None,
+        on_ray=ray,
+        verbose=verbose,
     )
-    api.run(space, where, command=command, resume=resume is not None, on_ray=ray, verbose=verbose)
     return 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
-import sys
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from latentwire.api import tune as api
+from latentwire.cli import command_line, program
 from latentwire.cli.flags import (
     NO_FLAGS,
     Output,
@@ -26,6 +25,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.distributed.driver_log import LOG
 from latentwire.tuning import lease, manifest
 from latentwire.tuning import resume as resuming
+from latentwire.tuning.searcher import check_draws
 
 AGAIN = Group("Go on, or repeat", sort_key=4)
 
@@ -82,14 +82,15 @@ def tune(
             )
         else:
             space = with_home(read_config(flags, "toy"))
+        check_draws(space)
         where = api.new_output(space, output)
     try:
         api.check(space, where)
         return api.run(
             space,
             where,
-            program=program(),
-            command=shlex.join([*program().split(), *sys.argv[1:]]),
+            program=program("tune"),
+            command=command_line("tune"),
             repeated=repeated,
             retry=retry_failed,
             force=force,
@@ -99,8 +100,3 @@ def tune(
     except KeyboardInterrupt:
         print("stopped: Ctrl-C, before anything was written", flush=True)
         return 128 + signal.SIGINT
-
-
-def program() -> str:
-    """Return the words that run this command again: a script's, or the console command's."""
-    return f"python {sys.argv[0]}" if sys.argv[0].endswith("tune.py") else "latentwire tune"

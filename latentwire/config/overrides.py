@@ -30,9 +30,13 @@ def assigned(assignments: Iterable[str]) -> dict[str, Any]:
         path, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"--set takes PATH=VALUE, got {text}")
-        path = path.removeprefix("run.")
-        values[path if path.startswith("tune.") else f"run.{path}"] = typed(path, value)
+        values[full_path(path)] = typed(path.removeprefix("run."), value)
     return values
+
+
+def full_path(path: str) -> str:
+    """Return a path in a configuration file: ``run.`` may be left out."""
+    return path if path.startswith(("run.", "tune.", "search.")) else f"run.{path}"
 
 
 def typed(path: str, text: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,15 @@ class Evaluation:
     known: Known
     """The wire's sizes, how often the rows were read, and probes of the latents."""
 
-    @property
+    @cached_property
     def scores(self) -> dict[str, Any]:
         """Condition → receiver → metrics, with intervals over contexts."""
         return scoring.summaries(self.predictions)
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        """Paired differences, and scores by parts of the rows."""
+        return details(self.predictions, self.questions.sides, self.questions.types)
 
 
 def show(evaluation: Evaluation, title: str) -> None:
@@ -140,8 +146,7 @@ def show(evaluation: Evaluation, title: str) -> None:
         tables.weights_table(known.sizes),
     ]
     if questions.compared:
-        further = details(evaluation.predictions, questions.sides, questions.types)
-        grids.append(tables.comparisons_table(further["comparisons"]))
+        grids.append(tables.comparisons_table(evaluation.details["comparisons"]))
     tables.show(grids)
     if known.readings is not None:
         print(readings.sentence(known.readings))
@@ -156,13 +161,11 @@ def write(evaluation: Evaluation, output: Place) -> None:
 
     A directory holds scores, details and predictions.
     """
-    scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
+    scores, known = evaluation.scores, evaluation.known
     if output.name.endswith(".json"):
         write_text(output, json.dumps(scores, indent=1))
         return
-    further = details(evaluation.predictions, questions.sides, questions.types) | {
-        "weights": known.sizes
-    }
+    further = evaluation.details | {"weights": known.sizes}
     further |= {} if known.readings is None else {"readings": known.readings}
     further |= {} if known.probes is None else {"diagnostics": known.probes}
     write_text(output / "scores.json", json.dumps(scores, indent=1))

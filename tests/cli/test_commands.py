@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentwire import __all__ as names
-from latentwire.cli import COMMANDS, as_written, main
+from latentwire.cli import COMMANDS, as_written, command_line, main, program
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -129,3 +129,12 @@ def test_dir_shows_what_the_package_offers() -> None:
     assert callable(latentwire.train) and callable(
         latentwire.evaluate
     )  # functions, though files have these names
+
+
+def test_a_command_is_recorded_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ray_jobs/tune.py", "--space", "a b.yaml"])
+    assert program("tune") == "python ray_jobs/tune.py"
+    assert command_line("tune") == "python ray_jobs/tune.py --space 'a b.yaml'"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/latentwire", "tune", "--config", "toy"])
+    assert program("tune") == "latentwire tune"
+    assert command_line("tune") == "latentwire tune --config toy"
