@@ -1,10 +1,11 @@
 """A wire as a directory of safetensors and JSON: written aside, then renamed; checked when read.
 
 It holds ``config.json``, ``interlingua.safetensors`` (the encoder, without a backbone that is not
-trained), ``adapters/<receiver>.safetensors``, ``features/<name>.safetensors`` for each feature that
-is on, ``trained_on.safetensors`` (hashes of the documents it has trained on), ``manifest.json``
-(format, hashes, parameter counts, package versions, provenance, metrics) and ``README.md``, the
-model card. No receiver weight is in it. What training adds to go on from is in
+trained), ``adapters/<receiver>.safetensors``, ``prefixes/<receiver>.safetensors`` where there are
+prefixes, ``features/<name>.safetensors`` for each feature that is on, ``trained_on.safetensors``
+(hashes of the documents it has trained on), ``manifest.json`` (format, hashes, parameter counts,
+package versions, provenance, metrics) and ``README.md``, the model card. No receiver weight is in
+it; a text reader is the same without encoder and adapters. What training adds to go on from is in
 ``training/checkpoints.py``.
 """
 
@@ -50,6 +51,7 @@ FILES = [
     "interlingua.safetensors",
     documents.FILE,
     "adapters/*.safetensors",
+    "prefixes/*.safetensors",
     "features/*.safetensors",
 ]
 """Files of an export, as patterns."""
@@ -197,9 +199,13 @@ def check_free(path: Path) -> None:
 def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
     """Return file → the module whose weights it holds."""
     interlingua = wire.interlingua
-    modules: dict[str, torch.nn.Module] = {"interlingua.safetensors": interlingua.encoder}
+    modules: dict[str, torch.nn.Module] = {}
+    if isinstance(interlingua.encoder, InterlinguaEncoder):
+        modules["interlingua.safetensors"] = interlingua.encoder
     for name, adapter in interlingua.adapters.items():
         modules[f"adapters/{name}.safetensors"] = adapter
+    for name, prefix in interlingua.prefixes.items():
+        modules[f"prefixes/{name}.safetensors"] = prefix
     for name, feature in interlingua.features.items():
         modules[f"features/{name}.safetensors"] = feature
     return modules
@@ -275,7 +281,8 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
         for name, tensor in load_file(file).items():
             # Parts for one receiver lie under its name, in a file of their own or right in a
             # feature's module.
-            words = [file.stem] if file.parent.name == "adapters" else name.split(".")[1:2]
+            by_receiver = file.parent.name in ("adapters", "prefixes")
+            words = [file.stem] if by_receiver else name.split(".")[1:2]
             part = words[0] if file.parent != path and words and words[0] in names else "encoder"
             totals[part]["parameters"] += tensor.numel()
             totals[part]["bytes"] += tensor.numel() * tensor.element_size()

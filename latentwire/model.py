@@ -22,6 +22,7 @@ from latentwire.features import registry
 from latentwire.features.base import Reading
 from latentwire.message import Message, WireError, from_bytes
 from latentwire.models.decoded import Decoded
+from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.weights import ReceiverError, fingerprint
 from latentwire.prompts import sequences
@@ -44,6 +45,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     manifest: dict[str, Any] | None = None
     """Manifest of a loaded export: metrics, hashes, versions."""
+    reports: Mapping[str, dict[str, Any]] = {}
+    """Of a text reader: receiver → the report of its training."""
 
     def __init__(self, run: RunConfig, receivers: Mapping[str, Receiver] | None = None) -> None:
         """Load the receivers and draw fresh trainable weights from ``run.training.seed``.
@@ -56,8 +59,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         if receivers is None:
             receivers = {receiver.name: LocalReceiver(receiver) for receiver in run.receivers}
         self.receivers: dict[str, Receiver] = dict(receivers)
+        prefix = 0 if run.prefix is None else run.prefix.tokens
         self.builders = {
-            name: PromptBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send)
+            name: PromptBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send, prefix)
             for name, lm in self.receivers.items()
         }
         torch.manual_seed(run.training.seed)
@@ -67,12 +71,21 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         }
         device = next(iter(self.receivers.values())).device
         self.interlingua = Interlingua(run, shapes, registry.build).to(device)
+        if run.prefix is not None:
+            self._begin_prefixes(run.prefix.text)
         self.trained_on = TrainedOn()
         """The documents that its weights have trained on."""
         # Names models' directories in an export.
         self._address: Callable[[str], str] | None = None
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
+
+    def _begin_prefixes(self, text: str) -> None:
+        prefix: Any
+        for name, prefix in self.interlingua.prefixes.items():
+            lm = self.receivers[name]
+            ids = lm.tokenizer(text, add_special_tokens=False).input_ids
+            prefix.begin_as(lm.token_embeddings(torch.tensor(ids)))
 
     def local_receiver(self, receiver: str) -> LocalReceiver:
         """Return a receiver whose weights are in this process.
@@ -188,6 +201,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         Features that refine its messages are hashed too. Computed again only after the weights have
         changed.
         """
+        if not isinstance(self.interlingua.encoder, InterlinguaEncoder):
+            return ""  # a text reader sends nothing
         parts = torch.nn.ModuleList([self.interlingua.encoder])
         feature: Any
         for feature in self.interlingua.features.values():
@@ -325,20 +340,21 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
     ) -> Iterator[torch.Tensor | None]:
         """Yield the soft vectors ``[N, D]`` of a batch, with features attached to its receiver.
 
-        Without a message the prompts are text: nothing is attached, as for teachers and baselines.
+        Without a message the prompts are text. Nothing is attached to text without a prefix, as
+        for teachers and baselines; nor are there vectors then.
         """
-        if message is None:
-            yield None
-            return
+        lm, prefixes = self.receivers[receiver], self.interlingua.prefixes
         features: Any = self.interlingua.features.values()
-        acting = [feature for feature in features if feature.acts_inside]
         with ExitStack() as stack:
-            if acting:
+            prefix: Any = prefixes[receiver] if batch.prefix else None
+            if prefix is not None and prefix.added_PE is not None:
+                added_NE = prefix.added_PE.repeat(len(batch.ids_BS), 1)
+                stack.enter_context(lm.added_to_slots(added_NE, batch.prefix_BS))
+            acting = [feature for feature in features if feature.acts_inside]
+            if acting and message is not None:
                 reading = self._reading(receiver, batch, message)
                 for feature in acting:
-                    stack.enter_context(
-                        feature.attached(receiver, self.receivers[receiver], reading)
-                    )
+                    stack.enter_context(feature.attached(receiver, lm, reading))
             yield self.interlingua.soft_rows(receiver, message, batch)
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:

@@ -231,7 +231,7 @@ FAULTS = {
         f"{STATISTICS}test_an_interval_is_as_wide_as_theory_says",
     ),
     "windows_begin_at_the_start": line(
-        "evaluation.baselines:kept_context", "random.Random(row).randint(0, len(context) - budget)", "0",
+        "prompts.shown:shown", "random.Random(row).randint(0, len(context_ids) - budget)", "0",
         f"{REFERENCES}test_windows_begin_anywhere",
     ),
     "self_information_is_of_the_token_before": line(

@@ -21,6 +21,7 @@ from latentwire.planning import planner
 from latentwire.reports.scores import Evaluation, Questions, known_of, questions_of
 from latentwire.storage import Place, local
 from latentwire.threads import use_threads
+from latentwire.training import text_readers
 
 
 def evaluate(
@@ -68,13 +69,25 @@ def evaluate(
         questions = questions_of(run, split, modes, tokens_per_latent, latent_len, bits, compare)
         if not on_ray:
             use_threads(run.training.cpus_per_worker)
-            path = local_shards(run, (split,))[split]
+            paths = local_shards(run, splits_of(questions, split))
+            path = paths[split]
             wire, _ = load_wire(folder, run, manifest)
+            readers = text_readers.ready(wire, questions.conditions, paths)
             looked = diagnose(wire, shards.read_table(path)) if probes else None
-            known = known_of(folder, manifest, split, path, looked)
-            predictions = scoring.predict_conditions(wire, path, questions.conditions, joint=joint)
+            reports = {key: reader.reports for key, reader in readers.items()}
+            known = known_of(folder, manifest, split, path, looked, reports)
+            predictions = scoring.predict_conditions(
+                wire, path, questions.conditions, joint=joint, readers=readers
+            )
             return Evaluation(run, questions, predictions, known)
     return _on_ray(where, manifest, run, split, questions, joint, probes, copies, verbose)
+
+
+def splits_of(questions: Questions, split: shards.ShardSplit) -> tuple[shards.ShardSplit, ...]:
+    """Return the splits that an evaluation reads: its own, and those that text readers train on."""
+    tuned = any(row.tuned for row in questions.conditions)
+    trained_on: tuple[shards.ShardSplit, ...] = ("train", "dev") if tuned else ()
+    return tuple(dict.fromkeys((*trained_on, split)))
 
 
 def _on_ray(
@@ -93,18 +106,26 @@ def _on_ray(
 
     from latentwire.data import pipeline
     from latentwire.distributed import cluster, remote, scoring_pool
+    from latentwire.distributed.worker_output import tell
 
     cluster.start_ray(verbose)
     plan = planner.plan_on_cluster(SweepConfig(run=run))
     memory = planner.node_memory(run.training.gpus_per_worker)
-    path = pipeline.ensure_shards(run, split)
+    splits = splits_of(questions, split)
+    paths = {part: pipeline.ensure_shards(run, part) for part in splits}
+    path, places, reports = paths[split], {}, {}
+    if len(splits) > 1:
+        arguments = checkpoint, run, questions.conditions, paths, tell
+        places, reports = remote.on_cluster(
+            run, plan.gpus_per_worker, text_readers.ensure_at, *arguments
+        )
     looked = (
         remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
         if probes
         else None
     )
     with local(checkpoint) as folder:
-        known = known_of(folder, manifest, split, path, looked)
+        known = known_of(folder, manifest, split, path, looked, reports)
     predictions = scoring_pool.predict_pool(
         checkpoint,
         path,
@@ -114,5 +135,6 @@ def _on_ray(
         copies=copies or scoring_pool.copies_at_once(ray.cluster_resources(), plan, memory),
         cpus=plan.cpus_per_worker,
         gpus=plan.gpus_per_worker,
+        readers=places,
     )
     return Evaluation(run, questions, predictions, known)

@@ -22,7 +22,7 @@ from latentwire.planning.variants import variant_key
 from latentwire.reports import tables
 from latentwire.storage import Place, place
 from latentwire.threads import cores, use_threads
-from latentwire.training import step_checkpoints
+from latentwire.training import step_checkpoints, text_readers
 from latentwire.training.checkpoints import check_development
 from latentwire.training.local import metric_of, train_here
 from latentwire.training.loop import TrainingError
@@ -168,7 +168,8 @@ def _here(resume: bool, space: SweepConfig, output: Place) -> tuple[Place, Place
     if not resume:
         check_development(space.run, paths["dev"])  # before receivers are loaded
     best = train_here(LatentWire(space.run), paths, output)
-    scored = scoring.score_and_export(best, paths["validation"], output / "best")
+    tuned = partial(text_readers.ready, paths=paths)
+    scored = scoring.score_and_export(best, paths["validation"], output / "best", tuned=tuned)
     return best, paths["validation"], scored
 
 
@@ -205,6 +206,5 @@ def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Pl
     if cause := task.cause_left(output):
         raise TrainingError(cause)
     best = step_checkpoints.best_of(step_checkpoints.finished(output), metric, mode)
-    validation = files.shards["validation"]
-    scored = remote.score_and_export(run, plan.gpus_per_worker, best, validation, output / "best")
-    return best, validation, scored
+    scored = remote.score_and_export(run, plan.gpus_per_worker, best, files.shards, output / "best")
+    return best, files.shards["validation"], scored

@@ -307,11 +307,11 @@ def search(
                 results.trial_rows(study, space.tune), space, output, command, error
             )
     run = with_values(space.run, best.values)
-    validation = files[variant_key(run)].shards["validation"]
+    paths = files[variant_key(run)].shards
     stop.check_taken()
     resume.set_aside(output / "best")
     scored = remote.score_and_export(
-        run, plan.gpus_per_worker, best.checkpoint, validation, output / "best"
+        run, plan.gpus_per_worker, best.checkpoint, paths, output / "best"
     )
     stop.check_taken()
     manifest.write(output / "best" / manifest.PROVENANCE, document | {"trial": best.trial})

@@ -27,10 +27,11 @@ from latentwire.config.space import (
     SweepConfig,
     TuneConfig,
 )
-from latentwire.config.training import EvaluationConfig, TrainingConfig
+from latentwire.config.training import EvaluationConfig, TrainingConfig, TunedTextConfig
 from latentwire.config.wire import (
     AdapterConfig,
     EncoderConfig,
+    PrefixConfig,
     PromptConfig,
     ReceiverConfig,
     default_receivers,
@@ -52,6 +53,7 @@ __all__ = [
     "LatentAdaptersFeature",
     "LoraFeature",
     "LossConfig",
+    "PrefixConfig",
     "PromptConfig",
     "ReceiverConfig",
     "RefinerFeature",
@@ -62,5 +64,6 @@ __all__ = [
     "SweepConfig",
     "TrainingConfig",
     "TuneConfig",
+    "TunedTextConfig",
     "default_receivers",
 ]

@@ -12,6 +12,7 @@ from latentwire.config.training import EvaluationConfig, TrainingConfig
 from latentwire.config.wire import (
     AdapterConfig,
     EncoderConfig,
+    PrefixConfig,
     PromptConfig,
     ReceiverConfig,
     default_receivers,
@@ -27,6 +28,8 @@ class RunConfig(Section):
     """Data and splits."""
     prompt: PromptConfig = PromptConfig()
     """Literal text around the message."""
+    prefix: PrefixConfig | None = None
+    """Constant trained vectors before the message; all that a text reader trains."""
     encoder: EncoderConfig = EncoderConfig()
     """Text to latents."""
     adapter: AdapterConfig = AdapterConfig()
@@ -52,6 +55,7 @@ class RunConfig(Section):
             and not coarsening
         )
         self._check_train_only(names)
+        self._check_reader()
         if self.adapter.slot_positions and not fixed:
             raise ValueError(
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
@@ -97,6 +101,36 @@ class RunConfig(Section):
                 f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}"
             )
         return self
+
+    @property
+    def is_reader(self) -> bool:
+        """True for a text reader, which has no encoder."""
+        return self.prompt.reads != "message"
+
+    def _check_reader(self) -> None:
+        """Raise where a text reader is asked for what only a wire has."""
+        if not self.is_reader:
+            return
+        if self.prefix is None:
+            raise ValueError(
+                f"prompt.reads {self.prompt.reads} trains a prefix before the text, got prefix null; "
+                f"set prefix: {{}}, or prompt.reads message"
+            )
+        training, losses = self.training, self.losses
+        texts = ("reconstruction_ce_weight", "continuation_ce_weight")
+        of_wires = {
+            "features": self.features != FeaturesConfig(),
+            "training.alignment_steps": training.alignment_steps,
+            "training.coarsening_steps": training.coarsening_steps,
+            "training.tokens_per_latent": training.tokens_per_latent,
+            "training.train_only": training.train_only,
+            "training.log_gradient_norms": training.log_gradient_norms,
+            **{f"losses.{name}": getattr(losses, name) for name in texts},
+        }
+        if given := [path for path, value in of_wires.items() if value]:
+            raise ValueError(
+                f"a text reader (prompt.reads {self.prompt.reads}) has no message, got {', '.join(given)}; leave them out"
+            )
 
     def _check_train_only(self, names: list[str]) -> None:
         training = self.training

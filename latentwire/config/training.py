@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentwire.config.section import Address, Section, knob
 
@@ -37,6 +37,8 @@ class TrainingConfig(Section):
     """Peak learning rate of the encoder."""
     adapter_lr: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate of the adapters."""
+    prefix_lr: float = Field(3e-2, gt=0, le=10)
+    """Peak learning rate of the constant prefix, whose entries are counted in units of the receiver's embedding RMS."""
     alignment_steps: int = Field(0, ge=0)
     """Steps at the start that fit the soft prompts to the receivers' own token embeddings, averaged over as many spans
     of the text as there are latents. No receiver runs in them, so they cost little; without them a frozen receiver gives
@@ -116,6 +118,36 @@ class TrainingConfig(Section):
         )
 
 
+class TunedTextConfig(Section):
+    """Text readers that are trained for a comparison: the text gets the chance that the wire had.
+
+    A reader is a constant prefix before the text; the receiver stays frozen. It is trained on the wire's rows, once for each
+    receiver and each thing to be read, and kept beside the shards for every wire on the same rows.
+    """
+
+    tokens: int = knob(16, ge=1, le=1024, may_change=("resumed run",))
+    """Vectors of the prefix."""
+    layers: bool = knob(False, may_change=("resumed run",))
+    """Add to their keys and values in every layer too."""
+    steps: int | None = knob(None, ge=1, may_change=("resumed run",))
+    """Optimiser steps of each training. ``None``: as many as the wire's. With fewer the table says so."""
+    batch_size: int | None = knob(None, ge=1, may_change=("resumed run",))
+    """Questions of each step. ``None``: as many as the wire's."""
+    trials: int = knob(3, ge=1, le=100, may_change=("resumed run",))
+    """Trainings of each reader, each with a rate that Optuna draws; the best by development loss is kept."""
+    lr: tuple[float, float] = knob((1e-2, 3e-1), may_change=("resumed run",))
+    """Lowest and highest rate that is drawn, on a log scale; the first is their geometric mean. See ``training.prefix_lr``."""
+
+    @model_validator(mode="after")
+    def _a_range(self) -> TunedTextConfig:
+        low, high = self.lr
+        if not 0 < low <= high <= 10:
+            raise ValueError(
+                f"tuned_text.lr must be a range 0 < low ≤ high ≤ 10, got {low}, {high}; set it"
+            )
+        return self
+
+
 class EvaluationConfig(Section):
     """Free-running greedy decoding and its metrics."""
 
@@ -123,3 +155,6 @@ class EvaluationConfig(Section):
     """Examples decoded together."""
     max_answer_tokens: int = knob(16, ge=1, protocol=True, may_change=("resumed run",))
     """Decoding limit in tokens, the same for every example: nothing is derived from the gold answer."""
+    tuned_text: TunedTextConfig | None = None
+    """Train text readers for the comparison with text. ``None``: the text is read by the receivers as they are, and no
+    score is a share of the text's."""

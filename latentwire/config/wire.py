@@ -87,6 +87,25 @@ class PromptConfig(Section):
 
     anchor: str = knob("Answer: ", shards="value")
     """Text between prompt and answer. Its trailing white space is tokenised with the answer, as the LLM learned it."""
+    reads: Literal["message", "text", "truncated", "window", "closed_book"] = "message"
+    """What stands where the context belongs. ``message``: a wire's. The others make a *text reader* of the run, which has no
+    encoder and trains ``prefix`` alone: the whole ``text``; as many of its first tokens as the message of ``encoder`` would
+    have positions (``truncated``), or as many from anywhere (``window``); or nothing."""
+
+
+class PrefixConfig(Section):
+    """Constant vectors before the message or text, trained for each receiver (arXiv 2104.08691)."""
+
+    tokens: int = Field(16, ge=1, le=1024)
+    """Vectors, each one position of the prompt."""
+    layers: bool = False
+    """Add trained vectors to their keys and values in every layer too (arXiv 2110.07602). Needs the receivers' weights in
+    the process that trains."""
+    text: str = Field(
+        "Answer each question with a short span copied from the passage. Be brief and exact.\n",
+        min_length=1,
+    )
+    """The vectors begin as the embeddings of its tokens, repeated or cut to ``tokens``."""
 
 
 class EncoderConfig(Section):

@@ -25,6 +25,7 @@ from latentwire.prompts.sequences import (
     collate,
     sender_text,
 )
+from latentwire.prompts.shown import Reads, shown
 
 CUT_BETWEEN = (0.3, 0.8)
 """The range of places where a text is parted into message and continuation, as shares of its words."""
@@ -61,6 +62,7 @@ class TrainingCollator:
         self.asks = ANSWER in controls
         self.reconstruct, self.continue_ = RECONSTRUCT in controls, CONTINUE in controls
         self.needs_teacher = bool(teacher_reads(run.losses))
+        self.reads = run.prompt.reads
 
     def __call__(
         self, table: pa.Table, step: int, *, own_length: bool = False
@@ -106,9 +108,15 @@ class TrainingCollator:
         sequences, message_ids = {}, {}
         for name in self.builders:
             slots = self.encoder.slots(tokens, name)
-            sequences[name], message_ids[name] = self._read_by(
-                name, rows, message_R, texts, parted, slots, step
-            )
+            if self.reads == "message":
+                sequences[name], message_ids[name] = self._read_by(
+                    name, rows, message_R, texts, parted, slots, step
+                )
+            else:
+                slots_R = [slots[m] for m in message_R]
+                sequences[name] = collate(
+                    reader_prompts(self.builders[name], name, self.reads, rows, slots_R)
+                )
         return TrainingBatch(
             tokens,
             sequences,
@@ -183,6 +191,34 @@ class TrainingCollator:
     def _texts(self, name: str, rows: Mapping[str, list]) -> list[PromptSequence]:
         columns = (rows[f"{name}_{piece}_ids"] for piece in ("context", "question", "answer"))
         return [self.builders[name].text(*pieces) for pieces in zip(*columns, strict=True)]
+
+
+def reader_prompts(
+    builder: PromptBuilder,
+    name: str,
+    reads: Reads,
+    rows: Mapping[str, list],
+    slots: list[int],
+) -> list[PromptSequence]:
+    """Return the prompts of a text reader, with the gold answers as targets.
+
+    Args:
+        builder: of the receiver ``name``, with the reader's prefix.
+        name: the receiver.
+        reads: the part of each context that is shown.
+        rows: columns of shard rows.
+        slots: soft positions that each row's message would take.
+    """
+    columns = ("id", f"{name}_context_ids", f"{name}_question_ids", f"{name}_answer_ids")
+    prompts = []
+    for row, context, question, answer, budget in zip(
+        *(rows[column] for column in columns), slots, strict=True
+    ):
+        # Where a message stands for the question too, so do as many tokens.
+        budget -= len(builder.message_ids([], question))
+        part = shown(reads, row, context, budget)
+        prompts.append(builder.text(part, question, answer, builder.prefix))
+    return prompts
 
 
 def sender_texts(send: Literal["context", "prompt"], rows: Mapping[str, list]) -> list[str]:

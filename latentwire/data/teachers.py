@@ -63,7 +63,7 @@ def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Plac
     spec = {
         "teacher_version": TEACHER_VERSION,
         "shards": shards.read_manifest(train)["key"],  # layout, template and anchor are part of it
-        "weights": _weights(receiver),
+        "weights": weights_id(receiver),
         "reads": [receiver.dtype, receiver.quantization, receiver.revision],
         "k": most_tokens(losses),
         "tokens": [losses.kd_top_k, losses.kd_temperature]
@@ -75,7 +75,7 @@ def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Plac
     return train.parent / f"teacher-{receiver.name}-{key}"
 
 
-def _weights(receiver: ReceiverConfig) -> Any:
+def weights_id(receiver: ReceiverConfig) -> Any:
     """Return what identifies weights unread: a Hub id, or names, sizes and times of a directory's files."""
     path = Path(resolve(receiver))
     if not path.is_dir():

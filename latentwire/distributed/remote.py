@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from latentwire.config import RunConfig
+from latentwire.data import shards
 from latentwire.distributed.driver_log import LOG
-from latentwire.distributed.worker_output import ProgressTeller
+from latentwire.distributed.worker_output import ProgressTeller, tell
 from latentwire.evaluation import scoring
 from latentwire.evaluation.progress import ScoringProgress
 from latentwire.planning.forecast import matrix_product_rate
 from latentwire.storage import Place
+from latentwire.training import text_readers
 
 SCORING = "scoring"
 """Name of a scoring among the work that reports its progress."""
@@ -36,11 +40,16 @@ def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> A
 
 
 def score_and_export(
-    run: RunConfig, gpus: float, checkpoint: Place, validation: Place, export: Place
+    run: RunConfig,
+    gpus: float,
+    checkpoint: Place,
+    paths: Mapping[shards.ShardSplit, Place],
+    export: Place,
 ) -> scoring.Scored:
     """Score and export a checkpoint by :func:`on_cluster`, with its progress shown here.
 
-    The task is :func:`latentwire.evaluation.scoring.score_and_export`.
+    The task is :func:`latentwire.evaluation.scoring.score_and_export`; text readers that its table
+    needs are trained there. ``paths``: the run's shards.
     """
     bars: list[ScoringProgress] = []
     with ExitStack() as shown:
@@ -53,10 +62,9 @@ def score_and_export(
             bars[0].advance(values["what"], values["done"] - bars[0].done)
 
         shown.enter_context(LOG.listening(show))
-        watch = ProgressTeller(SCORING)
-        return on_cluster(
-            run, gpus, scoring.score_and_export, checkpoint, validation, export, watch
-        )
+        watch, tuned = ProgressTeller(SCORING), partial(text_readers.ready, paths=paths, say=tell)
+        arguments = checkpoint, paths["validation"], export, watch, tuned
+        return on_cluster(run, gpus, scoring.score_and_export, *arguments)
 
 
 def measure_rate(run: RunConfig, gpus: float) -> float:

@@ -18,6 +18,7 @@ from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan
 from latentwire.storage import Place, local, place
 from latentwire.threads import use_threads
+from latentwire.training import text_readers
 
 PARTS = 4
 """Parts of the work for each copy of the wire, so that none waits long for the last."""
@@ -34,10 +35,12 @@ class Scorer:
         run: RunConfig,
         joint: bool,
         cpus: float,
+        readers: text_readers.Places,
     ) -> None:
         use_threads(cpus)
         with local(place(checkpoint)) as folder:
             self.wire, _ = load_wire(folder, run)
+        self.readers = text_readers.load_readers(self.wire, conditions, readers)
         self.table, self.conditions, self.joint = shards.read_table(place(path)), conditions, joint
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
@@ -49,7 +52,8 @@ class Scorer:
             batch["condition"], batch["start"], batch["stop"], strict=True
         ):
             rows, condition = range(int(start), int(stop)), self.conditions[int(index)]
-            predictions = predict(self.wire, self.table, condition, rows, joint=self.joint)
+            reader = self.readers[condition.key] if condition.tuned else self.wire
+            predictions = predict(reader, self.table, condition, rows, joint=self.joint)
             for number, prediction in enumerate(predictions):
                 order = {"place": [int(index), int(start), number]}
                 scored.append(dataclasses.asdict(prediction) | order)
@@ -66,11 +70,13 @@ def predict_pool(
     copies: int,
     cpus: float,
     gpus: float,
+    readers: text_readers.Places | None = None,
 ) -> dict[str, list[Prediction]]:
     """Return condition's key → predictions, equal to those of one process.
 
     They are those of :func:`~latentwire.evaluation.evaluator.predict`. Needs Ray initialised. Parts
     begin where batches do, so that it does not matter how many ``copies`` share the work.
+    ``readers``: directories of the text readers of tuned rows.
     """
     import ray.data
 
@@ -84,7 +90,15 @@ def predict_pool(
     ]
     scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         Scorer,
-        fn_constructor_args=(str(checkpoint), str(path), conditions, run, joint, cpus),
+        fn_constructor_args=(
+            str(checkpoint),
+            str(path),
+            conditions,
+            run,
+            joint,
+            cpus,
+            readers or {},
+        ),
         batch_size=1,
         concurrency=min(copies, len(parts)),
         num_cpus=cpus,

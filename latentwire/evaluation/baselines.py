@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from latentwire.model import LatentWire
 from latentwire.prompts.sequences import collate
+from latentwire.prompts.shown import Reads, shown
 
 Mode = Literal[
     "text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"
@@ -49,17 +49,14 @@ def kept_context(
     (self-information, as in Selective Context, arXiv 2310.06201). ``row``: the row's id.
     ``budget``: soft positions of its message.
     """
-    if mode in ("text", "embeddings"):
+    if mode == "embeddings":
         return context
-    if mode == "closed_book":
-        return []
     # Where the message stands for the question too, so do as many tokens.
     budget = max(0, budget - len(wire.builders[receiver].message_ids([], question)))
-    if mode == "truncated" or len(context) <= budget:
-        return context[:budget]
-    if mode == "window":
-        start = random.Random(row).randint(0, len(context) - budget)
-        return context[start : start + budget]
+    if mode != "selected":
+        return shown(cast(Reads, mode), row, context, budget)
+    if len(context) <= budget:
+        return context
     surprise_T = self_information(wire, receiver, context, question)
     return [context[position] for position in sorted(surprise_T.topk(budget).indices.tolist())]
 

@@ -11,10 +11,14 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.baselines import BUDGET_MODES, MODE_NAMES, MODES, Mode
-from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
+from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder, MessageLengths
 
 WIDTHS = {16: "fp16", 8: "int8", 4: "int4"}
 """Names of the widths that a packet can have."""
+TUNED = " tuned"
+"""End of the key of a row whose reader was trained."""
+TUNED_MODES: tuple[Mode, ...] = ("text", "truncated", "window", "closed_book")
+"""Modes that text readers are trained for."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,19 @@ class Condition:
     bits: Literal[16, 8, 4] | None = None
     """Width of a latent's entries in a packet: messages go through real packets. ``None``: as the
     encoder made them."""
+    tuned: bool = False
+    """Read behind a prefix that was trained for reading just this."""
 
     @property
     def key(self) -> str:
         """Name in the JSON: the mode, then budget and width where there are any."""
         budget = "" if self.budget is None else f" at {self.budget}"
         width = "" if self.bits is None else f" as {WIDTHS[self.bits]}"
-        return f"{self.mode}{budget}{width}"
+        return f"{self.mode}{budget}{width}{TUNED if self.tuned else ''}"
 
-    def tokenize(self, encoder: InterlinguaEncoder, texts: Sequence[str]) -> EncoderTokens:
+    def tokenize(
+        self, encoder: InterlinguaEncoder | MessageLengths, texts: Sequence[str]
+    ) -> EncoderTokens:
         """Tokenise sender texts for the encoder, with messages of this length."""
         ids = encoder.token_ids(texts)
         if self.budget is None:
@@ -62,8 +70,26 @@ class Condition:
 
 def label(key: str) -> str:
     """Return a row's key in words."""
-    mode, _, rest = key.partition(" ")
-    return f"{MODE_NAMES[cast(Mode, mode)]} {rest}".strip()
+    mode, _, rest = key.removesuffix(TUNED).partition(" ")
+    tuned = ", tuned" if key.endswith(TUNED) else ""
+    return f"{MODE_NAMES[cast(Mode, mode)]} {rest}".strip() + tuned
+
+
+def own_condition(run: RunConfig) -> Condition:
+    """Return what a run's receivers read in its training."""
+    if run.prompt.reads == "message":
+        return Condition("latent")
+    return Condition(run.prompt.reads, tuned=True)
+
+
+def with_tuned(rows: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Return the rows of a table with a tuned twin after each one that has one."""
+    twins = []
+    for row in rows:
+        twins.append(row)
+        if row.mode in TUNED_MODES:
+            twins.append(replace(row, tuned=True))
+    return tuple(twins)
 
 
 def conditions(

@@ -276,9 +276,10 @@ def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> l
             prompts.append(builder.latent(batch.slots[name][row], question, answers[row]))
         elif mode == "embeddings":
             slots = len(builder.message_ids(shown[row], question))
-            prompts.append(builder.latent(slots, question, answers[row]))
+            prompts.append(builder.latent(slots, question, answers[row], prefix=0))
         else:
-            prompts.append(builder.text(shown[row], question, answers[row]))
+            prefix = builder.prefix if batch.condition.tuned else 0
+            prompts.append(builder.text(shown[row], question, answers[row], prefix))
     return prompts
 
 

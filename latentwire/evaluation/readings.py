@@ -23,7 +23,7 @@ from latentwire.storage import Place, StorageError, children, text_if_there, wri
 
 FOLDER = "readings"
 """Name of the directory of records, beside the directories of shards."""
-WEIGHTS = ("interlingua.safetensors", "adapters/", "features/")
+WEIGHTS = ("interlingua.safetensors", "adapters/", "prefixes/", "features/")
 """Beginnings of the files of a checkpoint or export that hold a wire's weights."""
 
 

@@ -21,7 +21,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation import readings
-from latentwire.evaluation.conditions import Condition, label
+from latentwire.evaluation.conditions import Condition, label, with_tuned
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.progress import ScoringProgress
@@ -43,7 +43,7 @@ def check_questions(run: RunConfig) -> None:
         )
 
 
-FINAL_CONDITIONS = (
+FINAL_CONDITIONS: tuple[Condition, ...] = (
     Condition("text"),
     Condition("latent"),
     Condition("latent", bits=8),
@@ -54,6 +54,14 @@ FINAL_CONDITIONS = (
 )
 """Conditions of a sweep's winner: every final mode, and the latents also in packets of fewer
 bits."""
+
+Readers = Mapping[str, LatentWire]
+"""Key of a tuned row → the text reader that reads it, on the wire's receivers."""
+
+
+def final_conditions(run: RunConfig) -> tuple[Condition, ...]:
+    """Return the rows of a finished run's table: tuned text too, where the run trains readers."""
+    return with_tuned(FINAL_CONDITIONS) if run.evaluation.tuned_text else FINAL_CONDITIONS
 
 
 def score(
@@ -79,19 +87,21 @@ def predict_conditions(
     *,
     joint: bool = True,
     watch: Callable[..., object] | None = None,
+    readers: Readers | None = None,
 ) -> dict[str, list[Prediction]]:
     """Return condition's key → the receivers' answers to all rows of complete shards.
 
     ``joint``: receivers also score each other's answers. ``watch``: as for
-    :class:`~latentwire.evaluation.progress.ScoringProgress`.
+    :class:`~latentwire.evaluation.progress.ScoringProgress`. ``readers``: those of tuned rows.
     """
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
     with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
         for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
             on_rows = partial(progress.advance, label(condition.key))
+            reader = (readers or {})[condition.key] if condition.tuned else wire
             predictions[condition.key] = list(
-                predict(wire, table, condition, joint=joint, on_rows=on_rows)
+                predict(reader, table, condition, joint=joint, on_rows=on_rows)
             )
             print(
                 f"scored {number}/{len(conditions)}: {label(condition.key)}, {table.num_rows:,} rows",
@@ -123,21 +133,33 @@ class Scored:
     """Earlier readings of those rows (:func:`latentwire.evaluation.readings.note`)."""
     sizes: dict[str, dict[str, int]]
     """Sizes of the trained weights (:func:`latentwire.exports.sizes`)."""
+    readers: dict[str, dict[str, Any]]
+    """Key of a tuned row → receiver → the report of its reader's training."""
 
     @property
     def document(self) -> dict[str, Any]:
         """Entries of ``results.json``."""
-        return {"validation": self.scores, "readings": self.readings, "weights": self.sizes}
+        return {
+            "validation": self.scores,
+            "readings": self.readings,
+            "weights": self.sizes,
+            "text_readers": self.readers,
+        }
 
 
 def score_and_export(
-    checkpoint: Place, validation: Place, export: Place, watch: Callable[..., object] | None = None
+    checkpoint: Place,
+    validation: Place,
+    export: Place,
+    watch: Callable[..., object] | None = None,
+    tuned: Callable[[LatentWire, Sequence[Condition]], Readers] | None = None,
 ) -> Scored:
     """Score the chosen checkpoint once on the validation split, and export it.
 
     The export has no training state. The scoring is recorded beside the shards. A wire pretrained
     on texts alone has no scores: it is exported for a second stage. ``watch``: as for
-    :class:`~latentwire.evaluation.progress.ScoringProgress`.
+    :class:`~latentwire.evaluation.progress.ScoringProgress`. ``tuned``: returns the text readers of
+    a table's tuned rows, where the run asks for such.
     """
     if export.exists():
         raise ConfigError(
@@ -146,9 +168,14 @@ def score_and_export(
     with local(checkpoint) as folder:
         wire, manifest = load_wire(folder)
     read_before, predictions = {}, {}
+    readers: Readers = {}
     if wire.run.data.source.has_questions:
+        rows = FINAL_CONDITIONS
+        if tuned is not None:
+            rows = final_conditions(wire.run)
+            readers = tuned(wire, rows)
         read_before = readings.note(validation, readings.wire_name(manifest), wire.trained_on)
-        predictions = predict_conditions(wire, validation, watch=watch)
+        predictions = predict_conditions(wire, validation, rows, watch=watch, readers=readers)
     table = summaries(predictions)
     pins = manifest["pins"] | {
         "validation": {
@@ -167,7 +194,8 @@ def score_and_export(
         sizes = exports.sizes(folder)
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
-    return Scored(table, read_before, sizes)
+    reports = {key: dict(reader.reports) for key, reader in readers.items()}
+    return Scored(table, read_before, sizes, reports)
 
 
 def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:

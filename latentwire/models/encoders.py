@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -55,6 +55,79 @@ class EncoderTokens:
         )
 
 
+class MessageLengths:
+    """The lengths of messages, from a configuration and a tokenizer alone.
+
+    A text reader has one in place of an encoder: it shows as much text as a message would take.
+    """
+
+    def __init__(self, config: EncoderConfig, receivers: Iterable[str], tokenizer: Any) -> None:
+        """``receivers``: their names; ``tokenizer``: :func:`encoder_tokenizer`'s, or of bytes."""
+        self.config, self.split, self.latent_len = config, config.split, config.latent_len
+        self.tokens_per_latent, self.tokenizer = config.tokens_per_latent, tokenizer
+        self.private: dict[str, range] = {}
+        for index, name in enumerate(receivers if config.private_len else ()):
+            start = config.latent_len + index * config.private_len
+            self.private[name] = range(start, start + config.private_len)
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
+        """Prepare each text for :meth:`tokens_of`: its lines, or their token ids.
+
+        Shards of training rows hold token ids ready.
+        """
+        if self.config.pretrained:
+            return token_rows(self.tokenizer, texts, self.split)
+        return lines_of(texts, self.split)
+
+    def tokens_of(
+        self,
+        rows: Sequence[Sequence[Any]],
+        coarsening: Coarsening | None = None,
+        tokens_per_latent: int | None = None,
+    ) -> EncoderTokens:
+        """Count the states and latents of rows of :meth:`token_ids`; nothing is to be encoded.
+
+        The arguments are those of :meth:`InterlinguaEncoder.tokens_of`.
+        """
+        lines = [line for row in rows for line in row]
+        if not self.config.pretrained:
+            lines = [self.tokenizer.cut(line, self.config.bytes_per_patch) for line in lines]
+        length_B = torch.tensor([len(line) for line in lines])
+        return EncoderTokens(
+            {},
+            length_B,
+            torch.zeros(len(lines), 0),
+            self.latents(length_B, coarsening, tokens_per_latent),
+            parts=self.parts_of(rows),
+        )
+
+    def parts_of(self, rows: Sequence[Sequence[Any]]) -> tuple[int, ...] | None:
+        """Return the lines of each text; ``None`` where texts are encoded whole."""
+        return tuple(map(len, rows)) if self.split == "lines" else None
+
+    def latents(
+        self,
+        length_B: torch.Tensor,
+        coarsening: Coarsening | None = None,
+        tokens_per_latent: int | None = None,
+    ) -> torch.Tensor:
+        """Return the shared latents of texts of ``length_B`` states; at least one each."""
+        stride = tokens_per_latent or self.tokens_per_latent
+        latents_B = torch.full_like(length_B, self.latent_len)
+        if stride is not None:
+            latents_B = ((length_B + stride - 1) // stride).clamp(min=1)
+        return latents_B if coarsening is None else coarsening.latents(length_B, latents_B)
+
+    def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
+        """Count the slots of each text's message at one receiver, before encoding."""
+        private = len(self.private.get(receiver, range(0)))
+        return [length + private for length in _joined(tokens.latents_B, tokens.parts).tolist()]
+
+    def backbone_fingerprint(self) -> None:
+        """Return ``None``: there is no backbone."""
+        return
+
+
 class InterlinguaEncoder(nn.Module):
     """Token states, pooled to latents and projected to ``d_z``.
 
@@ -74,16 +147,11 @@ class InterlinguaEncoder(nn.Module):
         Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
         """
         super().__init__()
-        self.split, self.latent_len = config.split, config.latent_len
-        self.tokens_per_latent = config.tokens_per_latent
         self.states = STATES[config.kind](config, receivers, load_weights)
-        self.reads_ids = config.pretrained
-        groups = (config.private_len,) * len(receivers) if config.private_len else ()
-        starts = [config.latent_len + index * config.private_len for index in range(len(groups))]
-        self.private = {
-            name: range(start, start + config.private_len)
-            for name, start in zip(receivers, starts, strict=False)
-        }
+        self.lengths = MessageLengths(config, receivers, self.states.tokenizer)
+        self.latent_len = config.latent_len
+        self.private = self.lengths.private
+        groups = (config.private_len,) * len(self.private)
         self.ends_at = config.span_ends
         self.pool: SpanQueries | None = None
         if config.pooling == "queries":
@@ -94,13 +162,8 @@ class InterlinguaEncoder(nn.Module):
         self.dropout = nn.Dropout(config.latent_dropout)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
-        """Prepare each text for :meth:`tokens_of`: its lines, or their token ids.
-
-        Shards of training rows hold token ids ready.
-        """
-        if self.reads_ids:
-            return token_rows(self.states.tokenizer, texts, self.split)
-        return lines_of(texts, self.split)
+        """Prepare each text for :meth:`tokens_of`, as :class:`MessageLengths` does."""
+        return self.lengths.token_ids(texts)
 
     def tokens_of(
         self,
@@ -113,29 +176,21 @@ class InterlinguaEncoder(nn.Module):
         ``coarsening``: stage of the coarsening in training; ``None``: its end.
         ``tokens_per_latent``: another length of message than the configured one.
         """
-        parts = tuple(map(len, rows)) if self.split == "lines" else None
         lines = [line for row in rows for line in row]
         tensors, sizes = self.states.collate(lines)
         length_B = torch.tensor([len(size_S) for size_S in sizes])
-        latents_B = self._latents(length_B, tokens_per_latent or self.tokens_per_latent)
-        if coarsening is not None:
-            latents_B = coarsening.latents(length_B, latents_B)
+        latents_B = self.lengths.latents(length_B, coarsening, tokens_per_latent)
         ends_BS = None
         if self.ends_at == "sentences":
             ends = [torch.tensor(self.states.sentence_ends(line)).bool() for line in lines]
             ends_BS = pad_sequence(ends, batch_first=True)
         bytes_BS = pad_sequence(sizes, batch_first=True)
+        parts = self.lengths.parts_of(rows)
         return EncoderTokens(tensors, length_B, bytes_BS, latents_B, ends_BS, parts)
 
     def tokenize(self, texts: Sequence[str]) -> EncoderTokens:
         """Collate texts for :meth:`forward`, with messages of the configured length."""
         return self.tokens_of(self.token_ids(texts))
-
-    def _latents(self, length_B: torch.Tensor, tokens_per_latent: int | None) -> torch.Tensor:
-        """Return the shared latents of texts of ``length_B`` states; at least one each."""
-        if tokens_per_latent is None:
-            return torch.full_like(length_B, self.latent_len)
-        return ((length_B + tokens_per_latent - 1) // tokens_per_latent).clamp(min=1)
 
     def backbone_fingerprint(self) -> str | None:
         """Return the hash of a backbone that is not trained; ``None`` where there is none."""
@@ -150,8 +205,7 @@ class InterlinguaEncoder(nn.Module):
 
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
         """Count the slots of each text's message at one receiver, before encoding."""
-        private = len(self.private.get(receiver, range(0)))
-        return [length + private for length in _joined(tokens.latents_B, tokens.parts).tolist()]
+        return self.lengths.slots(tokens, receiver)
 
     def spans(self, tokens: EncoderTokens, receiver: str) -> torch.Tensor:
         """Return the stretch of text that each latent for one receiver begins with.

@@ -1,4 +1,4 @@
-"""The trained parts: one encoder, an adapter per receiver, and the features that are on."""
+"""The trained parts: one encoder, an adapter per receiver, a prefix, and the features that are on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch import nn
 from latentwire.config import RunConfig
 from latentwire.message import Message
 from latentwire.models.adapter import Adapter
-from latentwire.models.encoders import EncoderTokens, InterlinguaEncoder
+from latentwire.models.encoders import (
+    EncoderTokens,
+    InterlinguaEncoder,
+    MessageLengths,
+    encoder_tokenizer,
+)
+from latentwire.models.prefix import Prefix
+from latentwire.models.tokens import ByteTokenizer
 from latentwire.prompts.sequences import ANSWER, Batch
 
 
@@ -39,7 +46,10 @@ def owner(module: nn.Module, name: str) -> str | None:
 
 
 class Interlingua(nn.Module):
-    """The trainable wire: text → message → soft prompt of each receiver."""
+    """The trainable wire: text → message → soft prompt of each receiver.
+
+    A text reader has a prefix alone: its ``encoder`` counts lengths, and there are no adapters.
+    """
 
     def __init__(
         self,
@@ -59,31 +69,40 @@ class Interlingua(nn.Module):
         self.autocast = run.training.autocast
         self.trained: frozenset[str] = frozenset()
         names = {receiver.name: receiver for receiver in run.receivers}
-        self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
+        self.receivers = tuple(names)
+        self.encoder: InterlinguaEncoder | MessageLengths
+        if run.is_reader:
+            tokenizer = encoder_tokenizer(run.encoder, run.receivers) or ByteTokenizer()
+            self.encoder = MessageLengths(run.encoder, names, tokenizer)
+        else:
+            self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
         slots: int | None = run.encoder.latent_len + run.encoder.private_len
         if run.encoder.tokens_per_latent or run.encoder.split != "none":
             slots = None  # they vary from text to text
-        self.adapters = nn.ModuleDict(
-            {
-                name: Adapter(
+        self.adapters, self.prefixes = nn.ModuleDict(), nn.ModuleDict()
+        if not run.is_reader:
+            for name, shape in receivers.items():
+                self.adapters[name] = Adapter(
                     run.adapter,
                     d_z=run.encoder.d_z,
                     d_model=shape.width,
                     embed_rms=shape.embed_rms,
                     slots=slots,
                 )
-                for name, shape in receivers.items()
-            }
-        )
         self.features = features(run, receivers)
+        if (config := run.prefix) is not None:
+            for name, shape in receivers.items():
+                skeleton = shape.skeleton() if config.layers else None
+                self.prefixes[name] = Prefix(config, shape.width, shape.embed_rms, skeleton)
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.encoder.project.weight.device
+        return next(self.parameters()).device
 
     def encode(self, texts: Sequence[str] | EncoderTokens) -> Message:
         """Encode sender texts (or their tokens) into one message each, for every receiver."""
+        assert isinstance(self.encoder, InterlinguaEncoder), "a text reader sends no message"
         tokens = texts if isinstance(texts, EncoderTokens) else self.encoder.tokenize(texts)
         with self._precision():
             message = self.encoder(tokens.to(self.device))
@@ -112,7 +131,7 @@ class Interlingua(nn.Module):
     def training_receivers(self) -> list[str]:
         """Return receivers to train through: all where the encoder learns, else those trained."""
         learns = not self.trained or "encoder" in self.trained
-        return [name for name in self.adapters if learns or name in self.trained]
+        return [name for name in self.receivers if learns or name in self.trained]
 
     def train(self, mode: bool = True) -> Interlingua:
         """Switch modes; an encoder that is not trained stays in evaluation mode.
@@ -121,6 +140,7 @@ class Interlingua(nn.Module):
         """
         super().train(mode)
         if self.trained and "encoder" not in self.trained:
+            assert isinstance(self.encoder, InterlinguaEncoder)
             self.encoder.eval()
         return self
 
@@ -131,23 +151,32 @@ class Interlingua(nn.Module):
             p_BLD = self.adapters[receiver](z_BLZ, keep_BL)
         return p_BLD.float(), keep_BL
 
-    def soft_rows(self, receiver: str, message: Message, batch: Batch) -> torch.Tensor:
+    def soft_rows(
+        self, receiver: str, message: Message | None, batch: Batch
+    ) -> torch.Tensor | None:
         """Return vectors ``[N, D]`` for all soft slots of a batch, row by row.
 
-        A row's slots are its message's latents, then its control embedding where it has one.
+        A row's slots are the prefix where it has one, its message's latents, then its control
+        embedding where it has one. ``None`` where no row has slots.
         """
-        p_BLD, keep_BL = self.prompt(receiver, message)
-        message_R = batch.message_R.to(p_BLD.device)
-        control_R = batch.control_R.to(p_BLD.device)
-        adapter: Any = self.adapters[receiver]
-        # Every row gets its message's prompt and, as one more position, a control embedding:
-        # [R, L, D] and [R, 1, D] → [R, L + 1, D].
-        control_R1D = adapter.control_CD[control_R.clamp(min=0)][:, None]
-        slots_RSD = torch.cat((p_BLD[message_R], control_R1D), 1)
-        # Padding of messages, and the control of rows that answer questions, are no slots.
-        has_control_R1 = (control_R != ANSWER)[:, None]
-        keep_RS = torch.cat((keep_BL[message_R], has_control_R1), 1)
-        return slots_RSD[keep_RS]
+        vectors: list[torch.Tensor] = []  # each [R, slots, D], side by side in a row
+        keeps: list[torch.Tensor] = []  # and [R, slots]: which of them stand in the row
+        rows = len(batch.message_R)
+        if batch.prefix:
+            prefix_PD = self.prefixes[receiver]()
+            vectors.append(prefix_PD.expand(rows, -1, -1))
+            keeps.append(prefix_PD.new_ones(rows, len(prefix_PD), dtype=torch.bool))
+        if message is not None:
+            p_BLD, keep_BL = self.prompt(receiver, message)
+            message_R = batch.message_R.to(p_BLD.device)
+            control_R = batch.control_R.to(p_BLD.device)
+            adapter: Any = self.adapters[receiver]
+            # The control is one more position; rows that answer questions do without.
+            vectors += [p_BLD[message_R], adapter.control_CD[control_R.clamp(min=0)][:, None]]
+            keeps += [keep_BL[message_R], (control_R != ANSWER)[:, None]]
+        if not vectors:
+            return None
+        return torch.cat(vectors, 1)[torch.cat(keeps, 1)]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

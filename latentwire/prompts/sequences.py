@@ -3,10 +3,11 @@
 Training, teacher, evaluation and decoding all read sequences from here. A prompt is a row of pieces, each tokenised on
 its own (:mod:`latentwire.prompts.pieces`) and joined as ids::
 
-    [BOS] head | context or soft slots | mid | question | tail | anchor | answer | stop
+    [BOS] head | prefix | context or soft slots | mid | question | tail | anchor | answer | stop
 
 A text prompt puts the context's tokens where a latent prompt has its soft slots; every other position is equal token
-by token, because it *is* the same piece. With ``send: prompt`` the message replaces ``context | mid | question``.
+by token, because it *is* the same piece. The prefix is soft too, and the same in every row: most prompts have none.
+With ``send: prompt`` the message replaces ``context | mid | question``.
 Nothing outside this file counts positions: the index maps of :class:`PromptSequence` and :class:`Batch` say where things are.
 """
 
@@ -36,6 +37,9 @@ SLOT_ID = (
     0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
 )
 
+MASKS = ("prefix_BS", "latents_BS", "control_BS", "question_BS")
+"""Fields of a batch that say where its parts stand."""
+
 _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
 
 
@@ -58,6 +62,13 @@ class PromptSequence:
     """True where ``message`` is to be filled with a soft prompt."""
     control: int = ANSWER
     """The one of :data:`CONTROLS` right after the message; :data:`ANSWER` where there is none."""
+    prefix: range = range(0)
+    """Positions of the constant vectors right before the message; empty where there are none."""
+
+    @property
+    def head(self) -> int:
+        """Positions before everything that is soft or that changes from row to row."""
+        return self.message.start - len(self.prefix)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class Batch:
     ids_BS: torch.Tensor
     attention_BS: torch.Tensor
     """1 at real positions; padding gets no attention."""
+    prefix_BS: torch.Tensor
+    """True where the constant prefix stands."""
     latents_BS: torch.Tensor
     """True where the soft prompt's latents stand."""
     control_BS: torch.Tensor
@@ -85,6 +98,8 @@ class Batch:
     """Place of the target in its answer, from 0."""
     row_N: torch.Tensor
     """Row that the target belongs to."""
+    prefix: int = 0
+    """Positions of the prefix in each row."""
     head: int = 0
     """Leading positions before anything that changes from row to row or is predicted: the same tokens in all rows. 0 in
     rows that are padded to the left."""
@@ -93,8 +108,8 @@ class Batch:
 
     @property
     def slots_BS(self) -> torch.Tensor:
-        """True wherever a soft vector stands: latents and controls."""
-        return self.latents_BS | self.control_BS
+        """True wherever a soft vector stands: prefix, latents and controls."""
+        return self.prefix_BS | self.latents_BS | self.control_BS
 
     @property
     def control_N(self) -> torch.Tensor:
@@ -112,7 +127,7 @@ class Batch:
 
     def after_head(self) -> Batch:
         """Return the rows without the tokens that all of them begin with, which go to ``head_H``."""
-        width, names = self.ids_BS.shape[1], ("ids_BS", "latents_BS", "control_BS", "question_BS")
+        width, names = self.ids_BS.shape[1], ("ids_BS", *MASKS)
         rows: dict[str, Any] = {name: getattr(self, name)[:, self.head :] for name in names}
         row_N, place_N = self.predict_N // width, self.predict_N % width
         return replace(
@@ -138,8 +153,11 @@ class PromptBuilder:
         receiver: ReceiverConfig,
         prompt: PromptConfig,
         send: Literal["context", "prompt"],
+        prefix: int = 0,
     ) -> None:
+        """``prefix``: constant soft positions before every message."""
         self.tokenizer, self.receiver, self.send = tokenizer, receiver, send
+        self.prefix = prefix
         self.anchor_text = prompt.anchor.rstrip()
         self.answer_lead = prompt.anchor[len(self.anchor_text) :]
         self.chat = templates.is_chat(tokenizer, receiver)
@@ -208,12 +226,19 @@ class PromptBuilder:
     # --------------------------------------------------------------------------------------------------- sequences
 
     def text(
-        self, context_ids: list[int], question_ids: list[int], answer_ids: list[int] | None = None
+        self,
+        context_ids: list[int],
+        question_ids: list[int],
+        answer_ids: list[int] | None = None,
+        prefix: int = 0,
     ) -> PromptSequence:
-        """Return the full-text prompt; an empty context makes it the closed book. Answer and stop follow where given."""
+        """Return the full-text prompt; an empty context makes it the closed book. Answer and stop follow where given.
+
+        ``prefix``: constant soft positions before the text, for a text reader; others read it as it is.
+        """
         message = self.message_ids(context_ids, question_ids)
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
-        return self._join(message, mid, question, answer_ids, soft=False)
+        return self._join(message, mid, question, answer_ids, soft=False, prefix=prefix)
 
     def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
         """Return the tokens that a latent prompt's slots stand for."""
@@ -222,11 +247,19 @@ class PromptBuilder:
         )
 
     def latent(
-        self, slots: int, question_ids: list[int], answer_ids: list[int] | None = None
+        self,
+        slots: int,
+        question_ids: list[int],
+        answer_ids: list[int] | None = None,
+        prefix: int | None = None,
     ) -> PromptSequence:
-        """Return the same prompt with ``slots`` soft positions in place of the message."""
+        """Return the same prompt with ``slots`` soft positions in place of the message.
+
+        ``prefix``: constant soft positions before them; ``None``: as many as the wire has.
+        """
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
-        return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True)
+        prefix = self.prefix if prefix is None else prefix
+        return self._join([SLOT_ID] * slots, mid, question, answer_ids, soft=True, prefix=prefix)
 
     def controlled(
         self, slots: int, control: int, text_ids: list[int], given: int = 0
@@ -239,11 +272,11 @@ class PromptBuilder:
             text_ids: that text.
             given: its first tokens that are read and not predicted.
         """
-        start = len(self.head_ids)
+        start = len(self.head_ids) + self.prefix
         text = start + slots + 1
         nowhere = range(text, text)
         return PromptSequence(
-            ids=[*self.head_ids, *[SLOT_ID] * (slots + 1), *text_ids],
+            ids=[*self.head_ids, *[SLOT_ID] * (self.prefix + slots + 1), *text_ids],
             bos=self.bos,
             message=range(start, start + slots),
             question=nowhere,
@@ -253,6 +286,7 @@ class PromptBuilder:
             supervised=range(text + given, text + len(text_ids)),
             soft=True,
             control=control,
+            prefix=range(start - self.prefix, start),
         )
 
     def _join(
@@ -263,12 +297,14 @@ class PromptBuilder:
         answer: list[int] | None,
         *,
         soft: bool,
+        prefix: int,
     ) -> PromptSequence:
-        start = len(self.head_ids)
+        start = len(self.head_ids) + prefix
         question_at = start + len(message) + len(mid)
         anchor_at = question_at + len(question) + len(self.tail_ids)
         answer_at = anchor_at + len(self.anchor_ids)
-        ids = [*self.head_ids, *message, *mid, *question, *self.tail_ids, *self.anchor_ids]
+        before = [*self.head_ids, *[SLOT_ID] * prefix, *message, *mid, *question]
+        ids = [*before, *self.tail_ids, *self.anchor_ids]
         if answer is not None:
             ids += [*answer, self.stop_id]
         return PromptSequence(
@@ -281,6 +317,7 @@ class PromptBuilder:
             stop=None if answer is None else answer_at + len(answer),
             supervised=range(answer_at, len(ids)) if answer is not None else range(0),
             soft=soft,
+            prefix=range(start - prefix, start),
         )
 
     # ----------------------------------------------------------------------------------------------------- template
@@ -357,13 +394,16 @@ def collate(
     width = max(len(row.ids) for row in rows)
     ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
     attention_BS = torch.zeros(len(rows), width, dtype=torch.long)
-    latents_BS, control_BS, question_BS = torch.zeros(3, len(rows), width, dtype=torch.bool)
+    prefix_BS, latents_BS, control_BS, question_BS = torch.zeros(
+        len(MASKS), len(rows), width, dtype=torch.bool
+    )
     predict, target, offset, row_of = [], [], [], []
     for index, row in enumerate(rows):
         shift = 0 if side == "right" else width - len(row.ids)
         ids_BS[index, shift : shift + len(row.ids)] = torch.tensor(row.ids)
         attention_BS[index, shift : shift + len(row.ids)] = 1
         question_BS[index, shift + row.question.start : shift + row.question.stop] = True
+        prefix_BS[index, shift + row.prefix.start : shift + row.prefix.stop] = True
         if row.soft:
             latents_BS[index, shift + row.message.start : shift + row.message.stop] = True
         if row.control != ANSWER:
@@ -376,10 +416,11 @@ def collate(
     firsts = [
         row.supervised[0] - 1 for row in rows if row.supervised
     ]  # the positions that predict a row's first target
-    head = min([*(row.message.start for row in rows), *firsts]) if side == "right" else 0
+    head = min([*(row.head for row in rows), *firsts]) if side == "right" else 0
     return Batch(
         ids_BS=ids_BS,
         attention_BS=attention_BS,
+        prefix_BS=prefix_BS,
         latents_BS=latents_BS,
         control_BS=control_BS,
         question_BS=question_BS,
@@ -391,6 +432,7 @@ def collate(
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
+        prefix=len(rows[0].prefix),
         head=head,
     )
 
@@ -405,7 +447,7 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
     if len(batches) == 1:
         return batches[0]
     width = max(batch.ids_BS.shape[1] for batch in batches)
-    names = ("ids_BS", "attention_BS", "latents_BS", "control_BS", "question_BS")
+    names = ("ids_BS", "attention_BS", *MASKS)
     rows: dict[str, list[torch.Tensor]] = {
         name: [] for name in (*names, "message_R", "predict_N", "row_N")
     }
@@ -430,4 +472,4 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
     head = min(batch.head for batch in batches)
     heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
-    return Batch(**joined, head=head if len(heads) == 1 else 0)
+    return Batch(**joined, prefix=batches[0].prefix, head=head if len(heads) == 1 else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
 from latentwire.evaluation import readings, scoring
 from latentwire.evaluation.baselines import Mode
-from latentwire.evaluation.conditions import Condition, conditions
+from latentwire.evaluation.conditions import Condition, conditions, with_tuned
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
 from latentwire.evaluation.summary import baseline_pairs, details, pairs
@@ -57,6 +57,8 @@ class Known:
     nobody counts."""
     probes: dict[str, float] | None = None
     """Probes of its latents, where they were asked for."""
+    readers: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
+    """Key of a tuned row → receiver → the report of its reader's training."""
 
 
 def known_of(
@@ -65,17 +67,18 @@ def known_of(
     split: str,
     rows: Place,
     probes: dict[str, float] | None = None,
+    readers: Mapping[str, Mapping[str, dict[str, Any]]] | None = None,
 ) -> Known:
     """Describe the wire of a checkpoint or export.
 
     A scoring of validation rows is recorded beside their shards. ``manifest``: the directory's,
-    already read. ``rows``: the split's shards.
+    already read. ``rows``: the split's shards. ``readers``: reports of the text readers.
     """
     read_before = None
     if split == "validation":
         trained_on = documents.read(folder, manifest)
         read_before = readings.note(rows, readings.wire_name(manifest), trained_on)
-    return Known(exports.sizes(folder), read_before, probes)
+    return Known(exports.sizes(folder), read_before, probes, readers or {})
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ def questions_of(
     """
     scoring.check_questions(run)
     rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
+    if run.evaluation.tuned_text is not None:
+        rows = with_tuned(rows)
     types = question_types(run.data, shards.source_of(split))
     return Questions(rows, compared(compare, rows), types, compare is not None)
 
@@ -144,6 +149,7 @@ def show(evaluation: Evaluation, title: str) -> None:
         tables.scores_table(scores, title, evaluation.run),
         tables.together_table(scores),
         tables.weights_table(known.sizes),
+        *tables.readers_tables(known.readers, evaluation.run),
     ]
     if questions.compared:
         grids.append(tables.comparisons_table(evaluation.details["comparisons"]))
@@ -167,6 +173,7 @@ def write(evaluation: Evaluation, output: Place) -> None:
         return
     further = evaluation.details | {"weights": known.sizes}
     further |= {} if known.readings is None else {"readings": known.readings}
+    further |= {"text_readers": known.readers} if known.readers else {}
     further |= {} if known.probes is None else {"diagnostics": known.probes}
     write_text(output / "scores.json", json.dumps(scores, indent=1))
     write_text(output / "details.json", json.dumps(further, indent=1))

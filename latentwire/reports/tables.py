@@ -14,6 +14,7 @@ from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.conditions import label
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.storage import Place, write_text
+from latentwire.training.text_readers import budget_of
 from latentwire.tuning.columns import column_names
 
 if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
@@ -141,6 +142,37 @@ def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
     return "trained weights", ["part", "parameters", "MB"], body
 
 
+def readers_tables(
+    readers: Mapping[str, Mapping[str, Mapping[str, Any]]], run: RunConfig
+) -> list[Grid]:
+    """Return how the text readers of tuned rows were trained; nothing where there are none.
+
+    ``readers``: key of a tuned row → receiver → report.
+    """
+    body = [
+        [
+            label(key).removesuffix(", tuned"),
+            receiver,
+            f"{report['tokens']}",
+            f"{report['parameters']:,}",
+            f"{report['steps'] * report['batch_size']:,}",
+            f"{report['rate']:.3g}, best of {len(report['trials'])}",
+            f"{report['dev_loss']:.3g}",
+        ]
+        for key, reports in readers.items()
+        for receiver, report in reports.items()
+    ]
+    if not body:
+        return []
+    rows = next(report["rows"] for reports in readers.values() for report in reports.values())
+    title = (
+        f"text readers, trained on the same {rows:,} rows as the wire, which was asked "
+        f"{budget_of(run, rows).questions:,} questions"
+    )
+    header = ["reads", "receiver", "vectors", "parameters", "questions", "rate", "dev NLL"]
+    return [(title, header, body)]
+
+
 def together_table(scores: dict[str, Any]) -> Grid:
     """Return how the receivers do as one, and what a message costs and saves, by condition."""
     body = [
@@ -231,6 +263,7 @@ def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
         scores_table(scored.scores, title, run),
         together_table(scored.scores),
         weights_table(scored.sizes),
+        *readers_tables(scored.readers, run),
     ]
 
 

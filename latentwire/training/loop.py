@@ -15,6 +15,7 @@ import torch
 
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
+from latentwire.evaluation.conditions import own_condition
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import means
 from latentwire.features.registry import check_training
@@ -22,6 +23,7 @@ from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.message import Message
 from latentwire.model import LatentWire
+from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.receivers.base import LossTask, part
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
 from latentwire.training.progress import Progress
@@ -177,27 +179,28 @@ class Trainer:
         step = self.progress.step - self.config.alignment_steps
         losses = self.wire.run.losses
         weights = weights_at(losses, step)
-        dropout = self.wire.run.encoder.latent_dropout * losses.factor("latent_dropout", step)
-        self.wire.interlingua.encoder.dropout.p = dropout
+        encoder = self.wire.interlingua.encoder
+        if isinstance(encoder, InterlinguaEncoder):
+            factor = losses.factor("latent_dropout", step)
+            encoder.dropout.p = self.wire.run.encoder.latent_dropout * factor
         sequential = self.config.sequential_models
         names = self._receivers_of(step)
         counts = {name: self._counts(weights, name, batches) for name in names}
         values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in weights.terms}
         for index, batch in enumerate(batches):
-            with part("encode"):
-                message = self.wire.interlingua.encode(batch.tokens)
+            message = self._encode(batch)
             # Receivers read latents that are cut off the encoder's graph, or the message itself.
             read = message
-            if sequential:
+            if sequential and message is not None:
                 read = message.with_latents(message.z_BLZ.detach().requires_grad_())
-            total = message.z_BLZ.new_zeros(())
+            total = torch.zeros((), device=self.wire.interlingua.device)
             with ExitStack() as attached:
                 for name in names:
                     shares, scale = self._read(name, batch, read, weights, counts[name], attached)
                     loss = torch.stack(list(shares.values())).sum() / len(names)
                     for term, share in shares.items():
                         values[f"{term}_{name}"] += float(share.detach())
-                    if self.config.log_gradient_norms and index == 0:
+                    if self.config.log_gradient_norms and index == 0 and read is not None:
                         values |= self._gradient_norms(name, shares, read.z_BLZ)
                     values[f"prompt_scale_{name}"] = scale
                     values["loss"] += float(loss.detach())
@@ -209,10 +212,18 @@ class Trainer:
                 if not sequential:
                     with part("backward"):
                         total.backward()
-            if sequential and message.z_BLZ.requires_grad:
+            if message is not None and read is not message and message.z_BLZ.requires_grad:
+                assert read is not None
                 with part("backward"):
                     message.z_BLZ.backward(read.z_BLZ.grad)
         return values
+
+    def _encode(self, batch: TrainingBatch) -> Message | None:
+        """Return the message of a micro-batch's texts; ``None`` for a text reader."""
+        if self.wire.run.is_reader:
+            return None
+        with part("encode"):
+            return self.wire.interlingua.encode(batch.tokens)
 
     def _receivers_of(self, step: int) -> list[str]:
         """Return the receivers that this step trains through; the same on every worker."""
@@ -234,7 +245,7 @@ class Trainer:
         self,
         name: str,
         batch: TrainingBatch,
-        message: Message,
+        message: Message | None,
         weights: Weights,
         counts: dict[str, float],
         attached: ExitStack,
@@ -276,12 +287,14 @@ class Trainer:
         total, names = 0.0, self.wire.interlingua.training_receivers()
         count = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
         messages = self.workers.sum_counts(count, self.wire.interlingua.device)["messages"]
+        encoder = self.wire.interlingua.encoder
+        assert isinstance(encoder, InterlinguaEncoder), "a text reader has nothing to align"
         for batch in batches:
             message = self.wire.interlingua.encode(batch.tokens)
             loss = message.z_BLZ.new_zeros(())
             for name in names:
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
-                span_BL2 = self.wire.interlingua.encoder.spans(batch.tokens, name)
+                span_BL2 = encoder.spans(batch.tokens, name)
                 lm, ids = self.wire.receivers[name], batch.message_ids[name]
                 target_BLD = lm.span_embeddings(ids, span_BL2).to(p_BLD.device)
                 distance_B = alignment_loss(p_BLD, target_BLD, keep_BL)
@@ -346,7 +359,8 @@ class Trainer:
         return values
 
     def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
-        predictions = list(predict(self.wire, share, "latent")) if share.num_rows else []
+        condition = own_condition(self.wire.run)
+        predictions = list(predict(self.wire, share, condition)) if share.num_rows else []
         predictions = self.workers.gather(predictions)
         metrics: dict[str, float] = {}
         scores = means(predictions)
@@ -366,7 +380,8 @@ class Trainer:
     def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:
         """Compute weighted terms in nats per token, with messages and weights as they end."""
         weights = weights_at(self.wire.run.losses, self.total_steps - self.config.alignment_steps)
-        size, interlingua = self.wire.run.evaluation.batch_size, self.wire.interlingua.eval()
+        size = self.wire.run.evaluation.batch_size
+        self.wire.interlingua.eval()
         metrics = {"dev_loss": 0.0}
         for name, lm in self.wire.receivers.items():
             sums = dict.fromkeys(weights.terms, 0.0)
@@ -375,7 +390,7 @@ class Trainer:
             for start in range(0, share.num_rows, size):
                 rows = share.slice(start, size)
                 for batch in self.collate(rows, self.total_steps, own_length=True):
-                    message = interlingua.encode(batch.tokens)
+                    message = self._encode(batch)
                     with ExitStack() as attached:
                         shares, _ = self._read(name, batch, message, weights, ones, attached)
                     _add(sums, {term: float(share_T) for term, share_T in shares.items()})

@@ -18,7 +18,7 @@ _AdamW = partial(AdamW, betas=(0.9, 0.98), fused=True)
 def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
     """Return the optimiser of everything in ``interlingua`` that is trained.
 
-    Encoder and adapters (with features) have rates of their own. Only matrices decay
+    Encoder, adapters (with features) and prefixes have rates of their own. Only matrices decay
     (:func:`matrices_of`).
     """
     matrices = matrices_of(interlingua)
@@ -56,6 +56,7 @@ def _groups(
         "encoder": config.encoder_lr,
         "adapters": config.adapter_lr,
         "features": config.adapter_lr,
+        "prefixes": config.prefix_lr,
     }
     for part, rate in parts.items():
         named = {
