@@ -35,8 +35,11 @@ from mutmut.state import state  # noqa: E402
 from mutmut.utils.format_utils import get_module_from_key, mangled_name_from_mutant_name  # noqa: E402
 from mutmut.workers.isolation import get_mutant_runner  # noqa: E402
 
-ONLY_RAY = r"\.(pipeline\.x__make|teachers\.x__make|streams\.x_ray_dataset)__mutmut"
-"""Functions that only a running Ray can run: the slow tests are theirs."""
+ONLY_RAY = (
+    r"\.(pipeline\.x__make|teachers\.x_(_make|ensure_teachers)|streams\.x_(ray_dataset|_read_file)"
+    r"|workers\.xǁWorkersǁsum_gradients)__mutmut"
+)
+"""Functions that only a running Ray, or several workers, can run: the slow tests are theirs."""
 CONTROL = "no.mutant.x_control__mutmut_0"
 """A name that switches no mutant on: its tests must pass."""
 # 2: pytest could not collect, 3: it failed inside; both because of the mutant, since its tests pass without it.

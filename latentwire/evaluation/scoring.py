@@ -139,11 +139,12 @@ class Scored:
     @property
     def document(self) -> dict[str, Any]:
         """Entries of ``results.json``."""
+        readers = {"text_readers": self.readers} if self.readers else {}
         return {
             "validation": self.scores,
             "readings": self.readings,
             "weights": self.sizes,
-            "text_readers": self.readers,
+            **readers,
         }
 
 

@@ -342,6 +342,32 @@ def test_gradients_that_stay_not_finite_end_the_run(run: RunConfig, table: pa.Ta
     assert torch.equal(trainer.wire.interlingua.encoder.project.weight, before)
 
 
+def test_only_bad_steps_in_a_row_end_the_run(run: RunConfig, table: pa.Table) -> None:
+    """Two bad steps, a good one and two more are not three in a row."""
+    trainer = trainer_of(with_values(run, {"training.max_bad_steps": 3}), 16)
+    gain = trainer.wire.interlingua.adapters["llama"].gain
+    good = gain.detach().clone()
+    for gains in ("bad", "bad", "good", "bad", "bad"):
+        gain.data.fill_(float("nan")) if gains == "bad" else gain.data.copy_(good)
+        trainer.step(table.slice(0, run.training.batch_size))
+    assert (trainer.progress.bad_steps, trainer.progress.bad_in_a_row) == (4, 2)
+
+
+def test_padding_is_a_share_of_all_positions(run: RunConfig, table: pa.Table) -> None:
+    """The share that evaluations report, counted by hand over the batches of three steps."""
+    trainer, size = trainer_of(run, 16), run.training.batch_size
+    steps = [table.slice(size * step, size) for step in range(3)]
+    empty = total = 0
+    for step, rows in enumerate(steps):
+        for batch in trainer.collate(rows, step):
+            for sequences in batch.sequences.values():
+                empty += int((sequences.attention_BS == 0).sum())
+                total += sequences.ids_BS.numel()
+        trainer.step(rows)
+    assert empty > 0
+    assert trainer.evaluate(table.slice(0, 2))["padding_share"] == pytest.approx(empty / total)
+
+
 def test_an_epoch_without_a_batch_is_an_error(run: RunConfig) -> None:
     trainer = trainer_of(run, 16)
     with pytest.raises(TrainingError, match="at least one batch"):
