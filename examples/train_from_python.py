@@ -23,7 +23,11 @@ def main(*, output: Path, steps: int = 900) -> None:
         output: Directory for checkpoints and the export; must not exist yet.
         steps: Training steps.
     """
-    overrides = {"training.max_steps": steps, "training.evaluate_every": max(1, steps // 3)}
+    overrides = {
+        "training.max_steps": steps,
+        "training.evaluate_every": max(1, steps // 3),
+        "evaluation.tuned_text.steps": min(100, steps),
+    }
     result = train("toy", output=output, overrides=overrides)
     wire = LatentWire.from_pretrained(str(result.export))
     message = wire.encode([CONTEXT])

@@ -25,6 +25,7 @@ def main(*, output: Path, trials: int = 4, steps: int = 300) -> None:
         "tune.trials": trials,
         "training.max_steps": steps,
         "training.evaluate_every": max(1, steps // 2),
+        "evaluation.tuned_text.steps": min(100, steps),
         "data.samples": 2000,
         "data.validation_samples": 64,
     }

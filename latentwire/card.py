@@ -54,6 +54,9 @@ def write(run: RunConfig, manifest: dict[str, Any]) -> str:
     tags = ["latentwire", "soft-prompt", "context-compression"]
     data = ModelCardData(library_name="latentwire", tags=tags, language=None)
     names = [receiver.name for receiver in run.receivers]
+    if run.is_reader:
+        data = ModelCardData(library_name="latentwire", tags=["latentwire", "soft-prompt"])
+        return "\n\n".join([f"---\n{data.to_yaml()}\n---", *_reader(run, manifest)]) + "\n"
     answer = "answer" if len(names) > 1 else "answers"
     size = _message_size(run)
     sections = [
@@ -79,6 +82,29 @@ def write(run: RunConfig, manifest: dict[str, Any]) -> str:
         _origin(run, manifest),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _reader(run: RunConfig, manifest: dict[str, Any]) -> list[str]:
+    """Return the sections of a text reader's card."""
+    assert run.prefix is not None
+    reads = {"text": "whole texts", "closed_book": "questions without a text"}
+    what = reads.get(run.prompt.reads, f"texts cut to a message's length ({run.prompt.reads})")
+    return [
+        "# A text reader",
+        f"{run.prefix.tokens} trained vectors stand before the prompt of "
+        f"{_listed([receiver.name for receiver in run.receivers])}, which reads {what}. Wires are "
+        f"compared with it: they answer from a message, it answers from text, after the same "
+        f"training.",
+        "## Receivers",
+        FROZEN,
+        _receivers(run, manifest),
+        "## Data",
+        f"{run.data.source.description}. {_rows(run)}",
+        "## Licence",
+        LICENCE,
+        "## How it was made",
+        _origin(run, manifest),
+    ]
 
 
 def _listed(names: list[str]) -> str:

@@ -141,6 +141,7 @@ STEPS = "tests/training/test_steps.py::"
 PARTS = f"{STEPS}test_every_trained_parameter_moves_by_the_rate_of_its_part"
 REFERENCES = "tests/evaluation/test_references.py::"
 NLL = f"{REFERENCES}test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token"
+READERS = "tests/training/test_text_readers.py::"
 STATISTICS = "tests/evaluation/test_statistics.py::"
 LAYOUT = "tests/prompts/test_sequences.py::"
 
@@ -241,6 +242,32 @@ FAULTS = {
     "answers_keep_all_their_lines": line(
         "prompts.sequences:PromptBuilder.answer_of", 'text.strip().split("\\n")[0].strip()', "text.strip()",
         "tests/evaluation/test_evaluator.py::test_a_chats_answer_is_its_whole_turn_and_a_plain_ones_its_line",
+    ),
+    # Text readers
+    "a_reader_has_fewer_steps_than_it_is_given": line(
+        "training.text_readers:reader_run", "max_steps=budget.steps,", "max_steps=budget.steps // 2,",
+        f"{READERS}test_a_reader_was_given_what_it_reports",
+    ),
+    "a_reader_trains_on_other_rows": line(
+        "training.text_readers:_train", "best = train_here(reader, paths, output)",
+        'best = train_here(reader, {**paths, "train": paths["dev"]}, output)',
+        f"{READERS}test_a_reader_was_given_what_it_reports",
+    ),
+    "a_reader_has_a_larger_prompt_than_it_reports": line(
+        "training.text_readers:reader_run", "PrefixConfig(tokens=tuned.tokens,", "PrefixConfig(tokens=2 * tuned.tokens,",
+        f"{READERS}test_a_reader_was_given_what_it_reports",
+    ),
+    "a_reader_keeps_its_worst_rate": line(
+        "training.text_readers:_train", 'direction="minimize"', 'direction="maximize"',
+        f"{READERS}test_a_reader_was_given_what_it_reports",
+    ),
+    "a_prefix_stands_behind_the_text": line(
+        "prompts.sequences:PromptBuilder._join", "*[SLOT_ID] * prefix, *message,", "*message, *[SLOT_ID] * prefix,",
+        f"{READERS}test_a_prefix_of_a_texts_own_embeddings_reads_as_that_text",
+    ),
+    "a_reader_is_trained_on_the_whole_text": line(
+        "data.batches:reader_prompts", "shown(reads, row, context, budget)", "context",
+        f"{READERS}test_training_shows_a_reader_what_its_scores_show_it",
     ),
     # Data, and what travels
     "development_rows_are_drawn_by_row": line(

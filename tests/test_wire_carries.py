@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.conditions import Condition
+from latentwire.evaluation.evaluator import donors, predict
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire, load_wire
 from latentwire.training import checkpoints
@@ -44,6 +46,31 @@ def test_messages_carry_and_shuffled_ones_fall_to_closed_book() -> None:
     for name in trainer.wire.receivers:
         assert em["latent"][name]["em"] > 0.8 * em["text"][name]["em"], em
         assert em["shuffled"][name]["em"] < 0.2 and em["closed_book"][name]["em"] < 0.2, em
+
+
+@pytest.mark.slow
+def test_a_tuned_reader_of_another_rows_text_knows_no_more_than_a_closed_book() -> None:
+    """What a prefix learned is to read: without the right text it answers as the untuned receiver without any."""
+    values = {"prompt.reads": "text", "prefix": {}, "training.batch_size": 24, "training.epochs": 2}
+    run = with_values(
+        RunConfig(), values | {"training.log_every": 20, "evaluation.max_answer_tokens": 6}
+    )
+    trainer = Trainer(LatentWire(run), 40)
+    trainer.train(table_epochs(trainer.config, shard_table(run, 960, seed=1)), lambda: None)
+    rows = shard_table(run, 256, seed=2)
+    swapped, others = rows, donors(rows["context"].to_pylist())
+    for name in ("context", *(f"{receiver}_context_ids" for receiver in trainer.wire.receivers)):
+        place = swapped.column_names.index(name)
+        swapped = swapped.set_column(place, name, rows[name].take(pa.array(others)))
+    tuned = Condition("text", tuned=True)
+    em = {
+        "own": summarise(list(predict(trainer.wire, rows, tuned))),
+        "another": summarise(list(predict(trainer.wire, swapped, tuned))),
+        "none": summarise(list(predict(trainer.wire, rows, "closed_book"))),
+    }
+    for name in trainer.wire.receivers:
+        assert em["own"][name]["em"] > 0.9, em
+        assert em["another"][name]["em"] <= em["none"][name]["em_high"] + 0.1, em
 
 
 @pytest.mark.slow

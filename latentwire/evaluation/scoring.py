@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
 from latentwire.evaluation import readings
-from latentwire.evaluation.conditions import Condition, label, with_tuned
+from latentwire.evaluation.conditions import Condition, label, own_condition, with_tuned
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.progress import ScoringProgress
@@ -60,7 +60,14 @@ Readers = Mapping[str, LatentWire]
 
 
 def final_conditions(run: RunConfig) -> tuple[Condition, ...]:
-    """Return the rows of a finished run's table: tuned text too, where the run trains readers."""
+    """Return the rows of a finished run's table.
+
+    Tuned text is in it where the run trains readers. A text reader has its own row, and that of the
+    receivers without its prefix.
+    """
+    if run.is_reader:
+        own = own_condition(run)
+        return replace(own, tuned=False), own
     return with_tuned(FINAL_CONDITIONS) if run.evaluation.tuned_text else FINAL_CONDITIONS
 
 
@@ -99,7 +106,9 @@ def predict_conditions(
     with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
         for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
             on_rows = partial(progress.advance, label(condition.key))
-            reader = (readers or {})[condition.key] if condition.tuned else wire
+            reader = wire
+            if condition.tuned and not wire.run.is_reader:
+                reader = (readers or {})[condition.key]
             predictions[condition.key] = list(
                 predict(reader, table, condition, joint=joint, on_rows=on_rows)
             )
@@ -171,9 +180,9 @@ def score_and_export(
     read_before, predictions = {}, {}
     readers: Readers = {}
     if wire.run.data.source.has_questions:
-        rows = FINAL_CONDITIONS
-        if tuned is not None:
-            rows = final_conditions(wire.run)
+        rows = final_conditions(wire.run)
+        if not wire.run.is_reader and wire.run.evaluation.tuned_text is not None:
+            assert tuned is not None, "tuned rows need readers"
             readers = tuned(wire, rows)
         read_before = readings.note(validation, readings.wire_name(manifest), wire.trained_on)
         predictions = predict_conditions(wire, validation, rows, watch=watch, readers=readers)

@@ -66,6 +66,8 @@ def obstacles(space: SweepConfig) -> list[str]:
         searched = any(path.startswith(f"features.{name}") for path in space.search)
         if feature.needs_weights and (getattr(run.features, name) is not None or searched):
             reasons.append(f"features.{name} acts on the receivers' own layers")
+    if run.prefix is not None and run.prefix.layers:
+        reasons.append("prefix.layers acts on the receivers' own layers")
     if run.training.log_gradient_norms:
         reasons.append("training.log_gradient_norms takes a backward pass per term")
     spread = [receiver.name for receiver in run.receivers if receiver.device_map != "none"]
@@ -81,11 +83,13 @@ def rows_of(run: RunConfig) -> int:
 
 
 def final_slots(run: RunConfig) -> int:
-    """Count the soft slots of the longest message when the coarsening is over.
+    """Count the positions of the longest message when the coarsening is over, or of a reader's text.
 
     Such a text is as long as it may be, and read at the shortest stride.
     """
     encoder = run.encoder
+    if run.prompt.reads == "text":
+        return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN)
     if encoder.tokens_per_latent is None:
         return encoder.latent_len + encoder.private_len
     strides = run.training.tokens_per_latent or (encoder.tokens_per_latent,)
@@ -105,7 +109,8 @@ def positions_of(run: RunConfig, slots: int) -> int:
 
     ``slots``: of each message.
     """
-    return rows_of(run) * (slots + PROMPT_POSITIONS)
+    prefix = 0 if run.prefix is None else run.prefix.tokens
+    return rows_of(run) * (prefix + slots + PROMPT_POSITIONS)
 
 
 def encoder_bytes(run: RunConfig) -> int:

@@ -111,9 +111,11 @@ def questions_of(
     for data that cannot be read.
     """
     scoring.check_questions(run)
-    rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
-    if run.evaluation.tuned_text is not None:
-        rows = with_tuned(rows)
+    if run.is_reader:
+        rows = scoring.final_conditions(run)
+    else:
+        rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
+        rows = rows if run.evaluation.tuned_text is None else with_tuned(rows)
     types = question_types(run.data, shards.source_of(split))
     return Questions(rows, compared(compare, rows), types, compare is not None)
 

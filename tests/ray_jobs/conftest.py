@@ -37,7 +37,7 @@ def log_of(tmp_path: Path) -> str:
 TINY = (
     "--samples=200", "--set", "data.dev_samples=16", "--set", "data.validation_samples=16",
     "--set", "data.dev_fraction=0.1", "--batch_size=8", "--set", "encoder.d_model=32", "--set", "encoder.layers=1",
-    "--set", "training.log_every=2", "--set", "training.alignment_steps=2",
+    "--set", "training.log_every=2", "--set", "training.alignment_steps=2", "--set", "evaluation.tuned_text=null",
 )  # fmt: skip
 """Flags that make a toy run of seconds."""
 ONE_VARIANT = ("--config", str(Path(__file__).parent / "one_variant.yaml"))

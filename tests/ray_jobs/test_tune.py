@@ -61,7 +61,8 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
         "tune.trials=3",
     )
     named = ("--space", str(tmp_path / "space.json"), "--output_dir", str(output))
-    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen)
+    readers = ("--set", "evaluation.tuned_text={steps: 2, trials: 1, batch_size: 4}")
+    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen, *readers)
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
     assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(
@@ -94,8 +95,15 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     (validation,) = [path for path in (tmp_path / "shards").glob("toy-validation-*")
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
     scores = scoring.score(output / "best", validation)
-    assert untimed(scores) == untimed(document["validation"])
+    untuned = {key: row for key, row in document["validation"].items() if key in scores}
+    assert untimed(scores) == untimed(untuned)
     assert [setting.key for setting in scoring.FINAL_CONDITIONS] == list(scores)
+    # Each row of text has a tuned twin, whose readers say what they were given.
+    twins = {key for key in document["validation"] if key.endswith(" tuned")}
+    assert twins == {"text tuned", "truncated tuned", "closed_book tuned"}
+    reports = [report for key in twins for report in document["text_readers"][key].values()]
+    assert {(report["steps"], report["batch_size"]) for report in reports} == {(2, 4)}
+    assert len(list((tmp_path / "shards").glob("reader-*"))) == len(reports) == 6
 
     report = (output / "report.md").read_text()
     assert "full text" in report and "3 trials" in report and "1 trials failed" in report

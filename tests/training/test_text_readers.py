@@ -20,7 +20,7 @@ from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire
 from latentwire.models.weights import fingerprint
 from latentwire.prompts.sequences import collate
-from latentwire.training import text_readers
+from latentwire.training import checkpoints, text_readers
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from latentwire.training.text_readers import Budget
@@ -345,3 +345,23 @@ def test_a_reader_is_refused_what_only_a_wire_has(
     changed = {"prompt.reads": "text", "prefix": {}, "features": {}, "losses": {}}
     with pytest.raises(ConfigError, match=told):
         with_values(run, changed | values)
+
+
+def test_a_wire_may_begin_with_a_readers_prefix(
+    run: RunConfig, table: pa.Table, tmp_path: Path
+) -> None:
+    """``init_from`` names the reader; encoder and adapters stay fresh, and the prefix learns on."""
+    reader = reader_of(run, "text")
+    for prefix in reader.interlingua.prefixes.values():
+        torch.nn.init.normal_(prefix.unit_PD)
+    saved = checkpoints.save(tmp_path / "reader", reader, {}, {})
+    wire = wire_of(with_values(run, {"prefix": {"tokens": 5}}))
+    fresh = wire.interlingua.encoder.project.weight.detach().clone()
+    checkpoints.initialise(saved, wire)
+    for name, prefix in wire.interlingua.prefixes.items():
+        torch.testing.assert_close(prefix.unit_PD, reader.interlingua.prefixes[name].unit_PD)
+    torch.testing.assert_close(wire.interlingua.encoder.project.weight, fresh)
+    before = wire.interlingua.prefixes["llama"].unit_PD.detach().clone()
+    Trainer(wire, 2).step(table.slice(0, 8))
+    assert not torch.equal(before, wire.interlingua.prefixes["llama"].unit_PD)
+    assert "# A text reader" in (saved / "README.md").read_text()
