@@ -34,6 +34,7 @@ LICENCE = (
 COLUMNS = {
     "em": "EM",
     "f1": "F1",
+    "match": "match",
     "nll": "NLL",
     "positions": "positions",
     "bytes": "bytes",
@@ -158,8 +159,8 @@ def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
     resampled = "contexts" if "contexts" in present else "rows"
     lines = [
         f"On validation rows: {_readings(metrics.get('readings'))}. In brackets 95 % bootstrap "
-        f"intervals over {resampled}; NLL in nats per token of the gold answer; bytes of text or "
-        f"of the message as fp16.",
+        f"intervals over {resampled}; match: a gold answer occurs in what was said; NLL in nats "
+        f"per token of the gold answer; bytes of text or of the message as fp16.",
         "",
         f"| the receiver reads | receiver | {' | '.join(COLUMNS[name] for name in present)} |",
         f"|{'---|' * (2 + len(present))}",
@@ -189,7 +190,7 @@ def _readings(readings: dict[str, Any] | None) -> str:
 def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row:
         return "–"
-    if name in ("em", "f1"):
+    if name in ("em", "f1", "match"):
         value = f"{100 * row[name]:.1f}"
         return f"{value} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
     return f"{row[name]:.3g}" if name == "nll" else f"{row[name]:.0f}"

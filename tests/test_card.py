@@ -12,7 +12,10 @@ from latentwire.evaluation.baselines import MODE_NAMES
 
 def scores(first: float) -> dict[str, Any]:
     """Scores that all differ, and differ from those of another ``first``."""
-    names = ("em_low", "em", "em_high", "f1_low", "f1", "f1_high")
+    names = (
+        *("em_low", "em", "em_high", "f1_low", "f1", "f1_high"),
+        *("match_low", "match", "match_high"),
+    )
     row: dict[str, Any] = {name: first + 0.01 * place for place, name in enumerate(names)}
     return row | {"nll": 10 * first, "positions": 31.0, "bytes": 77.0, "rows": 48, "contexts": 19}
 
@@ -43,17 +46,19 @@ def line(text: str, *words: str) -> str:
 
 def test_scores_are_those_of_their_row_and_receiver() -> None:
     text = card.write(RunConfig(), manifest())
-    header = (
-        "| the receiver reads | receiver | EM | F1 | NLL | positions | bytes | rows | contexts |"
-    )
+    header = "| the receiver reads | receiver | EM | F1 | match | NLL | positions | bytes | rows | contexts |"
     assert line(text, "| the receiver reads") == header
     for read, receiver, first in (
         ("the full text", "llama", 0.1), ("the full text", "qwen", 0.2), ("**the message** as int8", "llama", 0.5),
         ("**the message** as int8", "qwen", 0.6),
     ):  # fmt: skip
-        shown = f"{100 * first + 1:.1f} [{100 * first:.1f}, {100 * first + 2:.1f}] | {100 * first + 4:.1f} [{100 * first + 3:.1f}, "
+        low = 100 * first
+        shown = " | ".join(
+            f"{low + place + 1:.1f} [{low + place:.1f}, {low + place + 2:.1f}]"
+            for place in (0, 3, 6)
+        )
         assert line(text, f"| {read} | {receiver} |") == (
-            f"| {read} | {receiver} | {shown}{100 * first + 5:.1f}] | {10 * first:.3g} | 31 | 77 | 48 | 19 |"
+            f"| {read} | {receiver} | {shown} | {10 * first:.3g} | 31 | 77 | 48 | 19 |"
         )
     assert (
         "phi" not in text and "| mean |" not in text

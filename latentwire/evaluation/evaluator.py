@@ -16,7 +16,7 @@ import torch
 from latentwire.data.batches import sender_texts
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.conditions import Condition
-from latentwire.evaluation.metrics import em_f1
+from latentwire.evaluation.metrics import em_f1, match
 from latentwire.message import Message, from_bytes
 from latentwire.model import LatentWire
 from latentwire.prompts.sequences import PromptSequence, collate
@@ -45,6 +45,9 @@ class Prediction:
     question: str
     em: float
     f1: float
+    match: float
+    """1 where a gold answer occurs in the text, by :func:`~latentwire.evaluation.metrics.match`,
+    else 0."""
     nll: float
     """Negative log-likelihood of the first gold answer and its stop token, nats per token."""
     first_1: float
@@ -233,6 +236,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
             question=rows["question"][i],
             em=em,
             f1=f1,
+            match=match(answer, rows["answers"][i]),
             nll=float(nll_B[i]),
             first_1=float(likelier_B[i] < 1),
             first_5=float(likelier_B[i] < 5),

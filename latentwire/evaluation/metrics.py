@@ -44,6 +44,17 @@ def em_f1(prediction: str, golds: Sequence[str], dataset: str = "squad") -> tupl
     return max(score["em"] for score in scores), max(score["f1"] for score in scores)
 
 
+def match(prediction: str, golds: Sequence[str]) -> float:
+    """Return 1 where a gold answer occurs in ``prediction``, else 0.
+
+    Both are normalised by the official rules, and whole words must agree: "art" is not in "party".
+    A gold answer of which nothing is left occurs only where nothing is left of the prediction. So
+    what matches exactly also occurs.
+    """
+    text = f" {normalise(prediction)} "
+    return float(any(f" {normalise(gold)} " in text for gold in golds))
+
+
 def _scores(prediction: str, gold: str, dataset: str) -> dict[str, float]:
     answer, right = normalise(prediction), normalise(gold)
     em = float(answer == right)

@@ -16,6 +16,7 @@ from latentwire.evaluation.statistics import difference, interval
 FIELDS = (
     "em",
     "f1",
+    "match",
     "nll",
     "first_1",
     "first_5",
@@ -28,6 +29,8 @@ FIELDS = (
     "first_token_ms",
 )
 """Fields of a prediction whose mean a row of the table has."""
+SCORES = ("em", "f1", "match")
+"""Those of an answer, 0..1 each, which have intervals."""
 KINDS = 8
 """First words of questions that have a group of their own; the others are ``other``."""
 
@@ -44,7 +47,7 @@ def means(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
 def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
     """Return receiver → means and 95 % intervals over contexts.
 
-    EM and F1 have ``em_low`` … beside them. Also: ``compression_bytes`` and ``compression_tokens``
+    EM, F1 and match have ``em_low`` … beside them. Also: ``compression_bytes`` and ``compression_tokens``
     (context over message), ``examples_per_s``, numbers of ``rows`` and of their ``contexts``.
     ``mean`` is over receivers, with what they are together.
     """
@@ -52,7 +55,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
     for name, answers in _by_receiver(predictions).items():
         contexts = [p.context_id for p in answers]
         row = _means(answers) | {"contexts": len(set(contexts))}
-        for field in ("em", "f1"):
+        for field in SCORES:
             row |= _bounds(field, [getattr(p, field) for p in answers], contexts)
         sent_bytes = sum(p.bytes for p in answers)
         positions = sum(p.message_positions for p in answers)

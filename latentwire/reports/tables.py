@@ -29,6 +29,7 @@ SCORES = [
     "receiver",
     "EM",
     "F1",
+    "match",
     "NLL",
     "positions",
     "bytes",
@@ -99,7 +100,7 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
     """Return one row per condition and receiver.
 
-    Columns are EM and F1 with their 95 % intervals, nats per answer token, and the costs. Latents
+    Columns are EM, F1 and match with their 95 % intervals, nats per answer token, and the costs. Latents
     that were read with changed receivers (a feature like ``lora``) are labelled so. The title says
     what the intervals resample: contexts, or rows in results of an earlier version, which did not
     count them.
@@ -111,16 +112,19 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
         for receiver, row in receivers.items():
             if receiver == "mean":
                 continue
+            answers = [_percent(row, field) for field in ("em", "f1", "match")]
             costs = [_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
             counts = [str(int(row["rows"])), _number(row.get("contexts"))]
-            body.append([name, receiver, _percent(row, "em"), _percent(row, "f1"), *costs, *counts])
+            body.append([name, receiver, *answers, *costs, *counts])
             contexts.append(row.get("contexts", 0))
     resampled = f"{max(contexts):,} contexts" if any(contexts) else "rows"
     return f"{title}; 95 % intervals by resampling {resampled}", SCORES, body
 
 
 def _percent(row: Mapping[str, float], field: str) -> str:
-    """Return a score in percent with its interval."""
+    """Return a score in percent with its interval; a dash where the row has no such score."""
+    if field not in row:
+        return "–"
     value, low, high = (100 * row[name] for name in (field, f"{field}_low", f"{field}_high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 

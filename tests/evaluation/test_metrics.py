@@ -12,7 +12,7 @@ from latentwire.cli import main
 from latentwire.config import DataConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data.sources import DataError
-from latentwire.evaluation.metrics import em_f1, normalise, question_types, score_file
+from latentwire.evaluation.metrics import em_f1, match, normalise, question_types, score_file
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,37 @@ def test_hotpotqa_gives_no_credit_for_half_a_yes() -> None:
     assert em_f1("Yes.", ["yes"], "hotpotqa") == (1.0, 1.0)
     assert em_f1("no", ["no smoking"], "hotpotqa") == (0.0, 0.0)
     assert em_f1("red", ["red house"], "hotpotqa")[1] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "expected"),
+    [
+        ("It was the Red  House, in 1912.", ["red house"], 1.0),
+        ("the party", ["art"], 0.0),  # words, not letters
+        ("red brick house", ["red house"], 0.0),  # together, in their order
+        ("house red", ["red house"], 0.0),
+        ("blue", ["red", "Blue!"], 1.0),
+        ("", ["red"], 0.0),
+        ("red", ["The"], 0.0),  # nothing is left of this gold answer
+        ("a", ["The"], 1.0),
+    ],
+)
+def test_a_gold_answer_occurs_as_whole_words(
+    prediction: str, golds: list[str], expected: float
+) -> None:
+    assert match(prediction, golds) == expected
+
+
+def test_what_matches_exactly_also_occurs() -> None:
+    draw, words = random.Random(1), "the a red house, Red blue 1912 yes no".split()
+    exact = 0
+    for _ in range(400):
+        answer, gold = (" ".join(draw.choices(words, k=draw.randint(0, 3))) for _ in range(2))
+        em, _ = em_f1(answer, [gold])
+        exact += em
+        assert match(answer, [gold]) >= em
+        assert match(f"{answer} x", [gold]) == (match(answer, [gold]) if normalise(gold) else 0.0)
+    assert exact > 10
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def prediction(row: int, em: float, f1: float = 0.0, **values: object) -> Predic
     """One answer to one row, of its own context unless ``values`` names another."""
     known = Prediction(
         id=str(row), receiver="llama", condition="latent", mode="latent", text="red", golds=["red"], context="a", context_id=str(row),
-        question="Why?", em=em, f1=f1, nll=1.0, first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64,
+        question="Why?", em=em, f1=f1, match=em, nll=1.0, first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64,
         context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0, decode_ms=1.0,
     )  # fmt: skip
     return dataclasses.replace(known, **values)  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def test_scores_resample_contexts_and_count_them() -> None:
     alone = [dataclasses.replace(p, context_id=p.id) for p in shared]
     by_context, by_row = summarise(shared)["llama"], summarise(alone)["llama"]
     assert (by_context["rows"], by_context["contexts"], by_row["contexts"]) == (120, 30, 120)
-    for field in ("em", "f1"):
+    for field in ("em", "f1", "match"):
         assert by_context[field] == by_row[field] == pytest.approx(right.mean())
         width, narrow = (row[f"{field}_high"] - row[f"{field}_low"] for row in (by_context, by_row))
         assert width == pytest.approx(2 * narrow, rel=0.15)

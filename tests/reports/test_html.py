@@ -25,8 +25,8 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 def prediction(row: int, receiver: str, mode: Mode, right: bool) -> Prediction:
     return Prediction(
         id=str(row), receiver=receiver, condition=mode, mode=mode, text=f"{EVIL} {row}", golds=["red"], question=f"Why {EVIL}?",
-        context=f"{EVIL} a context", context_id=str(row), em=float(right), f1=float(right), nll=1.0, first_1=1.0, first_5=1.0, positions=9,
-        message_positions=4, bytes=64, context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0,
+        context=f"{EVIL} a context", context_id=str(row), em=float(right), f1=float(right), match=float(right), nll=1.0,
+        first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64, context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0,
         decode_ms=1.0,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ def test_results_with_changed_receivers_are_labelled() -> None:
     assert body[0][2:] == [
         "50.0 [25.0, 75.0]",
         "50.0 [25.0, 75.0]",
+        "–",  # nor did it look for the gold answers in what was said
         "1",
         "9",
         "128",
@@ -29,6 +30,9 @@ def test_results_with_changed_receivers_are_labelled() -> None:
         "4",
         "–",
     ]
+    matched = ROW | {"match": 0.625, "match_low": 0.5, "match_high": 0.75}
+    _, header, body = scores_table({"text": {"llama": matched}}, "toy", RunConfig())
+    assert body[0][header.index("match")] == "62.5 [50.0, 75.0]"
     _, _, body = scores_table(scores, "", with_values(RunConfig(), {"features.lora": {}}))
     assert [row[0] for row in body] == ["full text", "latents, not frozen"]
 
