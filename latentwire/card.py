@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -19,11 +20,18 @@ MODES = {
     "closed_book": "nothing",
 }
 UNTUNED_TEXT = (
-    "The receivers read text as they come, with the examples of their prompts; they were not "
-    "trained to answer from it as the wire was. Behind a few trained vectors a receiver can read "
-    "the same text much better."
+    "In rows that are not called tuned the receivers read text as they come, with the examples of "
+    "their prompts; they were not trained to answer from it as the wire was. Behind a few trained "
+    "vectors a receiver can read the same text much better."
 )
 """A note on rows in which an untuned receiver reads text."""
+TUNED_ROWS = (
+    "In rows that are called tuned the frozen receiver reads text behind a few vectors that were "
+    "trained on the wire's own training rows."
+)
+"""A note on rows in which a tuned receiver reads text."""
+TUNED_TEXT, UNTUNED_KEY = "text tuned", "text"
+"""Keys of the rows that read the full text, behind trained vectors and without."""
 FROZEN = "The receivers are **frozen**: not one of their weights changes."
 NOT_FROZEN = "The receivers are **not frozen**: low-rank updates of their weights act while they read a message."
 LICENCE = (
@@ -41,6 +49,16 @@ COLUMNS = {
     "rows": "rows",
     "contexts": "contexts",
 }
+AGAINST_TEXT = {
+    "retention_em": "retention EM",
+    "retention_f1": "retention F1",
+    "retention_match": "retention match",
+    "resilience_tuned_text": "resilience of tuned text",
+    "boost_tuned_text": "boost over tuned text",
+    "resilience_untuned_text": "resilience of untuned text",
+    "boost_untuned_text": "boost over untuned text",
+}
+"""Metric against full text → its column."""
 USAGE = """```python
 from latentwire import LatentWire
 
@@ -108,6 +126,44 @@ def _reader(run: RunConfig, manifest: dict[str, Any]) -> list[str]:
     ]
 
 
+def full_text(keys: Iterable[str]) -> str | None:
+    """Return which key is the full text that others are measured against: tuned where it can be."""
+    present = set(keys)
+    return next((key for key in (TUNED_TEXT, UNTUNED_KEY) if key in present), None)
+
+
+def against_text_columns(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """Return the metrics against full text that any row of a table has."""
+    scored = {name for rows in scores.values() for row in rows.values() for name in row}
+    return [name for name in AGAINST_TEXT if name in scored]
+
+
+def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return a sentence that says what retention is against, or why there is none.
+
+    ``scores``: condition's key → receiver → metrics. Ratios that have no value are explained too.
+    """
+    yardstick, columns = full_text(scores), against_text_columns(scores)
+    if yardstick is None:
+        return "no retention: nothing read the full text; let --modes name text"
+    note = "no retention: the text was read untuned; evaluation.tuned_text trains a reader for it"
+    if yardstick == TUNED_TEXT:
+        note = "retention is a score over that of full text, tuned, on the same rows"
+    others = [row for key, rows in scores.items() if key != yardstick for row in rows.values()]
+    if any(name not in row for row in others for name in columns):
+        note += "; shares of full text whose divisor is 0 are left out"
+    return note
+
+
+def text_notes(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Say how receivers read the texts of a table, and what retention is against."""
+    note = retention_note(scores)
+    sentences = [f"{note[0].upper()}{note[1:]}.", UNTUNED_TEXT]
+    if any(key.endswith(" tuned") for key in scores):
+        sentences.append(TUNED_ROWS)
+    return " ".join(sentences)
+
+
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -155,24 +211,26 @@ def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
     if not validation:
         return "None: this wire was not scored on questions."
     scored = {name for rows in validation.values() for row in rows.values() for name in row}
-    present = [name for name in COLUMNS if name in scored]
+    columns = COLUMNS | AGAINST_TEXT
+    present = [name for name in columns if name in scored]
     resampled = "contexts" if "contexts" in present else "rows"
     lines = [
         f"On validation rows: {_readings(metrics.get('readings'))}. In brackets 95 % bootstrap "
         f"intervals over {resampled}; match: a gold answer occurs in what was said; NLL in nats "
         f"per token of the gold answer; bytes of text or of the message as fp16.",
         "",
-        f"| the receiver reads | receiver | {' | '.join(COLUMNS[name] for name in present)} |",
+        f"| the receiver reads | receiver | {' | '.join(columns[name] for name in present)} |",
         f"|{'---|' * (2 + len(present))}",
     ]
     for key, rows in validation.items():
-        mode, _, rest = key.partition(" ")
-        read = f"{MODES[mode]} {rest}".strip()
+        mode, _, rest = key.removesuffix(" tuned").partition(" ")
+        tuned = ", tuned" if key.endswith(" tuned") else ""
+        read = f"{MODES[mode]} {rest}".strip() + tuned
         for receiver, row in rows.items():
             if receiver in receivers:
                 cells = " | ".join(_cell(row, name) for name in present)
                 lines.append(f"| {read} | {receiver} | {cells} |")
-    return "\n".join([*lines, "", UNTUNED_TEXT])
+    return "\n".join([*lines, "", text_notes(validation)])
 
 
 def _readings(readings: dict[str, Any] | None) -> str:
@@ -190,7 +248,7 @@ def _readings(readings: dict[str, Any] | None) -> str:
 def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row:
         return "–"
-    if name in ("em", "f1", "match"):
+    if name in ("em", "f1", "match", *AGAINST_TEXT):
         value = f"{100 * row[name]:.1f}"
         return f"{value} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
     return f"{row[name]:.3g}" if name == "nll" else f"{row[name]:.0f}"

@@ -70,6 +70,30 @@ def test_scores_are_those_of_their_row_and_receiver() -> None:
     )
 
 
+def test_a_card_without_a_tuned_reader_has_no_retention_and_says_why() -> None:
+    text = card.write(RunConfig(), manifest())
+    why = "No retention: the text was read untuned; evaluation.tuned_text trains a reader for it. "
+    assert why in text and "retention EM" not in text and card.TUNED_ROWS not in text
+
+
+def test_a_card_shows_retention_against_tuned_full_text() -> None:
+    share = {"retention_em": 0.5, "retention_em_low": 0.4, "retention_em_high": 0.6}
+    validation = {
+        "text": {"llama": scores(0.1) | share},
+        "text tuned": {"llama": scores(0.2)},
+        "latent": {"llama": scores(0.3)},
+    }
+    text = card.write(RunConfig(), manifest(metrics={"validation": validation}))
+    assert line(text, "| the receiver reads").endswith(" contexts | retention EM |")
+    assert line(text, "| the full text | llama").endswith("| 50.0 [40.0, 60.0] |")
+    assert line(text, "| the full text, tuned | llama").endswith("| – |")
+    assert card.TUNED_ROWS in text and "No retention" not in text
+    said = (
+        "Retention is a score over that of full text, tuned, on the same rows; shares of full text"
+    )
+    assert f"{said} whose divisor is 0 are left out. " in text  # the latents' own is
+
+
 def test_every_mode_says_what_is_read() -> None:
     assert card.MODES.keys() == MODE_NAMES.keys()
     assert len(set(card.MODES.values())) == len(card.MODES)

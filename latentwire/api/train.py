@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentwire import card
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.places import at_home, with_home
 from latentwire.config.resolve import ConfigError, load_space, with_values
@@ -105,6 +106,7 @@ def run(
     title = f"{space.run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
     tables.show(tables.scored_tables(scored, title, space.run))
     if scored.scores:
+        print(card.retention_note(scored.scores))
         print(readings.sentence(scored.readings))
     print(f"exported: {output / 'best'}")
     return TrainResult(output, best, scored.scores)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentwire import card
 from latentwire.config import SweepConfig
 from latentwire.config.overrides import full_path
 from latentwire.config.places import at_home, with_home
@@ -327,10 +328,9 @@ def search(
     summary |= {"evaluation_pin": protocol, "finalists": [vars(finalist) for finalist in finalists]}
     scoring.write_results(output, summary)
     tables.show(grids)
-    print(
-        line
-        := f"{tables.verdict(best, gap, space.tune.metric)}; {readings.sentence(scored.readings)}"
-    )
+    verdict = tables.verdict(best, gap, space.tune.metric)
+    line = f"{verdict}; {readings.sentence(scored.readings)}; {card.retention_note(scored.scores)}"
+    print(line)
     if repeated is not None:
         was = repeated["trials"][str(repeated["trial"])]["score"]
         print(

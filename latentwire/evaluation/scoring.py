@@ -26,7 +26,7 @@ from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.progress import ScoringProgress
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.evaluation.summary import summarise
+from latentwire.evaluation.summary import against_text, summarise
 from latentwire.model import LatentWire, load_wire
 from latentwire.storage import Place, directory, local, write, write_text
 
@@ -120,8 +120,12 @@ def predict_conditions(
 
 
 def summaries(predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
-    """Return condition's key → receiver → metrics."""
-    return {key: summarise(predictions[key]) for key in predictions}
+    """Return condition's key → receiver → metrics, those against full text among them."""
+    scores = {key: summarise(predictions[key]) for key in predictions}
+    for key, receivers in against_text(predictions).items():
+        for name, metrics in receivers.items():
+            scores[key][name] |= metrics
+    return scores
 
 
 def diagnose_here(path: Place, validation: Place, run: RunConfig) -> dict[str, float]:

@@ -25,14 +25,35 @@ def interval(values: Sequence[float], contexts: Sequence[str]) -> tuple[float, f
     replacement, and a resample's mean is that of all rows of those drawn. One context alone has no
     interval: both ends are its mean.
     """
-    total_G, count_G = _by_context(values, contexts)
-    groups, rng = len(total_G), np.random.default_rng(SEED)
-    means = []
+    return _interval(*_by_context(values, contexts))
+
+
+def ratio(
+    part: Sequence[float], whole: Sequence[float], contexts: Sequence[str]
+) -> tuple[float, float, float] | None:
+    """Return the sum of ``part`` over that of ``whole``, with its 95 % interval (low, high).
+
+    Both have a value for each row, not below 0. ``contexts``: as in :func:`interval`. The bootstrap
+    is paired: both sums of a resample are over the rows of the same contexts. A resample in which
+    the whole is 0 has no ratio and is left out. ``None`` where the whole is 0 in the data.
+    """
+    part_G, _ = _by_context(part, contexts)
+    whole_G, _ = _by_context(whole, contexts)
+    if not whole_G.any():
+        return None
+    return float(part_G.sum() / whole_G.sum()), *_interval(part_G, whole_G)
+
+
+def _interval(part_G: np.ndarray, whole_G: np.ndarray) -> tuple[float, float]:
+    """Return the percentile interval of ``part_G.sum() / whole_G.sum()`` over resampled groups."""
+    groups, rng = len(part_G), np.random.default_rng(SEED)
+    ratios = []
     for start in range(0, RESAMPLES, DRAWS_AT_ONCE):
         drawn_RG = rng.integers(groups, size=(min(DRAWS_AT_ONCE, RESAMPLES - start), groups))
-        means.append(total_G[drawn_RG].sum(1) / count_G[drawn_RG].sum(1))
+        part_R, whole_R = part_G[drawn_RG].sum(1), whole_G[drawn_RG].sum(1)
+        ratios.append(part_R[whole_R > 0] / whole_R[whole_R > 0])
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from latentwire import card
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import Prediction
-from latentwire.evaluation.statistics import difference, interval
+from latentwire.evaluation.statistics import difference, interval, ratio
 
 FIELDS = (
     "em",
@@ -117,9 +118,7 @@ def compare(
     A difference has ``difference``, ``low``, ``high`` and ``p``. Both must be of the same rows in
     the same order; contexts are resampled.
     """
-    if [(p.id, p.receiver) for p in first] != [(p.id, p.receiver) for p in second]:
-        raise ValueError("predictions must be of the same rows in the same order to be compared")
-    one, other = _by_receiver(first), _by_receiver(second)
+    one, other = _paired(first, second)
     differences: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
     contexts = [p.context_id for p in next(iter(one.values()))]
     for field in ("em", "f1", "nll"):
@@ -131,26 +130,108 @@ def compare(
     return differences
 
 
+def _paired(
+    first: Sequence[Prediction], second: Sequence[Prediction]
+) -> tuple[dict[str, list[Prediction]], dict[str, list[Prediction]]]:
+    """Return both by receiver; raises :class:`ValueError` where their rows are not the same."""
+    one, other = _by_receiver(first), _by_receiver(second)
+    rows = {name: [p.id for p in answers] for name, answers in one.items()}
+    if rows != {name: [p.id for p in answers] for name, answers in other.items()}:
+        raise ValueError("predictions must be of the same rows in the same order to be compared")
+    return one, other
+
+
+def against_text(
+    predictions: Mapping[str, Sequence[Prediction]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what each row keeps of full text, by its key → receiver (and ``mean``) → metrics.
+
+    Full text is the tuned row where there is one, else the untuned one, and the names of the
+    metrics say which. Without either nothing is returned, nor for full text itself.
+
+    - ``retention_em``, ``retention_f1``, ``retention_match``: the row's score over that of tuned
+      full text on the same rows. There is none against untuned text: a reader that nobody trained
+      is a yardstick that a trained wire can pass. BenchPress (arXiv 2510.20797) too normalises
+      scores by the teacher's; the ratio of sums is our definition.
+    - ``resilience_tuned_text`` (or ``_untuned_text``): of the rows that full text gets exactly
+      right, the share that this one gets right; ``boost_…``: the same of those that full text gets
+      wrong. Both after DEX-Comp (arXiv 2609.05152).
+
+    Each has ``…_low`` and ``…_high``, its 95 % interval by resampled contexts; ``mean`` has none. A
+    metric whose denominator is 0 is left out.
+    """
+    yardstick = card.full_text(predictions)
+    if yardstick is None:
+        return {}
+    return {
+        key: _against(answers, predictions[yardstick], yardstick)
+        for key, answers in predictions.items()
+        if key != yardstick
+    }
+
+
+def _against(
+    answers: Sequence[Prediction], full_text: Sequence[Prediction], yardstick: str
+) -> dict[str, dict[str, float]]:
+    """Return receiver → metrics of one row of the table against full text."""
+    table: dict[str, dict[str, float]] = {}
+    by_receiver, of_text = _paired(answers, full_text)
+    for name, rows in by_receiver.items():
+        a_FN = np.array([[getattr(p, field) for p in rows] for field in SCORES])
+        b_FN = np.array([[getattr(p, field) for p in of_text[name]] for field in SCORES])
+        em_N, right_N = a_FN[0], b_FN[0]
+        fractions = {
+            "resilience": (em_N * right_N, right_N),
+            "boost": (em_N * (1 - right_N), 1 - right_N),
+        }
+        text = "tuned_text" if yardstick == card.TUNED_TEXT else "untuned_text"
+        fractions = {f"{metric}_{text}": both for metric, both in fractions.items()}
+        if yardstick == card.TUNED_TEXT:
+            for field, a_N, b_N in zip(SCORES, a_FN, b_FN, strict=True):
+                fractions[f"retention_{field}"] = (a_N, b_N)
+        table[name] = {}
+        for metric, (part_N, whole_N) in fractions.items():
+            share = ratio(part_N.tolist(), whole_N.tolist(), [p.context_id for p in rows])
+            if share is not None:
+                names = (metric, f"{metric}_low", f"{metric}_high")
+                table[name] |= dict(zip(names, share, strict=True))
+    return table | {"mean": _over_receivers(table)}
+
+
 def pairs(conditions: Iterable[Condition], first: str, second: str) -> list[tuple[str, str]]:
-    """Return keys of the rows to compare: those two, or all of two modes with the same budget."""
+    """Return keys of the rows to compare: those two, or all of two kinds with the same budget.
+
+    A kind is a mode, of its untuned rows alone, or a mode and ``tuned``, as ``truncated tuned``.
+    """
     conditions = list(conditions)
 
     def named(name: str) -> list[Condition]:
         by_key = [condition for condition in conditions if condition.key == name]
-        return by_key or [condition for condition in conditions if condition.mode == name]
+        return by_key or [condition for condition in conditions if _row_kind(condition) == name]
 
     compared = []
     for a, b in itertools.product(named(first), named(second)):
         same_budget = a.budget == b.budget or a.budget is None or b.budget is None
-        if a.key != b.key and (same_budget or first != a.mode):
+        if a.key != b.key and (same_budget or first != _row_kind(a)):
             compared.append((a.key, b.key))
     return compared
 
 
 def baseline_pairs(conditions: Sequence[Condition]) -> list[tuple[str, str]]:
-    """Return every row of latents beside each of its baselines."""
-    others = dict.fromkeys(row.mode for row in conditions if row.mode != "latent")
-    return [pair for mode in others for pair in pairs(conditions, "latent", mode)]
+    """Return every row of latents beside each of its baselines.
+
+    Tuned text that is cut to the message's positions comes first: it had the same training and the
+    same room as the latents.
+    """
+    others = dict.fromkeys(_row_kind(row) for row in conditions if row.mode != "latent")
+    fairest = _row_kind(Condition("truncated", tuned=True))
+    ordered = sorted(others, key=lambda kind: kind != fairest)
+    return [pair for kind in ordered for pair in pairs(conditions, "latent", kind)]
+
+
+def _row_kind(condition: Condition) -> str:
+    """Return a row's mode, followed by ``tuned`` where it is."""
+    return Condition(condition.mode, tuned=condition.tuned).key
 
 
 def details(

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from latentwire.card import UNTUNED_TEXT
+from latentwire import card
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import readings
@@ -65,8 +65,9 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         together=tables.together_table(scores)
         if any("agreement" in row["mean"] for row in scores.values())
         else None,
-        shares=_shares_of_text(scores),
-        untuned=UNTUNED_TEXT,
+        kept=_kept(scores),
+        against_text=tables.against_text_table(scores),
+        text_notes=card.text_notes(scores),
         chart=_draw(figures.scores_figure(scores)) if scores else "",
         pictures=[(name, about, _draw(what)) for name, about, what in pictures],
         trials=tables.trials_table(trials, space),
@@ -118,24 +119,18 @@ def _draw(figure: go.Figure | str) -> str:
     return html
 
 
-def _shares_of_text(scores: Mapping[str, Any]) -> list[tuple[str, str, float | None, float | None]]:
-    """Return EM and F1 of latents as shares of full text's, for each row and receiver.
+def _kept(scores: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Return how much of tuned full text's EM each receiver keeps from the first row of latents.
 
-    A share is ``None`` where full text has 0.
+    Nothing where nobody tuned a reader of the full text, or where it is never right.
     """
-    text = scores.get("text", {})
-
-    def share(row: Mapping[str, float], name: str, field: str) -> float | None:
-        return row[field] / text[name][field] if text[name][field] else None
-
-    shares = []
-    for key, receivers in scores.items():
-        if key.split()[0] != "latent":
-            continue
-        for name, row in receivers.items():
-            if name != "mean" and name in text:
-                shares.append((label(key), name, share(row, name, "em"), share(row, name, "f1")))
-    return shares
+    key = next((key for key in scores if key.split()[0] == "latent"), None)
+    rows = scores[key].items() if key is not None else ()
+    return [
+        (label(str(key)), name, row["retention_em"])
+        for name, row in rows
+        if name != "mean" and "retention_em" in row
+    ]
 
 
 def _examples(file: Place) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latentwire import exports
+from latentwire import card, exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
@@ -149,6 +149,7 @@ def show(evaluation: Evaluation, title: str) -> None:
     scores, known, questions = evaluation.scores, evaluation.known, evaluation.questions
     grids = [
         tables.scores_table(scores, title, evaluation.run),
+        tables.against_text_table(scores),
         tables.together_table(scores),
         tables.weights_table(known.sizes),
         *tables.readers_tables(known.readers, evaluation.run),
@@ -156,6 +157,7 @@ def show(evaluation: Evaluation, title: str) -> None:
     if questions.compared:
         grids.append(tables.comparisons_table(evaluation.details["comparisons"]))
     tables.show(grids)
+    print(card.retention_note(scores))
     if known.readings is not None:
         print(readings.sentence(known.readings))
     if known.probes is not None:

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from latentwire import card
 from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.conditions import label
@@ -127,6 +128,30 @@ def _percent(row: Mapping[str, float], field: str) -> str:
         return "–"
     value, low, high = (100 * row[name] for name in (field, f"{field}_low", f"{field}_high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def against_text_table(scores: dict[str, Any]) -> Grid:
+    """Return what each row keeps of full text, per receiver.
+
+    Columns are in percent with 95 % intervals: retention against tuned full text alone, resilience
+    and boost against it or, where nobody tuned one, against untuned full text. A dash stands where
+    full text has nothing to divide by.
+    """
+    columns, yardstick = card.against_text_columns(scores), card.full_text(scores)
+    body, contexts = [], [0]
+    for key, receivers in scores.items():
+        for receiver, row in receivers.items():
+            if columns and key != yardstick and receiver != "mean":
+                body.append([label(key), receiver, *(_percent(row, column) for column in columns)])
+                contexts.append(int(row["contexts"]))
+    names = [card.AGAINST_TEXT[column] for column in columns]
+    against = label(yardstick) if yardstick else "full text"
+    untuned = " as it is read untuned" if yardstick == card.UNTUNED_KEY else ""
+    return (
+        f"against {against}{untuned}; 95 % intervals by resampling {max(contexts):,} contexts",
+        ["the receiver reads", "receiver", *names],
+        body,
+    )
 
 
 def weights_table(sizes: Mapping[str, Mapping[str, int]]) -> Grid:
@@ -265,6 +290,7 @@ def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
     """Return the tables of a wire: its scores, their costs, and its trained weights."""
     return [
         scores_table(scored.scores, title, run),
+        against_text_table(scored.scores),
         together_table(scored.scores),
         weights_table(scored.sizes),
         *readers_tables(scored.readers, run),

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import t
 
 from latentwire.evaluation.evaluator import Prediction
-from latentwire.evaluation.statistics import difference, interval
+from latentwire.evaluation.statistics import difference, interval, ratio
 from latentwire.evaluation.summary import compare, summarise
 
 
@@ -61,6 +61,31 @@ def test_a_resample_is_the_mean_of_its_rows() -> None:
         ValueError, match="each value needs its context, got 2 values and 1 contexts"
     ):
         interval([1.0, 0.0], ["a"])
+
+
+def test_a_ratio_is_paired_and_as_wide_as_theory_says() -> None:
+    draw = np.random.default_rng(5)
+    whole = draw.uniform(0.5, 1.5, 500)
+    part = 0.4 * whole + draw.uniform(0.0, 0.1, 500)  # what is hard for one is hard for the other
+    share, low, high = ratio(part.tolist(), whole.tolist(), names(500)) or (0.0, 0.0, 0.0)
+    assert share == pytest.approx(part.sum() / whole.sum())
+    half = 1.96 * (part - share * whole).std() / whole.mean() / 500**0.5  # by the delta method
+    assert high - low == pytest.approx(2 * half, rel=0.06)
+    apart = ratio(draw.permutation(part).tolist(), whole.tolist(), names(500)) or (0.0, 0.0, 0.0)
+    assert apart[0] == pytest.approx(share) and apart[2] - apart[1] > 4 * half
+
+
+def test_a_ratio_to_the_number_of_rows_is_their_mean() -> None:
+    values = np.random.default_rng(7).random(90).tolist()
+    contexts = names(30, rows=3)
+    expected = (pytest.approx(np.mean(values)), *interval(values, contexts))
+    assert ratio(values, [1.0] * 90, contexts) == expected
+
+
+def test_a_ratio_to_nothing_is_none() -> None:
+    assert ratio([1.0, 0.0], [0.0, 0.0], names(2)) is None
+    # A quarter of the resamples hold the second context alone, where there is nothing to divide by.
+    assert ratio([1.0, 1.0], [1.0, 0.0], names(2)) == (2.0, 1.0, 2.0)
 
 
 def test_intervals_hold_the_true_mean_about_as_often_as_they_say() -> None:

@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from latentwire.evaluation.conditions import Budget, Condition, label
 from latentwire.evaluation.diagnostics import _cosine, probe
 from latentwire.evaluation.evaluator import Prediction
-from latentwire.evaluation.summary import breakdown, compare, details, summarise, together
+from latentwire.evaluation.summary import (
+    against_text,
+    baseline_pairs,
+    breakdown,
+    compare,
+    details,
+    pairs,
+    summarise,
+    together,
+)
 from tests.evaluation.test_statistics import prediction
 
 
@@ -67,6 +77,117 @@ def test_a_difference_of_the_mean_is_the_mean_over_receivers() -> None:
         "high": 0.5,
         "p": pytest.approx(2 / 2**6),
     }
+
+
+TUNED = [(1.0, 1.0), (1.0, 1.0), (0.0, 0.5), (0.0, 0.0)]
+"""EM and F1 of tuned full text, a row each: two of four are right."""
+
+
+def answers(scored: list[tuple[float, float]], receiver: str = "llama") -> list[Prediction]:
+    return [answer(row, receiver, "x", em, f1) for row, (em, f1) in enumerate(scored)]
+
+
+def test_retention_resilience_and_boost_are_shares_of_tuned_full_text() -> None:
+    latent = answers([(1.0, 1.0), (0.0, 0.25), (1.0, 1.0), (0.0, 0.0)])
+    untuned = answers([(1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)])
+    against = against_text({"text": untuned, "text tuned": answers(TUNED), "latent": latent})
+    assert against.keys() == {"text", "latent"}
+    row = against["latent"]["llama"]
+    assert row["retention_em"] == 1.0 and row["retention_f1"] == pytest.approx(2.25 / 2.5)
+    assert (row["resilience_tuned_text"], row["boost_tuned_text"]) == (0.5, 0.5)
+    assert against["text"]["llama"]["retention_em"] == 0.5
+    assert against["text"]["llama"]["boost_tuned_text"] == 0.0
+    for field in ("retention_em", "retention_f1", "resilience_tuned_text", "boost_tuned_text"):
+        assert row[f"{field}_low"] <= row[field] <= row[f"{field}_high"]
+        assert against["latent"]["mean"][field] == row[field]
+    assert not [name for name in row if "untuned" in name]
+    assert not [name for name in against["latent"]["mean"] if name.endswith("_low")]
+
+
+def test_untuned_full_text_gives_no_retention() -> None:
+    latent = answers([(0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0)])
+    row = against_text({"text": answers(TUNED), "latent": latent})["latent"]["llama"]
+    assert not [name for name in row if "retention" in name or "_tuned" in name]
+    assert (row["resilience_untuned_text"], row["boost_untuned_text"]) == (0.5, 0.5)
+    assert against_text({"latent": latent, "truncated tuned": latent}) == {}
+
+
+def test_a_share_without_a_divisor_is_left_out() -> None:
+    wrong = answers([(0.0, 0.5), (0.0, 0.5)])
+    row = against_text({"text tuned": wrong, "latent": wrong})["latent"]["llama"]
+    assert row["retention_f1"] == 1.0 and row["boost_tuned_text"] == 0.0
+    assert not {"retention_em", "retention_match", "resilience_tuned_text"} & row.keys()
+    right = answers([(1.0, 1.0), (1.0, 1.0)])
+    row = against_text({"text tuned": right, "latent": wrong})["latent"]["llama"]
+    assert row["resilience_tuned_text"] == 0.0 and "boost_tuned_text" not in row
+
+
+def test_shares_resample_the_same_contexts_for_both() -> None:
+    """A wire that keeps all that full text gets right has a retention without any spread."""
+    right = np.random.default_rng(8).random(40) < 0.5
+    both = [
+        answer(row, "llama", "x", float(em), float(em), context_id=str(row // 4))
+        for row, em in enumerate(right)
+    ]
+    row = against_text({"text tuned": both, "latent": both})["latent"]["llama"]
+    assert (row["retention_em_low"], row["retention_em_high"]) == (1.0, 1.0)
+
+
+def test_receivers_are_each_set_against_their_own_text() -> None:
+    # A reader of text has one receiver: its answers may stand receiver by receiver.
+    text = [*answers(TUNED), *answers([(1.0, 1.0)] * 4, "qwen")]
+    latent = [p for pair in zip(answers(TUNED), answers(TUNED, "qwen"), strict=True) for p in pair]
+    against = against_text({"text tuned": text, "latent": latent})["latent"]
+    assert against["llama"]["retention_em"] == 1.0 and against["qwen"]["retention_em"] == 0.5
+    assert against["mean"]["retention_em"] == 0.75
+    assert compare(latent, text)["qwen"]["em"]["difference"] == -0.5
+    with pytest.raises(ValueError, match="must be of the same rows"):
+        against_text({"text tuned": text[1:], "latent": latent})
+
+
+def test_tuned_rows_say_so() -> None:
+    row = Condition("truncated", Budget("tokens_per_latent", 4), tuned=True)
+    assert row.key == "truncated at 4 tokens per latent tuned"
+    assert label(row.key) == "text cut to as many tokens at 4 tokens per latent, tuned"
+    assert label(Condition("text", tuned=True).key) == "full text, tuned"
+
+
+AT_4, AT_8 = Budget("latent_len", 4), Budget("latent_len", 8)
+ROWS = [
+    Condition("text"),
+    Condition("text", tuned=True),
+    *(Condition("latent", budget) for budget in (AT_8, AT_4)),
+    *(Condition("truncated", budget) for budget in (AT_8, AT_4)),
+    *(Condition("truncated", budget, tuned=True) for budget in (AT_8, AT_4)),
+    Condition("closed_book", tuned=True),
+]
+
+
+def test_tuned_cut_text_of_the_same_budget_is_the_first_baseline() -> None:
+    compared = baseline_pairs(ROWS)
+    assert compared[:2] == [
+        ("latent at 8 latents", "truncated at 8 latents tuned"),
+        ("latent at 4 latents", "truncated at 4 latents tuned"),
+    ]
+    assert len(compared) == len(set(compared)) == 2 * 5
+    untuned = [row for row in ROWS if not row.tuned]
+    assert baseline_pairs(untuned) == [pair for pair in compared if "tuned" not in pair[1]]
+
+
+def test_a_mode_names_its_untuned_rows() -> None:
+    assert pairs(ROWS, "latent", "truncated") == [
+        ("latent at 8 latents", "truncated at 8 latents"),
+        ("latent at 4 latents", "truncated at 4 latents"),
+    ]
+    assert pairs(ROWS, "truncated tuned", "truncated") == [
+        ("truncated at 8 latents tuned", "truncated at 8 latents"),
+        ("truncated at 4 latents tuned", "truncated at 4 latents"),
+    ]
+    assert pairs(ROWS, "latent", "truncated at 4 latents tuned") == [
+        ("latent at 4 latents", "truncated at 4 latents tuned")
+    ]
+    assert pairs(ROWS, "text", "text tuned") == [("text", "text tuned")]
+    assert pairs(ROWS, "latent", "closed_book") == []
 
 
 def test_parts_by_length_question_and_type_have_their_own_rows() -> None:

@@ -26,8 +26,8 @@ def prediction(row: int, receiver: str, mode: Mode, right: bool) -> Prediction:
     return Prediction(
         id=str(row), receiver=receiver, condition=mode, mode=mode, text=f"{EVIL} {row}", golds=["red"], question=f"Why {EVIL}?",
         context=f"{EVIL} a context", context_id=str(row), em=float(right), f1=float(right), match=float(right), nll=1.0,
-        first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64, context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0,
-        decode_ms=1.0,
+        first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64, context_bytes=50, context_tokens=12,
+        forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0, decode_ms=1.0,
     )  # fmt: skip
 
 
@@ -129,13 +129,30 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
     for heading in (
         "The winner beside its baselines", "Optimisation history", "Learning curves", "Parallel coordinates",
         "Parameter importances", "Contour of the two most important", "F1 against wire bytes", "F1 against positions read",
-        "6 trials", "Examples", "Failures", "Costs", "Manifest", "llama keeps",
+        "6 trials", "Examples", "Failures", "Costs", "Manifest", "Against the full text", "resilience of untuned text",
+        "No retention: the text was read untuned; evaluation.tuned_text trains a reader for it.",
         "re-runs: dev_f1 with fresh seeds", "<td>0.4, 0.3</td>",
     ):  # fmt: skip
         assert heading in page, heading
-    assert "50.0 %" in page and "died of" in page
+    assert "died of" in page and "keeps<b>" not in page and "retention EM" not in page
     assert re.search(r"llama from latents", page) and "llama from full text" in page
     assert not list(sweep.glob(".*.part-*"))
+
+
+def test_retention_is_against_full_text_that_was_tuned(sweep: Path) -> None:
+    document = json.loads((sweep / "results.json").read_text())
+    right = {"text": 2, "text tuned": 6, "latent": 3}
+    document["validation"] = summaries(
+        {
+            key: [prediction(row, "llama", "text", row < count) for row in range(6)]
+            for key, count in right.items()
+        }
+    )
+    (sweep / "results.json").write_text(json.dumps(document))
+    page = html.write(sweep).read_text()
+    assert "llama keeps<b>50.0 %</b>" in page and "from latents" in page
+    assert "retention EM" in page and "No retention" not in page and "full text, tuned" in page
+    assert "whose divisor is 0 are left out" in page  # full text is never wrong: no boost
 
 
 def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_page(

@@ -81,6 +81,8 @@ def test_a_directory_gets_scores_details_and_every_answer(
     printed = capsys.readouterr().out
     assert "paired differences" in printed and "latents: cosine 0.500" in printed
     details = json.loads((tmp_path / "scores" / "details.json").read_text())
+    assert "no retention: the text was read untuned; evaluation.tuned_text" in printed
+    assert "against full text as it is read untuned" in printed
     assert "1,234" in printed and "2 of these 3 rows were read before" in printed
     assert (details["weights"], details["readings"]) == (sizes, read)
     assert details["diagnostics"] == {"cosine": 0.5} and len(details["comparisons"]) == 1

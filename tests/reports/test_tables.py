@@ -4,7 +4,7 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.reports.tables import failures_table, scores_table, show
+from latentwire.reports.tables import against_text_table, failures_table, scores_table, show
 
 ROW = {
     "em": 0.5, "em_low": 0.25, "em_high": 0.75, "f1": 0.5, "f1_low": 0.25, "f1_high": 0.75,
@@ -35,6 +35,33 @@ def test_results_with_changed_receivers_are_labelled() -> None:
     assert body[0][header.index("match")] == "62.5 [50.0, 75.0]"
     _, _, body = scores_table(scores, "", with_values(RunConfig(), {"features.lora": {}}))
     assert [row[0] for row in body] == ["full text", "latents, not frozen"]
+
+
+TEXT = {"llama": ROW | {"contexts": 3}}
+
+
+def test_shares_of_tuned_full_text_stand_in_percent_without_it() -> None:
+    kept = ROW | {"contexts": 3}
+    for place, name in enumerate(("retention_em", "retention_f1", "resilience_tuned_text")):
+        kept |= {name: 0.5 + place / 10, f"{name}_low": 0.25, f"{name}_high": 0.75}
+    scores = {"text": TEXT, "text tuned": TEXT, "latent": {"llama": kept, "mean": kept}}
+    title, header, body = against_text_table(scores)
+    assert title == "against full text, tuned; 95 % intervals by resampling 3 contexts"
+    assert header[2:] == ["retention EM", "retention F1", "resilience of tuned text"]
+    assert [row[0] for row in body] == ["full text", "latents"]
+    assert body[0][2:] == ["–", "–", "–"]
+    assert body[1][2:] == ["50.0 [25.0, 75.0]", "60.0 [25.0, 75.0]", "70.0 [25.0, 75.0]"]
+
+
+def test_untuned_text_and_older_results_have_no_retention() -> None:
+    share = {"resilience_untuned_text": 0.5, "resilience_untuned_text_low": 0.25}
+    share |= {"resilience_untuned_text_high": 0.75}
+    scores = {"text": TEXT, "latent": {"llama": TEXT["llama"] | share}}
+    title, header, body = against_text_table(scores)
+    assert title.startswith("against full text as it is read untuned; ")
+    assert header[2:] == ["resilience of untuned text"] and len(body) == 1
+    older = {"text": TEXT, "latent": TEXT}
+    assert against_text_table(older)[2] == []
 
 
 def test_what_failed_stands_with_its_cause() -> None:
