@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentwire.api.evaluate import evaluate
-    from latentwire.api.train import train
+    from latentwire.api.train import train, train_seeds
     from latentwire.api.tune import tune
     from latentwire.config import RunConfig, SweepConfig
     from latentwire.errors import UserError
@@ -38,6 +38,7 @@ __all__ = [
     "WireError",
     "evaluate",
     "train",
+    "train_seeds",
     "tune",
 ]
 __version__ = "0.2.0"
@@ -51,6 +52,7 @@ _HOMES = {
     "WireError": "latentwire.message",
     "evaluate": "latentwire.api.evaluate",
     "train": "latentwire.api.train",
+    "train_seeds": "latentwire.api.train",
     "tune": "latentwire.api.tune",
 }
 

@@ -143,14 +143,16 @@ def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
 
     ``scores``: condition's key → receiver → metrics. Ratios that have no value are explained too.
     """
-    yardstick, columns = full_text(scores), against_text_columns(scores)
+    yardstick = full_text(scores)
     if yardstick is None:
         return "no retention: nothing read the full text; let --modes name text"
     note = "no retention: the text was read untuned; evaluation.tuned_text trains a reader for it"
     if yardstick == TUNED_TEXT:
         note = "retention is a score over that of full text, tuned, on the same rows"
+    expected = [name for name in AGAINST_TEXT if ("untuned" in name) == (yardstick != TUNED_TEXT)]
     others = [row for key, rows in scores.items() if key != yardstick for row in rows.values()]
-    if any(name not in row for row in others for name in columns):
+    # Results of an earlier version have none of them, and nothing is left out.
+    if against_text_columns(scores) and any(name not in row for row in others for name in expected):
         note += "; shares of full text whose divisor is 0 are left out"
     return note
 

@@ -143,6 +143,7 @@ REFERENCES = "tests/evaluation/test_references.py::"
 NLL = f"{REFERENCES}test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token"
 READERS = "tests/training/test_text_readers.py::"
 STATISTICS = "tests/evaluation/test_statistics.py::"
+SUMMARY = "tests/evaluation/test_summary.py::"
 LAYOUT = "tests/prompts/test_sequences.py::"
 
 FAULTS = {
@@ -228,8 +229,20 @@ FAULTS = {
         f"{STATISTICS}test_a_difference_is_paired",
     ),
     "intervals_are_of_90_percent": line(
-        "evaluation.statistics:interval", "(1 - CONFIDENCE) / 2", "(1 - 0.9) / 2",
+        "evaluation.statistics:_interval", "(1 - CONFIDENCE) / 2", "(1 - 0.9) / 2",
         f"{STATISTICS}test_an_interval_is_as_wide_as_theory_says",
+    ),
+    "shares_are_not_paired": line(
+        "evaluation.statistics:ratio", "_interval(part_G, whole_G)", "_interval(part_G, whole_G[::-1])",
+        f"{STATISTICS}test_a_ratio_is_paired_and_as_wide_as_theory_says",
+    ),
+    "retention_is_against_untuned_text_too": line(
+        "evaluation.summary:_against", "if yardstick == card.TUNED_TEXT:", "if True:",
+        f"{SUMMARY}test_untuned_full_text_gives_no_retention",
+    ),
+    "latents_stand_beside_tuned_text_of_any_length": line(
+        "evaluation.summary:pairs", "a.budget == b.budget or", "True or",
+        f"{SUMMARY}test_tuned_cut_text_of_the_same_budget_is_the_first_baseline",
     ),
     "windows_begin_at_the_start": line(
         "prompts.shown:shown", "random.Random(row).randint(0, len(context_ids) - budget)", "0",

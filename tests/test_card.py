@@ -94,6 +94,23 @@ def test_a_card_shows_retention_against_tuned_full_text() -> None:
     assert f"{said} whose divisor is 0 are left out. " in text  # the latents' own is
 
 
+def test_shares_without_a_divisor_are_told_even_where_no_row_has_them() -> None:
+    undefined = "; shares of full text whose divisor is 0 are left out"
+    shares: dict[str, Any] = dict.fromkeys(card.AGAINST_TEXT, 0.5)
+    untuned = {name: share for name, share in shares.items() if "untuned" in name}
+    tuned = {name: share for name, share in shares.items() if "untuned" not in name}
+
+    def note(key: str, row: dict[str, Any]) -> str:
+        return card.retention_note({key: {"llama": scores(0.1)}, "latent": {"llama": row}})
+
+    assert undefined not in note("text tuned", tuned) and undefined not in note("text", untuned)
+    assert undefined not in note("text", scores(0.2))  # of an earlier version
+    del tuned["boost_tuned_text"], untuned["resilience_untuned_text"]
+    assert note("text tuned", tuned).endswith(undefined)
+    assert note("text", untuned).endswith(undefined)
+    assert "nothing read the full text" in card.retention_note({"latent": {"llama": scores(0.1)}})
+
+
 def test_every_mode_says_what_is_read() -> None:
     assert card.MODES.keys() == MODE_NAMES.keys()
     assert len(set(card.MODES.values())) == len(card.MODES)

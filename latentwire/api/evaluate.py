@@ -75,7 +75,7 @@ def evaluate(
             readers = text_readers.ready(wire, questions.conditions, paths)
             looked = diagnose(wire, shards.read_table(path)) if probes else None
             reports = {key: reader.reports for key, reader in readers.items()}
-            known = known_of(folder, manifest, split, path, looked, reports)
+            known = known_of(folder, manifest, run, split, path, looked, reports)
             predictions = scoring.predict_conditions(
                 wire, path, questions.conditions, joint=joint, readers=readers
             )
@@ -125,7 +125,7 @@ def _on_ray(
         else None
     )
     with local(checkpoint) as folder:
-        known = known_of(folder, manifest, split, path, looked, reports)
+        known = known_of(folder, manifest, run, split, path, looked, reports)
     predictions = scoring_pool.predict_pool(
         checkpoint,
         path,

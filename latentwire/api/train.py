@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentwire import card
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.places import at_home, with_home
 from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.data import shards, streams
 from latentwire.distributed.local_shards import local_shards
-from latentwire.evaluation import readings, scoring
+from latentwire.evaluation import scoring
 from latentwire.evaluation.protocol import pins
 from latentwire.evaluation.scoring import Scored
+from latentwire.exports import read_run
 from latentwire.model import LatentWire
 from latentwire.planning import planner
 from latentwire.planning.variants import variant_key
 from latentwire.reports import tables
-from latentwire.storage import Place, place
+from latentwire.reports.seeds import read as read_seed
+from latentwire.reports.seeds import seeds_table
+from latentwire.storage import Place, local, place, text_if_there
 from latentwire.threads import cores, use_threads
 from latentwire.training import step_checkpoints, text_readers
-from latentwire.training.checkpoints import check_development
+from latentwire.training.checkpoints import check_development, check_same_run
 from latentwire.training.local import metric_of, train_here
 from latentwire.training.loop import TrainingError
 from latentwire.training.profile import profile_steps
@@ -69,6 +72,58 @@ def train(
     Raises:
         UserError: a value that cannot be, too little memory, a directory that is taken.
     """
+    where = place(at_home(str(output))).absolute()
+    return run(
+        _space_of(config, overrides),
+        where,
+        command=f"latentwire.train(output={str(where)!r})",
+        resume=resume,
+        on_ray=on_ray,
+        verbose=verbose,
+    )
+
+
+def train_seeds(
+    config: RunConfig | SweepConfig | str | Path | None = None,
+    *,
+    seeds: Sequence[int],
+    output: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    on_ray: bool = False,
+    verbose: bool = False,
+) -> list[TrainResult]:
+    """Train one wire once for each seed, and print the mean and range of their scores.
+
+    Each run is one of :func:`train`, with that ``training.seed``, in ``<output>/seed-<seed>``.
+
+    Args:
+        config: as for :func:`train`.
+        seeds: two or more, all different.
+        output: directory (on Ray also a URI) for the runs' directories.
+        overrides: as for :func:`train`.
+        resume: go on in ``output``: finished runs are read, the others go on or begin.
+        on_ray: as for :func:`train`.
+        verbose: as for :func:`train`.
+
+    Raises:
+        UserError: as for :func:`train`; a finished run of another configuration.
+    """
+    where = place(at_home(str(output))).absolute()
+    return run_seeds(
+        _space_of(config, overrides),
+        where,
+        seeds,
+        command=f"latentwire.train_seeds(output={str(where)!r}, seeds={list(seeds)})",
+        resume=resume,
+        on_ray=on_ray,
+        verbose=verbose,
+    )
+
+
+def _space_of(
+    config: RunConfig | SweepConfig | str | Path | None, overrides: Mapping[str, Any] | None
+) -> SweepConfig:
     match config:
         case RunConfig():
             space = SweepConfig(run=config)
@@ -78,15 +133,7 @@ def train(
             space = load_space(config)
     if overrides:
         space = space.model_copy(update={"run": with_values(space.run, dict(overrides))})
-    where = place(at_home(str(output))).absolute()
-    return run(
-        space,
-        where,
-        command=f"latentwire.train(output={str(where)!r})",
-        resume=resume,
-        on_ray=on_ray,
-        verbose=verbose,
-    )
+    return space
 
 
 def run(
@@ -106,10 +153,62 @@ def run(
     title = f"{space.run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
     tables.show(tables.scored_tables(scored, title, space.run))
     if scored.scores:
-        print(card.retention_note(scored.scores))
-        print(readings.sentence(scored.readings))
+        print("\n".join(scored.notes))
     print(f"exported: {output / 'best'}")
     return TrainResult(output, best, scored.scores)
+
+
+def run_seeds(
+    space: SweepConfig,
+    output: Place,
+    seeds: Sequence[int],
+    *,
+    command: str,
+    resume: bool = False,
+    on_ray: bool = False,
+    verbose: bool = False,
+) -> list[TrainResult]:
+    """Train ``space.run`` with each seed as :func:`train_seeds` does."""
+    if len(set(seeds)) < max(2, len(seeds)):
+        raise ConfigError(
+            f"seeds must be two or more, all different, got {', '.join(map(str, seeds))}; "
+            f"training.seed is that of a single run"
+        )
+    _check_output(output, resume)
+    results = []
+    for seed in seeds:
+        seeded = space.model_copy(update={"run": with_values(space.run, {"training.seed": seed})})
+        folder = output / f"seed-{seed}"
+        result = _finished(seeded, folder)
+        if result is None:
+            print(f"seed {seed}: {folder}", flush=True)
+            result = run(
+                seeded,
+                folder,
+                command=command,
+                resume=folder.exists(),
+                on_ray=on_ray,
+                verbose=verbose,
+            )
+        results.append(result)
+    if all(result.scores for result in results):
+        tables.show([seeds_table([read_seed(result.output) for result in results])])
+    return results
+
+
+def _finished(space: SweepConfig, output: Place) -> TrainResult | None:
+    """Return a run that has ended in ``output``; ``None`` where none has.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where its configuration is another one.
+    """
+    text = text_if_there(output / "results.json")
+    if text is None:
+        return None
+    results = json.loads(text)
+    checkpoint = place(results["best"])
+    with local(checkpoint) as folder:
+        check_same_run(read_run(folder), planner.alone(with_home(space)).run, output)
+    return TrainResult(output, checkpoint, results["validation"])
 
 
 def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
@@ -118,6 +217,17 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
     Raises :class:`~latentwire.config.resolve.ConfigError` for a directory that is taken, and
     :class:`~latentwire.exports.CheckpointError` where it would begin with half a checkpoint.
     """
+    _check_output(output, resume)
+    if (output / "best").exists():
+        raise ConfigError(
+            f"output_dir must not hold a finished run, got {output}; name another one"
+        )
+    space = planner.alone(with_home(space))
+    planner.check_start(space.run)
+    return space
+
+
+def _check_output(output: Place, resume: bool) -> None:
     if output.exists() and not resume:
         raise ConfigError(
             f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
@@ -126,13 +236,6 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
         raise ConfigError(
             f"--resume must name a run's directory, got {output}, which is not there; leave it out"
         )
-    if (output / "best").exists():
-        raise ConfigError(
-            f"output_dir must not hold a finished run, got {output}; name another one"
-        )
-    space = planner.alone(with_home(space))
-    planner.check_start(space.run)
-    return space
 
 
 def profile(space: SweepConfig, output: Path, steps: int) -> str:

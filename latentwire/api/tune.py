@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentwire import card
 from latentwire.config import SweepConfig
 from latentwire.config.overrides import full_path
 from latentwire.config.places import at_home, with_home
@@ -18,7 +17,7 @@ from latentwire.config.resolve import ConfigError, load_space, with_values
 from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
 from latentwire.distributed.driver_log import LOG, path_beside
 from latentwire.errors import fail
-from latentwire.evaluation import readings, scoring
+from latentwire.evaluation import scoring
 from latentwire.planning import forecast, planner
 from latentwire.planning.planner import Plan
 from latentwire.planning.resolved import ResolvedSweep, objectives, resolve
@@ -329,8 +328,7 @@ def search(
     scoring.write_results(output, summary)
     tables.show(grids)
     verdict = tables.verdict(best, gap, space.tune.metric)
-    line = f"{verdict}; {readings.sentence(scored.readings)}; {card.retention_note(scored.scores)}"
-    print(line)
+    print(line := "; ".join([verdict, *scored.notes]))
     if repeated is not None:
         was = repeated["trials"][str(repeated["trial"])]["score"]
         print(

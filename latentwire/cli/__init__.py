@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "Train one wire, here or on Ray.",
     "evaluate": "Score a wire beside its baselines, or a file of answers.",
     "preprocess": "Make shards and teachers' columns, and nothing else.",
-    "report": "Write a sweep's report anew.",
+    "report": "Write a sweep's report anew, or set seeds side by side.",
     "ask": "Ask one question of an exported wire: text and latents side by side.",
     "doctor": "Show what this machine and cluster have, and what is missing.",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -9,6 +10,7 @@ from cyclopts import Parameter
 from latentwire.api import train as api
 from latentwire.cli import command_line
 from latentwire.cli.flags import (
+    MANY,
     NO_FLAGS,
     NO_START,
     Output,
@@ -31,6 +33,14 @@ def train(
     output: Output = None,
     resume: Resume = None,
     ray: Ray = False,
+    seeds: Annotated[
+        list[int] | None,
+        Parameter(
+            help="Train once with each of these seeds, in seed-<n> of the output directory, and print the mean and "
+            "range of their scores.",
+            **MANY,
+        ),
+    ] = None,
     profile: Annotated[int | None, Parameter(help="Only measure so many steps.")] = None,
     verbose: Verbose = False,
 ) -> int:
@@ -43,13 +53,18 @@ def train(
         raise ConfigError(
             "a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one"
         )
+    if seeds and (flags.seed is not None or profile is not None):
+        raise ConfigError(
+            "--seeds names the seeds of whole runs, got it with --seed or --profile; leave that out"
+        )
     space = read_config(flags, start=start)
     address = output or resume or ""
     if profile is not None:
         print(api.profile(space, output_path(address), profile))
         return 0
     where = output_place(address) if ray else output_path(address)
-    api.run(
+    train_wires = partial(api.run_seeds, seeds=seeds) if seeds else api.run
+    train_wires(
         space,
         where,
         command=command_line("train"),

@@ -42,6 +42,8 @@ class Prediction:
     context: str
     context_id: str
     """Identity of the context, by :func:`context_id`: rows that share it are resampled together."""
+    document: str
+    """The document that the context is a part of: an article of SQuAD, say."""
     question: str
     em: float
     f1: float
@@ -233,6 +235,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
             golds=rows["answers"][i],
             context=rows["context"][i],
             context_id=context_id(rows["context"][i]),
+            document=rows["document"][i],
             question=rows["question"][i],
             em=em,
             f1=f1,

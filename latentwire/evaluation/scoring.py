@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentwire import exports
+from latentwire import card, exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
@@ -26,7 +26,12 @@ from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
 from latentwire.evaluation.progress import ScoringProgress
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.evaluation.summary import against_text, summarise
+from latentwire.evaluation.summary import (
+    against_text,
+    by_document,
+    summarise,
+    wider_by_document,
+)
 from latentwire.model import LatentWire, load_wire
 from latentwire.storage import Place, directory, local, write, write_text
 
@@ -146,6 +151,8 @@ class Scored:
     """Earlier readings of those rows (:func:`latentwire.evaluation.readings.note`)."""
     sizes: dict[str, dict[str, int]]
     """Sizes of the trained weights (:func:`latentwire.exports.sizes`)."""
+    by_document: dict[str, Any]
+    """Intervals over documents (:func:`latentwire.evaluation.summary.by_document`)."""
     readers: dict[str, dict[str, Any]]
     """Key of a tuned row → receiver → the report of its reader's training."""
 
@@ -155,10 +162,27 @@ class Scored:
         readers = {"text_readers": self.readers} if self.readers else {}
         return {
             "validation": self.scores,
+            "by_document": self.by_document,
             "readings": self.readings,
             "weights": self.sizes,
             **readers,
         }
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that belong below the table."""
+        read_before = readings.sentence(self.readings)
+        return [read_before, *table_notes(self.scores, self.by_document)]
+
+
+def table_notes(scores: Mapping[str, Any], documents: Mapping[str, Any]) -> list[str]:
+    """Return sentences that say what retention is against, and how wide documents make intervals.
+
+    ``scores``: condition's key → receiver → metrics. ``documents``: intervals over documents
+    (:func:`latentwire.evaluation.summary.by_document`).
+    """
+    wider = wider_by_document(documents)
+    return [card.retention_note(scores), *([] if wider is None else [wider])]
 
 
 def score_and_export(
@@ -209,7 +233,7 @@ def score_and_export(
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
     reports = {key: dict(reader.reports) for key, reader in readers.items()}
-    return Scored(table, read_before, sizes, reports)
+    return Scored(table, read_before, sizes, by_document(predictions), reports)
 
 
 def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:

@@ -255,6 +255,60 @@ def details(
     }
 
 
+def by_document(
+    predictions: Mapping[str, Sequence[Prediction]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return intervals that resample documents, by a row's key → receiver → metrics.
+
+    Contexts of one document are not independent either: what a receiver knows of its subject helps
+    with all of them. ``documents`` is their number; EM, F1 and match have ``em_low``, ``em_high``
+    and ``em_wider``: how much wider this interval is than that over contexts, left out where the
+    latter has no width. Empty where all rows are of one document, which has no interval, or every
+    context is a document of its own, which gives the same one.
+    """
+    answers = next(iter(predictions.values()), ())
+    documents, contexts = {p.document for p in answers}, {p.context_id for p in answers}
+    if not 1 < len(documents) < len(contexts):
+        return {}
+    return {
+        key: {
+            name: _by_document(rows) | {"documents": len(documents)}
+            for name, rows in _by_receiver(of_row).items()
+        }
+        for key, of_row in predictions.items()
+    }
+
+
+def _by_document(rows: Sequence[Prediction]) -> dict[str, float]:
+    """Return one receiver's intervals by resampled documents."""
+    intervals: dict[str, float] = {}
+    for field in SCORES:
+        values = [getattr(p, field) for p in rows]
+        bounds = _bounds(field, values, [p.document for p in rows])
+        low, high = interval(values, [p.context_id for p in rows])
+        intervals |= bounds
+        if high > low:
+            width = bounds[f"{field}_high"] - bounds[f"{field}_low"]
+            intervals[f"{field}_wider"] = width / (high - low)
+    return intervals
+
+
+def wider_by_document(intervals: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str | None:
+    """Say how much wider intervals by document are; ``None`` where there is nothing to say.
+
+    ``intervals``: those of :func:`by_document`.
+    """
+    rows = [row for receivers in intervals.values() for row in receivers.values()]
+    wider = [row[f"{field}_wider"] for row in rows for field in SCORES if f"{field}_wider" in row]
+    if not wider:
+        return None
+    return (
+        f"the rows are of {int(rows[0]['documents']):,} documents; intervals that resample those "
+        f"are {np.median(wider):.1f} times as wide as over contexts (median; at most "
+        f"{max(wider):.1f})"
+    )
+
+
 def _distinct(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Return receiver → different answers over rows."""
     by_receiver = _by_receiver(predictions)

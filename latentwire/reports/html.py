@@ -18,6 +18,7 @@ from latentwire.config import SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import readings
 from latentwire.evaluation.conditions import label
+from latentwire.evaluation.summary import wider_by_document
 from latentwire.planning.resolved import objectives
 from latentwire.reports import figures, tables
 from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
@@ -61,6 +62,7 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         if scores
         else None,
         read=readings.sentence(document.get("readings")),
+        wider=wider_by_document(document.get("by_document") or {}),
         weights=tables.weights_table(document["weights"]) if document.get("weights") else None,
         together=tables.together_table(scores)
         if any("agreement" in row["mean"] for row in scores.values())

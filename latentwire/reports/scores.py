@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latentwire import card, exports
+from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
@@ -18,7 +18,8 @@ from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.conditions import Condition, conditions, with_tuned
 from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
-from latentwire.evaluation.summary import baseline_pairs, details, pairs
+from latentwire.evaluation.protocol import protocol_hash
+from latentwire.evaluation.summary import baseline_pairs, by_document, details, pairs
 from latentwire.message import Bits
 from latentwire.reports import tables
 from latentwire.storage import Place, write_text
@@ -52,6 +53,8 @@ class Known:
 
     sizes: dict[str, dict[str, int]]
     """Sizes of its trained weights (:func:`latentwire.exports.sizes`)."""
+    protocol: str
+    """Protocol hash of its scores (:func:`latentwire.evaluation.protocol.protocol_hash`)."""
     readings: dict[str, Any] | None
     """Earlier readings of the rows; ``None`` for rows that are there to be compared on, which
     nobody counts."""
@@ -64,6 +67,7 @@ class Known:
 def known_of(
     folder: Path,
     manifest: dict[str, Any],
+    run: RunConfig,
     split: str,
     rows: Place,
     probes: dict[str, float] | None = None,
@@ -72,13 +76,15 @@ def known_of(
     """Describe the wire of a checkpoint or export.
 
     A scoring of validation rows is recorded beside their shards. ``manifest``: the directory's,
-    already read. ``rows``: the split's shards. ``readers``: reports of the text readers.
+    already read. ``run``: the configuration that is evaluated. ``rows``: the split's shards.
+    ``readers``: reports of the text readers.
     """
     read_before = None
     if split == "validation":
         trained_on = documents.read(folder, manifest)
         read_before = readings.note(rows, readings.wire_name(manifest), trained_on)
-    return Known(exports.sizes(folder), read_before, probes, readers or {})
+    protocol = protocol_hash(rows, run)
+    return Known(exports.sizes(folder), protocol, read_before, probes, readers or {})
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,14 @@ class Evaluation:
 
     @cached_property
     def details(self) -> dict[str, Any]:
-        """Paired differences, and scores by parts of the rows."""
-        return details(self.predictions, self.questions.sides, self.questions.types)
+        """Paired differences, scores by parts of the rows, and intervals over documents."""
+        further = details(self.predictions, self.questions.sides, self.questions.types)
+        return further | {"by_document": self.by_document}
+
+    @cached_property
+    def by_document(self) -> dict[str, Any]:
+        """Condition → receiver → intervals over documents; empty where they say nothing new."""
+        return by_document(self.predictions)
 
 
 def show(evaluation: Evaluation, title: str) -> None:
@@ -157,7 +169,7 @@ def show(evaluation: Evaluation, title: str) -> None:
     if questions.compared:
         grids.append(tables.comparisons_table(evaluation.details["comparisons"]))
     tables.show(grids)
-    print(card.retention_note(scores))
+    print("\n".join(scoring.table_notes(scores, evaluation.by_document)))
     if known.readings is not None:
         print(readings.sentence(known.readings))
     if known.probes is not None:
@@ -175,7 +187,8 @@ def write(evaluation: Evaluation, output: Place) -> None:
     if output.name.endswith(".json"):
         write_text(output, json.dumps(scores, indent=1))
         return
-    further = evaluation.details | {"weights": known.sizes}
+    further = evaluation.details | {"weights": known.sizes, "protocol": known.protocol}
+    further |= {"seed": evaluation.run.training.seed}
     further |= {} if known.readings is None else {"readings": known.readings}
     further |= {"text_readers": known.readers} if known.readers else {}
     further |= {} if known.probes is None else {"diagnostics": known.probes}

@@ -16,8 +16,10 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.documents import TrainedOn, document_hashes
 from latentwire.evaluation import readings
-from latentwire.evaluation.scoring import score_and_export
+from latentwire.evaluation.protocol import protocol_hash
+from latentwire.evaluation.scoring import score_and_export, write_results
 from latentwire.model import LatentWire
+from latentwire.reports import seeds
 from latentwire.training import checkpoints
 from tests.conftest import shard_table
 
@@ -136,8 +138,13 @@ def test_a_checkpoint_and_its_export_are_one_wire_and_every_scoring_counts(
     scored = score_and_export(checkpoint, validation, tmp_path / "out" / "best")
     assert (scored.readings["scorings"], scored.readings["rows"]) == (0, 2)
     assert scored.document == {
-        "validation": scored.scores, "readings": scored.readings, "weights": exports.sizes(tmp_path / "out" / "best"),
+        "validation": scored.scores, "by_document": {}, "readings": scored.readings,
+        "weights": exports.sizes(tmp_path / "out" / "best"), "text_readers": {},
     }  # fmt: skip
+    write_results(tmp_path / "out", scored.document)
+    seed = seeds.read(tmp_path / "out")
+    assert (seed.seed, seed.scores) == (wire.run.training.seed, scored.scores)
+    assert seed.protocol == protocol_hash(validation, wire.run)
     one, other = (exports.read_manifest(path) for path in (checkpoint, tmp_path / "out" / "best"))
     assert readings.wire_name(one) == readings.wire_name(other) and one["files"] != other["files"]
     card = (tmp_path / "out" / "best" / "README.md").read_text()

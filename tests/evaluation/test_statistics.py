@@ -19,9 +19,10 @@ def names(count: int, rows: int = 1) -> list[str]:
 def prediction(row: int, em: float, f1: float = 0.0, **values: object) -> Prediction:
     """One answer to one row, of its own context unless ``values`` names another."""
     known = Prediction(
-        id=str(row), receiver="llama", condition="latent", mode="latent", text="red", golds=["red"], context="a", context_id=str(row),
-        question="Why?", em=em, f1=f1, match=em, nll=1.0, first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64,
-        context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0, decode_ms=1.0,
+        id=str(row), receiver="llama", condition="latent", mode="latent", text="red", golds=["red"], context="a",
+        context_id=str(row), document=str(row), question="Why?", em=em, f1=f1, match=em, nll=1.0, first_1=1.0, first_5=1.0,
+        positions=9, message_positions=4, bytes=64, context_bytes=50, context_tokens=12, forward_ms=1.0, encode_ms=1.0,
+        prefill_ms=1.0, decode_ms=1.0,
     )  # fmt: skip
     return dataclasses.replace(known, **values)  # type: ignore[arg-type]
 

@@ -1,5 +1,7 @@
 """Tables from predictions that were written by hand: no wire, no receiver."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,13 @@ from latentwire.evaluation.summary import (
     against_text,
     baseline_pairs,
     breakdown,
+    by_document,
     compare,
     details,
     pairs,
     summarise,
     together,
+    wider_by_document,
 )
 from tests.evaluation.test_statistics import prediction
 
@@ -143,6 +147,43 @@ def test_receivers_are_each_set_against_their_own_text() -> None:
     assert compare(latent, text)["qwen"]["em"]["difference"] == -0.5
     with pytest.raises(ValueError, match="must be of the same rows"):
         against_text({"text tuned": text[1:], "latent": latent})
+
+
+def test_intervals_by_document_are_as_wide_as_theory_says() -> None:
+    """All rows of a document are right or wrong together: each counts as one."""
+    right = np.random.default_rng(9).random(30) < 0.5
+    rows = [
+        answer(
+            16 * number + part,
+            "llama",
+            "x",
+            float(em),
+            float(em),
+            document=f"article {number}",
+            context_id=f"{number} {part // 4}",  # four contexts of four rows each
+        )
+        for number, em in enumerate(right)
+        for part in range(16)
+    ]
+    (by,) = by_document({"latent": rows})["latent"].values()
+    alone = summarise([dataclasses.replace(p, context_id=p.document) for p in rows])["llama"]
+    assert by["documents"] == 30
+    assert (by["em_low"], by["em_high"]) == (alone["em_low"], alone["em_high"])
+    assert by["em_wider"] == by["match_wider"] == pytest.approx(4**0.5, rel=0.15)
+    said = wider_by_document(by_document({"latent": rows, "text": rows}))
+    assert said is not None and said.startswith("the rows are of 30 documents; ")
+    assert f"{by['em_wider']:.1f} times as wide as over contexts (median; at most" in said
+
+
+def test_documents_say_nothing_where_there_is_one_or_each_is_a_context() -> None:
+    rows = answers(TUNED)
+    assert by_document({"latent": rows}) == {}  # every row is of its own context and document
+    one = [dataclasses.replace(p, document="article") for p in rows]
+    assert by_document({"latent": one}) == {} and wider_by_document({}) is None
+    # Where all answers are wrong neither interval has a width.
+    wrong = [answer(row, "llama", "x", 0.0, 0.0, document=str(row // 2)) for row in range(4)]
+    (by,) = by_document({"latent": wrong})["latent"].values()
+    assert (by["em_low"], by["em_high"]) == (0.0, 0.0) and "em_wider" not in by
 
 
 def test_tuned_rows_say_so() -> None:

@@ -25,7 +25,7 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 def prediction(row: int, receiver: str, mode: Mode, right: bool) -> Prediction:
     return Prediction(
         id=str(row), receiver=receiver, condition=mode, mode=mode, text=f"{EVIL} {row}", golds=["red"], question=f"Why {EVIL}?",
-        context=f"{EVIL} a context", context_id=str(row), em=float(right), f1=float(right), match=float(right), nll=1.0,
+        context=f"{EVIL} a context", context_id=str(row), document=str(row), em=float(right), f1=float(right), match=float(right), nll=1.0,
         first_1=1.0, first_5=1.0, positions=9, message_positions=4, bytes=64, context_bytes=50, context_tokens=12,
         forward_ms=1.0, encode_ms=1.0, prefill_ms=1.0, decode_ms=1.0,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_the_report_holds_everything_and_runs_nothing_that_was_text(sweep: Path)
         "The winner beside its baselines", "Optimisation history", "Learning curves", "Parallel coordinates",
         "Parameter importances", "Contour of the two most important", "F1 against wire bytes", "F1 against positions read",
         "6 trials", "Examples", "Failures", "Costs", "Manifest", "Against the full text", "resilience of untuned text",
-        "No retention: the text was read untuned; evaluation.tuned_text trains a reader for it.",
+        "No retention: the text was read untuned; evaluation.tuned_text trains a reader for it; shares",
         "re-runs: dev_f1 with fresh seeds", "<td>0.4, 0.3</td>",
     ):  # fmt: skip
         assert heading in page, heading
@@ -153,6 +153,17 @@ def test_retention_is_against_full_text_that_was_tuned(sweep: Path) -> None:
     assert "llama keeps<b>50.0 %</b>" in page and "from latents" in page
     assert "retention EM" in page and "No retention" not in page and "full text, tuned" in page
     assert "whose divisor is 0 are left out" in page  # full text is never wrong: no boost
+
+
+def test_the_report_says_how_much_wider_intervals_by_document_are(sweep: Path) -> None:
+    assert "times as wide" not in html.write(sweep).read_text()
+    document = json.loads((sweep / "results.json").read_text())
+    row = {"documents": 24, "em_wider": 2.0, "f1_wider": 2.25, "match_wider": 1.5}
+    document["by_document"] = {"latent": {"llama": row}}
+    (sweep / "results.json").write_text(json.dumps(document))
+    page = html.write(sweep).read_text()
+    assert "The rows are of 24 documents; intervals" in page
+    assert "2.0 times as wide as over contexts (median; at most 2.2)" in page
 
 
 def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_page(

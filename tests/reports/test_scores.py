@@ -74,7 +74,7 @@ def test_a_directory_gets_scores_details_and_every_answer(
         "llama": {"parameters": 34, "bytes": 136},
     }
     read = {"rows": 3, "read_before": 2, "scorings": 1, "wires": 1, "again": False, "trained_on": 0}
-    known = Known(sizes, read, {"cosine": 0.5})
+    known = Known(sizes, "abc123", read, {"cosine": 0.5})
     evaluation = Evaluation(wire.run, questions, predictions, known)
     show(evaluation, "runs/x/best, validation")
     write(evaluation, tmp_path / "scores")
@@ -85,6 +85,7 @@ def test_a_directory_gets_scores_details_and_every_answer(
     assert "against full text as it is read untuned" in printed
     assert "1,234" in printed and "2 of these 3 rows were read before" in printed
     assert (details["weights"], details["readings"]) == (sizes, read)
+    assert (details["protocol"], details["seed"]) == ("abc123", wire.run.training.seed)
     assert details["diagnostics"] == {"cosine": 0.5} and len(details["comparisons"]) == 1
     assert set(json.loads((tmp_path / "scores" / "scores.json").read_text())) == {"text", "latent"}
     assert pq.read_table(tmp_path / "scores" / "predictions.parquet").num_rows == 2 * 2 * 3
