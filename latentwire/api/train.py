@@ -21,9 +21,8 @@ from latentwire.exports import read_run
 from latentwire.model import LatentWire
 from latentwire.planning import planner
 from latentwire.planning.variants import variant_key
+from latentwire.reports import seeds as seeds_of_wire
 from latentwire.reports import tables
-from latentwire.reports.seeds import read as read_seed
-from latentwire.reports.seeds import seeds_table
 from latentwire.storage import Place, local, place, text_if_there
 from latentwire.threads import cores, use_threads
 from latentwire.training import step_checkpoints, text_readers
@@ -192,7 +191,7 @@ def run_seeds(
             )
         results.append(result)
     if all(result.scores for result in results):
-        tables.show([seeds_table([read_seed(result.output) for result in results])])
+        seeds_of_wire.show([seeds_of_wire.read(result.output) for result in results])
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from latentwire.cli.flags import input_place
-from latentwire.reports import html, seeds, tables
+from latentwire.reports import html, seeds
 
 
 def report(run: str, /, *others: str) -> int:
@@ -15,7 +15,7 @@ def report(run: str, /, *others: str) -> int:
     """
     if others:
         places = [input_place(address).absolute() for address in (run, *others)]
-        tables.show([seeds.seeds_table([seeds.read(output) for output in places])])
+        seeds.show([seeds.read(output) for output in places])
         return 0
     print(f"report: {html.write(input_place(run).absolute())}")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 from latentwire import card, exports
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.conditions import label
+from latentwire.reports import tables
 from latentwire.reports.tables import Grid
 from latentwire.storage import Place, text_if_there
 
@@ -91,6 +92,12 @@ def seeds_table(seeds: Sequence[SeedScores]) -> Grid:
         title += f"; not scored for all of them: {', '.join(map(label, left_out))}"
     header = ["the receiver reads", "receiver", *(PERCENT[name] for name in columns), "NLL"]
     return title, header, lines
+
+
+def show(seeds: Sequence[SeedScores]) -> None:
+    """Print the table of seeds, and what retention is against."""
+    tables.show([seeds_table(seeds)])
+    print(card.retention_note(seeds[0].scores))
 
 
 def _range(rows: Sequence[dict[str, float]], name: str, factor: float = 1, digits: int = 2) -> str:
