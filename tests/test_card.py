@@ -94,6 +94,15 @@ def test_a_card_shows_retention_against_tuned_full_text() -> None:
     assert f"{said} whose divisor is 0 are left out. " in text  # the latents' own is
 
 
+def test_a_tuned_reader_that_reads_worse_than_an_untuned_one_is_named() -> None:
+    table = {"text": {"llama": scores(0.1), "qwen": scores(0.3), "mean": scores(0.2)}}
+    tuned = {"llama": scores(0.2), "qwen": scores(0.2), "mean": scores(0.1)}
+    note = card.retention_note(table | {"text tuned": tuned})
+    assert note.endswith("better untuned by qwen; spend more on evaluation.tuned_text")
+    assert "flatters" not in card.retention_note({"text": tuned, "text tuned": tuned})
+    assert "flatters" not in card.retention_note({"text tuned": tuned})
+
+
 def test_shares_without_a_divisor_are_told_even_where_no_row_has_them() -> None:
     undefined = "; shares of full text whose divisor is 0 are left out"
     shares: dict[str, Any] = dict.fromkeys(card.AGAINST_TEXT, 0.5)
