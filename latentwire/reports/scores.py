@@ -117,7 +117,7 @@ def questions_of(
     else:
         rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
         rows = rows if run.evaluation.tuned_text is None else with_tuned(rows)
-        scoring.check_receivers(run, rows)
+    scoring.check_receivers(run, rows)
     types = question_types(run.data, shards.source_of(split))
     return Questions(rows, compared(compare, rows), types, compare is not None)
 
