@@ -49,10 +49,13 @@ def test_with_room_for_all_of_it_the_cache_says_what_the_text_says(
 
 def test_less_of_the_cache_says_less(wire: LatentWire, rows: pa.Table) -> None:
     nlls = []
-    for length in (500, 12, 2):
+    for length in (500, 6, 1):
         condition = Condition("own_cache", Budget("latent_len", length))
         nlls.append(summarise(predicted(wire, rows, condition))["mean"]["nll"])
-    assert nlls == sorted(nlls) and nlls[2] > nlls[0] + 0.3
+    print(nlls)
+    closed = summarise(predicted(wire, rows, Condition("closed_book")))["mean"]["nll"]
+    assert nlls[0] < 0.1 and nlls[1] < 0.5 * closed  # a fifth of the entries is enough for much of it
+    assert nlls[2] > nlls[1] + 0.3
 
 
 def test_rows_are_read_together_as_each_alone(wire: LatentWire, rows: pa.Table) -> None:
@@ -124,9 +127,11 @@ def test_a_receiver_whose_weights_are_shared_is_refused(wire: LatentWire, rows: 
 def test_a_receiver_that_cannot_is_refused_before_anything_is_scored(
     tmp_path: Path, run: RunConfig
 ) -> None:
-    GPT2Config(vocab_size=704, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    GPT2Config(vocab_size=704, n_embd=16, n_layer=1, n_head=2, eos_token_id=2).save_pretrained(tmp_path)
     load_tokenizer(run.receivers[0]).save_pretrained(tmp_path)
-    other = with_values(run, {"receivers.llama.model": str(tmp_path)})
+    llama, qwen = run.receivers
+    odd = llama.model_copy(update={"model": str(tmp_path)})
+    other = run.model_copy(update={"receivers": (odd, qwen)})
     check_receivers(other, [Condition("text")])
     with pytest.raises(ReceiverError, match=r"receiver llama \(GPT2LMHeadModel\) has no self_attn"):
         check_receivers(other, [Condition("text"), Condition("own_cache")])

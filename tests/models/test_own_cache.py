@@ -54,7 +54,7 @@ def untrained(folder: Path, model: Any) -> Subject:
     """A model that was just drawn, with the toy pair's tokenizer."""
     with torch.no_grad():
         for weight in model.parameters():  # attention that prefers some positions
-            weight.mul_(4) if weight.dim() > 1 else None
+            weight.mul_(12) if weight.dim() > 1 else None
     model.save_pretrained(folder)
     load_tokenizer(RunConfig().receivers[0]).save_pretrained(folder)
     return subject_of(ReceiverConfig(name="drawn", model=str(folder)))
@@ -362,7 +362,7 @@ def test_a_receiver_whose_cache_cannot_be_cut_is_refused_by_its_shape() -> None:
         refused = {
             "layers of linear_attention": Qwen3NextForCausalLM(hybrid),
             "layers that share one cache": Gemma3ForCausalLM(shared),
-            "no self_attn": GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1)),
+            "no self_attn": GPT2LMHeadModel(GPT2Config(**small)),
         }
         own_cache.check("fine", LlamaForCausalLM(LlamaConfig(**small)))
         own_cache.check("fine", Gemma3ForCausalLM(Gemma3TextConfig(**small)))
