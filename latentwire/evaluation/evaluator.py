@@ -221,8 +221,13 @@ def _cut_caches(wire: LatentWire, name: str, batch: _Rows) -> _CutCaches:
     """Let a receiver read and recite a batch's texts, and keep as much as their messages take."""
     lm, texts = wire.local_receiver(name), _stood_for(wire, name, batch)
     began = _now(lm.device)
+    builder = wire.builders[name]
     scores = own_cache.scores(
-        lm, wire.builders[name], texts, lambda read: wire.reading(name, read, None)
+        lm,
+        builder,
+        texts,
+        lambda recitals: wire.reading(name, recitals, None),
+        builder.prefix if batch.condition.tuned else 0,
     )
     positions = [min(slots, len(ids)) for slots, ids in zip(batch.slots[name], texts, strict=True)]
     kept = [own_cache.choose(*row) for row in zip(scores, positions, strict=True)]

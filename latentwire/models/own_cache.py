@@ -76,15 +76,25 @@ def entry_bytes(lm: LMWrapper) -> int:
 
 @torch.no_grad()
 def scores(
-    lm: LMWrapper, builder: PromptBuilder, texts: Sequence[list[int]], reading: Reading
+    lm: LMWrapper,
+    builder: PromptBuilder,
+    texts: Sequence[list[int]],
+    reading: Reading,
+    prefix: int = 0,
 ) -> list[torch.Tensor]:
     """Return each text's scores ``[layers, heads, T]``, by reading and reciting it.
 
-    ``texts``: tokens where a message would stand. An entry that the next position does not see, in a
-    layer with a window, scores −1.
+    An entry that the next position does not see, in a layer with a window, scores −1.
+
+    Args:
+        lm: the receiver.
+        builder: builds its prompts.
+        texts: tokens where a message would stand.
+        reading: attaches what stands before them.
+        prefix: constant soft positions before each text.
     """
     recitals = [
-        (row, part, builder.recital(ids, part))
+        (row, part, builder.recital(ids, part, prefix))
         for row, ids in enumerate(texts)
         for part in parts(len(ids))
     ]
