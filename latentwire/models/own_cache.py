@@ -3,8 +3,8 @@
 This is KVzip (arXiv 2505.23416): the receiver reads the text and recites it, not knowing any
 question. An entry is one position of one key-value head. It scores the most attention that any
 position of the recital pays to it, and the best entries of all heads and layers together are kept.
-The softmax of that attention runs over all that the recital sees; the paper leaves out the parts of
-a long text that are not being recited.
+The softmax of that attention runs over all that the recital sees; the paper's code leaves out most
+of what stands before the text, and parts of a long text that are not being recited.
 
 Nothing is taken out of memory. Whatever stands after the text sees no entry that was cut, which
 gives the same numbers as a cache without it: those weights are exactly zero. So prompts, padding and
@@ -50,7 +50,7 @@ def check(name: str, lm: nn.Module) -> None:
     elif getattr(text_config, "num_kv_shared_layers", 0):
         reason = "layers that share one cache"
     elif not _attentions(lm):
-        reason = "no self_attn with num_key_value_groups and head_dim in every layer"
+        reason = "no self_attn with the same num_key_value_groups and head_dim in every layer"
     if reason:
         raise ReceiverError(
             f"mode own_cache needs keys and values of every position in every layer, receiver "
@@ -59,14 +59,12 @@ def check(name: str, lm: nn.Module) -> None:
 
 
 def _attentions(lm: nn.Module) -> list[Any]:
-    """Return the attention of every layer; none where a layer has another kind."""
+    """Return the attention of every layer; none where they are of other or different kinds."""
     base: Any = lm.base_model
     modules = [getattr(layer, "self_attn", None) for layer in getattr(base, "layers", ())]
-    usable = [
-        hasattr(module, "num_key_value_groups") and hasattr(module, "head_dim")
-        for module in modules
-    ]
-    return modules if all(usable) else []
+    names = "num_key_value_groups", "head_dim"
+    shapes = {tuple(getattr(module, name, None) for name in names) for module in modules}
+    return modules if len(shapes) == 1 and None not in shapes.pop() else []
 
 
 def entry_bytes(lm: LMWrapper) -> int:

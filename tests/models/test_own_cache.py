@@ -364,7 +364,10 @@ def test_a_receiver_whose_cache_cannot_be_cut_is_refused_by_its_shape() -> None:
             "layers that share one cache": Gemma3ForCausalLM(shared),
             "no self_attn": GPT2LMHeadModel(GPT2Config(**small)),
         }
-        own_cache.check("fine", LlamaForCausalLM(LlamaConfig(**small)))
+        uneven = LlamaForCausalLM(LlamaConfig(**small))
+        own_cache.check("fine", uneven)
+        uneven.model.layers[1].self_attn.num_key_value_groups = 2
+        refused["no self_attn with the same"] = uneven
         own_cache.check("fine", Gemma3ForCausalLM(Gemma3TextConfig(**small)))
     for reason, model in refused.items():
         with pytest.raises(
