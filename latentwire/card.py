@@ -16,6 +16,7 @@ MODES = {
     "truncated": "the text cut to as many positions",
     "window": "as many tokens from anywhere in the text",
     "selected": "as many tokens, the most surprising ones",
+    "own_cache": "its own cache of the full text, cut to as much",
     "shuffled": "another row's message",
     "closed_book": "nothing",
 }

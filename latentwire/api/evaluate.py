@@ -13,7 +13,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data import shards
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation import scoring
-from latentwire.evaluation.baselines import MODES, Mode
+from latentwire.evaluation.baselines import DEFAULT_MODES, Mode
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.message import Bits
 from latentwire.model import load_wire
@@ -28,7 +28,7 @@ def evaluate(
     checkpoint: str | Path,
     *,
     split: shards.ShardSplit = "validation",
-    modes: Sequence[Mode] = MODES,
+    modes: Sequence[Mode] = DEFAULT_MODES,
     tokens_per_latent: Sequence[int] = (),
     latent_len: Sequence[int] = (),
     bits: Sequence[Bits] = (),

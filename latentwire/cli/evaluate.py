@@ -24,7 +24,7 @@ from latentwire.config.overrides import assigned
 from latentwire.config.places import sought
 from latentwire.config.resolve import ConfigError, validate
 from latentwire.data import shards
-from latentwire.evaluation.baselines import MODES, Mode
+from latentwire.evaluation.baselines import DEFAULT_MODES, Mode
 from latentwire.evaluation.metrics import score_file
 from latentwire.reports import scores
 from latentwire.storage import write_text
@@ -40,7 +40,7 @@ def evaluate(
     dataset: str = "squad",
     data_dir: Annotated[str | None, Parameter(name="--data_dir")] = None,
     split: shards.ShardSplit = "validation",
-    modes: Annotated[tuple[Mode, ...], Parameter(**MANY)] = MODES,
+    modes: Annotated[tuple[Mode, ...], Parameter(**MANY)] = DEFAULT_MODES,
     tokens_per_latent: Annotated[
         list[int] | None, Parameter("--tokens_per_latent", group=BUDGET, **MANY)
     ] = None,

@@ -12,7 +12,15 @@ from latentwire.prompts.sequences import collate
 from latentwire.prompts.shown import Reads, shown
 
 Mode = Literal[
-    "text", "latent", "embeddings", "truncated", "window", "selected", "shuffled", "closed_book"
+    "text",
+    "latent",
+    "embeddings",
+    "truncated",
+    "window",
+    "selected",
+    "own_cache",
+    "shuffled",
+    "closed_book",
 ]
 MODE_NAMES: dict[Mode, str] = {
     "text": "full text",
@@ -21,15 +29,26 @@ MODE_NAMES: dict[Mode, str] = {
     "truncated": "text cut to as many tokens",
     "window": "as many tokens from anywhere",
     "selected": "as many most surprising tokens",
+    "own_cache": "own cache, cut to as much (it has read the text)",
     "shuffled": "latents of another row",
     "closed_book": "closed book",
 }
 """Each mode's name in words: what stands where the context belongs, in the order of the tables."""
 MODES: tuple[Mode, ...] = tuple(MODE_NAMES)
+DEFAULT_MODES: tuple[Mode, ...] = tuple(mode for mode in MODES if mode != "own_cache")
+"""Modes of an evaluation that names none: a cut cache takes as long as several others, and not every
+receiver can have one."""
 MESSAGE_MODES: tuple[Mode, ...] = ("latent", "shuffled")
 """Modes that read a message of the encoder."""
-BUDGET_MODES: tuple[Mode, ...] = ("latent", "truncated", "window", "selected", "shuffled")
-"""Modes whose prompt is as long as the message makes it."""
+BUDGET_MODES: tuple[Mode, ...] = (
+    "latent",
+    "truncated",
+    "window",
+    "selected",
+    "own_cache",
+    "shuffled",
+)
+"""Modes whose prompt, or cache, is as long as the message makes it."""
 
 
 @torch.no_grad()
@@ -49,7 +68,7 @@ def kept_context(
     (self-information, as in Selective Context, arXiv 2310.06201). ``row``: the row's id.
     ``budget``: soft positions of its message.
     """
-    if mode == "embeddings":
+    if mode in ("embeddings", "own_cache"):
         return context
     # Where the message stands for the question too, so do as many tokens.
     budget = max(0, budget - len(wire.builders[receiver].message_ids([], question)))

@@ -17,8 +17,8 @@ WIDTHS = {16: "fp16", 8: "int8", 4: "int4"}
 """Names of the widths that a packet can have."""
 TUNED = " tuned"
 """End of the key of a row whose reader was trained."""
-TUNED_MODES: tuple[Mode, ...] = ("text", "truncated", "window", "closed_book")
-"""Modes that text readers are trained for."""
+TUNED_MODES: tuple[Mode, ...] = ("text", "truncated", "window", "own_cache", "closed_book")
+"""Modes that text readers read; an own cache is that of the whole text's reader."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Condition:
     """Width of a latent's entries in a packet: messages go through real packets. ``None``: as the
     encoder made them."""
     tuned: bool = False
-    """Read behind a prefix that was trained for reading just this."""
+    """Read behind a prefix that was trained for :attr:`trained_for`."""
 
     @property
     def key(self) -> str:
@@ -54,6 +54,11 @@ class Condition:
         budget = "" if self.budget is None else f" at {self.budget}"
         width = "" if self.bits is None else f" as {WIDTHS[self.bits]}"
         return f"{self.mode}{budget}{width}{TUNED if self.tuned else ''}"
+
+    @property
+    def trained_for(self) -> Condition:
+        """The row whose reader reads this one: a cache is cut after the whole text was read."""
+        return Condition("text", tuned=True) if self.mode == "own_cache" else self
 
     def tokenize(
         self, encoder: InterlinguaEncoder | MessageLengths, texts: Sequence[str]

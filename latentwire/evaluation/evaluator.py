@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -19,6 +20,7 @@ from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.metrics import em_f1, match
 from latentwire.message import Message, from_bytes
 from latentwire.model import LatentWire
+from latentwire.models import own_cache
 from latentwire.prompts.sequences import PromptSequence, collate
 
 METRIC_VERSION = 3
@@ -57,12 +59,13 @@ class Prediction:
     first_5: float
     """1 where it is among the five likeliest, else 0."""
     positions: int
-    """Positions of the prompt that the receiver reads."""
+    """Positions of the prompt that the receiver reads; a cut cache counts as those that have as many
+    entries."""
     message_positions: int
     """Positions of the prompt that stand for the context."""
     bytes: int
-    """Bytes that had to be sent: the text shown as UTF-8, the latents as fp16, or the row's
-    packet."""
+    """Bytes that had to be sent: the text shown as UTF-8, the latents as fp16, the row's packet, or
+    a cache's keys and values as fp16, without saying which ones they are."""
     context_bytes: int
     """UTF-8 bytes of the whole context."""
     context_tokens: int
@@ -71,8 +74,8 @@ class Prediction:
     """Time of one forward over prompt and gold answer, adapter and features included. Like all
     times it is shared out over its batch."""
     encode_ms: float
-    """Time from the sender's token ids to the message; with ``bits``, packed and unpacked. 0
-    without a message."""
+    """Time from the sender's token ids to the message; with ``bits``, packed and unpacked. For a cut
+    cache, that of reading and reciting the text; 0 for other texts."""
     prefill_ms: float
     """Time from the message, or the text's token ids, to the answer's first token: adapter,
     features and receiver."""
@@ -106,6 +109,20 @@ class _Rows:
     """Each receiver's tokens of the context that a text mode shows; none of a message."""
     bytes: list[int]
     encode_ms: float
+    caches: dict[str, _CutCaches] = field(default_factory=dict)
+    """Each receiver's own caches of the texts; none in other modes."""
+
+
+@dataclass(frozen=True)
+class _CutCaches:
+    """What one receiver keeps of its own caches of a batch's texts."""
+
+    kept: list[torch.Tensor]
+    """Each row's entries, by :func:`~latentwire.models.own_cache.choose`."""
+    positions: list[int]
+    """Positions that would have as many entries."""
+    ms: float
+    """Time to read and recite a text."""
 
 
 @torch.no_grad()
@@ -127,8 +144,14 @@ def predict(
             does, so that parts of a table give what the whole gives.
         joint: where receivers disagree, each also says how likely it finds every one's answer.
         on_rows: called after each batch with the number of its rows.
+
+    Raises :class:`~latentwire.models.weights.ReceiverError` where a receiver's own cache is to be
+    cut and cannot be.
     """
     condition = condition if isinstance(condition, Condition) else Condition(condition)
+    if condition.mode == "own_cache":
+        for name in wire.receivers:
+            own_cache.check(name, wire.local_receiver(name).lm)
     wire.interlingua.eval()
     size, rows = wire.run.evaluation.batch_size, rows if rows is not None else range(table.num_rows)
     others = donors(table["context"].to_pylist()) if condition.mode == "shuffled" else None
@@ -171,7 +194,10 @@ def _encode(
     if condition.mode not in MESSAGE_MODES:
         slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
         shown = {name: _shown(wire, name, rows, condition.mode, slots[name]) for name in slots}
-        return _Rows(rows, condition, None, slots, shown, [], 0.0)
+        batch = _Rows(rows, condition, None, slots, shown, [], 0.0)
+        if condition.mode == "own_cache":
+            batch.caches.update({name: _cut_caches(wire, name, batch) for name in slots})
+        return batch
     began = _now(wire.interlingua.device)
     message = wire.interlingua.encode(tokens)
     if condition.bits is not None:
@@ -196,6 +222,36 @@ def _shown(
     return [kept_context(wire, name, mode, *row) for row in zip(*columns, strict=True)]
 
 
+def _cut_caches(wire: LatentWire, name: str, batch: _Rows) -> _CutCaches:
+    """Let a receiver read and recite a batch's texts, and keep as much as their messages take."""
+    lm, texts = wire.local_receiver(name), _stood_for(wire, name, batch)
+    began = _now(lm.device)
+    builder = wire.builders[name]
+    scores = own_cache.scores(
+        lm,
+        builder,
+        texts,
+        lambda recitals: wire.reading(name, recitals, None),
+        builder.prefix if batch.condition.tuned else 0,
+    )
+    positions = [min(slots, len(ids)) for slots, ids in zip(batch.slots[name], texts, strict=True)]
+    kept = [own_cache.choose(*row) for row in zip(scores, positions, strict=True)]
+    return _CutCaches(kept, positions, 1000 * (_now(lm.device) - began) / len(texts))
+
+
+def _cut(
+    wire: LatentWire,
+    name: str,
+    batch: _Rows,
+    prompts: list[PromptSequence],
+    side: Literal["right", "left"],
+) -> AbstractContextManager[None]:
+    """Hide what was cut from a receiver's own caches, where they are what is read."""
+    if name not in batch.caches:
+        return nullcontext()
+    return own_cache.cut(wire.local_receiver(name), prompts, batch.caches[name].kept, side)
+
+
 def _now(device: torch.device) -> float:
     """Return the time when ``device`` has done what it was given."""
     if device.type == "cuda":
@@ -209,10 +265,11 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     prompts = _prompts(wire, name, batch, [None] * count)
     answered = _prompts(wire, name, batch, rows[f"{name}_answer_ids"])
     text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
-    answers, decoded = wire.decode(name, prompts, message, text_ND)
+    with _cut(wire, name, batch, prompts, "left"):
+        answers, decoded = wire.decode(name, prompts, message, text_ND)
     gold = collate(answered).to(lm.device)
     began = _now(lm.device)
-    with wire.reading(name, gold, message) as soft_ND:
+    with _cut(wire, name, batch, answered, "right"), wire.reading(name, gold, message) as soft_ND:
         scores = lm.score_answers(gold, soft_ND if text_ND is None else text_ND)
     seconds = time.perf_counter() - began
     # The mean over each answer's tokens: N supervised positions, row_N[n] the row of one.
@@ -224,6 +281,12 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     sizes = batch.bytes
     if message is None:
         sizes = [len(lm.tokenizer.decode(ids).encode()) for ids in _stood_for(wire, name, batch)]
+    message_positions = [len(prompt.message) for prompt in prompts]
+    encode_ms = batch.encode_ms
+    if caches := batch.caches.get(name):
+        entry_bytes = own_cache.entry_bytes(wire.local_receiver(name))
+        sizes = [entry_bytes * int(kept_LHT.sum()) for kept_LHT in caches.kept]
+        message_positions, encode_ms = caches.positions, caches.ms
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
@@ -243,13 +306,13 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
             nll=float(nll_B[i]),
             first_1=float(likelier_B[i] < 1),
             first_5=float(likelier_B[i] < 5),
-            positions=len(prompts[i].ids),
-            message_positions=len(prompts[i].message),
+            positions=len(prompts[i].ids) - len(prompts[i].message) + message_positions[i],
+            message_positions=message_positions[i],
             bytes=sizes[i],
             context_bytes=len(rows["context"][i].encode()),
             context_tokens=len(rows[f"{name}_context_ids"][i]),
             forward_ms=1000 * seconds / count,
-            encode_ms=batch.encode_ms,
+            encode_ms=encode_ms,
             prefill_ms=decoded.prefill_ms / count,
             decode_ms=decoded.decode_ms / count,
         )
@@ -263,9 +326,13 @@ def _score_answers(
     texts = [prediction.text for prediction in predictions]
     for name, lm in wire.receivers.items():
         ids = wire.builders[name].tokenize([], [], texts)["answer_ids"]
-        answered = collate(_prompts(wire, name, batch, ids)).to(lm.device)
+        prompts = _prompts(wire, name, batch, ids)
+        answered = collate(prompts).to(lm.device)
         text_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
-        with wire.reading(name, answered, batch.message) as soft_ND:
+        with (
+            _cut(wire, name, batch, prompts, "right"),
+            wire.reading(name, answered, batch.message) as soft_ND,
+        ):
             scores = lm.score_answers(answered, soft_ND if text_ND is None else text_ND)
         total_B.index_add_(0, answered.row_N.cpu(), -scores.ce_N.double())
     return [

@@ -33,6 +33,8 @@ from latentwire.evaluation.summary import (
     wider_by_document,
 )
 from latentwire.model import LatentWire, load_wire
+from latentwire.models import own_cache
+from latentwire.models.weights import skeleton
 from latentwire.storage import Place, directory, local, write, write_text
 
 
@@ -46,6 +48,16 @@ def check_questions(run: RunConfig) -> None:
             f"scores need questions, dataset {run.data.dataset} has none; name others, e.g. --set "
             "data.dataset=squad --set losses.bundle=answer"
         )
+
+
+def check_receivers(run: RunConfig, conditions: Sequence[Condition]) -> None:
+    """Check that every receiver can do what the rows of a table ask of it, from its shape alone.
+
+    Raises :class:`~latentwire.models.weights.ReceiverError` where one cannot.
+    """
+    if any(condition.mode == "own_cache" for condition in conditions):
+        for receiver in run.receivers:
+            own_cache.check(receiver.name, skeleton(receiver, check=False))
 
 
 FINAL_CONDITIONS: tuple[Condition, ...] = (

@@ -40,6 +40,11 @@ SLOT_ID = (
 MASKS = ("prefix_BS", "latents_BS", "control_BS", "question_BS")
 """Fields of a batch that say where its parts stand."""
 
+RECITE = "\n\nRepeat the previous context exactly."
+RECITE_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
+RECITE_CUE = 8
+"""How a text is asked for, or a later part of it, by as many tokens before that (KVzip, arXiv 2505.23416)."""
+
 _PROBE_ANSWERS = ("Paris", "the red house", "1912", "$5", "(a)", '"so"', "Ärzte", "-3")
 
 
@@ -287,6 +292,35 @@ class PromptBuilder:
             soft=True,
             control=control,
             prefix=range(start - self.prefix, start),
+        )
+
+    def recital(self, message_ids: list[int], part: range, prefix: int = 0) -> PromptSequence:
+        """Return a text, a request to repeat some of its tokens, and those tokens as targets.
+
+        Args:
+            message_ids: the text, where a message would stand.
+            part: the tokens to be repeated.
+            prefix: constant soft positions before the text.
+        """
+        start = len(self.head_ids) + prefix
+        end = start + len(message_ids)
+        nowhere = range(end, end)
+        asked = self._template_ids(RECITE if part.start == 0 else RECITE_FROM)
+        cue = message_ids[max(0, part.start - RECITE_CUE) : part.start]
+        said = message_ids[part.start : part.stop]
+        before = [*self.head_ids, *[SLOT_ID] * prefix, *message_ids, *asked, *cue]
+        ids = [*before, *self.tail_ids, *said]
+        return PromptSequence(
+            ids=ids,
+            bos=self.bos,
+            message=range(start, end),
+            question=nowhere,
+            anchor=nowhere,
+            answer=nowhere,
+            stop=None,
+            supervised=range(len(ids) - len(said), len(ids)),
+            soft=False,
+            prefix=range(start - prefix, start),
         )
 
     def _join(

@@ -113,8 +113,9 @@ def questions_of(
     """Return the checked conditions of an evaluation.
 
     See :func:`latentwire.evaluate` for the arguments. Raises
-    :class:`~latentwire.config.resolve.ConfigError`, and :class:`~latentwire.data.sources.DataError`
-    for data that cannot be read.
+    :class:`~latentwire.config.resolve.ConfigError`, :class:`~latentwire.data.sources.DataError` for
+    data that cannot be read, and :class:`~latentwire.models.weights.ReceiverError` for receivers
+    that cannot do what a row asks.
     """
     scoring.check_questions(run)
     if run.is_reader:
@@ -122,6 +123,7 @@ def questions_of(
     else:
         rows = conditions(run, modes, tokens_per_latent, latent_len, bits)
         rows = rows if run.evaluation.tuned_text is None else with_tuned(rows)
+    scoring.check_receivers(run, rows)
     types = question_types(run.data, shards.source_of(split))
     return Questions(rows, compared(compare, rows), types, compare is not None)
 

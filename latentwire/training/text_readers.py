@@ -45,8 +45,8 @@ from latentwire.training.local import train_here
 
 READER_VERSION = 1
 """Raised whenever the same knobs would train another reader."""
-BUDGETED = ("truncated", "window")
-"""Readers of as much text as a message has positions."""
+BUDGETED = ("truncated", "window", "own_cache")
+"""Modes that show or keep as much as a message has positions."""
 EVALUATIONS = 3
 """Evaluations of each training, of which the best is kept."""
 FROM_WIRE = (
@@ -130,7 +130,7 @@ def reader_run(
     return RunConfig(
         receivers=tuple(receivers),
         data=run.data,
-        prompt=run.prompt.model_copy(update={"reads": condition.mode}),
+        prompt=run.prompt.model_copy(update={"reads": condition.trained_for.mode}),
         prefix=PrefixConfig(tokens=tuned.tokens, layers=tuned.layers),
         encoder=_lengths(run, condition),
         features=FeaturesConfig(),
@@ -214,10 +214,11 @@ def ensure_readers(
             continue
         places[condition.key] = {}
         for receiver in wire.run.receivers:
-            path = reader_path(wire.run, receiver, condition, paths)
+            trained_for = condition.trained_for
+            path = reader_path(wire.run, receiver, trained_for, paths)
             made = not (path / exports.MANIFEST).exists()
             if made:
-                _train(wire, receiver, condition, paths, path, say)
+                _train(wire, receiver, trained_for, paths, path, say)
             with local(path) as folder:
                 report = report_of(folder)
             how = f"made in {report['seconds']:.0f} s," if made else "reused from"

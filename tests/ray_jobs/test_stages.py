@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentwire.dataset.toy import toy_rows
-from latentwire.evaluation.baselines import MODES
+from latentwire.evaluation.baselines import DEFAULT_MODES
 from tests.conftest import untimed
 from tests.ray_jobs.conftest import REPOSITORY, TINY, Job, log_of
 
@@ -38,7 +38,7 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     ).wait(600)
     assert code == 0, log_of(tmp_path)
     found = json.loads(scores.read_text())
-    assert set(found) == set(MODES)
+    assert set(found) == set(DEFAULT_MODES)
     both = set(found) & set(trained)
     assert both >= {"text", "latent", "shuffled"} and "latent as int4" in trained
     assert untimed({key: found[key] for key in both}) == untimed(
