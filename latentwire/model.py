@@ -24,6 +24,7 @@ from latentwire.message import Message, WireError, from_bytes
 from latentwire.models.decoded import Decoded
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import Interlingua, ReceiverShape
+from latentwire.models.slots import put_in_slots
 from latentwire.models.weights import ReceiverError, fingerprint
 from latentwire.prompts import sequences
 from latentwire.prompts.sequences import Batch, PromptBuilder, collate, sender_text
@@ -292,6 +293,10 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         acts inside the receiver, which no embedding can carry.
         """
         features: Any = self.interlingua.features.items()
+        if self.run.adapter.kind == "keys_values":
+            raise ConfigError(
+                "prompt_embeds needs a wire whose latents become embeddings, got adapter.kind keys_values; use answer"
+            )
         if acting := [name for name, feature in features if feature.acts_inside]:
             raise ConfigError(
                 f"prompt_embeds needs a wire whose features end before the receiver, got "
@@ -350,12 +355,22 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             if prefix is not None and prefix.added_PE is not None:
                 added_NE = prefix.added_PE.repeat(len(batch.ids_BS), 1)
                 stack.enter_context(lm.added_to_slots(added_NE, batch.prefix_BS))
+            if self.run.adapter.kind == "keys_values" and message is not None:
+                kv_NE = self._slot_latents(receiver, batch, message)
+                here = self.local_receiver(receiver).lm
+                stack.enter_context(put_in_slots(here, kv_NE, batch.latents_BS))
             acting = [feature for feature in features if feature.acts_inside]
             if acting and message is not None:
                 reading = self._reading(receiver, batch, message)
                 for feature in acting:
                     stack.enter_context(feature.attached(receiver, lm, reading))
             yield self.interlingua.soft_rows(receiver, message, batch)
+
+    def _slot_latents(self, receiver: str, batch: Batch, message: Message) -> torch.Tensor:
+        """Return the latent of each slot of a batch, row by row, ``[N, Z]``."""
+        z_BLZ, keep_BL = message.read_by(receiver)
+        message_R = batch.message_R.to(z_BLZ.device)
+        return z_BLZ[message_R][keep_BL[message_R]]
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
         z_BLZ, keep_BL = message.read_by(receiver)

@@ -34,6 +34,34 @@ def test_shipped_configurations_load_from_any_directory(
     )
 
 
+PEERS = sorted(path.stem for path in (SHIPPED / "peers").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_published_compressor_has_the_budget_of_the_recipe_beside_it(name: str) -> None:
+    """It differs in what it is, and not in rows, steps, positions, batches, rates or decoding."""
+    run = load_space(f"peers/{name}").run
+    stages = ["toy"] if name.startswith("toy") else ["squad_one_pretrain", "squad_one"]
+    ours = [load_space(stage).run for stage in stages]
+    steps = [one.training.max_steps or 0 for one in ours]
+    assert run.training.max_steps == sum(steps) and run.training.epochs >= 1
+    for section in ("evaluation", "prompt"):
+        assert getattr(run, section) == getattr(ours[-1], section)
+    budget = ("batch_size", "bucket_batches", "encoder_lr", "adapter_lr", "optimizer")
+    for knob in budget:
+        assert getattr(run.training, knob) == getattr(ours[-1].training, knob), knob
+    assert run.data == ours[-1].data
+    assert run.encoder.tokens_per_latent == ours[-1].encoder.tokens_per_latent
+    if run.encoder.tokens_per_latent is None:
+        assert run.encoder.latent_len == ours[-1].encoder.latent_len
+    names = {receiver.name: receiver for receiver in ours[-1].receivers}
+    for receiver in run.receivers:
+        assert receiver == names[receiver.name]
+    # Nothing but the message reaches a receiver.
+    assert not any(run.features.model_dump().values())
+    assert {schedule.steps for schedule in run.losses.schedules.values()} <= {350, 620}
+
+
 @pytest.mark.parametrize("file", CHECKED_OUT, ids=lambda path: path.name)
 def test_the_files_of_a_checkout_are_the_shipped_ones(file: Path) -> None:
     assert load_space(file) == load_space(file.stem)

@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError
 
 from latentwire.cli import app, as_written
 from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig, TuneConfig
+from latentwire.config.files import SHIPPED
 from latentwire.config.resolve import knobs
 from latentwire.features.base import Feature
 from latentwire.features.registry import FEATURES
@@ -110,6 +111,10 @@ def test_every_command_that_the_documents_show_is_one() -> None:
     known = {path for path, _ in (*knobs(), *knobs(TuneConfig, "tune."))}
     sections = {f"features.{name}" for name in FeaturesConfig.model_fields}
     yaml = {file.stem for file in REPOSITORY.rglob("*.yaml") if ".venv" not in file.parts}
+    yaml |= {
+        str(file.relative_to(SHIPPED).with_suffix(""))
+        for file in (SHIPPED / "peers").glob("*.yaml")
+    }
     shown = commands()
     assert len(shown) > 100
     for document, program, words in shown:

@@ -46,8 +46,8 @@ LOSS_BUNDLES: dict[str, dict[str, Any]] = {
 class Schedule(Section):
     """The course of a weight or size over the training steps after the alignment."""
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the way from ``start`` to ``end``."""
+    kind: Literal["constant", "linear", "cosine", "step"] = "constant"
+    """Shape of the way from ``start`` to ``end``. ``step``: ``start`` before ``steps``, ``end`` from then on."""
     start: float = Field(0.0, ge=0)
     """Factor on the knob's own value at the first step."""
     end: float = Field(1.0, ge=0)
@@ -60,6 +60,8 @@ class Schedule(Section):
         share = min(1.0, step / self.steps)
         if self.kind == "constant":
             return self.end
+        if self.kind == "step":
+            return self.start if share < 1 else self.end
         if self.kind == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
         return self.start + (self.end - self.start) * share

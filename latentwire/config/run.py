@@ -60,6 +60,7 @@ class RunConfig(Section):
             raise ValueError(
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
             )
+        self._check_keys_values(names)
         if coarsening and self.encoder.private_len:
             raise ValueError(
                 f"coarsening_steps needs encoder.private_len 0, got {self.encoder.private_len}"
@@ -130,6 +131,35 @@ class RunConfig(Section):
         if given := [path for path, value in of_wires.items() if value]:
             raise ValueError(
                 f"a text reader (prompt.reads {self.prompt.reads}) has no message, got {', '.join(given)}; leave them out"
+            )
+
+    def _check_keys_values(self, names: list[str]) -> None:
+        encoder, adapter = self.encoder, self.adapter
+        if (encoder.pooling == "memory_kv") != (adapter.kind == "keys_values"):
+            raise ValueError(
+                f"encoder.pooling memory_kv and adapter.kind keys_values go together, got {encoder.pooling} and "
+                f"{adapter.kind}; set both, or neither"
+            )
+        if adapter.kind != "keys_values":
+            return
+        if others := [name for name in names if name != encoder.lender]:
+            raise ValueError(
+                f"adapter.kind keys_values hands over keys and values of the layers of {encoder.lender}, which other receivers "
+                f"do not have, got {', '.join(others)}; leave them out, or choose encoder.pooling memory"
+            )
+        adding = [
+            f"features.{name}"
+            for name in ("deep_prefix", "coprocessor")
+            if getattr(self.features, name) is not None
+        ]
+        if adapter.slot_positions:
+            adding.append("adapter.slot_positions")
+        if self.training.alignment_steps:
+            adding.append("training.alignment_steps")
+        if adding:
+            raise ValueError(
+                f"adapter.kind keys_values leaves slots without a vector or keys of their own to change, got "
+                f"{', '.join(adding)}; switch that off"
             )
 
     def _check_train_only(self, names: list[str]) -> None:

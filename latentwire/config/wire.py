@@ -113,12 +113,15 @@ class EncoderConfig(Section):
 
     kind: Literal["byte", "st", "lm"] = knob("byte", shards="value")
     """Encoder family. ``byte``: from scratch, on UTF-8 bytes; ``st``: token states of a pretrained sentence encoder;
-    ``lm``: those of a pretrained causal LM whose attention is made bidirectional (arXiv 2404.05961, 2510.20535)."""
+    ``lm``: those of a pretrained causal LM whose attention is made bidirectional (arXiv 2404.05961, 2510.20535), unless
+    ``attention`` says otherwise."""
     model: Model | None = knob(None, shards="value", may_change=("resumed run",))
     """Backbone of ``st`` and ``lm``: Hub id, local directory, an embedded toy, or ``receiver:<name>`` for a copy of that
     receiver's weights."""
     model_layers: int | None = Field(None, ge=1)
     """Keep the backbone's first layers only. ``None``: all."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a state of an ``lm`` backbone sees: the whole text, or what comes before it, as the LM was trained."""
     tune: Literal["frozen", "lora", "full"] = "full"
     """The part of the backbone that is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything."""
     lora_rank: int = Field(8, ge=1, le=512)
@@ -127,9 +130,15 @@ class EncoderConfig(Section):
     """Latent vectors in one message, unless ``tokens_per_latent`` says otherwise."""
     tokens_per_latent: int | None = knob(None, ge=1, le=1024, smaller_costs_more=True)
     """The message grows with the text: one latent for so many encoder tokens (``byte``: patches)."""
-    pooling: Literal["queries", "spans"] = "queries"
-    """Token states to latents: ``latent_len`` learned queries, interpolated where a message has another length, or the mean
-    over contiguous, evenly spaced spans (arXiv 2510.20535)."""
+    pooling: Literal["queries", "spans", "memory", "memory_kv"] = "queries"
+    """Token states to latents. ``queries``: by ``latent_len`` learned queries, interpolated where a message has another length;
+    ``spans``: means over contiguous, evenly spaced spans (arXiv 2510.20535). Two more append ``latent_len`` learned memory
+    tokens to the text in an ``lm`` backbone, interpolated likewise: ``memory`` takes their last states (arXiv 2307.06945),
+    ``memory_kv`` their keys and values in all layers, without rotary positions (arXiv 2408.03094). The latter needs
+    ``model: receiver:<name>``, ``projection: false`` and ``adapter.kind: keys_values``."""
+    projection: bool = True
+    """Normalise what is pooled and map it to ``d_z`` by a linear layer. Off: it is sent as it is, and ``d_z`` is its width, for
+    ``memory_kv`` keys and values of all layers together."""
     span_ends: Literal["even", "sentences"] = "even"
     """The ends of spans. ``even``: as many states in each; ``sentences``: in a message with no more latents than its text has
     sentences, each span holds whole ones, since a fact that is cut in two between two coarse latents is hard to read
@@ -142,7 +151,7 @@ class EncoderConfig(Section):
     that a paragraph's message is the same wherever it stands. Lines that are empty are left out."""
     private_len: int = Field(0, ge=0, le=1024)
     """Further latents for each receiver that only it reads. Needs ``pooling: queries`` and ``latent_len`` latents."""
-    d_z: int = Field(128, ge=1, le=8192)
+    d_z: int = Field(128, ge=1, le=131072)
     """Width of one latent vector."""
     d_model: int = Field(192, ge=8, le=8192)
     """Width inside the ``byte`` encoder and of the queries; a multiple of ``heads``."""
@@ -161,6 +170,11 @@ class EncoderConfig(Section):
         return self.kind in ("st", "lm")
 
     @property
+    def has_memory(self) -> bool:
+        """True where memory tokens stand behind the text, in the backbone's own pass."""
+        return self.pooling in ("memory", "memory_kv")
+
+    @property
     def lender(self) -> str | None:
         """The receiver of whose model it is a copy, where ``model`` says ``receiver:<name>``."""
         model = self.model or ""
@@ -176,6 +190,11 @@ class EncoderConfig(Section):
             raise ValueError(
                 f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model"
             )
+        if self.attention == "causal" and self.kind != "lm":
+            raise ValueError(
+                f"attention causal needs kind lm, got {self.kind}; choose that, or attention bidirectional"
+            )
+        self._check_memory()
         if self.span_ends == "sentences" and self.pooling != "spans":
             raise ValueError(
                 f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
@@ -194,10 +213,30 @@ class EncoderConfig(Section):
             )
         return self
 
+    def _check_memory(self) -> None:
+        if self.has_memory and self.kind != "lm":
+            raise ValueError(
+                f"pooling {self.pooling} needs kind lm, in whose pass memory tokens stand, got {self.kind}; choose that, or "
+                f"pooling queries"
+            )
+        if self.pooling == "memory_kv" and (
+            self.lender is None or self.model_layers is not None or self.projection
+        ):
+            raise ValueError(
+                f"pooling memory_kv hands a receiver keys and values of its own layers, so it needs model receiver:<name>, "
+                f"model_layers null and projection false, got {self.model}, {self.model_layers} and "
+                f"{str(self.projection).lower()}; set them, or pooling memory"
+            )
+
 
 class AdapterConfig(Section):
-    """Latents to the soft prompt of one receiver: a 2-layer MLP with a linear skip, then the scale."""
+    """Latents to the soft prompt of one receiver, then the scale."""
 
+    kind: Literal["mlp", "linear", "none", "keys_values"] = "mlp"
+    """``mlp``: a normalisation, a 2-layer MLP and a linear skip; ``linear``: the skip alone behind the normalisation (with
+    ``encoder.projection`` the two linear maps of arXiv 2510.20535); ``none``: the latents are the prompt, and ``d_z`` is the
+    receiver's width; ``keys_values``: a slot has no vector, its keys and values in all layers are those of its latent (arXiv
+    2408.03094), which needs ``encoder.pooling: memory_kv``."""
     hidden_multiple: float = Field(2.0, gt=0, le=64)
     """Hidden width of the MLP as a multiple of ``d_z``."""
     calibration: Literal["learned", "embed_rms", "none"] = "learned"

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from latentwire.config import RunConfig
 from latentwire.data.teachers import teacher_of
-from latentwire.losses.bundles import Teacher, teacher_reads, terms_on
+from latentwire.losses.bundles import Teacher, teacher_reads, weights_at
+from latentwire.losses.terms import TERMS
 from latentwire.models.pooling import Coarsening
 from latentwire.prompts.sequences import (
     ANSWER,
@@ -58,9 +59,6 @@ class TrainingCollator:
         self.training, self.losses = run.training, run.losses
         self.encoder = encoder
         self.stretch, self.cue = run.losses.reconstruction_tokens, run.losses.reconstruction_cue
-        controls = {term.control for term in terms_on(run.losses)}
-        self.asks = ANSWER in controls
-        self.reconstruct, self.continue_ = RECONSTRUCT in controls, CONTINUE in controls
         self.needs_teacher = bool(teacher_reads(run.losses))
         self.reads = run.prompt.reads
 
@@ -78,6 +76,11 @@ class TrainingCollator:
         )
         starts = range(0, table.num_rows, size)
         return [self._micro(table.slice(start, size), coarsening, length, step) for start in starts]
+
+    def _controls(self, step: int) -> set[int]:
+        """Return the sequences that have a weight in this step: answers, and what controls ask for."""
+        weights = weights_at(self.losses, max(0, step - self.training.alignment_steps))
+        return {TERMS[name].control for name in weights.terms}
 
     def _coarsening(self, step: int) -> Coarsening | None:
         steps = self.training.coarsening_steps
@@ -99,7 +102,8 @@ class TrainingCollator:
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
         message_R, first_M = once(whole)
         texts = {column: [values[row] for row in first_M] for column, values in rows.items()}
-        cuts = map(cut, texts["context"], texts["id"]) if self.continue_ else ()
+        controls = self._controls(step)
+        cuts = map(cut, texts["context"], texts["id"]) if CONTINUE in controls else ()
         parted = [pieces for pieces in cuts if pieces is not None]
         ids = [whole[row] for row in first_M] + self.encoder.token_ids(
             [before for before, _ in parted]
@@ -110,7 +114,7 @@ class TrainingCollator:
             slots = self.encoder.slots(tokens, name)
             if self.reads == "message":
                 sequences[name], message_ids[name] = self._read_by(
-                    name, rows, message_R, texts, parted, slots, step
+                    name, rows, message_R, texts, parted, slots, step, controls
                 )
             else:
                 slots_R = [slots[m] for m in message_R]
@@ -133,6 +137,7 @@ class TrainingCollator:
         parted: list[tuple[str, str]],
         slots: list[int],
         step: int,
+        controls: set[int],
     ) -> tuple[Batch, list[list[int]]]:
         """Return the sequences of one receiver, and its own ids of each message's text.
 
@@ -144,6 +149,7 @@ class TrainingCollator:
             parted: beginnings of texts, which have further messages, and what comes after each.
             slots: soft positions of each message, those of beginnings last.
             step: optimiser steps done so far.
+            controls: the sequences that have a weight in it.
         """
         builder = self.builders[name]
         messages: list[int] = []
@@ -156,7 +162,7 @@ class TrainingCollator:
             builder.tokenize([pair[part] for pair in parted], [], [])["context_ids"]
             for part in (0, 1)
         )
-        if self.asks:  # pretraining on texts alone asks nothing
+        if ANSWER in controls:  # pretraining on texts alone asks nothing
             asked = zip(
                 message_R, rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True
             )
@@ -164,7 +170,7 @@ class TrainingCollator:
                 builder.latent(slots[m], question, answer) for m, question, answer in asked
             ]
             messages += message_R
-        for m, ids in enumerate(text_ids if self.reconstruct else ()):
+        for m, ids in enumerate(text_ids if RECONSTRUCT in controls else ()):
             stretch, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
             sequences.append(builder.controlled(slots[m], RECONSTRUCT, stretch, given))
             messages.append(m)

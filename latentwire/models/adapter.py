@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from latentwire.config import AdapterConfig
+from latentwire.models.weights import ReceiverError
 from latentwire.prompts.sequences import CONTROLS
 
 
@@ -14,7 +15,8 @@ class Adapter(nn.Module):
 
     At initialisation the MLP's last layer is zero and the skip keeps unit RMS, so a calibrated
     prompt starts at the receiver's embedding RMS. ``control_CD`` holds the receiver's learned
-    control embeddings, one for each of :data:`CONTROLS`.
+    control embeddings, one for each of :data:`CONTROLS`. Kinds other than ``mlp`` leave parts out:
+    ``linear`` the MLP, ``none`` the skip too, and ``keys_values`` the prompt itself, which is zero.
     """
 
     def __init__(
@@ -29,27 +31,40 @@ class Adapter(nn.Module):
         """Build one for latents of width ``d_z`` and a receiver of width ``d_model``.
 
         ``slots``: positions of the soft prompt, for ``slot_positions``; ``None`` where they vary.
+        Raises :class:`~latentwire.models.weights.ReceiverError` for latents that are to be a prompt
+        and have another width than the receiver.
         """
         super().__init__()
         hidden = max(1, round(config.hidden_multiple * d_z))
+        self.kind, self.width = config.kind, d_model
         self.calibration, self.embed_rms = config.calibration, float(embed_rms)
-        self.norm = nn.LayerNorm(d_z)
-        self.skip = nn.Linear(d_z, d_model, bias=False)
-        self.up = nn.Linear(d_z, hidden)
-        self.down = nn.Linear(hidden, d_model)
-        if config.calibration == "learned":
+        if config.kind == "none" and d_z != d_model:
+            raise ReceiverError(
+                f"adapter.kind none needs encoder.d_z as wide as the receiver's embeddings, {d_model}, got {d_z}; set it "
+                f"to that, or adapter.kind linear"
+            )
+        if config.kind in ("mlp", "linear"):
+            self.norm = nn.LayerNorm(d_z)
+            self.skip = nn.Linear(d_z, d_model, bias=False)
+        if config.kind == "mlp":
+            self.up = nn.Linear(d_z, hidden)
+            self.down = nn.Linear(hidden, d_model)
+        if config.calibration == "learned" and config.kind != "keys_values":
             self.gain = nn.Parameter(torch.tensor(self.embed_rms))
         if config.slot_positions:
             self.position_LD = nn.Parameter(torch.zeros(slots or 0, d_model))
         self.control_CD = nn.Parameter(torch.randn(len(CONTROLS), d_model) * self.embed_rms)
-        nn.init.normal_(self.skip.weight, std=d_z**-0.5)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
+        if config.kind in ("mlp", "linear"):
+            nn.init.normal_(self.skip.weight, std=d_z**-0.5)
+        if config.kind == "mlp":
+            nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.bias)
 
     def forward(self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Map ``[B, L, Z]`` to ``[B, L, D]``; ``keep_BL`` marks real latents (``None``: all)."""
-        x_BLZ = self.norm(z_BLZ)
-        p_BLD = self.skip(x_BLZ) + self.down(nn.functional.gelu(self.up(x_BLZ)))
+        if self.kind == "keys_values":
+            return z_BLZ.new_zeros(*z_BLZ.shape[:2], self.width)
+        p_BLD = self._mapped(z_BLZ)
         if hasattr(self, "position_LD"):
             p_BLD = p_BLD + self.position_LD
         if self.calibration == "learned":
@@ -63,3 +78,11 @@ class Adapter(nn.Module):
         )
         mean_B = (p_BLD.square().mean(-1, keepdim=True) * keep_BL1).sum(1) / keep_BL1.sum(1)
         return p_BLD * (self.embed_rms * mean_B.clamp(min=1e-12).rsqrt())[:, None]
+
+    def _mapped(self, z_BLZ: torch.Tensor) -> torch.Tensor:
+        if self.kind == "none":
+            return z_BLZ
+        x_BLZ = self.norm(z_BLZ)
+        if self.kind == "linear":
+            return self.skip(x_BLZ)
+        return self.skip(x_BLZ) + self.down(nn.functional.gelu(self.up(x_BLZ)))

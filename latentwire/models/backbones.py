@@ -1,4 +1,4 @@
-"""Token states of a pretrained model: a sentence encoder, or a causal LM made bidirectional."""
+"""Token states of a pretrained model: a sentence encoder, or a causal LM made bidirectional or not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class PretrainedStates(States):
         Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
         """
         super().__init__()
-        self.kind, self.tuned = config.kind, config.tune
+        self.tuned = config.tune
+        self.bidirectional = config.kind == "lm" and config.attention == "bidirectional"
         source = backbone_source(config, receivers)
         self.tokenizer = load_tokenizer(source)
         self.backbone = _load(source, load_weights)
@@ -131,15 +132,7 @@ class PretrainedStates(States):
         length_B: torch.Tensor,
     ) -> torch.Tensor:
         """Return states ``[B, S, M]`` in fp32; at least one a row, zero for an empty text."""
-        mask = attention_WT
-        if self.kind == "lm":  # a 4-D mask is taken as it is, so every token sees every other
-            mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
-            if (
-                self.backbone.config.get_text_config()._attn_implementation == "eager"
-            ):  # adds its mask to the scores
-                # 0 and −inf are exact in any type.
-                nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
-                mask = nothing.masked_fill(~mask, -math.inf)
+        mask = self.mask(attention_WT)
         learning = torch.is_grad_enabled() and self.tuned != "frozen"
         with attached(self.backbone, self.updates), torch.set_grad_enabled(learning):
             state_WTM = self.backbone(input_ids=ids_WT, attention_mask=mask).last_hidden_state
@@ -147,6 +140,20 @@ class PretrainedStates(States):
         keep_BS = place_S < length_B[:, None]
         x_BSM = state_WTM.new_zeros(*keep_BS.shape, self.width)
         return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT]).float()
+
+    def mask(self, attention_WT: torch.Tensor) -> torch.Tensor:
+        """Return the backbone's mask of attention: the tokens themselves where it is left as it is."""
+        if not self.bidirectional:
+            return attention_WT
+        # A 4-D mask is taken as it is, so every token sees every other.
+        mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
+        if (
+            self.backbone.config.get_text_config()._attn_implementation == "eager"
+        ):  # adds its mask to the scores
+            # 0 and −inf are exact in any type.
+            nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
+            mask = nothing.masked_fill(~mask, -math.inf)
+        return mask
 
 
 def _load(source: ReceiverConfig, load_weights: bool) -> Any:

@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.message import Message
 from latentwire.models.backbones import PretrainedStates
+from latentwire.models.memory import MemoryStates
 from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_spans
 from latentwire.models.states import ByteStates, States
-from latentwire.models.weights import backbone_source, load_tokenizer
+from latentwire.models.weights import ReceiverError, backbone_source, load_tokenizer
 
 STATES: Mapping[str, Callable[[EncoderConfig, Mapping[str, ReceiverConfig], bool], States]] = {
     "byte": lambda config, *_: ByteStates(config),
@@ -144,10 +145,12 @@ class InterlinguaEncoder(nn.Module):
         """Build the encoder for ``receivers`` (by name).
 
         ``load_weights=False`` builds a backbone's shape alone.
-        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded, and
+        for another ``d_z`` than that of what is sent without a projection.
         """
         super().__init__()
-        self.states = STATES[config.kind](config, receivers, load_weights)
+        kind = MemoryStates if config.has_memory else STATES[config.kind]
+        self.states = kind(config, receivers, load_weights)
         self.lengths = MessageLengths(config, receivers, self.states.tokenizer)
         self.latent_len = config.latent_len
         self.private = self.lengths.private
@@ -157,8 +160,16 @@ class InterlinguaEncoder(nn.Module):
         if config.pooling == "queries":
             self.pool = SpanQueries(config.latent_len, self.states.width, config.heads, groups)
         self.parts = config.span_parts
-        self.norm = nn.LayerNorm(self.states.width)
-        self.project = nn.Linear(self.states.width, config.d_z // self.parts)
+        self.norm: nn.Module = nn.Identity()
+        self.project: nn.Module = nn.Identity()
+        if config.projection:
+            self.norm = nn.LayerNorm(self.states.width)
+            self.project = nn.Linear(self.states.width, config.d_z // self.parts)
+        elif config.d_z != (width := self.states.width * self.parts):
+            raise ReceiverError(
+                f"encoder.d_z must be {width}, the width of what is pooled, where encoder.projection is false, got "
+                f"{config.d_z}; set it to that"
+            )
         self.dropout = nn.Dropout(config.latent_dropout)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
@@ -235,12 +246,7 @@ class InterlinguaEncoder(nn.Module):
 
     def forward(self, tokens: EncoderTokens) -> Message:
         """Encode tokens on this module's device into one message a text."""
-        x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
-        length_B = tokens.latents_B
-        if self.pool is None:
-            pooled_BLM = span_means(x_BSM, tokens.length_B, length_B, tokens.ends_BS, self.parts)
-        else:
-            pooled_BLM = self.pool(x_BSM, tokens.length_B, length_B)
+        length_B, pooled_BLM = tokens.latents_B, self._pooled(tokens)
         # Each latent is P parts side by side: [B, L·P, Z/P] → [B, L, Z].
         z_BLZ = self.project(self.norm(pooled_BLM)).unflatten(1, (-1, self.parts)).flatten(2)
         z_BLZ = self.dropout(z_BLZ)
@@ -258,6 +264,15 @@ class InterlinguaEncoder(nn.Module):
         return Message(
             pad_sequence(z_BLZ[keep_BL].split(joined_B.tolist()), batch_first=True), joined_B
         )
+
+    def _pooled(self, tokens: EncoderTokens) -> torch.Tensor:
+        """Return what each latent is made of, ``[B, L·P, M]``."""
+        if isinstance(self.states, MemoryStates):
+            return self.states(**tokens.tensors, latents_B=tokens.latents_B)
+        x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
+        if self.pool is not None:
+            return self.pool(x_BSM, tokens.length_B, tokens.latents_B)
+        return span_means(x_BSM, tokens.length_B, tokens.latents_B, tokens.ends_BS, self.parts)
 
 
 def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tensor:

@@ -69,13 +69,7 @@ class SpanQueries(nn.Module):
         """Return each latent's query, its place in the text (0 to 1), and the size of its group."""
         place_L = torch.arange(int(latents_B.max()), device=latents_B.device)
         share_BL = ((place_L + 0.5) / latents_B[:, None]).clamp(max=1)
-        # A message of another length reads between the learned queries, linearly.
-        at_BL = (share_BL * self.count - 0.5).clamp(0, self.count - 1)
-        below_BL = at_BL.floor().long()
-        above_BL = (below_BL + 1).clamp(max=self.count - 1)
-        query_BLM = torch.lerp(
-            self.query[below_BL], self.query[above_BL], (at_BL - below_BL)[..., None]
-        )
+        query_BLM = interpolated(self.query[: self.count], share_BL)
         size_BL = latents_B[:, None].expand_as(share_BL)
         alike = (len(latents_B), -1)
         return (
@@ -83,6 +77,18 @@ class SpanQueries(nn.Module):
             torch.cat((share_BL, self.share_P.expand(alike)), 1),
             torch.cat((size_BL, self.size_P.expand(alike)), 1),
         )
+
+
+def interpolated(vector_CM: torch.Tensor, share_BL: torch.Tensor) -> torch.Tensor:
+    """Read between C vectors, linearly, at places from 0 to 1: ``[B, L, M]``.
+
+    A message of C latents, whose centres lie at (l + 0.5) / C, reads the vectors themselves.
+    """
+    last = len(vector_CM) - 1
+    at_BL = (share_BL * len(vector_CM) - 0.5).clamp(0, last)
+    below_BL = at_BL.floor().long()
+    above_BL = (below_BL + 1).clamp(max=last)
+    return torch.lerp(vector_CM[below_BL], vector_CM[above_BL], (at_BL - below_BL)[..., None])
 
 
 @dataclass(frozen=True)

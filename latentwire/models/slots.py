@@ -1,15 +1,25 @@
-"""Adding to the keys and values of a receiver's soft slots, layer by layer."""
+"""Changing the keys and values of a receiver's soft slots, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from latentwire.models.weights import ReceiverError
+
+KEYS_VALUES = "encoder.pooling memory_kv"
+"""Who hands over keys and values, in the place of a feature's name."""
+
+
+def _misfit(feature: str, need: str, lm: nn.Module) -> ReceiverError:
+    user, way_out = f"feature {feature}", f"switch it off: --set features.{feature}=null"
+    if feature == KEYS_VALUES:
+        user, way_out = feature, "choose encoder.pooling memory"
+    return ReceiverError(f"{user} needs a receiver {need}, {type(lm).__name__} has none; {way_out}")
 
 
 def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
@@ -20,10 +30,7 @@ def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
     base: Any = lm.base_model
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ReceiverError(
-            f"feature {feature} needs a receiver with base_model.layers, {type(lm).__name__} has "
-            f"none; switch it off: --set features.{feature}=null"
-        )
+        raise _misfit(feature, "with base_model.layers", lm)
     return layers
 
 
@@ -45,11 +52,7 @@ def attentions(lm: nn.Module, feature: str) -> list[Any]:
     modules: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
     for attention in modules:
         if not all(hasattr(attention, name) for name in ("k_proj", "v_proj", "head_dim")):
-            raise ReceiverError(
-                f"feature {feature} needs a receiver whose layers have self_attn.k_proj and "
-                f"v_proj, {type(lm).__name__} has none; switch it off: --set "
-                f"features.{feature}=null"
-            )
+            raise _misfit(feature, "whose layers have self_attn.k_proj and v_proj", lm)
     return modules
 
 
@@ -68,32 +71,52 @@ def heads_of_entries(lm: nn.Module, feature: str) -> torch.Tensor:
     return torch.cat(heads)
 
 
-@contextmanager
 def added_to_slots(
     lm: nn.Module, added_NE: torch.Tensor, latents_RS: torch.Tensor
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Add to the keys and values of latents, while the receiver reads sequences with them.
 
     ``added_NE``: a vector for each latent, row by row, E being the width of all :func:`projections`
     together; ``latents_RS``: where latents stand. The slots' own cache entries change in place, in
     the pass that holds the slots: no position comes on top, and later decode steps find them.
     """
-    targets = projections(lm, "deep_prefix")
+    return _changed(lm, "deep_prefix", added_NE, latents_RS, torch.Tensor.index_add)
+
+
+def put_in_slots(
+    lm: nn.Module, kv_NE: torch.Tensor, latents_RS: torch.Tensor
+) -> AbstractContextManager[None]:
+    """Put keys and values in place of the latents' own; else as :func:`added_to_slots`.
+
+    Keys are those before rotary positions: they get the ones of the slots.
+    """
+    return _changed(lm, KEYS_VALUES, kv_NE, latents_RS, torch.Tensor.index_copy)
+
+
+@contextmanager
+def _changed(
+    lm: nn.Module,
+    feature: str,
+    change_NE: torch.Tensor,
+    latents_RS: torch.Tensor,
+    change: Callable[..., torch.Tensor],
+) -> Iterator[None]:
+    targets = projections(lm, feature)
     # Counted once: with a mask in every layer the host would wait there for the GPU's count.
     place_N = latents_RS.flatten().nonzero().squeeze(1)
     with ExitStack() as stack:
-        parts = added_NE.split([target.out_features for target in targets], dim=-1)
+        parts = change_NE.split([target.out_features for target in targets], dim=-1)
         for target, part_NE in zip(targets, parts, strict=True):
 
-            def add(
+            def act(
                 _: nn.Module, __: tuple, output: torch.Tensor, part_NE: torch.Tensor = part_NE
             ) -> torch.Tensor:
                 if output.shape[:2] != latents_RS.shape:
                     return output
                 part_NE = part_NE.to(output.device, output.dtype)
                 output_ME = output.flatten(0, 1)  # M: rows × positions
-                output_ME = output_ME.index_add(0, place_N.to(output.device), part_NE)
+                output_ME = change(output_ME, 0, place_N.to(output.device), part_NE)
                 return output_ME.view_as(output)
 
-            stack.callback(target.register_forward_hook(add).remove)
+            stack.callback(target.register_forward_hook(act).remove)
         yield

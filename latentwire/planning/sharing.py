@@ -68,6 +68,8 @@ def obstacles(space: SweepConfig) -> list[str]:
             reasons.append(f"features.{name} acts on the receivers' own layers")
     if run.prefix is not None and run.prefix.layers:
         reasons.append("prefix.layers acts on the receivers' own layers")
+    if run.adapter.kind == "keys_values":
+        reasons.append("adapter.kind keys_values acts on the receivers' own layers")
     if run.training.log_gradient_norms:
         reasons.append("training.log_gradient_norms takes a backward pass per term")
     spread = [receiver.name for receiver in run.receivers if receiver.device_map != "none"]
@@ -123,6 +125,8 @@ def encoder_bytes(run: RunConfig) -> int:
         ).get_text_config()
         layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
     positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
+    if encoder.has_memory:
+        positions += rows_of(run) * slots_of(run)
     return 4 * ENCODER_WORDS * positions * layers * width
 
 

@@ -148,6 +148,8 @@ def _lengths(run: RunConfig, condition: Condition) -> EncoderConfig:
     if run.encoder.lender is not None:  # by its own name: the reader may be of another receiver
         models = {receiver.name: receiver.model for receiver in run.receivers}
         changed["model"] = models[run.encoder.lender]
+    if run.encoder.has_memory:  # nothing is appended to a text that is not encoded
+        changed |= {"pooling": "queries", "projection": True}
     if condition.budget is not None:
         changed[condition.budget.knob] = condition.budget.value
     return run.encoder.model_copy(update=changed)

@@ -52,6 +52,29 @@ def test_pretraining_on_texts_asks_nothing(wire: LatentWire, table: pa.Table) ->
     assert not batch.teacher
 
 
+def test_a_text_is_no_sequence_of_a_step_in_which_it_has_no_weight(
+    wire: LatentWire, table: pa.Table
+) -> None:
+    first, then = ({"kind": "step", "start": a, "end": 1 - a, "steps": 5} for a in (1.0, 0.0))
+    values = {
+        "training.alignment_steps": 2,
+        "losses.reconstruction_ce_weight": 1.0,
+        "losses.continuation_ce_weight": 1.0,
+        "losses.schedules": {
+            "reconstruction_ce_weight": first,
+            "continuation_ce_weight": first,
+            "answer_ce_weight": then,
+        },
+    }
+    collate = collator(wire, values)
+    for steps, controls in (((0, 1, 2, 6), {RECONSTRUCT, CONTINUE}), ((7, 99), {ANSWER})):
+        for step in steps:
+            (batch,) = collate(table.slice(0, 3), step)
+            assert set(batch.sequences["llama"].control_R.tolist()) == controls
+            messages = 6 if CONTINUE in controls else 3  # beginnings of texts have their own
+            assert len(batch.tokens.length_B) == messages
+
+
 def test_a_stretch_is_said_again_after_a_cue(wire: LatentWire, table: pa.Table) -> None:
     values = {
         "losses.answer_ce_weight": 0.0, "losses.reconstruction_ce_weight": 1.0,

@@ -198,6 +198,11 @@ def test_a_cosine_is_slow_at_both_ends() -> None:
     assert shares[1] < 0.1 and schedule.factor(99) == 1
 
 
+def test_a_step_changes_at_its_step() -> None:
+    schedule = Schedule(kind="step", start=1.0, end=0.0, steps=3)
+    assert [schedule.factor(step) for step in range(5)] == [1, 1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("rows_at_once", [None, 2])
 def test_an_answers_token_meets_its_own_teacher_whatever_stands_between(
     rows_at_once: int | None,

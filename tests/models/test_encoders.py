@@ -63,6 +63,22 @@ KINDS: dict[str, dict] = {
     },
     "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
     "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
+    "lm-causal": {"kind": "lm", "model": "toy-qwen", "attention": "causal", "pooling": "spans"},
+    "lm-memory": {
+        "kind": "lm",
+        "model": "toy-qwen",
+        "attention": "causal",
+        "pooling": "memory",
+        "tokens_per_latent": 4,
+    },
+    "lm-memory-kv": {
+        "kind": "lm",
+        "model": "receiver:llama",
+        "pooling": "memory_kv",
+        "projection": False,
+        "tune": "lora",
+        "d_z": 512,
+    },
 }
 
 
@@ -234,6 +250,20 @@ def test_a_causal_lm_is_made_bidirectional() -> None:
     assert not torch.allclose(one[0], other[0], atol=1e-3)  # the first token sees the last
 
 
+def test_a_mask_that_shows_everything_is_the_default_and_none_leaves_the_lm_as_it_is() -> None:
+    for attention in ("bidirectional", "causal"):
+        config = EncoderConfig(kind="lm", model="receiver:llama", attention=attention)
+        states = PretrainedStates(config, RECEIVERS, load_weights=True).eval()
+        ids = own_ids(states, [TEXTS[0]])[0]
+        tensors, _ = states.collate([ids])
+        shown_SS = torch.ones(1, 1, *2 * tensors["ids_WT"].shape[1:], dtype=torch.bool)
+        shown = {"attention_mask": shown_SS} if attention == "bidirectional" else {}
+        with torch.no_grad():
+            state_SM = states.backbone(input_ids=tensors["ids_WT"], **shown).last_hidden_state[0]
+            found_SM = states(**tensors, length_B=torch.tensor([len(ids)]))[0]
+        assert torch.equal(found_SM, state_SM[len(states.prefix) :])
+
+
 def test_eager_attention_gives_what_sdpa_gives() -> None:
     receivers = {"llama": RECEIVERS["llama"].model_copy(update={"attn_implementation": "eager"})}
     config = EncoderConfig(kind="lm", model="receiver:llama")
@@ -326,6 +356,18 @@ def test_layers_and_backbones_that_are_not_there() -> None:
         ReceiverError, match="receiver encoder: model must be a Hub id or an existing directory"
     ):
         PretrainedStates(EncoderConfig(kind="lm", model="./nowhere"), RECEIVERS, load_weights=True)
+
+
+def test_a_linear_adapter_is_the_start_of_an_mlp() -> None:
+    adapters = []
+    for kind in ("mlp", "linear"):
+        adapters.append(Adapter(AdapterConfig(kind=kind), d_z=8, d_model=16, embed_rms=0.03))
+    mlp, linear = adapters
+    linear.skip.load_state_dict(mlp.skip.state_dict())
+    z_BLZ = torch.randn(2, 3, 8)
+    torch.testing.assert_close(linear(z_BLZ), mlp(z_BLZ))
+    trained = {name for name, _ in linear.named_parameters()}
+    assert trained == {"norm.weight", "norm.bias", "skip.weight", "gain", "control_CD"}
 
 
 @pytest.mark.parametrize("calibration", ["learned", "embed_rms", "none"])

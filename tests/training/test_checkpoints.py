@@ -27,6 +27,7 @@ from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from tests.conftest import untimed, wire_of
+from tests.models.test_memory import HANDED
 
 TEXTS = ["Ada lives in Oslo.", "Ben eats rice. Cleo owns a goat."]
 
@@ -179,6 +180,15 @@ VARIANTS: dict[str, dict] = {
         "adapter.calibration": "embed_rms",
     },
     "private": {"encoder.private_len": 2, "adapter.slot_positions": True},
+    "memory": {
+        "encoder.kind": "lm",
+        "encoder.model": "toy-qwen",
+        "encoder.tune": "lora",
+        "encoder.attention": "causal",
+        "encoder.pooling": "memory",
+        "adapter.kind": "linear",
+    },
+    "keys-values": HANDED,
 }
 RELOAD = """
 import json, sys
@@ -212,7 +222,7 @@ def test_every_combination_of_features_reloads_bit_equal_in_a_new_process(
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         checkpoints.save(tmp_path / name / "checkpoint", wire, {}, {})
         expected[name] = wire.encode(TEXTS).z_BLZ, summarise(list(predict(wire, rows, "latent")))
-    assert len(expected) == 2 ** len(FEATURES) + 4
+    assert len(expected) == 2 ** len(FEATURES) + 6
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True)
     for name, (z_BLZ, scores) in expected.items():
         assert torch.equal(torch.load(tmp_path / name / "z.pt", weights_only=True), z_BLZ), name

@@ -25,6 +25,7 @@ from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from latentwire.training.text_readers import Budget
 from tests.conftest import shard_table, wire_of
+from tests.models.test_memory import HANDED
 
 TUNED = Condition("text", tuned=True)
 
@@ -68,6 +69,17 @@ def test_a_prefix_of_a_texts_own_embeddings_reads_as_that_text(
             dataclasses.replace(p, ids=p.ids[: p.answer.start], supervised=range(0)) for p in hard
         ]
         assert reader.decode(name, asked)[0] == reader.decode(name, plainly)[0]
+
+
+@pytest.mark.parametrize("reads", ["text", "truncated"])
+def test_a_reader_beside_a_message_of_keys_and_values_is_a_whole_configuration(reads: str) -> None:
+    """It is written out and read back as any other, and shows text of the message's length."""
+    tuned = {"evaluation.tuned_text": {"steps": 2, "batch_size": 4}}
+    run = with_values(RunConfig(), HANDED | tuned | {"encoder.tokens_per_latent": 3})
+    condition = Condition(reads, tuned=True)
+    reader = text_readers.reader_run(run, run.receivers, condition, Budget(2, 4), 8, 0.1)
+    assert RunConfig.model_validate(reader.model_dump(mode="json")) == reader
+    assert reader.encoder.tokens_per_latent == (3 if reads == "truncated" else None)
 
 
 def test_a_wires_own_prefix_stands_before_its_latents(run: RunConfig, table: pa.Table) -> None:
