@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from cyclopts import App
+from xdist.scheduler import LoadFileScheduling
 
 from latentwire.cli import LAST_WINS
 from latentwire.cli.flags import NO_FLAGS, NO_START, SharedFlags, SharedStart
@@ -55,20 +56,38 @@ def flags_of(*words: str) -> tuple[Any, Any]:
 
 LONGEST_FIRST = (
     "test_chaos.py",
-    "test_cluster.py",
-    "test_benchmarks.py",
+    "ray_jobs/test_cluster.py",
+    "ray_jobs/test_stages.py",
+    "ray_jobs/test_tune.py",
+    "ray_jobs/test_sharing.py",
     "test_chaos_shared.py",
-    "test_tune.py",
-    "test_stages.py",
+    "test_examples.py",
+    "test_benchmarks.py",
     "test_wire_carries.py",
 )
-"""Files that take minutes: the others fill the time of the processes that end sooner."""
+"""Files whose tests take minutes, and share nothing with each other: the others fill the time that is left."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(str(item.path.relative_to(here)), len(order)))
+
+
+class LongTestsApart(LoadFileScheduling):
+    """Hands a process of pytest-xdist one long test at a time, and of all others a whole file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file.removeprefix("tests/") in LONGEST_FIRST else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongTestsApart | None:
+    """Part the tests so that both processes end together."""
+    by_file = config.getvalue("dist") == "loadfile"
+    return LongTestsApart(config, log) if by_file else None
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ class WorkerTask:
     """GPUs of one worker."""
     served: Any
     """Replicas of the receivers; None where the workers hold their own."""
+    rows: Mapping[str, Any] | None = None
+    """Iterators over ``train`` and ``dev`` for a lone worker; None where Ray Train hands them out."""
 
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:

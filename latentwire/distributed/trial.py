@@ -1,14 +1,14 @@
 """One run on Ray: the trial's driver, and the TorchTrainer that it starts.
 
-Every trial has a driver and a controller, each a fresh process that imports this module: it is light on purpose, and what
-the workers run lies in :mod:`latentwire.distributed.worker`.
+Every trial has a driver, a fresh process that imports this module: it is light on purpose, and what the workers run lies in
+:mod:`latentwire.distributed.worker`. The driver is the trial's controller too (:mod:`latentwire.distributed.controller`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,16 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     ENABLE_PRINT_PATCH_ENV_VAR,
     ENV_VARS_TO_PROPAGATE,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
 )
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
+from latentwire.distributed.controller import TuneReport
 from latentwire.distributed.task import ERROR_FILE, WorkerTask, leave_cause
 from latentwire.distributed.waiting import PatientTrainer, is_lasting
 from latentwire.distributed.worker_output import trial_log
@@ -40,6 +42,8 @@ TAKES_UP = "takes_up_trial"
 ROOM_SECONDS = "120"
 """How often a trial that waits for room says so. It waits for as long as it takes: the planner has
 refused what could never start."""
+POLL_SECONDS = "1"
+"""Between two looks of a trial's driver at its workers, and the longest that the end of a training goes unnoticed."""
 START_FAILURES = 2
 """Deaths of a trial's workers as they start that count as no failure of the training."""
 
@@ -110,7 +114,7 @@ def drive_trial(
                 pins=variant.pins,
                 metric=space.tune.metric,
                 mode=space.tune.mode,
-                callbacks=[TuneReportCallback()],
+                callbacks=[TuneReport()],
                 served=served,
             ).fit()
         except Exception as error:
@@ -129,15 +133,15 @@ def name_cluster() -> None:
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
-def data_config() -> ray.train.DataConfig:
-    """Return how Train hands datasets to workers: ``train`` in shares, ``dev`` whole, both in order.
+def data_config(shared: Sequence[str] = ("train",)) -> ray.train.DataConfig:
+    """Return how Train hands datasets to workers: ``shared`` ones in shares, others whole, all in order.
 
     Train reads them by options of its own, not by those that they were made with. A resumed run skips
     the batches that it has used: in an order that hangs on which task ends first it would repeat some
     rows and leave out others.
     """
     in_order = ray.data.ExecutionOptions(preserve_order=True)
-    return ray.train.DataConfig(datasets_to_split=["train"], execution_options=in_order)
+    return ray.train.DataConfig(datasets_to_split=list(shared), execution_options=in_order)
 
 
 def make_trainer(
@@ -165,9 +169,14 @@ def make_trainer(
     name_cluster()
     os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, ROOM_SECONDS)  # Train hands both on
     os.environ.setdefault(ENABLE_PRINT_PATCH_ENV_VAR, "0")  # it prints every line of a worker twice
+    os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, POLL_SECONDS)
+    os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"  # the trainer has one without a process
     resources = {"CPU": run.training.cpus_per_worker} | run.training.worker_resources
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
+    rows = None
+    if run.training.num_workers == 1 and run.data.in_memory:
+        (rows,) = data_config(()).configure(datasets, 1, None, None)
     return PatientTrainer(
         train_worker,
         train_loop_config={
@@ -182,6 +191,7 @@ def make_trainer(
                 mode=mode,
                 gpus=gpus_per_worker,
                 served=served,
+                rows=rows,
             )
         },
         scaling_config=ray.train.ScalingConfig(
@@ -196,6 +206,6 @@ def make_trainer(
                 max_failures=run.training.max_failures, controller_failure_limit=START_FAILURES
             ),
         ),
-        datasets=datasets,
+        datasets=datasets if rows is None else {},
         dataset_config=data_config(),
     )  # fmt: skip

@@ -16,6 +16,8 @@ import ray
 from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     DEFAULT_WORKER_GROUP_START_TIMEOUT_S,
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
@@ -24,6 +26,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.config import FailureConfig
 
+from latentwire.distributed.controller import GroupNote, PreemptionThread, own_actor, run_here
 from latentwire.distributed.worker_output import tell
 from latentwire.errors import UserError
 from latentwire.storage import StorageError
@@ -81,7 +84,17 @@ class PatientPolicy(DefaultFailurePolicy):
 
 
 class PatientTrainer(TorchTrainer):
-    """A TorchTrainer under :class:`PatientPolicy`."""
+    """A TorchTrainer under :class:`PatientPolicy`, whose controller runs in the actor that fits it."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = [*super()._create_default_callbacks(), PreemptionThread()]
+        left_out: list[type] = [] if self.datasets else [DatasetsCallback]
+        if (
+            own_actor() is not None
+        ):  # else Ray's controller is an actor, and has a cleaner of its own
+            left_out.append(PlacementGroupCleanerCallback)
+            callbacks.append(GroupNote())
+        return [each for each in callbacks if not isinstance(each, tuple(left_out))]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         scaling = self.scaling_config
@@ -89,7 +102,8 @@ class PatientTrainer(TorchTrainer):
         needed = {name: amount * scaling.num_workers for name, amount in per_worker.items()}
         name = str(self.run_config.name)
         options["failure_policy"] = PatientPolicy(self.run_config.failure_config, name, needed)
-        return super()._initialize_and_run_controller(**options)
+        run = super()._initialize_and_run_controller if own_actor() is None else run_here
+        return run(**options)
 
 
 def amounts(resources: Mapping[str, float]) -> str:

@@ -70,7 +70,7 @@ def _train(task: WorkerTask) -> None:
     if last and workers.rank == 0:
         tell(f"{folder.name}: resumed at step {trainer.progress.step} on {socket.gethostname()}")
     dev = pa.concat_tables(
-        ray.train.get_dataset_shard("dev").iter_batches(batch_size=None, batch_format="pyarrow")
+        rows_of(task, "dev").iter_batches(batch_size=None, batch_format="pyarrow")
     )
     if (
         not last and run.training.init_from is not None
@@ -86,7 +86,7 @@ def _train(task: WorkerTask) -> None:
         "trial start: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items()),
         flush=True,
     )
-    rows = ray.train.get_dataset_shard("train")
+    rows = rows_of(task, "train")
     tell_progress = ProgressTeller(folder.name)
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
@@ -150,6 +150,11 @@ def _train(task: WorkerTask) -> None:
         *earlier, latest = map(placed, reported)
         ray.train.report(latest | {EARLIER: json.dumps(earlier)})
     trainer.train(epochs, report)
+
+
+def rows_of(task: WorkerTask, name: str) -> Any:
+    """Return this worker's iterator over ``train`` or ``dev``."""
+    return ray.train.get_dataset_shard(name) if task.rows is None else task.rows[name]
 
 
 class Traffic:

@@ -86,6 +86,8 @@ def trial_log(folder: Place, rank: int = 0) -> Iterator[None]:
         sys.stdout, sys.stderr = Tee(sys.stdout, file), Tee(sys.stderr, file)
         try:
             yield
+        except SystemExit:  # Tune stops a trial by it
+            raise
         except BaseException:
             traceback.print_exc(file=file)  # Ray shows it to the driver by itself
             raise

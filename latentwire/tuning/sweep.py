@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from latentwire.config import SweepConfig, TuneConfig
+from latentwire.distributed.controller import dead_groups_removed
 from latentwire.distributed.driver_log import LOG
 from latentwire.distributed.sweep_files import Files, common_protocol_hash, load_datasets
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
@@ -164,7 +165,7 @@ def run_sweep(
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with stop.searching(config.time_budget_minutes), screen.shown():
+    with stop.searching(config.time_budget_minutes), screen.shown(), dead_groups_removed():
         tuner.fit()
     if not stop.taken:
         keep_journal(output / JOURNAL)

@@ -1,12 +1,17 @@
-"""Groups that a killed driver leaves are removed, and nobody else's."""
+"""Groups that a killed driver or trial leaves are removed, and nobody else's."""
 
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
+import ray
+from ray.util import placement_group_table
+from ray.util.placement_group import placement_group
 from ray.util.state.common import ActorState, JobState, PlacementGroupState
 
+from latentwire.distributed import controller
 from latentwire.distributed.orphans import orphaned, remove_orphaned_groups
 
 RESTLESS = """
@@ -60,37 +65,74 @@ def test_only_groups_of_ended_jobs_without_actors_are_orphans() -> None:
     assert orphaned(groups, jobs, [actor("01"), actor("03")]) == ["b", "e"]
 
 
-@pytest.mark.slow
-def test_what_a_killed_driver_left_is_removed() -> None:
-    import ray
-    from ray.util import placement_group_table
-    from ray.util.placement_group import placement_group
-
+@pytest.fixture(scope="module")
+def _ray() -> Iterator[None]:
     ray.init(num_cpus=2)
-    try:
-        address = ray.get_runtime_context().gcs_address
-        mine = placement_group([{"CPU": 0.01}], name="mine")
-        kept = {"mine"}
-        for attempt in range(10):  # about two of three drivers leave one
-            command = [sys.executable, "-c", RESTLESS, address, f"kept {attempt}"]
-            with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            ) as driver:
-                assert driver.stdout is not None and driver.stdout.readline() == b"ready\n"
-                kept.add(f"kept {attempt}")
-                time.sleep(1.5)
-                assert remove_orphaned_groups() == []  # its job is there
-                driver.kill()
-            time.sleep(6)  # Ray's own removing, and the ends of the actors
-            if removed := remove_orphaned_groups():
-                break
-        assert removed, "no driver left a group: Ray may have mended it, and this could go"
-        end = time.time() + 20
-        while {
-            g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"
-        } != kept:
-            assert time.time() < end, placement_group_table()
-            time.sleep(0.2)
-        assert remove_orphaned_groups() == [] and mine.wait(5)
-    finally:
-        ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def groups() -> set[str]:
+    """Names of the placement groups that are there."""
+    table = placement_group_table().values()
+    return {group["name"] for group in table if group["state"] != "REMOVED"}
+
+
+def wait_for(names: set[str], seconds: float = 20) -> None:
+    """Until these groups and no others are there."""
+    end = time.time() + seconds
+    while groups() != names:
+        assert time.time() < end, placement_group_table()
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_what_a_killed_driver_left_is_removed() -> None:
+    before = groups()
+    address = ray.get_runtime_context().gcs_address
+    mine = placement_group([{"CPU": 0.01}], name="mine")
+    kept = before | {"mine"}
+    for attempt in range(10):  # about two of three drivers leave one
+        command = [sys.executable, "-c", RESTLESS, address, f"kept {attempt}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+            assert driver.stdout is not None and driver.stdout.readline() == b"ready\n"
+            kept.add(f"kept {attempt}")
+            time.sleep(1.5)
+            assert remove_orphaned_groups() == []  # its job is there
+            driver.kill()
+        time.sleep(6)  # Ray's own removing, and the ends of the actors
+        if removed := remove_orphaned_groups():
+            break
+    assert removed, "no driver left a group: Ray may have mended it, and this could go"
+    wait_for(kept)
+    assert remove_orphaned_groups() == [] and mine.wait(5)
+
+
+@ray.remote(num_cpus=0)
+class TrialDriver:
+    """An actor that holds a group for workers, and notes it as a trial's driver does."""
+
+    def __init__(self, name: str) -> None:
+        self.group = placement_group([{"CPU": 0.01}], name=name)
+        self.group.wait(20)
+        controller.note(self.group.id.hex(), controller.own_actor(), namespace=controller.GROUPS)
+
+    def group_id(self) -> str:
+        return self.group.id.hex()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_what_a_killed_trial_left_is_removed_while_the_sweep_goes_on() -> None:
+    before = groups()
+    drivers = {name: TrialDriver.remote(name) for name in ("killed", "living")}
+    group_ids = {name: ray.get(driver.group_id.remote()) for name, driver in drivers.items()}
+    assert controller.remove_dead_groups() == [] and groups() == before | {"killed", "living"}
+    ray.kill(drivers["killed"])
+    time.sleep(2)
+    assert "killed" in groups(), "Ray removed the group by itself, and ours could go"
+    with controller.dead_groups_removed():
+        wait_for(before | {"living"})
+    assert controller.remove_dead_groups() == []  # it is forgotten
+    assert controller.recall(group_ids["living"], namespace=controller.GROUPS) is not None

@@ -257,7 +257,7 @@ def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
             )
 
         monkeypatch.setattr(trial, "make_trainer", make_trainer)
-        monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
+        monkeypatch.setattr(trial, "TuneReport", SimpleNamespace)
         values = search.suggest("a")
         drive_trial(
             values,
@@ -330,7 +330,7 @@ def test_a_driver_leaves_the_cause_whatever_ended_its_trial(
         return SimpleNamespace(fit=lambda: (_ for _ in ()).throw(failed))
 
     monkeypatch.setattr(trial, "make_trainer", make_trainer)
-    monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
+    monkeypatch.setattr(trial, "TuneReport", SimpleNamespace)
     space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     log = tmp_path / "trial-3" / "log-1.txt"  # of the worker that failed
@@ -349,7 +349,7 @@ def test_a_trainer_that_cannot_be_made_is_a_failure_with_its_cause(
         raise ReceiverError("receiver llama: no decoder")
 
     monkeypatch.setattr(trial, "make_trainer", make_trainer)
-    monkeypatch.setattr(trial, "TuneReportCallback", SimpleNamespace)
+    monkeypatch.setattr(trial, "TuneReport", SimpleNamespace)
     space = SweepConfig()
     variants: Any = {variant_key(space.run): Variant({}, 16, tmp_path, {})}
     drive_trial(

@@ -13,15 +13,21 @@ REPOSITORY = Path(__file__).parent.parent.parent
 Job = Callable[..., subprocess.Popen]
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """Start ``python <script> <flags>`` with its shards under ``tmp_path`` and its output in ``tmp_path/log``."""
+@pytest.fixture(scope="session")
+def common_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of shards for commands that are about other things: whichever needs some first makes them."""
+    return tmp_path_factory.mktemp("shards")
 
-    def start(script: str, *flags: str) -> subprocess.Popen:
+
+@pytest.fixture
+def job(tmp_path: Path, common_shards: Path) -> Job:
+    """Start ``python <script> <flags>`` with its output in ``tmp_path/log``; ``shards``: a directory of its own for them."""
+
+    def start(script: str, *flags: str, shards: Path | None = None) -> subprocess.Popen:
         log = (tmp_path / "log").open("w")
-        shards = ["--set", f"data.shard_dir={tmp_path / 'shards'}"]
+        where = ["--set", f"data.shard_dir={shards or common_shards}"]
         return subprocess.Popen(
-            [sys.executable, script, *flags, *shards],
+            [sys.executable, script, *flags, *where],
             cwd=REPOSITORY,
             stdout=log,
             stderr=subprocess.STDOUT,

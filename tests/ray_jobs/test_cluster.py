@@ -251,13 +251,13 @@ def ray_command(*arguments: str, seconds: float = 60) -> str:
 
 
 def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_down(
-    autoscaled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    autoscaled: str, tmp_path: Path, common_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs find the code by ``PYTHONPATH``: fake nodes share one session directory, in which each would unpack an uploaded
     working directory anew, under the feet of the others. The last job, which fails on the head, is uploaded."""
     output, script = tmp_path / "sweep", str(REPOSITORY / "ray_jobs" / "tune.py")
     first = [sys.executable, script, *ONE_VARIANT, *TINY, *STEPS, *TRIAL_NODE, "--max_steps=200", "--set", "tune.trials=2",
-             "--set", f"data.shard_dir={tmp_path / 'shards'}", "--output_dir", str(output)]  # fmt: skip
+             "--set", f"data.shard_dir={common_shards}", "--output_dir", str(output)]  # fmt: skip
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}})
 
     def submit(name: str, command: list[str], *upload: str) -> None:

@@ -15,7 +15,7 @@ def test_trials_that_are_stopped_leave_nothing_with_shared_receivers(
 ) -> None:
     output = tmp_path / "sweep"
     steps = (
-        "--max_steps=60",
+        "--max_steps=40",
         "--epochs=40",
         "--set",
         "training.evaluate_every=10",
@@ -27,6 +27,10 @@ def test_trials_that_are_stopped_leave_nothing_with_shared_receivers(
         "tune.receivers=shared",
         "--set",
         "tune.reduction_factor=2",
+        "--set",
+        "tune.metric=dev_loss",  # no two are equal, as scores are that early
+        "--set",
+        "tune.mode=min",
         "--set",
         "tune.trials=4",
     )

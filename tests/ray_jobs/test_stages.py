@@ -1,5 +1,6 @@
 """Each stage as a command of its own, and the first commands that the docs show."""
 
+import functools
 import json
 import re
 import shlex
@@ -19,12 +20,13 @@ pytestmark = pytest.mark.slow
 def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "losses.kd_weight=0.5")
     prepared = ("--set", "prompt.anchor=A: ", "--set", "losses.kd_weight=0.5")
-    assert job("ray_jobs/preprocess.py", *TINY, *prepared).wait(600) == 0, log_of(tmp_path)
+    own = functools.partial(job, shards=tmp_path / "shards")
+    assert own("ray_jobs/preprocess.py", *TINY, *prepared).wait(600) == 0, log_of(tmp_path)
     assert "shards train: 200 rows (0 truncated), 0 rejected" in log_of(tmp_path)
     assert re.search(r"teacher qwen: 200 rows, [\d.]+ MB per 1,000 rows, made in", log_of(tmp_path))
     output = tmp_path / "one"
     assert (
-        job(
+        own(
             "ray_jobs/train.py", *TINY, *steps, "--num_workers=2", "--output_dir", str(output)
         ).wait(800)
         == 0
@@ -33,7 +35,7 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     kept = json.loads((output / "best" / "manifest.json").read_text())["metrics"]["development"]
     assert kept["kd_llama"] > 0 and kept["kd_qwen"] > 0
     scores = tmp_path / "scores.json"
-    code = job(
+    code = own(
         "ray_jobs/evaluate.py", "--checkpoint", str(output / "best"), "--output", str(scores)
     ).wait(600)
     assert code == 0, log_of(tmp_path)
@@ -52,7 +54,7 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
         f"--output_dir={third}",
         "--max_steps=4",
     )
-    assert job("ray_jobs/train.py", *joining).wait(600) == 0, log_of(tmp_path)
+    assert own("ray_jobs/train.py", *joining).wait(600) == 0, log_of(tmp_path)
     for name in ("interlingua", "adapters/llama", "adapters/qwen"):
         file = f"best/{name}.safetensors"
         assert (third / file).read_bytes() == (output / file).read_bytes()
@@ -72,14 +74,14 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
     assert "16 of these 16 rows were read before, in 2 scoring(s) by 1 other wire(s)" in log_of(
         tmp_path
     )
-    own, joined = (
+    first, joined = (
         json.loads((at / "best" / "manifest.json").read_text())["trained_on"]
         for at in (output, third)
     )
     assert (
-        own["documents"] == joined["documents"] == 200
-        and own["known"]
-        and own["stages"] == joined["stages"]
+        first["documents"] == joined["documents"] == 200
+        and first["known"]
+        and first["stages"] == joined["stages"]
     )
 
 

@@ -42,6 +42,7 @@ def another_ray() -> Iterator[None]:
 def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     """One of its trials ends before its first evaluation, which is no more than its own failure."""
     output, space = tmp_path / "sweep", load_space("search_spaces/toy.yaml")
+    shards = tmp_path / "shards"
     tree = space.model_dump(mode="json", exclude_unset=True)
     weight = "losses.first_token_ce_weight"
     tree["search"][weight] = {
@@ -61,8 +62,12 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
         "tune.trials=3",
     )
     named = ("--space", str(tmp_path / "space.json"), "--output_dir", str(output))
+<<<<<<< HEAD
     readers = ("--set", "evaluation.tuned_text={steps: 2, trials: 1, batch_size: 4}")
     process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen, *readers)
+=======
+    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen, shards=shards)
+>>>>>>> ci
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
     assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(
@@ -92,7 +97,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
     # The export holds no training state, is whole, and scores again what it scored.
     manifest = exports.read_manifest(output / "best")
     assert not any("training_state" in name for name in manifest["files"])
-    (validation,) = [path for path in (tmp_path / "shards").glob("toy-validation-*")
+    (validation,) = [path for path in shards.glob("toy-validation-*")
                      if json.loads((path / "manifest.json").read_text())["key"] == manifest["pins"]["validation"]["shards"]]  # fmt: skip
     scores = scoring.score(output / "best", validation)
     untuned = {key: row for key, row in document["validation"].items() if key in scores}
@@ -131,6 +136,7 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
         f"--trial={number}",
         "--output_dir",
         str(again),
+        shards=shards,
     )
     assert process.wait(600) == 0, log_of(tmp_path)
     score = written["trials"][str(number)]["score"]
@@ -189,7 +195,9 @@ def records(content: bytes) -> Iterator[bytes]:
         place += 16 + length
 
 
-def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(
+    tmp_path: Path, common_shards: Path
+) -> None:
     """Nothing is scored, cut trials stay unfinished, and a second driver is refused meanwhile."""
     output = tmp_path / "sweep"
     steps = ("--max_steps=300", "--epochs=40", "--set", "training.evaluate_every=20")
@@ -217,7 +225,7 @@ def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> 
         "--set",
         "tune.time_budget_minutes=0.05",
         "--set",
-        f"data.shard_dir={tmp_path / 'shards'}",
+        f"data.shard_dir={common_shards}",
     )
     process = command(*flags, *budget, "--output_dir", str(output))
     try:
@@ -248,7 +256,10 @@ def test_ctrl_c_and_a_time_budget_stop_a_sweep_which_goes_on(tmp_path: Path) -> 
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) -> None:
-    process = job("ray_jobs/tune.py", "--dry_run", "--output_dir", str(tmp_path / "sweep"))
+    shards = tmp_path / "shards"
+    process = job(
+        "ray_jobs/tune.py", "--dry_run", "--output_dir", str(tmp_path / "sweep"), shards=shards
+    )
     assert process.wait(300) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
     assert "trials at once: " in log and "receiver llama: " in log and '"latent_len"' in log
@@ -260,7 +271,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(job: Job, tmp_path: Path) ->
         "disk: about",
     ):
         assert re.search(told, log), told
-    assert not (tmp_path / "sweep").exists() and not (tmp_path / "shards").exists()
+    assert not (tmp_path / "sweep").exists() and not shards.exists()
 
 
 def test_what_is_wrong_is_said_before_long_work_starts(job: Job, tmp_path: Path) -> None:
