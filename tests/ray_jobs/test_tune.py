@@ -62,12 +62,8 @@ def test_a_small_sweep_from_space_to_export(job: Job, tmp_path: Path) -> None:
         "tune.trials=3",
     )
     named = ("--space", str(tmp_path / "space.json"), "--output_dir", str(output))
-<<<<<<< HEAD
     readers = ("--set", "evaluation.tuned_text={steps: 2, trials: 1, batch_size: 4}")
-    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen, *readers)
-=======
-    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen, shards=shards)
->>>>>>> ci
+    process = job("ray_jobs/tune.py", *named, *TINY, *steps, *seen, *readers, shards=shards)
     assert process.wait(600) == 0, log_of(tmp_path)
     document = json.loads((output / "results.json").read_text())
     assert 1 <= len(list(output.glob("trials/*/step-*"))) <= 2 and "checkpoints kept: " in log_of(
