@@ -146,7 +146,7 @@ def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
     """
     yardstick = full_text(scores)
     if yardstick is None:
-        return "no retention: nothing read the full text; let --modes name text"
+        return "no retention: no row of the table reads the full text"
     note = "no retention: the text was read untuned; evaluation.tuned_text trains a reader for it"
     if yardstick == TUNED_TEXT:
         note = "retention is a score over that of full text, tuned, on the same rows"

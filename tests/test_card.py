@@ -117,7 +117,9 @@ def test_shares_without_a_divisor_are_told_even_where_no_row_has_them() -> None:
     del tuned["boost_tuned_text"], untuned["resilience_untuned_text"]
     assert note("text tuned", tuned).endswith(undefined)
     assert note("text", untuned).endswith(undefined)
-    assert "nothing read the full text" in card.retention_note({"latent": {"llama": scores(0.1)}})
+    assert "no row of the table reads the full text" in card.retention_note(
+        {"latent": {"llama": scores(0.1)}}
+    )
 
 
 def test_every_mode_says_what_is_read() -> None:

@@ -139,7 +139,7 @@ def test_a_checkpoint_and_its_export_are_one_wire_and_every_scoring_counts(
     assert (scored.readings["scorings"], scored.readings["rows"]) == (0, 2)
     assert scored.document == {
         "validation": scored.scores, "by_document": {}, "readings": scored.readings,
-        "weights": exports.sizes(tmp_path / "out" / "best"), "text_readers": {},
+        "weights": exports.sizes(tmp_path / "out" / "best"),
     }  # fmt: skip
     write_results(tmp_path / "out", scored.document)
     seed = seeds.read(tmp_path / "out")

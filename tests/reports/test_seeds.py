@@ -95,7 +95,10 @@ def test_the_command_takes_as_many_directories_as_there_are_seeds(
     ]
     assert main(["report", *outputs]) == 0
     printed = capsys.readouterr().out
-    assert "10.0 (0.0 to 20.0)" in printed and "no retention: nothing read the full" in printed
+    assert (
+        "10.0 (0.0 to 20.0)" in printed
+        and "no retention: no row of the table reads the full" in printed
+    )
     trained(tmp_path / "d", 7, of_latents(0.2, 1.5), protocol="def")
     assert main(["report", *outputs, str(tmp_path / "d")]) == 2
     assert "seeds must be scored by one protocol" in capsys.readouterr().err
