@@ -31,7 +31,6 @@ VALUES = {
     "training.log_every": 100,
     "evaluation.max_answer_tokens": 6,
 }
-SCHEDULED = ("answer_ce_weight", "reconstruction_ce_weight", "continuation_ce_weight")
 
 
 @pytest.mark.slow
@@ -75,20 +74,19 @@ def test_a_tuned_reader_of_another_rows_text_knows_no_more_than_a_closed_book() 
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_published_compressor_carries_more_than_no_content_does() -> None:
-    """A wire whose message said nothing of its text would be as sure with another row's message."""
-    short = {"training.max_steps": 300, "training.evaluate_every": 10_000}
-    steps = {f"losses.schedules.{name}.steps": 150 for name in SCHEDULED}
-    run = with_values(load_space("peers/toy_icae").run, short | steps)
-    trainer = Trainer(LatentWire(run), 10_000 // run.training.batch_size)
-    trainer.train(table_epochs(trainer.config, shard_table(run, 10_000, seed=1)), lambda: None)
+def test_the_memory_of_a_published_compressor_carries_what_no_content_can() -> None:
+    """A wire whose message said nothing of its text would answer as well from another row's message."""
+    short = {"training.max_steps": 450, "training.evaluate_every": 10_000}
+    run = with_values(load_space("peers/toy_500x").run, short)
+    trainer = Trainer(LatentWire(run), 11_000 // run.training.batch_size)
+    trainer.train(table_epochs(trainer.config, shard_table(run, 11_000, seed=1)), lambda: None)
     fresh = shard_table(run, 256, seed=2)
     read = {
-        mode: summarise(list(predict(trainer.wire, fresh, mode))) for mode in ("latent", "shuffled")
+        mode: summarise(list(predict(trainer.wire, fresh, mode)))["llama"]
+        for mode in ("latent", "shuffled")
     }
-    for name in trainer.wire.receivers:
-        latent, shuffled = read["latent"][name], read["shuffled"][name]
-        assert latent["nll"] < shuffled["nll"] - 0.2 and latent["em"] > shuffled["em"], read
+    assert read["latent"]["em"] > 0.4 and read["shuffled"]["em"] < 0.25, read
+    assert read["latent"]["nll"] < read["shuffled"]["nll"] - 0.5, read
 
 
 @pytest.mark.slow
