@@ -15,9 +15,9 @@ OVERHEAD_S = 22
 cores, the longest of six (13 to 22 s)."""
 DRIVER_S = 0.086
 """The sweep's driver per trial: suggestion, eight reports, end, checkpoints (benchmarks/simulate_sweep.py with 1,000 trials)."""
-TRIAL_GB = 1.11
-"""Memory of a running trial's processes beside its workers, shared pages by their share (``Pss``): its driver 0.26, Train's
-controller 0.26, SplitCoordinator, DatasetManager, PlacementGroupCleaner, SynchronizationActor and PreemptionWatcher 0.11 to 0.12."""
+TRIAL_GB = 0.39
+"""Memory of a running trial's processes beside its workers, shared pages by their share (``Pss``): its driver, which is Train's
+controller too, 0.27, and Train's SynchronizationActor 0.12."""
 STUDY_MB = 0.035
 """The study's journal per trial with eight evaluations (benchmarks/simulate_sweep.py)."""
 

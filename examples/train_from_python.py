@@ -16,7 +16,7 @@ CONTEXT = "Ben owns a duck. Ben lives in Seoul. Quinn owns a cat. Quinn lives in
 QUESTION = "Where is the home of Ben?"
 
 
-def main(*, output: Path, steps: int = 900) -> None:
+def main(*, output: Path, steps: int = 900, samples: int = 20_000) -> None:
     """Train, export, encode one context, and let each receiver answer from the message.
 
     Args:

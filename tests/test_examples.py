@@ -25,7 +25,9 @@ def run(script: str, *flags: str, folder: Path) -> str:
 def test_a_wire_is_trained_from_python_and_its_message_crosses_to_another_process(
     tmp_path: Path,
 ) -> None:
-    printed = run("train_from_python.py", "--output=wire", "--steps=4", folder=tmp_path)
+    printed = run(
+        "train_from_python.py", "--output=wire", "--steps=2", "--samples=200", folder=tmp_path
+    )
     assert "llama: " in printed and "qwen: " in printed
     printed = run("two_processes.py", "wire/best", folder=tmp_path)
     assert "received" in printed and "qwen: " in printed
@@ -34,7 +36,7 @@ def test_a_wire_is_trained_from_python_and_its_message_crosses_to_another_proces
 @pytest.mark.slow
 def test_a_sweep_from_python_is_a_table_a_winner_and_a_notebook_of_pictures(tmp_path: Path) -> None:
     printed = run(
-        "tune_from_python.py", "--output=sweep", "--trials=2", "--steps=4", folder=tmp_path
+        "tune_from_python.py", "--output=sweep", "--trials=2", "--steps=2", folder=tmp_path
     )
     assert "best: trial" in printed and (tmp_path / "sweep" / "report.html").exists()
     notebook = nbformat.read(EXAMPLES / "plot_a_sweep.ipynb", as_version=4)

@@ -45,7 +45,8 @@ class Finding:
 
 def doctor() -> int:
     """Show what this machine and cluster have, what is missing, and how to mend it; exit status 1 where something is."""
-    table = Table("what", "state", "found", "mend", title="latentwire doctor", title_justify="left")
+    table = Table("what", "state", "found", title="latentwire doctor", title_justify="left")
+    table.add_column("mend", overflow="fold")  # commands, to be copied whole
     colours = {"ok": "green", "optional": "yellow", "missing": "red"}
     findings = [finding for look in LOOKS for finding in look()]
     for finding in findings:

@@ -33,7 +33,7 @@ def start_ray(verbose: bool = False, training: bool = False) -> None:
 
     What Ray, its libraries and the workers say goes into the log of this process
     (:data:`~latentwire.distributed.driver_log.LOG`), which waits for a file. The dashboard stays on:
-    Train's cleaner of placement groups asks its State API, and a sweep hangs without it.
+    the search for placement groups that ended jobs have left asks its State API.
 
     Args:
         verbose: let the console show all of that too.

@@ -39,6 +39,17 @@ def test_a_missing_package_and_a_full_disk_are_named_with_their_remedies(
     assert "pip install 'latentwire[gguf]'" in printed
 
 
+def test_a_narrow_terminal_has_every_command_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["doctor"])
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    commands = "".join(row[4].strip() for row in rows)
+    assert "latentwire[quantization]'" in commands and "…" not in commands
+
+
 def test_a_cluster_that_does_not_answer_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     (finding,) = doctor.ray_cluster()
