@@ -36,8 +36,8 @@ MODE_NAMES: dict[Mode, str] = {
 """Each mode's name in words: what stands where the context belongs, in the order of the tables."""
 MODES: tuple[Mode, ...] = tuple(MODE_NAMES)
 DEFAULT_MODES: tuple[Mode, ...] = tuple(mode for mode in MODES if mode != "own_cache")
-"""Modes of an evaluation that names none: a cut cache takes as long as several others, and not every
-receiver can have one."""
+"""Modes of an evaluation that names none: for a cut cache the text is read once more and recited, and
+not every receiver can have one."""
 MESSAGE_MODES: tuple[Mode, ...] = ("latent", "shuffled")
 """Modes that read a message of the encoder."""
 BUDGET_MODES: tuple[Mode, ...] = (
