@@ -348,6 +348,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         Without a message the prompts are text. Nothing is attached to text without a prefix, as
         for teachers and baselines; nor are there vectors then.
         """
+        if message is None and not batch.prefix:
+            yield None
+            return
         lm, prefixes = self.receivers[receiver], self.interlingua.prefixes
         features: Any = self.interlingua.features.values()
         with ExitStack() as stack:

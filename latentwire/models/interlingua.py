@@ -151,13 +151,11 @@ class Interlingua(nn.Module):
             p_BLD = self.adapters[receiver](z_BLZ, keep_BL)
         return p_BLD.float(), keep_BL
 
-    def soft_rows(
-        self, receiver: str, message: Message | None, batch: Batch
-    ) -> torch.Tensor | None:
+    def soft_rows(self, receiver: str, message: Message | None, batch: Batch) -> torch.Tensor:
         """Return vectors ``[N, D]`` for all soft slots of a batch, row by row.
 
         A row's slots are the prefix where it has one, its message's latents, then its control
-        embedding where it has one. ``None`` where no row has slots.
+        embedding where it has one. A batch has a message or a prefix, or both.
         """
         vectors: list[torch.Tensor] = []  # each [R, slots, D], side by side in a row
         keeps: list[torch.Tensor] = []  # and [R, slots]: which of them stand in the row
@@ -174,8 +172,6 @@ class Interlingua(nn.Module):
             # The control is one more position; rows that answer questions do without.
             vectors += [p_BLD[message_R], adapter.control_CD[control_R.clamp(min=0)][:, None]]
             keeps += [keep_BL[message_R], (control_R != ANSWER)[:, None]]
-        if not vectors:
-            return None
         return torch.cat(vectors, 1)[torch.cat(keeps, 1)]
 
     def _precision(self) -> torch.autocast:
