@@ -186,5 +186,5 @@ def cap_memory(gpus: float) -> None:
 
 def start_times(began: float, entered: float) -> dict[str, float]:
     """Seconds from a trial's start to this process (Ray's part), to its own code (imports), and to here (loading)."""
-    here = psutil.Process().create_time()
+    here = max(began, psutil.Process().create_time())  # Ray may have had one waiting
     return {"process": here - began, "code": entered - here, "loading": time.time() - entered}

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.train.v2._internal.execution import preemption
 
-from latentwire.distributed import controller
+from latentwire.distributed import controller, worker
 from latentwire.distributed.controller import PreemptionThread, TuneReport
 
 
@@ -62,3 +62,9 @@ def test_tune_hears_what_the_first_worker_reports(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(controller.ray.tune, "report", reports.append)
     TuneReport().after_report(None, [{"dev_f1": 0.5}, {"dev_f1": 0.25}], None)
     assert reports == [{"dev_f1": 0.5}]
+
+
+def test_a_process_that_waited_for_its_trial_took_no_time_to_start() -> None:
+    began = time.time() + 5
+    parts = worker.start_times(began, began + 2)
+    assert parts["process"] == 0 and parts["code"] == pytest.approx(2)
