@@ -36,10 +36,6 @@ OVERFIT: dict[str, dict] = {
     "st": {"encoder.kind": "st", "training.encoder_lr": 2e-3},
     "lm": {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 2, "encoder.pooling": "spans"},
     "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
-    "lm-memory": {
-        "encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.pooling": "memory", "encoder.attention": "causal",
-        "adapter.kind": "linear", "encoder.tune": "lora",
-    },
 }  # fmt: skip
 
 
