@@ -326,7 +326,7 @@ def search(
     } | scored.document
     summary |= {"evaluation_pin": protocol, "finalists": [vars(finalist) for finalist in finalists]}
     scoring.write_results(output, summary)
-    tables.show(grids)
+    tables.show(tables.sweep_tables(rows, finalists, scored, best, run, space, brief=True))
     verdict = tables.verdict(best, gap, space.tune.metric)
     print(line := "; ".join([verdict, *scored.notes]))
     if repeated is not None:

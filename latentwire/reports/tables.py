@@ -101,12 +101,13 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
 def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
     """Return one row per condition and receiver.
 
-    Columns are EM, F1 and match with their 95 % intervals, nats per answer token, and the costs. Latents
-    that were read with changed receivers (a feature like ``lora``) are labelled so. The title says
-    what the intervals resample: contexts, or rows in results of an earlier version, which did not
-    count them.
+    Columns are EM, F1 and match with their 95 % intervals, nats per answer token, and the costs;
+    last the share of tuned full text's EM, where that was read. Latents that were read with changed
+    receivers (a feature like ``lora``) are labelled so. The title says what the intervals resample:
+    contexts, or rows in results of an earlier version, which did not count them.
     """
     changed = "" if keeps_receivers_frozen(run) else ", not frozen"
+    retention = "retention_em" in card.against_text_columns(scores)
     body, contexts = [], []
     for key, receivers in scores.items():
         name = label(key) + (changed if key.split()[0] in MESSAGE_MODES else "")
@@ -116,10 +117,12 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
             answers = [_percent(row, field) for field in ("em", "f1", "match")]
             costs = [_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
             counts = [str(int(row["rows"])), _number(row.get("contexts"))]
-            body.append([name, receiver, *answers, *costs, *counts])
+            kept = [_percent(row, "retention_em")] if retention else []
+            body.append([name, receiver, *answers, *costs, *counts, *kept])
             contexts.append(row.get("contexts", 0))
     resampled = f"{max(contexts):,} contexts" if any(contexts) else "rows"
-    return f"{title}; 95 % intervals by resampling {resampled}", SCORES, body
+    header = [*SCORES, *([card.AGAINST_TEXT["retention_em"]] if retention else [])]
+    return f"{title}; 95 % intervals by resampling {resampled}", header, body
 
 
 def _percent(row: Mapping[str, float], field: str) -> str:
@@ -276,22 +279,29 @@ def sweep_tables(
     best: Best,
     run: RunConfig,
     space: SweepConfig,
+    *,
+    brief: bool = False,
 ) -> list[Grid]:
     """Return the tables that end a sweep: its trials, its re-runs, the winner's scores and weights.
 
-    ``run``: the winner's configuration.
+    ``run``: the winner's configuration. ``brief``: those that a console shows.
     """
     reruns = [reruns_table(finalists, space.tune.metric)] if finalists else []
     title = f"{run.data.dataset} validation, best trial {best.trial}"
-    return [*trial_tables(rows, space), *reruns, *scored_tables(scored, title, run)]
+    ends = scored_tables(scored, title, run)
+    return [*trial_tables(rows, space), *reruns, *(ends[:BRIEF] if brief else ends)]
+
+
+BRIEF = 2
+"""Tables of a wire, of those below, that a sweep's console shows; its report has all of them."""
 
 
 def scored_tables(scored: Scored, title: str, run: RunConfig) -> list[Grid]:
     """Return the tables of a wire: its scores, their costs, and its trained weights."""
     return [
         scores_table(scored.scores, title, run),
-        against_text_table(scored.scores),
         together_table(scored.scores),
+        against_text_table(scored.scores),
         weights_table(scored.sizes),
         *readers_tables(scored.readers, run),
     ]

@@ -210,6 +210,7 @@ def ensure_readers(
         paths: the shards that the wire was trained on.
         say: takes a line about each reader.
     """
+    total = sum(condition.tuned for condition in conditions) * len(wire.run.receivers)
     places: dict[str, dict[str, Place]] = {}
     for condition in conditions:
         if not condition.tuned:
@@ -220,15 +221,15 @@ def ensure_readers(
             path = reader_path(wire.run, receiver, trained_for, paths)
             made = not (path / exports.MANIFEST).exists()
             if made:
-                _train(wire, receiver, trained_for, paths, path, say)
+                _train(wire, receiver, trained_for, paths, path)
             with local(path) as folder:
                 report = report_of(folder)
             how = f"made in {report['seconds']:.0f} s," if made else "reused from"
-            say(
-                f"reader {receiver.name}, {label(condition.key)}: development loss "
-                f"{report['dev_loss']:.4g} at rate {report['rate']:.3g}, {how} {path}"
-            )
             places[condition.key][receiver.name] = path
+            say(
+                f"text reader {sum(map(len, places.values()))}/{total}, {receiver.name}, "
+                f"{label(condition.key)}: development loss {report['dev_loss']:.4g}, {how} {path}"
+            )
     return places
 
 
@@ -290,7 +291,6 @@ def _train(
     condition: Condition,
     paths: Splits,
     path: Place,
-    say: Callable[[str], object],
 ) -> None:
     """Train a reader once for each rate that Optuna draws, and keep the best as ``path``."""
     import optuna
@@ -321,9 +321,11 @@ def _train(
         for number in range(1, tuned.trials + 1):
             trial = study.ask()
             rate = trial.suggest_float("rate", low, high, log=True)
-            say(
-                f"reader {receiver.name}, {label(condition.key)}: training {number}/{tuned.trials} "
-                f"at rate {rate:.3g}, {budget.steps:,} steps of {budget.batch_size}"
+            print(
+                f"text reader of {receiver.name}, {label(condition.key)}: training "
+                f"{number}/{tuned.trials} at rate {rate:.3g}, {budget.steps:,} steps of "
+                f"{budget.batch_size}",
+                flush=True,
             )
             study.tell(trial, loss_at(rate))
         rate = study.best_params["rate"]
