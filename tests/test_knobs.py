@@ -38,7 +38,7 @@ def test_lists_are_made_of_definitions() -> None:
     )
     assert "run.data.data_dir" in paths_with("may_change", "repeated trial", SweepConfig)
     assert set(paths_with("shards")) >= {
-        path for path, _ in knobs() if path.startswith(("data.", "prompt."))
+        path for path, _ in knobs() if path.startswith(("data.", "prompt.anchor"))
     }
 
 

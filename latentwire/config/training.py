@@ -118,6 +118,9 @@ class TrainingConfig(Section):
         )
 
 
+Rate = Annotated[float, Field(gt=0, le=10)]
+
+
 class TunedTextConfig(Section):
     """Text readers that are trained for a comparison: the text gets the chance that the wire had.
 
@@ -135,16 +138,14 @@ class TunedTextConfig(Section):
     """Questions of each step. ``None``: as many as the wire's."""
     trials: int = knob(3, ge=1, le=100, may_change=("resumed run",))
     """Trainings of each reader, each with a rate that Optuna draws; the best by development loss is kept."""
-    lr: tuple[float, float] = knob((1e-2, 3e-1), may_change=("resumed run",))
+    lr: tuple[Rate, Rate] = knob((1e-2, 3e-1), may_change=("resumed run",))
     """Lowest and highest rate that is drawn, on a log scale; the first is their geometric mean. See ``training.prefix_lr``."""
 
     @model_validator(mode="after")
     def _a_range(self) -> TunedTextConfig:
         low, high = self.lr
-        if not 0 < low <= high <= 10:
-            raise ValueError(
-                f"tuned_text.lr must be a range 0 < low ≤ high ≤ 10, got {low}, {high}; set it"
-            )
+        if low > high:
+            raise ValueError(f"tuned_text.lr must be low ≤ high, got {low}, {high}; swap them")
         return self
 
 

@@ -243,5 +243,6 @@ def test_a_batch_moves_whole(sequences: list[PromptSequence]) -> None:
     batch = collate(sequences).after_head()
     same(batch.to("cpu"), batch)
     moved = batch.to("meta")
-    tensors = [getattr(moved, field.name) for field in fields(Batch) if field.name != "head"]
-    assert len(tensors) == 12 and all(tensor.is_meta for tensor in tensors)
+    counts = ("head", "prefix")
+    tensors = [getattr(moved, field.name) for field in fields(Batch) if field.name not in counts]
+    assert len(tensors) == 13 and all(tensor.is_meta for tensor in tensors)

@@ -77,12 +77,15 @@ def test_weights_of_a_directory_are_known_by_their_files(tmp_path: Path) -> None
     for name, content in (("b.safetensors", b"12"), ("a.safetensors", b"345"), ("old.bin", b"6")):
         (tmp_path / name).write_bytes(content)
         os.utime(tmp_path / name, ns=(5_000, 7_000))
-    assert teachers._weights(receiver) == [["a.safetensors", 3, 7_000], ["b.safetensors", 2, 7_000]]
+    assert teachers.weights_id(receiver) == [
+        ["a.safetensors", 3, 7_000],
+        ["b.safetensors", 2, 7_000],
+    ]
     os.utime(tmp_path / "a.safetensors", ns=(5_000, 8_000))
-    assert teachers._weights(receiver)[0] == ["a.safetensors", 3, 8_000]
+    assert teachers.weights_id(receiver)[0] == ["a.safetensors", 3, 8_000]
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).unlink()
-    assert teachers._weights(receiver) == [["old.bin", 1, 7_000]]
+    assert teachers.weights_id(receiver) == [["old.bin", 1, 7_000]]
 
 
 def test_columns_are_made_file_by_file_and_told_when_whole(

@@ -140,4 +140,4 @@ def test_files_are_made_once_and_missing_ones_again(
 
 
 def test_weights_of_the_hub_are_known_by_their_id() -> None:
-    assert teachers._weights(ReceiverConfig(name="a", model="some/where")) == "some/where"
+    assert teachers.weights_id(ReceiverConfig(name="a", model="some/where")) == "some/where"
