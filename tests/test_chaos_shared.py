@@ -13,7 +13,7 @@ VICTIMS = ("driver", "worker", "replica")
 @pytest.mark.timeout(1800)
 def test_trials_that_share_receivers_outlive_deaths_too(tmp_path: Path) -> None:
     text = chaos(
-        tmp_path, "--deaths", "3", "--trials", "2", "--receivers", "shared", "--victims", *VICTIMS
+        tmp_path, "--deaths", "3", "--trials", "4", "--receivers", "shared", "--victims", *VICTIMS
     )
-    assert "- deaths: 3 of 3" in text and "- trials: 2, all COMPLETE, none RUNNING" in text
+    assert "- deaths: 3 of 3" in text and "- trials: 4, all COMPLETE, none RUNNING" in text
     assert all(f"| {victim} |" in text for victim in VICTIMS)
