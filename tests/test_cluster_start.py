@@ -1,6 +1,7 @@
 """What keeps Ray from starting or being joined is one line, before long work."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from ray.exceptions import AuthenticationError
 
 from latentwire.distributed import cluster
 from latentwire.distributed.cluster import ClusterError
-from tests.s3 import free_port
 
 JOB = "from latentwire.distributed.cluster import start_ray; start_ray()"
 
@@ -55,12 +55,16 @@ def test_a_temporary_directory_of_another_user() -> None:
 
 
 def test_an_address_where_no_ray_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(
-        ClusterError, match=rf"a running Ray's address, got {address}, which does not answer"
-    ):
-        cluster.start_ray()
+    with (
+        socket.socket() as silent
+    ):  # holds its port, which another test's Ray might take, and hears nothing
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(
+            ClusterError, match=rf"a running Ray's address, got {address}, which does not answer"
+        ):
+            cluster.start_ray()
     for other in ("auto", "local", "ray://host:10001"):
         cluster.check_reached(other)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from latentwire import storage
-from latentwire.storage import Place, StorageError
+from latentwire.storage import Place, StorageError, text_if_there
 from latentwire.tuning import lease
 from latentwire.tuning.lease import LEASE_FILE, Driver, Lease, LeaseError, held
 from tests.s3 import bucket, point_to
@@ -223,3 +223,16 @@ def test_a_suspended_driver_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyP
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_lease_that_is_read_between_two_beats_is_read_again(
+    sweep: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look finds the end of an older text behind the new one."""
+    with held(sweep):
+        whole, torn = lease.read(sweep), [f'{text_if_there(sweep / LEASE_FILE)}"}}']
+        look = lease.text_if_there
+        monkeypatch.setattr(
+            lease, "text_if_there", lambda place: torn.pop() if torn else look(place)
+        )
+        assert lease.read(sweep) == whole and not torn
