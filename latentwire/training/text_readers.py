@@ -208,14 +208,12 @@ def ensure_readers(
         wire: holds the receivers; readers that are missing are trained through them.
         conditions: rows of a table; those that are not tuned need no reader.
         paths: the shards that the wire was trained on.
-        say: takes a line about each reader.
+        say: takes a line about the readers of each row.
     """
-    total = sum(condition.tuned for condition in conditions) * len(wire.run.receivers)
+    tuned = [condition for condition in conditions if condition.tuned]
     places: dict[str, dict[str, Place]] = {}
-    for condition in conditions:
-        if not condition.tuned:
-            continue
-        places[condition.key] = {}
+    for number, condition in enumerate(tuned, start=1):
+        places[condition.key], losses = {}, []
         for receiver in wire.run.receivers:
             trained_for = condition.trained_for
             path = reader_path(wire.run, receiver, trained_for, paths)
@@ -224,12 +222,13 @@ def ensure_readers(
                 _train(wire, receiver, trained_for, paths, path)
             with local(path) as folder:
                 report = report_of(folder)
-            how = f"made in {report['seconds']:.0f} s," if made else "reused from"
+            how = f"made in {report['seconds']:.0f} s" if made else f"reused from {path.name}"
+            losses.append(f"{receiver.name} {report['dev_loss']:.4g} ({how})")
             places[condition.key][receiver.name] = path
-            say(
-                f"text reader {sum(map(len, places.values()))}/{total}, {receiver.name}, "
-                f"{label(condition.key)}: development loss {report['dev_loss']:.4g}, {how} {path}"
-            )
+        say(
+            f"text readers {number}/{len(tuned)}, {label(condition.key)}: development loss "
+            f"{', '.join(losses)}"
+        )
     return places
 
 
