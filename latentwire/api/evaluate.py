@@ -69,12 +69,12 @@ def evaluate(
         questions = questions_of(run, split, modes, tokens_per_latent, latent_len, bits, compare)
         if not on_ray:
             use_threads(run.training.cpus_per_worker)
-            paths = local_shards(run, splits_of(questions, split))
+            paths = local_shards(run, splits_of(run, questions, split))
             path = paths[split]
             wire, _ = load_wire(folder, run, manifest)
             readers = text_readers.ready(wire, questions.conditions, paths)
             looked = diagnose(wire, shards.read_table(path)) if probes else None
-            reports = {key: reader.reports for key, reader in readers.items()}
+            reports = {key: reader.reports for key, reader in readers.items() if reader.reports}
             known = known_of(folder, manifest, run, split, path, looked, reports)
             predictions = scoring.predict_conditions(
                 wire, path, questions.conditions, joint=joint, readers=readers
@@ -83,9 +83,11 @@ def evaluate(
     return _on_ray(where, manifest, run, split, questions, joint, probes, copies, verbose)
 
 
-def splits_of(questions: Questions, split: shards.ShardSplit) -> tuple[shards.ShardSplit, ...]:
+def splits_of(
+    run: RunConfig, questions: Questions, split: shards.ShardSplit
+) -> tuple[shards.ShardSplit, ...]:
     """Return the splits that an evaluation reads: its own, and those that text readers train on."""
-    tuned = any(row.tuned for row in questions.conditions)
+    tuned = not run.is_reader and any(row.tuned for row in questions.conditions)
     trained_on: tuple[shards.ShardSplit, ...] = ("train", "dev") if tuned else ()
     return tuple(dict.fromkeys((*trained_on, split)))
 
@@ -111,7 +113,7 @@ def _on_ray(
     cluster.start_ray(verbose)
     plan = planner.plan_on_cluster(SweepConfig(run=run))
     memory = planner.node_memory(run.training.gpus_per_worker)
-    splits = splits_of(questions, split)
+    splits = splits_of(run, questions, split)
     paths = {part: pipeline.ensure_shards(run, part) for part in splits}
     path, places, reports = paths[split], {}, {}
     if len(splits) > 1:

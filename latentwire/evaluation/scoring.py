@@ -123,9 +123,7 @@ def predict_conditions(
     with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
         for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
             on_rows = partial(progress.advance, label(condition.key))
-            reader = wire
-            if condition.tuned and not wire.run.is_reader:
-                reader = (readers or {})[condition.key]
+            reader = (readers or {})[condition.key] if condition.tuned else wire
             predictions[condition.key] = list(
                 predict(reader, table, condition, joint=joint, on_rows=on_rows)
             )
@@ -221,7 +219,7 @@ def score_and_export(
     readers: Readers = {}
     if wire.run.data.source.has_questions:
         rows = final_conditions(wire.run)
-        if not wire.run.is_reader and wire.run.evaluation.tuned_text is not None:
+        if any(row.tuned for row in rows):
             assert tuned is not None, "tuned rows need readers"
             readers = tuned(wire, rows)
         read_before = readings.note(validation, readings.wire_name(manifest), wire.trained_on)
@@ -244,7 +242,7 @@ def score_and_export(
         sizes = exports.sizes(folder)
     if predictions:
         write_predictions(predictions, export.parent / "predictions.parquet")
-    reports = {key: dict(reader.reports) for key, reader in readers.items()}
+    reports = {key: dict(reader.reports) for key, reader in readers.items() if reader.reports}
     return Scored(table, read_before, sizes, by_document(predictions), reports)
 
 

@@ -36,7 +36,7 @@ from latentwire.config import (
 )
 from latentwire.data import shards
 from latentwire.data.teachers import weights_id
-from latentwire.evaluation.conditions import Condition, label
+from latentwire.evaluation.conditions import Condition, label, own_condition
 from latentwire.model import LatentWire, load_wire
 from latentwire.prompts.shown import Reads
 from latentwire.storage import Place, directory, local
@@ -210,7 +210,8 @@ def ensure_readers(
         paths: the shards that the wire was trained on.
         say: takes a line about the readers of each row.
     """
-    tuned = [condition for condition in conditions if condition.tuned]
+    # A text reader reads its own row itself.
+    tuned = [row for row in conditions if row.tuned and not wire.run.is_reader]
     places: dict[str, dict[str, Place]] = {}
     for number, condition in enumerate(tuned, start=1):
         places[condition.key], losses = {}, []
@@ -257,9 +258,12 @@ def load_readers(
 ) -> dict[str, LatentWire]:
     """Return the readers of the tuned rows of a table, by key.
 
-    Each holds the prefixes of all receivers of ``wire``, and reads through its receivers. Raises
+    Each holds the prefixes of all receivers of ``wire``, and reads through its receivers. Where
+    ``wire`` is a text reader itself, it is that of its own row. Raises
     :class:`~latentwire.exports.CheckpointError` for one that was trained for other weights.
     """
+    if wire.run.is_reader:
+        return {own_condition(wire.run).key: wire}
     readers = {}
     fingerprints = wire.fingerprints() if places else {}
     for condition in conditions:

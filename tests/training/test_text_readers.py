@@ -16,6 +16,7 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import streams
 from latentwire.evaluation.conditions import Condition, own_condition, with_tuned
 from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.scoring import final_conditions, predict_conditions
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire
 from latentwire.models.weights import fingerprint
@@ -377,3 +378,17 @@ def test_a_wire_may_begin_with_a_readers_prefix(
     Trainer(wire, 2).step(table.slice(0, 8))
     assert not torch.equal(before, wire.interlingua.prefixes["llama"].unit_PD)
     assert "# A text reader" in (saved / "README.md").read_text()
+
+
+def test_a_reader_is_scored_as_itself(run: RunConfig, paths: dict) -> None:
+    """Its table has its own row and the untuned one, and no other reader is trained for it."""
+    reader = reader_of(run, "truncated")
+    rows = final_conditions(reader.run)
+    assert [row.key for row in rows] == ["truncated", "truncated tuned"]
+    assert text_readers.ready(reader, rows, paths) == {"truncated tuned": reader}
+    scored = predict_conditions(
+        reader, paths["dev"], rows, readers=text_readers.ready(reader, rows, paths)
+    )
+    for untuned, tuned in zip(scored["truncated"], scored["truncated tuned"], strict=True):
+        assert tuned.positions - untuned.positions == 5
+    assert not list(paths["train"].parent.glob("reader-*"))
