@@ -8,11 +8,11 @@ import torch
 from benchmarks.measure import Row, in_turns, peak_bytes
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import teachers
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import token_ce
 from latentwire.model import LatentWire
 from latentwire.training.loop import Trainer
+from latentwire.training.teachers import read_columns
 
 
 def rows(run: RunConfig, table: pa.Table, repeats: int) -> list[Row]:
@@ -68,7 +68,7 @@ def with_teachers(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     plain, trainer = trainer_of(run), trainer_of(taught)
     told = batch
     for name, lm in trainer.wire.receivers.items():
-        said = teachers.read_columns(lm, trainer.wire.builders[name], taught, batch)
+        said = read_columns(lm, trainer.wire.builders[name], taught, batch)
         for column in said.column_names:
             told = told.append_column(column, said[column])
     ours, theirs = in_turns(lambda: trainer.step(told), lambda: plain.step(batch), repeats)

@@ -94,6 +94,15 @@ class LossConfig(Section):
     """Squared distance to the teacher's layer-normalised hidden states at the first ``k`` answer tokens."""
     hidden_kd_depths: tuple[float, ...] = knob((0.5, 1.0), min_length=1, teachers="value")
     """Layers of that comparison as fractions of the receiver's depth, each in [0, 1]."""
+    slot_kd_weight: float = knob(0.0, ge=0, teachers="size")
+    """Squared distance of each latent's keys (before rotary positions) and values, in every layer of a receiver, to the
+    means of the text's over the latent's span, where the teacher reads it; relative to those, mean over latents. Its
+    teacher reads the texts in every step: the targets are too large to keep."""
+    kd_teacher: Literal["untuned", "tuned"] = knob("untuned", teachers="value")
+    """Who teaches: the receiver on the full text as it is, or behind the prefix of its tuned text reader, which is
+    trained first by what ``evaluation.tuned_text`` says."""
+    kd_rows: Literal["all", "right"] = "all"
+    """Rows that the teacher teaches: all, or those whose answer it would give itself."""
     reconstruction_ce_weight: float = Field(0.0, ge=0)
     """The message's own text, said again by the receiver from its soft prompt; mean over tokens. Dense where answers
     are short: it teaches the encoder to carry the text before questions teach it what matters (arXiv 2510.20535)."""
@@ -113,7 +122,7 @@ class LossConfig(Section):
     @property
     def asking(self) -> list[str]:
         """Weights, of those above 0, of the terms that read answers to questions; the others read texts alone."""
-        texts = ("reconstruction_ce_weight", "continuation_ce_weight")
+        texts = ("reconstruction_ce_weight", "continuation_ce_weight", "slot_kd_weight")
         weights = [
             name
             for name in type(self).model_fields
@@ -139,6 +148,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        weights.remove("slot_kd_weight")  # it looks at what others make the receiver read
         if not any(getattr(self, name) > 0 for name in weights):
             raise ValueError("at least one loss weight must be > 0, got all 0")
         last = max((schedule.steps for schedule in self.schedules.values()), default=0)
@@ -148,7 +158,7 @@ class LossConfig(Section):
                     f"at least one loss weight must be > 0 at the {when} step of the schedules, got all 0; give one of "
                     f"{', '.join(name for name in weights if name in self.schedules)} a schedule with {end} > 0"
                 )
-        if unknown := set(self.schedules) - {*weights, "k", "latent_dropout"}:
+        if unknown := set(self.schedules) - {*weights, "slot_kd_weight", "k", "latent_dropout"}:
             raise ValueError(
                 f"schedules must name a weight, k or latent_dropout, got {', '.join(sorted(unknown))}"
             )

@@ -61,6 +61,7 @@ class RunConfig(Section):
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
             )
         self._check_keys_values(names)
+        self._check_teacher()
         if coarsening and self.encoder.private_len:
             raise ValueError(
                 f"coarsening_steps needs encoder.private_len 0, got {self.encoder.private_len}"
@@ -126,11 +127,33 @@ class RunConfig(Section):
             "training.tokens_per_latent": training.tokens_per_latent,
             "training.train_only": training.train_only,
             "training.log_gradient_norms": training.log_gradient_norms,
-            **{f"losses.{name}": getattr(losses, name) for name in texts},
+            **{f"losses.{name}": getattr(losses, name) for name in (*texts, "slot_kd_weight")},
         }
         if given := [path for path, value in of_wires.items() if value]:
             raise ValueError(
                 f"a text reader (prompt.reads {self.prompt.reads}) has no message, got {', '.join(given)}; leave them out"
+            )
+
+    def _check_teacher(self) -> None:
+        """Raise where a teacher is asked for that no columns can hold."""
+        losses = self.losses
+        chosen = {"kd_teacher": losses.kd_teacher == "tuned", "kd_rows": losses.kd_rows == "right"}
+        given = [f"losses.{name} {getattr(losses, name)}" for name, on in chosen.items() if on]
+        if given and losses.kd_weight and not losses.kd_top_k:
+            raise ValueError(
+                f"{' and '.join(given)} needs teachers whose words are kept beside the shards, got losses.kd_top_k 0; "
+                f"set it to 1 or more"
+            )
+        if losses.slot_kd_weight and self.training.log_gradient_norms:
+            raise ValueError(
+                f"losses.slot_kd_weight {losses.slot_kd_weight} is no term of a receiver's output, which "
+                f"training.log_gradient_norms takes apart, got both; unset one"
+            )
+        if losses.kd_teacher == "tuned" and (self.evaluation.tuned_text is None or self.is_reader):
+            raise ValueError(
+                f"losses.kd_teacher tuned needs the text reader of a wire, got evaluation.tuned_text "
+                f"{self.evaluation.tuned_text} and prompt.reads {self.prompt.reads}; set evaluation.tuned_text, and "
+                f"leave kd_teacher out of a reader's own training"
             )
 
     def _check_keys_values(self, names: list[str]) -> None:

@@ -6,13 +6,14 @@ import random
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
+import torch
 
 from latentwire.config import RunConfig
-from latentwire.data.teachers import teacher_of
+from latentwire.data.teachers import taught_rows, teacher_of
 from latentwire.losses.bundles import Teacher, teacher_reads, weights_at
 from latentwire.losses.terms import TERMS
 from latentwire.models.pooling import Coarsening
@@ -121,12 +122,22 @@ class TrainingCollator:
                 sequences[name] = collate(
                     reader_prompts(self.builders[name], name, self.reads, rows, slots_R)
                 )
+            sequences[name] = self._taught(sequences[name], table, name)
         return TrainingBatch(
             tokens,
             sequences,
             message_ids,
             self._teachers(table, rows) if self.needs_teacher else {},
         )
+
+    def _taught(self, batch: Batch, table: pa.Table, name: str) -> Batch:
+        """Mark the rows that a teacher teaches, where it does not teach all of them."""
+        right = taught_rows(table, name, self.losses)
+        if right is None:
+            return batch
+        answers = (batch.control_R == ANSWER).tolist()  # one for each row of the table, in order
+        told = iter(right)
+        return replace(batch, taught_R=torch.tensor([asks and next(told) for asks in answers]))
 
     def _read_by(
         self,

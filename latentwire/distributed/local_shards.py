@@ -33,13 +33,13 @@ def local_shards(
             f"tokenizers and transformers, and copy {run.data.shard_dir}"
         ) from error
 
+    from latentwire.training.teachers import ensure_teachers
+
     start_ray()
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:
-            teachers.ensure_teachers(
-                run, paths["train"], run.training.gpus_each(ray.cluster_resources())
-            )
+            ensure_teachers(run, paths["train"], run.training.gpus_each(ray.cluster_resources()))
         return paths
     finally:
         ray.shutdown()

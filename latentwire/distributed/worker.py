@@ -63,7 +63,9 @@ def _train(task: WorkerTask) -> None:
         )
     pins = task.pins | {"receivers": frozen}
     batch_size = run.training.batch_size // workers.size
-    trainer = Trainer(wire, max(1, task.train_rows // run.training.batch_size), workers)
+    trainer = Trainer(
+        wire, max(1, task.train_rows // run.training.batch_size), workers, task.train_shards
+    )
     folder, chosen = task.folder, (task.metric, task.mode)
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)

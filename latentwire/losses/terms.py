@@ -215,6 +215,8 @@ class LossTerm:
     def mask(self, batch: Batch, k: int) -> torch.Tensor:
         """Mask ``[N]`` of the tokens that it averages over."""
         mask_N = batch.control_N == self.control
+        if self.needs_teacher and batch.taught_R is not None:
+            mask_N = mask_N & batch.taught_R[batch.row_N]
         if self.span == "all":
             return mask_N
         return mask_N & first_k(batch.offset_N, k if self.span == "first_k" else 1)

@@ -94,6 +94,28 @@ def put_in_slots(
 
 
 @contextmanager
+def recorded(lm: nn.Module, places_RS: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that the receiver's next pass over such sequences fills with keys and values.
+
+    ``places_RS``: the positions to record. The list gets ``[N, E]`` for each of :func:`projections`,
+    row by row, as the layers use them: whatever is added or put there before this is entered is in
+    them. Passes after the first leave it as it is.
+    """
+    targets = projections(lm, "losses.slot_kd_weight")
+    place_N = places_RS.flatten().nonzero().squeeze(1)
+    entries: list[torch.Tensor] = []
+
+    def note(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
+        if output.shape[:2] == places_RS.shape and len(entries) < len(targets):
+            entries.append(output.flatten(0, 1).index_select(0, place_N.to(output.device)))
+
+    with ExitStack() as stack:
+        for target in targets:
+            stack.callback(target.register_forward_hook(note).remove)
+        yield entries
+
+
+@contextmanager
 def _changed(
     lm: nn.Module,
     feature: str,

@@ -15,6 +15,7 @@ import torch
 
 from latentwire.config import LossConfig, RunConfig, SweepConfig
 from latentwire.data import shards, teachers
+from latentwire.data.readers import is_reader
 from latentwire.losses.bundles import state_depths
 from latentwire.models.weights import load_hf_config
 from latentwire.planning.autoscaler import addable_nodes, living_nodes
@@ -276,6 +277,8 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
             for name, path in teachers.paths(run, train).items():
                 complete = all((path / file).exists() for file in train_manifest["files"])
                 lines[f"teacher {name} {path.name}: {_state(complete)}"] = None
+            for path in teachers.readers(run, train).values():
+                lines[f"text reader {path.name}: {_state(is_reader(path))}"] = None
     return list(lines), missing_bytes, rows
 
 

@@ -70,6 +70,8 @@ def obstacles(space: SweepConfig) -> list[str]:
         reasons.append("prefix.layers acts on the receivers' own layers")
     if run.adapter.kind == "keys_values":
         reasons.append("adapter.kind keys_values acts on the receivers' own layers")
+    if run.losses.slot_kd_weight or "losses.slot_kd_weight" in space.search:
+        reasons.append("losses.slot_kd_weight looks into the receivers' own layers")
     if run.training.log_gradient_norms:
         reasons.append("training.log_gradient_norms takes a backward pass per term")
     spread = [receiver.name for receiver in run.receivers if receiver.device_map != "none"]

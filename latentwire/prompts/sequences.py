@@ -103,6 +103,8 @@ class Batch:
     """Place of the target in its answer, from 0."""
     row_N: torch.Tensor
     """Row that the target belongs to."""
+    taught_R: torch.Tensor | None = None
+    """True where a teacher's words are compared with a row's answer; ``None``: wherever there is one."""
     prefix: int = 0
     """Positions of the prefix in each row."""
     head: int = 0
@@ -244,6 +246,29 @@ class PromptBuilder:
         message = self.message_ids(context_ids, question_ids)
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join(message, mid, question, answer_ids, soft=False, prefix=prefix)
+
+    def text_alone(self, message_ids: list[int], prefix: int = 0) -> PromptSequence:
+        """Return the prompt up to the text's end, with nothing to predict.
+
+        Args:
+            message_ids: the text, where a message would stand.
+            prefix: constant soft positions before it.
+        """
+        start = len(self.head_ids) + prefix
+        end = start + len(message_ids)
+        nowhere = range(end, end)
+        return PromptSequence(
+            ids=[*self.head_ids, *[SLOT_ID] * prefix, *message_ids],
+            bos=self.bos,
+            message=range(start, end),
+            question=nowhere,
+            anchor=nowhere,
+            answer=nowhere,
+            stop=None,
+            supervised=nowhere,
+            soft=False,
+            prefix=range(start - prefix, start),
+        )
 
     def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
         """Return the tokens that a latent prompt's slots stand for."""

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from latentwire import card
 from latentwire.config import RunConfig, SweepConfig, TuneConfig
+from latentwire.data.readers import budget_of
 from latentwire.evaluation.baselines import MESSAGE_MODES
 from latentwire.evaluation.conditions import label
 from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.storage import Place, write_text
-from latentwire.training.text_readers import budget_of
 from latentwire.tuning.columns import column_names
 
 if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it

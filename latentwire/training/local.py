@@ -35,7 +35,8 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     """
     train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
-    trainer = Trainer(wire, max(1, train.num_rows // wire.run.training.batch_size))
+    steps_per_epoch = max(1, train.num_rows // wire.run.training.batch_size)
+    trainer = Trainer(wire, steps_per_epoch, train=paths["train"])
     frozen = wire.fingerprints()
     provenance = pins(paths, wire.run) | {"receivers": frozen}
     folder = output / "checkpoints"

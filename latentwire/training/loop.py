@@ -24,13 +24,18 @@ from latentwire.losses.terms import alignment_loss
 from latentwire.message import Message
 from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
+from latentwire.models.slots import recorded
 from latentwire.receivers.base import LossTask, part
+from latentwire.storage import Place
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
 from latentwire.training.progress import Progress
+from latentwire.training.span_teacher import SpanTeacher, slot_distance
 from latentwire.training.workers import Workers
 
 Epoch = Callable[[int], Iterator[pa.Table]]
 """The rows of each step of epoch number e, as shard columns, in an order that e alone decides."""
+SLOT_KD = "slot_kd"
+"""Name of the comparison of latents' keys and values; no term of a receiver's output."""
 
 
 class TrainingError(UserError):
@@ -41,10 +46,23 @@ class Trainer:
     """One run's optimiser, schedule and progress."""
 
     def __init__(
-        self, wire: LatentWire, steps_per_epoch: int, workers: Workers | None = None
+        self,
+        wire: LatentWire,
+        steps_per_epoch: int,
+        workers: Workers | None = None,
+        train: Place | None = None,
     ) -> None:
-        """``steps_per_epoch``: batches in one epoch, the same on every worker; at least 1."""
+        """Begin at step 0.
+
+        Args:
+            wire: what is trained.
+            steps_per_epoch: batches in one epoch, the same on every worker; at least 1.
+            workers: those that train together. None: this process alone.
+            train: the training shards, where a tuned reader teaches keys and values.
+        """
         self.wire, self.workers = wire, workers or Workers()
+        slots = wire.run.losses.slot_kd_weight > 0
+        self.span_teacher = SpanTeacher(wire, train) if slots else None
         self.config = wire.run.training
         self.collate = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
         self.progress = Progress()
@@ -186,7 +204,8 @@ class Trainer:
         sequential = self.config.sequential_models
         names = self._receivers_of(step)
         counts = {name: self._counts(weights, name, batches) for name in names}
-        values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in weights.terms}
+        terms = [*weights.terms, *([SLOT_KD] if self.span_teacher else [])]
+        values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in terms}
         for index, batch in enumerate(batches):
             message = self._encode(batch)
             # Receivers read latents that are cut off the encoder's graph, or the message itself.
@@ -237,6 +256,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Count each term's tokens in the whole step: all micro-batches of all workers."""
         totals = dict.fromkeys(weights.terms, 0.0)
+        if self.span_teacher is not None:
+            totals[SLOT_KD] = float(sum(int(b.sequences[name].latents_BS.sum()) for b in batches))
         for batch in batches:
             _add(totals, term_counts(weights, batch.sequences[name]))
         return self.workers.sum_counts(totals, self.wire.receivers[name].device)
@@ -263,11 +284,37 @@ class Trainer:
         teacher = lm.read_teacher(batch.teacher[name], losses) if weights.needs_teacher else None
         # One backward per term needs a graph per term, which chunks do not have.
         rows = None if self.config.log_gradient_norms else self.config.logit_rows
+        teaches_slots = self.span_teacher is not None and SLOT_KD in counts
+        targets = self._slot_targets(name, batch, message) if teaches_slots else []
         soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
         assert soft_ND is not None
         scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
+        entries: list[torch.Tensor] = []
+        if teaches_slots:
+            here = self.wire.local_receiver(name).lm
+            entries = attached.enter_context(recorded(here, sequences.latents_BS))
         shares_T = lm.losses(LossTask(sequences, weights, counts, teacher, losses, rows), soft_ND)
-        return dict(zip(weights.terms, shares_T, strict=True)), scale
+        shares = dict(zip(weights.terms, shares_T, strict=True))
+        if teaches_slots:
+            factor = losses.factor(
+                f"{SLOT_KD}_weight", self.progress.step - self.config.alignment_steps
+            )
+            share = slot_distance(entries, targets).sum() / max(1.0, counts[SLOT_KD])
+            shares[SLOT_KD] = losses.slot_kd_weight * factor * share
+        return shares, scale
+
+    def _slot_targets(
+        self, name: str, batch: TrainingBatch, message: Message | None
+    ) -> list[torch.Tensor]:
+        """Return the teacher's keys and values for each latent of a micro-batch's rows, ``[N, E]`` each."""
+        encoder = self.wire.interlingua.encoder
+        assert isinstance(encoder, InterlinguaEncoder) and self.span_teacher and message
+        spans, ids = encoder.spans(batch.tokens, name), batch.message_ids[name]
+        with part(f"teach {name}"):
+            targets = self.span_teacher.targets(name, ids, spans)
+        _, keep_BL = message.read_by(name)
+        message_R = batch.sequences[name].message_R.to(keep_BL.device)
+        return [target_BLE[message_R][keep_BL[message_R]] for target_BLE in targets]
 
     def _gradient_norms(
         self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor

@@ -10,14 +10,11 @@ was killed goes on from its last checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,19 +29,24 @@ from latentwire.config import (
     ReceiverConfig,
     RunConfig,
     TrainingConfig,
-    TunedTextConfig,
 )
 from latentwire.data import shards
-from latentwire.data.teachers import weights_id
+from latentwire.data.readers import (
+    Splits,
+    TrainingBudget,
+    is_reader,
+    reader_budget,
+    reader_directory,
+    tuned_text,
+)
 from latentwire.evaluation.conditions import Condition, label, own_condition
 from latentwire.model import LatentWire, load_wire
 from latentwire.prompts.shown import Reads
+from latentwire.receivers.base import Receiver
 from latentwire.storage import Place, directory, local
 from latentwire.training import step_checkpoints
 from latentwire.training.local import train_here
 
-READER_VERSION = 1
-"""Raised whenever the same knobs would train another reader."""
 BUDGETED = ("truncated", "window", "own_cache")
 """Modes that show or keep as much as a message has positions."""
 EVALUATIONS = 3
@@ -61,47 +63,12 @@ FROM_WIRE = (
 )
 """Knobs of the wire's training that its readers share."""
 
-Splits = Mapping[shards.ShardSplit, Place]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The training that a reader gets."""
-
-    steps: int
-    batch_size: int
-
-    @property
-    def questions(self) -> int:
-        """Questions that are answered in training, each as often as it is drawn."""
-        return self.steps * self.batch_size
-
-
-def budget_of(run: RunConfig, rows: int) -> Budget:
-    """Return the training of a wire itself on so many rows."""
-    training = run.training
-    per_epoch = max(1, rows // training.batch_size)
-    steps = min(training.epochs * per_epoch, training.max_steps or 10**12)
-    return Budget(steps, training.batch_size)
-
-
-def reader_budget(run: RunConfig, rows: int) -> Budget:
-    """Return the training that ``evaluation.tuned_text`` gives to a wire's readers."""
-    tuned, of_wire = tuned_text(run), budget_of(run, rows)
-    return Budget(tuned.steps or of_wire.steps, tuned.batch_size or of_wire.batch_size)
-
-
-def tuned_text(run: RunConfig) -> TunedTextConfig:
-    """Return what a run says about readers, which it must."""
-    assert run.evaluation.tuned_text is not None, "nobody asked for text readers"
-    return run.evaluation.tuned_text
-
 
 def reader_run(
     run: RunConfig,
     receivers: Sequence[ReceiverConfig],
     condition: Condition,
-    budget: Budget,
+    budget: TrainingBudget,
     rows: int,
     rate: float,
 ) -> RunConfig:
@@ -159,23 +126,7 @@ def reader_path(
     run: RunConfig, receiver: ReceiverConfig, condition: Condition, paths: Splits
 ) -> Place:
     """Return the directory of a reader, whether it is there or not."""
-    rows = shards.read_manifest(paths["train"])["rows"]
-    budget, encoder = reader_budget(run, rows), _lengths(run, condition)
-    lengths = ("kind", "tokens_per_latent", "latent_len", "private_len", "split", "bytes_per_patch")
-    spec = {
-        "reader_version": READER_VERSION,
-        "shards": [shards.read_manifest(paths[split])["key"] for split in ("train", "dev")],
-        "weights": weights_id(receiver),
-        "reads": [condition.mode, receiver.dtype, receiver.quantization, receiver.revision],
-        "lengths": encoder.model_dump(include=set(lengths)),
-        "tuned_text": tuned_text(run).model_dump(),
-        "budget": [budget.steps, budget.batch_size],
-        "training": run.training.model_dump(
-            include={"bucket_batches", "questions_together", "seed"}
-        ),
-    }
-    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    return paths["train"].parent / f"reader-{receiver.name}-{condition.mode}-{key}"
+    return reader_directory(run, receiver, condition.mode, _lengths(run, condition), paths)
 
 
 def ready(
@@ -215,22 +166,39 @@ def ensure_readers(
     places: dict[str, dict[str, Place]] = {}
     for number, condition in enumerate(tuned, start=1):
         places[condition.key], losses = {}, []
-        for receiver in wire.run.receivers:
-            trained_for = condition.trained_for
-            path = reader_path(wire.run, receiver, trained_for, paths)
-            made = not (path / exports.MANIFEST).exists()
-            if made:
-                _train(wire, receiver, trained_for, paths, path)
-            with local(path) as folder:
-                report = report_of(folder)
-            how = f"made in {report['seconds']:.0f} s" if made else f"reused from {path.name}"
-            losses.append(f"{receiver.name} {report['dev_loss']:.4g} ({how})")
-            places[condition.key][receiver.name] = path
+        for name, lm in wire.receivers.items():
+            path, said = ensure_reader(wire.run, lm, condition.trained_for, paths)
+            losses.append(said)
+            places[condition.key][name] = path
         say(
             f"text readers {number}/{len(tuned)}, {label(condition.key)}: development loss "
             f"{', '.join(losses)}"
         )
     return places
+
+
+def ensure_reader(
+    run: RunConfig, lm: Receiver, condition: Condition, paths: Splits
+) -> tuple[Place, str]:
+    """Train one receiver's reader unless it is there.
+
+    Args:
+        run: the configuration of the wire that it is compared with, or teaches.
+        lm: the receiver.
+        condition: what the reader is trained for.
+        paths: the shards of that run.
+
+    Returns:
+        Its directory, and its development loss in a few words.
+    """
+    path = reader_path(run, lm.config, condition, paths)
+    made = not is_reader(path)
+    if made:
+        _train(run, lm, condition, paths, path)
+    with local(path) as folder:
+        report = report_of(folder)
+    how = f"made in {report['seconds']:.0f} s" if made else f"reused from {path.name}"
+    return path, f"{lm.name} {report['dev_loss']:.4g} ({how})"
 
 
 def ensure_at(
@@ -264,51 +232,72 @@ def load_readers(
     """
     if wire.run.is_reader:
         return {own_condition(wire.run).key: wire}
-    readers = {}
-    fingerprints = wire.fingerprints() if places else {}
-    for condition in conditions:
-        if not condition.tuned:
-            continue
-        run = reader_run(wire.run, wire.run.receivers, condition, Budget(1, 1), 1, 1.0)
-        reader, reports = LatentWire(run, wire.receivers), {}
-        for name, path in places[condition.key].items():
-            with local(path) as folder:
-                manifest = exports.read_manifest(folder)
-                reports[name] = manifest["metrics"]["reader"]
-                trained_for = manifest["pins"]["receivers"][name]
-                if trained_for != fingerprints[name]:
-                    raise exports.CheckpointError(
-                        f"the reader of {path} must be of receiver {name} as it is, whose weights "
-                        f"hash to {fingerprints[name][:12]}…, got {trained_for[:12]}…; delete it"
-                    )
-                file = folder / f"prefixes/{name}.safetensors"
-                exports.fill(file, reader.interlingua.prefixes[name])
-        reader.reports = reports
-        readers[condition.key] = reader
-    return readers
+    tuned = [condition for condition in conditions if condition.tuned]
+    fingerprints = wire.fingerprints() if tuned else {}
+    return {
+        row.key: load_reader(wire.run, wire.receivers, row, places[row.key], fingerprints)
+        for row in tuned
+    }
 
 
-def _train(
-    wire: LatentWire,
-    receiver: ReceiverConfig,
+def load_reader(
+    run: RunConfig,
+    receivers: Mapping[str, Receiver],
     condition: Condition,
-    paths: Splits,
-    path: Place,
-) -> None:
+    places: Mapping[str, Place],
+    fingerprints: Mapping[str, str],
+) -> LatentWire:
+    """Return one row's reader, which holds the prefixes of all given receivers.
+
+    Args:
+        run: the configuration of the wire that it is compared with, or teaches.
+        receivers: those that read.
+        condition: the row.
+        places: receiver → the directory of its reader.
+        fingerprints: receiver → hash of its weights.
+
+    Raises:
+        CheckpointError: a reader was trained for other weights.
+    """
+    configs = [lm.config for lm in receivers.values()]
+    reader = LatentWire(
+        reader_run(run, configs, condition, TrainingBudget(1, 1), 1, 1.0), receivers
+    )
+    reports = {}
+    for name in receivers:
+        with local(places[name]) as folder:
+            manifest = exports.read_manifest(folder)
+            reports[name] = manifest["metrics"]["reader"]
+            trained_for, weights = manifest["pins"]["receivers"][name], fingerprints[name]
+            if trained_for != weights:
+                raise exports.CheckpointError(
+                    f"the reader of {places[name]} must be of receiver {name} as it is, whose weights "
+                    f"hash to {weights[:12]}…, got {trained_for[:12]}…; delete it"
+                )
+            file = folder / f"prefixes/{name}.safetensors"
+            exports.fill(file, reader.interlingua.prefixes[name])
+    reader.reports = reports
+    return reader
+
+
+def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, path: Place) -> None:
     """Train a reader once for each rate that Optuna draws, and keep the best as ``path``."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, began = shards.read_manifest(paths["train"])["rows"], time.monotonic()
-    tuned, budget = tuned_text(wire.run), reader_budget(wire.run, rows)
+    tuned, budget = tuned_text(run), reader_budget(run, rows)
     with _workspace(path) as work:
-        if (path / exports.MANIFEST).exists():  # another process has just made it
+        if is_reader(path):  # another process has just made it
             return
         trained: dict[float, tuple[float, Place, int]] = {}
 
+        def reader_at(rate: float) -> LatentWire:
+            of_one = reader_run(run, [lm.config], condition, budget, rows, rate)
+            return LatentWire(of_one, {lm.name: lm})
+
         def loss_at(rate: float) -> float:
-            run = reader_run(wire.run, [receiver], condition, budget, rows, rate)
-            reader = LatentWire(run, {receiver.name: wire.receivers[receiver.name]})
+            reader = reader_at(rate)
             output = work / f"rate-{rate:.6g}"
             best = train_here(reader, paths, output)
             last = step_checkpoints.finished(output / "checkpoints")[-1]
@@ -318,14 +307,14 @@ def _train(
 
         low, high = tuned.lr
         study = optuna.create_study(
-            direction="minimize", sampler=optuna.samplers.TPESampler(seed=wire.run.training.seed)
+            direction="minimize", sampler=optuna.samplers.TPESampler(seed=run.training.seed)
         )
         study.enqueue_trial({"rate": math.sqrt(low * high)})
         for number in range(1, tuned.trials + 1):
             trial = study.ask()
             rate = trial.suggest_float("rate", low, high, log=True)
             print(
-                f"text reader of {receiver.name}, {label(condition.key)}: training "
+                f"text reader of {lm.name}, {label(condition.key)}: training "
                 f"{number}/{tuned.trials} at rate {rate:.3g}, {budget.steps:,} steps of "
                 f"{budget.batch_size}",
                 flush=True,
@@ -333,12 +322,11 @@ def _train(
             study.tell(trial, loss_at(rate))
         rate = study.best_params["rate"]
         loss, best, steps = trained[rate]
-        run = reader_run(wire.run, [receiver], condition, budget, rows, rate)
-        reader = LatentWire(run, {receiver.name: wire.receivers[receiver.name]})
+        reader = reader_at(rate)
         exports.load_weights(cast(Path, best), reader, exports.read_manifest(cast(Path, best)))
         parameters = sum(p.numel() for p in reader.interlingua.parameters())
         report = {
-            "receiver": receiver.name,
+            "receiver": lm.name,
             "reads": cast(Reads, condition.mode),
             "budget": None if condition.budget is None else str(condition.budget),
             "tokens": tuned.tokens,

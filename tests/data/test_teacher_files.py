@@ -13,7 +13,9 @@ import torch
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import teachers
+from latentwire.data.readers import weights_id
 from latentwire.model import LatentWire
+from latentwire.training.teachers import TeacherReader, ensure_teachers, read_columns
 from tests.conftest import frozen, shard_table
 
 KD = {"losses.kd_weight": 1.0, "losses.kd_top_k": 3, "losses.kd_temperature": 2.0, "losses.k": 2}
@@ -71,21 +73,25 @@ def test_columns_are_known_by_what_they_hang_on(run: RunConfig, tmp_path: Path) 
     )
 
 
+def test_weights_of_the_hub_are_known_by_their_id() -> None:
+    assert weights_id(ReceiverConfig(name="a", model="some/where")) == "some/where"
+
+
 def test_weights_of_a_directory_are_known_by_their_files(tmp_path: Path) -> None:
     receiver = ReceiverConfig(name="a", model=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     for name, content in (("b.safetensors", b"12"), ("a.safetensors", b"345"), ("old.bin", b"6")):
         (tmp_path / name).write_bytes(content)
         os.utime(tmp_path / name, ns=(5_000, 7_000))
-    assert teachers.weights_id(receiver) == [
+    assert weights_id(receiver) == [
         ["a.safetensors", 3, 7_000],
         ["b.safetensors", 2, 7_000],
     ]
     os.utime(tmp_path / "a.safetensors", ns=(5_000, 8_000))
-    assert teachers.weights_id(receiver)[0] == ["a.safetensors", 3, 8_000]
+    assert weights_id(receiver)[0] == ["a.safetensors", 3, 8_000]
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).unlink()
-    assert teachers.weights_id(receiver) == [["old.bin", 1, 7_000]]
+    assert weights_id(receiver) == [["old.bin", 1, 7_000]]
 
 
 def test_columns_are_made_file_by_file_and_told_when_whole(
@@ -98,26 +104,26 @@ def test_columns_are_made_file_by_file_and_told_when_whole(
     for number, (name, path) in enumerate(paths.items()):
         path.mkdir()
         assert not teachers.complete(run, train)
-        reader = teachers.TeacherReader(run.model_dump(mode="json"), name, str(train), str(path))
+        reader = TeacherReader(run.model_dump(mode="json"), name, str(train), str(path))
         assert (reader.lm.name, reader.builder.send) == (name, run.data.send)
         batch = {"file": np.array(["0.parquet"])}
         assert reader(batch) is batch and not teachers.complete(run, train)
         reader({"file": np.array(["1.parquet"])})
         assert teachers.complete(run, train) == (number == 1)
         found = pa.concat_tables([pq.read_table(path / f"{file}.parquet") for file in (0, 1)])
-        expected = teachers.read_columns(frozen(run.receivers)[name], reader.builder, run, table)
+        expected = read_columns(frozen(run.receivers)[name], reader.builder, run, table)
         assert found.column_names == expected.column_names and found.num_rows == 6
         for column in found.column_names:
             assert np.allclose(*(one[column].combine_chunks().flatten() if pa.types.is_list(one[column].type) else one[column]
                                  for one in (found, expected)), atol=5e-3)  # fmt: skip
-    assert teachers.ensure_teachers(run, train) == paths  # without Ray: nothing is missing
+    assert ensure_teachers(run, train) == paths  # without Ray: nothing is missing
     said = capsys.readouterr().out
     size = sum((paths["llama"] / name).stat().st_size for name in ("0.parquet", "1.parquet"))
     assert (
         f"teacher llama: 6 rows, {size / 6 * 1_000 / 1e6:.2f} MB per 1,000 rows, reused from {paths['llama']}"
         in said
     )
-    assert teachers.ensure_teachers(with_values(run, {"losses.kd_weight": 0.0}), train) == {}
+    assert ensure_teachers(with_values(run, {"losses.kd_weight": 0.0}), train) == {}
     assert capsys.readouterr().out == ""
 
 
@@ -126,7 +132,7 @@ def test_columns_hold_what_the_model_itself_says(run: RunConfig, wire: LatentWir
     run = with_values(run, KD | STATES)
     table = shard_table(run, 5)
     lm, builder = wire.receivers["llama"], wire.builders["llama"]
-    found = teachers.read_columns(lm, builder, run, table).to_pydict()
+    found = read_columns(lm, builder, run, table).to_pydict()
     rows = table.to_pydict()
     layers = len(lm.lm.model.layers)
     for index in range(5):

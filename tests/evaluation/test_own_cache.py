@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.data.readers import TrainingBudget
 from latentwire.evaluation.baselines import DEFAULT_MODES, MODES
 from latentwire.evaluation.conditions import Budget, Condition, label, with_tuned
 from latentwire.evaluation.evaluator import Prediction, predict
@@ -20,7 +21,6 @@ from latentwire.model import LatentWire
 from latentwire.models import own_cache
 from latentwire.models.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.sequences import Batch
-from latentwire.training.text_readers import Budget as Trained
 from latentwire.training.text_readers import reader_run
 from tests.conftest import shard_table, untimed, wire_of
 
@@ -152,7 +152,7 @@ def reader(request: pytest.FixtureRequest, run: RunConfig) -> LatentWire:
     tuned = {"evaluation.tuned_text.tokens": 5, "evaluation.tuned_text.layers": request.param}
     asked = with_values(run, tuned)
     condition = Condition("own_cache", EVERYTHING, tuned=True)
-    made = reader_run(asked, asked.receivers, condition, Trained(1, 1), 1, 1.0)
+    made = reader_run(asked, asked.receivers, condition, TrainingBudget(1, 1), 1, 1.0)
     wire = LatentWire(made, wire_of(run).receivers)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -201,5 +201,5 @@ def test_its_tuned_twin_is_read_by_the_reader_of_the_whole_text(run: RunConfig) 
     ]  # fmt: skip
     assert twins[1].trained_for == Condition("text", tuned=True)
     assert twins[3].trained_for == twins[3]
-    own = reader_run(asked, asked.receivers, twins[1], Trained(1, 1), 1, 1.0)
+    own = reader_run(asked, asked.receivers, twins[1], TrainingBudget(1, 1), 1, 1.0)
     assert own.prompt.reads == "text" and own.encoder.latent_len == 3

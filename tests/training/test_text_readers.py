@@ -13,7 +13,8 @@ import torch
 from latentwire import exports
 from latentwire.config import RunConfig, TunedTextConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data import streams
+from latentwire.data import readers, streams
+from latentwire.data.readers import TrainingBudget
 from latentwire.evaluation.conditions import Condition, own_condition, with_tuned
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.scoring import final_conditions, predict_conditions
@@ -24,7 +25,6 @@ from latentwire.prompts.sequences import collate
 from latentwire.training import checkpoints, text_readers
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
-from latentwire.training.text_readers import Budget
 from tests.conftest import shard_table, wire_of
 from tests.models.test_memory import HANDED
 
@@ -78,7 +78,7 @@ def test_a_reader_beside_a_message_of_keys_and_values_is_a_whole_configuration(r
     tuned = {"evaluation.tuned_text": {"steps": 2, "batch_size": 4}}
     run = with_values(RunConfig(), HANDED | tuned | {"encoder.tokens_per_latent": 3})
     condition = Condition(reads, tuned=True)
-    reader = text_readers.reader_run(run, run.receivers, condition, Budget(2, 4), 8, 0.1)
+    reader = text_readers.reader_run(run, run.receivers, condition, TrainingBudget(2, 4), 8, 0.1)
     assert RunConfig.model_validate(reader.model_dump(mode="json")) == reader
     assert reader.encoder.tokens_per_latent == (3 if reads == "truncated" else None)
 
@@ -189,11 +189,11 @@ def test_untuned_rows_are_what_they_were_beside_readers(run: RunConfig, table: p
     """A reader's text without its prefix is the wire's own text row, bit by bit."""
     wire, reader = wire_of(run), reader_of(run, "text")
     untuned = [list(predict(one, table.slice(0, 4), "text")) for one in (wire, reader)]
-    for mine, readers in zip(*untuned, strict=True):
+    for mine, theirs in zip(*untuned, strict=True):
         assert (mine.text, mine.nll, mine.positions) == (
-            readers.text,
-            readers.nll,
-            readers.positions,
+            theirs.text,
+            theirs.nll,
+            theirs.positions,
         )
 
 
@@ -297,9 +297,9 @@ def test_a_reader_takes_as_many_steps_as_the_wire_unless_it_is_told_otherwise(
         update={"evaluation": run.evaluation.model_copy(update={"tuned_text": text})}
     )
     assert (
-        text_readers.reader_budget(same, rows=16) == Budget(6, 8) == text_readers.budget_of(run, 16)
+        readers.reader_budget(same, rows=16) == TrainingBudget(6, 8) == readers.budget_of(run, 16)
     )
-    assert text_readers.reader_budget(run, rows=16) == Budget(4, 4)
+    assert readers.reader_budget(run, rows=16) == TrainingBudget(4, 4)
 
 
 def test_a_reader_of_other_weights_is_refused(tuned: RunConfig, paths: dict) -> None:
