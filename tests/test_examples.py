@@ -12,13 +12,27 @@ from nbclient import NotebookClient
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+SECONDS = 900
+"""An example that takes longer is stuck; what it has said is shown."""
+
+
 def run(script: str, *flags: str, folder: Path) -> str:
     """What an example prints when it runs in a directory of its own."""
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, str(EXAMPLES / script), *flags]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    log = folder / f"{script}.log"
+    with log.open("w") as output:
+        example = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            status: int | str = example.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            example.kill()
+            status = f"none after {SECONDS} s"
+    said = log.read_text()
+    assert status == 0, f"exit status {status}: {said[-5000:]}"
+    return said
 
 
 @pytest.mark.slow

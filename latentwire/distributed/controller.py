@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,12 @@ from ray.experimental.internal_kv import _internal_kv_list as names_of
 from ray.experimental.internal_kv import _internal_kv_put as note
 from ray.train import Result
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    PlacementGroupHandle,
+)
 from ray.train.v2.api.callback import UserCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -44,12 +47,30 @@ def own_actor() -> str | None:
     return actor_id
 
 
+class NotedGroup(WorkerGroup):
+    """A group of workers that notes its placement group as soon as there is one.
+
+    Ray keeps a placement group until the job ends, whoever made it: an actor that dies leaves its own.
+    """
+
+    def _create_placement_group(self, *arguments: Any, **options: Any) -> PlacementGroupHandle:
+        handle = super()._create_placement_group(*arguments, **options)
+        note(handle.placement_group.id.hex(), own_actor(), namespace=GROUPS)
+        return handle
+
+
+class Controller(TrainController):
+    """Ray Train's controller, whose placement groups can be found."""
+
+    worker_group_cls = NotedGroup
+
+
 def run_here(**options: Any) -> Result:
     """Run a controller in this process until its training has ended; return the result.
 
     ``options``: as Ray Train hands them to its controller. This process must be an actor.
     """
-    controller = TrainController(**options)
+    controller = Controller(**options)
     asyncio.run(controller.run())
     return controller.get_result()
 
@@ -87,22 +108,25 @@ class PreemptionThread(PreemptionCallback):
 # ---------------------------------------------------------------- placement groups of dead controllers
 
 
-class GroupNote(WorkerGroupCallback):
-    """Notes whose workers a placement group holds. Ray keeps a group until the job ends, whoever made it."""
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Note this actor as the one that needs the group."""
-        state = worker_group.get_worker_group_state()
-        group = state.placement_group_handle.placement_group
-        note(group.id.hex(), own_actor(), namespace=GROUPS)
-
-
 def remove_dead_groups() -> list[str]:
-    """Remove the noted groups whose actor has died; return their ids."""
+    """Remove the noted groups whose actor is known to have died; return their ids.
+
+    A cluster that is too busy to say anything about an actor has not said that it died.
+    """
+    return _remove_where(lambda actor_id: actors(actor_id).get("State") == "DEAD")
+
+
+def remove_own_groups() -> list[str]:
+    """Remove the noted groups of this job's actors, living or not; return their ids."""
+    job_id = ray.get_runtime_context().get_job_id()  # the end of the id of each of its actors
+    return _remove_where(lambda actor_id: actor_id.endswith(job_id))
+
+
+def _remove_where(is_over: Callable[[str], bool]) -> list[str]:
     removed = []
     for group in [name.decode() for name in names_of("", namespace=GROUPS)]:
         actor_id = recall(group, namespace=GROUPS)
-        if actor_id is None or actors(actor_id.decode()).get("State", "DEAD") != "DEAD":
+        if actor_id is None or not is_over(actor_id.decode()):
             continue
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
         forget(group, namespace=GROUPS)
@@ -112,7 +136,11 @@ def remove_dead_groups() -> list[str]:
 
 @contextmanager
 def dead_groups_removed() -> Iterator[None]:
-    """Look in a thread for groups whose actor has died, and remove them, while the block runs."""
+    """Remove groups whose actor has died while the block runs, and all of this job's after it.
+
+    No trial goes on after the block. Its actor may die a moment later, and what comes next needs what
+    its group holds.
+    """
     over = threading.Event()
 
     def look() -> None:
@@ -129,3 +157,4 @@ def dead_groups_removed() -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+    remove_own_groups()

@@ -26,7 +26,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.config import FailureConfig
 
-from latentwire.distributed.controller import GroupNote, PreemptionThread, own_actor, run_here
+from latentwire.distributed.controller import PreemptionThread, own_actor, run_here
 from latentwire.distributed.worker_output import tell
 from latentwire.errors import UserError
 from latentwire.storage import StorageError
@@ -93,7 +93,6 @@ class PatientTrainer(TorchTrainer):
             own_actor() is not None
         ):  # else Ray's controller is an actor, and has a cleaner of its own
             left_out.append(PlacementGroupCleanerCallback)
-            callbacks.append(GroupNote())
         return [each for each in callbacks if not isinstance(each, tuple(left_out))]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:

@@ -4,9 +4,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
+import ray.train
 from ray.util import placement_group_table
 from ray.util.placement_group import placement_group
 from ray.util.state.common import ActorState, JobState, PlacementGroupState
@@ -134,5 +136,54 @@ def test_what_a_killed_trial_left_is_removed_while_the_sweep_goes_on() -> None:
     assert "killed" in groups(), "Ray removed the group by itself, and ours could go"
     with controller.dead_groups_removed():
         wait_for(before | {"living"})
-    assert controller.remove_dead_groups() == []  # it is forgotten
-    assert controller.recall(group_ids["living"], namespace=controller.GROUPS) is not None
+        assert controller.remove_dead_groups() == []  # it is forgotten
+        assert controller.recall(group_ids["living"], namespace=controller.GROUPS) is not None
+    # No trial goes on after a search: the group of one that is still about to die goes at once.
+    wait_for(before)
+    assert ray.get(drivers["living"].group_id.remote()) == group_ids["living"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_a_group_is_noted_before_its_workers_start() -> None:
+    """A trial that is killed as they do would else leave it behind."""
+
+    @ray.remote(num_cpus=0)
+    class Starting:
+        def create(self) -> str:
+            group = controller.NotedGroup.__new__(controller.NotedGroup)
+            scaling = ray.train.ScalingConfig(num_workers=1)
+            wanted = SimpleNamespace(
+                resources_per_worker={"CPU": 0.01},
+                num_workers=1,
+                placement_strategy="PACK",
+                label_selector=None,
+            )
+            return group._create_placement_group(scaling, wanted).placement_group.id.hex()
+
+    starting = Starting.remote()
+    group_id = ray.get(starting.create.remote())
+    noted = controller.recall(group_id, namespace=controller.GROUPS)
+    assert noted is not None and noted.decode() == starting._actor_id.hex()
+    ray.kill(starting)
+    end = time.time() + 20
+    while group_id not in controller.remove_dead_groups():
+        assert time.time() < end
+        time.sleep(0.2)
+
+
+def test_a_cluster_that_says_nothing_of_an_actor_has_not_called_it_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a busy cluster's silence would end trials that run."""
+    said = {"aa": {}, "bb": {"State": "ALIVE"}, "cc": {"State": "DEAD"}}
+    removed: list[str] = []
+    monkeypatch.setattr(controller, "names_of", lambda *_, **__: [b"1" * 36, b"2" * 36, b"3" * 36])
+    holders = {"1" * 36: b"aa", "2" * 36: b"bb", "3" * 36: b"cc"}
+    monkeypatch.setattr(controller, "recall", lambda group, **_: holders[group])
+    monkeypatch.setattr(controller, "actors", said.__getitem__)
+    monkeypatch.setattr(
+        controller, "remove_placement_group", lambda group: removed.append(group.id.hex())
+    )
+    monkeypatch.setattr(controller, "forget", lambda *_, **__: None)
+    assert controller.remove_dead_groups() == removed == ["3" * 36]
