@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -34,6 +34,10 @@ from latentwire.receivers.local import LocalReceiver
 LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
 """Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever
 they come from."""
+
+
+SHARED_BY = 1.5
+"""Rows a message from which reading it once for all of them pays for a second pass."""
 
 
 class LatentWire(ModelHubMixin, library_name="latentwire"):
@@ -368,6 +372,47 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 for feature in acting:
                     stack.enter_context(feature.attached(receiver, lm, reading))
             yield self.interlingua.soft_rows(receiver, message, batch)
+
+    def parted(
+        self, receiver: str, batch: Batch, side: Literal["right", "left"] = "right"
+    ) -> tuple[Batch, Batch] | None:
+        """Part a batch whose rows share messages, where its receiver can read them once for all.
+
+        ``batch``: padded to the right. ``side``: where padding stands in what follows the messages.
+        None where it cannot: the receiver's weights are elsewhere, a feature looks at the question,
+        a layer sees too few positions, or too few rows share a message for two passes to pay.
+        """
+        lm = self.receivers[receiver]
+        features: Any = self.interlingua.features.values()
+        if not isinstance(lm, LocalReceiver) or any(feature.reads_question for feature in features):
+            return None
+        parts = batch.parted(side)
+        if parts is None or len(batch.ids_BS) < SHARED_BY * len(parts[0].ids_BS):
+            return None
+        fits = lm.may_part(sum(part.ids_BS.shape[1] for part in parts))
+        return parts if fits else None
+
+    @contextmanager
+    def reading_on(
+        self, receiver: str, batch: Batch, message: Message | None
+    ) -> Iterator[torch.Tensor | None]:
+        """Yield the soft vectors of rows that go on after their messages, as :meth:`reading` does.
+
+        ``batch``: the second of :meth:`parted`. Features that act on all positions are attached.
+        """
+        if message is None:
+            yield None
+            return
+        features: Any = self.interlingua.features.values()
+        with ExitStack() as stack:
+            acting = [feature for feature in features if feature.acts_on_text]
+            if acting:
+                reading = self._reading(receiver, batch, message)
+                for feature in acting:
+                    stack.enter_context(
+                        feature.attached(receiver, self.receivers[receiver], reading)
+                    )
+            yield self.interlingua.control_rows(receiver, batch)
 
     def _slot_latents(self, receiver: str, batch: Batch, message: Message) -> torch.Tensor:
         """Return the latent of each slot of a batch, row by row, ``[N, Z]``."""

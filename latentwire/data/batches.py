@@ -119,9 +119,10 @@ class TrainingCollator:
                 )
             else:
                 slots_R = [slots[m] for m in message_R]
-                sequences[name] = collate(
-                    reader_prompts(self.builders[name], name, self.reads, rows, slots_R)
-                )
+                prompts = reader_prompts(self.builders[name], name, self.reads, rows, slots_R)
+                # Questions to a context are shown the same text, unless it is drawn by the row.
+                shared = self.reads in ("text", "truncated") and self.send == "context"
+                sequences[name] = collate(prompts, messages=message_R if shared else None)
             sequences[name] = self._taught(sequences[name], table, name)
         return TrainingBatch(
             tokens,

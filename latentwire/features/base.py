@@ -52,6 +52,10 @@ class Feature(nn.Module):
     """True where positions before the message change, whose keys and values are else computed once
     for all steps."""
 
+    reads_question = False
+    """True where what stands for a message hangs on the question at hand: it then cannot be read once
+    for several."""
+
     needs_weights = False
     """True where it acts on the receiver's layers (``lm.lm``): they must be in this process."""
 

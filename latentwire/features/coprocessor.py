@@ -22,6 +22,8 @@ class Coprocessor(Feature):
     Its states at the latents become keys and values.
     """
 
+    reads_question = True
+
     def __init__(
         self, options: CoprocessorFeature, run: RunConfig, receivers: Mapping[str, ReceiverShape]
     ) -> None:

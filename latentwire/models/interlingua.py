@@ -174,5 +174,13 @@ class Interlingua(nn.Module):
             keeps += [keep_BL[message_R], (control_R != ANSWER)[:, None]]
         return torch.cat(vectors, 1)[torch.cat(keeps, 1)]
 
+    def control_rows(self, receiver: str, batch: Batch) -> torch.Tensor | None:
+        """Return vectors ``[N, D]`` for the controls of rows that go on after their messages."""
+        asks_R = batch.control_R != ANSWER
+        if not bool(asks_R.any()):
+            return None
+        adapter: Any = self.adapters[receiver]
+        return adapter.control_CD[batch.control_R[asks_R].to(adapter.control_CD.device)]
+
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

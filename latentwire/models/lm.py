@@ -7,10 +7,12 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import ReceiverConfig
@@ -83,6 +85,25 @@ class Stopwatch:
         """Do nothing; transformers calls it once at the end."""
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a receiver keeps of the beginnings of sequences: their keys and values."""
+
+    cache: Cache
+    attention_MS: torch.Tensor
+    """1 at real positions."""
+
+    def of_rows(self, batch: Batch) -> tuple[Cache, torch.Tensor]:
+        """Return keys and values for rows that go on from these beginnings, and all their attention."""
+        assert batch.past_R is not None, "these rows go on from nothing"
+        past_R = batch.past_R.to(self.attention_MS.device)
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(past_R)  # a copy of what it selects, with its gradient
+        rest_BS = batch.attention_BS.to(self.attention_MS.device)
+        return cache, torch.cat((self.attention_MS[past_R], rest_BS), 1)
+
+
 class LMWrapper(nn.Module):
     """One receiver: logits at the supervised positions of a soft prompt, and generation.
 
@@ -128,6 +149,10 @@ class LMWrapper(nn.Module):
         text_config = self.lm.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.most_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
+        window = getattr(text_config, "sliding_window", None)
+        self.window: int | None = window if "sliding_attention" in kinds else None
+        """Positions that the layers with the shortest sight see; ``None``: all."""
         self._head: tuple[list[int], Cache] | None = None
         self._recomputed: list[GradientCheckpointingLayer] = []
         self._check_model()
@@ -214,26 +239,42 @@ class LMWrapper(nn.Module):
         e_BTD, bytes_BT = self.text_embeddings(ids)
         return overlap_means(e_BTD, bytes_BT, span_BL2.to(e_BTD.device))
 
-    def supervised_logits(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> torch.Tensor:
+    def supervised_logits(
+        self, batch: Batch, soft_ND: torch.Tensor | None = None, past: Past | None = None
+    ) -> torch.Tensor:
         """Return logits ``[N, V]`` for ``batch.target_N``; no other position meets the head."""
-        return self.logits(self.supervised_states(batch, soft_ND)[0])
+        return self.logits(self.supervised_states(batch, soft_ND, past=past)[0])
 
     def supervised_states(
-        self, batch: Batch, soft_ND: torch.Tensor | None = None, depths: Sequence[float] = ()
+        self,
+        batch: Batch,
+        soft_ND: torch.Tensor | None = None,
+        depths: Sequence[float] = (),
+        past: Past | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the states ``[N, D]`` that predict ``batch.target_N``.
 
         First those of the last layer, for :meth:`logits`; then those at each of ``depths``,
         fractions of all layers. A batch without its head (:meth:`read_head`) finds the head's keys
-        and values ready.
+        and values ready, one that goes on from others (:meth:`Batch.parted`) those in ``past``.
         """
-        cache = self._head_cache(batch)
+        cache, attention_BS = self._head_cache(batch), batch.attention_BS.to(self.device)
+        position_BS = None  # counted from the beginning
+        if past is not None:
+            cache, attention_BS = past.of_rows(batch)
+            assert batch.end_R is not None
+            # Padding stands between what was read and this: positions go on as if it did not.
+            width = batch.ids_BS.shape[1]
+            position_BS = batch.end_R.to(self.device)[:, None] + torch.arange(
+                width, device=self.device
+            )
         for layer in self._recomputed:
             # The layer's own flag switches recomputing on; no dropout inside follows it.
             layer.training = torch.is_grad_enabled() and cache is None
         output = self.lm.base_model(
             inputs_embeds=self.embed(batch, soft_ND),
-            attention_mask=batch.attention_BS.to(self.device),
+            attention_mask=attention_BS,
+            position_ids=position_BS,
             past_key_values=cache,
             use_cache=False,
             output_hidden_states=bool(depths),
@@ -248,6 +289,28 @@ class LMWrapper(nn.Module):
             output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths
         ]
         return at_targets(output.last_hidden_state), [at_targets(layer) for layer in layers]
+
+    def prefill(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> Past:
+        """Read the beginnings of sequences, and keep their keys and values, with their gradient.
+
+        ``batch``: the first of :meth:`Batch.parted`, with or without its head.
+        """
+        for layer in self._recomputed:
+            layer.training = False  # what is computed again leaves no cache
+        output = self.lm.base_model(
+            inputs_embeds=self.embed(batch, soft_ND),
+            attention_mask=batch.attention_BS.to(self.device),
+            past_key_values=self._head_cache(batch),
+            use_cache=True,
+        )
+        return Past(output.past_key_values, batch.attention_BS.to(self.device))
+
+    def may_part(self, positions: int) -> bool:
+        """Return whether sequences of so many positions, padding included, may be read in two passes.
+
+        A layer with a window counts padding between the passes as positions: it must see all of them.
+        """
+        return self.window is None or positions < self.window
 
     def recompute_activations(self) -> None:
         """Keep one state per layer for the backward pass and compute the others again.
@@ -306,11 +369,18 @@ class LMWrapper(nn.Module):
         stop_ids: tuple[int, ...],
         max_new_tokens: int,
         soft_ND: torch.Tensor | None = None,
+        past: Past | None = None,
     ) -> Decoded:
-        """Decode greedy continuations of left-padded prompts."""
+        """Decode greedy continuations of left-padded prompts, or of what follows ``past``."""
         from transformers import GenerationConfig
 
-        self._check_length(batch.attention_BS.shape[1] + max_new_tokens)
+        e_BSD, attention_BS = self.embed(batch, soft_ND), batch.attention_BS.to(self.device)
+        cache = None
+        if past is not None:
+            cache, attention_BS = past.of_rows(batch)
+            # transformers wants embeddings of the whole, and cuts off what is in the cache.
+            e_BSD = F.pad(e_BSD, (0, 0, attention_BS.shape[1] - e_BSD.shape[1], 0))
+        self._check_length(attention_BS.shape[1] + max_new_tokens)
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         settings = GenerationConfig(
@@ -321,8 +391,9 @@ class LMWrapper(nn.Module):
         )
         watch = Stopwatch()
         output_BK = self.lm.generate(
-            inputs_embeds=self.embed(batch, soft_ND),
-            attention_mask=batch.attention_BS.to(self.device),
+            inputs_embeds=e_BSD,
+            attention_mask=attention_BS,
+            past_key_values=cache,
             generation_config=settings,
             streamer=watch,
         )

@@ -103,6 +103,10 @@ class Batch:
     """Place of the target in its answer, from 0."""
     row_N: torch.Tensor
     """Row that the target belongs to."""
+    end_R: torch.Tensor | None = None
+    """Positions up to the end of each row's message; ``None`` in rows that are padded to the left."""
+    past_R: torch.Tensor | None = None
+    """Where each row goes on from a sequence of another batch, which ends at ``end_R``: the row of it."""
     taught_R: torch.Tensor | None = None
     """True where a teacher's words are compared with a row's answer; ``None``: wherever there is one."""
     prefix: int = 0
@@ -143,6 +147,68 @@ class Batch:
             predict_N=row_N * (width - self.head) + place_N - self.head,
             head=0,
             head_H=self.ids_BS[0, : self.head],
+        )
+
+    def parted(self, side: Literal["right", "left"] = "right") -> tuple[Batch, Batch] | None:
+        """Part rows that read the same messages: what they begin with, once each, and what follows it.
+
+        Rows of the same ``message_R`` must be equal up to ``end_R``, as they are by construction.
+
+        Args:
+            side: where padding stands in the second batch.
+
+        Returns:
+            The beginnings, one row a message in the order of their numbers and padded to the right,
+            with nothing to predict; and the rows after them, each with ``past_R``. None where no two
+            rows share a message, or a target is predicted within one.
+        """
+        if self.end_R is None or self.head_H is not None:
+            return None
+        messages, past_R = torch.unique(self.message_R, return_inverse=True)
+        if len(messages) == len(past_R):
+            return None
+        width = self.ids_BS.shape[1]
+        row_N, place_N = self.predict_N // width, self.predict_N % width
+        after_N = place_N - self.end_R[row_N]
+        if bool((after_N < 0).any()):
+            return None
+        numbers_R = torch.arange(len(past_R))
+        first_M = torch.full_like(messages, len(past_R)).scatter_reduce(
+            0, past_R, numbers_R, "amin"
+        )
+        end_M = self.end_R[first_M]
+        place_S = torch.arange(int(end_M.max()))
+        within_MS = place_S < end_M[:, None]
+        nothing = torch.zeros(0, dtype=torch.long)
+        begun = Batch(
+            ids_BS=self.ids_BS[first_M][:, : len(place_S)] * within_MS,
+            attention_BS=within_MS.long(),
+            **{name: getattr(self, name)[first_M][:, : len(place_S)] & within_MS for name in MASKS},
+            message_R=messages,
+            control_R=torch.full_like(messages, ANSWER),
+            predict_N=nothing,
+            target_N=nothing,
+            offset_N=nothing,
+            row_N=nothing,
+            prefix=self.prefix,
+            head=self.head,
+        )
+        length_R = self.attention_BS.sum(1) - self.end_R
+        rest = int(length_R.max())
+        shift_R = torch.zeros_like(length_R) if side == "right" else rest - length_R
+        # Place t of the rest of row r stood at end_R[r] − shift_R[r] + t.
+        from_RT = self.end_R[:, None] - shift_R[:, None] + torch.arange(rest)
+        kept_RT = (from_RT >= self.end_R[:, None]) & (from_RT < (self.end_R + length_R)[:, None])
+        from_RT = from_RT.clamp(min=0, max=width - 1)
+        return begun, replace(
+            self,
+            ids_BS=self.ids_BS.gather(1, from_RT) * kept_RT,
+            attention_BS=kept_RT.long(),
+            **{name: getattr(self, name).gather(1, from_RT) & kept_RT for name in MASKS},
+            predict_N=row_N * rest + after_N + shift_R[row_N],
+            prefix=0,
+            head=0,
+            past_R=past_R,
         )
 
 
@@ -491,6 +557,7 @@ def collate(
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
+        end_R=torch.tensor([row.message.stop for row in rows]) if side == "right" else None,
         prefix=len(rows[0].prefix),
         head=head,
     )

@@ -8,7 +8,7 @@ from torch import nn
 from latentwire.config import LossConfig
 from latentwire.losses.bundles import Reader, Teacher, loss_terms, state_depths
 from latentwire.losses.terms import teacher_rows, token_ce
-from latentwire.models.lm import LMWrapper
+from latentwire.models.lm import LMWrapper, Past
 from latentwire.prompts.sequences import Batch
 from latentwire.receivers.base import AnswerScores, LossTask, part
 
@@ -38,13 +38,15 @@ class LocalReceiver(LMWrapper):
             rows = teacher_rows(logits_NV, settings.kd_temperature, settings.kd_top_k)
             return Teacher(rows, states)
 
-    def losses(self, task: LossTask, soft_ND: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, task: LossTask, soft_ND: torch.Tensor | None, past: Past | None = None
+    ) -> torch.Tensor:
         """Return each term's weighted share of the loss ``[T]``.
 
-        They are differentiable in ``soft_ND`` and in what features attach.
+        They are differentiable in ``soft_ND``, in ``past`` and in what features attach.
         """
         with part(f"read {self.name}"):
-            hidden_ND, states = self.supervised_states(task.batch, soft_ND, task.depths)
+            hidden_ND, states = self.supervised_states(task.batch, soft_ND, task.depths, past)
         return self.shares(task, Reader(hidden_ND, self.logits, states))
 
     def shares(self, task: LossTask, reader: Reader) -> torch.Tensor:
@@ -57,9 +59,11 @@ class LocalReceiver(LMWrapper):
             return torch.stack(list(shares.values()))
 
     @torch.no_grad()
-    def score_answers(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> AnswerScores:
-        """Score the supervised tokens."""
-        logits_NV = self.supervised_logits(batch, soft_ND)
+    def score_answers(
+        self, batch: Batch, soft_ND: torch.Tensor | None = None, past: Past | None = None
+    ) -> AnswerScores:
+        """Score the supervised tokens, also of rows that go on from ``past``."""
+        logits_NV = self.supervised_logits(batch, soft_ND, past)
         target_N = batch.target_N.to(logits_NV.device)
         likelier_N = (logits_NV > logits_NV.gather(1, target_N[:, None])).sum(1)
         return AnswerScores(token_ce(logits_NV, target_N).cpu(), likelier_N.cpu())

@@ -25,6 +25,7 @@ from latentwire.message import Message
 from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.slots import recorded
+from latentwire.prompts.sequences import Batch
 from latentwire.receivers.base import LossTask, part
 from latentwire.storage import Place
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
@@ -277,43 +278,62 @@ class Trainer:
         again.
         """
         lm, losses = self.wire.receivers[name], self.wire.run.losses
-        sequences = batch.sequences[name].to(lm.device)
-        # Gradient checkpointing allows no cache.
+        parts = None
+        if not self.config.gradient_checkpointing:  # which allows no cache
+            parts = self.wire.parted(name, batch.sequences[name])
+        begun = (batch.sequences[name] if parts is None else parts[0]).to(lm.device)
         if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:
-            sequences = lm.read_head(sequences)
+            begun = lm.read_head(begun)
         teacher = lm.read_teacher(batch.teacher[name], losses) if weights.needs_teacher else None
         # One backward per term needs a graph per term, which chunks do not have.
         rows = None if self.config.log_gradient_norms else self.config.logit_rows
         teaches_slots = self.span_teacher is not None and SLOT_KD in counts
-        targets = self._slot_targets(name, batch, message) if teaches_slots else []
-        soft_ND = attached.enter_context(self.wire.reading(name, sequences, message))
-        assert soft_ND is not None
-        scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
+        targets = self._slot_targets(name, batch, begun, message) if teaches_slots else []
         entries: list[torch.Tensor] = []
-        if teaches_slots:
-            here = self.wire.local_receiver(name).lm
-            entries = attached.enter_context(recorded(here, sequences.latents_BS))
-        shares_T = lm.losses(LossTask(sequences, weights, counts, teacher, losses, rows), soft_ND)
+        with ExitStack() as first_pass:
+            held = attached if parts is None else first_pass
+            soft_ND = held.enter_context(self.wire.reading(name, begun, message))
+            assert soft_ND is not None
+            scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
+            if teaches_slots:
+                here = self.wire.local_receiver(name).lm
+                entries = held.enter_context(recorded(here, begun.latents_BS))
+            if parts is not None:
+                with part(f"read {name}"):
+                    past = self.wire.local_receiver(name).prefill(begun, soft_ND)
+        rows_M = torch.ones(len(begun.ids_BS), device=lm.device)
+        if parts is None:
+            task = LossTask(begun, weights, counts, teacher, losses, rows)
+            shares_T = lm.losses(task, soft_ND)
+        else:
+            rest = parts[1].to(lm.device)
+            assert rest.past_R is not None
+            rows_M = torch.bincount(rest.past_R, minlength=len(begun.ids_BS)).float()
+            task = LossTask(rest, weights, counts, teacher, losses, rows)
+            rest_ND = attached.enter_context(self.wire.reading_on(name, rest, message))
+            shares_T = self.wire.local_receiver(name).losses(task, rest_ND, past)
         shares = dict(zip(weights.terms, shares_T, strict=True))
         if teaches_slots:
-            factor = losses.factor(
-                f"{SLOT_KD}_weight", self.progress.step - self.config.alignment_steps
-            )
-            share = slot_distance(entries, targets).sum() / max(1.0, counts[SLOT_KD])
-            shares[SLOT_KD] = losses.slot_kd_weight * factor * share
+            # A message counts as often as it is read.
+            rows_N = rows_M.repeat_interleave(begun.latents_BS.sum(1))
+            distance_N = slot_distance(entries, targets)
+            step = self.progress.step - self.config.alignment_steps
+            weight = losses.slot_kd_weight * losses.factor(f"{SLOT_KD}_weight", step)
+            total = (distance_N * rows_N.to(distance_N)).sum()
+            shares[SLOT_KD] = weight * total / max(1.0, counts[SLOT_KD])
         return shares, scale
 
     def _slot_targets(
-        self, name: str, batch: TrainingBatch, message: Message | None
+        self, name: str, batch: TrainingBatch, sequences: Batch, message: Message | None
     ) -> list[torch.Tensor]:
-        """Return the teacher's keys and values for each latent of a micro-batch's rows, ``[N, E]`` each."""
+        """Return the teacher's keys and values for each latent of some sequences, ``[N, E]`` each."""
         encoder = self.wire.interlingua.encoder
         assert isinstance(encoder, InterlinguaEncoder) and self.span_teacher and message
         spans, ids = encoder.spans(batch.tokens, name), batch.message_ids[name]
         with part(f"teach {name}"):
             targets = self.span_teacher.targets(name, ids, spans)
         _, keep_BL = message.read_by(name)
-        message_R = batch.sequences[name].message_R.to(keep_BL.device)
+        message_R = sequences.message_R.to(keep_BL.device)
         return [target_BLE[message_R][keep_BL[message_R]] for target_BLE in targets]
 
     def _gradient_norms(

@@ -1,0 +1,113 @@
+"""A message is read once for all its questions, and nothing but the work is less for it."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
+from latentwire.model import LatentWire
+from latentwire.prompts.sequences import Batch
+from latentwire.training.loop import Trainer
+from tests.conftest import shard_table, wire_of
+from tests.models.test_memory import HANDED
+
+KD = {"losses.kd_weight": 1.0, "losses.hidden_kd_weight": 0.5, "losses.k": 3}
+TEXTS = {"losses.reconstruction_ce_weight": 0.5, "losses.continuation_ce_weight": 0.5}
+CASES: dict[str, dict[str, Any]] = {
+    "soft": {},
+    "deep-prefix": {"features": {"deep_prefix": {}}},
+    "latent-adapters": {"features": {"latent_adapters": {}}},
+    "lora": {"features": {"lora": {}}},
+    "keys-values": HANDED,
+    "prefix": {"prefix": {"tokens": 3, "layers": True}},
+    "teacher": KD,
+    "texts": TEXTS,
+    "slots": {"losses.slot_kd_weight": 0.5},
+    "growing": {"encoder.tokens_per_latent": 4},
+    "micro-batches": {"training.accumulation": 2},
+    "sequential": {"training.sequential_models": True},
+    "split": {"encoder.private_len": 2},
+    "reader": {"prompt.reads": "text", "prefix": {"tokens": 3}},
+    "cut-reader": {"prompt.reads": "truncated", "prefix": {"tokens": 3, "layers": True}},
+    "chat": {},
+}
+
+
+def trainer_of(run: RunConfig, values: dict[str, Any], case: str) -> Trainer:
+    run = with_values(run, values)
+    if case == "chat":
+        receivers = [receiver.model_dump() | {"template": "auto"} for receiver in run.receivers]
+        run = with_values(run, {"receivers": receivers})
+    trainer = Trainer(wire_of(run), 4)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainer.wire.interlingua.parameters():  # what begins at zero does something
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.add_(0.02 * noise)
+    return trainer
+
+
+def gradients(trainer: Trainer, table: pa.Table) -> tuple[dict[str, float], dict[str, Any]]:
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.wire.interlingua.eval()
+    values = trainer.backward(trainer.collate(table, 0))
+    parameters = trainer.wire.interlingua.named_parameters()
+    return values, {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_are_those_of_one_row_a_question(
+    run: RunConfig, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(run, CASES[case], case)
+    table = shard_table(trainer.wire.run, 12, questions=2)
+    passes: list[tuple[int, int]] = []
+    parted = LatentWire.parted
+
+    def spy(self: LatentWire, name: str, batch: Batch, *side: Any) -> Any:
+        parts = parted(self, name, batch, *side)
+        if parts is not None:
+            passes.append((len(parts[0].ids_BS), len(parts[1].ids_BS)))
+        return parts
+
+    monkeypatch.setattr(LatentWire, "parted", spy)
+    values, found = gradients(trainer, table)
+    assert passes and all(messages < rows for messages, rows in passes)
+    monkeypatch.setattr(LatentWire, "parted", lambda *_: None)
+    expected_values, expected = gradients(trainer, table)
+    assert set(found) == set(expected)
+    for name, value in expected_values.items():
+        if not name.startswith("prompt_scale"):  # over messages, or over rows
+            assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_where_it_cannot_be_read_once_rows_are_read(run: RunConfig) -> None:
+    """A coprocessor looks at the question; a few shared messages are not worth a second pass."""
+    table = shard_table(run, 12, questions=2)
+    asked = Trainer(wire_of(with_values(run, {"features": {"coprocessor": {}}})), 4)
+    (batch,) = asked.collate(table, 0)
+    assert asked.wire.parted("llama", batch.sequences["llama"]) is None
+    plain = Trainer(wire_of(run), 4)
+    (batch,) = plain.collate(table, 0)
+    assert plain.wire.parted("llama", batch.sequences["llama"]) is not None
+    (few,) = plain.collate(
+        pa.concat_tables([table.take(list(range(0, 12, 2))), table.slice(0, 1)]), 0
+    )
+    assert plain.wire.parted("llama", few.sequences["llama"]) is None
+    alone = shard_table(run, 6)
+    (batch,) = plain.collate(alone, 0)
+    assert batch.sequences["llama"].parted() is None
+
+
+def test_a_layer_with_a_window_must_see_all_of_it(wire: LatentWire) -> None:
+    lm = wire.local_receiver("llama")
+    assert lm.window is None and lm.may_part(10**6)
+    lm.window = 64
+    try:
+        assert lm.may_part(63) and not lm.may_part(64)
+    finally:
+        lm.window = None
