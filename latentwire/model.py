@@ -21,15 +21,18 @@ from latentwire.data.documents import TrainedOn
 from latentwire.features import registry
 from latentwire.features.base import Reading
 from latentwire.message import Message, WireError, from_bytes
-from latentwire.models.decoded import Decoded
+from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import Interlingua, ReceiverShape
+from latentwire.models.lm import Past
 from latentwire.models.slots import put_in_slots
 from latentwire.models.weights import ReceiverError, fingerprint
+from latentwire.prefilled import Prefilled, by_message
 from latentwire.prompts import sequences
 from latentwire.prompts.sequences import Batch, PromptBuilder, collate, sender_text
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
+from latentwire.texts import shown_value, texts_of
 
 LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
 """Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever
@@ -273,16 +276,131 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
 
     @torch.no_grad()
     def answer(
-        self, message: Message | bytes, questions: str | Iterable[str], receiver: str
-    ) -> list[str]:
-        """Answer one question per message by one receiver, greedily.
+        self,
+        message: Message | bytes,
+        questions: str | Iterable[str] | Iterable[Iterable[str]],
+        receiver: str,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Any:
+        """Answer questions to messages by one receiver, which reads each message once.
 
-        A packet is received first. A text alone is one question. Raises
-        :class:`~latentwire.config.resolve.ConfigError` for an unknown receiver or another number of
-        questions.
+        A packet is received first. A text alone is one question.
+
+        Args:
+            message: what was sent.
+            questions: a flat list with one question for each message, or any number of them to a
+                single one; or a list of questions for each message.
+            receiver: the one that answers.
+            max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
+            sampling: how tokens are drawn. None: the likeliest one.
+            on_text: gets the answer to a single question piece by piece, while it is decoded.
+
+        Returns:
+            Answers in the shape of the questions: a list, or a list of lists.
+
+        Raises:
+            ConfigError: an unknown receiver, questions that fit no messages, or several of them with
+                ``on_text``.
         """
-        message, prompts = self._prompts(message, questions, receiver)
-        return self.decode(receiver, prompts, message)[0]
+        message = self._received(message, receiver)
+        asked, nested = by_message(questions, len(message))
+        flat = [question for of_one in asked for question in of_one]
+        if on_text is not None and len(flat) != 1:
+            raise ConfigError(
+                f"on_text follows the answer to one question, got {len(flat)}; ask one at a time"
+            )
+        messages = [number for number, of_one in enumerate(asked) for _ in of_one]
+        builder, slots = self.builders[receiver], message.slots(receiver)
+        question_ids = builder.tokenize([], flat, [])["question_ids"]
+        pairs = zip(messages, question_ids, strict=True)
+        prompts = [builder.latent(slots[number], ids) for number, ids in pairs]
+        watch = None if on_text is None else self._teller(receiver, on_text)
+        said, _ = self.decode(
+            receiver, prompts, message, messages=messages, max_new_tokens=max_new_tokens,
+            sampling=sampling, watch=watch,
+        )  # fmt: skip
+        answers = iter(said)
+        shaped = [[next(answers) for _ in of_one] for of_one in asked]
+        return shaped if nested else [text for of_one in shaped for text in of_one]
+
+    def _teller(self, receiver: str, on_text: Callable[[str], object]) -> Watch:
+        """Return a watch that hands on what each step adds to the answer's text."""
+        tokenizer, builder = self.receivers[receiver].tokenizer, self.builders[receiver]
+        ids: list[int] = []
+        told = ""
+
+        def watch(tokens: list[int]) -> None:
+            nonlocal told
+            ids.extend(tokens)
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            answer = builder.answer_of(text)
+            if text.endswith("\ufffd") or len(answer) <= len(told):
+                return  # in the middle of a character, or of space that may be the end
+            on_text(answer[len(told) :])
+            told = answer
+
+        return watch
+
+    @torch.no_grad()
+    def prefill(self, message: Message | bytes, receiver: str) -> Prefilled:
+        """Let one receiver read messages once, for any number of later questions.
+
+        A packet is received first. Raises :class:`~latentwire.config.resolve.ConfigError` for an
+        unknown receiver and where what it keeps would hang on the question, and
+        :class:`~latentwire.models.weights.ReceiverError` where its weights are elsewhere or a layer
+        sees fewer positions than the message takes.
+        """
+        message = self._received(message, receiver)
+        features: Any = self.interlingua.features.items()
+        if asking := [name for name, feature in features if feature.reads_question]:
+            raise ConfigError(
+                f"a prefilled message serves every question, features.{asking[0]} makes it anew for each; use answer"
+            )
+        lm, builder = self.local_receiver(receiver), self.builders[receiver]
+        batch = collate([builder.message_alone(slots) for slots in message.slots(receiver)])
+        positions = batch.ids_BS.shape[1] + self.run.evaluation.max_answer_tokens
+        if not lm.may_part(positions):
+            raise ReceiverError(
+                f"receiver {receiver} has layers that see {lm.window} positions, a prefilled message "
+                f"needs {positions} and more; use answer"
+            )
+        assert batch.end_R is not None
+        past = self._past(receiver, batch.begun(), message)
+        return Prefilled(self, receiver, past, batch.end_R, message)
+
+    def begin(
+        self,
+        receiver: str,
+        prompts: Sequence[sequences.PromptSequence],
+        messages: Sequence[int],
+        message: Message | None,
+    ) -> Prefilled | None:
+        """Let a receiver read what prompts share once, where it can (:meth:`parted`); else None.
+
+        Args:
+            receiver: the one that reads.
+            prompts: latent prompts, or texts.
+            messages: the message, or the text, that each of them reads, counted from 0.
+            message: None for texts.
+        """
+        batch = collate(prompts, messages=list(messages))
+        parts = self.parted(receiver, batch)
+        if parts is None:
+            return None
+        begun, _ = parts
+        assert begun.end_R is not None
+        return Prefilled(self, receiver, self._past(receiver, begun, message), begun.end_R, message)
+
+    def _past(self, receiver: str, begun: Batch, message: Message | None) -> Past:
+        lm = self.local_receiver(receiver)
+        begun = begun.to(lm.device)
+        if self.reads_heads_alike:
+            begun = lm.read_head(begun)
+        with self.reading(receiver, begun, message) as soft_ND:
+            return lm.prefill(begun, soft_ND)
 
     @torch.no_grad()
     def prompt_embeds(
@@ -315,20 +433,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         self, message: Message | bytes, questions: str | Iterable[str], receiver: str
     ) -> tuple[Message, list[sequences.PromptSequence]]:
         """Return a message on this wire's device, and the prompt of each question to it."""
-        if receiver not in self.receivers:
-            raise ConfigError(
-                f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them"
-            )
+        message = self._received(message, receiver)
         questions = texts_of("questions", questions)
-        if not isinstance(message, Message | bytes | bytearray | memoryview):
-            raise ConfigError(
-                f"a message must be what encode gives, or its packet as bytes, got "
-                f"{_shown(message)}; one for all questions"
-            )
-        if not isinstance(message, Message):
-            message = self.receive(message)
-        message = message.to(self.interlingua.device)
-        self.interlingua.eval()
         builder, slots = self.builders[receiver], message.slots(receiver)
         if len(questions) != len(slots):
             raise ConfigError(
@@ -337,6 +443,22 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         question_ids = builder.tokenize([], questions, [])["question_ids"]
         pairs = zip(slots, question_ids, strict=True)
         return message, [builder.latent(count, ids) for count, ids in pairs]
+
+    def _received(self, message: Message | bytes, receiver: str) -> Message:
+        """Return a message, or a packet's, on this wire's device, for one of its receivers."""
+        if receiver not in self.receivers:
+            raise ConfigError(
+                f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them"
+            )
+        if not isinstance(message, Message | bytes | bytearray | memoryview):
+            raise ConfigError(
+                f"a message must be what encode gives, or its packet as bytes, got "
+                f"{shown_value(message)}; one for all questions"
+            )
+        if not isinstance(message, Message):
+            message = self.receive(message)
+        self.interlingua.eval()
+        return message.to(self.interlingua.device)
 
     @property
     def reads_heads_alike(self) -> bool:
@@ -443,67 +565,57 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         prompts: list[Any],
         message: Message | None = None,
         vectors_ND: torch.Tensor | None = None,
+        *,
+        messages: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        watch: Watch | None = None,
     ) -> tuple[list[str], Decoded]:
-        """Decode greedy text after each prompt.
+        """Decode the text after each prompt.
 
-        Latent prompts need their message, or the caller's ``vectors_ND`` in its place.
         ``prefill_ms`` counts from here: adapter and features run before the receiver does, and
         belong to a message's cost.
+
+        Args:
+            receiver: the one that answers.
+            prompts: latent prompts, or texts.
+            message: what latent prompts read.
+            vectors_ND: the caller's own soft vectors, in its place.
+            messages: the message, or the text, that each prompt reads, counted from 0: it is read once
+                for all. None: each its own, in order.
+            max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
+            sampling: how tokens are drawn. None: the likeliest one.
+            watch: is told each step's tokens.
         """
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
         if lm.device.type == "cuda":  # earlier work on the device is none of this prompt's cost
             torch.cuda.synchronize(lm.device)
         began = time.perf_counter()
-        batch = collate(prompts, side="left").to(lm.device)
+        longest = max_new_tokens or self.run.evaluation.max_answer_tokens
+        if messages is not None and vectors_ND is None:
+            begun = self.begin(receiver, prompts, messages, message)
+            if begun is not None:
+                prepared_ms = 1000 * (time.perf_counter() - began)
+                texts, decoded = begun.decode(prompts, messages, longest, sampling, watch)
+                return texts, replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
+        numbers = None if messages is None else list(messages)
+        batch = collate(prompts, side="left", messages=numbers).to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
             soft_ND = soft_ND if vectors_ND is None else vectors_ND
             prepared_ms = 1000 * (time.perf_counter() - began)
-            longest = self.run.evaluation.max_answer_tokens
-            decoded = lm.generate(batch, builder.stop_ids, longest, soft_ND)
+            if sampling is None and watch is None:
+                decoded = lm.generate(batch, builder.stop_ids, longest, soft_ND)
+            else:
+                decoded = self.local_receiver(receiver).generate(
+                    batch, builder.stop_ids, longest, soft_ND, None, sampling, watch
+                )
         decoded = replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         return [builder.answer_of(text) for text in texts], decoded
 
 
 _CALLER = 3  # frames from a warning to the caller: torch's own wrapper stands between
-
-
-def texts_of(what: str, given: Any) -> list[str]:
-    """Return texts as a list: a text alone is one of them.
-
-    Raises :class:`~latentwire.config.resolve.ConfigError` for anything else than texts that hold
-    something and can be written as UTF-8, and for none at all.
-    """
-    if isinstance(given, bytes | bytearray | Mapping) or not isinstance(given, str | Iterable):
-        raise ConfigError(
-            f"{what} must be a text or a list of texts, got {_shown(given)}; give a str, or a list of them"
-        )
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts:
-        raise ConfigError(
-            f"{what} must hold at least one text, got none; give a str, or a list of them"
-        )
-    for place, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ConfigError(
-                f"{what} must be texts that hold something, got {_shown(text)} at {place}; leave it out"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"{what} must be texts that UTF-8 can write, got a lone surrogate at {place} "
-                f"({error.reason}); decode it anew"
-            ) from error
-    return texts
-
-
-def _shown(value: Any) -> str:
-    """Show a value that is no text, in a few words."""
-    if value is None or isinstance(value, str | int | float):
-        return repr(value)
-    return f"a {type(value).__name__}"
 
 
 def load_wire(

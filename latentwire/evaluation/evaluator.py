@@ -14,14 +14,16 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from latentwire.data.batches import sender_texts
+from latentwire.data.batches import once, sender_texts
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.metrics import em_f1, match
 from latentwire.message import Message, from_bytes
 from latentwire.model import LatentWire
 from latentwire.models import own_cache
-from latentwire.prompts.sequences import PromptSequence, collate
+from latentwire.prefilled import Prefilled
+from latentwire.prompts.sequences import Batch, PromptSequence, collate
+from latentwire.receivers.base import AnswerScores
 
 METRIC_VERSION = 3
 """Version of the metrics, raised whenever the same wire would score differently; part of the
@@ -109,6 +111,8 @@ class _Rows:
     """Each receiver's tokens of the context that a text mode shows; none of a message."""
     bytes: list[int]
     encode_ms: float
+    message_R: list[int] = field(default_factory=list)
+    """The message that each row reads: rows of one text share it; none of a text."""
     caches: dict[str, _CutCaches] = field(default_factory=dict)
     """Each receiver's own caches of the texts; none in other modes."""
 
@@ -190,9 +194,12 @@ def _encode(
     wire: LatentWire, rows: dict[str, list], sent: dict[str, list], condition: Condition
 ) -> _Rows:
     encoder = wire.interlingua.encoder
-    tokens = condition.tokenize(encoder, sender_texts(wire.run.data.send, sent))
+    texts = sender_texts(wire.run.data.send, sent)
+    message_R, first_M = once([[text] for text in texts])
+    tokens = condition.tokenize(encoder, [texts[row] for row in first_M])
     if condition.mode not in MESSAGE_MODES:
-        slots = {name: encoder.slots(tokens, name) for name in wire.receivers}
+        by_text = {name: encoder.slots(tokens, name) for name in wire.receivers}
+        slots = {name: [counts[m] for m in message_R] for name, counts in by_text.items()}
         shown = {name: _shown(wire, name, rows, condition.mode, slots[name]) for name in slots}
         batch = _Rows(rows, condition, None, slots, shown, [], 0.0)
         if condition.mode == "own_cache":
@@ -203,16 +210,19 @@ def _encode(
     if condition.bits is not None:
         message = from_bytes(message.to_bytes(bits=condition.bits)).to(wire.interlingua.device)
     seconds = _now(message.z_BLZ.device) - began
-    slots = {name: message.slots(name) for name in wire.receivers}
-    size = len(message)
+    slots = {
+        name: [counts[m] for m in message_R]
+        for name, counts in ((name, message.slots(name)) for name in wire.receivers)
+    }
     if condition.bits is None:
         z_bytes = LATENT_BYTES * wire.run.encoder.d_z
         private = sum(map(len, message.private.values()))
         sizes = [z_bytes * (length + private) for length in message.length_B.tolist()]
     else:
-        sizes = [len(message.row(row).to_bytes(bits=condition.bits)) for row in range(size)]
-    shown = {name: [] for name in slots}
-    return _Rows(rows, condition, message, slots, shown, sizes, 1000 * seconds / size)
+        sizes = [len(message.row(row).to_bytes(bits=condition.bits)) for row in range(len(message))]
+    sizes, shown = [sizes[m] for m in message_R], {name: [] for name in slots}
+    encode_ms = 1000 * seconds / len(message_R)
+    return _Rows(rows, condition, message, slots, shown, sizes, encode_ms, message_R)
 
 
 def _shown(
@@ -264,14 +274,22 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     count = len(rows["id"])
     prompts = _prompts(wire, name, batch, [None] * count)
     answered = _prompts(wire, name, batch, rows[f"{name}_answer_ids"])
-    text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
-    with _cut(wire, name, batch, prompts, "left"):
-        answers, decoded = wire.decode(name, prompts, message, text_ND)
-    gold = collate(answered).to(lm.device)
-    began = _now(lm.device)
-    with _cut(wire, name, batch, answered, "right"), wire.reading(name, gold, message) as soft_ND:
-        scores = lm.score_answers(gold, soft_ND if text_ND is None else text_ND)
-    seconds = time.perf_counter() - began
+    begun, began = None, _now(lm.device)
+    messages = _messages(batch, prompts)
+    if mode not in ("embeddings", "own_cache"):  # which put something else into each row
+        begun = wire.begin(name, prompts, messages, message)
+    shared_seconds = _now(lm.device) - began
+    if begun is not None:
+        answers, decoded = begun.decode(prompts, messages)
+        prefill_ms = 1000 * shared_seconds + decoded.prefill_ms
+    else:
+        with _cut(wire, name, batch, prompts, "left"):
+            text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
+            answers, decoded = wire.decode(name, prompts, message, text_ND, messages=messages)
+            prefill_ms = decoded.prefill_ms
+    scores, gold, seconds = _score(wire, name, batch, answered, begun)
+    if begun is not None:
+        seconds += shared_seconds
     # The mean over each answer's tokens: N supervised positions, row_N[n] the row of one.
     row_N = gold.row_N.cpu()
     total_B = torch.zeros(count).index_add(0, row_N, scores.ce_N)
@@ -313,9 +331,43 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
             context_tokens=len(rows[f"{name}_context_ids"][i]),
             forward_ms=1000 * seconds / count,
             encode_ms=encode_ms,
-            prefill_ms=decoded.prefill_ms / count,
+            prefill_ms=prefill_ms / count,
             decode_ms=decoded.decode_ms / count,
         )
+
+
+def _messages(batch: _Rows, prompts: list[PromptSequence]) -> list[int]:
+    """Return the message that each row reads, or the text: rows that are shown the same share it."""
+    if batch.message is not None:
+        return batch.message_R
+    return once([[prompt.ids[: prompt.message.stop]] for prompt in prompts])[0]
+
+
+def _score(
+    wire: LatentWire,
+    name: str,
+    batch: _Rows,
+    answered: list[PromptSequence],
+    begun: Prefilled | None,
+) -> tuple[AnswerScores, Batch, float]:
+    """Score the targets of prompts; return the scores, the sequences and the seconds that it took.
+
+    ``begun``: what they begin with, where it has been read.
+    """
+    lm, messages = wire.receivers[name], _messages(batch, answered)
+    began = _now(lm.device)
+    if begun is not None:
+        scores, gold = begun.score(answered, messages)
+        return scores, gold, time.perf_counter() - began
+    gold = collate(answered, messages=messages).to(lm.device)
+    text_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
+    began = _now(lm.device)
+    with (
+        _cut(wire, name, batch, answered, "right"),
+        wire.reading(name, gold, batch.message) as soft_ND,
+    ):
+        scores = lm.score_answers(gold, soft_ND if text_ND is None else text_ND)
+    return scores, gold, time.perf_counter() - began
 
 
 def _score_answers(
@@ -324,16 +376,12 @@ def _score_answers(
     """Add to one receiver's predictions the log-likelihood that all receivers give to them."""
     total_B = torch.zeros(len(predictions), dtype=torch.float64)
     texts = [prediction.text for prediction in predictions]
-    for name, lm in wire.receivers.items():
+    for name in wire.receivers:
         ids = wire.builders[name].tokenize([], [], texts)["answer_ids"]
-        prompts = _prompts(wire, name, batch, ids)
-        answered = collate(prompts).to(lm.device)
-        text_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
-        with (
-            _cut(wire, name, batch, prompts, "right"),
-            wire.reading(name, answered, batch.message) as soft_ND,
-        ):
-            scores = lm.score_answers(answered, soft_ND if text_ND is None else text_ND)
+        prompts, begun = _prompts(wire, name, batch, ids), None
+        if batch.condition.mode not in ("embeddings", "own_cache"):
+            begun = wire.begin(name, prompts, _messages(batch, prompts), batch.message)
+        scores, answered, _ = _score(wire, name, batch, prompts, begun)
         total_B.index_add_(0, answered.row_N.cpu(), -scores.ce_N.double())
     return [
         dataclasses.replace(prediction, joint_logp=float(logp))

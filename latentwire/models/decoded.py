@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -15,3 +16,33 @@ class Decoded:
     """Milliseconds to the first token; for a wire, from its message or the text's token ids."""
     decode_ms: float
     """Milliseconds from the first token to the end."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, in place of taking the likeliest one."""
+
+    temperature: float = 1.0
+    """Divides the logits; above 0."""
+    top_p: float = 1.0
+    """Tokens are drawn from the likeliest ones that have this probability together."""
+    top_k: int | None = None
+    """And from so many of them at most."""
+    seed: int = 0
+    """The same seed gives the same answers to the same questions, on the same machine."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what draws nothing."""
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sampling needs temperature > 0 and top_p in (0, 1], got {self.temperature} and "
+                f"{self.top_p}; for the likeliest tokens leave sampling out"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(
+                f"top_k must be at least 1, got {self.top_k}; leave it out for all tokens"
+            )
+
+
+Watch = Callable[[list[int]], object]
+"""Called with each step's tokens, one for each row."""

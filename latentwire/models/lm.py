@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.decoded import Decoded
+from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.pooling import overlap_means
 from latentwire.models.slots import added_to_slots
 from latentwire.models.tokens import token_bytes
@@ -74,12 +74,16 @@ def keep_layout(lm: nn.Module) -> None:
 class Stopwatch:
     """A streamer for transformers that notes the times of the prompt and of each step's tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
+        """``watch``: is told each step's tokens."""
         self.times = [time.perf_counter()]
+        self.watch = watch
 
     def put(self, value: torch.Tensor) -> None:
         """Note the time; transformers calls it with the prompt, and after each step."""
         self.times.append(time.perf_counter())
+        if self.watch is not None and len(self.times) > 2:
+            self.watch(value.tolist())
 
     def end(self) -> None:
         """Do nothing; transformers calls it once at the end."""
@@ -297,13 +301,17 @@ class LMWrapper(nn.Module):
         """
         for layer in self._recomputed:
             layer.training = False  # what is computed again leaves no cache
-        output = self.lm.base_model(
-            inputs_embeds=self.embed(batch, soft_ND),
-            attention_mask=batch.attention_BS.to(self.device),
-            past_key_values=self._head_cache(batch),
-            use_cache=True,
-        )
-        return Past(output.past_key_values, batch.attention_BS.to(self.device))
+        cache, attention_MS = self._head_cache(batch), batch.attention_BS.to(self.device)
+        if batch.ids_BS.shape[1]:  # else there is nothing after the head, as in a closed book
+            output = self.lm.base_model(
+                inputs_embeds=self.embed(batch, soft_ND),
+                attention_mask=attention_MS,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+        assert cache is not None, "these sequences begin with nothing"
+        return Past(cache, attention_MS)
 
     def may_part(self, positions: int) -> bool:
         """Return whether sequences of so many positions, padding included, may be read in two passes.
@@ -370,8 +378,14 @@ class LMWrapper(nn.Module):
         max_new_tokens: int,
         soft_ND: torch.Tensor | None = None,
         past: Past | None = None,
+        sampling: Sampling | None = None,
+        watch: Watch | None = None,
     ) -> Decoded:
-        """Decode greedy continuations of left-padded prompts, or of what follows ``past``."""
+        """Decode continuations of left-padded prompts, or of what follows ``past``.
+
+        ``sampling``: how tokens are drawn; ``None``: the likeliest. ``watch``: is told each step's
+        tokens.
+        """
         from transformers import GenerationConfig
 
         e_BSD, attention_BS = self.embed(batch, soft_ND), batch.attention_BS.to(self.device)
@@ -383,23 +397,31 @@ class LMWrapper(nn.Module):
         self._check_length(attention_BS.shape[1] + max_new_tokens)
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
+        drawn: dict[str, Any] = {"do_sample": False}
+        if sampling is not None:
+            drawn = {"do_sample": True, "temperature": sampling.temperature}
+            drawn |= {"top_p": sampling.top_p, "top_k": sampling.top_k or 0}
         settings = GenerationConfig(
-            do_sample=False,
+            **drawn,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
         )
-        watch = Stopwatch()
-        output_BK = self.lm.generate(
-            inputs_embeds=e_BSD,
-            attention_mask=attention_BS,
-            past_key_values=cache,
-            generation_config=settings,
-            streamer=watch,
-        )
+        stopwatch = Stopwatch(watch)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=sampling is not None):
+            if sampling is not None:
+                torch.manual_seed(sampling.seed)
+            output_BK = self.lm.generate(
+                inputs_embeds=e_BSD,
+                attention_mask=attention_BS,
+                past_key_values=cache,
+                generation_config=settings,
+                streamer=stopwatch,
+            )
         rows = [_until(row, stop_ids) for row in output_BK.tolist()]
-        start, _, first, *_ = watch.times
-        return Decoded(rows, 1000 * (first - start), 1000 * (watch.times[-1] - first))
+        start, _, first, *_ = stopwatch.times
+        return Decoded(rows, 1000 * (first - start), 1000 * (stopwatch.times[-1] - first))
 
     def _check_length(self, positions: int) -> None:
         if self.most_positions is not None and positions > self.most_positions:

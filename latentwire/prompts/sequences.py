@@ -152,60 +152,80 @@ class Batch:
     def parted(self, side: Literal["right", "left"] = "right") -> tuple[Batch, Batch] | None:
         """Part rows that read the same messages: what they begin with, once each, and what follows it.
 
-        Rows of the same ``message_R`` must be equal up to ``end_R``, as they are by construction.
-
-        Args:
-            side: where padding stands in the second batch.
-
         Returns:
-            The beginnings, one row a message in the order of their numbers and padded to the right,
-            with nothing to predict; and the rows after them, each with ``past_R``. None where no two
-            rows share a message, or a target is predicted within one.
+            :meth:`begun` and :meth:`going_on`. None where no two rows share a message, where some begin
+            with nothing, or a target is predicted within a message.
         """
         if self.end_R is None or self.head_H is not None:
             return None
         messages, past_R = torch.unique(self.message_R, return_inverse=True)
-        if len(messages) == len(past_R):
+        place_N = self.predict_N % self.ids_BS.shape[1]
+        if len(messages) == len(past_R) or not bool(self.end_R.all()):
             return None
-        width = self.ids_BS.shape[1]
-        row_N, place_N = self.predict_N // width, self.predict_N % width
-        after_N = place_N - self.end_R[row_N]
-        if bool((after_N < 0).any()):
+        if bool((place_N < self.end_R[self.row_N]).any()):
             return None
-        numbers_R = torch.arange(len(past_R))
+        return self.begun(), self.going_on(past_R, side)
+
+    def begun(self) -> Batch:
+        """Return what rows begin with up to their messages' ends: one row a message, nothing to predict.
+
+        Rows are in the order of the messages' numbers, padded to the right. Those of the same
+        ``message_R`` must be equal up to ``end_R``, as they are by construction.
+        """
+        assert self.end_R is not None, "rows are padded to the left"
+        messages, past_R = torch.unique(self.message_R, return_inverse=True)
         first_M = torch.full_like(messages, len(past_R)).scatter_reduce(
-            0, past_R, numbers_R, "amin"
+            0, past_R, torch.arange(len(past_R)), "amin"
         )
         end_M = self.end_R[first_M]
         place_S = torch.arange(int(end_M.max()))
         within_MS = place_S < end_M[:, None]
         nothing = torch.zeros(0, dtype=torch.long)
-        begun = Batch(
+        masks = {
+            name: getattr(self, name)[first_M][:, : len(place_S)] & within_MS for name in MASKS
+        }
+        return Batch(
             ids_BS=self.ids_BS[first_M][:, : len(place_S)] * within_MS,
             attention_BS=within_MS.long(),
-            **{name: getattr(self, name)[first_M][:, : len(place_S)] & within_MS for name in MASKS},
+            **masks,
             message_R=messages,
             control_R=torch.full_like(messages, ANSWER),
             predict_N=nothing,
             target_N=nothing,
             offset_N=nothing,
             row_N=nothing,
+            end_R=end_M,
             prefix=self.prefix,
             head=self.head,
         )
+
+    def going_on(self, past_R: torch.Tensor, side: Literal["right", "left"] = "right") -> Batch:
+        """Return what follows the message in each row.
+
+        Args:
+            past_R: the row of what has been read (:meth:`begun`, say) that each one goes on from.
+            side: where padding stands.
+        """
+        assert self.end_R is not None, "rows are padded to the left"
+        width, end_R1 = self.ids_BS.shape[1], self.end_R[:, None]
         length_R = self.attention_BS.sum(1) - self.end_R
         rest = int(length_R.max())
         shift_R = torch.zeros_like(length_R) if side == "right" else rest - length_R
-        # Place t of the rest of row r stood at end_R[r] − shift_R[r] + t.
-        from_RT = self.end_R[:, None] - shift_R[:, None] + torch.arange(rest)
-        kept_RT = (from_RT >= self.end_R[:, None]) & (from_RT < (self.end_R + length_R)[:, None])
+        # Place t of what follows stood at end_R − shift_R + t.
+        from_RT = end_R1 - shift_R[:, None] + torch.arange(rest)
+        kept_RT = (from_RT >= end_R1) & (from_RT < end_R1 + length_R[:, None])
         from_RT = from_RT.clamp(min=0, max=width - 1)
-        return begun, replace(
+        masks: dict[str, Any] = {
+            name: getattr(self, name).gather(1, from_RT) & kept_RT for name in MASKS
+        }
+        row_N, place_N = self.predict_N // width, self.predict_N % width
+        after_N = place_N - self.end_R[row_N] + shift_R[row_N]
+        return replace(
             self,
             ids_BS=self.ids_BS.gather(1, from_RT) * kept_RT,
             attention_BS=kept_RT.long(),
-            **{name: getattr(self, name).gather(1, from_RT) & kept_RT for name in MASKS},
-            predict_N=row_N * rest + after_N + shift_R[row_N],
+            **masks,
+            predict_N=row_N * rest + after_N,
             prefix=0,
             head=0,
             past_R=past_R,
@@ -314,12 +334,19 @@ class PromptBuilder:
         return self._join(message, mid, question, answer_ids, soft=False, prefix=prefix)
 
     def text_alone(self, message_ids: list[int], prefix: int = 0) -> PromptSequence:
-        """Return the prompt up to the text's end, with nothing to predict.
+        """Return a text prompt up to the text's end, with nothing to predict.
 
         Args:
             message_ids: the text, where a message would stand.
             prefix: constant soft positions before it.
         """
+        return self._begun(message_ids, prefix, soft=False)
+
+    def message_alone(self, slots: int) -> PromptSequence:
+        """Return a latent prompt up to its last slot, with nothing to predict."""
+        return self._begun([SLOT_ID] * slots, self.prefix, soft=True)
+
+    def _begun(self, message_ids: list[int], prefix: int, soft: bool) -> PromptSequence:
         start = len(self.head_ids) + prefix
         end = start + len(message_ids)
         nowhere = range(end, end)
@@ -332,7 +359,7 @@ class PromptBuilder:
             answer=nowhere,
             stop=None,
             supervised=nowhere,
-            soft=False,
+            soft=soft,
             prefix=range(start - prefix, start),
         )
 

@@ -1,0 +1,277 @@
+"""Messages that a receiver has read, kept for any number of later questions.
+
+What is kept is the receiver's own cache: keys and values of the prompt's beginning, the prefix and
+the message. It answers questions without reading the message anew, can be saved, and is an ordinary
+``past_key_values`` for transformers' ``generate``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from latentwire.config.resolve import ConfigError
+from latentwire.message import Message, WireError
+from latentwire.models.decoded import Decoded, Sampling, Watch
+from latentwire.models.lm import Past
+from latentwire.models.weights import fingerprint
+from latentwire.prompts.sequences import Batch, PromptSequence, collate
+from latentwire.receivers.base import AnswerScores
+from latentwire.storage import Place, local, place, write
+from latentwire.texts import texts_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from latentwire.model import LatentWire
+
+FORMAT = "latentwire-prefilled-1"
+"""Marks a file of this kind."""
+
+
+class Prefilled:
+    """B messages as one receiver has read them.
+
+    :meth:`latentwire.LatentWire.prefill` makes one.
+    """
+
+    def __init__(
+        self,
+        wire: LatentWire,
+        receiver: str,
+        past: Past,
+        end_B: torch.Tensor,
+        message: Message | None,
+    ) -> None:
+        """Keep what was read.
+
+        Args:
+            wire: the one whose receiver it is.
+            receiver: its name.
+            past: keys and values.
+            end_B: positions that each message's prompt takes up to the message's end.
+            message: the messages, for features that go on looking at them. None: texts were read.
+        """
+        self.wire, self.receiver, self.past, self.message = wire, receiver, past, message
+        self.end_B = end_B.cpu()
+
+    def __len__(self) -> int:
+        return len(self.end_B)
+
+    # --------------------------------------------------------------------------------------- asking
+
+    @torch.no_grad()
+    def answer(
+        self,
+        questions: Iterable[str] | Iterable[Iterable[str]],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Any:
+        """Answer questions to the messages: a list for each message, or a flat list.
+
+        A flat list has one question for each message, or, to a single message, any number of them.
+        Answers come in the same shape.
+
+        Args:
+            questions: what is asked.
+            max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
+            sampling: how tokens are drawn. None: the likeliest.
+
+        Raises:
+            ConfigError: questions that fit no messages.
+        """
+        asked, nested = by_message(questions, len(self))
+        messages = [number for number, of_one in enumerate(asked) for _ in of_one]
+        flat = [question for of_one in asked for question in of_one]
+        builder = self.wire.builders[self.receiver]
+        question_ids = builder.tokenize([], flat, [])["question_ids"]
+        slots = self._slots()
+        pairs = zip(messages, question_ids, strict=True)
+        prompts = [builder.latent(slots[number], ids) for number, ids in pairs]
+        said, _ = self.decode(prompts, messages, max_new_tokens, sampling)
+        answers = iter(said)
+        shaped = [[next(answers) for _ in of_one] for of_one in asked]
+        return shaped if nested else [text for of_one in shaped for text in of_one]
+
+    def _slots(self) -> list[int]:
+        assert self.message is not None, "these are texts"
+        return self.message.slots(self.receiver)
+
+    def decode(
+        self,
+        prompts: Sequence[PromptSequence],
+        messages: Sequence[int],
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        watch: Watch | None = None,
+    ) -> tuple[list[str], Decoded]:
+        """Decode the text after each prompt, whose beginning has been read.
+
+        Args:
+            prompts: whole prompts.
+            messages: the message that each one reads.
+            max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
+            sampling: how tokens are drawn. None: the likeliest.
+            watch: is told each step's tokens.
+        """
+        lm, builder = self.wire.local_receiver(self.receiver), self.wire.builders[self.receiver]
+        rest = self._rest(prompts, messages, "left").to(lm.device)
+        longest = max_new_tokens or self.wire.run.evaluation.max_answer_tokens
+        with self.wire.reading_on(self.receiver, rest, self.message) as soft_ND:
+            decoded = lm.generate(
+                rest, builder.stop_ids, longest, soft_ND, self.past, sampling, watch
+            )
+        texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
+        return [builder.answer_of(text) for text in texts], decoded
+
+    def score(
+        self, prompts: Sequence[PromptSequence], messages: Sequence[int]
+    ) -> tuple[AnswerScores, Batch]:
+        """Score the targets of whole prompts; return the batch that was read, too."""
+        lm = self.wire.local_receiver(self.receiver)
+        rest = self._rest(prompts, messages, "right").to(lm.device)
+        with self.wire.reading_on(self.receiver, rest, self.message) as soft_ND:
+            return lm.score_answers(rest, soft_ND, self.past), rest
+
+    def _rest(self, prompts: Sequence[PromptSequence], messages: Sequence[int], side: Any) -> Batch:
+        batch = collate(prompts, messages=list(messages))
+        return batch.going_on(torch.tensor(messages, dtype=torch.long), side)
+
+    # ------------------------------------------------------------------------- for other programs
+
+    def cache(self, message: int = 0) -> Cache:
+        """Return one message's keys and values as transformers' own cache, without padding.
+
+        It is a copy: ``generate`` appends to what it is given.
+        """
+        from transformers import DynamicCache
+
+        end = int(self.end_B[message])
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self._layers()):
+            one = slice(message, message + 1)
+            cache.update(keys[one, :, :end].clone(), values[one, :, :end].clone(), number)
+        return cache
+
+    def inputs(self, question: str, message: int = 0) -> dict[str, Any]:
+        """Return what ``model.generate`` of transformers takes to answer a question.
+
+        ``builders[receiver].stop_ids`` end the answer. Features that act on every position
+        (``latent_adapters``, ``lora``) are not in it: use :meth:`answer`.
+        """
+        features: Any = self.wire.interlingua.features.items()
+        if acting := [name for name, feature in features if feature.acts_on_text]:
+            raise ConfigError(
+                f"generate of transformers knows nothing of features.{acting[0]}, which acts on every position; use answer"
+            )
+        lm, builder = self.wire.local_receiver(self.receiver), self.wire.builders[self.receiver]
+        (question_ids,) = builder.tokenize([], [question], [])["question_ids"]
+        prompt = builder.latent(self._slots()[message], question_ids)
+        end = int(self.end_B[message])
+        ids = torch.tensor([prompt.ids[end:]], device=lm.device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones(1, len(prompt.ids), dtype=torch.long, device=lm.device),
+            "past_key_values": self.cache(message),
+        }
+
+    def _layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        layers: Any = self.past.cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
+
+    # --------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | Place) -> None:
+        """Write a safetensors file: keys and values, the latents, and what they belong to."""
+        assert self.message is not None, "texts are not kept"
+        tensors = {"attention": self.past.attention_MS, "end": self.end_B}
+        tensors |= {"latents": self.message.z_BLZ, "length": self.message.length_B}
+        for number, (keys, values) in enumerate(self._layers()):
+            tensors |= {f"keys.{number}": keys, f"values.{number}": values}
+        private = {name: [part.start, part.stop] for name, part in self.message.private.items()}
+        metadata = self._belongs_to(self.wire, self.receiver) | {"private": json.dumps(private)}
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write(place(path), functools.partial(save_file, held, metadata=metadata))
+
+    @classmethod
+    def load(cls, wire: LatentWire, path: str | Place) -> Prefilled:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            WireError: no such file, or one of another wire, or of other weights of the receiver.
+        """
+        from transformers import DynamicCache
+
+        try:
+            with local(place(path)) as file, safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise WireError(
+                f"a prefilled message must be a file of Prefilled.save, got {path} ({error}); make it anew by wire.prefill"
+            ) from error
+        receiver = metadata.get("receiver", "")
+        if metadata.get("format") != FORMAT or receiver not in wire.receivers:
+            raise WireError(
+                f"a prefilled message must be a {FORMAT} file for a receiver of this wire "
+                f"({', '.join(wire.receivers)}), got {metadata.get('format')} for {receiver or 'none'} at {path}; "
+                f"make it anew by wire.prefill"
+            )
+        for name, own in cls._belongs_to(wire, receiver).items():
+            if metadata[name] != own:
+                raise WireError(
+                    f"{path} must be of this {name.replace('_', ' ')} ({own[:12]}…), got {metadata[name][:12]}…; "
+                    f"make it anew by wire.prefill"
+                )
+        lm = wire.local_receiver(receiver)
+        private = {name: range(*part) for name, part in json.loads(metadata["private"]).items()}
+        message = Message(tensors["latents"], tensors["length"], private, wire.encoder_id)
+        cache = DynamicCache()
+        for number in range(sum(name.startswith("keys.") for name in tensors)):
+            pair = (tensors[f"{kind}.{number}"].to(lm.device) for kind in ("keys", "values"))
+            cache.update(*pair, number)
+        past = Past(cache, tensors["attention"].to(lm.device))
+        return cls(wire, receiver, past, tensors["end"], message.to(wire.interlingua.device))
+
+    @staticmethod
+    def _belongs_to(wire: LatentWire, receiver: str) -> dict[str, str]:
+        head = json.dumps(wire.builders[receiver].head_ids).encode()
+        return {
+            "format": FORMAT,
+            "receiver": receiver,
+            "receiver_weights": wire.receivers[receiver].fingerprint(),
+            "wire_weights": fingerprint(wire.interlingua),
+            "prompt_head": hashlib.sha256(head).hexdigest(),
+        }
+
+
+def by_message(questions: Any, messages: int) -> tuple[list[list[str]], bool]:
+    """Return the questions to each message, and whether they were given so.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for questions that fit no messages.
+    """
+    given = questions
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes | bytearray | Mapping):
+        given = list(given)
+        if given and all(isinstance(one, list | tuple) for one in given):
+            if len(given) != messages:
+                raise ConfigError(
+                    f"each message takes a list of questions, got {messages} messages and {len(given)} lists"
+                )
+            return [texts_of("questions", of_one) for of_one in given], True
+    flat = texts_of("questions", given)
+    if messages == 1:
+        return [flat], False
+    if len(flat) != messages:
+        raise ConfigError(
+            f"each message takes one question, got {messages} messages and {len(flat)} questions"
+        )
+    return [[question] for question in flat], False
