@@ -16,7 +16,7 @@ import ray
 import torch
 from cyclopts import Parameter
 
-from benchmarks import data, decoding, searching, sharing, trials, workers
+from benchmarks import data, decoding, reading, searching, sharing, trials, workers
 from benchmarks import steps as steps_
 from benchmarks.measure import Row
 from latentwire.cli import run_script
@@ -30,7 +30,15 @@ from latentwire.distributed.local_shards import local_shards
 from latentwire.model import LatentWire
 
 Part = Literal[
-    "preprocessing", "trial", "steps", "workers", "decoding", "logits", "searching", "sharing"
+    "preprocessing",
+    "trial",
+    "steps",
+    "workers",
+    "reading",
+    "decoding",
+    "logits",
+    "searching",
+    "sharing",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -82,6 +90,8 @@ def main(
     if {"trial", "steps", "workers", "decoding"} & set(only):
         measured += on_rows(space.model_copy(update={"run": run}), only, steps, repeats)
     ray.shutdown()
+    if "reading" in only:
+        measured += reading.rows(run, repeats)
     if "sharing" in only:
         measured += sharing.rows(space.model_copy(update={"run": run}), steps)
         measured += itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4)))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from latentwire.errors import UserError
     from latentwire.message import Message, WireError
     from latentwire.model import LatentWire
+    from latentwire.models.decoded import Sampling
+    from latentwire.prefilled import Prefilled
 
 # Threads of one operation wait for each other asleep. By default they spin, and where other processes want the same cores,
 # what they wait for cannot run. OpenMP reads this once, when torch is loaded, and Ray's workers inherit it.
@@ -32,7 +34,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __all__ = [
     "LatentWire",
     "Message",
+    "Prefilled",
     "RunConfig",
+    "Sampling",
     "SweepConfig",
     "UserError",
     "WireError",
@@ -46,7 +50,9 @@ __version__ = "0.2.0"
 _HOMES = {
     "LatentWire": "latentwire.model",
     "Message": "latentwire.message",
+    "Prefilled": "latentwire.prefilled",
     "RunConfig": "latentwire.config",
+    "Sampling": "latentwire.models.decoded",
     "SweepConfig": "latentwire.config",
     "UserError": "latentwire.errors",
     "WireError": "latentwire.message",

@@ -142,6 +142,7 @@ PARTS = f"{STEPS}test_every_trained_parameter_moves_by_the_rate_of_its_part"
 REFERENCES = "tests/evaluation/test_references.py::"
 NLL = f"{REFERENCES}test_nll_is_that_of_the_first_answer_and_its_stop_token_per_token"
 READERS = "tests/training/test_text_readers.py::"
+SHARED = "tests/training/test_shared_messages.py::"
 STATISTICS = "tests/evaluation/test_statistics.py::"
 SUMMARY = "tests/evaluation/test_summary.py::"
 LAYOUT = "tests/prompts/test_sequences.py::"
@@ -281,6 +282,20 @@ FAULTS = {
     "a_reader_is_trained_on_the_whole_text": line(
         "data.batches:reader_prompts", "shown(reads, row, context, budget)", "context",
         f"{READERS}test_training_shows_a_reader_what_its_scores_show_it",
+    ),
+    "a_tuned_teacher_reads_without_its_prefix": line(
+        "training.teachers:read_columns", "prefix = 0 if reader is None else reader.builders[lm.name].prefix", "prefix = 0",
+        "tests/training/test_teachers.py::test_the_tuned_reader_teaches",
+    ),
+    # A message that is read once
+    "padding_after_a_message_counts_as_positions": line(
+        "models.lm:LMWrapper.supervised_states", "batch.end_R.to(self.device)[:, None]",
+        "(past.attention_MS.shape[1] + 0 * batch.end_R.to(self.device)[:, None])",
+        f"{SHARED}test_rows_go_on_from_their_own_text",
+    ),
+    "questions_go_on_from_each_others_messages": line(
+        "models.lm:Past.of_rows", "cache.batch_select_indices(past_R)", "cache.batch_select_indices(past_R.flip(0))",
+        f"{SHARED}test_rows_go_on_from_their_own_text",
     ),
     # Data, and what travels
     "development_rows_are_drawn_by_row": line(

@@ -34,6 +34,7 @@ def test_lists_are_made_of_definitions() -> None:
     assert paths_with("teachers", "size") == (
         "losses.kd_weight",
         "losses.hidden_kd_weight",
+        "losses.slot_kd_weight",
         "losses.k",
     )
     assert "run.data.data_dir" in paths_with("may_change", "repeated trial", SweepConfig)

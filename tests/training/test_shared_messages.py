@@ -9,7 +9,7 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import Batch
+from latentwire.prompts.sequences import Batch, collate
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table, wire_of
 from tests.models.test_memory import HANDED
@@ -83,6 +83,38 @@ def test_loss_and_gradient_are_those_of_one_row_a_question(
             assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_rows_go_on_from_their_own_text(wire: LatentWire) -> None:
+    """Texts of several lengths, in any order of the rows: as likely as read whole."""
+    texts = [
+        "Ada lives in Oslo.",
+        "Tom has a red ball and a blue hat, and lives by the sea.",
+        "No.",
+    ]
+    asked = [
+        (1, "What?"),
+        (0, "Where does Ada live?"),
+        (1, "Where does Tom live?"),
+        (2, "Who?"),
+        (0, "Who?"),
+        (2, "No?"),
+    ]
+    for name, lm in wire.receivers.items():
+        builder = wire.builders[name]
+        ids = builder.tokenize(texts, [question for _, question in asked], ["a hat"] * len(asked))
+        rows = zip(asked, ids["question_ids"], ids["answer_ids"], strict=True)
+        batch = collate(
+            [builder.text(ids["context_ids"][text], *pair) for (text, _), *pair in rows],
+            messages=[text for text, _ in asked],
+        )
+        parts, local = batch.parted(), wire.local_receiver(name)
+        assert parts is not None
+        begun, rest = parts
+        assert begun.end_R is not None and len(begun.end_R) == 3
+        assert begun.attention_BS.sum(1).tolist() == begun.end_R.tolist()
+        found = local.score_answers(rest, None, local.prefill(local.read_head(begun))).ce_N
+        torch.testing.assert_close(found, lm.score_answers(batch).ce_N, atol=1e-5, rtol=1e-5)
 
 
 def test_where_it_cannot_be_read_once_rows_are_read(run: RunConfig) -> None:
