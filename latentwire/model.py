@@ -386,6 +386,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             messages: the message, or the text, that each of them reads, counted from 0.
             message: None for texts.
         """
+        if len(messages) < SHARED_BY * len(set(messages)):
+            return None
         batch = collate(prompts, messages=list(messages))
         parts = self.parted(receiver, batch)
         if parts is None:

@@ -294,7 +294,8 @@ FAULTS = {
         f"{SHARED}test_rows_go_on_from_their_own_text",
     ),
     "questions_go_on_from_each_others_messages": line(
-        "models.lm:Past.of_rows", "cache.batch_select_indices(past_R)", "cache.batch_select_indices(past_R.flip(0))",
+        "models.lm:Past.of_rows", "layer.batch_select_indices(past_R.to(layer.device))",
+        "layer.batch_select_indices(past_R.flip(0).to(layer.device))",
         f"{SHARED}test_rows_go_on_from_their_own_text",
     ),
     # Data, and what travels

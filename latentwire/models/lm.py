@@ -103,7 +103,8 @@ class Past:
         past_R = batch.past_R.to(self.attention_MS.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(past_R)  # a copy of what it selects, with its gradient
+        for layer in cache.layers:  # each may be on a device of its own
+            layer.batch_select_indices(past_R.to(layer.device))  # a copy, with its gradient
         rest_BS = batch.attention_BS.to(self.attention_MS.device)
         return cache, torch.cat((self.attention_MS[past_R], rest_BS), 1)
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def _ray() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()
 

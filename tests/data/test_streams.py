@@ -203,7 +203,9 @@ def test_rows_are_asked_for_in_order(
 @pytest.fixture(scope="module")
 def small_store() -> Iterator[None]:
     """Ray with an object store of 80 MB."""
-    ray.init(num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
+    ray.init(
+        num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False, include_dashboard=False
+    )
     yield
     ray.shutdown()
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
-    steps = ("--max_steps=6", "--set", "training.evaluate_every=3", "--set", "losses.kd_weight=0.5")
     prepared = ("--set", "prompt.anchor=A: ", "--set", "losses.kd_weight=0.5")
+    steps = (*prepared, "--max_steps=6", "--set", "training.evaluate_every=3")
     own = functools.partial(job, shards=tmp_path / "shards")
     assert own("ray_jobs/preprocess.py", *TINY, *prepared).wait(600) == 0, log_of(tmp_path)
     assert "shards train: 200 rows (0 truncated), 0 rejected" in log_of(tmp_path)
@@ -31,6 +31,8 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
         ).wait(800)
         == 0
     ), log_of(tmp_path)
+    assert re.search(r"shards train: 200 rows, reused from", log_of(tmp_path))
+    assert re.search(r"teacher qwen: 200 rows, .* reused from", log_of(tmp_path))
     trained = json.loads((output / "results.json").read_text())["validation"]
     kept = json.loads((output / "best" / "manifest.json").read_text())["metrics"]["development"]
     assert kept["kd_llama"] > 0 and kept["kd_qwen"] > 0

@@ -19,7 +19,7 @@ from latentwire.tuning.study import JOURNAL
 
 @pytest.mark.slow
 def test_an_error_on_a_worker_is_the_users_error() -> None:
-    ray.init(num_cpus=1, log_to_driver=False)
+    ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False)
     texts = RunConfig.model_validate(
         {"data": {"dataset": "text"}, "losses": {"bundle": "pretrain"}}
     )
