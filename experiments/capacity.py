@@ -29,7 +29,7 @@ from latentwire.config.resolve import with_values
 from latentwire.dataset.toy import Facts, context_of, facts
 from latentwire.model import LatentWire
 from latentwire.models.slots import projections
-from latentwire.prompts.sequences import Batch, collate
+from latentwire.prompts.batch import Batch, collate
 
 Read = Callable[[str, Batch], AbstractContextManager[torch.Tensor | None]]
 """Receiver and batch → the soft vectors ``[N, D]`` of its slots, with whatever acts inside the receiver attached."""

@@ -29,7 +29,8 @@ from latentwire.models.slots import put_in_slots
 from latentwire.models.weights import ReceiverError, fingerprint
 from latentwire.prefilled import Prefilled, by_message
 from latentwire.prompts import sequences
-from latentwire.prompts.sequences import Batch, PromptBuilder, collate, sender_text
+from latentwire.prompts.batch import Batch, collate
+from latentwire.prompts.sequences import PromptBuilder, sender_text
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
 from latentwire.texts import shown_value, texts_of

@@ -22,7 +22,8 @@ from latentwire.message import Message, WireError
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.lm import Past
 from latentwire.models.weights import fingerprint
-from latentwire.prompts.sequences import Batch, PromptSequence, collate
+from latentwire.prompts.batch import Batch, collate
+from latentwire.prompts.sequences import PromptSequence
 from latentwire.receivers.base import AnswerScores
 from latentwire.storage import Place, local, place, write
 from latentwire.texts import texts_of

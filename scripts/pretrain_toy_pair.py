@@ -38,7 +38,8 @@ from transformers import (
 
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.dataset.toy import context_of, facts, toy_rows
-from latentwire.prompts.sequences import PromptBuilder, collate
+from latentwire.prompts.batch import collate
+from latentwire.prompts.sequences import PromptBuilder
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

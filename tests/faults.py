@@ -24,8 +24,9 @@ import pytest
 import torch
 
 from latentwire.models.lm import LMWrapper
-from latentwire.prompts import sequences
-from latentwire.prompts.sequences import Batch, PromptBuilder
+from latentwire.prompts import batch
+from latentwire.prompts.batch import Batch
+from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.local import LocalReceiver
 
 
@@ -101,11 +102,11 @@ def anchor_merged() -> None:
 
 def answer_shifted() -> None:
     """Predict targets from their own positions: the label shift done twice."""
-    collate = sequences.collate
+    collate = batch.collate
 
     def broken(*arguments: Any, **named: Any) -> Batch:
-        batch = collate(*arguments, **named)
-        return dataclasses.replace(batch, predict_N=batch.predict_N + 1)
+        collated = collate(*arguments, **named)
+        return dataclasses.replace(collated, predict_N=collated.predict_N + 1)
 
     swap(collate, broken)
 
@@ -307,7 +308,7 @@ FAULTS = {
         "data.streams:epoch_seed", "+ epoch", "+ 0", "tests/data/test_orders.py::test_no_two_epochs_or_seeds_share_an_order"
     ),
     "joined_rows_read_each_others_messages": line(
-        "prompts.sequences:join", "first_message += int(batch.message_R.max()) + 1", "first_message += len(batch.ids_BS)",
+        "prompts.batch:join", "first_message += int(batch.message_R.max()) + 1", "first_message += len(batch.ids_BS)",
         "tests/data/test_layout_maps.py::test_joined_batches_are_the_batch_of_all_their_rows",
     ),
     "a_stopped_trial_counts_as_complete": line(

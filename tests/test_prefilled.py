@@ -15,7 +15,7 @@ from latentwire.message import WireError
 from latentwire.model import LatentWire
 from latentwire.models.decoded import Sampling
 from latentwire.prefilled import Prefilled
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from tests.conftest import wire_of
 from tests.models.test_memory import HANDED
 

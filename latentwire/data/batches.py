@@ -17,14 +17,13 @@ from latentwire.data.teachers import taught_rows, teacher_of
 from latentwire.losses.bundles import Teacher, teacher_reads, weights_at
 from latentwire.losses.terms import TERMS
 from latentwire.models.pooling import Coarsening
+from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import (
     ANSWER,
     CONTINUE,
     RECONSTRUCT,
-    Batch,
     PromptBuilder,
     PromptSequence,
-    collate,
     sender_text,
 )
 from latentwire.prompts.shown import Reads, shown

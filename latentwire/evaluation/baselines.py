@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.prompts.shown import Reads, shown
 
 Mode = Literal[

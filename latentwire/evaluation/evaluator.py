@@ -22,7 +22,8 @@ from latentwire.message import Message, from_bytes
 from latentwire.model import LatentWire
 from latentwire.models import own_cache
 from latentwire.prefilled import Prefilled
-from latentwire.prompts.sequences import Batch, PromptSequence, collate
+from latentwire.prompts.batch import Batch, collate
+from latentwire.prompts.sequences import PromptSequence
 from latentwire.receivers.base import AnswerScores
 
 METRIC_VERSION = 3

@@ -10,7 +10,8 @@ import torch
 from latentwire.config import LossConfig
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import TERMS, LossTerm, TeacherRows, Tokens
-from latentwire.prompts.sequences import ANSWER, Batch
+from latentwire.prompts.batch import Batch
+from latentwire.prompts.sequences import ANSWER
 
 
 def terms_on(config: LossConfig) -> list[LossTerm]:

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, Batch
+from latentwire.prompts.batch import Batch
+from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT
 
 # ---------------------------------------------------------------------------------------- functions
 

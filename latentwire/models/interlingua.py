@@ -20,7 +20,8 @@ from latentwire.models.encoders import (
 )
 from latentwire.models.prefix import Prefix
 from latentwire.models.tokens import ByteTokenizer
-from latentwire.prompts.sequences import ANSWER, Batch
+from latentwire.prompts.batch import Batch
+from latentwire.prompts.sequences import ANSWER
 
 
 @dataclass(frozen=True)

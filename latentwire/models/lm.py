@@ -29,7 +29,7 @@ from latentwire.models.weights import (
     pick_dtype,
     receiver_shape,
 )
-from latentwire.prompts.sequences import Batch
+from latentwire.prompts.batch import Batch
 
 if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
     from transformers import Cache

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import ReceiverError
-from latentwire.prompts.sequences import Batch, PromptBuilder, PromptSequence, collate
+from latentwire.prompts.batch import Batch, collate
+from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 
 PART = 2000
 """Tokens of a text that are recited at once, as in the paper."""

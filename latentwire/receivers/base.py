@@ -12,7 +12,7 @@ from torch import nn
 from latentwire.config import LossConfig, ReceiverConfig
 from latentwire.losses.bundles import Teacher, Weights
 from latentwire.models.decoded import Decoded
-from latentwire.prompts.sequences import Batch
+from latentwire.prompts.batch import Batch
 
 PART = "step: "
 """Prefix of the names of a step's parts in a profile."""

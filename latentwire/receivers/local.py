@@ -9,7 +9,7 @@ from latentwire.config import LossConfig
 from latentwire.losses.bundles import Reader, Teacher, loss_terms, state_depths
 from latentwire.losses.terms import teacher_rows, token_ce
 from latentwire.models.lm import LMWrapper, Past
-from latentwire.prompts.sequences import Batch
+from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import AnswerScores, LossTask, part
 
 

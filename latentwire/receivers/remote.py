@@ -15,7 +15,7 @@ from latentwire.losses.bundles import Teacher
 from latentwire.losses.chunks import common_gradient
 from latentwire.models.decoded import Decoded
 from latentwire.models.weights import skeleton
-from latentwire.prompts.sequences import Batch
+from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import AnswerScores, LossTask
 from latentwire.receivers.local import LocalReceiver
 from latentwire.receivers.requests import (

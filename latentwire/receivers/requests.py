@@ -13,7 +13,7 @@ import torch
 
 from latentwire.losses.bundles import Reader
 from latentwire.models.decoded import Decoded
-from latentwire.prompts.sequences import Batch, join
+from latentwire.prompts.batch import Batch, join
 from latentwire.receivers.base import AnswerScores, LossTask
 from latentwire.receivers.local import LocalReceiver
 

@@ -25,7 +25,7 @@ from latentwire.message import Message
 from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.slots import recorded
-from latentwire.prompts.sequences import Batch
+from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import LossTask, part
 from latentwire.storage import Place
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates

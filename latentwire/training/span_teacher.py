@@ -19,7 +19,7 @@ from latentwire.model import LatentWire
 from latentwire.models.pooling import overlap_means
 from latentwire.models.prefix import Prefix
 from latentwire.models.slots import recorded
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.storage import Place, local
 
 

@@ -27,7 +27,8 @@ from latentwire.losses.bundles import state_depths
 from latentwire.losses.terms import normalised, teacher_rows
 from latentwire.model import LatentWire
 from latentwire.models.lm import LMWrapper
-from latentwire.prompts.sequences import PromptBuilder, collate
+from latentwire.prompts.batch import collate
+from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.local import LocalReceiver
 from latentwire.storage import Place, place, read_parquet, size, write
 from latentwire.threads import use_threads

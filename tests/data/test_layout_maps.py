@@ -10,15 +10,13 @@ import torch
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.shards import builders
 from latentwire.models.weights import load_tokenizer
+from latentwire.prompts.batch import Batch, collate, join
 from latentwire.prompts.sequences import (
     ANSWER,
     CONTINUE,
     RECONSTRUCT,
-    Batch,
     PromptBuilder,
     PromptSequence,
-    collate,
-    join,
 )
 
 

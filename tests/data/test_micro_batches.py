@@ -17,7 +17,7 @@ from latentwire.data.batches import (
     sender_texts,
 )
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import Batch, collate
+from latentwire.prompts.batch import Batch, collate
 from tests.conftest import shard_table
 
 

@@ -14,7 +14,7 @@ from latentwire.evaluation.summary import compare, details, summarise
 from latentwire.losses.terms import token_ce
 from latentwire.model import LatentWire
 from latentwire.models.decoded import Decoded
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.reports import tables
 from tests.conftest import SMALL, shard_table, untimed, wire_of
 

@@ -15,7 +15,7 @@ from latentwire.features.latent_adapters import GatedCrossAttention
 from latentwire.features.slot_kv import SlotKeyValues
 from latentwire.message import Message
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from tests.conftest import wire_of
 from tests.features.test_features import shake
 

@@ -20,7 +20,7 @@ from latentwire.features.registry import FEATURES, keeps_receivers_frozen
 from latentwire.model import LatentWire, load_wire
 from latentwire.models.weights import ReceiverError
 from latentwire.planning.planner import plan
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer

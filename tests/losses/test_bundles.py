@@ -20,7 +20,8 @@ from latentwire.losses.bundles import (
 )
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import TERMS, cross_entropy, teacher_rows
-from latentwire.prompts.sequences import ANSWER, Batch
+from latentwire.prompts.batch import Batch
+from latentwire.prompts.sequences import ANSWER
 
 NOTHING = torch.zeros(0)
 LOGITS_NV = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))

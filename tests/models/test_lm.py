@@ -28,7 +28,8 @@ from latentwire.dataset.toy import toy_rows
 from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper, quantization_config
 from latentwire.models.weights import ReceiverError, load_tokenizer, pick_device, skeleton
-from latentwire.prompts.sequences import PromptBuilder, collate
+from latentwire.prompts.batch import collate
+from latentwire.prompts.sequences import PromptBuilder
 
 PHI = ReceiverConfig(name="phi", model="toy-phi")
 ROWS = [

@@ -19,7 +19,8 @@ from latentwire.models.memory import MemoryStates
 from latentwire.models.slots import KEYS_VALUES, attentions, projections
 from latentwire.models.weights import ReceiverError
 from latentwire.planning.sharing import obstacles
-from latentwire.prompts.sequences import RECONSTRUCT, PromptSequence, collate
+from latentwire.prompts.batch import collate
+from latentwire.prompts.sequences import RECONSTRUCT, PromptSequence
 from tests.conftest import wire_of
 from tests.models.test_encoders import RECEIVERS, TEXTS, Joined
 

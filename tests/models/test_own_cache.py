@@ -23,7 +23,8 @@ from latentwire.models import own_cache
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import ReceiverError, load_tokenizer
 from latentwire.prompts import sequences
-from latentwire.prompts.sequences import PromptBuilder, PromptSequence, collate
+from latentwire.prompts.batch import collate
+from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 
 ROWS = [
     (

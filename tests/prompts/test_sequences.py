@@ -7,7 +7,8 @@ from tokenizers.normalizers import Replace
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.shards import builders
 from latentwire.models.weights import load_tokenizer
-from latentwire.prompts.sequences import PromptBuilder, PromptError, collate, sender_text
+from latentwire.prompts.batch import collate
+from latentwire.prompts.sequences import PromptBuilder, PromptError, sender_text
 
 CONTEXT, QUESTION, ANSWER = "Ada lives in Oslo.", "Where is the home of Ada?", "Oslo"
 

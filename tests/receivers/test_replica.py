@@ -14,7 +14,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingCollator
 from latentwire.losses.bundles import term_counts, weights_at
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.receivers.base import LossTask
 from latentwire.receivers.replica import Replica
 from latentwire.receivers.requests import (

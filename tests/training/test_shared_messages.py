@@ -9,7 +9,7 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import Batch, collate
+from latentwire.prompts.batch import Batch, collate
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table, wire_of
 from tests.models.test_memory import HANDED

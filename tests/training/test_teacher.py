@@ -9,7 +9,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data.batches import TrainingBatch, TrainingCollator
 from latentwire.losses.bundles import Reader, loss_terms, term_counts, weights_at
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table
 

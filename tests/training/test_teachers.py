@@ -17,7 +17,7 @@ from latentwire.data.sources import DataError
 from latentwire.distributed.local_shards import local_shards
 from latentwire.losses.bundles import Teacher
 from latentwire.model import LatentWire
-from latentwire.prompts.sequences import collate
+from latentwire.prompts.batch import collate
 from latentwire.training import text_readers
 from latentwire.training.loop import Trainer
 from latentwire.training.teachers import FULL_TEXT, TeacherReader, read_columns, train_reader
