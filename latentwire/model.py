@@ -509,7 +509,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         """
         lm = self.receivers[receiver]
         features: Any = self.interlingua.features.values()
-        if not isinstance(lm, LocalReceiver) or any(feature.reads_question for feature in features):
+        asks = any(feature.reads_question for feature in features) and bool(batch.latents_BS.any())
+        if not isinstance(lm, LocalReceiver) or asks:
             return None
         parts = batch.parted(side)
         if parts is None or len(batch.ids_BS) < SHARED_BY * len(parts[0].ids_BS):

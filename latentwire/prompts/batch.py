@@ -267,4 +267,7 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
     head = min(batch.head for batch in batches)
     heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
+    ends = [batch.end_R for batch in batches if batch.end_R is not None]
+    if len(ends) == len(batches):
+        joined["end_R"] = torch.cat(ends)
     return Batch(**joined, prefix=batches[0].prefix, head=head if len(heads) == 1 else 0)

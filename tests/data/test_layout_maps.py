@@ -1,6 +1,6 @@
 """What the index maps of joined, shortened and padded batches point at, against sequences laid out by hand."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,9 +238,10 @@ def test_equal_texts_have_equal_ids_in_their_places(builder: PromptBuilder) -> N
 
 
 def test_a_batch_moves_whole(sequences: list[PromptSequence]) -> None:
-    batch = collate(sequences).after_head()
+    rows = torch.arange(len(sequences))
+    batch = replace(collate(sequences).after_head(), past_R=rows, taught_R=rows > 0)
     same(batch.to("cpu"), batch)
     moved = batch.to("meta")
     counts = ("head", "prefix")
     tensors = [getattr(moved, field.name) for field in fields(Batch) if field.name not in counts]
-    assert len(tensors) == 13 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 16 and all(tensor.is_meta for tensor in tensors)

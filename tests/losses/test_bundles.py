@@ -33,7 +33,7 @@ def batch_of(offsets: list[int], control: list[int] | None = None) -> Batch:
     fields = {field.name: NOTHING for field in dataclasses.fields(Batch)}
     return Batch(
         **fields | {
-            "target_N": torch.arange(count), "offset_N": torch.tensor(offsets), "row_N": torch.arange(count),
+            "taught_R": None, "target_N": torch.arange(count), "offset_N": torch.tensor(offsets), "row_N": torch.arange(count),
             "control_R": torch.tensor(control or [-1] * count),
         }
     )  # fmt: skip
@@ -64,6 +64,7 @@ def test_each_term_is_the_mean_over_its_own_tokens() -> None:
 def test_every_weight_has_tokens_and_a_value_of_its_own() -> None:
     """Whatever a configuration can switch on; only plain cross-entropies are the same on the same tokens."""
     names = [name for name in LossConfig.model_fields if name.endswith("_weight")]
+    names.remove("slot_kd_weight")  # of keys and values, which no term reads
     batch = batch_of([0, 0, 0, 0, 0], control=[-1, -1, -1, 0, 1])
     weights = weights_at(LossConfig(**dict.fromkeys(names, 1.0)), 0)
     states, others = torch.randn(5, 4), torch.randn(3, 4)
@@ -88,6 +89,7 @@ def test_every_weight_has_tokens_and_a_value_of_its_own() -> None:
 
 def test_the_configuration_has_a_weight_for_every_term_in_the_same_order() -> None:
     weights = [name for name in LossConfig.model_fields if name.endswith("_weight")]
+    weights.remove("slot_kd_weight")
     assert [term.knob for term in TERMS.values()] == weights
     config = LossConfig(**dict.fromkeys(weights, 1.0))
     assert [term.knob for term in terms_on(config) if term.control == ANSWER] == config.asking

@@ -20,7 +20,9 @@ VARIANTS = {
     "one receiver after the other": {"training.sequential_models": True},
     "aligned, and coarser then": {"training.alignment_steps": 2, "training.coarsening_steps": 4},
     "every loss": {
-        f"losses.{name}": 0.3 for name in LossConfig.model_fields if name.endswith("_weight")
+        f"losses.{name}": 0.3
+        for name in LossConfig.model_fields
+        if name.endswith("_weight") and name != "slot_kd_weight"  # which looks into the receivers
     }
     | {"losses.kd_top_k": 0, "losses.k": 2, "training.accumulation": 2},
     "chunks of logits": {"training.logit_rows": 3},
