@@ -106,8 +106,12 @@ def recorded(lm: nn.Module, places_RS: torch.Tensor) -> Iterator[list[torch.Tens
     entries: list[torch.Tensor] = []
 
     def note(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
-        if output.shape[:2] == places_RS.shape and len(entries) < len(targets):
-            entries.append(output.flatten(0, 1).index_select(0, place_N.to(output.device)))
+        if output.shape[:2] != places_RS.shape:
+            return
+        # Selected in every pass: one that computes activations again must do what the first did.
+        entry_NE = output.flatten(0, 1).index_select(0, place_N.to(output.device))
+        if len(entries) < len(targets):
+            entries.append(entry_NE)
 
     with ExitStack() as stack:
         for target in targets:

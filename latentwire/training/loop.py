@@ -294,7 +294,6 @@ class Trainer:
             held = attached if parts is None else first_pass
             soft_ND = held.enter_context(self.wire.reading(name, begun, message))
             assert soft_ND is not None
-            scale = float(soft_ND.detach().square().mean().sqrt()) / lm.embed_rms
             if teaches_slots:
                 here = self.wire.local_receiver(name).lm
                 entries = held.enter_context(recorded(here, begun.latents_BS))
@@ -304,7 +303,7 @@ class Trainer:
         rows_M = torch.ones(len(begun.ids_BS), device=lm.device)
         if parts is None:
             task = LossTask(begun, weights, counts, teacher, losses, rows)
-            shares_T = lm.losses(task, soft_ND)
+            shares_T, rest_ND = lm.losses(task, soft_ND), None
         else:
             rest = parts[1].to(lm.device)
             assert rest.past_R is not None
@@ -313,8 +312,14 @@ class Trainer:
             rest_ND = attached.enter_context(self.wire.reading_on(name, rest, message))
             shares_T = self.wire.local_receiver(name).losses(task, rest_ND, past)
         shares = dict(zip(weights.terms, shares_T, strict=True))
+        # A message counts as often as it is read.
+        square_N = soft_ND.detach().flatten(0, -2).square().mean(-1)
+        count_N = rows_M.repeat_interleave(begun.slots_BS.sum(1)).to(square_N)
+        if rest_ND is not None:
+            square_N = torch.cat((square_N, rest_ND.detach().square().mean(-1).to(square_N)))
+            count_N = torch.cat((count_N, count_N.new_ones(len(rest_ND))))
+        scale = float((square_N * count_N).sum() / count_N.sum()) ** 0.5 / lm.embed_rms
         if teaches_slots:
-            # A message counts as often as it is read.
             rows_N = rows_M.repeat_interleave(begun.latents_BS.sum(1))
             distance_N = slot_distance(entries, targets)
             step = self.progress.step - self.config.alignment_steps

@@ -65,7 +65,7 @@ def test_eight_examples_overfit_to_exact_match_one(
 EVERYTHING = {
     "losses": {
         "first_k_ce_weight": 0.5, "first_token_ce_weight": 0.5, "kd_weight": 1.0, "kd_top_k": 5, "hidden_kd_weight": 0.5,
-        "reconstruction_ce_weight": 0.5, "continuation_ce_weight": 0.5, "k": 2,
+        "reconstruction_ce_weight": 0.5, "continuation_ce_weight": 0.5, "slot_kd_weight": 0.5, "k": 2,
     },
     "features": {name: {"head_parts": 2} if name == "deep_prefix" else {} for name in FEATURES},
     "encoder.pooling": "spans",

@@ -82,7 +82,7 @@ class Reference:
         found: dict[str, list[torch.Tensor]] = {
             name.removesuffix("_weight"): []
             for name in type(self.losses).model_fields
-            if name.endswith("_weight")
+            if name.endswith("_weight") and name != "slot_kd_weight"
         }
         losses, builder = self.losses, self.builder
         for row in self.rows:
