@@ -245,9 +245,8 @@ def profile(space: SweepConfig, output: Path, steps: int) -> str:
     space = prepared(space, output, resume=False)
     paths = _planned_here(space)
     wire = LatentWire(space.run)
-    return profile_steps(
-        wire, streams.training_table(space.run, paths["train"]), steps, output / "profile"
-    )
+    train = streams.training_table(space.run, paths["train"])
+    return profile_steps(wire, train, steps, output / "profile", paths["train"])
 
 
 def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:

@@ -300,7 +300,7 @@ class Trainer:
             if parts is not None:
                 with part(f"read {name}"):
                     past = self.wire.local_receiver(name).prefill(begun, soft_ND)
-        rows_M = torch.ones(len(begun.ids_BS), device=lm.device)
+        rows_M = torch.ones(len(begun.ids_BS), device=lm.device)  # that read each message
         if parts is None:
             task = LossTask(begun, weights, counts, teacher, losses, rows)
             shares_T, rest_ND = lm.losses(task, soft_ND), None
@@ -312,21 +312,14 @@ class Trainer:
             rest_ND = attached.enter_context(self.wire.reading_on(name, rest, message))
             shares_T = self.wire.local_receiver(name).losses(task, rest_ND, past)
         shares = dict(zip(weights.terms, shares_T, strict=True))
-        # A message counts as often as it is read.
-        square_N = soft_ND.detach().flatten(0, -2).square().mean(-1)
-        count_N = rows_M.repeat_interleave(begun.slots_BS.sum(1)).to(square_N)
-        if rest_ND is not None:
-            square_N = torch.cat((square_N, rest_ND.detach().square().mean(-1).to(square_N)))
-            count_N = torch.cat((count_N, count_N.new_ones(len(rest_ND))))
-        scale = float((square_N * count_N).sum() / count_N.sum()) ** 0.5 / lm.embed_rms
         if teaches_slots:
-            rows_N = rows_M.repeat_interleave(begun.latents_BS.sum(1))
             distance_N = slot_distance(entries, targets)
+            rows_N = rows_M.repeat_interleave(begun.latents_BS.sum(1)).to(distance_N)
             step = self.progress.step - self.config.alignment_steps
             weight = losses.slot_kd_weight * losses.factor(f"{SLOT_KD}_weight", step)
-            total = (distance_N * rows_N.to(distance_N)).sum()
+            total = (distance_N * rows_N).sum()
             shares[SLOT_KD] = weight * total / max(1.0, counts[SLOT_KD])
-        return shares, scale
+        return shares, _rms(soft_ND, rows_M, begun, rest_ND) / lm.embed_rms
 
     def _slot_targets(
         self, name: str, batch: TrainingBatch, sequences: Batch, message: Message | None
@@ -474,6 +467,25 @@ class Trainer:
             metrics[f"dev_loss_{name}"] = sum(terms.values())
             metrics["dev_loss"] += metrics[f"dev_loss_{name}"] / len(self.wire.receivers)
         return metrics
+
+
+def _rms(
+    soft_ND: torch.Tensor, rows_M: torch.Tensor, begun: Batch, rest_ND: torch.Tensor | None
+) -> float:
+    """Return the root mean square of all rows' soft vectors, of which a message's are read once.
+
+    Args:
+        soft_ND: of the messages, row by row of ``begun``.
+        rows_M: rows that read each of them.
+        begun: the sequences in which they stand.
+        rest_ND: soft vectors that stand after them.
+    """
+    square_N = soft_ND.detach().flatten(0, -2).square().mean(-1)
+    count_N = rows_M.repeat_interleave(begun.slots_BS.sum(1)).to(square_N)
+    if rest_ND is not None:
+        square_N = torch.cat((square_N, rest_ND.detach().square().mean(-1).to(square_N)))
+        count_N = torch.cat((count_N, count_N.new_ones(len(rest_ND))))
+    return float((square_N * count_N).sum() / count_N.sum()) ** 0.5
 
 
 def _add(totals: dict[str, float], values: dict[str, float]) -> None:

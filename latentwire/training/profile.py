@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
+from latentwire.storage import Place
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
 
@@ -21,14 +22,17 @@ OPERATORS = 8
 """Dearest operators that the table names."""
 
 
-def profile_steps(wire: LatentWire, train: pa.Table, steps: int, output: Path) -> str:
+def profile_steps(
+    wire: LatentWire, train: pa.Table, steps: int, output: Path, shards: Place | None = None
+) -> str:
     """Train ``WARM_UP + steps`` steps and write ``trace.json`` and ``shares.md``.
 
     The trace is for ui.perfetto.dev or chrome://tracing. Returns the table of ``shares.md``: the
-    share of each part of the measured steps, then the dearest operators. Raises
+    share of each part of the measured steps, then the dearest operators. ``shards``: where the rows
+    come from, beside which tuned teachers lie. Raises
     :class:`~latentwire.training.loop.TrainingError` where the rows do not suffice.
     """
-    trainer = Trainer(wire, WARM_UP + steps)
+    trainer = Trainer(wire, WARM_UP + steps, train=shards)
     batches = list(
         zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False)
     )
