@@ -28,6 +28,11 @@ KD = {
     "losses.hidden_kd_weight": 0.5,
 }  # fmt: skip
 
+TUNED = KD | {
+    "losses.kd_teacher": "tuned",
+    "evaluation.tuned_text": {"tokens": 5, "steps": 4, "batch_size": 4, "trials": 1},
+}
+
 
 def with_columns(trainer: Trainer, table: pa.Table, values: dict) -> pa.Table:
     run = with_values(trainer.wire.run, values)
@@ -114,15 +119,17 @@ def test_files_are_made_once_and_missing_ones_again(
     run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"data.samples": 70, "data.shard_mib": 0.006, "data.shard_dir": str(tmp_path)}
-    run = with_values(run, KD | sizes | {"data.dev_samples": 4, "data.validation_samples": 4})
+    run = with_values(run, TUNED | sizes | {"data.dev_samples": 4, "data.validation_samples": 4})
     train = local_shards(run)["train"]
     files = shards.read_manifest(train)["files"]
     first = {r.name: teachers.teacher_path(run, r, train) for r in run.receivers}
     assert (
         len(files) == 2
         and teachers.complete(run, train)
-        and "MB per 1,000 rows, made in" in capsys.readouterr().out
+        and "MB per 1,000 rows, made in" in (printed := capsys.readouterr().out)
     )
+    assert printed.count("its text reader is trained first") == 2
+    assert len(list(tmp_path.glob("reader-*-text-*"))) == 2
     joined = streams.training_table(run, train)
     assert joined.num_rows == 70 and teachers.teacher_of(joined, "qwen", run.losses) is not None
     kept, lost = (first["llama"] / name for name in files)
@@ -132,6 +139,7 @@ def test_files_are_made_once_and_missing_ones_again(
     local_shards(run)
     assert kept.stat().st_mtime_ns == time and lost.read_bytes() == whole
     printed = capsys.readouterr().out
+    assert "its text reader is trained first" not in printed
     assert re.search(r"teacher llama: .* made in \d+ s", printed)
     assert "reused from" in printed.partition("teacher qwen")[2]
     # Other numbers need other columns, fewer tokens' weights do not.
@@ -148,11 +156,6 @@ def test_files_are_made_once_and_missing_ones_again(
 
 
 # ------------------------------------------------------------------------- who teaches, and what
-
-TUNED = KD | {
-    "losses.kd_teacher": "tuned",
-    "evaluation.tuned_text": {"tokens": 5, "steps": 4, "batch_size": 4, "trials": 1},
-}
 
 
 @pytest.fixture
