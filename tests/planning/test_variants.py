@@ -99,12 +99,13 @@ def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(
 OTHER = {
     "training.questions_together": True, "prompt.anchor": "A: ", "data.seed": 1, "encoder.kind": "lm", "encoder.model": "toy-qwen",
     "encoder.split": "lines", "losses.kd_temperature": 2.0, "losses.kd_top_k": 8, "losses.hidden_kd_depths": (1.0,),
+    "losses.kd_teacher": "tuned",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", OTHER)
 def test_all_that_files_hang_on_tells_a_sweeps_files_apart(path: str) -> None:
-    run = with_values(RunConfig(), {"encoder.model": "toy-llama"})
+    run = with_values(RunConfig(), {"encoder.model": "toy-llama", "evaluation.tuned_text": {}})
     assert variant_key(with_values(run, {path: OTHER[path]})) != variant_key(run)
 
 
