@@ -307,25 +307,22 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 ``on_text``.
         """
         message = self._received(message, receiver)
-        asked, nested = by_message(questions, len(message))
-        flat = [question for of_one in asked for question in of_one]
-        if on_text is not None and len(flat) != 1:
+        asked = by_message(questions, len(message))
+        if on_text is not None and len(asked.questions) != 1:
             raise ConfigError(
-                f"on_text follows the answer to one question, got {len(flat)}; ask one at a time"
+                f"on_text follows the answer to one question, got {len(asked.questions)}; ask one at a time"
             )
-        messages = [number for number, of_one in enumerate(asked) for _ in of_one]
-        builder, slots = self.builders[receiver], message.slots(receiver)
-        question_ids = builder.tokenize([], flat, [])["question_ids"]
-        pairs = zip(messages, question_ids, strict=True)
-        prompts = [builder.latent(slots[number], ids) for number, ids in pairs]
+        prompts = asked.prompts(self.builders[receiver], message.slots(receiver))
         watch = None if on_text is None else self._teller(receiver, on_text)
-        said, _ = self.decode(
-            receiver, prompts, message, messages=messages, max_new_tokens=max_new_tokens,
-            sampling=sampling, watch=watch,
-        )  # fmt: skip
-        answers = iter(said)
-        shaped = [[next(answers) for _ in of_one] for of_one in asked]
-        return shaped if nested else [text for of_one in shaped for text in of_one]
+        begun = self.begin(receiver, prompts, asked.messages, message)
+        if begun is not None:
+            said, _ = begun.decode(prompts, asked.messages, max_new_tokens, sampling, watch)
+        else:
+            said, _ = self.decode(
+                receiver, prompts, message, messages=asked.messages, max_new_tokens=max_new_tokens,
+                sampling=sampling, watch=watch,
+            )  # fmt: skip
+        return asked.shaped(said)
 
     def _teller(self, receiver: str, on_text: Callable[[str], object]) -> Watch:
         """Return a watch that hands on what each step adds to the answer's text."""
@@ -575,7 +572,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         sampling: Sampling | None = None,
         watch: Watch | None = None,
     ) -> tuple[list[str], Decoded]:
-        """Decode the text after each prompt.
+        """Decode the text after each prompt, which is read whole; see :meth:`begin` for what they share.
 
         ``prefill_ms`` counts from here: adapter and features run before the receiver does, and
         belong to a message's cost.
@@ -585,8 +582,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             prompts: latent prompts, or texts.
             message: what latent prompts read.
             vectors_ND: the caller's own soft vectors, in its place.
-            messages: the message, or the text, that each prompt reads, counted from 0: it is read once
-                for all. None: each its own, in order.
+            messages: the message that each prompt reads, counted from 0. None: each its own, in order.
             max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
             sampling: how tokens are drawn. None: the likeliest one.
             watch: is told each step's tokens.
@@ -597,12 +593,6 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             torch.cuda.synchronize(lm.device)
         began = time.perf_counter()
         longest = max_new_tokens or self.run.evaluation.max_answer_tokens
-        if messages is not None and vectors_ND is None:
-            begun = self.begin(receiver, prompts, messages, message)
-            if begun is not None:
-                prepared_ms = 1000 * (time.perf_counter() - began)
-                texts, decoded = begun.decode(prompts, messages, longest, sampling, watch)
-                return texts, replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
         numbers = None if messages is None else list(messages)
         batch = collate(prompts, side="left", messages=numbers).to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:

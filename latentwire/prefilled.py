@@ -11,6 +11,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +26,7 @@ from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.lm import Past
 from latentwire.models.weights import fingerprint
 from latentwire.prompts.batch import Batch, collate
-from latentwire.prompts.sequences import PromptSequence
+from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores
 from latentwire.storage import Place, local, place, write
 from latentwire.texts import texts_of
@@ -89,18 +92,10 @@ class Prefilled:
         Raises:
             ConfigError: questions that fit no messages.
         """
-        asked, nested = by_message(questions, len(self))
-        messages = [number for number, of_one in enumerate(asked) for _ in of_one]
-        flat = [question for of_one in asked for question in of_one]
-        builder = self.wire.builders[self.receiver]
-        question_ids = builder.tokenize([], flat, [])["question_ids"]
-        slots = self._slots()
-        pairs = zip(messages, question_ids, strict=True)
-        prompts = [builder.latent(slots[number], ids) for number, ids in pairs]
-        said, _ = self.decode(prompts, messages, max_new_tokens, sampling)
-        answers = iter(said)
-        shaped = [[next(answers) for _ in of_one] for of_one in asked]
-        return shaped if nested else [text for of_one in shaped for text in of_one]
+        asked = by_message(questions, len(self))
+        prompts = asked.prompts(self.wire.builders[self.receiver], self._slots())
+        said, _ = self.decode(prompts, asked.messages, max_new_tokens, sampling)
+        return asked.shaped(said)
 
     def _slots(self) -> list[int]:
         assert self.message is not None, "these are texts"
@@ -254,8 +249,32 @@ class Prefilled:
         }
 
 
-def by_message(questions: Any, messages: int) -> tuple[list[list[str]], bool]:
-    """Return the questions to each message, and whether they were given so.
+@dataclass(frozen=True)
+class Asked:
+    """Questions to messages."""
+
+    questions: list[str]
+    messages: list[int]
+    """The message that each of them is asked of."""
+    nested: bool
+    """True where they came as a list for each message."""
+
+    def prompts(self, builder: PromptBuilder, slots: Sequence[int]) -> list[PromptSequence]:
+        """Return the latent prompt of each question. ``slots``: soft positions of each message."""
+        question_ids = builder.tokenize([], self.questions, [])["question_ids"]
+        pairs = zip(self.messages, question_ids, strict=True)
+        return [builder.latent(slots[number], ids) for number, ids in pairs]
+
+    def shaped(self, answers: list[str]) -> list[Any]:
+        """Return the answers in the shape of the questions."""
+        if not self.nested:
+            return answers
+        pairs = zip(self.messages, answers, strict=True)
+        return [[text for _, text in of_one] for _, of_one in groupby(pairs, key=itemgetter(0))]
+
+
+def by_message(questions: Any, messages: int) -> Asked:
+    """Say which message each question is asked of.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for questions that fit no messages.
     """
@@ -267,12 +286,14 @@ def by_message(questions: Any, messages: int) -> tuple[list[list[str]], bool]:
                 raise ConfigError(
                     f"each message takes a list of questions, got {messages} messages and {len(given)} lists"
                 )
-            return [texts_of("questions", of_one) for of_one in given], True
+            asked = [texts_of("questions", of_one) for of_one in given]
+            numbers = [number for number, of_one in enumerate(asked) for _ in of_one]
+            return Asked([question for of_one in asked for question in of_one], numbers, True)
     flat = texts_of("questions", given)
     if messages == 1:
-        return [flat], False
+        return Asked(flat, [0] * len(flat), False)
     if len(flat) != messages:
         raise ConfigError(
             f"each message takes one question, got {messages} messages and {len(flat)} questions"
         )
-    return [[question] for question in flat], False
+    return Asked(flat, list(range(messages)), False)

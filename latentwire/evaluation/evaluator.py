@@ -211,10 +211,8 @@ def _encode(
     if condition.bits is not None:
         message = from_bytes(message.to_bytes(bits=condition.bits)).to(wire.interlingua.device)
     seconds = _now(message.z_BLZ.device) - began
-    slots = {
-        name: [counts[m] for m in message_R]
-        for name, counts in ((name, message.slots(name)) for name in wire.receivers)
-    }
+    by_text = {name: message.slots(name) for name in wire.receivers}
+    slots = {name: [counts[m] for m in message_R] for name, counts in by_text.items()}
     if condition.bits is None:
         z_bytes = LATENT_BYTES * wire.run.encoder.d_z
         private = sum(map(len, message.private.values()))
@@ -275,22 +273,17 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     count = len(rows["id"])
     prompts = _prompts(wire, name, batch, [None] * count)
     answered = _prompts(wire, name, batch, rows[f"{name}_answer_ids"])
-    begun, began = None, _now(lm.device)
-    messages = _messages(batch, prompts)
-    if mode not in ("embeddings", "own_cache"):  # which put something else into each row
-        begun = wire.begin(name, prompts, messages, message)
-    shared_seconds = _now(lm.device) - began
+    messages, began = _messages(batch, prompts), _now(lm.device)
+    begun = _begin(wire, name, batch, prompts, messages)
+    shared_seconds = 0.0 if begun is None else _now(lm.device) - began
     if begun is not None:
         answers, decoded = begun.decode(prompts, messages)
-        prefill_ms = 1000 * shared_seconds + decoded.prefill_ms
     else:
+        text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
         with _cut(wire, name, batch, prompts, "left"):
-            text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
             answers, decoded = wire.decode(name, prompts, message, text_ND, messages=messages)
-            prefill_ms = decoded.prefill_ms
-    scores, gold, seconds = _score(wire, name, batch, answered, begun)
-    if begun is not None:
-        seconds += shared_seconds
+    scores, gold, seconds = _score(wire, name, batch, answered, messages, begun)
+    prefill_ms, seconds = 1000 * shared_seconds + decoded.prefill_ms, shared_seconds + seconds
     # The mean over each answer's tokens: N supervised positions, row_N[n] the row of one.
     row_N = gold.row_N.cpu()
     total_B = torch.zeros(count).index_add(0, row_N, scores.ce_N)
@@ -344,18 +337,32 @@ def _messages(batch: _Rows, prompts: list[PromptSequence]) -> list[int]:
     return once([[prompt.ids[: prompt.message.stop]] for prompt in prompts])[0]
 
 
+def _begin(
+    wire: LatentWire,
+    name: str,
+    batch: _Rows,
+    prompts: list[PromptSequence],
+    messages: list[int],
+) -> Prefilled | None:
+    """Read what rows share once, where they do and nothing else is put into each of them."""
+    if batch.condition.mode in ("embeddings", "own_cache"):
+        return None
+    return wire.begin(name, prompts, messages, batch.message)
+
+
 def _score(
     wire: LatentWire,
     name: str,
     batch: _Rows,
     answered: list[PromptSequence],
+    messages: list[int],
     begun: Prefilled | None,
 ) -> tuple[AnswerScores, Batch, float]:
     """Score the targets of prompts; return the scores, the sequences and the seconds that it took.
 
     ``begun``: what they begin with, where it has been read.
     """
-    lm, messages = wire.receivers[name], _messages(batch, answered)
+    lm = wire.receivers[name]
     began = _now(lm.device)
     if begun is not None:
         scores, gold = begun.score(answered, messages)
@@ -379,10 +386,10 @@ def _score_answers(
     texts = [prediction.text for prediction in predictions]
     for name in wire.receivers:
         ids = wire.builders[name].tokenize([], [], texts)["answer_ids"]
-        prompts, begun = _prompts(wire, name, batch, ids), None
-        if batch.condition.mode not in ("embeddings", "own_cache"):
-            begun = wire.begin(name, prompts, _messages(batch, prompts), batch.message)
-        scores, answered, _ = _score(wire, name, batch, prompts, begun)
+        prompts = _prompts(wire, name, batch, ids)
+        messages = _messages(batch, prompts)
+        begun = _begin(wire, name, batch, prompts, messages)
+        scores, answered, _ = _score(wire, name, batch, prompts, messages, begun)
         total_B.index_add_(0, answered.row_N.cpu(), -scores.ce_N.double())
     return [
         dataclasses.replace(prediction, joint_logp=float(logp))

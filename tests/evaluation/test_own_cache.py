@@ -203,3 +203,17 @@ def test_its_tuned_twin_is_read_by_the_reader_of_the_whole_text(run: RunConfig) 
     assert twins[3].trained_for == twins[3]
     own = reader_run(asked, asked.receivers, twins[1], TrainingBudget(1, 1), 1, 1.0)
     assert own.prompt.reads == "text" and own.encoder.latent_len == 3
+
+
+def test_questions_to_one_text_each_have_their_own_cut_cache(run: RunConfig) -> None:
+    """Together they say what each says in a batch of its own: nothing that is cut is read once for both."""
+    table = shard_table(run, 8, questions=2)
+    alone = wire_of(with_values(run, {"evaluation.batch_size": 1}))
+    condition = Condition("own_cache", Budget("latent_len", 4))
+    together = predicted(wire_of(run), table, condition)
+    one_by_one = {(p.receiver, p.id): p for p in predicted(alone, table, condition)}
+    assert len(together) == len(one_by_one) == 16
+    for prediction in together:
+        expected = one_by_one[prediction.receiver, prediction.id]
+        assert prediction.text == expected.text
+        assert prediction.nll == pytest.approx(expected.nll, abs=1e-4)
