@@ -8,11 +8,11 @@ import torch
 from benchmarks.measure import Row, in_turns, peak_bytes
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.distributed.teachers import read_columns
 from latentwire.losses.chunks import sum_by_chunks
 from latentwire.losses.terms import token_ce
 from latentwire.model import LatentWire
 from latentwire.training.loop import Trainer
-from latentwire.training.teachers import read_columns
 
 
 def rows(run: RunConfig, table: pa.Table, repeats: int) -> list[Row]:

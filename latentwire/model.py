@@ -481,9 +481,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         features: Any = self.interlingua.features.values()
         with ExitStack() as stack:
             prefix: Any = prefixes[receiver] if batch.prefix else None
-            if prefix is not None and prefix.added_PE is not None:
-                added_NE = prefix.added_PE.repeat(len(batch.ids_BS), 1)
-                stack.enter_context(lm.added_to_slots(added_NE, batch.prefix_BS))
+            if prefix is not None:
+                stack.enter_context(prefix.attached(lm, batch))
             if self.run.adapter.kind == "keys_values" and message is not None:
                 kv_NE = self._slot_latents(receiver, batch, message)
                 here = self.local_receiver(receiver).lm

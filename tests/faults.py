@@ -285,8 +285,8 @@ FAULTS = {
         f"{READERS}test_training_shows_a_reader_what_its_scores_show_it",
     ),
     "a_tuned_teacher_reads_without_its_prefix": line(
-        "training.teachers:read_columns", "prefix = 0 if reader is None else reader.builders[lm.name].prefix", "prefix = 0",
-        "tests/training/test_teachers.py::test_the_tuned_reader_teaches",
+        "distributed.teachers:read_columns", "prefix = 0 if reader is None else reader.builders[lm.name].prefix", "prefix = 0",
+        "tests/distributed/test_teachers.py::test_the_tuned_reader_teaches",
     ),
     # A message that is read once
     "padding_after_a_message_counts_as_positions": line(

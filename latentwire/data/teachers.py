@@ -5,7 +5,7 @@ the prefix of its tuned text reader. It never changes, so its log-probabilities 
 tokens and its hidden states of chosen layers, at the first K supervised positions, are columns:
 ``<shard_dir>/teacher-<receiver>-<hash>`` holds one Parquet file for every file of the training
 shards, row by row. The hash covers the shards, the receiver's weights, the reader and the knobs that
-decide what is kept. :mod:`latentwire.training.teachers` makes them.
+decide what is kept. :mod:`latentwire.distributed.teachers` makes them.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def local_shards(
         import ray
 
         from latentwire.distributed.cluster import start_ray
+        from latentwire.distributed.teachers import ensure_teachers
     except ImportError as error:
         missing = [str(path) for path in paths.values() if not shards.complete(path)]
         missing = missing or ["the teachers' columns"]
@@ -32,8 +33,6 @@ def local_shards(
             f"{', '.join(missing)}; make them by `latentwire preprocess` with the same versions of "
             f"tokenizers and transformers, and copy {run.data.shard_dir}"
         ) from error
-
-    from latentwire.training.teachers import ensure_teachers
 
     start_ray()
     try:

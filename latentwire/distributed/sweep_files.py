@@ -13,10 +13,11 @@ from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, pipeline, shards, streams
+from latentwire.distributed import teachers
 from latentwire.evaluation.protocol import protocol_hash
 from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.storage import Place
-from latentwire.training import checkpoints, teachers
+from latentwire.training import checkpoints
 
 SHARDS_AT_ONCE = 3
 """Splits that are sharded side by side."""

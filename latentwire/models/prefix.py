@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import nn
 
 from latentwire.config import PrefixConfig
 from latentwire.models.slots import heads_of_entries
+from latentwire.prompts.batch import Batch
 
 
 class Prefix(nn.Module):
@@ -37,6 +41,14 @@ class Prefix(nn.Module):
         count = len(self.unit_PD)
         repeated_TD = e_TD.repeat(-(-count // len(e_TD)), 1)[:count]
         self.unit_PD.copy_(repeated_TD.to(self.unit_PD) / self.embed_rms)
+
+    def attached(self, lm: Any, batch: Batch) -> AbstractContextManager[None]:
+        """Add its keys and values where it stands, while a receiver reads a batch; nothing where it has none."""
+        if self.added_PE is None:
+            return nullcontext()
+        added_NE = self.added_PE.repeat(len(batch.ids_BS), 1)
+        context: AbstractContextManager[None] = lm.added_to_slots(added_NE, batch.prefix_BS)
+        return context
 
     def forward(self) -> torch.Tensor:
         """Return the vectors ``[P, D]`` as the receiver reads them."""

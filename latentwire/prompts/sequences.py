@@ -14,7 +14,7 @@ Nothing outside this package counts positions: the index maps of :class:`PromptS
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from latentwire.config import PromptConfig, ReceiverConfig
@@ -233,21 +233,13 @@ class PromptBuilder:
             text_ids: that text.
             given: its first tokens that are read and not predicted.
         """
-        start = len(self.head_ids) + self.prefix
-        text = start + slots + 1
-        nowhere = range(text, text)
-        return PromptSequence(
-            ids=[*self.head_ids, *[SLOT_ID] * (self.prefix + slots + 1), *text_ids],
-            bos=self.bos,
-            message=range(start, start + slots),
-            question=nowhere,
-            anchor=nowhere,
-            answer=nowhere,
-            stop=None,
+        begun = self.message_alone(slots)
+        text = len(begun.ids) + 1
+        return replace(
+            begun,
+            ids=[*begun.ids, SLOT_ID, *text_ids],
             supervised=range(text + given, text + len(text_ids)),
-            soft=True,
             control=control,
-            prefix=range(start - self.prefix, start),
         )
 
     def recital(self, message_ids: list[int], part: range, prefix: int = 0) -> PromptSequence:
@@ -258,26 +250,12 @@ class PromptBuilder:
             part: the tokens to be repeated.
             prefix: constant soft positions before the text.
         """
-        start = len(self.head_ids) + prefix
-        end = start + len(message_ids)
-        nowhere = range(end, end)
+        begun = self.text_alone(message_ids, prefix)
         asked = self._template_ids(RECITE if part.start == 0 else RECITE_FROM)
         cue = message_ids[max(0, part.start - RECITE_CUE) : part.start]
         said = message_ids[part.start : part.stop]
-        before = [*self.head_ids, *[SLOT_ID] * prefix, *message_ids, *asked, *cue]
-        ids = [*before, *self.tail_ids, *said]
-        return PromptSequence(
-            ids=ids,
-            bos=self.bos,
-            message=range(start, end),
-            question=nowhere,
-            anchor=nowhere,
-            answer=nowhere,
-            stop=None,
-            supervised=range(len(ids) - len(said), len(ids)),
-            soft=False,
-            prefix=range(start - prefix, start),
-        )
+        ids = [*begun.ids, *asked, *cue, *self.tail_ids, *said]
+        return replace(begun, ids=ids, supervised=range(len(ids) - len(said), len(ids)))
 
     def _join(
         self,

@@ -69,9 +69,7 @@ class SpanTeacher:
             soft_ND = None
             if prefix is not None:
                 soft_ND = prefix().repeat(rows, 1)
-                if prefix.added_PE is not None:
-                    added_NE = prefix.added_PE.repeat(rows, 1)
-                    stack.enter_context(lm.added_to_slots(added_NE, batch.prefix_BS))
+                stack.enter_context(prefix.attached(lm, batch))
             entries = stack.enter_context(recorded(lm.lm, text_BS))
             lm.supervised_states(batch, soft_ND)
         bytes_BT = pad_sequence([lm.token_bytes[row] for row in ids], batch_first=True)

@@ -14,8 +14,8 @@ from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import teachers
 from latentwire.data.readers import weights_id
+from latentwire.distributed.teachers import TeacherReader, ensure_teachers, read_columns
 from latentwire.model import LatentWire
-from latentwire.training.teachers import TeacherReader, ensure_teachers, read_columns
 from tests.conftest import frozen, shard_table
 
 KD = {"losses.kd_weight": 1.0, "losses.kd_top_k": 3, "losses.kd_temperature": 2.0, "losses.k": 2}

@@ -22,6 +22,7 @@ from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.data import shards, teachers
 from latentwire.data.pipeline import LINE_SECONDS, quiet_ray_data
 from latentwire.data.readers import is_reader, teaching_reader
+from latentwire.distributed.remote import on_cluster
 from latentwire.evaluation.conditions import Condition
 from latentwire.losses.bundles import state_depths
 from latentwire.losses.terms import normalised, teacher_rows
@@ -78,30 +79,22 @@ def _train_reader(run: RunConfig, name: str, train: Place, gpus: float) -> None:
     """Train a receiver's text reader on a worker's resources, unless it is there."""
     if is_reader(teachers.readers(run, train)[name]):
         return
-    import ray
-
-    task = ray.remote(
-        num_cpus=run.training.cpus_per_worker,
-        num_gpus=gpus,
-        resources=run.training.worker_resources,
-    )(train_reader)
     print(f"teacher {name}: its text reader is trained first", flush=True)
-    said = ray.get(task.remote(run.model_dump(mode="json"), name, str(train)))
+    said = on_cluster(run, gpus, train_reader, run, name, train)
     print(f"teacher {name}: development loss of its text reader: {said}", flush=True)
 
 
-def train_reader(values: Mapping[str, Any], name: str, train: str) -> str:
+def train_reader(run: RunConfig, name: str, train: Place) -> str:
     """Train the text reader that teaches; return its development loss in a few words.
 
     Args:
-        values: the run.
+        run: whose reader it is.
         name: the receiver.
         train: the training shards.
     """
-    run = RunConfig.model_validate(values)
     use_threads(run.training.cpus_per_worker)
     lm = LocalReceiver(next(receiver for receiver in run.receivers if receiver.name == name))
-    paths: text_readers.Splits = {"train": place(train), "dev": shards.shard_path(run, "dev")}
+    paths: text_readers.Splits = {"train": train, "dev": shards.shard_path(run, "dev")}
     return text_readers.ensure_reader(run, lm, FULL_TEXT, paths)[1]
 
 

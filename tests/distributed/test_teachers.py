@@ -15,12 +15,12 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import shards, streams, teachers
 from latentwire.data.sources import DataError
 from latentwire.distributed.local_shards import local_shards
+from latentwire.distributed.teachers import FULL_TEXT, TeacherReader, read_columns, train_reader
 from latentwire.losses.bundles import Teacher
 from latentwire.model import LatentWire
 from latentwire.prompts.batch import collate
 from latentwire.training import text_readers
 from latentwire.training.loop import Trainer
-from latentwire.training.teachers import FULL_TEXT, TeacherReader, read_columns, train_reader
 from tests.conftest import shard_table
 
 KD = {
@@ -175,7 +175,7 @@ def paths(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
 def test_the_tuned_reader_teaches(run: RunConfig, paths: dict[str, Path]) -> None:
     """Its columns are what the receiver says behind the trained prefix, to the precision of fp16."""
     run = with_values(run, TUNED)
-    train_reader(run.model_dump(mode="json"), "llama", str(paths["train"]))
+    train_reader(run, "llama", paths["train"])
     where = teachers.teacher_path(run, run.receivers[0], paths["train"])
     where.mkdir()
     reading = TeacherReader(run.model_dump(mode="json"), "llama", str(paths["train"]), str(where))
