@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from latentwire import card
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, validate, with_values
+from latentwire.config.wire import LENT
 from latentwire.data import documents
 from latentwire.errors import UserError
 from latentwire.features.registry import keeps_receivers_frozen
@@ -142,6 +143,9 @@ def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
     }
     if run.encoder.model is not None:
         values["encoder.model"] = address(run.encoder.model)
+    if run.encoder.senders:
+        senders = run.encoder.senders
+        values["encoder.senders"] = [s if s.startswith(LENT) else address(s) for s in senders]
     return with_values(run, values, "receivers")
 
 
@@ -318,16 +322,16 @@ def check_models(path: Path, run: RunConfig) -> None:
                 f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
                 f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
             )
-    if (
-        run.encoder.model is not None
-        and _is_path(run.encoder.model)
-        and not Path(run.encoder.model).exists()
-    ):
-        raise CheckpointError(
-            f"the encoder's backbone of {path} must be in a directory of this machine, "
-            f"{run.encoder.model} is not there; put its weights there, or --set "
-            f"encoder.model=<directory or Hub id>"
-        )
+    backbones = {"encoder.model": run.encoder.model} if run.encoder.model else {}
+    senders = run.encoder.senders
+    backbones |= {f"encoder.senders.{place}": model for place, model in enumerate(senders)}
+    for knob, model in backbones.items():
+        if _is_path(model) and not Path(model).exists():
+            raise CheckpointError(
+                f"the encoder's backbone of {path} must be in a directory of this machine, "
+                f"{model} is not there; put its weights there, or --set "
+                f"{knob}=<directory or Hub id>"
+            )
 
 
 def _is_path(model: str) -> bool:
@@ -355,6 +359,11 @@ def choose_receivers(
         raise ConfigError(
             f"encoder.private_len {run.encoder.private_len} makes latents for each of "
             f"{', '.join(known)}, got only {', '.join(chosen)}; name all of them"
+        )
+    if away := [name for name in run.encoder.lenders if name not in chosen]:
+        raise ConfigError(
+            f"encoder.senders reads texts by the models of {', '.join(run.encoder.lenders)}, got no "
+            f"{', '.join(away)}; name them too"
         )
     places = dict(chosen) if isinstance(chosen, Mapping) else {}
     receivers = [known[name].model_dump() for name in chosen]

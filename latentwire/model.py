@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,14 @@ from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
 from latentwire.texts import shown_value, texts_of
 
-LENGTHS_AND_PLACES = {"model", "tune", "latent_len", "tokens_per_latent", "latent_dropout"}
+LENGTHS_AND_PLACES = {
+    "model",
+    "senders",
+    "tune",
+    "latent_len",
+    "tokens_per_latent",
+    "latent_dropout",
+}
 """Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever
 they come from."""
 
@@ -312,7 +319,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             raise ConfigError(
                 f"on_text follows the answer to one question, got {len(asked.questions)}; ask one at a time"
             )
-        prompts = asked.prompts(self.builders[receiver], message.slots(receiver))
+        prompts = asked.prompts(self.builders[receiver], self.slots(message, receiver))
         watch = None if on_text is None else self._teller(receiver, on_text)
         begun = self.begin(receiver, prompts, asked.messages, message)
         if begun is not None:
@@ -358,7 +365,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 f"a prefilled message serves every question, features.{asking[0]} makes it anew for each; use answer"
             )
         lm, builder = self.local_receiver(receiver), self.builders[receiver]
-        batch = collate([builder.message_alone(slots) for slots in message.slots(receiver)])
+        batch = collate([builder.message_alone(slots) for slots in self.slots(message, receiver)])
         positions = batch.ids_BS.shape[1] + self.run.evaluation.max_answer_tokens
         if not lm.may_part(positions):
             raise ReceiverError(
@@ -415,9 +422,9 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         acts inside the receiver, which no embedding can carry.
         """
         features: Any = self.interlingua.features.items()
-        if self.run.adapter.kind == "keys_values":
+        if (kind := self.run.adapter.kind) in ("keys_values", "heads"):
             raise ConfigError(
-                "prompt_embeds needs a wire whose latents become embeddings, got adapter.kind keys_values; use answer"
+                f"prompt_embeds needs a wire whose latents become embeddings, got adapter.kind {kind}; use answer"
             )
         if acting := [name for name, feature in features if feature.acts_inside]:
             raise ConfigError(
@@ -435,7 +442,7 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         """Return a message on this wire's device, and the prompt of each question to it."""
         message = self._received(message, receiver)
         questions = texts_of("questions", questions)
-        builder, slots = self.builders[receiver], message.slots(receiver)
+        builder, slots = self.builders[receiver], self.slots(message, receiver)
         if len(questions) != len(slots):
             raise ConfigError(
                 f"each message takes one question, got {len(slots)} messages and {len(questions)} questions"
@@ -487,6 +494,8 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                 kv_NE = self._slot_latents(receiver, batch, message)
                 here = self.local_receiver(receiver).lm
                 stack.enter_context(put_in_slots(here, kv_NE, batch.latents_BS))
+            if self.run.adapter.kind == "heads" and message is not None:
+                stack.enter_context(self._in_heads(receiver, batch, message))
             acting = [feature for feature in features if feature.acts_inside]
             if acting and message is not None:
                 reading = self._reading(receiver, batch, message)
@@ -535,6 +544,18 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
                         feature.attached(receiver, self.receivers[receiver], reading)
                     )
             yield self.interlingua.control_rows(receiver, batch)
+
+    def slots(self, message: Message, receiver: str) -> list[int]:
+        """Count the positions that each message takes in one receiver's prompt."""
+        return self.interlingua.slots(receiver, message)
+
+    def _in_heads(
+        self, receiver: str, batch: Batch, message: Message
+    ) -> AbstractContextManager[None]:
+        """Let a batch's messages stand in a receiver's chosen heads."""
+        adapter: Any = self.interlingua.adapters[receiver]
+        entry_NE = self.interlingua.entries(receiver, message, batch.message_R)
+        return self.local_receiver(receiver).heads_at_slots(entry_NE, adapter.heads)
 
     def _slot_latents(self, receiver: str, batch: Batch, message: Message) -> torch.Tensor:
         """Return the latent of each slot of a batch, row by row, ``[N, Z]``."""

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from latentwire.config.resolve import ConfigError
 from latentwire.message import Message, WireError
 from latentwire.models.decoded import Decoded, Sampling, Watch
+from latentwire.models.head_slots import HeadEntries
 from latentwire.models.lm import Past
 from latentwire.models.weights import fingerprint
 from latentwire.prompts.batch import Batch, collate
@@ -99,7 +100,7 @@ class Prefilled:
 
     def _slots(self) -> list[int]:
         assert self.message is not None, "these are texts"
-        return self.message.slots(self.receiver)
+        return self.wire.slots(self.message, self.receiver)
 
     def decode(
         self,
@@ -146,9 +147,17 @@ class Prefilled:
     def cache(self, message: int = 0) -> Cache:
         """Return one message's keys and values as transformers' own cache, without padding.
 
-        It is a copy: ``generate`` appends to what it is given.
+        It is a copy: ``generate`` appends to what it is given. Raises
+        :class:`~latentwire.config.resolve.ConfigError` for messages that stand in some heads alone,
+        which such a cache cannot say.
         """
         from transformers import DynamicCache
+
+        if self.past.entries is not None:
+            raise ConfigError(
+                "a cache of transformers holds the same positions in every head, adapter.kind heads fills some heads "
+                "alone; use answer"
+            )
 
         end = int(self.end_B[message])
         cache = DynamicCache()
@@ -192,6 +201,8 @@ class Prefilled:
         tensors |= {"latents": self.message.z_BLZ, "length": self.message.length_B}
         for number, (keys, values) in enumerate(self._layers()):
             tensors |= {f"keys.{number}": keys, f"values.{number}": values}
+        if self.past.entries is not None:
+            tensors |= self.past.entries.tensors()
         private = {name: [part.start, part.stop] for name, part in self.message.private.items()}
         metadata = self._belongs_to(self.wire, self.receiver) | {"private": json.dumps(private)}
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -234,7 +245,10 @@ class Prefilled:
         for number in range(sum(name.startswith("keys.") for name in tensors)):
             pair = (tensors[f"{kind}.{number}"].to(lm.device) for kind in ("keys", "values"))
             cache.update(*pair, number)
-        past = Past(cache, tensors["attention"].to(lm.device))
+        entries = HeadEntries.of_tensors(tensors)
+        if entries is not None:
+            entries = entries.to(lm.device)
+        past = Past(cache, tensors["attention"].to(lm.device), entries)
         return cls(wire, receiver, past, tensors["end"], message.to(wire.interlingua.device))
 
     @staticmethod

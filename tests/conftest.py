@@ -18,11 +18,13 @@ from xdist.scheduler import LoadFileScheduling
 
 from latentwire.cli import LAST_WINS
 from latentwire.cli.flags import NO_FLAGS, NO_START, SharedFlags, SharedStart
+from latentwire.closed_form.ranking import HeadScores, choose
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.dataset.toy import toy_rows
 from latentwire.model import LatentWire
+from latentwire.models.head_slots import shape_of
 from latentwire.receivers.local import LocalReceiver
 from tests.guard import pytest_configure  # noqa: F401  (a hook: what a run starts ends with it)
 
@@ -121,6 +123,31 @@ def wire_of(run: RunConfig) -> LatentWire:
     """A fresh wire around receivers that a process loads once: most tests leave them as they are."""
     changed = run.training.gradient_checkpointing or run.training.compile
     return LatentWire(run, None if changed else frozen(run.receivers))
+
+
+HEADS: dict[str, Any] = {
+    "encoder.kind": "senders",
+    "encoder.pooling": "tokens",
+    "encoder.tokens_per_latent": 4,
+    "encoder.d_z": 64,
+    "encoder.depths": [0.0, 0.5],
+    "encoder.code_blocks": 1,
+    "encoder.code_width": 32,
+    "adapter": {"kind": "heads", "cache_share": 0.4, "unfold_blocks": 1, "unfold_width": 32},
+    "features.deep_prefix": None,
+}
+"""Makes a small run one of a wire into retrieval heads."""
+
+
+def choose_some_heads(wire: LatentWire) -> LatentWire:
+    """Let a wire stand in some heads of each receiver, as a calibration would."""
+    for name, lm in wire.receivers.items():
+        adapter: Any = wire.interlingua.adapters[name]
+        layers, heads, _ = shape_of(lm.skeleton())
+        score_LH = torch.rand(layers, heads, generator=torch.Generator().manual_seed(3))
+        scores = HeadScores(name, score_LH, 1)
+        adapter.choose(choose(scores, len(adapter.head_J2)), score_LH)
+    return wire
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from latentwire.model import LatentWire
 from latentwire.models.decoded import Sampling
 from latentwire.prefilled import Prefilled
 from latentwire.prompts.batch import collate
-from tests.conftest import wire_of
+from tests.conftest import HEADS, choose_some_heads, wire_of
 from tests.models.test_memory import HANDED
 
 CONTEXTS = [
@@ -34,6 +34,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "prefix": {"prefix": {"tokens": 3, "layers": True}},
     "keys-values": HANDED,
     "growing": {"encoder.tokens_per_latent": 4},
+    "heads": HEADS,
+    "heads-behind-a-prefix": HEADS | {"prefix": {"tokens": 3, "layers": True}},
 }
 
 
@@ -43,7 +45,7 @@ def wire_with(run: RunConfig, values: dict[str, Any], noise: float = 0.3) -> Lat
     generator = torch.Generator().manual_seed(3)
     for parameter in wire.interlingua.parameters():
         parameter.data.add_(noise * torch.randn(parameter.shape, generator=generator))
-    return wire
+    return choose_some_heads(wire) if wire.run.adapter.kind == "heads" else wire
 
 
 def row_by_row(wire: LatentWire, receiver: str) -> list[list[str]]:
@@ -86,7 +88,7 @@ def test_targets_are_as_likely_as_in_one_prompt(run: RunConfig, case: str) -> No
         messages = [number for number, of_one in enumerate(QUESTIONS) for _ in of_one]
         ids = builder.tokenize([], [question for of_one in QUESTIONS for question in of_one],
                                ["the mat"] * len(messages))  # fmt: skip
-        slots = message.slots(name)
+        slots = wire.slots(message, name)
         rows = zip(messages, ids["question_ids"], ids["answer_ids"], strict=True)
         prompts = [builder.latent(slots[number], *pair) for number, *pair in rows]
         scores, _ = wire.prefill(message, name).score(prompts, messages)
@@ -96,8 +98,9 @@ def test_targets_are_as_likely_as_in_one_prompt(run: RunConfig, case: str) -> No
         torch.testing.assert_close(scores.ce_N, expected.ce_N, atol=1e-4, rtol=1e-4)
 
 
-def test_it_is_saved_and_read_again(run: RunConfig, tmp_path: Path) -> None:
-    wire = wire_with(run, {"features": {"latent_adapters": {}}})
+@pytest.mark.parametrize("case", ["latent-adapters", "heads"])
+def test_it_is_saved_and_read_again(run: RunConfig, tmp_path: Path, case: str) -> None:
+    wire = wire_with(run, FEATURES[case])
     prefilled = wire.prefill(wire.encode(CONTEXTS), "qwen")
     prefilled.save(tmp_path / "read.safetensors")
     again = Prefilled.load(wire, tmp_path / "read.safetensors")
@@ -149,6 +152,9 @@ def test_it_is_a_cache_for_transformers(run: RunConfig) -> None:
             ]
             text = builder.answer_of(lm.tokenizer.decode(said, skip_special_tokens=True))
             assert text == prefilled.answer([[q] for q in (q[0] for q in QUESTIONS)])[number][0]
+    some = wire_with(run, HEADS)
+    with pytest.raises(ConfigError, match="the same positions in every head"):
+        some.prefill(some.encode(CONTEXTS), "llama").inputs("Where?")
     adapted = wire_with(run, {"features": {"lora": {}}})
     with pytest.raises(ConfigError, match=r"knows nothing of features\.lora"):
         adapted.prefill(adapted.encode(CONTEXTS), "llama").inputs("Where?")

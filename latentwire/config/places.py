@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.config import SweepConfig
+from latentwire.config.wire import LENT
 from latentwire.storage import Place, expanded, place
 
 
@@ -50,6 +51,8 @@ def with_home(space: SweepConfig) -> SweepConfig:
     tree["tune"]["storage_path"] = at_home(space.tune.storage_path)
     if space.run.encoder.model is not None:
         tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
+    senders = space.run.encoder.senders
+    tree["run"]["encoder"]["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in senders]
     if (searched := tree["search"].get("encoder.model")) is not None:
         searched["choices"] = [_absolute(choice) for choice in searched["choices"]]
         for named in (

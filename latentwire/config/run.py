@@ -11,6 +11,7 @@ from latentwire.config.section import Section
 from latentwire.config.training import EvaluationConfig, TrainingConfig
 from latentwire.config.wire import (
     AdapterConfig,
+    ClosedFormConfig,
     EncoderConfig,
     PrefixConfig,
     PromptConfig,
@@ -34,6 +35,8 @@ class RunConfig(Section):
     """Text to latents."""
     adapter: AdapterConfig = AdapterConfig()
     """Latents to soft prompts."""
+    closed_form: ClosedFormConfig | None = None
+    """The start of a wire into retrieval heads; ``None``: a random one."""
     features: FeaturesConfig = FeaturesConfig()
     """Opt-in extensions."""
     losses: LossConfig = LossConfig()
@@ -54,6 +57,7 @@ class RunConfig(Section):
             and self.encoder.split == "none"
             and not coarsening
         )
+        self._name_senders(names)
         self._check_train_only(names)
         self._check_reader()
         if self.adapter.slot_positions and not fixed:
@@ -61,6 +65,7 @@ class RunConfig(Section):
                 "slot_positions needs a fixed number of slots, got tokens_per_latent, split or coarsening_steps; unset one"
             )
         self._check_keys_values(names)
+        self._check_heads(names)
         self._check_teacher()
         if coarsening and self.encoder.private_len:
             raise ValueError(
@@ -74,6 +79,11 @@ class RunConfig(Section):
         if self.encoder.lender is not None and self.encoder.lender not in names:
             raise ValueError(
                 f"encoder.model must name one of the receivers {', '.join(names)}, got {self.encoder.model}"
+            )
+        if strange := [name for name in self.encoder.lenders if name not in names]:
+            raise ValueError(
+                f"encoder.senders must name receivers among {', '.join(names)}, got "
+                f"{', '.join(f'receiver:{name}' for name in strange)}; name one of them, or a model"
             )
         if self.training.questions_together and (
             self.data.send == "prompt" or not self.data.source.has_questions
@@ -183,6 +193,74 @@ class RunConfig(Section):
             raise ValueError(
                 f"adapter.kind keys_values leaves slots without a vector or keys of their own to change, got "
                 f"{', '.join(adding)}; switch that off"
+            )
+
+    def _name_senders(self, names: list[str]) -> None:
+        """Name the senders, where they are all receivers: a wire that others join keeps its own."""
+        if self.encoder.kind == "senders" and not self.encoder.senders:
+            senders = tuple(f"receiver:{name}" for name in names)
+            # The model is frozen once it is made.
+            object.__setattr__(
+                self, "encoder", self.encoder.model_copy(update={"senders": senders})
+            )
+
+    def _check_heads(self, names: list[str]) -> None:
+        """Raise where a wire into retrieval heads is asked for what only soft prompts have, or the reverse."""
+        encoder, adapter = self.encoder, self.adapter
+        prefix = self.prefix
+        if prefix is not None and prefix.begin == "reader":
+            tuned = self.evaluation.tuned_text
+            same = tuned is not None and (tuned.tokens, tuned.layers) == (
+                prefix.tokens,
+                prefix.layers,
+            )
+            if not same or self.is_reader:
+                raise ValueError(
+                    f"prefix.begin reader takes a wire's prefix from its tuned text reader, got evaluation.tuned_text {tuned} "
+                    f"and prompt.reads {self.prompt.reads}; set tuned_text with the same tokens and layers"
+                )
+        if (adapter.kind == "heads") != (encoder.pooling == "tokens") and not self.is_reader:
+            raise ValueError(
+                f"adapter.kind heads and encoder.pooling tokens go together, got {adapter.kind} and {encoder.pooling}; "
+                f"set both, or neither"
+            )
+        if adapter.kind != "heads":
+            if self.closed_form is not None:
+                raise ValueError(
+                    f"closed_form begins a wire into retrieval heads, got adapter.kind {adapter.kind}; choose heads, or "
+                    f"leave closed_form out"
+                )
+            return
+        if adapter.unfold_blocks and adapter.unfold_width % (2 * encoder.heads):
+            raise ValueError(
+                f"adapter.unfold_width must be a multiple of 2 × encoder.heads, got {adapter.unfold_width}, {encoder.heads}"
+            )
+        if self.closed_form is not None:
+            if encoder.kind != "senders":
+                raise ValueError(
+                    f"closed_form regresses from states that are not trained, got encoder.kind {encoder.kind}; choose senders"
+                )
+            if strange := [name for name in self.closed_form.weights if name not in names]:
+                raise ValueError(
+                    f"closed_form.weights must name receivers ({', '.join(names)}), got {', '.join(strange)}"
+                )
+        training = self.training
+        of_slots = {
+            "adapter.slot_positions": adapter.slot_positions,
+            "training.alignment_steps": training.alignment_steps,
+            "training.coarsening_steps": training.coarsening_steps,
+            "training.tokens_per_latent": training.tokens_per_latent,
+            "training.gradient_checkpointing": training.gradient_checkpointing,
+            "training.compile": training.compile,
+            "losses.slot_kd_weight": self.losses.slot_kd_weight,
+            **{
+                f"features.{name}": getattr(self.features, name) is not None
+                for name in ("deep_prefix", "coprocessor", "latent_adapters", "refiner")
+            },
+        }
+        if given := [path for path, value in of_slots.items() if value]:
+            raise ValueError(
+                f"adapter.kind heads has no slots in the receiver's sequence, got {', '.join(given)}; leave them out"
             )
 
     def _check_train_only(self, names: list[str]) -> None:

@@ -39,6 +39,9 @@ class TrainingConfig(Section):
     """Peak learning rate of the adapters."""
     prefix_lr: float = Field(3e-2, gt=0, le=10)
     """Peak learning rate of the constant prefix, whose entries are counted in units of the receiver's embedding RMS."""
+    closed_form_lr_share: float = Field(1 / 3, gt=0, le=1)
+    """Rate of the linear maps that a closed form begins (``adapter.kind: heads``), as a share of their part's: higher ones tear a
+    good start apart."""
     alignment_steps: int = Field(0, ge=0)
     """Steps at the start that fit the soft prompts to the receivers' own token embeddings, averaged over as many spans
     of the text as there are latents. No receiver runs in them, so they cost little; without them a frozen receiver gives

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -106,36 +106,81 @@ class PrefixConfig(Section):
         min_length=1,
     )
     """The vectors begin as the embeddings of its tokens, repeated or cut to ``tokens``."""
+    begin: Literal["text", "reader"] = "text"
+    """What they begin as. ``reader``: the prefix of the receiver's tuned text reader, which is trained first
+    (``evaluation.tuned_text``, with the same ``tokens`` and ``layers``)."""
+
+
+class ClosedFormConfig(Section):
+    """A start in closed form for ``adapter.kind: heads``: reduced-rank regression from the senders' states.
+
+    Encoder and adapters begin as the linear maps that lose least of what the answers hang on (docs/guides/heads.md).
+    """
+
+    texts: int = Field(480, ge=1)
+    """Training texts whose states, keys and values are regressed."""
+    gradient_texts: int = Field(120, ge=1)
+    """Further texts whose answers' gradients by those keys and values make the metric."""
+    metric: Literal["gradients", "plain"] = "gradients"
+    """``plain``: every key and value counts alike."""
+    ridge: float = Field(1e-3, gt=0, le=10)
+    """Ridge of the regression, as a share of the states' mean variance."""
+    floor: float = Field(0.02, gt=0, le=10)
+    """Part of the metric in which every direction counts alike, as a share of the mean gradient's."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Receiver → its weight in the joint regression. Left out: 1."""
+
+
+LENT = "receiver:"
+"""Begins the name of a model that is a receiver's own: ``receiver:<name>``."""
+
+
+def _lender(model: str) -> str | None:
+    """Return the receiver that ``receiver:<name>`` names; ``None`` for other models."""
+    return model.removeprefix(LENT) if model.startswith(LENT) else None
 
 
 class EncoderConfig(Section):
     """Text to latents."""
 
-    kind: Literal["byte", "st", "lm"] = knob("byte", shards="value")
+    kind: Literal["byte", "st", "lm", "senders"] = knob("byte", shards="value")
     """Encoder family. ``byte``: from scratch, on UTF-8 bytes; ``st``: token states of a pretrained sentence encoder;
     ``lm``: those of a pretrained causal LM whose attention is made bidirectional (arXiv 2404.05961, 2510.20535), unless
-    ``attention`` says otherwise."""
+    ``attention`` says otherwise; ``senders``: states of several depths of frozen causal LMs that read the text as they were
+    trained (causally)."""
     model: Model | None = knob(None, shards="value", may_change=("resumed run",))
     """Backbone of ``st`` and ``lm``: Hub id, local directory, an embedded toy, or ``receiver:<name>`` for a copy of that
     receiver's weights."""
+    senders: tuple[Model, ...] = knob((), shards="value", may_change=("resumed run",))
+    """LMs of kind ``senders``, whose states stand side by side: Hub ids, local directories, embedded toys, or
+    ``receiver:<name>`` for that receiver's weights in its type. Empty: all receivers' models, in order. The first is the
+    *ruler*: there is a state for each of its tokens, and the others' states are read at the ends of those."""
+    depths: tuple[float, ...] = Field((0.0, 0.2, 0.4, 0.6, 0.8), min_length=1)
+    """Depths of the senders' states as shares of their layers; 0 is the embeddings. Layers above the deepest are not run."""
     model_layers: int | None = Field(None, ge=1)
     """Keep the backbone's first layers only. ``None``: all."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """What a state of an ``lm`` backbone sees: the whole text, or what comes before it, as the LM was trained."""
     tune: Literal["frozen", "lora", "full"] = "full"
-    """The part of the backbone that is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything."""
+    """The part of the backbone that is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything.
+    ``senders`` are never trained."""
     lora_rank: int = Field(8, ge=1, le=512)
     """Rank of those updates."""
     latent_len: int = Field(16, ge=1, le=4096)
     """Latent vectors in one message, unless ``tokens_per_latent`` says otherwise."""
     tokens_per_latent: int | None = knob(None, ge=1, le=1024, smaller_costs_more=True)
     """The message grows with the text: one latent for so many encoder tokens (``byte``: patches)."""
-    pooling: Literal["queries", "spans", "memory", "memory_kv"] = "queries"
+    pooling: Literal["queries", "spans", "memory", "memory_kv", "tokens"] = "queries"
     """Token states to latents. ``queries``: by ``latent_len`` learned queries, interpolated where a message has another length;
     ``spans``: means over contiguous, evenly spaced spans (arXiv 2510.20535). Two more append ``latent_len`` learned memory
     tokens to the text in an ``lm`` backbone, interpolated likewise: ``memory`` takes their last states (arXiv 2307.06945),
     ``memory_kv`` their keys and values in all layers, without rotary positions (arXiv 2408.03094). The latter needs
-    ``model: receiver:<name>``, ``projection: false`` and ``adapter.kind: keys_values``."""
+    ``model: receiver:<name>``, ``projection: false`` and ``adapter.kind: keys_values``. ``tokens``: a latent is the codes of
+    ``tokens_per_latent`` tokens side by side, ``d_z`` ÷ that many numbers each; what a last latent lacks is zero."""
+    code_blocks: int = Field(2, ge=0, le=64)
+    """Blocks of attention over the tokens whose output, zero at first, is added to the linear codes of ``pooling: tokens``."""
+    code_width: int = Field(512, ge=8, le=8192)
+    """Width inside those blocks; a multiple of 2 × ``heads``."""
     projection: bool = True
     """Normalise what is pooled and map it to ``d_z`` by a linear layer. Off: it is sent as it is, and ``d_z`` is its width, for
     ``memory_kv`` keys and values of all layers together."""
@@ -158,7 +203,7 @@ class EncoderConfig(Section):
     layers: int = Field(3, ge=1, le=64)
     """Self-attention layers over the bytes."""
     heads: int = Field(4, ge=1, le=128)
-    """Attention heads; ``d_model / heads`` must be even (rotary positions)."""
+    """Attention heads; ``d_model / heads`` must be even (rotary positions), and ``code_width / heads`` where it is used."""
     bytes_per_patch: int = Field(8, ge=1, le=64)
     """Longest patch in bytes; a patch also ends after white space."""
     latent_dropout: float = Field(0.0, ge=0, lt=1)
@@ -167,7 +212,7 @@ class EncoderConfig(Section):
     @property
     def pretrained(self) -> bool:
         """True with a backbone, which has a tokenizer of its own; the other kinds read the text itself."""
-        return self.kind in ("st", "lm")
+        return self.kind != "byte"
 
     @property
     def has_memory(self) -> bool:
@@ -177,8 +222,13 @@ class EncoderConfig(Section):
     @property
     def lender(self) -> str | None:
         """The receiver of whose model it is a copy, where ``model`` says ``receiver:<name>``."""
-        model = self.model or ""
-        return model.removeprefix("receiver:") if model.startswith("receiver:") else None
+        return _lender(self.model or "")
+
+    @property
+    def lenders(self) -> tuple[str, ...]:
+        """The receivers whose models ``senders`` says by ``receiver:<name>``, in order."""
+        named = map(_lender, self.senders)
+        return tuple(name for name in named if name is not None)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> EncoderConfig:
@@ -186,7 +236,8 @@ class EncoderConfig(Section):
             raise ValueError(
                 f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}"
             )
-        if self.pretrained and self.model is None:
+        self._check_senders()
+        if self.kind in ("st", "lm") and self.model is None:
             raise ValueError(
                 f"encoder kind {self.kind} needs a backbone, got model null; name one in encoder.model"
             )
@@ -195,6 +246,7 @@ class EncoderConfig(Section):
                 f"attention causal needs kind lm, got {self.kind}; choose that, or attention bidirectional"
             )
         self._check_memory()
+        self._check_codes()
         if self.span_ends == "sentences" and self.pooling != "spans":
             raise ValueError(
                 f"span_ends sentences needs pooling spans, got {self.pooling}; choose that, or span_ends even"
@@ -212,6 +264,42 @@ class EncoderConfig(Section):
                 f"{self.split} and {self.tokens_per_latent}"
             )
         return self
+
+    def _check_senders(self) -> None:
+        if strange := [depth for depth in self.depths if not 0 <= depth <= 1]:
+            raise ValueError(
+                f"depths must lie in [0, 1], got {', '.join(map(str, strange))}; give shares of the senders' layers"
+            )
+        if self.kind != "senders" and self.senders:
+            raise ValueError(
+                f"senders need kind senders, got {self.kind} and {', '.join(self.senders)}; choose that, or leave them out"
+            )
+        if self.kind == "senders" and (self.model, self.model_layers) != (None, None):
+            raise ValueError(
+                f"kind senders takes its models from senders and their layers from depths, so model and model_layers must be "
+                f"null, got {self.model} and {self.model_layers}; leave them out"
+            )
+
+    def _check_codes(self) -> None:
+        if self.pooling != "tokens":
+            return
+        stride = self.tokens_per_latent
+        if (
+            stride is None
+            or self.d_z % stride
+            or (self.split, self.private_len, self.projection, self.latent_dropout)
+            != ("none", 0, True, 0)
+        ):
+            raise ValueError(
+                f"pooling tokens needs tokens_per_latent and d_z as its multiple, split none, private_len 0, projection true and "
+                f"latent_dropout 0, got {stride}, {self.d_z}, {self.split}, {self.private_len}, "
+                f"{str(self.projection).lower()} and {self.latent_dropout:g}; set them, or pooling spans"
+            )
+        if self.code_blocks and self.code_width % (2 * self.heads):
+            raise ValueError(
+                f"code_width must be a multiple of 2 × heads, got code_width {self.code_width}, heads {self.heads}; change one, "
+                f"or set code_blocks 0"
+            )
 
     def _check_memory(self) -> None:
         if self.has_memory and self.kind != "lm":
@@ -232,11 +320,21 @@ class EncoderConfig(Section):
 class AdapterConfig(Section):
     """Latents to the soft prompt of one receiver, then the scale."""
 
-    kind: Literal["mlp", "linear", "none", "keys_values"] = "mlp"
+    kind: Literal["mlp", "linear", "none", "keys_values", "heads"] = "mlp"
     """``mlp``: a normalisation, a 2-layer MLP and a linear skip; ``linear``: the skip alone behind the normalisation (with
     ``encoder.projection`` the two linear maps of arXiv 2510.20535); ``none``: the latents are the prompt, and ``d_z`` is the
     receiver's width; ``keys_values``: a slot has no vector, its keys and values in all layers are those of its latent (arXiv
-    2408.03094), which needs ``encoder.pooling: memory_kv``."""
+    2408.03094), which needs ``encoder.pooling: memory_kv``; ``heads``: a latent becomes a key and a value for each of its
+    tokens in the few heads that fetch from a context (docs/guides/heads.md), which needs ``encoder.pooling: tokens``."""
+    cache_share: float | None = Field(None, gt=0, le=1)
+    """Share of a receiver's key-value heads that ``heads`` fills, and so of the cache that the text would take. ``None``: 1 ÷
+    ``encoder.tokens_per_latent``."""
+    ranking_texts: int = Field(96, ge=1, le=100_000)
+    """Training texts that each receiver recites to rank its heads."""
+    unfold_blocks: int = Field(2, ge=0, le=64)
+    """Attention blocks over a message's tokens in ``heads``, beside its linear map; what they add begins at zero."""
+    unfold_width: int = Field(512, ge=8, le=8192)
+    """Width inside those blocks; a multiple of 2 × ``encoder.heads``."""
     hidden_multiple: float = Field(2.0, gt=0, le=64)
     """Hidden width of the MLP as a multiple of ``d_z``."""
     calibration: Literal["learned", "embed_rms", "none"] = "learned"

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
 from latentwire.errors import UserError
-from latentwire.models.encoders import encoder_tokenizer, token_rows
+from latentwire.models.encoders import encoder_tokenizers, token_rows
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
 from latentwire.prompts.sequences import PromptBuilder, sender_text
 from latentwire.storage import Place, read_footer, sha256, write, write_text
@@ -404,9 +404,9 @@ def _tokenise(
     columns["sender_bytes"] = pa.array([len(text.encode()) for text in sent], pa.int32())
     if split == "train" and run.training.questions_together:
         columns["sender_hash"] = pa.array(map(_hash, sent), pa.int64())
-    if split == "train" and (tokenizer := _encoder_tokenizer(run.model_dump_json())) is not None:
+    if split == "train" and (tokenizers := _encoder_tokenizers(run.model_dump_json())):
         columns["encoder_ids"] = pa.array(
-            token_rows(tokenizer, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))
+            token_rows(tokenizers, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))
         )
     for name, column in columns.items():
         table = table.append_column(name, column)
@@ -435,9 +435,9 @@ def _builders(run_json: str) -> dict[str, PromptBuilder]:
 
 
 @functools.lru_cache(maxsize=8)
-def _encoder_tokenizer(run_json: str) -> Any:
+def _encoder_tokenizers(run_json: str) -> tuple[Any, ...]:
     run = RunConfig.model_validate_json(run_json)
-    return encoder_tokenizer(run.encoder, run.receivers)
+    return encoder_tokenizers(run.encoder, run.receivers)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest

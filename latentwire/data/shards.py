@@ -17,7 +17,7 @@ import pyarrow as pa
 from latentwire.config import DataConfig, ReceiverConfig, RunConfig
 from latentwire.config.knobs import paths_with
 from latentwire.data import sources
-from latentwire.models.encoders import encoder_tokenizer
+from latentwire.models.encoders import encoder_tokenizers
 from latentwire.models.weights import load_tokenizer
 from latentwire.prompts.sequences import PROMPT_VERSION, PromptBuilder
 from latentwire.prompts.templates import rendered
@@ -63,8 +63,12 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     }
     if split == "train":
         spec["together"] = run.training.questions_together
-        if (tokenizer := encoder_tokenizer(run.encoder, run.receivers)) is not None:
-            spec["encoder"] = {"tokenizer": tokenizer_hash(tokenizer), "split": run.encoder.split}
+        if tokenizers := encoder_tokenizers(run.encoder, run.receivers):
+            ruler, *others = map(tokenizer_hash, tokenizers)
+            encoder: dict[str, Any] = {"tokenizer": ruler, "split": run.encoder.split}
+            if others:
+                encoder["others"] = others
+            spec["encoder"] = encoder
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16], spec
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from latentwire.config import RunConfig
-from latentwire.data import pipeline, shards, sources, teachers
+from latentwire.data import calibrations, pipeline, shards, sources, teachers
 from latentwire.storage import Place
 
 
@@ -12,22 +12,24 @@ def local_shards(
 ) -> dict[shards.ShardSplit, Place]:
     """Return the shards of a run that trains in this process, and make the missing ones.
 
-    The teachers' columns of training shards are made with them. Ray is started only where something
+    The teachers' columns of training shards, and what a wire into retrieval heads begins from, are
+    made with them. Ray is started only where something
     is missing, and stopped again. Raises :class:`~latentwire.data.sources.DataError` where it would
     be needed and is not installed.
     """
     paths = {split: shards.shard_path(run, split) for split in splits}
     complete = all(shards.complete(path) for path in paths.values())
-    if complete and ("train" not in paths or teachers.complete(run, paths["train"])):
+    if complete and ("train" not in paths or _all_there(run, paths["train"])):
         return paths
     try:
         import ray
 
+        from latentwire.distributed.calibrations import ensure_calibrations
         from latentwire.distributed.cluster import start_ray
         from latentwire.distributed.teachers import ensure_teachers
     except ImportError as error:
         missing = [str(path) for path in paths.values() if not shards.complete(path)]
-        missing = missing or ["the teachers' columns"]
+        missing = missing or ["the teachers' columns or the calibration"]
         raise sources.DataError(
             f"shards must be there where Ray, which makes them, is not installed, got none at "
             f"{', '.join(missing)}; make them by `latentwire preprocess` with the same versions of "
@@ -38,7 +40,13 @@ def local_shards(
     try:
         paths = {split: pipeline.ensure_shards(run, split) for split in splits}
         if "train" in paths:
-            ensure_teachers(run, paths["train"], run.training.gpus_each(ray.cluster_resources()))
+            gpus = run.training.gpus_each(ray.cluster_resources())
+            ensure_teachers(run, paths["train"], gpus)
+            ensure_calibrations(run, paths["train"], gpus)
         return paths
     finally:
         ray.shutdown()
+
+
+def _all_there(run: RunConfig, train: Place) -> bool:
+    return teachers.complete(run, train) and calibrations.complete(run, train)

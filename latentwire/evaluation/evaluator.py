@@ -62,8 +62,8 @@ class Prediction:
     first_5: float
     """1 where it is among the five likeliest, else 0."""
     positions: int
-    """Positions of the prompt that the receiver reads; a cut cache counts as those that have as many
-    entries."""
+    """Positions of the prompt that the receiver reads; a cut cache, and a message in some heads alone,
+    counts as those that have as many entries."""
     message_positions: int
     """Positions of the prompt that stand for the context."""
     bytes: int
@@ -199,7 +199,10 @@ def _encode(
     message_R, first_M = once([[text] for text in texts])
     tokens = condition.tokenize(encoder, [texts[row] for row in first_M])
     if condition.mode not in MESSAGE_MODES:
-        by_text = {name: encoder.slots(tokens, name) for name in wire.receivers}
+        by_text = {
+            name: wire.interlingua.budgets(name, encoder.slots(tokens, name))
+            for name in wire.receivers
+        }
         slots = {name: [counts[m] for m in message_R] for name, counts in by_text.items()}
         shown = {name: _shown(wire, name, rows, condition.mode, slots[name]) for name in slots}
         batch = _Rows(rows, condition, None, slots, shown, [], 0.0)
@@ -211,7 +214,7 @@ def _encode(
     if condition.bits is not None:
         message = from_bytes(message.to_bytes(bits=condition.bits)).to(wire.interlingua.device)
     seconds = _now(message.z_BLZ.device) - began
-    by_text = {name: message.slots(name) for name in wire.receivers}
+    by_text = {name: wire.slots(message, name) for name in wire.receivers}
     slots = {name: [counts[m] for m in message_R] for name, counts in by_text.items()}
     if condition.bits is None:
         z_bytes = LATENT_BYTES * wire.run.encoder.d_z
@@ -294,6 +297,8 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     if message is None:
         sizes = [len(lm.tokenizer.decode(ids).encode()) for ids in _stood_for(wire, name, batch)]
     message_positions = [len(prompt.message) for prompt in prompts]
+    if message is not None:
+        message_positions = wire.interlingua.budgets(name, message_positions)
     encode_ms = batch.encode_ms
     if caches := batch.caches.get(name):
         entry_bytes = own_cache.entry_bytes(wire.local_receiver(name))

@@ -28,7 +28,23 @@ from latentwire.models.weights import (
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
 
 
-class PretrainedStates(States):
+class TokenStates(States):
+    """States of the text's own tokens, as :attr:`tokenizer` cuts it."""
+
+    @functools.cached_property
+    def _marks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sentence marks of the vocabulary, looked up late: a large one takes a while."""
+        return sentence_marks(self.tokenizer)
+
+    def sentence_ends(self, row: Sequence[int]) -> list[bool]:
+        """Return for each of a text's own tokens whether a sentence ends after it."""
+        ids = torch.tensor(row, dtype=torch.long)
+        ends_V, joins_V = self._marks
+        ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
+        return (ends_S & ~goes_on_S).tolist()
+
+
+class PretrainedStates(TokenStates):
     """Last hidden states of the text's own tokens.
 
     A text longer than the backbone's positions is read in windows, each wrapped in the special
@@ -47,14 +63,14 @@ class PretrainedStates(States):
         self.bidirectional = config.kind == "lm" and config.attention == "bidirectional"
         source = backbone_source(config, receivers)
         self.tokenizer = load_tokenizer(source)
-        self.backbone = _load(source, load_weights)
-        _keep_layers(self.backbone, config.model_layers)
+        self.backbone = load_backbone(source, load_weights)
+        keep_layers(self.backbone, config.model_layers)
         text_config = self.backbone.config.get_text_config()
         self.width: int = text_config.hidden_size
         self.tokenizer.model_max_length = (
             10**9
         )  # windows keep to the backbone's positions; nothing to warn about
-        self.prefix, self.suffix = _wrapping(self.tokenizer)
+        self.prefix, self.suffix = wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.token_bytes = token_bytes(self.tokenizer)
         self.updates = nn.ModuleDict()
@@ -93,36 +109,10 @@ class PretrainedStates(States):
         Returns the windows, their attention and the mask of the text's own tokens, by name; and the
         bytes of each row's tokens.
         """
-        windows, real = [], []
-        for row in rows:
-            for start in range(0, max(1, len(row)), self.window):
-                part = row[start : start + self.window]
-                windows.append(torch.tensor([*self.prefix, *part, *self.suffix] or [0]))
-                inside = (
-                    [False] * len(self.prefix) + [True] * len(part) + [False] * len(self.suffix)
-                )
-                real.append(torch.tensor(inside or [False]))
-        ids_WT = pad_sequence(windows, batch_first=True)
-        attention_WT = pad_sequence(
-            [torch.ones_like(window) for window in windows], batch_first=True
-        )
-        real_WT = pad_sequence(real, batch_first=True)
         return (
-            {"ids_WT": ids_WT, "attention_WT": attention_WT, "real_WT": real_WT},
+            windows(rows, self.prefix, self.suffix, self.window),
             [self.token_bytes[torch.tensor(row, dtype=torch.long)] for row in rows],
         )
-
-    @functools.cached_property
-    def _marks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sentence marks of the vocabulary, looked up late: a large one takes a while."""
-        return sentence_marks(self.tokenizer)
-
-    def sentence_ends(self, row: Sequence[int]) -> list[bool]:
-        """Return for each of a text's own tokens whether a sentence ends after it."""
-        ids = torch.tensor(row, dtype=torch.long)
-        ends_V, joins_V = self._marks
-        ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
-        return (ends_S & ~goes_on_S).tolist()
 
     def forward(
         self,
@@ -136,10 +126,7 @@ class PretrainedStates(States):
         learning = torch.is_grad_enabled() and self.tuned != "frozen"
         with attached(self.backbone, self.updates), torch.set_grad_enabled(learning):
             state_WTM = self.backbone(input_ids=ids_WT, attention_mask=mask).last_hidden_state
-        place_S = torch.arange(max(1, int(length_B.max())), device=ids_WT.device)
-        keep_BS = place_S < length_B[:, None]
-        x_BSM = state_WTM.new_zeros(*keep_BS.shape, self.width)
-        return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT]).float()
+        return joined(state_WTM, real_WT, length_B).float()
 
     def mask(self, attention_WT: torch.Tensor) -> torch.Tensor:
         """Return the backbone's mask of attention: the tokens themselves where it is left as it is."""
@@ -156,7 +143,43 @@ class PretrainedStates(States):
         return mask
 
 
-def _load(source: ReceiverConfig, load_weights: bool) -> Any:
+def windows(
+    rows: Sequence[Sequence[int]], prefix: Sequence[int], suffix: Sequence[int], size: int
+) -> dict[str, torch.Tensor]:
+    """Cut each row of ids into windows of up to ``size`` of them, in special tokens: ``[W, T]``.
+
+    Returns the windows' ids, padded on the right, their attention, and the mask of the text's own
+    tokens, by name. A row has at least one window.
+    """
+    ids, real = [], []
+    for row in rows:
+        for start in range(0, max(1, len(row)), size):
+            part = row[start : start + size]
+            ids.append(torch.tensor([*prefix, *part, *suffix] or [0]))
+            inside = [False] * len(prefix) + [True] * len(part) + [False] * len(suffix)
+            real.append(torch.tensor(inside or [False]))
+    return {
+        "ids_WT": pad_sequence(ids, batch_first=True),
+        "attention_WT": pad_sequence([torch.ones_like(window) for window in ids], batch_first=True),
+        "real_WT": pad_sequence(real, batch_first=True),
+    }
+
+
+def joined(state_WTM: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+    """Join the states of rows' :func:`windows` to ``[B, S, M]``.
+
+    There is at least one state a row; those after a row's ``length_B`` are zero.
+    """
+    place_S = torch.arange(max(1, int(length_B.max())), device=state_WTM.device)
+    keep_BS = place_S < length_B[:, None]
+    x_BSM = state_WTM.new_zeros(*keep_BS.shape, state_WTM.shape[2])
+    return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT])
+
+
+def load_backbone(
+    source: ReceiverConfig, load_weights: bool, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Load a model without its head, or build its shape alone where not ``load_weights``."""
     from transformers import AutoModel
 
     # Anything else is left to transformers, which knows what the architecture has;
@@ -165,10 +188,14 @@ def _load(source: ReceiverConfig, load_weights: bool) -> Any:
     if not load_weights:
         check_fit(AutoModel, source)
         return AutoModel.from_config(load_hf_config(source), **kernel)
-    return load_model(AutoModel, source, dtype=torch.float32, **kernel)
+    return load_model(AutoModel, source, dtype=dtype, **kernel)
 
 
-def _keep_layers(backbone: Any, count: int | None) -> None:
+def keep_layers(backbone: Any, count: int | None, knob: str = "model_layers") -> None:
+    """Keep a backbone's first ``count`` layers, as ``knob`` says; ``None``: all.
+
+    Raises :class:`~latentwire.models.weights.ReceiverError` where there are not as many.
+    """
     if count is None:
         return
     holder, name = backbone, "layers"
@@ -177,17 +204,15 @@ def _keep_layers(backbone: Any, count: int | None) -> None:
     layers = getattr(holder, name, None)
     if layers is None:
         raise ReceiverError(
-            f"model_layers needs a backbone with a list of layers, {type(backbone).__name__} has none"
+            f"{knob} needs a backbone with a list of layers, {type(backbone).__name__} has none"
         )
     if count > len(layers):
-        raise ReceiverError(
-            f"model_layers must be ≤ {len(layers)}, the backbone's own, got {count}"
-        )
+        raise ReceiverError(f"{knob} must be ≤ {len(layers)}, the backbone's own, got {count}")
     setattr(holder, name, layers[:count])
     backbone.config.get_text_config().num_hidden_layers = count
 
 
-def _wrapping(tokenizer: Any) -> tuple[list[int], list[int]]:
+def wrapping(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)

@@ -16,13 +16,16 @@ from latentwire.message import Message
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.memory import MemoryStates
 from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_spans
+from latentwire.models.senders import SenderStates, joined_row, ruler_ids, sender_sources
 from latentwire.models.states import ByteStates, States
+from latentwire.models.token_codes import TokenCodes
 from latentwire.models.weights import ReceiverError, backbone_source, load_tokenizer
 
 STATES: Mapping[str, Callable[[EncoderConfig, Mapping[str, ReceiverConfig], bool], States]] = {
     "byte": lambda config, *_: ByteStates(config),
     "st": PretrainedStates,
     "lm": PretrainedStates,
+    "senders": SenderStates,
 }
 """``encoder.kind`` → constructor of the states that are pooled."""
 
@@ -33,7 +36,8 @@ class EncoderTokens:
 
     tensors: Mapping[str, torch.Tensor]
     length_B: torch.Tensor
-    """States of each text, or of each line where texts are split."""
+    """States of each text, or of each line where texts are split; of several senders, the ruler's
+    tokens."""
     bytes_BS: torch.Tensor
     """Bytes of text that each state stands for; 0 after a text's own states."""
     latents_B: torch.Tensor
@@ -62,10 +66,16 @@ class MessageLengths:
     A text reader has one in place of an encoder: it shows as much text as a message would take.
     """
 
-    def __init__(self, config: EncoderConfig, receivers: Iterable[str], tokenizer: Any) -> None:
-        """``receivers``: their names; ``tokenizer``: :func:`encoder_tokenizer`'s, or of bytes."""
+    def __init__(
+        self, config: EncoderConfig, receivers: Iterable[str], tokenizers: Sequence[Any]
+    ) -> None:
+        """Count for the ``receivers`` of these names.
+
+        ``tokenizers``: those of :func:`encoder_tokenizers`, or one of bytes.
+        """
         self.config, self.split, self.latent_len = config, config.split, config.latent_len
-        self.tokens_per_latent, self.tokenizer = config.tokens_per_latent, tokenizer
+        self.tokens_per_latent, self.tokenizers = config.tokens_per_latent, tokenizers
+        self.codes_tokens = config.pooling == "tokens"
         self.private: dict[str, range] = {}
         for index, name in enumerate(receivers if config.private_len else ()):
             start = config.latent_len + index * config.private_len
@@ -74,10 +84,11 @@ class MessageLengths:
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
         """Prepare each text for :meth:`tokens_of`: its lines, or their token ids.
 
-        Shards of training rows hold token ids ready.
+        Shards of training rows hold token ids ready. Those of several senders stand in one row
+        (:data:`~latentwire.models.senders.SEPARATOR`).
         """
         if self.config.pretrained:
-            return token_rows(self.tokenizer, texts, self.split)
+            return token_rows(self.tokenizers, texts, self.split)
         return lines_of(texts, self.split)
 
     def tokens_of(
@@ -92,7 +103,9 @@ class MessageLengths:
         """
         lines = [line for row in rows for line in row]
         if not self.config.pretrained:
-            lines = [self.tokenizer.cut(line, self.config.bytes_per_patch) for line in lines]
+            lines = [self.tokenizers[0].cut(line, self.config.bytes_per_patch) for line in lines]
+        if self.config.kind == "senders":
+            lines = [ruler_ids(line) for line in lines]
         length_B = torch.tensor([len(line) for line in lines])
         return EncoderTokens(
             {},
@@ -112,15 +125,29 @@ class MessageLengths:
         coarsening: Coarsening | None = None,
         tokens_per_latent: int | None = None,
     ) -> torch.Tensor:
-        """Return the shared latents of texts of ``length_B`` states; at least one each."""
+        """Return the shared latents of texts of ``length_B`` states; at least one each.
+
+        Raises :class:`~latentwire.models.weights.ReceiverError` for another length than the
+        configured one where a latent is the codes of so many tokens.
+        """
         stride = tokens_per_latent or self.tokens_per_latent
+        if self.codes_tokens and (stride != self.tokens_per_latent or coarsening is not None):
+            raise ReceiverError(
+                f"pooling tokens makes a latent of {self.tokens_per_latent} tokens, as its wire was built, got messages of "
+                f"another length ({stride} tokens per latent{', coarsening' if coarsening else ''}); leave that out"
+            )
         latents_B = torch.full_like(length_B, self.latent_len)
         if stride is not None:
             latents_B = ((length_B + stride - 1) // stride).clamp(min=1)
         return latents_B if coarsening is None else coarsening.latents(length_B, latents_B)
 
     def slots(self, tokens: EncoderTokens, receiver: str) -> list[int]:
-        """Count the slots of each text's message at one receiver, before encoding."""
+        """Count the slots of each text's message at one receiver, before encoding.
+
+        Where latents are codes of tokens, each token has a position there.
+        """
+        if self.codes_tokens:
+            return tokens.length_B.tolist()
         private = len(self.private.get(receiver, range(0)))
         return [length + private for length in _joined(tokens.latents_B, tokens.parts).tolist()]
 
@@ -151,7 +178,7 @@ class InterlinguaEncoder(nn.Module):
         super().__init__()
         kind = MemoryStates if config.has_memory else STATES[config.kind]
         self.states = kind(config, receivers, load_weights)
-        self.lengths = MessageLengths(config, receivers, self.states.tokenizer)
+        self.lengths = MessageLengths(config, receivers, self.states.tokenizers)
         self.latent_len = config.latent_len
         self.private = self.lengths.private
         groups = (config.private_len,) * len(self.private)
@@ -162,7 +189,10 @@ class InterlinguaEncoder(nn.Module):
         self.parts = config.span_parts
         self.norm: nn.Module = nn.Identity()
         self.project: nn.Module = nn.Identity()
-        if config.projection:
+        self.codes: TokenCodes | None = None
+        if config.pooling == "tokens":
+            self.codes = TokenCodes(self.states.width, config)
+        elif config.projection:
             self.norm = nn.LayerNorm(self.states.width)
             self.project = nn.Linear(self.states.width, config.d_z // self.parts)
         elif config.d_z != (width := self.states.width * self.parts):
@@ -246,10 +276,13 @@ class InterlinguaEncoder(nn.Module):
 
     def forward(self, tokens: EncoderTokens) -> Message:
         """Encode tokens on this module's device into one message a text."""
-        length_B, pooled_BLM = tokens.latents_B, self._pooled(tokens)
+        length_B = tokens.latents_B
+        if self.codes is not None:
+            x_BSM = self.states(**tokens.tensors, length_B=tokens.length_B)
+            return Message(self.codes(x_BSM, tokens.length_B), length_B)
         # Each latent is P parts side by side: [B, L·P, Z/P] → [B, L, Z].
-        z_BLZ = self.project(self.norm(pooled_BLM)).unflatten(1, (-1, self.parts)).flatten(2)
-        z_BLZ = self.dropout(z_BLZ)
+        part_BLZ = self.project(self.norm(self._pooled(tokens)))
+        z_BLZ = self.dropout(part_BLZ.unflatten(1, (-1, self.parts)).flatten(2))
         if tokens.parts is None:
             # Private columns follow the shared ones, of which an evaluation may ask for another
             # number.
@@ -282,13 +315,16 @@ def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tens
     return torch.stack([lengths.sum() for lengths in length_B.split(list(parts))])
 
 
-def encoder_tokenizer(config: EncoderConfig, receivers: Sequence[ReceiverConfig]) -> Any:
-    """Load the tokenizer of an encoder's backbone; ``None`` for kinds that read the text itself."""
+def encoder_tokenizers(
+    config: EncoderConfig, receivers: Sequence[ReceiverConfig]
+) -> tuple[Any, ...]:
+    """Load the tokenizers of an encoder's backbones; none for kinds that read the text itself."""
+    by_name = {receiver.name: receiver for receiver in receivers}
     if not config.pretrained:
-        return None
-    return load_tokenizer(
-        backbone_source(config, {receiver.name: receiver for receiver in receivers})
-    )
+        return ()
+    if config.kind == "senders":
+        return tuple(load_tokenizer(source) for source in sender_sources(config, by_name))
+    return (load_tokenizer(backbone_source(config, by_name)),)
 
 
 def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list[str]]:
@@ -299,14 +335,19 @@ def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list
 
 
 def token_rows(
-    tokenizer: Any, texts: Sequence[str], split: Literal["none", "lines"]
+    tokenizers: Sequence[Any], texts: Sequence[str], split: Literal["none", "lines"]
 ) -> list[list[list[int]]]:
-    """Tokenise the parts of each text, without a backbone's special tokens."""
+    """Tokenise the parts of each text, without special tokens, by the backbones' tokenizers.
+
+    Ids of several stand in one row (:func:`~latentwire.models.senders.joined_row`).
+    """
     rows = lines_of(texts, split)
     parts = [line for row in rows for line in row]
-    ids = iter(
+    if not parts:
+        return []
+    read = [
         tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
-        if parts
-        else ()
-    )
+        for tokenizer in tokenizers
+    ]
+    ids = map(joined_row, zip(*read, strict=True))
     return [list(itertools.islice(ids, len(row))) for row in rows]

@@ -16,10 +16,12 @@ from latentwire.models.encoders import (
     EncoderTokens,
     InterlinguaEncoder,
     MessageLengths,
-    encoder_tokenizer,
+    encoder_tokenizers,
 )
+from latentwire.models.head_slots import shape_of
 from latentwire.models.prefix import Prefix
 from latentwire.models.tokens import ByteTokenizer
+from latentwire.models.unfolding import Unfolding
 from latentwire.prompts.batch import Batch
 from latentwire.prompts.sequences import ANSWER
 
@@ -73,8 +75,8 @@ class Interlingua(nn.Module):
         self.receivers = tuple(names)
         self.encoder: InterlinguaEncoder | MessageLengths
         if run.is_reader:
-            tokenizer = encoder_tokenizer(run.encoder, run.receivers) or ByteTokenizer()
-            self.encoder = MessageLengths(run.encoder, names, tokenizer)
+            tokenizers = encoder_tokenizers(run.encoder, run.receivers) or (ByteTokenizer(),)
+            self.encoder = MessageLengths(run.encoder, names, tokenizers)
         else:
             self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
         slots: int | None = run.encoder.latent_len + run.encoder.private_len
@@ -83,6 +85,9 @@ class Interlingua(nn.Module):
         self.adapters, self.prefixes = nn.ModuleDict(), nn.ModuleDict()
         if not run.is_reader:
             for name, shape in receivers.items():
+                if run.adapter.kind == "heads":
+                    self.adapters[name] = self._unfolding(run, shape)
+                    continue
                 self.adapters[name] = Adapter(
                     run.adapter,
                     d_z=run.encoder.d_z,
@@ -95,6 +100,18 @@ class Interlingua(nn.Module):
             for name, shape in receivers.items():
                 skeleton = shape.skeleton() if config.layers else None
                 self.prefixes[name] = Prefix(config, shape.width, shape.embed_rms, skeleton)
+
+    @staticmethod
+    def _unfolding(run: RunConfig, shape: ReceiverShape) -> Unfolding:
+        return Unfolding(
+            run.adapter,
+            d_z=run.encoder.d_z,
+            tokens=run.encoder.tokens_per_latent or 1,
+            attention_heads=run.encoder.heads,
+            shape=shape_of(shape.skeleton()),
+            width=shape.width,
+            embed_rms=shape.embed_rms,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +169,28 @@ class Interlingua(nn.Module):
             p_BLD = self.adapters[receiver](z_BLZ, keep_BL)
         return p_BLD.float(), keep_BL
 
+    def entries(self, receiver: str, message: Message, message_R: torch.Tensor) -> torch.Tensor:
+        """Return keys and values ``[N, E]`` of the messages that rows read, in a receiver's heads."""
+        z_BLZ, keep_BL = message.read_by(receiver)
+        adapter: Any = self.adapters[receiver]
+        with self._precision():
+            entry_NE = adapter.rows(z_BLZ, keep_BL, message_R.to(z_BLZ.device))
+        return entry_NE.float()
+
+    def slots(self, receiver: str, message: Message) -> list[int]:
+        """Count the positions that each message takes in one receiver's prompt."""
+        adapter: Any = self.adapters[receiver]
+        if isinstance(adapter, Unfolding):
+            return adapter.tokens_of(*message.read_by(receiver)).sum(1).tolist()
+        return message.slots(receiver)
+
+    def budgets(self, receiver: str, slots: Sequence[int]) -> list[int]:
+        """Return the positions that fill as much of a receiver's cache as messages of so many slots."""
+        adapter: Any = dict(self.adapters.items()).get(receiver)  # a text reader has none
+        if isinstance(adapter, Unfolding):
+            return [adapter.budget(count) for count in slots]
+        return list(slots)
+
     def soft_rows(self, receiver: str, message: Message | None, batch: Batch) -> torch.Tensor:
         """Return vectors ``[N, D]`` for all soft slots of a batch, row by row.
 
@@ -166,13 +205,16 @@ class Interlingua(nn.Module):
             vectors.append(prefix_PD.expand(rows, -1, -1))
             keeps.append(prefix_PD.new_ones(rows, len(prefix_PD), dtype=torch.bool))
         if message is not None:
-            p_BLD, keep_BL = self.prompt(receiver, message)
-            message_R = batch.message_R.to(p_BLD.device)
-            control_R = batch.control_R.to(p_BLD.device)
             adapter: Any = self.adapters[receiver]
+            if not isinstance(adapter, Unfolding):  # whose messages have no vectors
+                p_BLD, keep_BL = self.prompt(receiver, message)
+                message_R = batch.message_R.to(p_BLD.device)
+                vectors.append(p_BLD[message_R])
+                keeps.append(keep_BL[message_R])
+            control_R = batch.control_R.to(adapter.control_CD.device)
             # The control is one more position; rows that answer questions do without.
-            vectors += [p_BLD[message_R], adapter.control_CD[control_R.clamp(min=0)][:, None]]
-            keeps += [keep_BL[message_R], (control_R != ANSWER)[:, None]]
+            vectors.append(adapter.control_CD[control_R.clamp(min=0)][:, None])
+            keeps.append((control_R != ANSWER)[:, None])
         return torch.cat(vectors, 1)[torch.cat(keeps, 1)]
 
     def control_rows(self, receiver: str, batch: Batch) -> torch.Tensor | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import ReceiverConfig
+from latentwire.models import head_slots
 from latentwire.models.decoded import Decoded, Sampling, Watch
+from latentwire.models.head_slots import HeadEntries, Heads
 from latentwire.models.pooling import overlap_means
 from latentwire.models.slots import added_to_slots
 from latentwire.models.tokens import token_bytes
@@ -96,6 +98,8 @@ class Past:
     cache: Cache
     attention_MS: torch.Tensor
     """1 at real positions."""
+    entries: HeadEntries | None = None
+    """What some heads see besides, where messages stand in those alone."""
 
     def of_rows(self, batch: Batch) -> tuple[Cache, torch.Tensor]:
         """Return keys and values for rows that go on from these beginnings, and all their attention."""
@@ -107,6 +111,13 @@ class Past:
             layer.batch_select_indices(past_R.to(layer.device))  # a copy, with its gradient
         rest_BS = batch.attention_BS.to(self.attention_MS.device)
         return cache, torch.cat((self.attention_MS[past_R], rest_BS), 1)
+
+    def entries_of(self, batch: Batch) -> HeadEntries | None:
+        """Return what some heads see besides, for rows that go on from these beginnings."""
+        if self.entries is None:
+            return None
+        assert batch.past_R is not None, "these rows go on from nothing"
+        return self.entries.rows(batch.past_R.to(self.attention_MS.device))
 
 
 class LMWrapper(nn.Module):
@@ -159,6 +170,7 @@ class LMWrapper(nn.Module):
         self.window: int | None = window if "sliding_attention" in kinds else None
         """Positions that the layers with the shortest sight see; ``None``: all."""
         self._head: tuple[list[int], Cache] | None = None
+        self._at_slots: tuple[torch.Tensor, Heads] | None = None
         self._recomputed: list[GradientCheckpointingLayer] = []
         self._check_model()
 
@@ -225,6 +237,35 @@ class LMWrapper(nn.Module):
         """
         return added_to_slots(self.lm, added_NE, latents_RS)
 
+    @contextmanager
+    def heads_at_slots(self, kv_NE: torch.Tensor, heads: Heads) -> Iterator[None]:
+        """Let messages stand in these heads alone, until this context ends.
+
+        Sequences with latents are then read without their places, and ``soft_ND`` has no vectors
+        for them.
+
+        Args:
+            kv_NE: keys before rotary positions and values, for each latent's place, row by row; see
+                :func:`latentwire.models.head_slots.entries_of`.
+            heads: the heads.
+        """
+        assert self._at_slots is None, "messages stand in the heads already"
+        self._at_slots = kv_NE, heads
+        try:
+            yield
+        finally:
+            self._at_slots = None
+
+    def _beside(self, batch: Batch) -> tuple[Batch, HeadEntries | None]:
+        """Take latents that stand in some heads alone out of a batch."""
+        if self._at_slots is None or not bool(batch.latents_BS.any()):
+            return batch, None
+        kv_NE, heads = self._at_slots
+        entries = head_slots.entries_of(
+            self.lm, heads, kv_NE.to(self.device), batch, self.embed_tokens.weight.dtype
+        )
+        return batch.without_latents(), entries
+
     def text_embeddings(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token embeddings ``[B, T, D]`` of rows of ids, and each token's bytes ``[B, T]``.
 
@@ -263,10 +304,12 @@ class LMWrapper(nn.Module):
         fractions of all layers. A batch without its head (:meth:`read_head`) finds the head's keys
         and values ready, one that goes on from others (:meth:`Batch.parted`) those in ``past``.
         """
+        batch, entries = self._beside(batch)
         cache, attention_BS = self._head_cache(batch), batch.attention_BS.to(self.device)
-        position_BS = None  # counted from the beginning
+        position_BS = batch.position_BS  # None: counted from the beginning
         if past is not None:
             cache, attention_BS = past.of_rows(batch)
+            entries = past.entries_of(batch)
             assert batch.end_R is not None
             # Padding stands between what was read and this: positions go on as if it did not.
             width = batch.ids_BS.shape[1]
@@ -276,14 +319,15 @@ class LMWrapper(nn.Module):
         for layer in self._recomputed:
             # The layer's own flag switches recomputing on; no dropout inside follows it.
             layer.training = torch.is_grad_enabled() and cache is None
-        output = self.lm.base_model(
-            inputs_embeds=self.embed(batch, soft_ND),
-            attention_mask=attention_BS,
-            position_ids=position_BS,
-            past_key_values=cache,
-            use_cache=False,
-            output_hidden_states=bool(depths),
-        )
+        with head_slots.seen(self.lm, entries):
+            output = self.lm.base_model(
+                inputs_embeds=self.embed(batch, soft_ND),
+                attention_mask=attention_BS,
+                position_ids=position_BS,
+                past_key_values=cache,
+                use_cache=False,
+                output_hidden_states=bool(depths),
+            )
 
         def at_targets(state_BSD: torch.Tensor) -> torch.Tensor:
             predict_N = batch.predict_N.to(state_BSD.device)  # flat indices into B × S
@@ -302,6 +346,11 @@ class LMWrapper(nn.Module):
         """
         for layer in self._recomputed:
             layer.training = False  # what is computed again leaves no cache
+        messages = len(batch.ids_BS)
+        batch, entries = self._beside(batch)
+        if entries is not None and messages > 1:  # what is left is the same before every message
+            batch = batch.row(0)
+            soft_ND = None if soft_ND is None else soft_ND[: len(soft_ND) // messages]
         cache, attention_MS = self._head_cache(batch), batch.attention_BS.to(self.device)
         if batch.ids_BS.shape[1]:  # else there is nothing after the head, as in a closed book
             output = self.lm.base_model(
@@ -312,7 +361,10 @@ class LMWrapper(nn.Module):
             )
             cache = output.past_key_values
         assert cache is not None, "these sequences begin with nothing"
-        return Past(cache, attention_MS)
+        if entries is not None and messages > 1:
+            cache.batch_repeat_interleave(messages)
+            attention_MS = attention_MS.expand(messages, -1)
+        return Past(cache, attention_MS, entries)
 
     def may_part(self, positions: int) -> bool:
         """Return whether sequences of so many positions, padding included, may be read in two passes.
@@ -389,13 +441,22 @@ class LMWrapper(nn.Module):
         """
         from transformers import GenerationConfig
 
+        batch, entries = self._beside(batch)
         e_BSD, attention_BS = self.embed(batch, soft_ND), batch.attention_BS.to(self.device)
-        cache = None
+        cache, position_BS = None, batch.position_BS
         if past is not None:
             cache, attention_BS = past.of_rows(batch)
+            entries = past.entries_of(batch)
+            missing = attention_BS.shape[1] - e_BSD.shape[1]
             # transformers wants embeddings of the whole, and cuts off what is in the cache.
-            e_BSD = F.pad(e_BSD, (0, 0, attention_BS.shape[1] - e_BSD.shape[1], 0))
-        self._check_length(attention_BS.shape[1] + max_new_tokens)
+            e_BSD = F.pad(e_BSD, (0, 0, missing, 0))
+            if entries is not None:  # stand between the cache and these rows
+                position_BS = F.pad(entries.end_R[:, None] + batch.positions(), (missing, 0))
+        positions: dict[str, Any] = {}  # None: counted from the beginning
+        if position_BS is not None:
+            positions["position_ids"] = position_BS.to(self.device)
+        between = 0 if entries is None else entries.longest
+        self._check_length(attention_BS.shape[1] + between + max_new_tokens)
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         drawn: dict[str, Any] = {"do_sample": False}
@@ -410,12 +471,16 @@ class LMWrapper(nn.Module):
         )
         stopwatch = Stopwatch(watch)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=sampling is not None):
+        with (
+            torch.random.fork_rng(devices, enabled=sampling is not None),
+            head_slots.seen(self.lm, entries),
+        ):
             if sampling is not None:
                 torch.manual_seed(sampling.seed)
             output_BK = self.lm.generate(
                 inputs_embeds=e_BSD,
                 attention_mask=attention_BS,
+                **positions,
                 past_key_values=cache,
                 generation_config=settings,
                 streamer=stopwatch,

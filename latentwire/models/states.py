@@ -30,7 +30,12 @@ class States(nn.Module, ABC):
     """M, the width of one state."""
     tokenizer: Any
     """The tokenizer, of a kind that reads its ids (``encoder.pretrained``): shards hold its
-    ids ready."""
+    ids ready. Of several, the first."""
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """All tokenizers that read a text: :attr:`tokenizer`, unless several do."""
+        return (self.tokenizer,)
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:

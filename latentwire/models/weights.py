@@ -387,6 +387,8 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
         "llama": "--llama_id <directory>",
         "qwen": "--qwen_id <directory>",
     }.get(config.name, "run.receivers in the space file")
+    if config.name.startswith("sender_"):  # see models/senders.py
+        where = "--set encoder.senders=<directories>"
     if "attention" in reason and "support" in reason:
         move = f"set attn_implementation: eager for it, got {config.attn_implementation}"
     elif "Unrecognized configuration class" in reason:

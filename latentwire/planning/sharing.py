@@ -11,6 +11,7 @@ import psutil
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.knobs import paths_with
 from latentwire.features.registry import FEATURES
+from latentwire.models.senders import sender_sources
 from latentwire.models.weights import backbone_source, load_hf_config
 from latentwire.planning.devices import pieces, times
 
@@ -68,8 +69,8 @@ def obstacles(space: SweepConfig) -> list[str]:
             reasons.append(f"features.{name} acts on the receivers' own layers")
     if run.prefix is not None and run.prefix.layers:
         reasons.append("prefix.layers acts on the receivers' own layers")
-    if run.adapter.kind == "keys_values":
-        reasons.append("adapter.kind keys_values acts on the receivers' own layers")
+    if run.adapter.kind in ("keys_values", "heads"):
+        reasons.append(f"adapter.kind {run.adapter.kind} acts on the receivers' own layers")
     if run.losses.slot_kd_weight or "losses.slot_kd_weight" in space.search:
         reasons.append("losses.slot_kd_weight looks into the receivers' own layers")
     if run.training.log_gradient_norms:
@@ -97,6 +98,8 @@ def final_slots(run: RunConfig) -> int:
     if encoder.tokens_per_latent is None:
         return encoder.latent_len + encoder.private_len
     strides = run.training.tokens_per_latent or (encoder.tokens_per_latent,)
+    if encoder.pooling == "tokens":  # each token of a latent has a position at the receiver
+        strides = (1,)
     return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / min(strides))
 
 
@@ -121,12 +124,20 @@ def encoder_bytes(run: RunConfig) -> int:
     """Estimate the bytes of the encoder's activations for one step of the longest texts."""
     encoder = run.encoder
     layers, width = encoder.layers, encoder.d_model
-    if encoder.pretrained:
-        config = load_hf_config(
-            backbone_source(encoder, {r.name: r for r in run.receivers})
-        ).get_text_config()
-        layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
+    by_name = {receiver.name: receiver for receiver in run.receivers}
     positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
+    if encoder.kind == "senders":
+        sources = sender_sources(encoder, by_name)
+        widths = [load_hf_config(source).get_text_config().hidden_size for source in sources]
+        # No layer of a sender keeps anything for a gradient. The states are held as they are,
+        # normalised, and side by side.
+        words = ENCODER_WORDS * max(widths) + 3 * len(encoder.depths) * sum(widths)
+        if encoder.pooling == "tokens":
+            words += ENCODER_WORDS * encoder.code_blocks * encoder.code_width
+        return 4 * positions * words
+    if encoder.pretrained:
+        config = load_hf_config(backbone_source(encoder, by_name)).get_text_config()
+        layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
     if encoder.has_memory:
         positions += rows_of(run) * slots_of(run)
     return 4 * ENCODER_WORDS * positions * layers * width

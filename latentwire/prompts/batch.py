@@ -55,6 +55,8 @@ class Batch:
     rows that are padded to the left."""
     head_H: torch.Tensor | None = None
     """Ids of a head that was taken off the rows; ``attention_BS`` still counts it, all other positions do not."""
+    position_BS: torch.Tensor | None = None
+    """The position of each place in its prompt, where places are missing (:meth:`without_latents`)."""
 
     @property
     def slots_BS(self) -> torch.Tensor:
@@ -87,6 +89,55 @@ class Batch:
             head=0,
             head_H=self.ids_BS[0, : self.head],
         )
+
+    def positions(self) -> torch.Tensor:
+        """Return the position of each place ``[B, S]`` in its prompt, counted without padding."""
+        if self.position_BS is not None:
+            return self.position_BS
+        count_BS = self.attention_BS.cumsum(1) - 1
+        return count_BS.clamp(min=0)[:, self.attention_BS.shape[1] - self.ids_BS.shape[1] :]
+
+    def without_latents(self) -> Batch:
+        """Return the rows without the places of their latents; the others keep their positions.
+
+        For receivers in which a message stands outside the sequence.
+        """
+        width = self.ids_BS.shape[1]
+        head = self.attention_BS.shape[1] - width
+        keep_BS = self.attention_BS[:, head:].bool() & ~self.latents_BS
+        count_B = keep_BS.sum(1)
+        rest = int(count_B.max())
+        # Places that stay come first, in order; rows that are padded to the left are then moved.
+        from_BS = (~keep_BS).long().argsort(dim=1, stable=True)[:, :rest]
+        shift_B = torch.zeros_like(count_B) if self.end_R is not None else rest - count_B
+        place_BT = torch.arange(rest, device=keep_BS.device) - shift_B[:, None]
+        kept_BT = (place_BT >= 0) & (place_BT < count_B[:, None])
+        from_BT = from_BS.gather(1, place_BT.clamp(min=0))
+        masks: dict[str, Any] = {
+            name: getattr(self, name).gather(1, from_BT) & kept_BT for name in MASKS
+        }
+        row_N, place_N = self.predict_N // width, self.predict_N % width
+        moved_BS = keep_BS.cumsum(1) - 1 + shift_B[:, None]
+        return replace(
+            self,
+            ids_BS=self.ids_BS.gather(1, from_BT) * kept_BT,
+            attention_BS=torch.cat((self.attention_BS[:, :head], kept_BT.long()), 1),
+            **masks,
+            predict_N=row_N * rest + moved_BS[row_N, place_N],
+            position_BS=self.positions().gather(1, from_BT) * kept_BT,
+        )
+
+    def row(self, number: int) -> Batch:
+        """Return one row that predicts nothing, as a batch of its own."""
+        here = slice(number, number + 1)
+        nothing = self.predict_N[:0]
+        rows: dict[str, Any] = {
+            name: value[here]
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor) and name.endswith(("_BS", "_R"))
+        }
+        rows |= dict.fromkeys(("predict_N", "target_N", "offset_N", "row_N"), nothing)
+        return replace(self, **rows)
 
     def parted(self, side: Literal["right", "left"] = "right") -> tuple[Batch, Batch] | None:
         """Part rows that read the same messages: what they begin with, once each, and what follows it.

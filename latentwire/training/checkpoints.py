@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentwire import exports
+from latentwire.closed_form.begin import begin
 from latentwire.config import RunConfig
 from latentwire.config.knobs import has_property
 from latentwire.config.resolve import ConfigError
@@ -113,13 +114,18 @@ def initialise(source: str | Place, wire: LatentWire) -> None:
 
 
 def restore(trainer: Trainer, last: Place | None) -> None:
-    """Go on from a run's last checkpoint; without one, from the wire of ``training.init_from``."""
+    """Go on from a run's last checkpoint; without one, begin as the configuration says.
+
+    That is from the wire of ``training.init_from``, or from what was calibrated on the training rows.
+    """
     if last is not None:
         with local(last) as path:
             load_training(path, trainer)
         print(f"resumed at step {trainer.progress.step} from {last}", flush=True)
     elif trainer.config.init_from is not None:
         initialise(trainer.config.init_from, trainer.wire)
+    elif trainer.train_shards is not None:
+        begin(trainer.wire, trainer.train_shards)
 
 
 def check_development(run: RunConfig, dev: Place) -> None:

@@ -59,8 +59,10 @@ class Trainer:
             wire: what is trained.
             steps_per_epoch: batches in one epoch, the same on every worker; at least 1.
             workers: those that train together. None: this process alone.
-            train: the training shards, where a tuned reader teaches keys and values.
+            train: the training shards, where a tuned reader teaches keys and values, or a wire begins
+                from what was calibrated on them.
         """
+        self.train_shards = train
         self.wire, self.workers = wire, workers or Workers()
         slots = wire.run.losses.slot_kd_weight > 0
         self.span_teacher = SpanTeacher(wire, train) if slots else None
@@ -319,7 +321,10 @@ class Trainer:
             weight = losses.slot_kd_weight * losses.factor(f"{SLOT_KD}_weight", step)
             total = (distance_N * rows_N).sum()
             shares[SLOT_KD] = weight * total / max(1.0, counts[SLOT_KD])
-        return shares, _rms(soft_ND, rows_M, begun, rest_ND) / lm.embed_rms
+        slots_BS = begun.slots_BS
+        if self.wire.run.adapter.kind == "heads" and message is not None:
+            slots_BS = begun.prefix_BS | begun.control_BS  # its messages have no vectors
+        return shares, _rms(soft_ND, rows_M, slots_BS, rest_ND) / lm.embed_rms
 
     def _slot_targets(
         self, name: str, batch: TrainingBatch, sequences: Batch, message: Message | None
@@ -470,22 +475,27 @@ class Trainer:
 
 
 def _rms(
-    soft_ND: torch.Tensor, rows_M: torch.Tensor, begun: Batch, rest_ND: torch.Tensor | None
+    soft_ND: torch.Tensor,
+    rows_M: torch.Tensor,
+    slots_BS: torch.Tensor,
+    rest_ND: torch.Tensor | None,
 ) -> float:
     """Return the root mean square of all rows' soft vectors, of which a message's are read once.
 
+    0 where there are none.
+
     Args:
-        soft_ND: of the messages, row by row of ``begun``.
+        soft_ND: of the messages, row by row.
         rows_M: rows that read each of them.
-        begun: the sequences in which they stand.
+        slots_BS: where they stand in the messages' sequences.
         rest_ND: soft vectors that stand after them.
     """
     square_N = soft_ND.detach().flatten(0, -2).square().mean(-1)
-    count_N = rows_M.repeat_interleave(begun.slots_BS.sum(1)).to(square_N)
+    count_N = rows_M.repeat_interleave(slots_BS.sum(1)).to(square_N)
     if rest_ND is not None:
         square_N = torch.cat((square_N, rest_ND.detach().square().mean(-1).to(square_N)))
         count_N = torch.cat((count_N, count_N.new_ones(len(rest_ND))))
-    return float((square_N * count_N).sum() / count_N.sum()) ** 0.5
+    return float((square_N * count_N).sum() / count_N.sum().clamp(min=1)) ** 0.5
 
 
 def _add(totals: dict[str, float], values: dict[str, float]) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from latentwire.config import TrainingConfig
+from latentwire.models.token_codes import TokenCodes
+from latentwire.models.unfolding import Unfolding
 
 _AdamW = partial(AdamW, betas=(0.9, 0.98), fused=True)
 
@@ -47,11 +49,22 @@ def matrices_of(module: nn.Module) -> set[str]:
     }
 
 
+def closed_form_of(module: nn.Module) -> set[str]:
+    """Return the names of the parameters that a closed form can begin."""
+    return {
+        f"{name}.linear.{parameter}"
+        for name, part in module.named_modules()
+        if isinstance(part, TokenCodes | Unfolding)
+        for parameter, _ in part.linear.named_parameters()
+    }
+
+
 def _groups(
     interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]
 ) -> list[dict[str, Any]]:
     """Group parameters by part (its rate) and by decay; empty groups are left out."""
     groups = []
+    closed_form = closed_form_of(interlingua)
     parts = {
         "encoder": config.encoder_lr,
         "adapters": config.adapter_lr,
@@ -64,9 +77,14 @@ def _groups(
             for n, p in interlingua.named_parameters()
             if p.requires_grad and n.startswith(f"{part}.")
         }
-        for decay, chosen in ((config.weight_decay, True), (0.0, False)):
-            parameters = [p for name, p in named.items() if (name in decayed) is chosen]
-            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+        for begun, share in ((False, 1.0), (True, config.closed_form_lr_share)):
+            for decay, chosen in ((config.weight_decay, True), (0.0, False)):
+                parameters = [
+                    p
+                    for name, p in named.items()
+                    if (name in decayed) is chosen and (name in closed_form) is begun
+                ]
+                groups.append({"params": parameters, "lr": share * rate, "weight_decay": decay})
     return [group for group in groups if group["params"]]
 
 

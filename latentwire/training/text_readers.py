@@ -41,6 +41,7 @@ from latentwire.data.readers import (
 )
 from latentwire.evaluation.conditions import Condition, label, own_condition
 from latentwire.model import LatentWire, load_wire
+from latentwire.models.senders import sender_sources
 from latentwire.prompts.shown import Reads
 from latentwire.receivers.base import Receiver
 from latentwire.storage import Place, directory, local
@@ -115,8 +116,14 @@ def _lengths(run: RunConfig, condition: Condition) -> EncoderConfig:
     if run.encoder.lender is not None:  # by its own name: the reader may be of another receiver
         models = {receiver.name: receiver.model for receiver in run.receivers}
         changed["model"] = models[run.encoder.lender]
+    if run.encoder.kind == "senders":
+        by_name = {receiver.name: receiver for receiver in run.receivers}
+        changed["senders"] = tuple(s.model for s in sender_sources(run.encoder, by_name))
     if run.encoder.has_memory:  # nothing is appended to a text that is not encoded
         changed |= {"pooling": "queries", "projection": True}
+    if run.adapter.kind == "heads":  # as many positions as have as many entries
+        share = run.adapter.cache_share or 1 / (run.encoder.tokens_per_latent or 1)
+        changed |= {"pooling": "queries", "tokens_per_latent": max(1, round(1 / share))}
     if condition.budget is not None:
         changed[condition.budget.knob] = condition.budget.value
     return run.encoder.model_copy(update=changed)

@@ -240,8 +240,9 @@ def test_equal_texts_have_equal_ids_in_their_places(builder: PromptBuilder) -> N
 def test_a_batch_moves_whole(sequences: list[PromptSequence]) -> None:
     rows = torch.arange(len(sequences))
     batch = replace(collate(sequences).after_head(), past_R=rows, taught_R=rows > 0)
+    batch = replace(batch, position_BS=batch.positions())
     same(batch.to("cpu"), batch)
     moved = batch.to("meta")
     counts = ("head", "prefix")
     tensors = [getattr(moved, field.name) for field in fields(Batch) if field.name not in counts]
-    assert len(tensors) == 16 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 17 and all(tensor.is_meta for tensor in tensors)

@@ -7,7 +7,7 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, self_information
-from latentwire.evaluation.conditions import conditions, label
+from latentwire.evaluation.conditions import Budget, Condition, conditions, label
 from latentwire.evaluation.diagnostics import diagnose, probe
 from latentwire.evaluation.evaluator import donors, predict
 from latentwire.evaluation.summary import compare, details, summarise
@@ -375,3 +375,12 @@ def test_a_probe_reads_what_is_there_and_nothing_else(wire: LatentWire, rows: pa
         -1 <= measures["cosine_centred"] <= measures["cosine"] <= 1
         and 0 <= measures["probe_word"] <= 1
     )
+
+
+def test_a_prediction_says_what_it_was_read_from(wire: LatentWire, rows: pa.Table) -> None:
+    """Its mode is a column of what is saved, by which a report picks texts and messages."""
+    for condition in (Condition("text"), Condition("latent", Budget("latent_len", 3), bits=8)):
+        said = {
+            (p.receiver, p.condition, p.mode) for p in predict(wire, rows.slice(0, 2), condition)
+        }
+        assert said == {(name, condition.key, condition.mode) for name in wire.receivers}

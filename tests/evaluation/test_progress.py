@@ -75,3 +75,15 @@ def test_a_scoring_shows_each_batch(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring ")]
     done = [re.search(r": (\d+)/32 rows, about .* left$", line) for line in said]
     assert [int(found[1]) for found in done if found] == [8, 16, 24]
+
+
+def test_whoever_watches_is_told_what_is_scored_how_far_and_of_how_many() -> None:
+    told: list[dict] = []
+    quiet = Console(file=io.StringIO(), force_terminal=False)
+    with ScoringProgress(8, quiet, watch=lambda **said: told.append(said)) as rows:
+        rows.advance("text", 4)
+        rows.advance("latents", 3)
+    assert told == [
+        {"what": "text", "done": 4, "total": 8},
+        {"what": "latents", "done": 7, "total": 8},
+    ]

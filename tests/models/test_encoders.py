@@ -64,6 +64,8 @@ KINDS: dict[str, dict] = {
     "lm-frozen": {"kind": "lm", "model": "toy-qwen", "tune": "frozen"},
     "lm-lora": {"kind": "lm", "model": "receiver:qwen", "tune": "lora"},
     "lm-causal": {"kind": "lm", "model": "toy-qwen", "attention": "causal", "pooling": "spans"},
+    "senders": {"kind": "senders", "senders": ("toy-qwen", "receiver:llama"), "pooling": "spans"},
+    "senders-ratio": {"kind": "senders", "pooling": "spans", "tokens_per_latent": 3},
     "lm-memory": {
         "kind": "lm",
         "model": "toy-qwen",
@@ -165,7 +167,8 @@ def test_each_receiver_reads_its_own_private_latents_at_any_length(shared: int) 
 
 def test_what_is_trained_is_what_tune_says(encoder: InterlinguaEncoder) -> None:
     if not isinstance(encoder.states, PretrainedStates):
-        assert all(p.requires_grad for p in encoder.parameters())
+        frozen = encoder.frozen_parameters()
+        assert all(p.requires_grad == (n not in frozen) for n, p in encoder.named_parameters())
         return
     tuned = encoder.states.tuned
     assert {p.requires_grad for p in encoder.states.backbone.parameters()} == {tuned == "full"}
@@ -238,7 +241,7 @@ def test_a_span_holds_whole_sentences_where_there_are_enough(kind: str) -> None:
 
 
 def own_ids(states: PretrainedStates, texts: list[str]) -> list[list[int]]:
-    return [row[0] for row in token_rows(states.tokenizer, texts, "none")]
+    return [row[0] for row in token_rows([states.tokenizer], texts, "none")]
 
 
 def test_a_causal_lm_is_made_bidirectional() -> None:
@@ -332,7 +335,7 @@ def test_layers_and_backbones_that_are_not_there() -> None:
     with pytest.raises(
         ReceiverError, match="model_layers needs a backbone with a list of layers, Tower has none"
     ):
-        backbones._keep_layers(Tower(), 1)
+        backbones.keep_layers(Tower(), 1)
     with pytest.raises(
         ReceiverError, match="targets must name linear layers of LlamaModel, got nobody"
     ):

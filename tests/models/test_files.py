@@ -13,7 +13,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 from latentwire.cli import main
 from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
-from latentwire.models import weights
+from latentwire.models import files, weights
 from latentwire.models.lm import LMWrapper
 from latentwire.models.weights import ReceiverError, load_tokenizer, resolve, skeleton
 from latentwire.planning.planner import plan
@@ -236,3 +236,16 @@ def test_a_gguf_that_is_a_pointer_or_something_else(tmp_path: Path) -> None:
         (folder / "a.gguf").write_text(content)
         with pytest.raises(ReceiverError, match=message):
             load_tokenizer(ReceiverConfig(name="a", model=str(folder)))
+
+
+def test_weights_that_hold_no_tensor_are_as_long_as_their_header_says(tmp_path: Path) -> None:
+    """One of several files may hold none: it is whole, and what follows its header is told."""
+    file = tmp_path / "model.safetensors"
+    save_file({}, file, {"format": "pt"})
+    size = file.stat().st_size
+    files.check_safetensors(file)
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(
+        ReceiverError, match=f"must have {size} bytes by its header, got {size + 4}"
+    ):
+        files.check_safetensors(file)

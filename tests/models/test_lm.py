@@ -456,3 +456,15 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ReceiverError, match="device must exist"):
         pick_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "picked"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_a_device_is_picked_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, picked: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device() == pick_device("auto") == torch.device(picked)

@@ -99,20 +99,28 @@ def test_files_are_made_for_what_trials_can_draw_and_the_largest_is_one_of_them(
 OTHER = {
     "training.questions_together": True, "prompt.anchor": "A: ", "data.seed": 1, "encoder.kind": "lm", "encoder.model": "toy-qwen",
     "encoder.split": "lines", "losses.kd_temperature": 2.0, "losses.kd_top_k": 8, "losses.hidden_kd_depths": (1.0,),
-    "losses.kd_teacher": "tuned",
+    "losses.kd_teacher": "tuned", "encoder.senders": ("toy-qwen",),
 }  # fmt: skip
+
+
+def reading(path: str, kind: str) -> RunConfig:
+    """Return a run whose encoder is of this kind, or of the one that takes the knob at ``path``."""
+    values = {"encoder.kind": kind, "encoder.model": "toy-llama"}
+    if path == "encoder.senders":
+        values = {"encoder.kind": "senders"}
+    return with_values(RunConfig(), values | {"evaluation.tuned_text": {}})
 
 
 @pytest.mark.parametrize("path", OTHER)
 def test_all_that_files_hang_on_tells_a_sweeps_files_apart(path: str) -> None:
-    run = with_values(RunConfig(), {"encoder.model": "toy-llama", "evaluation.tuned_text": {}})
+    run = reading(path, "byte")
     assert variant_key(with_values(run, {path: OTHER[path]})) != variant_key(run)
 
 
 @pytest.mark.parametrize("path", [path for path in OTHER if path in paths_with("shards", "value")])
 def test_what_shards_hang_on_names_them_too(path: str) -> None:
     kind = "byte" if path == "encoder.kind" else "lm"  # whose ids shards hold
-    run = with_values(RunConfig(), {"encoder.kind": kind, "encoder.model": "toy-llama"})
+    run = reading(path, kind)
     assert (
         shard_key(with_values(run, {path: OTHER[path]}), "train")[0] != shard_key(run, "train")[0]
     )

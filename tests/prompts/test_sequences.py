@@ -186,3 +186,15 @@ def test_collate_supervises_answers_and_stops_and_nothing_else(
     following = batch.ids_BS.flatten()[batch.predict_N + 1]
     assert torch.equal(following, batch.target_N)
     assert not batch.slots_BS.any()
+
+
+def test_what_ends_with_its_message_has_nothing_after_it(builder: PromptBuilder) -> None:
+    context, _, _ = pieces(builder)
+    for built, count in (
+        (builder.message_alone(4), 4),
+        (builder.text_alone(context, prefix=2), len(context)),
+    ):
+        end = len(built.ids)
+        assert built.message == range(end - count, end) and built.stop is None
+        for after in (built.question, built.anchor, built.answer, built.supervised):
+            assert (after.start, after.stop) == (end, end)

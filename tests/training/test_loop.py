@@ -36,6 +36,7 @@ OVERFIT: dict[str, dict] = {
     "st": {"encoder.kind": "st", "training.encoder_lr": 2e-3},
     "lm": {"encoder.kind": "lm", "encoder.model": "receiver:llama", "encoder.model_layers": 2, "encoder.pooling": "spans"},
     "lm-lora": {"encoder.kind": "lm", "encoder.model": "toy-qwen", "encoder.tune": "lora"},
+    "senders": {"encoder.kind": "senders", "encoder.depths": [0.0, 0.5], "encoder.pooling": "spans"},
 }  # fmt: skip
 
 
@@ -383,3 +384,57 @@ def test_own_receivers_are_compiled_where_that_is_asked_for(
     assert not fused
     trainer_of(with_values(run, {"training.compile": True}), 8)
     assert fused == ["llama", "qwen"]
+
+
+@pytest.mark.parametrize(
+    ("values", "most"),
+    [({}, 3), ({"training.log_gradient_norms": True}, None)],
+    ids=["in-parts", "one-graph-per-term"],
+)
+def test_no_more_logits_are_there_at_once_than_asked_for(
+    run: RunConfig,
+    table: pa.Table,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict,
+    most: int | None,
+) -> None:
+    """Rows of each receiver's logits; gradient norms of each term take all of them together."""
+    sizes: list[int] = []
+    logits = LMWrapper.logits
+    monkeypatch.setattr(
+        LMWrapper, "logits", lambda lm, hidden: sizes.append(len(hidden)) or logits(lm, hidden)
+    )
+    trainer = trainer_of(with_values(run, {"training.logit_rows": 3} | values), 4)
+    (batch,) = trainer.collate(table.slice(0, 4), 0)
+    counts = [len(sequences.target_N) for sequences in batch.sequences.values()]
+    assert min(counts) > 3
+    trainer.backward([batch])
+    parts = [part for count in counts for part in torch.arange(count).split(most or count)]
+    assert sizes == [len(part) for part in parts]
+
+
+def test_the_receiver_of_a_step_is_drawn_by_seed_and_step_alone(run: RunConfig) -> None:
+    """Workers draw it apart from each other, and so does a resumed run."""
+    one = with_values(run, {"training.receivers_per_step": "one"})
+
+    def drawn(seed: int, first: int = 0) -> list[str]:
+        trainer = trainer_of(with_values(one, {"training.seed": seed}), 16)
+        return [name for step in range(first, 40) for name in trainer._receivers_of(step)]
+
+    straight = drawn(0)
+    assert drawn(0) == straight and drawn(0, first=25) == straight[25:] and drawn(1) != straight
+    assert all(10 < straight.count(name) < 30 for name in ("llama", "qwen"))
+
+
+def test_an_evaluation_tells_the_first_loss_and_the_last(run: RunConfig, table: pa.Table) -> None:
+    """Each is a mean over the steps of a line of the log: here two."""
+    every = {"training.epochs": 1, "training.log_every": 2, "training.evaluate_every": 1}
+    trainer = trainer_of(with_values(run, every), 16)
+    losses: list[float] = []
+    trainer.train(
+        table_epochs(trainer.config, table), lambda: losses.append(trainer.last_values["loss"])
+    )
+    told = trainer.evaluate(table.slice(0, 1))
+    assert len(losses) == told["step"] == 4
+    assert told["first_train_loss"] == pytest.approx(sum(losses[:2]) / 2)
+    assert told["train_loss"] == pytest.approx(sum(losses[2:]) / 2)

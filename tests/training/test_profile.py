@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
-from latentwire.training.loop import TrainingError
+from latentwire.training.loop import Trainer, TrainingError
 from latentwire.training.profile import profile_steps
 
 
@@ -51,3 +52,13 @@ def test_a_profile_asks_for_enough_batches(
 ) -> None:
     with pytest.raises(TrainingError, match="needs 102 batches, the data has"):
         profile_steps(wire, table, 100, tmp_path)
+
+
+def test_a_receivers_reading_and_its_loss_bear_its_name(wire: LatentWire, table: pa.Table) -> None:
+    trainer = Trainer(wire, 1)
+    batches = trainer.collate(table.slice(0, 1), 0)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
+        trainer.backward(batches)
+    parts = {event.key.removeprefix(PART) for event in record.key_averages() if PART in event.key}
+    named = {f"{part} {name}" for part in ("read", "loss") for name in wire.receivers}
+    assert parts == {"encode", *named, "backward"}

@@ -11,7 +11,7 @@ from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
 from latentwire.prompts.batch import Batch, collate
 from latentwire.training.loop import Trainer
-from tests.conftest import shard_table, wire_of
+from tests.conftest import HEADS, choose_some_heads, shard_table, wire_of
 from tests.models.test_memory import HANDED
 
 KD = {"losses.kd_weight": 1.0, "losses.hidden_kd_weight": 0.5, "losses.k": 3}
@@ -30,6 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"training.accumulation": 2},
     "sequential": {"training.sequential_models": True},
     "split": {"encoder.private_len": 2},
+    "heads": HEADS,
+    "heads-behind-a-prefix": HEADS | {"prefix": {"tokens": 3, "layers": True}},
+    "heads-recited": HEADS | TEXTS,
     "reader": {"prompt.reads": "text", "prefix": {"tokens": 3}},
     "cut-reader": {"prompt.reads": "truncated", "prefix": {"tokens": 3, "layers": True}},
     "chat": {},
@@ -41,7 +44,8 @@ def trainer_of(run: RunConfig, values: dict[str, Any], case: str) -> Trainer:
     if case == "chat":
         receivers = [receiver.model_dump() | {"template": "auto"} for receiver in run.receivers]
         run = with_values(run, {"receivers": receivers})
-    trainer = Trainer(wire_of(run), 4)
+    wire = wire_of(run)
+    trainer = Trainer(choose_some_heads(wire) if "heads" in case else wire, 4)
     generator = torch.Generator().manual_seed(1)
     for parameter in trainer.wire.interlingua.parameters():  # what begins at zero does something
         noise = torch.randn(parameter.shape, generator=generator)
@@ -54,7 +58,8 @@ def gradients(trainer: Trainer, table: pa.Table) -> tuple[dict[str, float], dict
     trainer.wire.interlingua.eval()
     values = trainer.backward(trainer.collate(table, 0))
     parameters = trainer.wire.interlingua.named_parameters()
-    return values, {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters}
+    return values, {name: gradient.clone() for name, gradient in found.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,196 @@
+"""One pass over texts: senders' states, each receiver's keys and values there, and the gradients.
+
+A token of the message is one of the first sender's tokenizer. What stands for it at a receiver is
+that receiver's own token which ends where it ends, or first after it: bytes are the common ruler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from latentwire.closed_form.moments import Moments
+from latentwire.data.batches import once
+from latentwire.losses.terms import token_ce
+from latentwire.model import LatentWire
+from latentwire.models.encoders import InterlinguaEncoder
+from latentwire.models.head_slots import Heads, rotated
+from latentwire.models.senders import reads_at
+from latentwire.models.unfolding import Unfolding
+from latentwire.prompts.batch import Batch, collate
+from latentwire.receivers.local import LocalReceiver
+
+TEXTS_AT_ONCE = 8
+"""Texts that are read together."""
+
+
+def own_entries(
+    wire: LatentWire, receiver: str, texts: Sequence[list[int]], heads: Heads
+) -> list[torch.Tensor]:
+    """Return a receiver's own keys (before rotary positions) and values of texts, in some heads.
+
+    It reads them behind the wire's prefix.
+
+    Args:
+        wire: holds the receiver and its prefix.
+        receiver: its name.
+        texts: its own tokens, where messages would stand.
+        heads: J chosen heads.
+
+    Returns:
+        ``[T, E]`` for each text: for each head a key, then a value.
+    """
+    lm, builder = wire.local_receiver(receiver), wire.builders[receiver]
+    batch = collate([builder.text_alone(ids, builder.prefix) for ids in texts]).to(lm.device)
+    start = len(builder.head_ids) + builder.prefix
+    longest = batch.ids_BS.shape[1] - start
+    position_RT = torch.arange(start, start + longest, device=lm.device)[None]
+    with torch.no_grad(), wire.reading(receiver, batch, None) as soft_ND:
+        layers: Any = lm.prefill(batch, soft_ND).cache.layers
+        entries = []
+        for layer, head in heads:
+            key_R1TD = layers[layer].keys[:, head : head + 1, start:]
+            entries.append(rotated(lm.lm, layer, key_R1TD, position_RT, back=True)[:, 0])
+            entries.append(layers[layer].values[:, head, start:].float())
+    entry_RTE = torch.cat(entries, -1)
+    return [entry_TE[: len(ids)] for entry_TE, ids in zip(entry_RTE, texts, strict=True)]
+
+
+def heads_of(wire: LatentWire) -> dict[str, Heads]:
+    """Return receiver → the heads that its adapter has chosen."""
+    adapters: Any = wire.interlingua.adapters
+    return {name: adapters[name].heads for name in wire.receivers}
+
+
+@torch.no_grad()
+def add_tokens(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
+    """Add the tokens of a table's texts, each text once: states, keys and values.
+
+    Args:
+        moments: sums that are added to.
+        wire: a wire with chosen heads.
+        table: training rows, as columns of a shard.
+    """
+    encoder = wire.interlingua.encoder
+    assert isinstance(encoder, InterlinguaEncoder)
+    wire.interlingua.eval()
+    heads = heads_of(wire)
+    for rows in _texts(table):
+        tokens = encoder.tokens_of(rows["encoder_ids"])
+        on_device = tokens.to(wire.interlingua.device)
+        x_BTM = encoder.states(**on_device.tensors, length_B=on_device.length_B)
+        keep_BT = torch.arange(x_BTM.shape[1]) < tokens.length_B[:, None]
+        end_BT = tokens.bytes_BS.cumsum(1)
+        targets = {}
+        for name, chosen in heads.items():
+            texts = rows[f"{name}_context_ids"]
+            entries = own_entries(wire, name, texts, chosen)
+            lm = wire.local_receiver(name)
+            at_ruler = []
+            for entry_TE, ids, end_T, count in zip(
+                entries, texts, end_BT, tokens.length_B.tolist(), strict=True
+            ):
+                own_end_T = lm.token_bytes[torch.tensor(ids)].cumsum(0)
+                place_T = reads_at(end_T[:count].to(own_end_T), own_end_T)
+                at_ruler.append(entry_TE[place_T.to(entry_TE.device)])
+            targets[name] = torch.cat(at_ruler)
+        moments.add_tokens(x_BTM[keep_BT.to(x_BTM.device)], targets)
+
+
+def add_gradients(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
+    """Add the gradients of the answers' loss by each receiver's own keys and values of the texts.
+
+    Only the chosen heads see the text; the loss is the sum over all tokens of all answers to it.
+
+    Args:
+        moments: sums that are added to.
+        wire: a wire with chosen heads.
+        table: training rows, as columns of a shard.
+    """
+    wire.interlingua.eval()
+    heads = heads_of(wire)
+    for rows in _texts(table, with_questions=True):
+        for name, chosen in heads.items():
+            lm, batch = wire.local_receiver(name), _asked(wire, name, rows)
+            entry_NE = torch.cat(own_entries(wire, name, rows["texts"][name], chosen))
+            leaf_NE = entry_NE.to(lm.device).requires_grad_()
+            loss = _loss(wire, lm, batch, leaf_NE, chosen)
+            (gradient_NE,) = torch.autograd.grad(loss, leaf_NE)
+            moments.add_gradients(name, gradient_NE)
+
+
+def _loss(
+    wire: LatentWire, lm: LocalReceiver, batch: Batch, kv_NE: torch.Tensor, heads: Heads
+) -> torch.Tensor:
+    """Return the answers' summed loss where these entries stand for the texts."""
+    begun, numbers = batch.begun(), torch.unique(batch.message_R, return_inverse=True)[1]
+    begun = begun.to(lm.device)
+    if wire.reads_heads_alike:
+        begun = lm.read_head(begun)
+    prefixes: Any = wire.interlingua.prefixes
+    soft_ND = None
+    with lm.heads_at_slots(kv_NE, heads):
+        if batch.prefix:
+            prefix = prefixes[lm.name]
+            soft_ND = prefix().detach().repeat(len(begun.ids_BS), 1)
+            with prefix.attached(lm, begun):
+                past = lm.prefill(begun, soft_ND)
+        else:
+            past = lm.prefill(begun, soft_ND)
+    rest = batch.going_on(numbers).to(lm.device)
+    logits_NV = lm.supervised_logits(rest, None, past)
+    return token_ce(logits_NV, rest.target_N).sum()
+
+
+def _asked(wire: LatentWire, name: str, rows: dict[str, Any]) -> Batch:
+    """Return the questions to some texts, with a slot for each of the receiver's own tokens."""
+    builder = wire.builders[name]
+    prompts = [
+        builder.latent(len(rows["texts"][name][text]), question, answer)
+        for text, question, answer in zip(
+            rows["text_R"], rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True
+        )
+    ]
+    return collate(prompts, messages=rows["text_R"])
+
+
+def _texts(table: pa.Table, *, with_questions: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a few texts at a time, as columns.
+
+    Without questions each text has one row. With them a text's rows follow each other wherever they
+    stood; ``text_R`` is the text of each row, and ``texts`` each receiver's tokens of the texts.
+    """
+    columns = table.to_pydict()
+    text_R, first_T = once([[text] for text in columns["context"]])
+    of_text: list[list[int]] = [[] for _ in first_T]
+    for row, text in enumerate(text_R):
+        of_text[text].append(row)
+    for start in range(0, len(first_T), TEXTS_AT_ONCE):
+        some = of_text[start : start + TEXTS_AT_ONCE]
+        chosen = [row for rows in some for row in (rows if with_questions else rows[:1])]
+        part: dict[str, Any] = {
+            name: [values[row] for row in chosen] for name, values in columns.items()
+        }
+        if with_questions:
+            part["text_R"] = [number for number, rows in enumerate(some) for _ in rows]
+            part["texts"] = {
+                name.removesuffix("_context_ids"): [values[rows[0]] for rows in some]
+                for name, values in columns.items()
+                if name.endswith("_context_ids")
+            }
+        yield part
+
+
+def empty_moments(wire: LatentWire) -> Moments:
+    """Return sums of nothing, as wide as a wire's states and its adapters' entries."""
+    encoder, adapters = wire.interlingua.encoder, wire.interlingua.adapters
+    assert isinstance(encoder, InterlinguaEncoder)
+    entries = {
+        name: adapter.linear.out_features
+        for name, adapter in adapters.items()
+        if isinstance(adapter, Unfolding)
+    }
+    return Moments.empty(encoder.states.width, entries)

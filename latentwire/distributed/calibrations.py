@@ -1,0 +1,144 @@
+"""Make what a wire into retrieval heads begins from, once for all trials, beside the shards.
+
+Each receiver's heads are ranked in a task with a worker's resources. The sums of the closed form
+are shared out over such tasks, each of which reads its part of the texts; adding them up gives what
+one would have given, to rounding. A file that is there is whole.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pyarrow as pa
+
+from latentwire.closed_form import begin, gather, ranking
+from latentwire.closed_form.moments import Moments
+from latentwire.config import RunConfig
+from latentwire.data import calibrations, shards
+from latentwire.data.batches import once
+from latentwire.distributed.remote import on_cluster
+from latentwire.distributed.teachers import train_reader
+from latentwire.model import LatentWire
+from latentwire.storage import Place, write_text
+from latentwire.threads import use_threads
+
+
+def ensure_calibrations(run: RunConfig, train: Place, gpus: float = 0.0) -> None:
+    """Make what a run begins from, unless it is there. Ray must be initialised to make it.
+
+    Args:
+        run: the configuration; where it begins at random, nothing is made.
+        train: its complete training shards.
+        gpus: GPUs that one task asks for.
+    """
+    for name, path in calibrations.readers(run, train).items():
+        if not calibrations.is_reader(path):
+            print(f"prefix {name}: its text reader is trained first", flush=True)
+            said = on_cluster(run, gpus, train_reader, run, name, train)
+            print(f"prefix {name}: development loss of its text reader: {said}", flush=True)
+    missing = [path for path in calibrations.paths(run, train) if not path.exists()]
+    if not missing:
+        return
+    for receiver in run.receivers:
+        path, began = calibrations.ranking_path(run, receiver, train), time.monotonic()
+        if path in missing:
+            write_text(path, on_cluster(run, gpus, rank_heads, run, receiver.name, train))
+            print(
+                f"heads {receiver.name}: ranked in {time.monotonic() - began:.0f} s, {path}",
+                flush=True,
+            )
+    if run.closed_form is not None and (path := calibrations.moments_path(run, train)) in missing:
+        began = time.monotonic()
+        moments = gather_on_cluster(run, train, gpus)
+        moments.save(path)
+        print(
+            f"closed form: {moments.count:,} tokens in {time.monotonic() - began:.0f} s, {path}",
+            flush=True,
+        )
+
+
+def prepared(run: RunConfig, train: Place) -> LatentWire:
+    """Return a fresh wire of a run in this process, with its prefixes."""
+    use_threads(run.training.cpus_per_worker)
+    wire = LatentWire(run)
+    begin.begin_prefixes(wire, train)
+    return wire
+
+
+def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
+    """Rank one receiver's heads, and return the JSON of the scores."""
+    alone = run.model_copy(
+        update={"receivers": tuple(one for one in run.receivers if one.name == receiver)}
+    )
+    wire = prepared(alone, train)
+    builder = wire.builders[receiver]
+    texts = first_texts(train, 0, run.adapter.ranking_texts, [f"{receiver}_context_ids"])
+    scores = ranking.rank(
+        wire.local_receiver(receiver),
+        builder,
+        texts[f"{receiver}_context_ids"].to_pylist(),
+        lambda recitals: wire.reading(receiver, recitals, None),
+        builder.prefix,
+    )
+    return scores.to_json()
+
+
+def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
+    """Share the pass over texts out over the cluster, and add its sums up in order."""
+    import ray
+
+    cluster = ray.cluster_resources()
+    room = cluster.get("GPU", 0.0) / gpus if gpus else cluster["CPU"] / run.training.cpus_per_worker
+    parts = max(1, int(room))
+    training = run.training
+    task = ray.remote(
+        num_cpus=training.cpus_per_worker, num_gpus=gpus, resources=training.worker_resources
+    )(gather_part)
+    tasks = [task.remote(run, train, part, parts) for part in range(parts)]
+    total: Moments | None = None
+    for reference in tasks:
+        moments = ray.get(reference)
+        if total is None:
+            total = moments
+        else:
+            total.merge(moments)
+    assert total is not None
+    return total
+
+
+def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
+    """Return the sums over every ``parts``-th text, from number ``part`` on."""
+    config = run.closed_form
+    assert config is not None
+    wire = prepared(run, train)
+    for name in wire.receivers:
+        begin.choose_heads(wire, name, train)
+    moments = gather.empty_moments(wire)
+    pieces = [f"{name}_{piece}_ids" for name in wire.receivers for piece in ("question", "answer")]
+    columns = ["context", "encoder_ids", *(f"{name}_context_ids" for name in wire.receivers)]
+    tokens = first_texts(train, 0, config.texts, columns, part, parts)
+    gather.add_tokens(moments, wire, tokens)
+    asked = [*columns, *pieces]
+    gradients = first_texts(train, config.texts, config.gradient_texts, asked, part, parts)
+    gather.add_gradients(moments, wire, gradients)
+    return moments
+
+
+def first_texts(
+    train: Place, start: int, count: int, columns: list[str], part: int = 0, parts: int = 1
+) -> pa.Table:
+    """Return rows of training texts, each text with all its rows.
+
+    Args:
+        train: the shards.
+        start: texts that are left out before them; where there are no more, it begins again.
+        count: texts.
+        columns: the columns to be read.
+        part: which of some parts of these texts.
+        parts: how many parts there are.
+    """
+    table = shards.read_table(train, list(dict.fromkeys(["context", *columns])))
+    numbers, first = once([[text] for text in table["context"].to_pylist()])
+    chosen = {(start + place) % len(first) for place in range(part, min(count, len(first)), parts)}
+    rows = [row for row, number in enumerate(numbers) if number in chosen]
+    return table.take(pa.array(rows, pa.int64())).select(columns)

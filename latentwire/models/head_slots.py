@@ -1,0 +1,386 @@
+"""Keys and values in some of a receiver's heads alone, where a message stands in its prompt.
+
+A slot of a soft prompt stands in every head of every layer. Here a message's tokens have a key and a
+value in a few key-value heads (those that fetch from a context), at the positions that the text
+would take, and stand nowhere else: no position of the receiver's sequence is spent on them. Heads
+that are not chosen see nothing of them. Chosen heads and others are two calls of attention, layers
+without a chosen head are left as they are, so nothing is computed to be masked.
+
+Keys are kept before rotary positions and are turned by the receiver's own table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from latentwire.models.weights import ReceiverError
+from latentwire.prompts.batch import Batch
+
+IMPLEMENTATION = "latentwire_heads"
+"""Name of this attention among transformers' own."""
+
+Heads = tuple[tuple[int, int], ...]
+"""Chosen key-value heads: (layer, head), sorted."""
+
+
+@dataclass(frozen=True)
+class HeadEntries:
+    """Keys and values of R rows, up to T tokens each, in the chosen heads of a receiver."""
+
+    heads: Heads
+    key_RJTD: torch.Tensor
+    """Keys at their rotary positions; J counts the chosen heads."""
+    value_RJTD: torch.Tensor
+    keep_RT: torch.Tensor
+    """True at a row's own tokens."""
+    end_R: torch.Tensor
+    """The first position after each row's tokens: from there on they are seen."""
+
+    @property
+    def longest(self) -> int:
+        """T, the most tokens of a row."""
+        return self.keep_RT.shape[1]
+
+    def rows(self, past_R: torch.Tensor) -> HeadEntries:
+        """Return those of the given rows, with their gradient."""
+        return replace(
+            self,
+            key_RJTD=self.key_RJTD.index_select(0, past_R),
+            value_RJTD=self.value_RJTD.index_select(0, past_R),
+            keep_RT=self.keep_RT[past_R],
+            end_R=self.end_R[past_R],
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all of it as tensors by name, for a file."""
+        return {
+            "heads.places": torch.tensor(self.heads),
+            "heads.keys": self.key_RJTD,
+            "heads.values": self.value_RJTD,
+            "heads.keep": self.keep_RT,
+            "heads.end": self.end_R,
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> HeadEntries | None:
+        """Return what :meth:`tensors` gave, out of a file's tensors; ``None`` where it has none."""
+        if "heads.places" not in tensors:
+            return None
+        heads = tuple((layer, head) for layer, head in tensors["heads.places"].tolist())
+        names = ("keys", "values", "keep", "end")
+        return cls(heads, *(tensors[f"heads.{name}"] for name in names))
+
+    def to(self, device: torch.device) -> HeadEntries:
+        """Copy to a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def of_layers(self) -> dict[int, LayerEntries]:
+        """Return layer → what its attention needs; layers without a chosen head have nothing."""
+        layers: dict[int, list[int]] = {}
+        for place, (layer, _) in enumerate(self.heads):
+            layers.setdefault(layer, []).append(place)
+        return {
+            layer: LayerEntries(
+                heads=tuple(self.heads[place][1] for place in places),
+                key_RHTD=self.key_RJTD[:, places[0] : places[-1] + 1],
+                value_RHTD=self.value_RJTD[:, places[0] : places[-1] + 1],
+                keep_RT=self.keep_RT,
+                end_R=self.end_R,
+            )
+            for layer, places in layers.items()
+        }
+
+
+@dataclass(frozen=True)
+class LayerEntries:
+    """Those of one layer, in its chosen heads."""
+
+    heads: tuple[int, ...]
+    key_RHTD: torch.Tensor
+    value_RHTD: torch.Tensor
+    keep_RT: torch.Tensor
+    end_R: torch.Tensor
+
+
+def shape_of(lm: nn.Module) -> tuple[int, int, int]:
+    """Return layers, key-value heads of a layer, and the width of a head.
+
+    ``lm`` may be on the meta device. Layers that see a window of the text are fine. Raises
+    :class:`~latentwire.models.weights.ReceiverError` for a receiver to whose heads one cannot hand
+    keys and values alike.
+    """
+    config: Any = lm.config
+    text_config = config.get_text_config()
+    base: Any = lm.base_model
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(base, "layers", ())]
+    shapes = {_shape(attention, text_config) for attention in attentions}
+    reason = _unlike_others(text_config, attentions)
+    if not reason and (len(shapes) != 1 or None in shapes):
+        known = sorted(f"{heads} × {width}" for heads, width in filter(None, shapes))
+        if len(known) > 1:
+            reason = f"layers of {' and '.join(known)} (heads × width)"
+        else:
+            reason = "no self_attn with projections to keys and values of one width in every layer"
+    if reason:
+        raise ReceiverError(
+            f"retrieval heads need keys and values of every position, alike in every layer, "
+            f"{type(lm).__name__} has {reason}; name another receiver"
+        )
+    ((heads, width),) = filter(None, shapes)
+    return len(attentions), heads, width
+
+
+def _unlike_others(text_config: Any, attentions: Sequence[Any]) -> str:
+    """Return what a receiver has that attention over handed keys and values has not, or nothing."""
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    other = sorted(kinds - {"full_attention", "sliding_attention"})
+    if other:
+        return f"layers of {', '.join(other)}"
+    if getattr(text_config, "num_kv_shared_layers", 0):
+        return "layers that share one cache"
+    capped = [getattr(attention, "attn_logit_softcapping", None) for attention in attentions]
+    cap = getattr(text_config, "attn_logit_softcapping", None)
+    if cap is not None or any(value is not None for value in capped):
+        return "attention logits that are capped (attn_logit_softcapping)"
+    return ""
+
+
+def _shape(attention: Any, text_config: Any) -> tuple[int, int] | None:
+    """Return a layer's key-value heads and their width; ``None`` where it has none of one width."""
+    width = getattr(attention, "head_dim", None)
+    groups = getattr(attention, "num_key_value_groups", None)
+    if not width or not groups:
+        return None
+    key, value = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
+    if key is not None and value is not None:
+        entries = key.out_features
+        return (entries // width, width) if value.out_features == entries else None
+    if hasattr(attention, "qkv_proj"):
+        return text_config.num_attention_heads // groups, width
+    return None
+
+
+# ------------------------------------------------------------------------------- rotary positions
+
+
+def rotated(
+    lm: nn.Module, layer: int, key_RHTD: torch.Tensor, position_RT: torch.Tensor, back: bool = False
+) -> torch.Tensor:
+    """Turn one layer's keys by the rotary table of their positions, or ``back`` from them."""
+    cos_RTE, sin_RTE = _table(lm, layer, position_RT)
+    cos_R1TE, sin_R1TE = cos_RTE[:, None], sin_RTE[:, None]
+    turned = cos_R1TE.shape[-1]  # some receivers turn the first entries alone
+    x, rest = key_RHTD.float().split((turned, key_RHTD.shape[-1] - turned), -1)
+    first, second = x.chunk(2, -1)
+    half = torch.cat((-second, first), -1)
+    if back:
+        # The table's length: some receivers scale it, and turning back must undo that too.
+        length_R1TE = cos_R1TE.square() + sin_R1TE.square()
+        x = (x * cos_R1TE - half * sin_R1TE) / length_R1TE
+    else:
+        x = x * cos_R1TE + half * sin_R1TE
+    return torch.cat((x, rest), -1)
+
+
+def _table(
+    lm: nn.Module, layer: int, position_RT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines ``[R, T, E]`` of a layer, in fp32."""
+    base: Any = lm.base_model
+    rotary = base.rotary_emb
+    options: dict[str, Any] = {}
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        options["layer_type"] = base.config.get_text_config().layer_types[layer]
+    like = torch.zeros(1, device=position_RT.device)
+    cos_RTE, sin_RTE = rotary(like, position_ids=position_RT, **options)
+    return cos_RTE.float(), sin_RTE.float()
+
+
+def check_rotary(lm: nn.Module, name: str) -> None:
+    """Raise :class:`ReceiverError` for a receiver whose keys are not turned as :func:`rotated` does.
+
+    The same tokens at two places in a row, read by the first layer: their keys must be equal once
+    turned back.
+    """
+    reason = "no base_model.rotary_emb"
+    base: Any = lm.base_model
+    if hasattr(base, "rotary_emb"):
+        device = next(lm.parameters()).device
+        ids_BS = torch.arange(1, 9, device=device).repeat(2)[None]
+        with torch.no_grad():
+            cache = base(input_ids=ids_BS, use_cache=True).past_key_values
+        position_RT = torch.arange(16, device=device)[None]
+        key_RHTD = rotated(lm, 0, cache.layers[0].keys, position_RT, back=True)
+        first, second = key_RHTD.chunk(2, 2)
+        again = rotated(lm, 0, key_RHTD, position_RT)
+        tolerance = 2e-2 * float(key_RHTD.abs().max())
+        alike = torch.allclose(first, second, atol=tolerance) and torch.allclose(
+            again, cache.layers[0].keys.float(), atol=tolerance
+        )
+        if alike:
+            return
+        reason = "keys that are turned in another way"
+    raise ReceiverError(
+        f"adapter.kind heads needs a receiver with rotary positions of halves side by side, receiver {name} "
+        f"({type(lm).__name__}) has {reason}; choose adapter.kind mlp"
+    )
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def entries_of(
+    lm: nn.Module, heads: Heads, kv_NE: torch.Tensor, batch: Batch, dtype: torch.dtype
+) -> HeadEntries:
+    """Lay a message's keys and values out by rows and heads, at the positions of its slots.
+
+    Args:
+        lm: the receiver.
+        heads: J chosen heads.
+        kv_NE: for each slot of the batch, row by row, J times a key (before rotary positions) and a
+            value.
+        batch: the sequences in which the slots stand.
+        dtype: the receiver's.
+    """
+    count_R = batch.latents_BS.sum(1).to(kv_NE.device)
+    place_T = torch.arange(max(1, int(count_R.max())), device=kv_NE.device)
+    keep_RT = place_T < count_R[:, None]
+    kv_RTE = kv_NE.new_zeros(*keep_RT.shape, kv_NE.shape[1])
+    kv_RTE = kv_RTE.masked_scatter(keep_RT[..., None], kv_NE)
+    # [R, T, J · 2 · D] → keys and values [R, J, T, D].
+    key_RJTD, value_RJTD = (
+        part.squeeze(3).transpose(1, 2)
+        for part in kv_RTE.unflatten(2, (len(heads), 2, -1)).split(1, 3)
+    )
+    position_BS = batch.positions().to(kv_NE.device)
+    start_R = position_BS.gather(1, batch.latents_BS.to(kv_NE.device).long().argmax(1)[:, None])
+    start_R = start_R.squeeze(1)
+    position_RT = start_R[:, None] + place_T
+    turned = torch.cat(
+        [
+            rotated(lm, layer, key_RJTD[:, place : place + 1], position_RT)
+            for place, (layer, _) in enumerate(heads)
+        ],
+        1,
+    )
+    return HeadEntries(heads, turned.to(dtype), value_RJTD.to(dtype), keep_RT, start_R + count_R)
+
+
+@contextmanager
+def seen(lm: nn.Module, entries: HeadEntries | None) -> Iterator[None]:
+    """Let a receiver's chosen heads see these entries, from the positions after them on.
+
+    ``entries``: a row for each sequence that is read meanwhile; ``None``: nothing is changed.
+    """
+    if entries is None:
+        yield
+        return
+    _register()
+    model: Any = lm
+    before = model.config._attn_implementation
+    layers = {layer: model.base_model.layers[layer].self_attn for layer, _ in entries.heads}
+    of_layers = entries.of_layers()
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        for layer, attention in layers.items():
+            attention.head_entries = of_layers[layer]
+        yield
+    finally:
+        for attention in layers.values():
+            del attention.head_entries
+        model.set_attn_implementation(before)
+
+
+def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute one layer's attention, whose chosen heads see its entries besides.
+
+    Takes and returns what transformers' functions do: queries, keys and values ``[R, heads, N,
+    D]``, and a sum over values ``[R, N, heads, D]``.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    entries: LayerEntries | None = getattr(module, "head_entries", None)
+    if entries is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    position_RN = options.get("position_ids")
+    if position_RN is None:
+        raise ReceiverError(
+            f"adapter.kind heads needs a receiver whose attention is told positions, {type(module).__name__} is not; "
+            f"choose adapter.kind mlp"
+        )
+    groups, heads = query.shape[1] // key.shape[1], key.shape[1]
+    seeing = torch.tensor(entries.heads, device=query.device)
+    mask_R1NS = _mask(attention_mask, query, key)
+    sees_RNT = entries.keep_RT[:, None] & (position_RN >= entries.end_R[:, None])[..., None]
+    # Entries first, then what every head sees.
+    wide_R1NS = torch.cat((sees_RNT[:, None], mask_R1NS.expand(len(sees_RNT), -1, -1, -1)), -1)
+    query_RHGND = query.unflatten(1, (heads, groups))
+    seen_RAND = F.scaled_dot_product_attention(
+        query_RHGND[:, seeing].flatten(1, 2),
+        torch.cat((entries.key_RHTD, key[:, seeing]), 2).repeat_interleave(groups, 1),
+        torch.cat((entries.value_RHTD, value[:, seeing]), 2).repeat_interleave(groups, 1),
+        attn_mask=wide_R1NS,
+        scale=options.get("scaling"),
+    )
+    order = list(entries.heads)
+    outputs = [seen_RAND]
+    if others := [head for head in range(heads) if head not in order]:
+        rest = torch.tensor(others, device=query.device)
+        other_RNAD, _ = sdpa_attention_forward(
+            module,
+            query_RHGND[:, rest].flatten(1, 2),
+            key[:, rest],
+            value[:, rest],
+            attention_mask,
+            **options,
+        )
+        outputs.append(other_RNAD.transpose(1, 2))
+        order += others
+    # Back into the order of the heads.
+    place_H = torch.tensor(order, device=query.device).argsort()
+    output_RHGND = torch.cat(outputs, 1).unflatten(1, (heads, groups))[:, place_H]
+    return output_RHGND.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """Return a mask ``[R or 1, 1, N, S]`` that is True where a query sees a key.
+
+    transformers leaves it out where causality says it all.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        whole = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        return whole.tril(keys - queries)[None, None]
+    mask = attention_mask[..., :keys]
+    return mask if mask.dtype == torch.bool else mask == 0

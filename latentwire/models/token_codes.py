@@ -1,0 +1,77 @@
+"""Latents that are codes of single tokens, side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from latentwire.config import EncoderConfig
+from latentwire.models.attention import Block, rotary_of
+
+PLACE_SCALE = 0.02
+"""Size at which the vectors of the places in a latent begin."""
+
+
+class TokenCodes(nn.Module):
+    """Token states → latents of R tokens each: K = Z/R numbers a token, side by side.
+
+    A token's code is a linear map of its state, plus what blocks of attention over all tokens add;
+    a square map then mixes the codes of one latent. Blocks and mixing add nothing at first, so that
+    the linear map can be filled in closed form. The parts of tokens that are not there are exactly
+    zero, by which a receiver knows.
+    """
+
+    def __init__(self, width: int, config: EncoderConfig) -> None:
+        """Build one for states of ``width`` M."""
+        super().__init__()
+        assert config.tokens_per_latent is not None, "EncoderConfig asks for it"
+        self.tokens, size = config.tokens_per_latent, config.d_z // config.tokens_per_latent
+        self.linear = nn.Linear(width, size)
+        self.mix = nn.Linear(config.d_z, config.d_z, bias=False)
+        nn.init.zeros_(self.mix.weight)
+        self.blocks = nn.ModuleList(
+            Block(config.code_width, config.heads) for _ in range(config.code_blocks)
+        )
+        self.head_width = config.code_width // config.heads
+        if config.code_blocks:
+            self.into = nn.Linear(width, config.code_width, bias=False)
+            places = torch.randn(self.tokens, config.code_width)
+            self.where_RC = nn.Parameter(PLACE_SCALE * places)
+            self.norm = nn.LayerNorm(config.code_width)
+            self.out = nn.Linear(config.code_width, size, bias=False)
+            nn.init.zeros_(self.out.weight)
+
+    def forward(self, x_BTM: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+        """Code ``[B, T, M]``, of which each row's first ``length_B`` are real, as ``[B, L, Z]``.
+
+        L = ⌈T/R⌉; a row's latents after its own ⌈length/R⌉ are zero.
+        """
+        keep_BT = torch.arange(x_BTM.shape[1], device=x_BTM.device) < length_B[:, None]
+        code_BTK = self.linear(x_BTM)
+        if self.blocks:
+            code_BTK = code_BTK + self._added(x_BTM, keep_BT)
+        # [B, T, K] → [B, L, R, K] → [B, L, R·K]
+        code_BLRK = self._parted(code_BTK.masked_fill(~keep_BT[..., None], 0))
+        z_BLZ = code_BLRK.flatten(2)
+        z_BLZ = z_BLZ + self.mix(z_BLZ)
+        # What is mixed reaches parts without a token, too.
+        gone_BLR1 = ~self._parted(keep_BT[..., None])
+        return z_BLZ.view_as(code_BLRK).masked_fill(gone_BLR1, 0).flatten(2)
+
+    def _added(self, x_BTM: torch.Tensor, keep_BT: torch.Tensor) -> torch.Tensor:
+        """Return what the blocks add to each token's code, ``[B, T, K]``."""
+        place_T = torch.arange(x_BTM.shape[1], device=x_BTM.device)
+        y_BTC = self.into(x_BTM) + self.where_RC[place_T % self.tokens]
+        rotary = rotary_of(len(place_T), self.head_width, x_BTM.device)
+        # A text without tokens reads one of padding.
+        seen_BT = keep_BT | (place_T == 0)
+        for block in self.blocks:
+            y_BTC = block(y_BTC, seen_BT, rotary)
+        return self.out(self.norm(y_BTC))
+
+    def _parted(self, x_BTK: torch.Tensor) -> torch.Tensor:
+        """Part tokens into latents, the last filled up with zeros: ``[B, L, R, K]``."""
+        return F.pad(x_BTK, (0, 0, 0, -x_BTK.shape[1] % self.tokens)).unflatten(
+            1, (-1, self.tokens)
+        )

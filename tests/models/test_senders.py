@@ -1,0 +1,296 @@
+"""Senders read a text as they were trained, and their states stand at the ruler's tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from latentwire.config import EncoderConfig, RunConfig
+from latentwire.config.resolve import ConfigError, with_values
+from latentwire.data.shards import shard_key
+from latentwire.models import weights
+from latentwire.models.encoders import (
+    InterlinguaEncoder,
+    MessageLengths,
+    encoder_tokenizers,
+    token_rows,
+)
+from latentwire.models.senders import (
+    EPS,
+    SEPARATOR,
+    SenderStates,
+    joined_row,
+    parted_row,
+    reads_at,
+    ruler_ids,
+)
+from latentwire.models.weights import ReceiverError
+from latentwire.planning.sharing import encoder_bytes, final_slots
+from latentwire.training.text_readers import _lengths
+from tests.models.test_encoders import RECEIVERS, TEXTS, sentence_encoder
+
+ONE: dict[str, Any] = {"kind": "senders", "senders": ("toy-qwen",)}
+TWO: dict[str, Any] = {"kind": "senders", "senders": ("receiver:llama", "toy-qwen")}
+ACCENTS = "Zoë ate 3 crêpes — “délicieux”, 日本語 she said. 🦜 Ada naïvely agreed."
+
+
+def states_of(values: dict[str, Any], **changed: Any) -> SenderStates:
+    return SenderStates(EncoderConfig(**values | changed), RECEIVERS, load_weights=True).eval()
+
+
+def rows_of(states: SenderStates, texts: list[str]) -> list[list[int]]:
+    return [row[0] for row in token_rows(states.tokenizers, texts, "none")]
+
+
+def read(states: SenderStates, texts: list[str]) -> torch.Tensor:
+    tensors, sizes = states.collate(rows_of(states, texts))
+    return states(**tensors, length_B=torch.tensor([len(size_S) for size_S in sizes]))
+
+
+def hidden(states: SenderStates, number: int, text: str) -> tuple[torch.Tensor, ...]:
+    """Return what the whole model says, by transformers' own way, of a text's own tokens."""
+    source = (RECEIVERS["llama"], RECEIVERS["qwen"])[number]
+    model = AutoModelForCausalLM.from_pretrained(weights.resolve(source)).eval()
+    sender: Any = states.senders[number]
+    ids = sender.tokenizer(text, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        told = model(torch.tensor([[*sender.prefix, *ids]]), output_hidden_states=True)
+    return tuple(x_BSD[0, len(sender.prefix) :] for x_BSD in told.hidden_states)
+
+
+def unit(x_SD: torch.Tensor) -> torch.Tensor:
+    return x_SD / (x_SD.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+@pytest.mark.parametrize("depths", [(0.0, 0.2, 0.4, 0.6, 0.8), (0.5,), (0.0,), (1.0, 0.25)])
+def test_states_are_those_of_the_whole_model_over_their_rms(depths: tuple[float, ...]) -> None:
+    states = states_of({"kind": "senders"}, senders=("receiver:llama",), depths=depths)
+    x_SM = read(states, [ACCENTS])[0]
+    layers = hidden(states, 0, ACCENTS)
+    assert len(layers) == 5
+    expected = [unit(layers[round(4 * depth)]) for depth in depths]
+    assert states.width == len(depths) * 128 == x_SM.shape[1]
+    torch.testing.assert_close(x_SM, torch.cat(expected, -1), atol=1e-5, rtol=1e-4)
+    # No layer above the deepest is there to be run.
+    assert len(states.senders[0].backbone.layers) == max(1, round(4 * max(depths)))
+
+
+def test_a_later_token_changes_nothing_before_it() -> None:
+    states = states_of(ONE)
+    one, other = read(states, ["Ada lives in Oslo now.", "Ada lives in Rome now."])
+    same = torch.isclose(one, other, atol=1e-5).all(-1)
+    ids = [states.tokenizer(t, add_special_tokens=False).input_ids for t in ("Ada lives in", "x")]
+    assert same[: len(ids[0])].all() and not same[len(ids[0]) :].any()
+
+
+def test_padding_changes_nothing_and_is_zero() -> None:
+    states = states_of(TWO)
+    texts = [*TEXTS, ACCENTS]
+    together = read(states, texts)
+    rows = rows_of(states, texts)
+    for row, text in enumerate(texts):
+        length, alone_SM = len(ruler_ids(rows[row])), read(states, [text])[0]
+        torch.testing.assert_close(together[row, :length], alone_SM[:length], atol=1e-5, rtol=1e-4)
+        assert not together[row, length:].any()
+        assert not length or together[row, :length].any(-1).all()
+    assert not read(states, [""]).any()
+
+
+def test_a_second_sender_is_read_where_the_rulers_token_ends_or_later() -> None:
+    states = states_of(TWO, depths=(0.5,))
+    rows = rows_of(states, [ACCENTS, TEXTS[0]])
+    tensors, sizes = states.collate(rows)
+    for row, text in enumerate((ACCENTS, TEXTS[0])):
+        # The ends of tokens, from their own bytes.
+        ends = []
+        for ids, tokenizer in zip(parted_row(rows[row]), states.tokenizers, strict=True):
+            sizes_S = [_size(tokenizer, token) for token in ids]
+            ends.append(torch.tensor(sizes_S).cumsum(0).tolist())
+            assert ends[-1][-1] == len(text.encode())
+        ruler, other = ends
+        expected = [next(i for i, end in enumerate(other) if end >= stop) for stop in ruler]
+        assert tensors["1_read_BS"][row, : len(ruler)].tolist() == expected
+        assert sizes[row].cumsum(0).tolist() == ruler
+    assert ruler != other, "the two tokenizers must cut a text differently"
+    x_SM = read(states, [ACCENTS])[0]
+    read_S = states.collate(rows[:1])[0]["1_read_BS"][0]
+    parts = unit(hidden(states, 0, ACCENTS)[2]), unit(hidden(states, 1, ACCENTS)[2])[read_S]
+    torch.testing.assert_close(x_SM, torch.cat(parts, -1), atol=1e-5, rtol=1e-4)
+
+
+def _size(tokenizer: Any, token: int) -> int:
+    """Return the bytes of a byte-level token: each is one character of its piece."""
+    return len(tokenizer.convert_ids_to_tokens(token))
+
+
+def test_reads_at_the_first_end_that_is_late_enough_or_the_last() -> None:
+    other_U = torch.tensor([2, 5, 6])
+    assert reads_at(torch.tensor([1, 2, 3, 5, 6, 9]), other_U).tolist() == [0, 0, 1, 1, 2, 2]
+    assert reads_at(torch.tensor([1]), torch.tensor([], dtype=torch.long)).tolist() == [0]
+
+
+def test_a_long_text_is_read_in_windows() -> None:
+    states = states_of(TWO, depths=(0.0, 1.0))
+    text = " ".join(TEXTS)
+    whole_SM = read(states, [text])[0]
+    for sender in states.senders:
+        sender.window = 7
+    tensors, _ = states.collate(rows_of(states, [text]))
+    assert tensors["0_ids_WT"].shape[0] > 1 < tensors["1_ids_WT"].shape[0]
+    cut_SM = read(states, [text])[0]
+    assert cut_SM.shape == whole_SM.shape
+    # The embeddings are the same; what was read before them is not.
+    for start in (0, 256):
+        torch.testing.assert_close(cut_SM[:, start : start + 112], whole_SM[:, start : start + 112])
+    assert not torch.allclose(cut_SM[8:], whole_SM[8:], atol=1e-3)
+
+
+def test_rows_hold_every_senders_ids_and_count_the_rulers_alone() -> None:
+    config = EncoderConfig(**TWO, pooling="spans", tokens_per_latent=3, split="lines")
+    encoder = InterlinguaEncoder(config, RECEIVERS)
+    texts = ["Ada lives in Oslo.\nBen bakes.", "", ACCENTS]
+    rows = encoder.token_ids(texts)
+    assert [len(row) for row in rows] == [2, 1, 1]
+    llama, qwen = (
+        t(ACCENTS, add_special_tokens=False).input_ids for t in encoder.states.tokenizers
+    )
+    assert rows[2] == [[*llama, SEPARATOR, *qwen]] and rows[1] == [[SEPARATOR]]
+    assert len(llama) != len(qwen)
+    assert parted_row(rows[2][0]) == [llama, qwen] and ruler_ids(rows[2][0]) == llama
+    assert joined_row([llama]) == llama and parted_row([]) == [[]]
+    tokens = encoder.tokens_of(rows)
+    names = [receiver.name for receiver in RECEIVERS.values()]
+    tokenizers = encoder_tokenizers(config, list(RECEIVERS.values()))
+    lengths = MessageLengths(config, names, tokenizers)
+    assert lengths.token_ids(texts) == rows
+    for counted in (lengths.tokens_of(rows), lengths.tokens_of(_from_arrow(rows))):
+        assert torch.equal(counted.length_B, tokens.length_B)
+        assert lengths.slots(counted, "llama") == encoder.slots(tokens, "llama")
+    assert tokens.length_B[-1] == len(llama) and tokens.parts == (2, 1, 1)
+    ends = [encoder.states.sentence_ends(line) for row in rows for line in row]
+    assert [len(end) for end in ends] == tokens.length_B.tolist()
+
+
+def _from_arrow(rows: list[list[list[int]]]) -> list[list[list[int]]]:
+    """Return rows as shards keep them."""
+    return pa.array(rows, pa.list_(pa.list_(pa.int32()))).to_pylist()
+
+
+def test_without_names_all_receivers_send_in_their_own_type() -> None:
+    half = {
+        name: receiver.model_copy(update={"dtype": "bfloat16"})
+        for name, receiver in RECEIVERS.items()
+    }
+    states = SenderStates(EncoderConfig(kind="senders"), half, load_weights=True)
+    assert [type(sender.backbone).__name__ for sender in states.senders] == [
+        "LlamaModel",
+        "Qwen2Model",
+    ]
+    assert {p.dtype for p in states.parameters()} == {torch.bfloat16}
+    x_BSM = read(states, TEXTS[:1])
+    assert x_BSM.dtype == torch.float32
+    named = states_of({"kind": "senders"}, senders=("toy-llama", "toy-qwen"))
+    torch.testing.assert_close(x_BSM, read(named, TEXTS[:1]), atol=0.1, rtol=0.1)
+    assert F.cosine_similarity(x_BSM, read(named, TEXTS[:1]), dim=-1).min() > 0.999
+
+
+def test_senders_keep_their_type_where_trained_parts_are_autocast() -> None:
+    states = states_of(TWO)
+    with torch.autocast("cpu", torch.bfloat16):
+        x_BSM = read(states, TEXTS)
+    assert x_BSM.dtype == torch.float32 and torch.equal(x_BSM, read(states, TEXTS))
+
+
+def test_nothing_of_the_senders_is_trained_or_saved() -> None:
+    values: dict[str, Any] = {"pooling": "spans", "tokens_per_latent": 2, "d_z": 8}
+    encoder = InterlinguaEncoder(EncoderConfig(**TWO | values), RECEIVERS).train()
+    assert not any(module.training for module in encoder.states.senders.modules())
+    frozen = encoder.frozen_parameters()
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert frozen == {f"states.{name}" for name, _ in encoder.states.named_parameters()}
+    assert trained == {"norm.weight", "norm.bias", "project.weight", "project.bias"}
+    encoder(encoder.tokenize(TEXTS)).z_BLZ.square().sum().backward()
+    assert {n for n, p in encoder.named_parameters() if p.grad is not None} == trained
+    saved = set(encoder.state_dict()) - frozen
+    assert saved == trained
+    fingerprint = encoder.backbone_fingerprint()
+    again = InterlinguaEncoder(EncoderConfig(**TWO | values), RECEIVERS)
+    assert fingerprint == again.backbone_fingerprint()
+    with torch.no_grad():
+        again.states.senders[1].backbone.embed_tokens.weight[0, 0] += 1
+    assert fingerprint != again.backbone_fingerprint()
+
+
+def test_shards_are_named_by_the_tokenizers_of_all_senders() -> None:
+    run = RunConfig()
+    lm = with_values(run, {"encoder.kind": "lm", "encoder.model": "toy-llama"})
+
+    def key(*senders: str) -> str:
+        chosen = {"encoder.kind": "senders", "encoder.senders": senders}
+        return shard_key(with_values(run, chosen), "train")[0]
+
+    assert key("toy-llama") == key("receiver:llama") == shard_key(lm, "train")[0]
+    assert key("toy-llama", "toy-qwen") == key() != key("toy-llama")
+    assert key("toy-qwen", "toy-llama") != key()
+
+
+def test_a_text_reader_counts_by_the_senders_of_its_wire() -> None:
+    from latentwire.evaluation.conditions import Condition
+
+    senders = {"encoder.kind": "senders", "encoder.senders": ("receiver:qwen", "toy-phi")}
+    length = {"encoder.pooling": "spans", "encoder.tokens_per_latent": 2}
+    run = with_values(RunConfig(), senders | length)
+    lengths = _lengths(run, Condition("truncated"))
+    assert lengths.senders == ("toy-qwen", "toy-phi")
+    everyone = _lengths(with_values(run, {"encoder.senders": ()}), Condition("truncated"))
+    assert everyone.senders == ("toy-llama", "toy-qwen")
+
+
+def test_planners_know_what_senders_take() -> None:
+    run = with_values(RunConfig(), {"encoder.kind": "senders", "encoder.tokens_per_latent": 4})
+    codes = with_values(run, {"encoder.pooling": "tokens", "adapter.kind": "heads"})
+    assert final_slots(codes) > 3 * final_slots(run)
+    assert encoder_bytes(codes) > encoder_bytes(run) > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "toy-llama"}, "model and model_layers must be null, got toy-llama and None"),
+        ({"model_layers": 2}, "model and model_layers must be null, got None and 2"),
+        ({"depths": (0.5, 1.5)}, r"depths must lie in \[0, 1\], got 1.5"),
+        ({"depths": ()}, "at least 1 item"),
+        ({"kind": "byte", "senders": ("toy-qwen",)}, "senders need kind senders, got byte"),
+        ({"attention": "causal"}, "attention causal needs kind lm, got senders"),
+        ({"pooling": "memory"}, "pooling memory needs kind lm"),
+    ],
+)
+def test_bad_senders_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EncoderConfig(**{"kind": "senders"} | values)
+
+
+def test_senders_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="among llama, qwen, got receiver:gpt"):
+        with_values(
+            RunConfig(), {"encoder.kind": "senders", "encoder.senders": ("receiver:gpt", "toy-phi")}
+        )
+    with pytest.raises(ReceiverError, match="model must be a Hub id or an existing directory"):
+        states_of(ONE, senders=("./nowhere",))
+    folder = sentence_encoder(tmp_path / "bert")
+    with pytest.raises(ReceiverError, match=r"causal LMs with a list of layers.*BertModel without"):
+        states_of(ONE, senders=(folder,))
+
+
+def test_shapes_alone_need_no_weights() -> None:
+    with torch.device("meta"):
+        encoder = InterlinguaEncoder(
+            EncoderConfig(**TWO, pooling="spans"), RECEIVERS, load_weights=False
+        )
+    assert encoder.states.width == 5 * (128 + 112)
+    assert not any(p.requires_grad for p in encoder.states.parameters())
