@@ -10,6 +10,7 @@ from latentwire import exports
 from latentwire.closed_form.moments import Moments
 from latentwire.closed_form.ranking import HeadScores, choose
 from latentwire.closed_form.regression import Start, solve
+from latentwire.config import RunConfig
 from latentwire.data import calibrations
 from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
@@ -25,7 +26,7 @@ def begin(wire: LatentWire, train: Place) -> None:
         wire: a wire, as it was drawn.
         train: its training shards, beside which the calibration lies.
     """
-    begin_prefixes(wire, train)
+    begin_prefixes(wire, wire.run, train)
     if wire.run.adapter.kind != "heads":
         return
     for name in wire.receivers:
@@ -34,10 +35,17 @@ def begin(wire: LatentWire, train: Place) -> None:
         fill(wire, solved(wire, train))
 
 
-def begin_prefixes(wire: LatentWire, train: Place) -> None:
-    """Begin the prefixes as those of the tuned text readers, where the run says so."""
-    for name, path in calibrations.readers(wire.run, train).items():
-        with local(path) as folder:
+def begin_prefixes(wire: LatentWire, run: RunConfig, train: Place) -> None:
+    """Begin the prefixes as those of the tuned text readers, where the run says so.
+
+    Args:
+        wire: holds all receivers of the run, or some.
+        run: the run.
+        train: its training shards.
+    """
+    places = calibrations.readers(run, train)
+    for name in places.keys() & wire.receivers.keys():
+        with local(places[name]) as folder:
             file = folder / f"prefixes/{name}.safetensors"
             exports.fill(file, wire.interlingua.prefixes[name])
 

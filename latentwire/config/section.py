@@ -35,6 +35,7 @@ def knob(
     smaller_costs_more: bool = False,
     steps: Literal["more", "fewer"] | None = None,
     changes_receivers: bool = False,
+    calibrates: bool = False,
     **bounds: Any,
 ) -> Any:
     """Define a knob with what hangs on it; :func:`latentwire.config.knobs.paths_with` lists knobs by these properties.
@@ -51,6 +52,8 @@ def knob(
         smaller_costs_more: a run with the smallest value needs most memory; otherwise the largest.
         steps: a larger value makes for ``more`` or ``fewer`` optimiser steps.
         changes_receivers: trials that differ in it cannot share receivers.
+        calibrates: the calibration of retrieval heads hangs on it, each value of it by files of its
+            own. A search varies it by choices alone.
         bounds: as for :func:`pydantic.Field`.
     """
     properties: dict[str, Any] = {
@@ -61,6 +64,7 @@ def knob(
         "smaller_costs_more": smaller_costs_more,
         "steps": steps,
         "changes_receivers": changes_receivers,
+        "calibrates": calibrates,
     }
     return Field(
         *default,

@@ -96,17 +96,18 @@ class PromptConfig(Section):
 class PrefixConfig(Section):
     """Constant vectors before the message or text, trained for each receiver (arXiv 2104.08691)."""
 
-    tokens: int = Field(16, ge=1, le=1024)
+    tokens: int = knob(16, ge=1, le=1024, calibrates=True)
     """Vectors, each one position of the prompt."""
-    layers: bool = False
+    layers: bool = knob(False, calibrates=True)
     """Add trained vectors to their keys and values in every layer too (arXiv 2110.07602). Needs the receivers' weights in
     the process that trains."""
-    text: str = Field(
+    text: str = knob(
         "Answer each question with a short span copied from the passage. Be brief and exact.\n",
         min_length=1,
+        calibrates=True,
     )
     """The vectors begin as the embeddings of its tokens, repeated or cut to ``tokens``."""
-    begin: Literal["text", "reader"] = "text"
+    begin: Literal["text", "reader"] = knob("text", calibrates=True)
     """What they begin as. ``reader``: the prefix of the receiver's tuned text reader, which is trained first
     (``evaluation.tuned_text``, with the same ``tokens`` and ``layers``)."""
 
@@ -117,9 +118,9 @@ class ClosedFormConfig(Section):
     Encoder and adapters begin as the linear maps that lose least of what the answers hang on (docs/guides/heads.md).
     """
 
-    texts: int = Field(480, ge=1)
+    texts: int = knob(480, ge=1, calibrates=True)
     """Training texts whose states, keys and values are regressed."""
-    gradient_texts: int = Field(120, ge=1)
+    gradient_texts: int = knob(120, ge=1, calibrates=True)
     """Further texts whose answers' gradients by those keys and values make the metric."""
     metric: Literal["gradients", "plain"] = "gradients"
     """``plain``: every key and value counts alike."""
@@ -155,8 +156,11 @@ class EncoderConfig(Section):
     """LMs of kind ``senders``, whose states stand side by side: Hub ids, local directories, embedded toys, or
     ``receiver:<name>`` for that receiver's weights in its type. Empty: all receivers' models, in order. The first is the
     *ruler*: there is a state for each of its tokens, and the others' states are read at the ends of those."""
-    depths: tuple[float, ...] = Field((0.0, 0.2, 0.4, 0.6, 0.8), min_length=1)
+    depths: tuple[float, ...] = knob((0.0, 0.2, 0.4, 0.6, 0.8), min_length=1, calibrates=True)
     """Depths of the senders' states as shares of their layers; 0 is the embeddings. Layers above the deepest are not run."""
+    lead: str = knob("Passage:\n", calibrates=True)
+    """What ``senders`` read before the text: the first token of all has states like no other's, so it should be none of the
+    text's. Empty: nothing."""
     model_layers: int | None = Field(None, ge=1)
     """Keep the backbone's first layers only. ``None``: all."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
@@ -168,7 +172,9 @@ class EncoderConfig(Section):
     """Rank of those updates."""
     latent_len: int = Field(16, ge=1, le=4096)
     """Latent vectors in one message, unless ``tokens_per_latent`` says otherwise."""
-    tokens_per_latent: int | None = knob(None, ge=1, le=1024, smaller_costs_more=True)
+    tokens_per_latent: int | None = knob(
+        None, ge=1, le=1024, smaller_costs_more=True, calibrates=True
+    )
     """The message grows with the text: one latent for so many encoder tokens (``byte``: patches)."""
     pooling: Literal["queries", "spans", "memory", "memory_kv", "tokens"] = "queries"
     """Token states to latents. ``queries``: by ``latent_len`` learned queries, interpolated where a message has another length;
@@ -326,10 +332,10 @@ class AdapterConfig(Section):
     receiver's width; ``keys_values``: a slot has no vector, its keys and values in all layers are those of its latent (arXiv
     2408.03094), which needs ``encoder.pooling: memory_kv``; ``heads``: a latent becomes a key and a value for each of its
     tokens in the few heads that fetch from a context (docs/guides/heads.md), which needs ``encoder.pooling: tokens``."""
-    cache_share: float | None = Field(None, gt=0, le=1)
+    cache_share: float | None = knob(None, gt=0, le=1, calibrates=True)
     """Share of a receiver's key-value heads that ``heads`` fills, and so of the cache that the text would take. ``None``: 1 ÷
     ``encoder.tokens_per_latent``."""
-    ranking_texts: int = Field(96, ge=1, le=100_000)
+    ranking_texts: int = knob(96, ge=1, le=100_000, calibrates=True)
     """Training texts that each receiver recites to rank its heads."""
     unfold_blocks: int = Field(2, ge=0, le=64)
     """Attention blocks over a message's tokens in ``heads``, beside its linear map; what they add begins at zero."""

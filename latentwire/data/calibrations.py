@@ -45,7 +45,7 @@ def moments_path(run: RunConfig, train: Place) -> Place:
         "cache_share": run.adapter.cache_share,
         "tokens_per_latent": run.encoder.tokens_per_latent,
         "senders": [_weights(sender) for sender in sender_sources(run.encoder, named)],
-        "depths": run.encoder.depths,
+        "states": [run.encoder.depths, run.encoder.lead],
         "texts": [run.closed_form.texts, run.closed_form.gradient_texts],
     }
     return train.parent / f"moments-{_hash(spec)}.safetensors"

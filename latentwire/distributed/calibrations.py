@@ -14,6 +14,7 @@ import pyarrow as pa
 from latentwire.closed_form import begin, gather, ranking
 from latentwire.closed_form.moments import Moments
 from latentwire.config import RunConfig
+from latentwire.config.wire import LENT
 from latentwire.data import calibrations, shards
 from latentwire.data.batches import once
 from latentwire.distributed.remote import on_cluster
@@ -57,20 +58,24 @@ def ensure_calibrations(run: RunConfig, train: Place, gpus: float = 0.0) -> None
         )
 
 
-def prepared(run: RunConfig, train: Place) -> LatentWire:
-    """Return a fresh wire of a run in this process, with its prefixes."""
+def prepared(built: RunConfig, run: RunConfig, train: Place) -> LatentWire:
+    """Return a fresh wire in this process, with the prefixes that a run begins with.
+
+    ``built``: the run itself, or a part of it.
+    """
     use_threads(run.training.cpus_per_worker)
-    wire = LatentWire(run)
-    begin.begin_prefixes(wire, train)
+    wire = LatentWire(built)
+    begin.begin_prefixes(wire, run, train)
     return wire
 
 
 def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
     """Rank one receiver's heads, and return the JSON of the scores."""
-    alone = run.model_copy(
-        update={"receivers": tuple(one for one in run.receivers if one.name == receiver)}
-    )
-    wire = prepared(alone, train)
+    # Of the others' models none is needed here, nor of other senders'.
+    only = tuple(one for one in run.receivers if one.name == receiver)
+    encoder = run.encoder.model_copy(update={"senders": (f"{LENT}{receiver}",)})
+    alone = run.model_copy(update={"receivers": only, "encoder": encoder})
+    wire = prepared(alone, run, train)
     builder = wire.builders[receiver]
     texts = first_texts(train, 0, run.adapter.ranking_texts, [f"{receiver}_context_ids"])
     scores = ranking.rank(
@@ -110,7 +115,7 @@ def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
     """Return the sums over every ``parts``-th text, from number ``part`` on."""
     config = run.closed_form
     assert config is not None
-    wire = prepared(run, train)
+    wire = prepared(run, run, train)
     for name in wire.receivers:
         begin.choose_heads(wire, name, train)
     moments = gather.empty_moments(wire)

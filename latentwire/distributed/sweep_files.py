@@ -1,4 +1,4 @@
-"""Files that the trials of a sweep read: shards and teachers' columns, made once for all."""
+"""Files that the trials of a sweep read, made once for all: shards, teachers' columns, calibrations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, pipeline, shards, streams
 from latentwire.distributed import teachers
+from latentwire.distributed.calibrations import ensure_calibrations
 from latentwire.evaluation.protocol import protocol_hash
 from latentwire.planning.resolved import ResolvedSweep, resolve
+from latentwire.planning.variants import calibration_runs
 from latentwire.storage import Place
 from latentwire.training import checkpoints
 
@@ -49,7 +51,7 @@ class Files:
 
 
 def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[str, Files]:
-    """Make shards and teachers' columns of every data variant that the space can draw.
+    """Make shards, teachers' columns and calibrations of every data variant that the space can draw.
 
     Returns them by :func:`~latentwire.planning.variants.variant_key`. A few splits are made side by
     side: one small source is one task, which leaves the other cores idle. Raises
@@ -77,7 +79,10 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
     continued = any(run.losses.continuation_ce_weight for run in runs)
     files: dict[str, Files] = {}
     for variant in sweep.variants:
-        columns = teachers.ensure_teachers(variant.run, variant.shards["train"], gpus_per_worker)
+        train = variant.shards["train"]
+        columns = teachers.ensure_teachers(variant.run, train, gpus_per_worker)
+        for run in calibration_runs(sweep.space, variant.run):
+            ensure_calibrations(run, train, gpus_per_worker)
         # Of two bundles with the same shards, one may need a teacher.
         if variant.key not in files or columns:
             read = tuple(streams.training_columns(variant.run, continued=continued))

@@ -83,10 +83,12 @@ def sender_sources(
 class Sender(nn.Module):
     """One frozen causal LM that reads texts as it was trained, and whose states are taken."""
 
-    def __init__(self, source: ReceiverConfig, depths: Sequence[float], load_weights: bool) -> None:
+    def __init__(
+        self, source: ReceiverConfig, depths: Sequence[float], lead: str, load_weights: bool
+    ) -> None:
         """Load the LM's layers up to the deepest of ``depths``, shares of all its layers.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        ``lead``: what it reads before every text. Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
         """
         super().__init__()
         self.tokenizer = load_tokenizer(source)
@@ -108,6 +110,7 @@ class Sender(nn.Module):
         keep_layers(self.backbone, max(1, *self.depths), "encoder.depths")
         self.width: int = len(self.depths) * text_config.hidden_size
         self.prefix, _ = wrapping(self.tokenizer)
+        self.prefix = [*self.prefix, *self.tokenizer(lead, add_special_tokens=False).input_ids]
         self.window = int(text_config.max_position_embeddings) - len(self.prefix)
         self.token_bytes = token_bytes(self.tokenizer)
 
@@ -189,7 +192,7 @@ class SenderStates(TokenStates):
         """
         super().__init__()
         self.senders = nn.ModuleList(
-            Sender(source, config.depths, load_weights)
+            Sender(source, config.depths, config.lead, load_weights)
             for source in sender_sources(config, receivers)
         )
         self.width = sum(sender.width for sender in self._senders)

@@ -81,6 +81,39 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
     return [with_values(space.run, largest | values) for values in combinations]
 
 
+def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
+    """Return a configuration for each calibration of retrieval heads that trials can need.
+
+    Args:
+        space: the search.
+        run: one of :func:`data_variants`.
+
+    Raises:
+        ConfigError: a dimension on which a calibration hangs is not categorical.
+    """
+    if run.adapter.kind != "heads":
+        return []
+    combinations: list[dict[str, Any]] = [{}]
+    for path in search_order(space.search):
+        if path not in paths_with("calibrates"):
+            continue
+        dim = space.search[path]
+        if not isinstance(dim, CategoricalDimension):
+            raise ConfigError(
+                f"search.{path} must be categorical where adapter.kind is heads, got {dim.type}: each value needs a "
+                f"calibration of its own"
+            )
+        combinations = [
+            values | {path: choice} for values in combinations for choice in dim.choices
+        ]
+    runs = []
+    for values in combinations:
+        # The width of a latent does not matter here, but must fit its tokens.
+        tokens = values.get("encoder.tokens_per_latent", run.encoder.tokens_per_latent)
+        runs.append(with_values(run, values | {"encoder.d_z": tokens}))
+    return runs
+
+
 def variant_key(run: RunConfig) -> str:
     """Return a text that is the same for runs with the same shards and teachers' columns; loads no tokenizer.
 

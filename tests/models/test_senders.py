@@ -34,8 +34,12 @@ from latentwire.planning.sharing import encoder_bytes, final_slots
 from latentwire.training.text_readers import _lengths
 from tests.models.test_encoders import RECEIVERS, TEXTS, sentence_encoder
 
-ONE: dict[str, Any] = {"kind": "senders", "senders": ("toy-qwen",)}
-TWO: dict[str, Any] = {"kind": "senders", "senders": ("receiver:llama", "toy-qwen")}
+ONE: dict[str, Any] = {"kind": "senders", "senders": ("toy-qwen",), "lead": ""}
+TWO: dict[str, Any] = {
+    "kind": "senders",
+    "senders": ("receiver:llama", "toy-qwen"),
+    "lead": "",
+}
 ACCENTS = "Zoë ate 3 crêpes — “délicieux”, 日本語 she said. 🦜 Ada naïvely agreed."
 
 
@@ -294,3 +298,19 @@ def test_shapes_alone_need_no_weights() -> None:
         )
     assert encoder.states.width == 5 * (128 + 112)
     assert not any(p.requires_grad for p in encoder.states.parameters())
+
+
+def test_what_leads_a_text_is_read_and_not_sent() -> None:
+    plain, led = states_of(ONE), states_of(ONE, lead="Text: ")
+    sender: Any = led.senders[0]
+    lead_ids = sender.tokenizer("Text: ", add_special_tokens=False).input_ids
+    assert sender.prefix[-len(lead_ids) :] == lead_ids
+    text = TEXTS[0]
+    found = read(led, [text])
+    assert found.shape == read(plain, [text]).shape
+    assert not torch.allclose(found, read(plain, [text]), atol=1e-2)
+    joined = plain.senders[0]
+    own_ids = joined.tokenizer(text, add_special_tokens=False).input_ids
+    tensors, _ = plain.collate([[*lead_ids, *own_ids]])
+    whole = plain(**tensors, length_B=torch.tensor([len(lead_ids) + len(own_ids)]))
+    torch.testing.assert_close(found, whole[:, len(lead_ids) :], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,233 @@
+"""A wire in closed form is the text itself where nothing is lost, and the best of its size where something is."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from latentwire.closed_form import begin, gather, ranking
+from latentwire.closed_form.moments import Moments
+from latentwire.closed_form.regression import solve
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError, with_values
+from latentwire.data import calibrations
+from latentwire.evaluation.conditions import Condition
+from latentwire.evaluation.evaluator import predict
+from latentwire.exports import CheckpointError
+from latentwire.model import LatentWire
+from latentwire.models.senders import joined_row
+from tests.conftest import HEADS, choose_some_heads, shard_table, wire_of
+
+WHOLE: dict[str, Any] = HEADS | {
+    "encoder.tokens_per_latent": 1,
+    "encoder.d_z": 512,
+    "encoder.depths": [0.0, 0.25, 0.5, 0.75],  # what each of four layers reads
+    "encoder.code_blocks": 0,
+    "adapter": {"kind": "heads", "cache_share": 1.0, "unfold_blocks": 0},
+    "closed_form": {},
+}
+
+
+def alone(run: RunConfig, receiver: str, values: dict[str, Any]) -> LatentWire:
+    """A wire of one receiver, whose sender reads as the receiver does: behind the prompt's head."""
+    kept = [one.model_dump() for one in run.receivers if one.name == receiver]
+    wire = wire_of(with_values(run, values | {"receivers": kept}, "receivers"))
+    encoder: Any = wire.interlingua.encoder
+    encoder.states.senders[0].prefix = list(wire.builders[receiver].head_ids)
+    return wire
+
+
+def rows_of(wire: LatentWire, count: int, questions: int = 1, seed: int = 7) -> pa.Table:
+    """Toy rows with the senders' ids, as shards hold them."""
+    table = shard_table(wire.run, count, seed=seed, questions=questions)
+    encoder: Any = wire.interlingua.encoder
+    ids = encoder.token_ids(table["context"].to_pylist())
+    return table.append_column("encoder_ids", pa.array(ids))
+
+
+def gathered(wire: LatentWire, texts: int, gradients: int = 0) -> Moments:
+    moments = gather.empty_moments(wire)
+    gather.add_tokens(moments, wire, rows_of(wire, texts))
+    if gradients:
+        gather.add_gradients(moments, wire, rows_of(wire, gradients, questions=2, seed=11))
+    return moments
+
+
+@pytest.mark.parametrize(("receiver", "entries"), [("llama", 512), ("qwen", 448)])
+def test_where_nothing_is_lost_the_message_is_the_text(
+    run: RunConfig, receiver: str, entries: int
+) -> None:
+    """Keys and values are linear in what their layers read, so full rank in every head loses nothing."""
+    wire = choose_some_heads(alone(run, receiver, WHOLE | {"encoder.d_z": entries}))
+    begin.fill(wire, solve(gathered(wire, 256), entries, ridge=1e-7, metric="plain"))
+    table = rows_of(wire, 24, seed=5)
+    read = list(predict(wire, table, Condition("latent")))
+    expected = list(predict(wire, table, Condition("text")))
+    assert [one.text for one in read] == [one.text for one in expected]
+    assert len({one.text for one in read}) > 3
+    for one, other in zip(read, expected, strict=True):
+        assert one.nll == pytest.approx(other.nll, abs=2e-2)
+        assert one.message_positions == other.message_positions
+
+
+def test_a_closed_form_reads_without_a_step_of_training(run: RunConfig) -> None:
+    """In few numbers a token: far better than another row's message, and better than a random start."""
+    values = WHOLE | {"encoder.d_z": 48, "adapter.cache_share": 0.5}
+    wire = alone(run, "llama", with_adapter(values, 0.5))
+    begin_ranked(wire)
+    table = rows_of(wire, 32, seed=5)
+    random = mean_nll(wire, table, "latent")
+    begin.fill(wire, solve(gathered(wire, 192, 48), 48))
+    own, others = mean_nll(wire, table, "latent"), mean_nll(wire, table, "shuffled")
+    assert own < others - 0.5
+    assert own < random - 0.5
+
+
+def test_the_gradients_are_those_of_the_answers_by_the_entries(run: RunConfig) -> None:
+    """Their second moment against a second way: one entry at a time, by central differences."""
+    wire = choose_some_heads(alone(run, "llama", with_adapter(WHOLE, 0.3)))
+    table = rows_of(wire, 2, questions=2)
+    moments = gather.empty_moments(wire)
+    gather.add_gradients(moments, wire, table)
+    receiver = moments.receivers["llama"]
+    heads = gather.heads_of(wire)["llama"]
+    (rows,) = gather._texts(table, with_questions=True)
+    lm, batch = wire.local_receiver("llama"), gather._asked(wire, "llama", rows)
+    kv_NE = torch.cat(gather.own_entries(wire, "llama", rows["texts"]["llama"], heads))
+    assert receiver.gradients == len(kv_NE)
+
+    def loss_of(entry_NE: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(gather._loss(wire, lm, batch, entry_NE, heads))
+
+    step, total = 0.02, torch.zeros(8, dtype=torch.float64)
+    for token in range(len(kv_NE)):
+        for entry in range(8):
+            change = torch.zeros_like(kv_NE)
+            change[token, entry] = step
+            slope = (loss_of(kv_NE + change) - loss_of(kv_NE - change)) / (2 * step)
+            total[entry] += slope**2
+    torch.testing.assert_close(receiver.gradient_EE.diagonal()[:8], total, rtol=0.05, atol=1e-6)
+
+
+def test_targets_of_another_tokenizer_stand_where_the_rulers_tokens_end(run: RunConfig) -> None:
+    """The toy pair's receivers cut texts differently: each token meets what ends there or later."""
+    wire = choose_some_heads(wire_of(with_values(run, HEADS)))
+    table = rows_of(wire, 4)
+    encoder: Any = wire.interlingua.encoder
+    assert table["encoder_ids"].to_pylist()[0][0] == joined_row(
+        [
+            tokenizer(table["context"][0].as_py(), add_special_tokens=False).input_ids
+            for tokenizer in encoder.states.tokenizers
+        ]
+    )
+    moments = gather.empty_moments(wire)
+    gather.add_tokens(moments, wire, table)
+    heads = gather.heads_of(wire)["qwen"]
+    ruler, other = (wire.local_receiver(name) for name in ("llama", "qwen"))
+    total = torch.zeros_like(moments.receivers["qwen"].y_E)
+    seen = 0
+    for text in dict.fromkeys(table["context"].to_pylist()):
+        ids = [lm.tokenizer(text, add_special_tokens=False).input_ids for lm in (ruler, other)]
+        (entry_TE,) = gather.own_entries(wire, "qwen", [ids[1]], heads)
+        ends = [
+            [len(lm.tokenizer.decode(row[: n + 1]).encode()) for n in range(len(row))]
+            for lm, row in zip((ruler, other), ids, strict=True)
+        ]
+        for end in ends[0]:
+            place = next((n for n, own in enumerate(ends[1]) if own >= end), len(ids[1]) - 1)
+            total += entry_TE[place].double()
+            seen += 1
+    assert moments.count == seen
+    torch.testing.assert_close(moments.receivers["qwen"].y_E, total, atol=1e-3, rtol=1e-4)
+
+
+def test_heads_that_nobody_chose_are_refused(run: RunConfig) -> None:
+    wire = wire_of(with_values(run, HEADS))
+    with pytest.raises(Exception, match="got none chosen"):
+        wire.answer(wire.encode("Ada lives in Oslo."), "Where?", "llama")
+
+
+def test_a_calibration_that_is_not_there_is_named(run: RunConfig, tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    (train / "manifest.json").write_text('{"key": "some", "rows": 4, "files": []}')
+    wire = wire_of(with_values(run, HEADS))
+    with pytest.raises(CheckpointError, match="ranking of the heads of llama"):
+        begin.begin(wire, train)
+    assert not calibrations.complete(wire.run, train)
+    assert len(calibrations.paths(wire.run, train)) == 2
+    assert calibrations.paths(run, train) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"encoder.pooling": "spans"}, "go together"),
+        (
+            {"encoder.kind": "byte", "encoder.senders": [], "closed_form": {}},
+            "states that are not trained",
+        ),
+        ({"closed_form": {"weights": {"other": 1.0}}}, "must name receivers"),
+        ({"training.alignment_steps": 3}, r"no slots .* got training\.alignment_steps"),
+        ({"features.refiner": {}}, r"got features\.refiner"),
+        ({"adapter.unfold_width": 30}, r"multiple of 2 × encoder\.heads"),
+        ({"prefix": {"begin": "reader"}}, "set tuned_text with the same tokens"),
+    ],
+)
+def test_what_only_soft_prompts_have_is_refused(
+    run: RunConfig, values: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        with_values(with_values(run, HEADS), values)
+
+
+def test_moments_hang_on_what_they_are_made_of_and_on_no_width(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    (train / "manifest.json").write_text('{"key": "some", "rows": 4, "files": []}')
+    whole = with_values(run, HEADS | {"closed_form": {}})
+    names = {calibrations.moments_path(whole, train).name}
+    for same in ({"encoder.d_z": 128}, {"closed_form.metric": "plain"}, {"encoder.code_blocks": 2}):
+        names.add(calibrations.moments_path(with_values(whole, same), train).name)
+    assert len(names) == 1
+    for other in (
+        {"adapter.cache_share": 0.2},
+        {"encoder.depths": [0.0]},
+        {"encoder.lead": ""},
+        {"closed_form.texts": 7},
+        {"adapter.ranking_texts": 7},
+        {"prefix": {"tokens": 3}},
+    ):
+        names.add(calibrations.moments_path(with_values(whole, other), train).name)
+    assert len(names) == 7
+
+
+def with_adapter(values: dict[str, Any], share: float) -> dict[str, Any]:
+    adapter = values["adapter"] | {"cache_share": share}
+    return {path: value for path, value in values.items() if path != "adapter.cache_share"} | {
+        "adapter": adapter
+    }
+
+
+def begin_ranked(wire: LatentWire) -> None:
+    """Choose the heads that recitals of a few texts rank best."""
+    for name in wire.receivers:
+        table = rows_of(wire, 8)
+        scores = ranking.rank(
+            wire.local_receiver(name),
+            wire.builders[name],
+            table[f"{name}_context_ids"].to_pylist(),
+            lambda recitals, name=name: wire.reading(name, recitals, None),  # type: ignore[misc]
+        )
+        adapter: Any = wire.interlingua.adapters[name]
+        adapter.choose(ranking.choose(scores, len(adapter.head_J2)), scores.score_LH)
+
+
+def mean_nll(wire: LatentWire, table: pa.Table, mode: Any) -> float:
+    read = [one.nll for one in predict(wire, table, Condition(mode))]
+    return sum(read) / len(read)
