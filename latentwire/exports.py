@@ -45,11 +45,12 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CARD = "README.md"
+ENCODER = "interlingua.safetensors"
 FILES = [
     "config.json",
     MANIFEST,
     CARD,
-    "interlingua.safetensors",
+    ENCODER,
     documents.FILE,
     "adapters/*.safetensors",
     "prefixes/*.safetensors",
@@ -205,7 +206,7 @@ def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
     interlingua = wire.interlingua
     modules: dict[str, torch.nn.Module] = {}
     if isinstance(interlingua.encoder, InterlinguaEncoder):
-        modules["interlingua.safetensors"] = interlingua.encoder
+        modules[ENCODER] = interlingua.encoder
     for name, adapter in interlingua.adapters.items():
         modules[f"adapters/{name}.safetensors"] = adapter
     for name, prefix in interlingua.prefixes.items():
@@ -280,7 +281,7 @@ def sizes(path: Path) -> dict[str, dict[str, int]]:
     names = [receiver.name for receiver in read_run(path).receivers]
     totals = {name: {"parameters": 0, "bytes": 0} for name in ("encoder", *names)}
     for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*/*.safetensors")):
-        if file.parent == path and file.name != "interlingua.safetensors":
+        if file.parent == path and file.name != ENCODER:
             continue  # the state of training, which is no part of the wire
         for name, tensor in load_file(file).items():
             # Parts for one receiver lie under its name, in a file of their own or right in a

