@@ -17,6 +17,7 @@ MODES = {
     "window": "as many tokens from anywhere in the text",
     "selected": "as many tokens, the most surprising ones",
     "own_cache": "its own cache of the full text, cut to as much",
+    "own_heads": "its own keys and values of the full text, in the message's heads",
     "shuffled": "another row's message",
     "closed_book": "nothing",
 }

@@ -6,7 +6,7 @@ that receiver's own token which ends where it ends, or first after it: bytes are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +14,11 @@ import torch
 
 from latentwire.closed_form.moments import Moments
 from latentwire.data.batches import once
+from latentwire.evaluation.own_heads import heads_of, own_entries
 from latentwire.losses.terms import token_ce
 from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
-from latentwire.models.head_slots import Heads, rotated
+from latentwire.models.head_slots import Heads
 from latentwire.models.senders import reads_at
 from latentwire.models.unfolding import Unfolding
 from latentwire.prompts.batch import Batch, collate
@@ -25,44 +26,6 @@ from latentwire.receivers.local import LocalReceiver
 
 TEXTS_AT_ONCE = 8
 """Texts that are read together."""
-
-
-def own_entries(
-    wire: LatentWire, receiver: str, texts: Sequence[list[int]], heads: Heads
-) -> list[torch.Tensor]:
-    """Return a receiver's own keys (before rotary positions) and values of texts, in some heads.
-
-    It reads them behind the wire's prefix.
-
-    Args:
-        wire: holds the receiver and its prefix.
-        receiver: its name.
-        texts: its own tokens, where messages would stand.
-        heads: J chosen heads.
-
-    Returns:
-        ``[T, E]`` for each text: for each head a key, then a value.
-    """
-    lm, builder = wire.local_receiver(receiver), wire.builders[receiver]
-    batch = collate([builder.text_alone(ids, builder.prefix) for ids in texts]).to(lm.device)
-    start = len(builder.head_ids) + builder.prefix
-    longest = batch.ids_BS.shape[1] - start
-    position_RT = torch.arange(start, start + longest, device=lm.device)[None]
-    with torch.no_grad(), wire.reading(receiver, batch, None) as soft_ND:
-        layers: Any = lm.prefill(batch, soft_ND).cache.layers
-        entries = []
-        for layer, head in heads:
-            key_R1TD = layers[layer].keys[:, head : head + 1, start:]
-            entries.append(rotated(lm.lm, layer, key_R1TD, position_RT, back=True)[:, 0])
-            entries.append(layers[layer].values[:, head, start:].float())
-    entry_RTE = torch.cat(entries, -1)
-    return [entry_TE[: len(ids)] for entry_TE, ids in zip(entry_RTE, texts, strict=True)]
-
-
-def heads_of(wire: LatentWire) -> dict[str, Heads]:
-    """Return receiver → the heads that its adapter has chosen."""
-    adapters: Any = wire.interlingua.adapters
-    return {name: adapters[name].heads for name in wire.receivers}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ Mode = Literal[
     "window",
     "selected",
     "own_cache",
+    "own_heads",
     "shuffled",
     "closed_book",
 ]
@@ -30,14 +31,15 @@ MODE_NAMES: dict[Mode, str] = {
     "window": "as many tokens from anywhere",
     "selected": "as many most surprising tokens",
     "own_cache": "own cache, cut to as much (it has read the text)",
+    "own_heads": "own keys and values in the message's heads (it has read the text)",
     "shuffled": "latents of another row",
     "closed_book": "closed book",
 }
 """Each mode's name in words: what stands where the context belongs, in the order of the tables."""
 MODES: tuple[Mode, ...] = tuple(MODE_NAMES)
-DEFAULT_MODES: tuple[Mode, ...] = tuple(mode for mode in MODES if mode != "own_cache")
+DEFAULT_MODES: tuple[Mode, ...] = tuple(m for m in MODES if not m.startswith("own_"))
 """Modes of an evaluation that names none: for a cut cache the text is read once more and recited, and
-not every receiver can have one."""
+not every receiver can have one, nor every wire heads of its own."""
 MESSAGE_MODES: tuple[Mode, ...] = ("latent", "shuffled")
 """Modes that read a message of the encoder."""
 BUDGET_MODES: tuple[Mode, ...] = (
@@ -68,7 +70,7 @@ def kept_context(
     (self-information, as in Selective Context, arXiv 2310.06201). ``row``: the row's id.
     ``budget``: soft positions of its message.
     """
-    if mode in ("embeddings", "own_cache"):
+    if mode in ("embeddings", "own_cache", "own_heads"):
         return context
     # Where the message stands for the question too, so do as many tokens.
     budget = max(0, budget - len(wire.builders[receiver].message_ids([], question)))

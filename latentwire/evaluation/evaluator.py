@@ -18,6 +18,7 @@ from latentwire.data.batches import once, sender_texts
 from latentwire.evaluation.baselines import MESSAGE_MODES, Mode, kept_context
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.metrics import em_f1, match
+from latentwire.evaluation.own_heads import heads_of, own_entries
 from latentwire.message import Message, from_bytes
 from latentwire.model import LatentWire
 from latentwire.models import own_cache
@@ -116,6 +117,9 @@ class _Rows:
     """The message that each row reads: rows of one text share it; none of a text."""
     caches: dict[str, _CutCaches] = field(default_factory=dict)
     """Each receiver's own caches of the texts; none in other modes."""
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Each receiver's own keys and values ``[N, E]`` of the texts in the wire's heads, row by row; none in
+    other modes."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,8 @@ def _encode(
         batch = _Rows(rows, condition, None, slots, shown, [], 0.0)
         if condition.mode == "own_cache":
             batch.caches.update({name: _cut_caches(wire, name, batch) for name in slots})
+        if condition.mode == "own_heads":
+            batch.own.update({name: _own_entries(wire, name, batch) for name in slots})
         return batch
     began = _now(wire.interlingua.device)
     message = wire.interlingua.encode(tokens)
@@ -251,6 +257,26 @@ def _cut_caches(wire: LatentWire, name: str, batch: _Rows) -> _CutCaches:
     return _CutCaches(kept, positions, 1000 * (_now(lm.device) - began) / len(texts))
 
 
+def _own_entries(wire: LatentWire, name: str, batch: _Rows) -> torch.Tensor:
+    """Return a receiver's own keys and values of a batch's texts in the wire's heads, row by row."""
+    texts = _stood_for(wire, name, batch)
+    return torch.cat(own_entries(wire, name, texts, heads_of(wire)[name]))
+
+
+def _put(
+    wire: LatentWire,
+    name: str,
+    batch: _Rows,
+    prompts: list[PromptSequence],
+    side: Literal["right", "left"],
+) -> AbstractContextManager[None]:
+    """Put what is a receiver's own into its reading, where that is what is read."""
+    if name in batch.own:
+        lm = wire.local_receiver(name)
+        return lm.heads_at_slots(batch.own[name], heads_of(wire)[name])
+    return _cut(wire, name, batch, prompts, side)
+
+
 def _cut(
     wire: LatentWire,
     name: str,
@@ -283,7 +309,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
         answers, decoded = begun.decode(prompts, messages)
     else:
         text_ND = _embeddings(wire, name, batch) if mode == "embeddings" else None
-        with _cut(wire, name, batch, prompts, "left"):
+        with _put(wire, name, batch, prompts, "left"):
             answers, decoded = wire.decode(name, prompts, message, text_ND, messages=messages)
     scores, gold, seconds = _score(wire, name, batch, answered, messages, begun)
     prefill_ms, seconds = 1000 * shared_seconds + decoded.prefill_ms, shared_seconds + seconds
@@ -297,13 +323,16 @@ def _predict_batch(wire: LatentWire, name: str, batch: _Rows) -> Iterator[Predic
     if message is None:
         sizes = [len(lm.tokenizer.decode(ids).encode()) for ids in _stood_for(wire, name, batch)]
     message_positions = [len(prompt.message) for prompt in prompts]
-    if message is not None:
+    if message is not None or name in batch.own:
         message_positions = wire.interlingua.budgets(name, message_positions)
     encode_ms = batch.encode_ms
     if caches := batch.caches.get(name):
         entry_bytes = own_cache.entry_bytes(wire.local_receiver(name))
         sizes = [entry_bytes * int(kept_LHT.sum()) for kept_LHT in caches.kept]
         message_positions, encode_ms = caches.positions, caches.ms
+    if name in batch.own:
+        entry_bytes = 2 * batch.own[name].shape[1]  # as fp16
+        sizes = [entry_bytes * len(prompt.message) for prompt in prompts]
     for i, answer in enumerate(answers):
         em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
         yield Prediction(
@@ -350,7 +379,7 @@ def _begin(
     messages: list[int],
 ) -> Prefilled | None:
     """Read what rows share once, where they do and nothing else is put into each of them."""
-    if batch.condition.mode in ("embeddings", "own_cache"):
+    if batch.condition.mode in ("embeddings", "own_cache", "own_heads"):
         return None
     return wire.begin(name, prompts, messages, batch.message)
 
@@ -376,7 +405,7 @@ def _score(
     text_ND = _embeddings(wire, name, batch) if batch.condition.mode == "embeddings" else None
     began = _now(lm.device)
     with (
-        _cut(wire, name, batch, answered, "right"),
+        _put(wire, name, batch, answered, "right"),
         wire.reading(name, gold, batch.message) as soft_ND,
     ):
         scores = lm.score_answers(gold, soft_ND if text_ND is None else text_ND)
@@ -412,6 +441,9 @@ def _prompts(wire: LatentWire, name: str, batch: _Rows, answers: list[Any]) -> l
         elif mode == "embeddings":
             slots = len(builder.message_ids(shown[row], question))
             prompts.append(builder.latent(slots, question, answers[row], prefix=0))
+        elif mode == "own_heads":
+            slots = len(builder.message_ids(shown[row], question))
+            prompts.append(builder.latent(slots, question, answers[row]))
         else:
             prefix = builder.prefix if batch.condition.tuned else 0
             prompts.append(builder.text(shown[row], question, answers[row], prefix))

@@ -20,7 +20,7 @@ from latentwire import card, exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data import shards
-from latentwire.evaluation import readings
+from latentwire.evaluation import own_heads, readings
 from latentwire.evaluation.conditions import Condition, label, own_condition, with_tuned
 from latentwire.evaluation.diagnostics import diagnose
 from latentwire.evaluation.evaluator import Prediction, predict
@@ -53,8 +53,11 @@ def check_questions(run: RunConfig) -> None:
 def check_receivers(run: RunConfig, conditions: Sequence[Condition]) -> None:
     """Check that every receiver can do what the rows of a table ask of it, from its shape alone.
 
-    Raises :class:`~latentwire.models.weights.ReceiverError` where one cannot.
+    Raises :class:`~latentwire.models.weights.ReceiverError` where one cannot, and
+    :class:`~latentwire.config.resolve.ConfigError` where the wire cannot.
     """
+    if any(condition.mode == "own_heads" for condition in conditions):
+        own_heads.check(run)
     if any(condition.mode == "own_cache" for condition in conditions):
         for receiver in run.receivers:
             own_cache.check(receiver.name, skeleton(receiver, check=False))

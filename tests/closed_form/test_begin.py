@@ -15,6 +15,8 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import calibrations
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.own_heads import heads_of, own_entries
+from latentwire.evaluation.scoring import check_receivers
 from latentwire.exports import CheckpointError
 from latentwire.model import LatentWire
 from latentwire.models.senders import joined_row
@@ -72,6 +74,30 @@ def test_where_nothing_is_lost_the_message_is_the_text(
         assert one.message_positions == other.message_positions
 
 
+def test_a_receivers_own_keys_and_values_are_the_most_a_message_can_be(run: RunConfig) -> None:
+    """In every head they are the text; in some, what a message there is held against."""
+    wire = choose_some_heads(alone(run, "llama", WHOLE | {"prefix": {"tokens": 3}}))
+    table = rows_of(wire, 24, seed=5)
+    read = list(predict(wire, table, Condition("own_heads")))
+    wire.run = with_values(wire.run, {"prompt.reads": "text", "closed_form": None})
+    text = list(predict(wire, table, Condition("text", tuned=True)))
+    assert [one.text for one in read] == [one.text for one in text]
+    for one, other in zip(read, text, strict=True):
+        assert one.nll == pytest.approx(other.nll, abs=1e-3)
+        assert one.message_positions == other.message_positions
+        assert one.bytes == 2 * 512 * other.message_positions
+    few = choose_some_heads(alone(run, "llama", with_adapter(WHOLE, 0.25)))
+    cut = list(predict(few, table, Condition("own_heads")))
+    for one, other in zip(cut, read, strict=True):
+        assert one.message_positions == -(-other.message_positions // 4)
+    assert sum(one.nll for one in cut) > sum(one.nll for one in read)
+
+
+def test_other_wires_have_no_heads_of_their_own(run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="leave own_heads out"):
+        check_receivers(run, [Condition("own_heads")])
+
+
 def test_a_closed_form_reads_without_a_step_of_training(run: RunConfig) -> None:
     """In few numbers a token: far better than another row's message, and better than a random start."""
     values = WHOLE | {"encoder.d_z": 48, "adapter.cache_share": 0.5}
@@ -92,10 +118,10 @@ def test_the_gradients_are_those_of_the_answers_by_the_entries(run: RunConfig) -
     moments = gather.empty_moments(wire)
     gather.add_gradients(moments, wire, table)
     receiver = moments.receivers["llama"]
-    heads = gather.heads_of(wire)["llama"]
+    heads = heads_of(wire)["llama"]
     (rows,) = gather._texts(table, with_questions=True)
     lm, batch = wire.local_receiver("llama"), gather._asked(wire, "llama", rows)
-    kv_NE = torch.cat(gather.own_entries(wire, "llama", rows["texts"]["llama"], heads))
+    kv_NE = torch.cat(own_entries(wire, "llama", rows["texts"]["llama"], heads))
     assert receiver.gradients == len(kv_NE)
 
     def loss_of(entry_NE: torch.Tensor) -> float:
@@ -125,13 +151,13 @@ def test_targets_of_another_tokenizer_stand_where_the_rulers_tokens_end(run: Run
     )
     moments = gather.empty_moments(wire)
     gather.add_tokens(moments, wire, table)
-    heads = gather.heads_of(wire)["qwen"]
+    heads = heads_of(wire)["qwen"]
     ruler, other = (wire.local_receiver(name) for name in ("llama", "qwen"))
     total = torch.zeros_like(moments.receivers["qwen"].y_E)
     seen = 0
     for text in dict.fromkeys(table["context"].to_pylist()):
         ids = [lm.tokenizer(text, add_special_tokens=False).input_ids for lm in (ruler, other)]
-        (entry_TE,) = gather.own_entries(wire, "qwen", [ids[1]], heads)
+        (entry_TE,) = own_entries(wire, "qwen", [ids[1]], heads)
         ends = [
             [len(lm.tokenizer.decode(row[: n + 1]).encode()) for n in range(len(row))]
             for lm, row in zip((ruler, other), ids, strict=True)

@@ -244,15 +244,16 @@ def test_degenerate_texts_are_said(texts: Texts) -> None:
 def test_one_that_joins_reads_given_codes_as_least_squares_do(texts: Texts) -> None:
     moments = texts.moments()
     only = {"qwen": texts.y["qwen"]}, {"qwen": texts.g["qwen"]}
-    start = solve(Texts(texts.x_NM, *only).moments(), 3)
+    start = solve(Texts(texts.x_NM, *only).moments(), 3, ridge=1e-9)
     decoder = decoder_for(moments, "llama", start.encoder_MK, start.encoder_bias_K, ridge=1e-9)
     code_NK = codes_of(start, texts)
     design = torch.cat((code_NK, torch.ones(len(code_NK), 1)), 1).double()
     expected = design @ torch.linalg.lstsq(design, texts.y["llama"].double()).solution
-    found = code_NK @ decoder.decoder_KE + decoder.bias_E
-    torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-3)
+    found = code_NK @ decoder.decoder_KE.double() + decoder.bias_E
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     # Of a receiver that was there, it is what it had.
     own = decoder_for(moments, "qwen", start.encoder_MK, start.encoder_bias_K, ridge=1e-9)
     had = start.decoders["qwen"]
-    there = code_NK @ had.decoder_KE + had.bias_E
-    torch.testing.assert_close(code_NK @ own.decoder_KE + own.bias_E, there, atol=2e-2, rtol=2e-2)
+    there = code_NK @ had.decoder_KE.double() + had.bias_E
+    again = code_NK @ own.decoder_KE.double() + own.bias_E
+    torch.testing.assert_close(again, there, atol=1e-3, rtol=1e-3)

@@ -115,7 +115,7 @@ def _fail(_: int) -> None:
 
 
 def test_it_is_asked_for_by_name_and_stands_with_what_is_as_short() -> None:
-    assert set(MODES) - set(DEFAULT_MODES) == {"own_cache"}
+    assert set(MODES) - set(DEFAULT_MODES) == {"own_cache", "own_heads"}
     condition = Condition("own_cache", Budget("tokens_per_latent", 4))
     assert condition.key == "own_cache at 4 tokens per latent"
     assert label(condition.key) == (

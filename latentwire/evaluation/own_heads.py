@@ -1,0 +1,61 @@
+"""A receiver's own keys and values of a text in some heads: what a message into those can be at best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from latentwire.config import RunConfig
+from latentwire.config.resolve import ConfigError
+from latentwire.model import LatentWire
+from latentwire.models.head_slots import Heads, rotated
+from latentwire.prompts.batch import collate
+
+
+def check(run: RunConfig) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for a wire whose messages stand in every head."""
+    if run.adapter.kind != "heads":
+        raise ConfigError(
+            f"mode own_heads shows a receiver's own keys and values in a wire's heads, got adapter.kind {run.adapter.kind}; "
+            f"leave own_heads out"
+        )
+
+
+def heads_of(wire: LatentWire) -> dict[str, Heads]:
+    """Return receiver → the heads that its adapter has chosen."""
+    adapters: Any = wire.interlingua.adapters
+    return {name: adapters[name].heads for name in wire.receivers}
+
+
+def own_entries(
+    wire: LatentWire, receiver: str, texts: Sequence[list[int]], heads: Heads
+) -> list[torch.Tensor]:
+    """Return a receiver's own keys (before rotary positions) and values of texts, in some heads.
+
+    It reads them behind the wire's prefix.
+
+    Args:
+        wire: holds the receiver and its prefix.
+        receiver: its name.
+        texts: its own tokens, where messages would stand.
+        heads: J chosen heads.
+
+    Returns:
+        ``[T, E]`` for each text: for each head a key, then a value.
+    """
+    lm, builder = wire.local_receiver(receiver), wire.builders[receiver]
+    batch = collate([builder.text_alone(ids, builder.prefix) for ids in texts]).to(lm.device)
+    start = len(builder.head_ids) + builder.prefix
+    longest = batch.ids_BS.shape[1] - start
+    position_RT = torch.arange(start, start + longest, device=lm.device)[None]
+    with torch.no_grad(), wire.reading(receiver, batch, None) as soft_ND:
+        layers: Any = lm.prefill(batch, soft_ND).cache.layers
+        entries = []
+        for layer, head in heads:
+            key_R1TD = layers[layer].keys[:, head : head + 1, start:]
+            entries.append(rotated(lm.lm, layer, key_R1TD, position_RT, back=True)[:, 0])
+            entries.append(layers[layer].values[:, head, start:].float())
+    entry_RTE = torch.cat(entries, -1)
+    return [entry_TE[: len(ids)] for entry_TE, ids in zip(entry_RTE, texts, strict=True)]
