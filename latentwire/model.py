@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -18,22 +17,18 @@ from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.data.documents import TrainedOn
-from latentwire.features import registry
-from latentwire.features.base import Reading
 from latentwire.message import Message, WireError, from_bytes
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.encoders import InterlinguaEncoder
-from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.lm import Past
-from latentwire.models.slots import put_in_slots
 from latentwire.models.weights import ReceiverError, fingerprint
 from latentwire.prefilled import Prefilled, by_message
 from latentwire.prompts import sequences
 from latentwire.prompts.batch import Batch, collate
-from latentwire.prompts.sequences import PromptBuilder, sender_text
+from latentwire.prompts.sequences import sender_text
 from latentwire.receivers.base import Receiver
-from latentwire.receivers.local import LocalReceiver
 from latentwire.texts import shown_value, texts_of
+from latentwire.wire_base import SHARED_BY, WireBase
 
 LENGTHS_AND_PLACES = {
     "model",
@@ -47,11 +42,7 @@ LENGTHS_AND_PLACES = {
 they come from."""
 
 
-SHARED_BY = 1.5
-"""Rows a message from which reading it once for all of them pays for a second pass."""
-
-
-class LatentWire(ModelHubMixin, library_name="latentwire"):
+class LatentWire(WireBase, ModelHubMixin, library_name="latentwire"):
     """Text → one message → answers from every receiver.
 
     ``interlingua`` (encoder and adapters) is trained; ``receivers`` are frozen. Build one from a
@@ -71,57 +62,13 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
         :class:`~latentwire.models.weights.ReceiverError` or
         :class:`~latentwire.prompts.sequences.PromptError`.
         """
-        self.run = run
-        if receivers is None:
-            receivers = {receiver.name: LocalReceiver(receiver) for receiver in run.receivers}
-        self.receivers: dict[str, Receiver] = dict(receivers)
-        prefix = 0 if run.prefix is None else run.prefix.tokens
-        self.builders = {
-            name: PromptBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send, prefix)
-            for name, lm in self.receivers.items()
-        }
-        torch.manual_seed(run.training.seed)
-        shapes = {
-            name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
-            for name, lm in self.receivers.items()
-        }
-        device = next(iter(self.receivers.values())).device
-        self.interlingua = Interlingua(run, shapes, registry.build).to(device)
-        if run.prefix is not None:
-            self._begin_prefixes(run.prefix.text)
+        super().__init__(run, receivers)
         self.trained_on = TrainedOn()
         """The documents that its weights have trained on."""
         # Names models' directories in an export.
         self._address: Callable[[str], str] | None = None
         self._loaded = ""  # hash of the weights that came with the manifest
         self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
-
-    def _begin_prefixes(self, text: str) -> None:
-        prefix: Any
-        for name, prefix in self.interlingua.prefixes.items():
-            lm = self.receivers[name]
-            ids = lm.tokenizer(text, add_special_tokens=False).input_ids
-            prefix.begin_as(lm.token_embeddings(torch.tensor(ids)))
-
-    def local_receiver(self, receiver: str) -> LocalReceiver:
-        """Return a receiver whose weights are in this process.
-
-        Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one.
-        """
-        lm = self.receivers[receiver]
-        if not isinstance(lm, LocalReceiver):
-            raise ReceiverError(
-                f"this needs the weights of receiver {receiver} in this process, they are shared; load it here"
-            )
-        return lm
-
-    def local_receivers(self) -> list[LocalReceiver]:
-        """Return the receivers whose weights are in this process."""
-        return [lm for lm in self.receivers.values() if isinstance(lm, LocalReceiver)]
-
-    def fingerprints(self) -> dict[str, str]:
-        """Return receiver → hash of its weights, which never change."""
-        return {name: receiver.fingerprint() for name, receiver in self.receivers.items()}
 
     # --------------------------------------------------------------------------- loading and saving
 
@@ -466,118 +413,6 @@ class LatentWire(ModelHubMixin, library_name="latentwire"):
             message = self.receive(message)
         self.interlingua.eval()
         return message.to(self.interlingua.device)
-
-    @property
-    def reads_heads_alike(self) -> bool:
-        """True where no feature changes how a receiver reads the text before a message."""
-        return not any(feature.acts_on_text for feature in self.interlingua.features.values())
-
-    @contextmanager
-    def reading(
-        self, receiver: str, batch: Batch, message: Message | None
-    ) -> Iterator[torch.Tensor | None]:
-        """Yield the soft vectors ``[N, D]`` of a batch, with features attached to its receiver.
-
-        Without a message the prompts are text. Nothing is attached to text without a prefix, as
-        for teachers and baselines; nor are there vectors then.
-        """
-        if message is None and not batch.prefix:
-            yield None
-            return
-        lm, prefixes = self.receivers[receiver], self.interlingua.prefixes
-        features: Any = self.interlingua.features.values()
-        with ExitStack() as stack:
-            prefix: Any = prefixes[receiver] if batch.prefix else None
-            if prefix is not None:
-                stack.enter_context(prefix.attached(lm, batch))
-            if self.run.adapter.kind == "keys_values" and message is not None:
-                kv_NE = self._slot_latents(receiver, batch, message)
-                here = self.local_receiver(receiver).lm
-                stack.enter_context(put_in_slots(here, kv_NE, batch.latents_BS))
-            if self.run.adapter.kind == "heads" and message is not None:
-                stack.enter_context(self._in_heads(receiver, batch, message))
-            acting = [feature for feature in features if feature.acts_inside]
-            if acting and message is not None:
-                reading = self._reading(receiver, batch, message)
-                for feature in acting:
-                    stack.enter_context(feature.attached(receiver, lm, reading))
-            yield self.interlingua.soft_rows(receiver, message, batch)
-
-    def parted(
-        self, receiver: str, batch: Batch, side: Literal["right", "left"] = "right"
-    ) -> tuple[Batch, Batch] | None:
-        """Part a batch whose rows share messages, where its receiver can read them once for all.
-
-        ``batch``: padded to the right. ``side``: where padding stands in what follows the messages.
-        None where it cannot: the receiver's weights are elsewhere, a feature looks at the question,
-        a layer sees too few positions, or too few rows share a message for two passes to pay.
-        """
-        lm = self.receivers[receiver]
-        features: Any = self.interlingua.features.values()
-        asks = any(feature.reads_question for feature in features) and bool(batch.latents_BS.any())
-        if not isinstance(lm, LocalReceiver) or asks:
-            return None
-        parts = batch.parted(side)
-        if parts is None or len(batch.ids_BS) < SHARED_BY * len(parts[0].ids_BS):
-            return None
-        fits = lm.may_part(sum(part.ids_BS.shape[1] for part in parts))
-        return parts if fits else None
-
-    @contextmanager
-    def reading_on(
-        self, receiver: str, batch: Batch, message: Message | None
-    ) -> Iterator[torch.Tensor | None]:
-        """Yield the soft vectors of rows that go on after their messages, as :meth:`reading` does.
-
-        ``batch``: the second of :meth:`parted`. Features that act on all positions are attached.
-        """
-        if message is None:
-            yield None
-            return
-        features: Any = self.interlingua.features.values()
-        with ExitStack() as stack:
-            acting = [feature for feature in features if feature.acts_on_text]
-            if acting:
-                reading = self._reading(receiver, batch, message)
-                for feature in acting:
-                    stack.enter_context(
-                        feature.attached(receiver, self.receivers[receiver], reading)
-                    )
-            yield self.interlingua.control_rows(receiver, batch)
-
-    def slots(self, message: Message, receiver: str) -> list[int]:
-        """Count the positions that each message takes in one receiver's prompt."""
-        return self.interlingua.slots(receiver, message)
-
-    def _in_heads(
-        self, receiver: str, batch: Batch, message: Message
-    ) -> AbstractContextManager[None]:
-        """Let a batch's messages stand in a receiver's chosen heads."""
-        adapter: Any = self.interlingua.adapters[receiver]
-        entry_NE = self.interlingua.entries(receiver, message, batch.message_R)
-        return self.local_receiver(receiver).heads_at_slots(entry_NE, adapter.heads)
-
-    def _slot_latents(self, receiver: str, batch: Batch, message: Message) -> torch.Tensor:
-        """Return the latent of each slot of a batch, row by row, ``[N, Z]``."""
-        z_BLZ, keep_BL = message.read_by(receiver)
-        message_R = batch.message_R.to(z_BLZ.device)
-        return z_BLZ[message_R][keep_BL[message_R]]
-
-    def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
-        z_BLZ, keep_BL = message.read_by(receiver)
-        message_R = batch.message_R.to(z_BLZ.device)
-        # Questions of all rows, side by side from their first token: [R, S] → [R, Q].
-        count_R = batch.question_BS.sum(1)
-        keep_RQ = torch.arange(max(1, int(count_R.max())), device=count_R.device) < count_R[:, None]
-        ids_RQ = keep_RQ.long().masked_scatter(keep_RQ, batch.ids_BS[batch.question_BS])
-        return Reading(
-            z_RLZ=z_BLZ[message_R],
-            keep_RL=keep_BL[message_R],
-            latents_RS=batch.latents_BS,
-            embed=self.receivers[receiver].token_embeddings,
-            question_RQ=ids_RQ,
-            question_keep_RQ=keep_RQ,
-        )
 
     @torch.no_grad()
     def decode(
