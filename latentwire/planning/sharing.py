@@ -69,8 +69,8 @@ def obstacles(space: SweepConfig) -> list[str]:
             reasons.append(f"features.{name} acts on the receivers' own layers")
     if run.prefix is not None and run.prefix.layers:
         reasons.append("prefix.layers acts on the receivers' own layers")
-    if run.adapter.kind in ("keys_values", "heads"):
-        reasons.append(f"adapter.kind {run.adapter.kind} acts on the receivers' own layers")
+    if run.adapter.kind == "keys_values":
+        reasons.append("adapter.kind keys_values acts on the receivers' own layers")
     if run.losses.slot_kd_weight or "losses.slot_kd_weight" in space.search:
         reasons.append("losses.slot_kd_weight looks into the receivers' own layers")
     if run.training.log_gradient_norms:

@@ -12,6 +12,7 @@ from torch import nn
 from latentwire.config import LossConfig, ReceiverConfig
 from latentwire.losses.bundles import Teacher, Weights
 from latentwire.models.decoded import Decoded
+from latentwire.models.head_slots import Heads
 from latentwire.prompts.batch import Batch
 
 PART = "step: "
@@ -96,6 +97,9 @@ class Receiver(Protocol):
         self, added_NE: torch.Tensor, latents_RS: torch.Tensor
     ) -> AbstractContextManager[None]:
         """Add ``added_NE`` to keys and values at the latents, until this context ends."""
+
+    def heads_at_slots(self, kv_NE: torch.Tensor, heads: Heads) -> AbstractContextManager[None]:
+        """Let messages stand in these heads alone, with these keys and values, until this context ends."""
 
     def read_head(self, batch: Batch) -> Batch:
         """Return the batch without a head whose keys and values are known already.

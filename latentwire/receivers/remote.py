@@ -14,6 +14,7 @@ from latentwire.config import LossConfig, ReceiverConfig
 from latentwire.losses.bundles import Teacher
 from latentwire.losses.chunks import common_gradient
 from latentwire.models.decoded import Decoded
+from latentwire.models.head_slots import Heads
 from latentwire.models.weights import skeleton
 from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import AnswerScores, LossTask
@@ -113,6 +114,7 @@ class RemoteReceiver:
         self.bytes_sent = 0
         """Bytes of tensors, to the replica and back."""
         self._added: list[torch.Tensor] = []
+        self._at_slots: tuple[torch.Tensor, Heads] | None = None
 
     def skeleton(self) -> nn.Module:
         """Return the model on the meta device."""
@@ -142,6 +144,15 @@ class RemoteReceiver:
         finally:
             self._added.pop()  # contexts end in the reverse order
 
+    @contextmanager
+    def heads_at_slots(self, kv_NE: torch.Tensor, heads: Heads) -> Iterator[None]:
+        """Let messages stand in these heads alone, until this context ends."""
+        self._at_slots = kv_NE, heads
+        try:
+            yield
+        finally:
+            self._at_slots = None
+
     def read_head(self, batch: Batch) -> Batch:
         """Return the batch as it is: its replica takes the head off."""
         return batch
@@ -155,7 +166,8 @@ class RemoteReceiver:
 
         Only their plain sum is differentiable.
         """
-        return _Losses.apply(soft_ND, self._sum_added(), self, task)
+        entries_NE, heads = self._at_slots or (None, ())
+        return _Losses.apply(soft_ND, self._sum_added(), entries_NE, heads, self, task)
 
     def score_answers(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> AnswerScores:
         """Score the supervised tokens."""
@@ -177,7 +189,7 @@ class RemoteReceiver:
         return torch.stack(self._added).sum(0) if self._added else None
 
     def _prompt(self, soft_ND: torch.Tensor | None) -> Prompt:
-        return _to_send(soft_ND, self._sum_added())
+        return _to_send(soft_ND, self._sum_added(), *(self._at_slots or (None, ())))
 
     def _ask(self, request: Request | LookUp) -> Any:
         answer = self.channel.ask(request)
@@ -191,12 +203,14 @@ class _Losses(torch.autograd.Function):
         ctx: Any,
         soft_ND: torch.Tensor,
         added_NE: torch.Tensor | None,
+        entries_NE: torch.Tensor | None,
+        heads: Heads,
         receiver: RemoteReceiver,
         task: LossTask,
     ) -> torch.Tensor:
         teacher = None if task.teacher is None else task.teacher.to("cpu")
         task = replace(task, batch=task.batch.to("cpu"), teacher=teacher)
-        prompt = _to_send(soft_ND, added_NE)
+        prompt = _to_send(soft_ND, added_NE, entries_NE, heads)
         answer = receiver._ask(
             LossRequest(task, prompt, any(ctx.needs_input_grad), receiver.head_is_text)
         )
@@ -204,18 +218,22 @@ class _Losses(torch.autograd.Function):
         return answer.shares_T.to(soft_ND.device)
 
     @staticmethod
-    def backward(
-        ctx: Any, *grad_outputs: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = common_gradient(grad_outputs[0])
         # d loss / d prompt = (d loss / d Σ shares) · (d Σ shares / d prompt).
         # The replica has sent the second factor.
         gradient = ctx.gradient.each(lambda gradient: gradient * scale)
-        return gradient.soft_ND, gradient.added_NE, None, None
+        return gradient.soft_ND, gradient.added_NE, gradient.entries_NE, None, None, None
 
 
-def _to_send(soft_ND: torch.Tensor | None, added_NE: torch.Tensor | None) -> Prompt:
-    return Prompt(soft_ND, added_NE).each(lambda tensor: tensor.detach().cpu().contiguous())
+def _to_send(
+    soft_ND: torch.Tensor | None,
+    added_NE: torch.Tensor | None,
+    entries_NE: torch.Tensor | None,
+    heads: Heads,
+) -> Prompt:
+    prompt = Prompt(soft_ND, added_NE, entries_NE, heads)
+    return prompt.each(lambda tensor: tensor.detach().cpu().contiguous())
 
 
 def tensor_bytes(message: Any) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from latentwire.losses.bundles import Reader
 from latentwire.models.decoded import Decoded
+from latentwire.models.head_slots import Heads
 from latentwire.prompts.batch import Batch, join
 from latentwire.receivers.base import AnswerScores, LossTask
 from latentwire.receivers.local import LocalReceiver
@@ -26,18 +27,29 @@ class Prompt:
     """Soft vectors, row by row; ``None`` for text prompts."""
     added_NE: torch.Tensor | None
     """Added to keys and values where latents stand; ``None``: nothing."""
+    entries_NE: torch.Tensor | None = None
+    """Keys and values of latents that stand in ``heads`` alone; ``None``: they stand in all."""
+    heads: Heads = ()
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Prompt:
         """Return a prompt of the changed tensors."""
         return Prompt(
             None if self.soft_ND is None else change(self.soft_ND),
             None if self.added_NE is None else change(self.added_NE),
+            None if self.entries_NE is None else change(self.entries_NE),
+            self.heads,
         )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that are there."""
-        return [tensor for tensor in (self.soft_ND, self.added_NE) if tensor is not None]
+        tensors = (self.soft_ND, self.added_NE, self.entries_NE)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What is there: prompts of one form can be laid over a joined batch."""
+        return self.soft_ND is None, self.added_NE is None, self.entries_NE is None, self.heads
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class LossRequest(Request):
     @property
     def alike(self) -> Any:
         """Alike where losses read the same layers; weights, K and lengths may differ."""
-        return LossRequest, self.task.depths, self.head_is_text, self.prompt.added_NE is None
+        return LossRequest, self.task.depths, self.head_is_text, self.prompt.form
 
     @staticmethod
     def answer(lm: LocalReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
@@ -143,8 +155,8 @@ class ScoreRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Alike where all have soft prompts or all have none, and so for what is added."""
-        return ScoreRequest, self.prompt.soft_ND is None, self.prompt.added_NE is None
+        """Alike where all have soft prompts or all have none, and so for what is added or elsewhere."""
+        return ScoreRequest, self.prompt.form
 
     @staticmethod
     def answer(lm: LocalReceiver, requests: Sequence[ScoreRequest]) -> list[AnswerScores]:
@@ -183,7 +195,7 @@ class GenerateRequest(Request):
     def alike(self) -> Any:
         """Alike where decoding ends in the same way."""
         ends = self.stop_ids, self.max_new_tokens
-        return GenerateRequest, ends, self.prompt.soft_ND is None, self.prompt.added_NE is None
+        return GenerateRequest, ends, self.prompt.form
 
     @staticmethod
     def answer(lm: LocalReceiver, requests: Sequence[GenerateRequest]) -> list[Decoded]:
@@ -260,5 +272,9 @@ def _read_into(
         stack.enter_context(
             lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS)
         )
+    entries = [prompt.entries_NE for prompt in prompts if prompt.entries_NE is not None]
+    if entries:
+        entry_NE = torch.cat([e.to(lm.device) for e in entries])
+        stack.enter_context(lm.heads_at_slots(entry_NE, prompts[0].heads))
     soft = [prompt.soft_ND for prompt in prompts if prompt.soft_ND is not None]
     return torch.cat([s.flatten(0, -2).to(lm.device) for s in soft]) if soft else None

@@ -13,7 +13,7 @@ from latentwire.model import LatentWire
 from latentwire.models.weights import ReceiverError
 from latentwire.receivers.replica import Replica
 from latentwire.training.loop import Trainer
-from tests.conftest import shard_table
+from tests.conftest import HEADS, choose_some_heads, shard_table
 
 VARIANTS = {
     "plain": {},
@@ -30,6 +30,8 @@ VARIANTS = {
         "features.deep_prefix": {},
         "features.coprocessor": {"width": 16, "heads": 2},
     },
+    "in some heads alone": HEADS,
+    "in some heads, behind a prefix": HEADS | {"prefix": {"tokens": 3}},
     **{
         name: {f"features.{name}": {}}
         for name, feature in FEATURES.items()
@@ -59,8 +61,12 @@ def test_the_curve_is_that_of_own_receivers(
 ) -> None:
     run = with_values(run, VARIANTS[variant])
     table = shard_table(run, 12)
-    expected, metrics = curve(LatentWire(run), table)
-    found, shared_metrics = curve(sharing_wire(run, "trial"), table)
+    own, shared = LatentWire(run), sharing_wire(run, "trial")
+    if run.adapter.kind == "heads":
+        choose_some_heads(own)
+        choose_some_heads(shared)
+    expected, metrics = curve(own, table)
+    found, shared_metrics = curve(shared, table)
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), f"step {step}"
     assert shared_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5, nan_ok=True)
