@@ -21,8 +21,8 @@ from latentwire.exports import read_run
 from latentwire.model import LatentWire
 from latentwire.planning import planner
 from latentwire.planning.variants import variant_key
+from latentwire.reports import heads, tables
 from latentwire.reports import seeds as seeds_of_wire
-from latentwire.reports import tables
 from latentwire.storage import Place, local, place, text_if_there
 from latentwire.threads import cores, use_threads
 from latentwire.training import step_checkpoints, text_readers
@@ -153,6 +153,8 @@ def run(
     tables.show(tables.scored_tables(scored, title, space.run))
     if scored.scores:
         print("\n".join(scored.notes))
+    if page := heads.write_picture(space.run, output / "best", output):
+        print(f"retrieval heads: {page}")
     print(f"exported: {output / 'best'}")
     return TrainResult(output, best, scored.scores)
 
