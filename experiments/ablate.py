@@ -34,7 +34,6 @@ from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire, load_wire
-from latentwire.planning.variants import variant_key
 from latentwire.storage import write_text
 from latentwire.training.local import train_here
 
@@ -142,7 +141,7 @@ def main(
     if only:
         train_one(configs[only], output / only)
         return 0
-    for run in {variant_key(run): run for run in configs.values()}.values():
+    for run in configs.values():  # what is there already is only looked at
         local_shards(run)
     missing = [key for key in configs if not (output / key / "scores.json").exists()]
 

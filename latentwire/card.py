@@ -80,11 +80,14 @@ def write(run: RunConfig, manifest: dict[str, Any]) -> str:
         return "\n\n".join([f"---\n{data.to_yaml()}\n---", *_reader(run, manifest)]) + "\n"
     answer = "answer" if len(names) > 1 else "answers"
     size = _message_size(run)
+    becomes = "a soft prompt"
+    if run.adapter.kind == "heads":
+        becomes = "keys and values in the few heads that read a context"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         "# A LatentWire",
         f"An encoder compresses a text into one message of latent vectors; an adapter per receiver "
-        f"turns it into a soft prompt, and {_listed(names)} {answer} from it. The encoder is of "
+        f"turns it into {becomes}, and {_listed(names)} {answer} from it. The encoder is of "
         f"kind `{run.encoder.kind}`; a message has {size} of width {run.encoder.d_z}. Encoder and "
         f"adapters are in this directory, as safetensors; no weight of a receiver is.",
         f"Encoder id: `{manifest['encoder_id']}`. Packets of another encoder are refused.",

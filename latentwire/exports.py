@@ -230,8 +230,9 @@ def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _count(module: torch.nn.Module) -> int:
-    """Count the numbers that are saved of a module."""
-    return sum(tensor.numel() for tensor in saved_tensors(module).values())
+    """Count the numbers that are saved of a module, without what says which heads were chosen."""
+    tensors = saved_tensors(module)
+    return sum(t.numel() for name, t in tensors.items() if name not in ("head_J2", "score_LH"))
 
 
 # ------------------------------------------------------------------------------------------ loading

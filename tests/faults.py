@@ -315,6 +315,27 @@ FAULTS = {
         "tuning.searcher:StudySearch._tell", 'reports[-1]["step"] < reports[-1]["total_steps"]', "False",
         "tests/tuning/test_searcher.py::test_a_stopped_trial_is_pruned",
     ),
+    "entries_are_seen_before_their_end": line(
+        "models.head_slots:_attention", "position_RN >= end_R1", "position_RN >= 0",
+        "tests/models/test_head_slots.py::test_its_own_keys_and_values_in_every_head_are_the_text",
+    ),
+    "keys_stand_one_position_too_far": line(
+        "models.head_slots:entries_of", "start_R[:, None] + place_T", "start_R[:, None] + place_T + 1",
+        "tests/models/test_head_slots.py::test_its_own_keys_and_values_in_every_head_are_the_text",
+    ),
+    "another_head_sees_the_message": line(
+        "models.head_slots:_attention", "order = list(entries.heads)", "order = [(h + 1) % heads for h in entries.heads]",
+        "tests/models/test_head_slots.py::test_heads_that_are_not_chosen_see_nothing",
+    ),
+    "targets_keep_their_standard_units": line(
+        "closed_form.regression:solve", "(decoder_KE * one.std_E).float()", "decoder_KE.float()",
+        "tests/closed_form/test_regression.py::test_a_rank_as_large_as_the_targets_is_full_regression",
+    ),
+    "missing_tokens_are_coded": line(
+        "models.token_codes:TokenCodes.forward", "z_BLZ.view_as(code_BLRK).masked_fill(gone_BLR1, 0).flatten(2)",
+        "z_BLZ + 1e-6",
+        "tests/models/test_token_codes.py::test_parts_are_exactly_zero_where_there_is_no_token_and_nowhere_else",
+    ),
     "private_latents_stay_where_padding_was": line(
         "message:Message.row", "columns.start - padding", "columns.start",
         "tests/test_message.py::test_a_row_alone_reads_what_it_read_among_others",

@@ -35,7 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "keys-values": HANDED,
     "growing": {"encoder.tokens_per_latent": 4},
     "heads": HEADS,
-    "heads-behind-a-prefix": HEADS | {"prefix": {"tokens": 3, "layers": True}},
+    "heads-behind-a-prefix": HEADS | {"prefix": {"tokens": 3}},
 }
 
 

@@ -72,6 +72,11 @@ def begin_prefixes(wire: LatentWire, run: RunConfig, train: Place, names: Collec
     """
     places = calibrations.readers(run, train)
     for name in places.keys() & set(names):
+        if not calibrations.is_reader(places[name]):
+            raise exports.CheckpointError(
+                f"prefix.begin reader needs the text reader of {name}, got none at {places[name]}; make it by `latentwire "
+                f"preprocess` with this configuration"
+            )
         with local(places[name]) as folder:
             file = folder / f"prefixes/{name}.safetensors"
             exports.fill(file, wire.interlingua.prefixes[name])

@@ -8,7 +8,6 @@ over texts. The heads with the highest scores are the ones that need the text's 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -136,8 +135,3 @@ def choose(scores: HeadScores, count: int) -> Heads:
         )
     order = scores.score_LH.flatten().sort(descending=True, stable=True).indices[:count]
     return tuple((place // heads, place % heads) for place in sorted(order.tolist()))
-
-
-def head_count(share: float, layers: int, heads: int) -> int:
-    """Return how many heads a share of all is: the nearest number, a half upwards, at least 1."""
-    return max(1, math.floor(share * layers * heads + 0.5))

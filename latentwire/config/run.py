@@ -240,6 +240,15 @@ class RunConfig(Section):
                 raise ValueError(
                     f"closed_form regresses from states that are not trained, got encoder.kind {encoder.kind}; choose senders"
                 )
+            if self.data.send != "context":
+                raise ValueError(
+                    f"closed_form regresses on the keys and values of contexts, got data.send {self.data.send}; send the "
+                    f"context, or leave closed_form out"
+                )
+            if self.closed_form.metric == "gradients" and not self.data.source.has_questions:
+                raise ValueError(
+                    f"closed_form.metric gradients needs answers, dataset {self.data.dataset} has none; choose metric plain"
+                )
             if strange := [name for name in self.closed_form.weights if name not in names]:
                 raise ValueError(
                     f"closed_form.weights must name receivers ({', '.join(names)}), got {', '.join(strange)}"
@@ -247,6 +256,7 @@ class RunConfig(Section):
         training = self.training
         of_slots = {
             "adapter.slot_positions": adapter.slot_positions,
+            "prefix.layers": prefix is not None and prefix.layers,
             "training.alignment_steps": training.alignment_steps,
             "training.coarsening_steps": training.coarsening_steps,
             "training.tokens_per_latent": training.tokens_per_latent,
@@ -260,7 +270,7 @@ class RunConfig(Section):
         }
         if given := [path for path, value in of_slots.items() if value]:
             raise ValueError(
-                f"adapter.kind heads has no slots in the receiver's sequence, got {', '.join(given)}; leave them out"
+                f"adapter.kind heads has no slots in the receiver's sequence to act on, got {', '.join(given)}; leave them out"
             )
 
     def _check_train_only(self, names: list[str]) -> None:

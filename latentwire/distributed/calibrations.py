@@ -77,11 +77,13 @@ def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
     alone = run.model_copy(update={"receivers": only, "encoder": encoder})
     wire = prepared(alone, run, train)
     builder = wire.builders[receiver]
-    texts = first_texts(train, 0, run.adapter.ranking_texts, [f"{receiver}_context_ids"])
+    column = f"{receiver}_context_ids"
+    rows = first_texts(train, 0, run.adapter.ranking_texts, ["context", column]).to_pydict()
+    _, first_T = once([[text] for text in rows["context"]])  # not once for each question
     scores = ranking.rank(
         wire.local_receiver(receiver),
         builder,
-        texts[f"{receiver}_context_ids"].to_pylist(),
+        [rows[column][row] for row in first_T],
         lambda recitals: wire.reading(receiver, recitals, None),
         builder.prefix,
     )
@@ -94,7 +96,8 @@ def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
 
     cluster = ray.cluster_resources()
     room = cluster.get("GPU", 0.0) / gpus if gpus else cluster["CPU"] / run.training.cpus_per_worker
-    parts = max(1, int(room))
+    assert run.closed_form is not None, "nobody asked for a closed form"
+    parts = max(1, min(int(room), run.closed_form.texts, run.closed_form.gradient_texts))
     training = run.training
     task = ray.remote(
         num_cpus=training.cpus_per_worker, num_gpus=gpus, resources=training.worker_resources

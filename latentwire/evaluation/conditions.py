@@ -122,6 +122,11 @@ def conditions(
             f"--latent_len needs an encoder whose messages have a fixed length, got "
             f"encoder.tokens_per_latent {run.encoder.tokens_per_latent}; use --tokens_per_latent"
         )
+    if tokens_per_latent and run.adapter.kind == "heads":
+        raise ConfigError(
+            f"--tokens_per_latent needs messages of any length, got adapter.kind heads, whose latents are "
+            f"{run.encoder.tokens_per_latent} tokens each; leave --tokens_per_latent out"
+        )
     if latent_len and run.adapter.slot_positions:
         raise ConfigError(
             "--latent_len needs adapter.slot_positions false, got true; leave --latent_len out"

@@ -204,7 +204,7 @@ def _encode(
     tokens = condition.tokenize(encoder, [texts[row] for row in first_M])
     if condition.mode not in MESSAGE_MODES:
         by_text = {
-            name: wire.interlingua.budgets(name, encoder.slots(tokens, name))
+            name: wire.interlingua.budgets(name, encoder.slots(tokens, name), of_text=True)
             for name in wire.receivers
         }
         slots = {name: [counts[m] for m in message_R] for name, counts in by_text.items()}

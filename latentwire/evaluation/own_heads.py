@@ -11,6 +11,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
 from latentwire.models.head_slots import Heads, rotated
+from latentwire.models.weights import ReceiverError
 from latentwire.prompts.batch import collate
 
 
@@ -47,6 +48,12 @@ def own_entries(
     """
     lm, builder = wire.local_receiver(receiver), wire.builders[receiver]
     batch = collate([builder.text_alone(ids, builder.prefix) for ids in texts]).to(lm.device)
+    lm.check_heads()
+    if not lm.may_part(batch.ids_BS.shape[1]):
+        raise ReceiverError(
+            f"receiver {receiver} has layers that keep {lm.window} positions, its keys and values of a text that ends at "
+            f"{batch.ids_BS.shape[1]:,} are not all there; lower data.max_context_bytes"
+        )
     start = len(builder.head_ids) + builder.prefix
     longest = batch.ids_BS.shape[1] - start
     position_RT = torch.arange(start, start + longest, device=lm.device)[None]

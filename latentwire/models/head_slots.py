@@ -212,25 +212,25 @@ def _table(
 def check_rotary(lm: nn.Module, name: str) -> None:
     """Raise :class:`ReceiverError` for a receiver whose keys are not turned as :func:`rotated` does.
 
-    The same tokens at two places in a row, read by the first layer: their keys must be equal once
-    turned back.
+    The same tokens are read at two places far from each other. Rotary attention sees distances alone,
+    so in every layer their keys must be equal once turned back.
     """
     reason = "no base_model.rotary_emb"
     base: Any = lm.base_model
     if hasattr(base, "rotary_emb"):
         device = next(lm.parameters()).device
-        ids_BS = torch.arange(1, 9, device=device).repeat(2)[None]
-        with torch.no_grad():
-            cache = base(input_ids=ids_BS, use_cache=True).past_key_values
-        position_RT = torch.arange(16, device=device)[None]
-        key_RHTD = rotated(lm, 0, cache.layers[0].keys, position_RT, back=True)
-        first, second = key_RHTD.chunk(2, 2)
-        again = rotated(lm, 0, key_RHTD, position_RT)
-        tolerance = 2e-2 * float(key_RHTD.abs().max())
-        alike = torch.allclose(first, second, atol=tolerance) and torch.allclose(
-            again, cache.layers[0].keys.float(), atol=tolerance
-        )
-        if alike:
+        ids_BS = torch.arange(1, 9, device=device)[None]
+        keys = []
+        for start in (0, 7):
+            position_RT = torch.arange(start, start + 8, device=device)[None]
+            with torch.no_grad():
+                output = base(input_ids=ids_BS, position_ids=position_RT, use_cache=True)
+            layers = enumerate(output.past_key_values.layers)
+            keys.append([rotated(lm, n, layer.keys, position_RT, back=True) for n, layer in layers])
+        strays = [
+            float((one - other).norm() / one.norm()) for one, other in zip(*keys, strict=True)
+        ]
+        if max(strays) < 0.1:
             return
         reason = "keys that are turned in another way"
     raise ReceiverError(
@@ -258,6 +258,8 @@ def entries_of(
     count_R = batch.latents_BS.sum(1).to(kv_NE.device)
     place_T = torch.arange(max(1, int(count_R.max())), device=kv_NE.device)
     keep_RT = place_T < count_R[:, None]
+    if len(kv_NE) != (slots := int(count_R.sum())):
+        raise ValueError(f"entries must fill the messages' slots, got {len(kv_NE)} for {slots}")
     kv_RTE = kv_NE.new_zeros(*keep_RT.shape, kv_NE.shape[1])
     kv_RTE = kv_RTE.masked_scatter(keep_RT[..., None], kv_NE)
     # [R, T, J · 2 · D] → keys and values [R, J, T, D].
@@ -340,14 +342,16 @@ def _attention(
     groups, heads = query.shape[1] // key.shape[1], key.shape[1]
     seeing = torch.tensor(entries.heads, device=query.device)
     mask_R1NS = _mask(attention_mask, query, key)
-    sees_RNT = entries.keep_RT[:, None] & (position_RN >= entries.end_R[:, None])[..., None]
+    end_R1 = entries.end_R.to(position_RN.device)[:, None]
+    after_RN1 = (position_RN >= end_R1)[..., None].to(query.device)
+    sees_RNT = entries.keep_RT[:, None].to(query.device) & after_RN1
     # Entries first, then what every head sees.
     wide_R1NS = torch.cat((sees_RNT[:, None], mask_R1NS.expand(len(sees_RNT), -1, -1, -1)), -1)
     query_RHGND = query.unflatten(1, (heads, groups))
     seen_RAND = F.scaled_dot_product_attention(
         query_RHGND[:, seeing].flatten(1, 2),
-        torch.cat((entries.key_RHTD, key[:, seeing]), 2).repeat_interleave(groups, 1),
-        torch.cat((entries.value_RHTD, value[:, seeing]), 2).repeat_interleave(groups, 1),
+        torch.cat((entries.key_RHTD.to(key), key[:, seeing]), 2).repeat_interleave(groups, 1),
+        torch.cat((entries.value_RHTD.to(key), value[:, seeing]), 2).repeat_interleave(groups, 1),
         attn_mask=wide_R1NS,
         scale=options.get("scaling"),
     )

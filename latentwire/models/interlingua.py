@@ -184,11 +184,16 @@ class Interlingua(nn.Module):
             return adapter.tokens_of(*message.read_by(receiver)).sum(1).tolist()
         return message.slots(receiver)
 
-    def budgets(self, receiver: str, slots: Sequence[int]) -> list[int]:
-        """Return the positions that fill as much of a receiver's cache as messages of so many slots."""
+    def budgets(self, receiver: str, slots: Sequence[int], *, of_text: bool = False) -> list[int]:
+        """Return the positions that fill as much of a receiver's cache as messages of so many slots.
+
+        ``of_text``: those that cut text gets, which are no fewer.
+        """
         adapter: Any = dict(self.adapters.items()).get(receiver)  # a text reader has none
         if isinstance(adapter, Unfolding):
-            return [adapter.budget(count) for count in slots]
+            return [
+                adapter.text_budget(count) if of_text else adapter.budget(count) for count in slots
+            ]
         return list(slots)
 
     def soft_rows(self, receiver: str, message: Message | None, batch: Batch) -> torch.Tensor:

@@ -171,6 +171,7 @@ class LMWrapper(nn.Module):
         """Positions that the layers with the shortest sight see; ``None``: all."""
         self._head: tuple[list[int], Cache] | None = None
         self._at_slots: tuple[torch.Tensor, Heads] | None = None
+        self._heads_checked = False
         self._recomputed: list[GradientCheckpointingLayer] = []
         self._check_model()
 
@@ -249,6 +250,7 @@ class LMWrapper(nn.Module):
                 :func:`latentwire.models.head_slots.entries_of`.
             heads: the heads.
         """
+        self.check_heads()
         assert self._at_slots is None, "messages stand in the heads already"
         self._at_slots = kv_NE, heads
         try:
@@ -256,11 +258,20 @@ class LMWrapper(nn.Module):
         finally:
             self._at_slots = None
 
+    def check_heads(self) -> None:
+        """Raise :class:`ReceiverError` where keys in some heads alone would be turned wrongly."""
+        if not self._heads_checked:
+            head_slots.check_rotary(self.lm, self.name)
+            self._heads_checked = True
+
     def _beside(self, batch: Batch) -> tuple[Batch, HeadEntries | None]:
         """Take latents that stand in some heads alone out of a batch."""
         if self._at_slots is None or not bool(batch.latents_BS.any()):
             return batch, None
         kv_NE, heads = self._at_slots
+        longest = int(batch.attention_BS.sum(1).max())
+        self._check_length(longest)
+        self._check_sight(longest)
         entries = head_slots.entries_of(
             self.lm, heads, kv_NE.to(self.device), batch, self.embed_tokens.weight.dtype
         )
@@ -366,6 +377,13 @@ class LMWrapper(nn.Module):
             attention_MS = attention_MS.expand(messages, -1)
         return Past(cache, attention_MS, entries)
 
+    def _check_sight(self, positions: int) -> None:
+        if not self.may_part(positions):
+            raise ReceiverError(
+                f"receiver {self.name} has layers that see {self.window} positions, a message in some heads alone needs all of "
+                f"its prompt's {positions:,} to be seen; lower data.max_context_bytes, or choose adapter.kind mlp"
+            )
+
     def may_part(self, positions: int) -> bool:
         """Return whether sequences of so many positions, padding included, may be read in two passes.
 
@@ -451,12 +469,17 @@ class LMWrapper(nn.Module):
             # transformers wants embeddings of the whole, and cuts off what is in the cache.
             e_BSD = F.pad(e_BSD, (0, 0, missing, 0))
             if entries is not None:  # stand between the cache and these rows
-                position_BS = F.pad(entries.end_R[:, None] + batch.positions(), (missing, 0))
+                assert batch.end_R is not None
+                end_R1 = batch.end_R.to(self.device)[:, None]
+                position_BS = F.pad(end_R1 + batch.positions(), (missing, 0))
         positions: dict[str, Any] = {}  # None: counted from the beginning
         if position_BS is not None:
             positions["position_ids"] = position_BS.to(self.device)
-        between = 0 if entries is None else entries.longest
-        self._check_length(attention_BS.shape[1] + between + max_new_tokens)
+        longest = attention_BS.shape[1] + max_new_tokens
+        if entries is not None:
+            longest += entries.longest
+            self._check_sight(longest)
+        self._check_length(longest)
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
         drawn: dict[str, Any] = {"do_sample": False}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
+from latentwire.config.wire import LENT
 from latentwire.models.backbones import (
     TokenStates,
     joined,
@@ -72,7 +73,7 @@ def sender_sources(
         return list(receivers.values())
     sources = []
     for number, model in enumerate(config.senders):
-        lender = model.removeprefix("receiver:")
+        lender = model.removeprefix(LENT)
         if lender != model:
             sources.append(receivers[lender])
         else:

@@ -14,6 +14,11 @@ from latentwire.models.weights import ReceiverError
 from latentwire.prompts.sequences import CONTROLS
 
 
+def text_stride(share: float) -> int:
+    """Return of how many tokens cut text gets one, where a message takes a share of the cache."""
+    return max(1, math.floor(1 / share + 1e-9))
+
+
 class Unfolding(nn.Module):
     """Maps each latent's R codes to keys (before rotary positions) and values of J heads.
 
@@ -96,10 +101,19 @@ class Unfolding(nn.Module):
         """
         return max(1, math.ceil(tokens * self.share - 1e-9))
 
+    def text_budget(self, tokens: int) -> int:
+        """Return the positions that cut text gets: no fewer than the message, one of a whole number."""
+        return max(1, -(-tokens // text_stride(self.share)))
+
     def tokens_of(self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-        """Mark the codes that stand for a token ``[B, L · R]``."""
+        """Mark the codes that stand for a token ``[B, L · R]``: all up to the last that is not zero.
+
+        A code between others can be rounded to zero in a packet of few bits, and stands for a token
+        all the same.
+        """
         code_BTK = z_BLZ.detach().unflatten(2, (self.tokens, self.codes)).flatten(1, 2)
-        return (code_BTK != 0).any(-1) & keep_BL.repeat_interleave(self.tokens, 1)
+        said_BT = (code_BTK != 0).any(-1) & keep_BL.repeat_interleave(self.tokens, 1)
+        return said_BT.flip(1).cummax(1).values.flip(1)
 
     def forward(
         self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor

@@ -91,7 +91,8 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
     Raises:
         ConfigError: a dimension on which a calibration hangs is not categorical.
     """
-    if run.adapter.kind != "heads":
+    takes_prefix = run.prefix is not None and run.prefix.begin == "reader"
+    if run.adapter.kind != "heads" and not takes_prefix:
         return []
     combinations: list[dict[str, Any]] = [{}]
     for path in search_order(space.search):
@@ -103,9 +104,11 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
                 f"search.{path} must be categorical where adapter.kind is heads, got {dim.type}: each value needs a "
                 f"calibration of its own"
             )
-        combinations = [
-            values | {path: choice} for values in combinations for choice in dim.choices
-        ]
+        drawn = [values | {path: choice} for values in combinations for choice in dim.choices]
+        # Under a condition some trials keep the value of the space's run.
+        combinations = [*combinations, *drawn] if dim.when else drawn
+    if run.adapter.kind != "heads":
+        return [with_values(run, values) for values in combinations]
     runs = []
     for values in combinations:
         # The width of a latent does not matter here, but must fit its tokens.

@@ -83,7 +83,8 @@ class Trainer:
                 lm.recompute_activations()
             if self.config.compile:
                 lm.compile_layers()
-        self.optimizer = optimizer_of(wire.interlingua, self.config)
+        closed_form = wire.run.closed_form is not None
+        self.optimizer = optimizer_of(wire.interlingua, self.config, closed_form)
 
     @contextmanager
     def stopped_by(self, signum: signal.Signals) -> Iterator[None]:
@@ -236,8 +237,9 @@ class Trainer:
                         total.backward()
             if message is not None and read is not message and message.z_BLZ.requires_grad:
                 assert read is not None
-                with part("backward"):
-                    message.z_BLZ.backward(read.z_BLZ.grad)
+                if read.z_BLZ.grad is not None:  # else no receiver has read a latent
+                    with part("backward"):
+                        message.z_BLZ.backward(read.z_BLZ.grad)
         return values
 
     def _encode(self, batch: TrainingBatch) -> Message | None:

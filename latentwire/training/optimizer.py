@@ -17,14 +17,19 @@ from latentwire.models.unfolding import Unfolding
 _AdamW = partial(AdamW, betas=(0.9, 0.98), fused=True)
 
 
-def optimizer_of(interlingua: nn.Module, config: TrainingConfig) -> Optimizer:
+def optimizer_of(
+    interlingua: nn.Module, config: TrainingConfig, closed_form: bool = False
+) -> Optimizer:
     """Return the optimiser of everything in ``interlingua`` that is trained.
+
+    ``closed_form``: whether its linear maps began in one, and have a share of their rate.
 
     Encoder, adapters (with features) and prefixes have rates of their own. Only matrices decay
     (:func:`matrices_of`).
     """
     matrices = matrices_of(interlingua)
-    groups = _groups(interlingua, config, matrices)
+    begun = closed_form_of(interlingua) if closed_form else set()
+    groups = _groups(interlingua, config, matrices, begun)
     flat = {
         p
         for name, p in interlingua.named_parameters()
@@ -60,11 +65,13 @@ def closed_form_of(module: nn.Module) -> set[str]:
 
 
 def _groups(
-    interlingua: nn.Module, config: TrainingConfig, decayed: Collection[str]
+    interlingua: nn.Module,
+    config: TrainingConfig,
+    decayed: Collection[str],
+    closed_form: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Group parameters by part (its rate) and by decay; empty groups are left out."""
     groups = []
-    closed_form = closed_form_of(interlingua)
     parts = {
         "encoder": config.encoder_lr,
         "adapters": config.adapter_lr,

@@ -42,6 +42,7 @@ from latentwire.data.readers import (
 from latentwire.evaluation.conditions import Condition, label, own_condition
 from latentwire.model import LatentWire, load_wire
 from latentwire.models.senders import sender_sources
+from latentwire.models.unfolding import text_stride
 from latentwire.prompts.shown import Reads
 from latentwire.receivers.base import Receiver
 from latentwire.storage import Place, directory, local
@@ -123,7 +124,7 @@ def _lengths(run: RunConfig, condition: Condition) -> EncoderConfig:
         changed |= {"pooling": "queries", "projection": True}
     if run.adapter.kind == "heads":  # as many positions as have as many entries
         share = run.adapter.cache_share or 1 / (run.encoder.tokens_per_latent or 1)
-        changed |= {"pooling": "queries", "tokens_per_latent": max(1, round(1 / share))}
+        changed |= {"pooling": "queries", "tokens_per_latent": text_stride(share)}
     if condition.budget is not None:
         changed[condition.budget.knob] = condition.budget.value
     return run.encoder.model_copy(update=changed)

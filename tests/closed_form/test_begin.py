@@ -220,6 +220,12 @@ def test_a_calibration_that_is_not_there_is_named(run: RunConfig, tmp_path: Path
         ),
         ({"closed_form": {"weights": {"other": 1.0}}}, "must name receivers"),
         ({"training.alignment_steps": 3}, r"no slots .* got training\.alignment_steps"),
+        ({"prefix": {"layers": True}}, r"no slots .* got prefix\.layers"),
+        ({"data.send": "prompt", "closed_form": {}}, "got data.send prompt"),
+        (
+            {"data.dataset": "text", "losses.bundle": "pretrain", "closed_form": {}},
+            "dataset text has none",
+        ),
         ({"features.refiner": {}}, r"got features\.refiner"),
         ({"adapter.unfold_width": 30}, r"multiple of 2 × encoder\.heads"),
         ({"prefix": {"begin": "reader"}}, "set tuned_text with the same tokens"),

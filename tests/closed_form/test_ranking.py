@@ -28,7 +28,6 @@ from latentwire.closed_form.ranking import (
     HeadScores,
     RankingError,
     choose,
-    head_count,
     rank,
     shape_of,
 )
@@ -161,13 +160,6 @@ def test_the_best_heads_stand_in_order_and_the_first_of_equals_wins() -> None:
             RankingError, match=f"1 to 6, all that receiver llama .* got {count}; choose"
         ):
             choose(scores, count)
-
-
-def test_a_share_of_heads_is_the_nearest_number() -> None:
-    assert head_count(0.25, 30, 3) == 23  # 22.5: a half goes up
-    assert head_count(0.24, 30, 3) == 22 and head_count(0.26, 30, 3) == 23
-    assert head_count(1.0, 30, 3) == 90
-    assert head_count(0.0001, 30, 3) == 1
 
 
 def test_scores_come_back_from_json_bit_by_bit() -> None:

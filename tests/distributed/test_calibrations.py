@@ -102,6 +102,19 @@ def test_a_sweep_makes_every_calibration_that_its_trials_need(run: RunConfig) ->
     runs = calibration_runs(space, space.run)
     assert [one.encoder.tokens_per_latent for one in runs] == [2, 4]
     assert calibration_runs(space, run) == []
+    reader = with_values(
+        run, {"prefix": {"begin": "reader", "tokens": 3}, "evaluation.tuned_text": {"tokens": 3}}
+    )
+    assert len(calibration_runs(space, reader)) == 2  # a prefix is calibrated for other wires, too
+    search["closed_form.texts"] = {
+        "type": "categorical",
+        "choices": [10, 20],
+        "when": {"encoder.tokens_per_latent": [2]},
+    }
+    space = SweepConfig.model_validate({"run": base.model_dump(), "search": search})
+    texts = {one.closed_form.texts for one in calibration_runs(space, space.run) if one.closed_form}
+    assert texts == {10, 20, 480}  # the last where the dimension is not drawn
+    del search["closed_form.texts"]
     search["adapter.cache_share"] = {"type": "float", "low": 0.1, "high": 0.5}
     space = SweepConfig.model_validate({"run": base.model_dump(), "search": search})
     with pytest.raises(ConfigError, match=r"search\.adapter\.cache_share must be categorical"):

@@ -1,14 +1,23 @@
 """A message in some heads alone: the receiver's own keys and values there are the text itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.models import head_slots
 from latentwire.models.head_slots import Heads, rotated, shape_of
-from latentwire.models.weights import ReceiverError
+from latentwire.models.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.local import LocalReceiver
@@ -194,3 +203,72 @@ def test_a_receiver_without_such_heads_is_refused_with_the_reason() -> None:
         shape_of(lm)
     with pytest.raises(ReceiverError, match=r"no base_model\.rotary_emb"):
         head_slots.check_rotary(lm, "one")
+
+
+def of_config(folder: Path, model: Any) -> LocalReceiver:
+    """A model that was just drawn, with the toy pair's tokenizer."""
+    model.save_pretrained(folder)
+    load_tokenizer(ReceiverConfig(name="one", model="toy-llama")).save_pretrained(folder)
+    return LocalReceiver(ReceiverConfig(name="one", model=str(folder), template="plain"))
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 704,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: GlmForCausalLM(GlmConfig(**SHAPE)),
+        lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, no_rope_layers=[1, 0])),
+    ],
+    ids=["pairs-side-by-side", "a-layer-without"],
+)
+def test_keys_that_are_turned_in_another_way_are_refused(tmp_path: Path, model: Any) -> None:
+    lm = of_config(tmp_path, model())
+    with (
+        pytest.raises(ReceiverError, match="turned in another way"),
+        lm.heads_at_slots(torch.zeros(1, 32), ((0, 0), (1, 1))),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("layers", [2, 1], ids=["windows", "half-of-them"])
+def test_a_layer_with_a_window_must_see_the_whole_prompt(tmp_path: Path, layers: int) -> None:
+    kinds = ["sliding_attention", "sliding_attention" if layers == 2 else "full_attention"]
+    config = Gemma3TextConfig(**SHAPE, layer_types=kinds, sliding_window=64)
+    lm = of_config(tmp_path, Gemma3ForCausalLM(config))
+    builder = PromptBuilder(lm.tokenizer, lm.config, PromptConfig(), "context")
+    heads = every_head(lm)
+    with torch.no_grad():
+        entries = own_entries(lm, builder, heads)
+        text, latent = batches(lm, builder, "right", True)
+        kv_NE = torch.cat([entries[text] for text, _ in ASKED])
+        with lm.heads_at_slots(kv_NE, heads):
+            found = lm.supervised_logits(latent)
+    torch.testing.assert_close(found, lm.supervised_logits(text), atol=2e-4, rtol=1e-4)
+    lm.window = latent.ids_BS.shape[1] - 1
+    with (
+        lm.heads_at_slots(kv_NE, heads),
+        pytest.raises(ReceiverError, match="needs all of its prompt"),
+    ):
+        lm.supervised_logits(latent)
+
+
+def test_entries_fill_the_slots(lm: LocalReceiver, builder: PromptBuilder) -> None:
+    _, latent = batches(lm, builder, "right", True)
+    slots, heads = int(latent.latents_BS.sum()), every_head(lm)[:1]
+    width = 2 * shape_of(lm.lm)[2]
+    for count in (slots - 1, slots + 1):
+        kv_NE = torch.zeros(count, width)
+        with lm.heads_at_slots(kv_NE, heads), pytest.raises(ValueError, match="fill the messages"):
+            lm.supervised_logits(latent)

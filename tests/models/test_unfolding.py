@@ -34,7 +34,7 @@ def test_a_code_of_zeros_is_no_token() -> None:
     entry_BTE, keep_BT = adapter(z_BLZ, keep_BL)
     assert entry_BTE.shape == (1, 12, 3 * 2 * 6)
     assert keep_BT[0].tolist() == [True] * 6 + [False] * 6
-    z_BLZ[0, 0, 0] = 0.0  # one zero among others is a number
+    z_BLZ[0, 0, :5] = 0.0  # rounded to zero in a packet of few bits: a token all the same
     assert adapter.tokens_of(z_BLZ, keep_BL).sum() == 6
     rows_NE = adapter.rows(z_BLZ, keep_BL, torch.tensor([0, 0]))
     assert len(rows_NE) == 12 and torch.equal(rows_NE[:6], rows_NE[6:])
@@ -76,3 +76,9 @@ def test_its_heads_are_as_many_as_the_share_and_must_be_chosen() -> None:
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (8, 3), (9, 4), (16, 6), (0, 1)])
 def test_a_budget_is_the_share_of_the_tokens_and_no_less(tokens: int, positions: int) -> None:
     assert unfolding().budget(tokens) == positions
+
+
+@pytest.mark.parametrize(("share", "positions"), [(0.25, 25), (0.4, 50), (0.3, 34), (0.7, 100)])
+def test_cut_text_gets_no_less_than_the_message(share: float, positions: int) -> None:
+    adapter = unfolding(share=share)
+    assert adapter.text_budget(100) == positions >= adapter.budget(100)

@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequential": {"training.sequential_models": True},
     "split": {"encoder.private_len": 2},
     "heads": HEADS,
-    "heads-behind-a-prefix": HEADS | {"prefix": {"tokens": 3, "layers": True}},
+    "heads-behind-a-prefix": HEADS | {"prefix": {"tokens": 3}},
     "heads-recited": HEADS | TEXTS,
     "reader": {"prompt.reads": "text", "prefix": {"tokens": 3}},
     "cut-reader": {"prompt.reads": "truncated", "prefix": {"tokens": 3, "layers": True}},
