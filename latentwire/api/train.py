@@ -153,8 +153,9 @@ def run(
     tables.show(tables.scored_tables(scored, title, space.run))
     if scored.scores:
         print("\n".join(scored.notes))
-    if page := heads.write_picture(space.run, output / "best", output):
-        print(f"retrieval heads: {page}")
+    train_shards = shards.shard_path(space.run, "train")
+    for page in heads.write_pictures(space.run, output / "best", output, train_shards):
+        print(f"picture: {page}")
     print(f"exported: {output / 'best'}")
     return TrainResult(output, best, scored.scores)
 

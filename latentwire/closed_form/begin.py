@@ -45,7 +45,7 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
     if run.closed_form is None:
         return
     if exports.ENCODER in parts:
-        start = solved(wire, train)
+        start = solved(run, train)
         print(described(start), flush=True)
         fill(wire, start)
         return
@@ -101,14 +101,13 @@ def choose_heads(wire: LatentWire, receiver: str, train: Place) -> None:
     adapter.choose(choose(scores, len(adapter.head_J2)), scores.score_LH)
 
 
-def solved(wire: LatentWire, train: Place) -> Start:
-    """Solve the closed form for a wire's codes."""
-    config = wire.run.closed_form
+def solved(run: RunConfig, train: Place) -> Start:
+    """Solve the closed form of a run for its codes."""
+    config, encoder = run.closed_form, run.encoder
     assert config is not None, "nobody asked for a closed form"
-    encoder = wire.run.encoder
     assert encoder.tokens_per_latent is not None
     return solve(
-        Moments.load(calibrations.moments_path(wire.run, train)),
+        Moments.load(calibrations.moments_path(run, train)),
         encoder.d_z // encoder.tokens_per_latent,
         ridge=config.ridge,
         floor=config.floor,

@@ -1,26 +1,18 @@
-"""Pictures of a sweep and of what a wire hands over, by optuna.visualization and plotly."""
+"""Pictures of a sweep, by optuna.visualization and plotly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import plotly.graph_objects as go
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from plotly.subplots import make_subplots
 
 from latentwire.config import TuneConfig
-from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.conditions import label
-from latentwire.storage import Place, write_text
 from latentwire.tuning.study import evaluations, own_trials
-
-if TYPE_CHECKING:
-    import torch
-
-    from latentwire.closed_form.ranking import HeadScores
 
 CURVES = 6
 """Most trials whose learning curves are shown."""
@@ -146,79 +138,3 @@ def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go
             },
         )
     return figure.update_layout(yaxis_title="F1", barmode="group")
-
-
-def retrieval_heads(
-    scores: Sequence[HeadScores],
-    chosen: Mapping[str, Sequence[tuple[int, int]]],
-    path: Place | None = None,
-) -> go.Figure:
-    """Draw how much each key-value head fetches from texts: a panel per receiver.
-
-    Args:
-        scores: the receivers' scores, all under one colour bar.
-        chosen: each receiver's chosen heads as layer and head, which are outlined.
-        path: where to write the picture as a page that opens offline (``.html``).
-
-    Raises :class:`~latentwire.config.resolve.ConfigError` for another kind of file.
-    """
-    figure = make_subplots(cols=len(scores), subplot_titles=[by.receiver for by in scores])
-    for column, by in enumerate(scores, start=1):
-        where = {"row": 1, "col": column}
-        figure.add_heatmap(z=by.score_LH.tolist(), coloraxis="coloraxis", **where)
-        for layer, head in chosen.get(by.receiver, ()):
-            corners = {"x0": head - 0.5, "x1": head + 0.5, "y0": layer - 0.5, "y1": layer + 0.5}
-            figure.add_shape(type="rect", line={"color": "#c2571a", "width": 2}, **corners, **where)
-        figure.update_xaxes(title="key-value head", dtick=1, showgrid=False, **where)
-        figure.update_yaxes(autorange="reversed", showgrid=False, **where)
-    figure.update_yaxes(title="layer", row=1, col=1)
-    bar = {"title": "most attention of a recital, mean", "title_side": "right"}
-    return _saved(figure.update_layout(coloraxis={"colorscale": "Blues", "colorbar": bar}), path)
-
-
-def energy(energy_D: torch.Tensor, codes: int, path: Place | None = None) -> go.Figure:
-    """Draw the share of the gradients' energy that the best directions hold together.
-
-    Args:
-        energy_D: each direction's energy, in any order.
-        codes: numbers a token that were chosen, which are marked.
-        path: where to write the picture as a page that opens offline (``.html``).
-
-    Raises :class:`~latentwire.config.resolve.ConfigError` for another kind of file, and where
-    ``codes`` is more than there are directions.
-    """
-    if not 1 <= codes <= len(energy_D):
-        raise ConfigError(
-            f"numbers a token must be 1 to {len(energy_D)}, as many as there are directions, got "
-            f"{codes}; choose a number between"
-        )
-    sorted_D = energy_D.double().sort(descending=True).values
-    percent = (100 * sorted_D.cumsum(0) / sorted_D.sum()).tolist()
-    figure = go.Figure()
-    figure.add_scatter(x=list(range(1, len(percent) + 1)), y=percent, mode="lines", name="energy")
-    share = percent[codes - 1]
-    figure.add_scatter(
-        x=[codes],
-        y=[share],
-        mode="markers+text",
-        marker={"size": 11},
-        text=[f"{codes:,} numbers: {share:.1f} %"],
-        textposition="bottom right",
-        name="chosen",
-    )
-    figure.update_xaxes(type="log", title="numbers a token")
-    figure.update_yaxes(title="share of the gradients' energy, %", rangemode="tozero")
-    return _saved(figure.update_layout(showlegend=False), path)
-
-
-def _saved(figure: go.Figure, path: Place | None) -> go.Figure:
-    """Write a picture where it is asked for, with all that its page needs."""
-    if path is None:
-        return figure
-    if not path.name.endswith(".html"):
-        raise ConfigError(
-            f"a picture is written as a page, whose name ends in .html, got {path}; rename it"
-        )
-    figure.update_layout(template="plotly_white")
-    write_text(path, figure.to_html(config={"displayModeBar": False}, include_plotlyjs=True))
-    return figure

@@ -70,7 +70,7 @@ def test_it_is_made_once_and_the_same_in_parts(
     adapter: Any = trainer.wire.interlingua.adapters["llama"]
     assert adapter.heads == tuple(sorted(adapter.heads)) and float(adapter.score_LH.max()) > 0
     assert not torch.equal(trainer.wire.interlingua.prefixes["llama"](), before)
-    solved = begin.solved(trainer.wire, train)
+    solved = begin.solved(run, train)
     assert torch.equal(adapter.linear.weight, solved.decoders["llama"].decoder_KE.T)
     dev = shards.read_table(paths["dev"])
     assert all(one.nll < 20 for one in predict(trainer.wire, dev, "latent"))
