@@ -69,7 +69,7 @@ def evaluate(
         questions = questions_of(run, split, modes, tokens_per_latent, latent_len, bits, compare)
         if not on_ray:
             use_threads(run.training.cpus_per_worker)
-            paths = local_shards(run, splits_of(run, questions, split))
+            paths = local_shards(run, splits_of(run, questions, split), begins=False)
             path = paths[split]
             wire, _ = load_wire(folder, run, manifest)
             readers = text_readers.ready(wire, questions.conditions, paths)

@@ -8,18 +8,21 @@ from latentwire.storage import Place
 
 
 def local_shards(
-    run: RunConfig, splits: tuple[shards.ShardSplit, ...] = shards.SPLITS
+    run: RunConfig,
+    splits: tuple[shards.ShardSplit, ...] = shards.SPLITS,
+    *,
+    begins: bool = True,
 ) -> dict[shards.ShardSplit, Place]:
     """Return the shards of a run that trains in this process, and make the missing ones.
 
     The teachers' columns of training shards, and what a wire into retrieval heads begins from, are
-    made with them. Ray is started only where something
+    made with them; not the latter where nothing ``begins``. Ray is started only where something
     is missing, and stopped again. Raises :class:`~latentwire.data.sources.DataError` where it would
     be needed and is not installed.
     """
     paths = {split: shards.shard_path(run, split) for split in splits}
     complete = all(shards.complete(path) for path in paths.values())
-    if complete and ("train" not in paths or _all_there(run, paths["train"])):
+    if complete and ("train" not in paths or _all_there(run, paths["train"], begins)):
         return paths
     try:
         import ray
@@ -42,11 +45,12 @@ def local_shards(
         if "train" in paths:
             gpus = run.training.gpus_each(ray.cluster_resources())
             ensure_teachers(run, paths["train"], gpus)
-            ensure_calibrations(run, paths["train"], gpus)
+            if begins:
+                ensure_calibrations(run, paths["train"], gpus)
         return paths
     finally:
         ray.shutdown()
 
 
-def _all_there(run: RunConfig, train: Place) -> bool:
-    return teachers.complete(run, train) and calibrations.complete(run, train)
+def _all_there(run: RunConfig, train: Place, begins: bool) -> bool:
+    return teachers.complete(run, train) and not (begins and not calibrations.complete(run, train))

@@ -52,6 +52,12 @@ def test_it_is_made_once_and_the_same_in_parts(
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
     assert capsys.readouterr().out == ""
 
+    # A wire that is only read needs none of it, whatever its readers are.
+    other = with_values(run, {"adapter.ranking_texts": 5})
+    assert not calibrations.complete(other, train)
+    local_shards(other, begins=False)
+    assert capsys.readouterr().out == ""
+
     # The cluster's two tasks, one task, three tasks: the same sums, to rounding.
     made = Moments.load(calibrations.moments_path(run, train))
     parts = gather_part(run, train, 0, 3)
