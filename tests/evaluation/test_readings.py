@@ -187,7 +187,7 @@ def test_evaluate_records_validation_rows_alone(
     export = exports.save(tmp_path / "best", wire, {}, {"receivers": wire.fingerprints()})
     command = importlib.import_module("latentwire.api.evaluate")
     monkeypatch.setattr(
-        command, "local_shards", lambda run, splits: {split: paths[split] for split in splits}
+        command, "local_shards", lambda run, splits, **_: {split: paths[split] for split in splits}
     )
     for split, recorded in (("dev", False), ("validation", True)):
         flags = ["--checkpoint", str(export), "--modes", "latent", "--split", split]
