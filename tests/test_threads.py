@@ -75,6 +75,6 @@ def test_an_evaluation_takes_the_threads_of_a_worker(
     assert torch.get_num_threads() == 2
 
 
-def stop(*_: object) -> None:
+def stop(*_: object, **__: object) -> None:
     """End a command where its long work would begin."""
     raise ConfigError("far enough")
