@@ -24,7 +24,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.dataset.toy import toy_rows
 from latentwire.model import LatentWire
-from latentwire.models.head_slots import shape_of
+from latentwire.models.key_heads import shape_of
 from latentwire.receivers.local import LocalReceiver
 from tests.guard import pytest_configure  # noqa: F401  (a hook: what a run starts ends with it)
 

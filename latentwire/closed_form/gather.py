@@ -93,16 +93,9 @@ def _loss(
     begun = begun.to(lm.device)
     if wire.reads_heads_alike:
         begun = lm.read_head(begun)
-    prefixes: Any = wire.interlingua.prefixes
-    soft_ND = None
-    with lm.heads_at_slots(kv_NE, heads):
-        if batch.prefix:
-            prefix = prefixes[lm.name]
-            soft_ND = prefix().detach().repeat(len(begun.ids_BS), 1)
-            with prefix.attached(lm, begun):
-                past = lm.prefill(begun, soft_ND)
-        else:
-            past = lm.prefill(begun, soft_ND)
+    # Without a message what is attached, and the soft vectors, are the prefix alone.
+    with lm.heads_at_slots(kv_NE, heads), wire.reading(lm.name, begun, None) as soft_ND:
+        past = lm.prefill(begun, soft_ND)
     rest = batch.going_on(numbers).to(lm.device)
     logits_NV = lm.supervised_logits(rest, None, past)
     return token_ce(logits_NV, rest.target_N).sum()

@@ -16,7 +16,8 @@ import torch
 
 from latentwire.errors import UserError
 from latentwire.models import own_cache
-from latentwire.models.head_slots import Heads, shape_of
+from latentwire.models.head_slots import Heads
+from latentwire.models.key_heads import shape_of
 from latentwire.models.lm import LMWrapper
 from latentwire.models.own_cache import Reading
 from latentwire.prompts.sequences import PromptBuilder

@@ -17,8 +17,8 @@ from latentwire.config import RunConfig
 from latentwire.config.wire import LENT
 from latentwire.data import calibrations, shards
 from latentwire.data.batches import once
-from latentwire.distributed.remote import on_cluster
-from latentwire.distributed.teachers import train_reader
+from latentwire.distributed.remote import on_cluster, result_of, started
+from latentwire.distributed.teachers import ensure_text_reader
 from latentwire.model import LatentWire
 from latentwire.storage import Place, write_text
 from latentwire.threads import use_threads
@@ -33,10 +33,7 @@ def ensure_calibrations(run: RunConfig, train: Place, gpus: float = 0.0) -> None
         gpus: GPUs that one task asks for.
     """
     for name, path in calibrations.readers(run, train).items():
-        if not calibrations.is_reader(path):
-            print(f"prefix {name}: its text reader is trained first", flush=True)
-            said = on_cluster(run, gpus, train_reader, run, name, train)
-            print(f"prefix {name}: development loss of its text reader: {said}", flush=True)
+        ensure_text_reader(run, f"prefix {name}", name, path, train, gpus)
     missing = [path for path in calibrations.paths(run, train) if not path.exists()]
     if not missing:
         return
@@ -98,19 +95,10 @@ def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
     room = cluster.get("GPU", 0.0) / gpus if gpus else cluster["CPU"] / run.training.cpus_per_worker
     assert run.closed_form is not None, "nobody asked for a closed form"
     parts = max(1, min(int(room), run.closed_form.texts, run.closed_form.gradient_texts))
-    training = run.training
-    task = ray.remote(
-        num_cpus=training.cpus_per_worker, num_gpus=gpus, resources=training.worker_resources
-    )(gather_part)
-    tasks = [task.remote(run, train, part, parts) for part in range(parts)]
-    total: Moments | None = None
-    for reference in tasks:
-        moments = ray.get(reference)
-        if total is None:
-            total = moments
-        else:
-            total.merge(moments)
-    assert total is not None
+    tasks = [started(run, gpus, gather_part, run, train, part, parts) for part in range(parts)]
+    total: Moments = result_of(tasks[0])
+    for reference in tasks[1:]:
+        total.merge(result_of(reference))
     return total
 
 

@@ -26,14 +26,24 @@ SCORING = "scoring"
 
 def on_cluster(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
     """Run ``function`` in a task with one worker's resources: the head may have no GPU."""
+    return result_of(started(run, gpus, function, *arguments))
+
+
+def started(run: RunConfig, gpus: float, function: Any, *arguments: Any) -> Any:
+    """Start ``function`` in a task with one worker's resources; return the reference to its result."""
     training = run.training
     task = ray.remote(
         num_cpus=training.cpus_per_worker,
         num_gpus=gpus,
         resources=training.worker_resources,
     )(function)
+    return task.remote(*arguments)
+
+
+def result_of(reference: Any) -> Any:
+    """Wait for a task of :func:`started`, and return its result."""
     try:
-        return ray.get(task.remote(*arguments))
+        return ray.get(reference)
     except RayTaskError as error:
         # A user's error reads here as it would without Ray; the remote traceback stays chained.
         raise error.cause from error

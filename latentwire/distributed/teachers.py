@@ -54,8 +54,8 @@ def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str
     Returns:
         Receiver → directory of its columns.
     """
-    for name in teachers.readers(run, train):
-        _train_reader(run, name, train, gpus)
+    for name, path in teachers.readers(run, train).items():
+        ensure_text_reader(run, f"teacher {name}", name, path, train, gpus)
     directories = teachers.paths(run, train)
     files = shards.read_manifest(train)["files"]
     for receiver in run.receivers if directories else ():
@@ -75,13 +75,24 @@ def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str
     return directories
 
 
-def _train_reader(run: RunConfig, name: str, train: Place, gpus: float) -> None:
-    """Train a receiver's text reader on a worker's resources, unless it is there."""
-    if is_reader(teachers.readers(run, train)[name]):
+def ensure_text_reader(
+    run: RunConfig, what: str, name: str, path: Place, train: Place, gpus: float
+) -> None:
+    """Train a receiver's text reader on a worker's resources, unless it is there.
+
+    Args:
+        run: the configuration.
+        what: the part that needs it, for the lines that are printed.
+        name: the receiver.
+        path: where the reader lies.
+        train: the training shards.
+        gpus: GPUs that the training asks for.
+    """
+    if is_reader(path):
         return
-    print(f"teacher {name}: its text reader is trained first", flush=True)
+    print(f"{what}: its text reader is trained first", flush=True)
     said = on_cluster(run, gpus, train_reader, run, name, train)
-    print(f"teacher {name}: development loss of its text reader: {said}", flush=True)
+    print(f"{what}: development loss of its text reader: {said}", flush=True)
 
 
 def train_reader(run: RunConfig, name: str, train: Place) -> str:

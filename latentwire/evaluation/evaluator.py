@@ -270,24 +270,13 @@ def _put(
     prompts: list[PromptSequence],
     side: Literal["right", "left"],
 ) -> AbstractContextManager[None]:
-    """Put what is a receiver's own into its reading, where that is what is read."""
+    """Put what is a receiver's own into its reading, where that is what is read: heads, or a cut cache."""
     if name in batch.own:
         lm = wire.local_receiver(name)
         return lm.heads_at_slots(batch.own[name], heads_of(wire)[name])
-    return _cut(wire, name, batch, prompts, side)
-
-
-def _cut(
-    wire: LatentWire,
-    name: str,
-    batch: _Rows,
-    prompts: list[PromptSequence],
-    side: Literal["right", "left"],
-) -> AbstractContextManager[None]:
-    """Hide what was cut from a receiver's own caches, where they are what is read."""
-    if name not in batch.caches:
-        return nullcontext()
-    return own_cache.cut(wire.local_receiver(name), prompts, batch.caches[name].kept, side)
+    if name in batch.caches:
+        return own_cache.cut(wire.local_receiver(name), prompts, batch.caches[name].kept, side)
+    return nullcontext()
 
 
 def _now(device: torch.device) -> float:

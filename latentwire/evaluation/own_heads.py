@@ -10,7 +10,8 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
-from latentwire.models.head_slots import Heads, rotated
+from latentwire.models.head_slots import Heads
+from latentwire.models.key_heads import rotated
 from latentwire.models.weights import ReceiverError
 from latentwire.prompts.batch import collate
 

@@ -18,7 +18,7 @@ from latentwire.models.encoders import (
     MessageLengths,
     encoder_tokenizers,
 )
-from latentwire.models.head_slots import shape_of
+from latentwire.models.key_heads import shape_of
 from latentwire.models.prefix import Prefix
 from latentwire.models.tokens import ByteTokenizer
 from latentwire.models.unfolding import Unfolding

@@ -19,6 +19,7 @@ from latentwire.config import ReceiverConfig
 from latentwire.models import head_slots
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.head_slots import HeadEntries, Heads
+from latentwire.models.key_heads import check_rotary
 from latentwire.models.pooling import overlap_means
 from latentwire.models.slots import added_to_slots
 from latentwire.models.tokens import token_bytes
@@ -261,7 +262,7 @@ class LMWrapper(nn.Module):
     def check_heads(self) -> None:
         """Raise :class:`ReceiverError` where keys in some heads alone would be turned wrongly."""
         if not self._heads_checked:
-            head_slots.check_rotary(self.lm, self.name)
+            check_rotary(self.lm, self.name)
             self._heads_checked = True
 
     def _beside(self, batch: Batch) -> tuple[Batch, HeadEntries | None]:

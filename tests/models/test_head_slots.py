@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.models import head_slots
-from latentwire.models.head_slots import Heads, rotated, shape_of
+from latentwire.models.head_slots import Heads
+from latentwire.models.key_heads import check_rotary, rotated, shape_of
 from latentwire.models.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder
@@ -202,7 +202,7 @@ def test_a_receiver_without_such_heads_is_refused_with_the_reason() -> None:
     with pytest.raises(ReceiverError, match="no self_attn"):
         shape_of(lm)
     with pytest.raises(ReceiverError, match=r"no base_model\.rotary_emb"):
-        head_slots.check_rotary(lm, "one")
+        check_rotary(lm, "one")
 
 
 def of_config(folder: Path, model: Any) -> LocalReceiver:
