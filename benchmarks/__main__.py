@@ -16,7 +16,7 @@ import ray
 import torch
 from cyclopts import Parameter
 
-from benchmarks import data, decoding, reading, searching, sharing, trials, workers
+from benchmarks import attention, data, decoding, reading, searching, sharing, trials, workers
 from benchmarks import steps as steps_
 from benchmarks.measure import Row
 from latentwire.cli import run_script
@@ -33,6 +33,7 @@ Part = Literal[
     "preprocessing",
     "trial",
     "steps",
+    "attention",
     "workers",
     "reading",
     "decoding",
@@ -95,6 +96,8 @@ def main(
     if "sharing" in only:
         measured += sharing.rows(space.model_copy(update={"run": run}), steps)
         measured += itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4)))
+    if "attention" in only:
+        measured += attention.rows(repeats)
     if "logits" in only:
         for vocabulary in vocabularies:
             measured += steps_.supervised_logits(repeats, vocabulary)

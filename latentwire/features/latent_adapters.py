@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from latentwire.config import LatentAdaptersFeature, RunConfig
 from latentwire.features.base import Feature, Reading
-from latentwire.models.attention import merge, split
+from latentwire.models.attention import attend, merge, split
 from latentwire.models.interlingua import ReceiverShape
 from latentwire.models.slots import decoder_layers
 
@@ -81,5 +80,5 @@ class GatedCrossAttention(nn.Module):
         query, key, value = (
             split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value)
         )
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=keep_RL[:, None, None])
+        read = attend(query, key, value, keep_RL[:, None, None])
         return self.gate.tanh() * self.out(merge(read))

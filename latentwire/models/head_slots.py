@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from latentwire.models.attention import attend
 from latentwire.models.key_heads import rotated
+from latentwire.models.receiver_attention import plain_attention, register, visible
 from latentwire.models.weights import ReceiverError
 from latentwire.prompts.batch import Batch
 
@@ -89,18 +90,15 @@ class HeadEntries:
 
     def of_layers(self) -> dict[int, LayerEntries]:
         """Return layer → what its attention needs; layers without a chosen head have nothing."""
-        layers: dict[int, list[int]] = {}
-        for place, (layer, _) in enumerate(self.heads):
-            layers.setdefault(layer, []).append(place)
+        heads_of: dict[int, list[int]] = {}
+        for layer, head in self.heads:
+            heads_of.setdefault(layer, []).append(head)
+        # Parts of one split: their gradients are joined at once, where slices' would be summed.
+        sizes = [len(heads) for heads in heads_of.values()]
+        parts = zip(self.key_RJTD.split(sizes, 1), self.value_RJTD.split(sizes, 1), strict=True)
         return {
-            layer: LayerEntries(
-                heads=tuple(self.heads[place][1] for place in places),
-                key_RHTD=self.key_RJTD[:, places[0] : places[-1] + 1],
-                value_RHTD=self.value_RJTD[:, places[0] : places[-1] + 1],
-                keep_RT=self.keep_RT,
-                end_R=self.end_R,
-            )
-            for layer, places in layers.items()
+            layer: LayerEntries(tuple(heads), key_RHTD, value_RHTD, self.keep_RT, self.end_R)
+            for (layer, heads), (key_RHTD, value_RHTD) in zip(heads_of.items(), parts, strict=True)
         }
 
 
@@ -166,7 +164,7 @@ def seen(lm: nn.Module, entries: HeadEntries | None) -> Iterator[None]:
     if entries is None:
         yield
         return
-    _register()
+    register(IMPLEMENTATION, _attention)
     model: Any = lm
     before = model.config._attn_implementation
     layers = {layer: model.base_model.layers[layer].self_attn for layer, _ in entries.heads}
@@ -182,15 +180,6 @@ def seen(lm: nn.Module, entries: HeadEntries | None) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _register() -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
-
-
 def _attention(
     module: Any,
     query: torch.Tensor,
@@ -204,11 +193,9 @@ def _attention(
     Takes and returns what transformers' functions do: queries, keys and values ``[R, heads, N,
     D]``, and a sum over values ``[R, N, heads, D]``.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     entries: LayerEntries | None = getattr(module, "head_entries", None)
     if entries is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return plain_attention(module, query, key, value, attention_mask, **options)
     position_RN = options.get("position_ids")
     if position_RN is None:
         raise ReceiverError(
@@ -217,25 +204,25 @@ def _attention(
         )
     groups, heads = query.shape[1] // key.shape[1], key.shape[1]
     seeing = torch.tensor(entries.heads, device=query.device)
-    mask_R1NS = _mask(attention_mask, query, key)
+    mask_R1NS = visible(attention_mask, query, key)
     end_R1 = entries.end_R.to(position_RN.device)[:, None]
     after_RN1 = (position_RN >= end_R1)[..., None].to(query.device)
     sees_RNT = entries.keep_RT[:, None].to(query.device) & after_RN1
     # Entries first, then what every head sees.
     wide_R1NS = torch.cat((sees_RNT[:, None], mask_R1NS.expand(len(sees_RNT), -1, -1, -1)), -1)
     query_RHGND = query.unflatten(1, (heads, groups))
-    seen_RAND = F.scaled_dot_product_attention(
+    seen_RAND = attend(
         query_RHGND[:, seeing].flatten(1, 2),
-        torch.cat((entries.key_RHTD.to(key), key[:, seeing]), 2).repeat_interleave(groups, 1),
-        torch.cat((entries.value_RHTD.to(key), value[:, seeing]), 2).repeat_interleave(groups, 1),
-        attn_mask=wide_R1NS,
-        scale=options.get("scaling"),
+        torch.cat((entries.key_RHTD.to(key), key[:, seeing]), 2),
+        torch.cat((entries.value_RHTD.to(key), value[:, seeing]), 2),
+        wide_R1NS,
+        options.get("scaling"),
     )
     order = list(entries.heads)
     outputs = [seen_RAND]
     if others := [head for head in range(heads) if head not in order]:
         rest = torch.tensor(others, device=query.device)
-        other_RNAD, _ = sdpa_attention_forward(
+        other_RNAD, _ = plain_attention(
             module,
             query_RHGND[:, rest].flatten(1, 2),
             key[:, rest],
@@ -249,18 +236,3 @@ def _attention(
     place_H = torch.tensor(order, device=query.device).argsort()
     output_RHGND = torch.cat(outputs, 1).unflatten(1, (heads, groups))[:, place_H]
     return output_RHGND.flatten(1, 2).transpose(1, 2).contiguous(), None
-
-
-def _mask(
-    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor:
-    """Return a mask ``[R or 1, 1, N, S]`` that is True where a query sees a key.
-
-    transformers leaves it out where causality says it all.
-    """
-    queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is None:
-        whole = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        return whole.tril(keys - queries)[None, None]
-    mask = attention_mask[..., :keys]
-    return mask if mask.dtype == torch.bool else mask == 0

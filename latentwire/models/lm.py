@@ -21,6 +21,7 @@ from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.head_slots import HeadEntries, Heads
 from latentwire.models.key_heads import check_rotary
 from latentwire.models.pooling import overlap_means
+from latentwire.models.receiver_attention import speed_up
 from latentwire.models.slots import added_to_slots
 from latentwire.models.tokens import token_bytes
 from latentwire.models.weights import (
@@ -154,6 +155,8 @@ class LMWrapper(nn.Module):
         if not options:
             self.lm.to(device)
         self.lm.eval().requires_grad_(False)
+        if self.lm.device.type == "cpu" and self.lm.dtype == torch.bfloat16:
+            speed_up(self.lm)
         # generate takes its defaults from here, and some models come with a penalty on repetition:
         # no greedy decoding.
         self.lm.generation_config = GenerationConfig()

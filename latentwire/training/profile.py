@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
 from latentwire.storage import Place
+from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer, TrainingError
 
@@ -27,12 +28,14 @@ def profile_steps(
 ) -> str:
     """Train ``WARM_UP + steps`` steps and write ``trace.json`` and ``shares.md``.
 
-    The trace is for ui.perfetto.dev or chrome://tracing. Returns the table of ``shares.md``: the
-    share of each part of the measured steps, then the dearest operators. ``shards``: where the rows
-    come from, beside which tuned teachers lie. Raises
-    :class:`~latentwire.training.loop.TrainingError` where the rows do not suffice.
+    The wire begins as a training would. The trace is for ui.perfetto.dev or chrome://tracing.
+    Returns the table of ``shares.md``: the share of each part of the measured steps, then the
+    dearest operators. ``shards``: where the rows come from, beside which calibrations and tuned
+    teachers lie. Raises :class:`~latentwire.training.loop.TrainingError` where the rows do not
+    suffice.
     """
     trainer = Trainer(wire, WARM_UP + steps, train=shards)
+    checkpoints.restore(trainer, None)
     batches = list(
         zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False)
     )

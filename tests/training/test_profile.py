@@ -11,6 +11,7 @@ import torch
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
+from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.training.profile import profile_steps
 
@@ -46,6 +47,17 @@ def test_a_profile_names_the_parts_of_a_step(
     assert {f"{PART}{name}" for name in parts} <= {
         event.get("name") for event in trace["traceEvents"]
     }
+
+
+def test_a_profile_begins_as_a_training_would(
+    wire: LatentWire, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path | None] = []
+    monkeypatch.setattr(checkpoints, "restore", lambda trainer, last: begun.append(last))
+    monkeypatch.setattr(Trainer, "step", lambda *_: begun or pytest.fail("a step came first"))
+    wire.run = with_values(wire.run, {"training.batch_size": 4})
+    profile_steps(wire, table, 1, tmp_path)
+    assert begun == [None]
 
 
 def test_a_profile_asks_for_enough_batches(
