@@ -49,7 +49,8 @@ class WireBase:
             for name, lm in self.receivers.items()
         }
         device = next(iter(self.receivers.values())).device
-        self.interlingua = Interlingua(run, shapes, registry.build).to(device)
+        loaded = {lm.name: lm.lm for lm in self.local_receivers() if lm.device == device}
+        self.interlingua = Interlingua(run, shapes, registry.build, loaded=loaded).to(device)
         if run.prefix is not None:
             self._begin_prefixes(run.prefix.text)
 

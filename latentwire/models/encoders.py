@@ -168,16 +168,22 @@ class InterlinguaEncoder(nn.Module):
         receivers: Mapping[str, ReceiverConfig],
         *,
         load_weights: bool = True,
+        loaded: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Build the encoder for ``receivers`` (by name).
 
-        ``load_weights=False`` builds a backbone's shape alone.
+        ``load_weights=False`` builds a backbone's shape alone. ``loaded``: receiver → its LM, whose
+        weights :class:`~latentwire.models.senders.SenderStates` may use.
         Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded, and
         for another ``d_z`` than that of what is sent without a projection.
         """
         super().__init__()
-        kind = MemoryStates if config.has_memory else STATES[config.kind]
-        self.states = kind(config, receivers, load_weights)
+        self.states: States
+        if config.kind == "senders":
+            self.states = SenderStates(config, receivers, load_weights, loaded)
+        else:
+            kind = MemoryStates if config.has_memory else STATES[config.kind]
+            self.states = kind(config, receivers, load_weights)
         self.lengths = MessageLengths(config, receivers, self.states.tokenizers)
         self.latent_len = config.latent_len
         self.private = self.lengths.private

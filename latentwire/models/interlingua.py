@@ -61,12 +61,13 @@ class Interlingua(nn.Module):
         features: Callable[[RunConfig, Mapping[str, ReceiverShape]], nn.ModuleDict],
         *,
         load_weights: bool = True,
+        loaded: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Draw weights from torch's global generator; ``load_weights=False`` builds shapes alone.
 
-        ``features``: :func:`latentwire.features.registry.build`. Raises
-        :class:`~latentwire.models.weights.ReceiverError` for a backbone or a feature that does not
-        fit.
+        ``features``: :func:`latentwire.features.registry.build`. ``loaded``: receiver → its LM, where it is in this process on
+        this module's device: senders may use its weights. Raises :class:`~latentwire.models.weights.ReceiverError` for a
+        backbone or a feature that does not fit.
         """
         super().__init__()
         self.autocast = run.training.autocast
@@ -78,7 +79,9 @@ class Interlingua(nn.Module):
             tokenizers = encoder_tokenizers(run.encoder, run.receivers) or (ByteTokenizer(),)
             self.encoder = MessageLengths(run.encoder, names, tokenizers)
         else:
-            self.encoder = InterlinguaEncoder(run.encoder, names, load_weights=load_weights)
+            self.encoder = InterlinguaEncoder(
+                run.encoder, names, load_weights=load_weights, loaded=loaded
+            )
         slots: int | None = run.encoder.latent_len + run.encoder.private_len
         if run.encoder.tokens_per_latent or run.encoder.split != "none":
             slots = None  # they vary from text to text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from latentwire.models.weights import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    resolve,
 )
 
 SEPARATOR = -1
@@ -81,25 +83,81 @@ def sender_sources(
     return sources
 
 
+SAME = (
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "device",
+    "attn_implementation",
+    "quantization",
+    "device_map",
+)
+"""Knobs by which a receiver and a sender of one model hold the same weights and compute alike."""
+
+
+def lender_of(source: ReceiverConfig, receivers: Mapping[str, ReceiverConfig]) -> str | None:
+    """Return the receiver whose weights are those that a sender would load; ``None``: no such.
+
+    A quantised receiver has other weights, and one on several devices no single one. A sender has
+    no ``flash_attention_2``, and stands on the device of the first receiver.
+    """
+    devices = [receiver.device for receiver in receivers.values()]
+    plain = source.quantization == "none" and source.device_map == "none"
+    if not plain or source.attn_implementation == "flash_attention_2":
+        return None
+    for name, receiver in receivers.items():
+        alike = all(getattr(receiver, knob) == getattr(source, knob) for knob in SAME)
+        if alike and receiver.device == devices[0] and resolve(receiver) == resolve(source):
+            return name
+    return None
+
+
+def twin_of(lm: nn.Module) -> Any:
+    """Return a causal LM without its head, in modules of its own over the very same weights.
+
+    What is done to the LM's own modules does not reach it: heads that see messages, activations
+    that are computed again, layers that are compiled.
+    """
+    base: Any = lm.base_model
+    return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+
+
 class Sender(nn.Module):
     """One frozen causal LM that reads texts as it was trained, and whose states are taken."""
 
     def __init__(
-        self, source: ReceiverConfig, depths: Sequence[float], lead: str, load_weights: bool
+        self,
+        source: ReceiverConfig,
+        depths: Sequence[float],
+        lead: str,
+        load_weights: bool,
+        lm: nn.Module | None = None,
     ) -> None:
         """Load the LM's layers up to the deepest of ``depths``, shares of all its layers.
 
-        ``lead``: what it reads before every text. Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        Args:
+            source: the LM.
+            depths: where its states are taken.
+            lead: what it reads before every text.
+            load_weights: whether its weights are needed; else it has shapes alone.
+            lm: the same LM where it is loaded already. Its weights serve both.
+
+        Raises:
+            ReceiverError: it cannot be loaded.
         """
         super().__init__()
         self.tokenizer = load_tokenizer(source)
         # Windows keep to the backbone's positions; nothing to warn about.
         self.tokenizer.model_max_length = 10**9
-        # A shape alone may be asked for where there is no such device.
-        dtype = torch.float32
-        if load_weights:
-            dtype = pick_dtype(source.dtype, pick_device(source.device))
-        self.backbone = load_backbone(source, load_weights, dtype).requires_grad_(False).eval()
+        if lm is not None:
+            backbone = twin_of(lm)
+        else:
+            # A shape alone may be asked for where there is no such device.
+            dtype = torch.float32
+            if load_weights:
+                dtype = pick_dtype(source.dtype, pick_device(source.device))
+            backbone = load_backbone(source, load_weights, dtype)
+        self.backbone = backbone.requires_grad_(False).eval()
         text_config = self.backbone.config.get_text_config()
         self.layers: int = text_config.num_hidden_layers
         self.depths = [round(depth * self.layers) for depth in depths]
@@ -185,16 +243,24 @@ class SenderStates(TokenStates):
     """
 
     def __init__(
-        self, config: EncoderConfig, receivers: Mapping[str, ReceiverConfig], load_weights: bool
+        self,
+        config: EncoderConfig,
+        receivers: Mapping[str, ReceiverConfig],
+        load_weights: bool,
+        loaded: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Load all senders, or build their shapes alone where not ``load_weights``.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        ``loaded``: receiver → its LM, where it is in this process on the wire's device. A sender of the same weights
+        (:func:`lender_of`) loads none. Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
         """
         super().__init__()
+        sources, loaded = sender_sources(config, receivers), loaded or {}
+        self.lenders = [lender_of(source, receivers) for source in sources]
+        """For each sender, the receiver that has its weights; ``None``: no receiver has."""
         self.senders = nn.ModuleList(
-            Sender(source, config.depths, config.lead, load_weights)
-            for source in sender_sources(config, receivers)
+            Sender(source, config.depths, config.lead, load_weights, loaded.get(lender or ""))
+            for source, lender in zip(sources, self.lenders, strict=True)
         )
         self.width = sum(sender.width for sender in self._senders)
         self.tokenizer = self._senders[0].tokenizer
@@ -223,6 +289,16 @@ class SenderStates(TokenStates):
     def frozen_parameters(self) -> frozenset[str]:
         """Return the names of all parameters: none is trained."""
         return frozenset(name for name, _ in self.named_parameters())
+
+    @property
+    def lent_parameters(self) -> int:
+        """Number of parameters that a receiver holds too, where both are in one process."""
+        return sum(
+            parameter.numel()
+            for sender, lender in zip(self._senders, self.lenders, strict=True)
+            if lender is not None
+            for parameter in sender.parameters()
+        )
 
     def sentence_ends(self, row: Sequence[int]) -> list[bool]:
         """Return for each of the ruler's tokens of a text whether a sentence ends after it."""

@@ -18,6 +18,7 @@ from latentwire.data.shards import builders
 from latentwire.errors import UserError
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
+from latentwire.models.senders import SenderStates
 from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.planning.autoscaler import cluster_resources
 from latentwire.planning.devices import pieces, times
@@ -145,10 +146,11 @@ def plan(
     )
     if files:
         builders(run)  # raises for a tokenizer that cannot build a prompt, before shards are made
-    trainable, fixed = _encoder_and_adapters(run)
+    trainable, fixed, lent = _encoder_and_adapters(run)
+    held = 16 * trainable + 4 * fixed
     steps = [r.bytes_step for r in receivers]
     step = max(steps) if training.sequential_models else sum(steps)
-    encoder = 16 * trainable + 4 * fixed + encoder_bytes(run)
+    encoder = held - 4 * lent + encoder_bytes(run)
     needed = sum(r.bytes_weights for r in receivers) + step + encoder + WORKER_BASE_BYTES
     # Streamed rows need CPUs of their own, or the trials' workers would starve what feeds them.
     reading = 0.0 if run.data.in_memory else run.data.stream_cpus
@@ -168,7 +170,7 @@ def plan(
     )
     if not gpus:
         _share("GPUs", gpus, gpus_per_worker)
-    sharing = _sharing(sweep.space, run, estimate, resources, memory_bytes)
+    sharing = _sharing(sweep.space, run, estimate, held, resources, memory_bytes)
     beside = (
         0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
     )
@@ -236,10 +238,14 @@ def _sharing(
     space: SweepConfig,
     run: RunConfig,
     estimate: Plan,
+    held: int,
     resources: dict[str, float],
     memory_bytes: float,
 ) -> Sharing | None:
-    """Return the replicas that the trials could share; ``None`` where they should not or cannot."""
+    """Return the replicas that the trials could share; ``None`` where they should not or cannot.
+
+    ``held``: bytes of encoder and adapters, their gradients and optimiser states.
+    """
     choice, against = space.tune.receivers, obstacles(space)
     if choice == "shared" and against:
         raise PlanError(
@@ -256,8 +262,7 @@ def _sharing(
             "none to ask: set tune.gpu_memory_gb, or tune.receivers: own"
         )
     sizes = {r.name: (r.bytes_weights, r.bytes_step) for r in estimate.receivers}
-    trainable = estimate.trainable_parameters
-    return share(space, run, sizes, trainable, resources, memory_bytes, WORKER_BASE_BYTES)
+    return share(space, run, sizes, held, resources, memory_bytes, WORKER_BASE_BYTES)
 
 
 def alone(space: SweepConfig) -> SweepConfig:
@@ -343,8 +348,11 @@ def _estimate(run: RunConfig, index: int, on_gpu: bool, files: bool) -> Receiver
     )
 
 
-def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
-    """Count the parameters that training changes, and those it leaves. No weight is loaded."""
+def _encoder_and_adapters(run: RunConfig) -> tuple[int, int, int]:
+    """Count the parameters that training changes, those it leaves, and of these the receivers' own.
+
+    The latter take no further room where a receiver is in the same process. No weight is loaded.
+    """
     with torch.device("meta"):
         shapes = {}
         for receiver in run.receivers:
@@ -356,4 +364,6 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int]:
         registry.check_training(interlingua.features)
         interlingua.train_only(run.training.train_only)
     trained = sum(p.numel() for p in interlingua.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in interlingua.parameters()) - trained
+    left = sum(p.numel() for p in interlingua.parameters()) - trained
+    states = getattr(interlingua.encoder, "states", None)  # a text reader has none
+    return trained, left, states.lent_parameters if isinstance(states, SenderStates) else 0

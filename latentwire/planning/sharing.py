@@ -147,7 +147,7 @@ def share(
     space: SweepConfig,
     run: RunConfig,
     weights_and_steps: Mapping[str, tuple[int, int]],
-    trainable: int,
+    held: int,
     resources: Mapping[str, float],
     memory_bytes: float,
     base_bytes: float,
@@ -155,7 +155,8 @@ def share(
     """Return the replicas that a sweep would have.
 
     ``run``: the largest of the space. ``weights_and_steps``: receiver → bytes of its weights, and
-    of one trial's step. ``memory_bytes``: of a GPU where workers use GPUs, else of a node.
+    of one trial's step. ``held``: bytes of a worker's encoder and adapters, their gradients and
+    optimiser states. ``memory_bytes``: of a GPU where workers use GPUs, else of a node.
     ``base_bytes``: of a process that has imported everything.
     """
     gpus = resources.get("GPU", 0.0) if run.training.gpus_per_worker != 0 else 0.0
@@ -165,7 +166,7 @@ def share(
         name: int(weights + together * step + context)
         for name, (weights, step) in weights_and_steps.items()
     }
-    worker = int(16 * trainable + encoder_bytes(run) + context)
+    worker = int(held + encoder_bytes(run) + context)
     asked_gpus = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
 
     def share_of_gpu(size: float) -> float:

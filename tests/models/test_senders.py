@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from latentwire.config import EncoderConfig, RunConfig
+from latentwire.config import EncoderConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.shards import shard_key
+from latentwire.model import LatentWire
 from latentwire.models import weights
 from latentwire.models.encoders import (
     InterlinguaEncoder,
@@ -20,18 +21,24 @@ from latentwire.models.encoders import (
     encoder_tokenizers,
     token_rows,
 )
+from latentwire.models.head_slots import HeadEntries, seen
+from latentwire.models.key_heads import shape_of
 from latentwire.models.senders import (
     EPS,
     SEPARATOR,
     SenderStates,
     joined_row,
+    lender_of,
     parted_row,
     reads_at,
     ruler_ids,
+    sender_sources,
 )
 from latentwire.models.weights import ReceiverError
+from latentwire.planning.planner import WORKER_BASE_BYTES, Plan, plan
 from latentwire.planning.sharing import encoder_bytes, final_slots
 from latentwire.training.text_readers import _lengths
+from tests.conftest import HEADS, choose_some_heads
 from tests.models.test_encoders import RECEIVERS, TEXTS, sentence_encoder
 
 ONE: dict[str, Any] = {"kind": "senders", "senders": ("toy-qwen",), "lead": ""}
@@ -228,6 +235,133 @@ def test_nothing_of_the_senders_is_trained_or_saved() -> None:
     with torch.no_grad():
         again.states.senders[1].backbone.embed_tokens.weight[0, 0] += 1
     assert fingerprint != again.backbone_fingerprint()
+
+
+SENDING: dict[str, Any] = HEADS | {"encoder.lead": "Text: "}
+
+
+def own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every sender load its own weights."""
+    monkeypatch.setattr("latentwire.models.senders.lender_of", lambda *_: None)
+
+
+def test_a_sender_reads_with_the_weights_of_a_receiver_that_are_there(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States, hashes, files and what is loaded of them are as with weights of its own, bit for bit."""
+    run = with_values(run, SENDING)
+    lent = choose_some_heads(LatentWire(run))
+    encoder: Any = lent.interlingua.encoder
+    for sender, lm in zip(encoder.states.senders, lent.local_receivers(), strict=True):
+        weights = dict(lm.lm.base_model.named_parameters())
+        for name, weight in sender.backbone.named_parameters():
+            assert weight is weights[name]
+        assert len(sender.backbone.layers) < len(lm.lm.base_model.layers)
+        assert not {*sender.backbone.modules()} & {*lm.lm.modules()}
+    with monkeypatch.context() as patched:
+        own_weights(patched)
+        own = choose_some_heads(LatentWire(run))
+    ids = [{id(p) for p in wire.interlingua.parameters()} for wire in (own, lent)]
+    theirs = [{id(p) for lm in w.local_receivers() for p in lm.parameters()} for w in (own, lent)]
+    assert not ids[0] & theirs[0] and ids[1] & theirs[1]
+    texts = [text for text in (*TEXTS, ACCENTS) if text]
+    for one, other in zip(
+        lent.interlingua.state_dict().items(), own.interlingua.state_dict().items(), strict=True
+    ):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+    assert torch.equal(lent.encode(texts).z_BLZ, own.encode(texts).z_BLZ)
+    assert lent.encoder_id == own.encoder_id and lent.fingerprints() == own.fingerprints()
+    asked = ["Where?"] * len(texts)
+    for name in lent.receivers:
+        answers = [wire.answer(wire.encode(texts), asked, name) for wire in (lent, own)]
+        assert answers[0] == answers[1]
+    before = lent.fingerprints()
+    lent.save_pretrained(tmp_path / "lent")
+    own.save_pretrained(tmp_path / "own")
+    for file in sorted((tmp_path / "own").rglob("*.safetensors")):
+        there = tmp_path / "lent" / file.relative_to(tmp_path / "own")
+        assert there.read_bytes() == file.read_bytes()
+    loaded = LatentWire.from_pretrained(tmp_path / "own")
+    states: Any = loaded.interlingua.encoder.states  # type: ignore[union-attr]
+    first = next(states.senders[0].backbone.parameters())
+    assert any(first is p for p in loaded.local_receiver("llama").parameters())
+    assert torch.equal(loaded.encode(texts).z_BLZ, own.encode(texts).z_BLZ)
+    assert loaded.encoder_id == own.encoder_id and lent.fingerprints() == before
+
+
+@torch.no_grad()
+def test_nothing_that_is_done_to_a_receiver_reaches_its_sender(run: RunConfig) -> None:
+    """Not the messages that some of its heads see, nor how its layers are computed in training."""
+    wire = choose_some_heads(LatentWire(with_values(run, SENDING)))
+    encoder: Any = wire.interlingua.encoder
+    expected = read(encoder.states, TEXTS)
+    lm = wire.local_receiver("llama")
+    count, heads, width = shape_of(lm.lm)
+    chosen = tuple((layer, head) for layer in range(count) for head in range(heads))
+    shape = (len(TEXTS), len(chosen), 3, width)
+    entries = HeadEntries(
+        chosen,
+        torch.ones(shape),
+        torch.ones(shape),
+        torch.ones(len(TEXTS), 3, dtype=torch.bool),
+        torch.zeros(len(TEXTS), dtype=torch.long),
+    )
+    kv_NE = torch.ones(3, 2 * width * len(chosen))
+    with lm.heads_at_slots(kv_NE, chosen), seen(lm.lm, entries):
+        assert torch.equal(read(encoder.states, TEXTS), expected)
+    lm.recompute_activations()
+    lm.compile_layers("eager")
+    for module in lm.lm.modules():
+        module.training = True
+    with torch.enable_grad():
+        assert torch.equal(read(encoder.states, TEXTS), expected)
+    for sender in encoder.states.senders:
+        layers = [module for layer in sender.backbone.layers for module in layer.modules()]
+        assert not any(module.training for module in layers)
+    # One that is made of a receiver in training is none the less itself.
+    again = LatentWire(with_values(run, SENDING), wire.receivers)
+    assert torch.equal(read(again.interlingua.encoder.states, TEXTS), expected)  # type: ignore[union-attr]
+
+
+def test_a_sender_of_other_weights_than_the_receivers_loads_its_own(run: RunConfig) -> None:
+    config, receivers = EncoderConfig(kind="senders"), dict(RECEIVERS)
+
+    def lenders(senders: tuple[str, ...] = (), **changed: Any) -> list[str | None]:
+        receivers["qwen"] = RECEIVERS["qwen"].model_copy(update=changed)
+        chosen = config.model_copy(update={"senders": senders})
+        return [lender_of(source, receivers) for source in sender_sources(chosen, receivers)]
+
+    assert lenders() == ["llama", "qwen"]
+    assert lenders(("toy-qwen", "toy-llama", "toy-phi")) == ["qwen", "llama", None]
+    assert lenders(("toy-qwen",), dtype="bfloat16") == [None]
+    assert lenders(("receiver:qwen",), dtype="bfloat16") == ["qwen"]
+    for changed in (
+        {"quantization": "int8"},
+        {"device_map": "auto"},
+        {"attn_implementation": "flash_attention_2"},
+        {"device": "cuda:1"},
+    ):
+        assert lenders(**changed) == ["llama", None]
+
+
+def test_planners_count_weights_that_a_sender_shares_once(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = SweepConfig(run=with_values(run, HEADS))
+    states: Any = LatentWire(space.run).interlingua.encoder.states  # type: ignore[union-attr]
+    size = 4 * sum(p.numel() for p in states.parameters())
+
+    def planned(receivers: str) -> Plan:
+        tune = space.tune.model_copy(update={"receivers": receivers})
+        return plan(space.model_copy(update={"tune": tune}), {"CPU": 4}, 64e9)
+
+    lent, shared = planned("own"), planned("shared")
+    own_weights(monkeypatch)
+    assert planned("own").bytes_per_worker == lent.bytes_per_worker + size
+    # Where the receivers are elsewhere, a trial loads its senders.
+    assert planned("shared").worker_bytes == shared.worker_bytes
+    trained = 16 * shared.trainable_parameters
+    assert shared.worker_bytes > trained + size + WORKER_BASE_BYTES
 
 
 def test_shards_are_named_by_the_tokenizers_of_all_senders() -> None:
