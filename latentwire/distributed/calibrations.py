@@ -75,7 +75,8 @@ def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
     wire = prepared(alone, run, train)
     builder = wire.builders[receiver]
     column = f"{receiver}_context_ids"
-    rows = first_texts(train, 0, run.adapter.ranking_texts, ["context", column]).to_pydict()
+    table = shards.read_table(train, ["context", column])
+    rows = first_texts(table, 0, run.adapter.ranking_texts).to_pydict()
     _, first_T = once([[text] for text in rows["context"]])  # not once for each question
     scores = ranking.rank(
         wire.local_receiver(receiver),
@@ -112,29 +113,24 @@ def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
     moments = gather.empty_moments(wire)
     pieces = [f"{name}_{piece}_ids" for name in wire.receivers for piece in ("question", "answer")]
     columns = ["context", "encoder_ids", *(f"{name}_context_ids" for name in wire.receivers)]
-    tokens = first_texts(train, 0, config.texts, columns, part, parts)
-    gather.add_tokens(moments, wire, tokens)
-    asked = [*columns, *pieces]
-    gradients = first_texts(train, config.texts, config.gradient_texts, asked, part, parts)
-    gather.add_gradients(moments, wire, gradients)
+    table = shards.read_table(train, [*columns, *pieces])
+    gather.add_tokens(moments, wire, first_texts(table, 0, config.texts, part, parts))
+    further = first_texts(table, config.texts, config.gradient_texts, part, parts)
+    gather.add_gradients(moments, wire, further)
     return moments
 
 
-def first_texts(
-    train: Place, start: int, count: int, columns: list[str], part: int = 0, parts: int = 1
-) -> pa.Table:
+def first_texts(table: pa.Table, start: int, count: int, part: int = 0, parts: int = 1) -> pa.Table:
     """Return rows of training texts, each text with all its rows.
 
     Args:
-        train: the shards.
+        table: training rows, with their contexts.
         start: texts that are left out before them; where there are no more, it begins again.
         count: texts.
-        columns: the columns to be read.
         part: which of some parts of these texts.
         parts: how many parts there are.
     """
-    table = shards.read_table(train, list(dict.fromkeys(["context", *columns])))
     numbers, first = once([[text] for text in table["context"].to_pylist()])
     chosen = {(start + place) % len(first) for place in range(part, min(count, len(first)), parts)}
     rows = [row for row, number in enumerate(numbers) if number in chosen]
-    return table.take(pa.array(rows, pa.int64())).select(columns)
+    return table.take(pa.array(rows, pa.int64()))

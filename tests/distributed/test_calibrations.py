@@ -86,14 +86,15 @@ def test_it_is_made_once_and_the_same_in_parts(
 def test_texts_come_whole_and_each_to_one_part(run: RunConfig, tmp_path: Path) -> None:
     sizes = {"data.samples": 40, "data.toy_questions": 2, "data.shard_dir": str(tmp_path)}
     train = local_shards(with_values(run, sizes), ("train",))["train"]
-    everything = first_texts(train, 0, 10, ["context", "question"]).to_pylist()
+    table = shards.read_table(train, ["context", "question"])
+    everything = first_texts(table, 0, 10).to_pylist()
     texts = [row["context"] for row in everything]
     assert len(set(texts)) == 10 and len(everything) > 10
-    parts = [first_texts(train, 0, 10, ["context", "question"], n, 3).to_pylist() for n in range(3)]
+    parts = [first_texts(table, 0, 10, n, 3).to_pylist() for n in range(3)]
     assert sorted(str(row) for part in parts for row in part) == sorted(map(str, everything))
     sets = [{row["context"] for row in part} for part in parts]
     assert not sets[0] & sets[1] and not sets[1] & sets[2]
-    further = {row["context"] for row in first_texts(train, 10, 5, ["context"]).to_pylist()}
+    further = {row["context"] for row in first_texts(table, 10, 5).to_pylist()}
     assert not further & set(texts)
 
 
