@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from latentwire import exports
 from latentwire.closed_form.moments import Moments
@@ -102,18 +105,28 @@ def choose_heads(wire: LatentWire, receiver: str, train: Place) -> None:
 
 
 def solved(run: RunConfig, train: Place) -> Start:
-    """Solve the closed form of a run for its codes."""
+    """Return the closed form of a run for its codes; it is solved once and kept beside its sums.
+
+    On a file system, who asks meanwhile waits for the first.
+    """
     config, encoder = run.closed_form, run.encoder
     assert config is not None, "nobody asked for a closed form"
     assert encoder.tokens_per_latent is not None
-    return solve(
-        Moments.load(calibrations.moments_path(run, train)),
-        encoder.d_z // encoder.tokens_per_latent,
-        ridge=config.ridge,
-        floor=config.floor,
-        weights=config.weights,
-        metric=config.metric,
-    )
+    path = calibrations.solution_path(run, train)
+    lock = FileLock(f"{path}.lock") if isinstance(path, Path) else nullcontext()
+    with lock:
+        if path.exists():
+            return Start.load(path)
+        start = solve(
+            Moments.load(calibrations.moments_path(run, train)),
+            encoder.d_z // encoder.tokens_per_latent,
+            ridge=config.ridge,
+            floor=config.floor,
+            weights=config.weights,
+            metric=config.metric,
+        )
+        start.save(path)
+    return start
 
 
 def described(start: Start) -> str:

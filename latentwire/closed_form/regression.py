@@ -8,14 +8,22 @@ y.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from latentwire.closed_form.moments import ClosedFormError, Moments, ReceiverMoments
+from latentwire.storage import Place, local, write
+
+FORMAT = "latentwire-solution-1"
+"""Marks a file of this kind."""
 
 STD_FLOOR = 1e-3
 """The least standard deviation that an entry of the targets is divided by."""
@@ -54,6 +62,47 @@ class Start:
     """
     unexplained: dict[str, float]
     """Share of the standardised targets' variance that regression of full rank leaves."""
+
+    def save(self, path: Place) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {
+            "encoder": self.encoder_MK,
+            "encoder_bias": self.encoder_bias_K,
+            "energy": self.energy_D,
+        }
+        for name, decoder in self.decoders.items():
+            tensors |= {f"{name}.decoder": decoder.decoder_KE, f"{name}.bias": decoder.bias_E}
+        metadata = {"format": FORMAT, "unexplained": json.dumps(self.unexplained)}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write(path, functools.partial(save_file, tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Place) -> Start:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            ClosedFormError: no such file, or one of another kind.
+        """
+        try:
+            with local(path) as file, safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ClosedFormError(
+                        f"a solution must be a {FORMAT} file, got {metadata.get('format')} at {path}; delete it"
+                    )
+                unexplained = json.loads(metadata["unexplained"])
+                decoders = {
+                    name: Decoder(
+                        opened.get_tensor(f"{name}.decoder"), opened.get_tensor(f"{name}.bias")
+                    )
+                    for name in unexplained
+                }
+                maps = [opened.get_tensor(name) for name in ("encoder", "encoder_bias")]
+                return cls(*maps, decoders, opened.get_tensor("energy"), unexplained)
+        except (OSError, SafetensorError) as error:
+            raise ClosedFormError(
+                f"a solution must be a file of Start.save, got {path} ({error}); delete it"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Names of what a wire into retrieval heads begins from, kept beside the shards.
 
-``<shard_dir>/heads-<receiver>-<hash>.json`` ranks one receiver's heads, and
+``<shard_dir>/heads-<receiver>-<hash>.json`` ranks one receiver's heads,
 ``<shard_dir>/moments-<hash>.safetensors`` holds the sums of which its closed form is made
-(:mod:`latentwire.closed_form`). The hashes cover rows, weights, the prefix that texts are read
-behind, and the knobs that decide what is computed. :mod:`latentwire.distributed.calibrations` makes
-them.
+(:mod:`latentwire.closed_form`), and ``<shard_dir>/solution-<hash>.safetensors`` that closed form.
+The hashes cover rows, weights, the prefix that texts are read behind, and the knobs that decide
+what is computed. :mod:`latentwire.distributed.calibrations` makes all but the solution, which the
+first run makes that begins from it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,18 @@ def moments_path(run: RunConfig, train: Place) -> Place:
         "texts": [run.closed_form.texts, run.closed_form.gradient_texts],
     }
     return train.parent / f"moments-{_hash(spec)}.safetensors"
+
+
+def solution_path(run: RunConfig, train: Place) -> Place:
+    """Return the file of a solved closed form, whether it is there or not."""
+    closed_form, encoder = run.closed_form, run.encoder
+    assert closed_form is not None, "nobody asked for a closed form"
+    spec = {
+        "moments": moments_path(run, train).name,
+        "codes": [encoder.d_z, encoder.tokens_per_latent],
+        "solved": closed_form.model_dump(include={"metric", "ridge", "floor", "weights"}),
+    }
+    return train.parent / f"solution-{_hash(spec)}.safetensors"
 
 
 def paths(run: RunConfig, train: Place) -> list[Place]:

@@ -30,7 +30,7 @@ def write_pictures(run: RunConfig, export: Place, output: Place, train: Place) -
         run: the wire's configuration.
         export: the wire's directory.
         output: where the pages are written.
-        train: the training shards, beside which the sums of the closed form lie.
+        train: the training shards, beside which the closed form lies.
 
     Returns:
         The pages; none for a wire whose messages stand in every head.
@@ -48,7 +48,7 @@ def write_pictures(run: RunConfig, export: Place, output: Place, train: Place) -
             scores.append(HeadScores(receiver.name, score_LH, run.adapter.ranking_texts))
             chosen[receiver.name] = [(layer, head) for layer, head in heads]
     retrieval_heads(scores, chosen, output / HEADS)
-    if run.closed_form is None or not calibrations.moments_path(run, train).exists():
+    if run.closed_form is None or not calibrations.solution_path(run, train).exists():
         return [output / HEADS]
     start = solved(run, train)
     energy(start.energy_D, start.encoder_MK.shape[1], output / ENERGY)

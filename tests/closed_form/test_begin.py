@@ -1,5 +1,6 @@
 """A wire in closed form is the text itself where nothing is lost, and the best of its size where something is."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from latentwire import exports
 from latentwire.closed_form import begin, gather, ranking
-from latentwire.closed_form.moments import Moments
+from latentwire.closed_form.moments import ClosedFormError, Moments
 from latentwire.closed_form.regression import solve
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
@@ -20,6 +22,7 @@ from latentwire.evaluation.scoring import check_receivers
 from latentwire.exports import CheckpointError
 from latentwire.model import LatentWire
 from latentwire.models.senders import joined_row
+from latentwire.reports import heads
 from tests.conftest import HEADS, choose_some_heads, shard_table, wire_of
 
 WHOLE: dict[str, Any] = HEADS | {
@@ -192,6 +195,57 @@ def test_a_receiver_that_joins_reads_the_messages_that_are_there(
     assert mean_nll(wire, table, "latent") == pytest.approx(expected, abs=0.1)
 
 
+def test_a_closed_form_is_solved_once_and_read_by_all_who_begin_from_it(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other workers, restarts, trials of the same values and the pictures: none solves it again."""
+    train = shards_at(tmp_path)
+    run = with_values(run, with_adapter(HEADS, 0.5) | {"closed_form": {}})
+    wires = [choose_some_heads(wire_of(run)) for _ in range(3)]
+    gathered(wires[0], 96, 24).save(calibrations.moments_path(run, train))
+    solutions: list[int] = []
+
+    def counted(moments: Moments, codes: int, **knobs: Any) -> Any:
+        solutions.append(codes)
+        return solve(moments, codes, **knobs)
+
+    monkeypatch.setattr(begin, "solve", counted)
+    monkeypatch.setattr(begin, "choose_heads", lambda wire, *_: choose_some_heads(wire))
+    with ThreadPoolExecutor(3) as pool:  # as workers, at the same moment
+        for task in [pool.submit(begin.begin, wire, train) for wire in wires]:
+            task.result()
+    first, *others = (wire.interlingua.state_dict() for wire in wires)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert solutions == [16]
+    adapters: Any = wires[0].interlingua.adapters
+    expected = solve(Moments.load(calibrations.moments_path(run, train)), 16)
+    for name, decoder in expected.decoders.items():
+        assert torch.equal(adapters[name].linear.weight, decoder.decoder_KE.T)
+    exports.save(tmp_path / "best", wires[0], {}, {})
+    pages = heads.write_pictures(run, tmp_path / "best", tmp_path, train)
+    assert [page.name for page in pages] == ["heads.html", "energy.html"] and solutions == [16]
+    for changed, codes in ({"closed_form.ridge": 0.1}, 16), ({"encoder.d_z": 32}, 8):
+        other = with_values(run, changed)
+        assert begin.solved(other, train).encoder_MK.shape[1] == codes
+        assert begin.solved(other, train).unexplained.keys() == {"llama", "qwen"}
+    assert solutions == [16, 16, 8]
+
+
+def test_a_file_that_is_no_solution_is_named(run: RunConfig, tmp_path: Path) -> None:
+    train = shards_at(tmp_path)
+    run = with_values(run, HEADS | {"closed_form": {}})
+    path = Path(str(calibrations.solution_path(run, train)))
+    Moments.empty(2, {"llama": 2}).save(path)
+    with pytest.raises(
+        ClosedFormError, match="must be a latentwire-solution-1 file, got latentwire-moments"
+    ):
+        begin.solved(run, train)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ClosedFormError, match=r"must be a file of Start\.save.*delete it"):
+        begin.solved(run, train)
+
+
 def test_heads_that_nobody_chose_are_refused(run: RunConfig) -> None:
     wire = wire_of(with_values(run, HEADS))
     with pytest.raises(Exception, match="got none chosen"):
@@ -199,9 +253,7 @@ def test_heads_that_nobody_chose_are_refused(run: RunConfig) -> None:
 
 
 def test_a_calibration_that_is_not_there_is_named(run: RunConfig, tmp_path: Path) -> None:
-    train = tmp_path / "train"
-    train.mkdir()
-    (train / "manifest.json").write_text('{"key": "some", "rows": 4, "files": []}')
+    train = shards_at(tmp_path)
     wire = wire_of(with_values(run, HEADS))
     with pytest.raises(CheckpointError, match="ranking of the heads of llama"):
         begin.begin(wire, train)
@@ -241,9 +293,7 @@ def test_what_only_soft_prompts_have_is_refused(
 def test_moments_hang_on_what_they_are_made_of_and_on_no_width(
     run: RunConfig, tmp_path: Path
 ) -> None:
-    train = tmp_path / "train"
-    train.mkdir()
-    (train / "manifest.json").write_text('{"key": "some", "rows": 4, "files": []}')
+    train = shards_at(tmp_path)
     whole = with_values(run, HEADS | {"closed_form": {}})
     names = {calibrations.moments_path(whole, train).name}
     for same in ({"encoder.d_z": 128}, {"closed_form.metric": "plain"}, {"encoder.code_blocks": 2}):
@@ -259,6 +309,14 @@ def test_moments_hang_on_what_they_are_made_of_and_on_no_width(
     ):
         names.add(calibrations.moments_path(with_values(whole, other), train).name)
     assert len(names) == 7
+
+
+def shards_at(folder: Path) -> Path:
+    """Return a directory of shards that name calibrations."""
+    train = folder / "train"
+    train.mkdir()
+    (train / "manifest.json").write_text('{"key": "some", "rows": 4, "files": []}')
+    return train
 
 
 def with_adapter(values: dict[str, Any], share: float) -> dict[str, Any]:
