@@ -6,7 +6,7 @@ that receiver's own token which ends where it ends, or first after it: bytes are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -33,14 +33,14 @@ def add_tokens(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
     """Add the tokens of a table's texts, each text once: states, keys and values.
 
     Args:
-        moments: sums that are added to.
-        wire: a wire with chosen heads.
+        moments: sums that are added to, of some receivers.
+        wire: a wire in which they have chosen heads.
         table: training rows, as columns of a shard.
     """
     encoder = wire.interlingua.encoder
     assert isinstance(encoder, InterlinguaEncoder)
     wire.interlingua.eval()
-    heads = heads_of(wire)
+    heads = heads_of(wire, moments.receivers)
     for rows in _texts(table):
         tokens = encoder.tokens_of(rows["encoder_ids"])
         on_device = tokens.to(wire.interlingua.device)
@@ -69,12 +69,12 @@ def add_gradients(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
     Only the chosen heads see the text; the loss is the sum over all tokens of all answers to it.
 
     Args:
-        moments: sums that are added to.
-        wire: a wire with chosen heads.
+        moments: sums that are added to, of some receivers.
+        wire: a wire in which they have chosen heads.
         table: training rows, as columns of a shard.
     """
     wire.interlingua.eval()
-    heads = heads_of(wire)
+    heads = heads_of(wire, moments.receivers)
     for rows in _texts(table, with_questions=True):
         for name, chosen in heads.items():
             lm, batch = wire.local_receiver(name), _asked(wire, name, rows)
@@ -140,13 +140,17 @@ def _texts(table: pa.Table, *, with_questions: bool = False) -> Iterator[dict[st
         yield part
 
 
-def empty_moments(wire: LatentWire) -> Moments:
-    """Return sums of nothing, as wide as a wire's states and its adapters' entries."""
+def empty_moments(wire: LatentWire, receivers: Collection[str] | None = None) -> Moments:
+    """Return sums of nothing, as wide as a wire's states and its adapters' entries.
+
+    ``receivers``: those of the wire whose targets are summed; None: all.
+    """
+    names = wire.receivers if receivers is None else receivers
     encoder, adapters = wire.interlingua.encoder, wire.interlingua.adapters
     assert isinstance(encoder, InterlinguaEncoder)
     entries = {
         name: adapter.linear.out_features
         for name, adapter in adapters.items()
-        if isinstance(adapter, Unfolding)
+        if isinstance(adapter, Unfolding) and name in names
     }
     return Moments.empty(encoder.states.width, entries)

@@ -56,7 +56,7 @@ class TrainingConfig(Section):
     tokens_per_latent: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((), max_length=64)
     """Each step draws one of these lengths for its messages in place of ``encoder.tokens_per_latent``, by seed and step:
     one wire whose sender chooses how short a message is. Empty: the encoder's own."""
-    init_from: Address | None = knob(None, may_change=("resumed run",))
+    init_from: Address | None = knob(None, may_change=("resumed run",), calibrates=True)
     """Directory or URI of a checkpoint or export whose encoder, adapters and features a fresh run starts from: the second
     stage after a pretraining, or another receiver's wire. What it does not hold starts anew."""
     train_only: tuple[str, ...] = ()

@@ -5,20 +5,21 @@
 (:mod:`latentwire.closed_form`), and ``<shard_dir>/solution-<hash>.safetensors`` that closed form.
 The hashes cover rows, weights, the prefix that texts are read behind, and the knobs that decide
 what is computed. :mod:`latentwire.distributed.calibrations` makes all but the solution, which the
-first run makes that begins from it.
+first run makes that begins from it. For parts that ``training.init_from`` holds nothing is made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Literal
 
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.data import shards
 from latentwire.data.readers import is_reader, teaching_reader, weights_id
 from latentwire.models.senders import sender_sources
-from latentwire.storage import Place
+from latentwire.storage import Place, place, text_if_there
 
 CALIBRATION_VERSION = 1
 """Raised whenever the same knobs would give other numbers."""
@@ -31,6 +32,40 @@ def readers(run: RunConfig, train: Place) -> dict[str, Place]:
     return {r.name: teaching_reader(run, r, train) for r in run.receivers}
 
 
+def loaded(run: RunConfig) -> Collection[str]:
+    """Return the files of ``training.init_from``, from which parts of a fresh run are loaded.
+
+    None where it is not there yet: a sweep may search it.
+    """
+    if run.training.init_from is None:
+        return ()
+    manifest = text_if_there(place(run.training.init_from) / "manifest.json")
+    return () if manifest is None else json.loads(manifest)["files"]
+
+
+def fresh(run: RunConfig, folder: Literal["adapters", "prefixes"]) -> list[str]:
+    """Return the receivers whose adapter or prefix comes from no earlier wire."""
+    files = loaded(run)
+    names = [receiver.name for receiver in run.receivers]
+    return [name for name in names if f"{folder}/{name}.safetensors" not in files]
+
+
+def has_fresh_encoder(run: RunConfig) -> bool:
+    """Return whether the encoder comes from no earlier wire. If not, receivers join that one."""
+    return "interlingua.safetensors" not in loaded(run)
+
+
+def needed_readers(run: RunConfig, train: Place) -> dict[str, Place]:
+    """Return those of :func:`readers` that a run begins from.
+
+    A receiver's heads are ranked behind the prefix of its reader, too.
+    """
+    names = {*fresh(run, "prefixes")}
+    if run.adapter.kind == "heads":
+        names |= {*fresh(run, "adapters")}
+    return {name: path for name, path in readers(run, train).items() if name in names}
+
+
 def ranking_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Place:
     """Return the file that ranks a receiver's heads, whether it is there or not."""
     spec = _read(run, receiver, train) | {"texts": run.adapter.ranking_texts}
@@ -41,13 +76,16 @@ def moments_path(run: RunConfig, train: Place) -> Place:
     """Return the file of a closed form's sums, whether it is there or not."""
     assert run.closed_form is not None, "nobody asked for a closed form"
     named = {receiver.name: receiver for receiver in run.receivers}
+    rankings = _rankings(run, train)
+    # For a receiver that joins there is nothing to be weighed.
+    gradient_texts = run.closed_form.gradient_texts if has_fresh_encoder(run) else 0
     spec = {
-        "rankings": [ranking_path(run, receiver, train).name for receiver in run.receivers],
+        "rankings": [path.name for path in rankings],
         "cache_share": run.adapter.cache_share,
         "tokens_per_latent": run.encoder.tokens_per_latent,
         "senders": [_weights(sender) for sender in sender_sources(run.encoder, named)],
         "states": [run.encoder.depths, run.encoder.lead],
-        "texts": [run.closed_form.texts, run.closed_form.gradient_texts],
+        "texts": [run.closed_form.texts, gradient_texts],
     }
     return train.parent / f"moments-{_hash(spec)}.safetensors"
 
@@ -68,14 +106,20 @@ def paths(run: RunConfig, train: Place) -> list[Place]:
     """Return the files that a run begins from; none but for retrieval heads."""
     if run.adapter.kind != "heads" or run.is_reader:
         return []
-    rankings = [ranking_path(run, receiver, train) for receiver in run.receivers]
-    return rankings if run.closed_form is None else [*rankings, moments_path(run, train)]
+    rankings = _rankings(run, train)
+    has_moments = bool(rankings) and run.closed_form is not None
+    return [*rankings, moments_path(run, train)] if has_moments else rankings
+
+
+def _rankings(run: RunConfig, train: Place) -> list[Place]:
+    names = fresh(run, "adapters")
+    return [ranking_path(run, one, train) for one in run.receivers if one.name in names]
 
 
 def complete(run: RunConfig, train: Place) -> bool:
     """Return whether all that a run begins from is there."""
     there = all(path.exists() for path in paths(run, train))
-    return there and all(is_reader(path) for path in readers(run, train).values())
+    return there and all(is_reader(path) for path in needed_readers(run, train).values())
 
 
 def _read(run: RunConfig, receiver: ReceiverConfig, train: Place) -> dict[str, Any]:

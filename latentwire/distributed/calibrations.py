@@ -2,12 +2,14 @@
 
 Each receiver's heads are ranked in a task with a worker's resources. The sums of the closed form
 are shared out over such tasks, each of which reads its part of the texts; adding them up gives what
-one would have given, to rounding. A file that is there is whole.
+one would have given, to rounding. A file that is there is whole. A receiver that joins an earlier
+wire is ranked and regressed alone, for that wire's encoder.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import pyarrow as pa
 
@@ -32,7 +34,7 @@ def ensure_calibrations(run: RunConfig, train: Place, gpus: float = 0.0) -> None
         train: its complete training shards.
         gpus: GPUs that one task asks for.
     """
-    for name, path in calibrations.readers(run, train).items():
+    for name, path in calibrations.needed_readers(run, train).items():
         ensure_text_reader(run, f"prefix {name}", name, path, train, gpus)
     missing = [path for path in calibrations.paths(run, train) if not path.exists()]
     if not missing:
@@ -55,14 +57,20 @@ def ensure_calibrations(run: RunConfig, train: Place, gpus: float = 0.0) -> None
         )
 
 
-def prepared(built: RunConfig, run: RunConfig, train: Place) -> LatentWire:
+def prepared(
+    built: RunConfig, run: RunConfig, train: Place, receivers: Collection[str]
+) -> LatentWire:
     """Return a fresh wire in this process, with the prefixes that a run begins with.
 
-    ``built``: the run itself, or a part of it.
+    Args:
+        built: the run itself, or a part of it.
+        run: the run.
+        train: its training shards.
+        receivers: those whose prefixes are needed.
     """
     use_threads(run.training.cpus_per_worker)
     wire = LatentWire(built)
-    begin.begin_prefixes(wire, run, train, wire.receivers)
+    begin.begin_prefixes(wire, run, train, receivers)
     return wire
 
 
@@ -72,7 +80,7 @@ def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
     only = tuple(one for one in run.receivers if one.name == receiver)
     encoder = run.encoder.model_copy(update={"senders": (f"{LENT}{receiver}",)})
     alone = run.model_copy(update={"receivers": only, "encoder": encoder})
-    wire = prepared(alone, run, train)
+    wire = prepared(alone, run, train, [receiver])
     builder = wire.builders[receiver]
     column = f"{receiver}_context_ids"
     table = shards.read_table(train, ["context", column])
@@ -105,18 +113,20 @@ def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
 
 def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
     """Return the sums over every ``parts``-th text, from number ``part`` on."""
-    config = run.closed_form
+    config, names = run.closed_form, calibrations.fresh(run, "adapters")
     assert config is not None
-    wire = prepared(run, run, train)
-    for name in wire.receivers:
+    wire = prepared(run, run, train, names)
+    for name in names:
         begin.choose_heads(wire, name, train)
-    moments = gather.empty_moments(wire)
-    pieces = [f"{name}_{piece}_ids" for name in wire.receivers for piece in ("question", "answer")]
-    columns = ["context", "encoder_ids", *(f"{name}_context_ids" for name in wire.receivers)]
-    table = shards.read_table(train, [*columns, *pieces])
+    moments = gather.empty_moments(wire, names)
+    pieces = [
+        f"{name}_{piece}_ids" for name in names for piece in ("context", "question", "answer")
+    ]
+    table = shards.read_table(train, ["context", "encoder_ids", *pieces])
     gather.add_tokens(moments, wire, first_texts(table, 0, config.texts, part, parts))
-    further = first_texts(table, config.texts, config.gradient_texts, part, parts)
-    gather.add_gradients(moments, wire, further)
+    if calibrations.has_fresh_encoder(run):
+        further = first_texts(table, config.texts, config.gradient_texts, part, parts)
+        gather.add_gradients(moments, wire, further)
     return moments
 
 

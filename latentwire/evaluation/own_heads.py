@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ def check(run: RunConfig) -> None:
         )
 
 
-def heads_of(wire: LatentWire) -> dict[str, Heads]:
-    """Return receiver → the heads that its adapter has chosen."""
+def heads_of(wire: LatentWire, receivers: Iterable[str] | None = None) -> dict[str, Heads]:
+    """Return receiver → the heads that its adapter has chosen; ``None``: of all receivers."""
     adapters: Any = wire.interlingua.adapters
-    return {name: adapters[name].heads for name in wire.receivers}
+    names = wire.receivers if receivers is None else receivers
+    return {name: adapters[name].heads for name in names}
 
 
 def own_entries(

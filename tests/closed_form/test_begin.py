@@ -5,24 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from latentwire import exports
 from latentwire.closed_form import begin, gather, ranking
 from latentwire.closed_form.moments import ClosedFormError, Moments
-from latentwire.closed_form.regression import solve
-from latentwire.config import RunConfig
+from latentwire.closed_form.regression import decoder_for, solve
+from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data import calibrations
+from latentwire.data import calibrations, shards
+from latentwire.data.shards import shard_path
+from latentwire.distributed import calibrations as distributed
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.own_heads import heads_of, own_entries
 from latentwire.evaluation.scoring import check_receivers
 from latentwire.exports import CheckpointError
 from latentwire.model import LatentWire
-from latentwire.models.senders import joined_row
+from latentwire.models.senders import joined_row, parted_row
+from latentwire.planning.variants import calibration_runs
 from latentwire.reports import heads
+from latentwire.training import checkpoints
+from latentwire.training.loop import Trainer
 from tests.conftest import HEADS, choose_some_heads, shard_table, wire_of
 
 WHOLE: dict[str, Any] = HEADS | {
@@ -244,6 +250,117 @@ def test_a_file_that_is_no_solution_is_named(run: RunConfig, tmp_path: Path) -> 
     path.write_bytes(b"nothing")
     with pytest.raises(ClosedFormError, match=r"must be a file of Start\.save.*delete it"):
         begin.solved(run, train)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calibrate in this process, and note every pass over texts."""
+    noted: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def run_it(*arguments: Any) -> Any:
+            noted.append(name)
+            return function(*arguments)
+
+        return run_it
+
+    def ranked(_: RunConfig, __: float, function: Any, *arguments: Any) -> Any:
+        noted.append(f"ranking of {arguments[1]}")
+        return function(*arguments)
+
+    monkeypatch.setattr(distributed, "on_cluster", ranked)
+    whole = lambda run, train, _: distributed.gather_part(run, train, 0, 1)  # noqa: E731
+    monkeypatch.setattr(distributed, "gather_on_cluster", whole)
+    for name in ("add_tokens", "add_gradients"):
+        monkeypatch.setattr(gather, name, counted(name, getattr(gather, name)))
+    monkeypatch.setattr(shards, "read_table", counted("read", shards.read_table))
+    return noted
+
+
+def test_what_an_earlier_wire_brings_is_not_calibrated_again(
+    run: RunConfig, tmp_path: Path, passes: list[str]
+) -> None:
+    """A stage that loads all begins without a pass; a receiver that joins is calibrated alone."""
+    values = with_adapter(HEADS, 0.5) | {
+        "closed_form": {"texts": 48, "gradient_texts": 8},
+        "data.shard_dir": str(tmp_path),
+        "training.train_only": [],
+    }
+    values["adapter"] = values["adapter"] | {"ranking_texts": 4}
+    run = with_values(run, values)
+    train = Path(str(shard_path(run, "train")))
+    train.mkdir()
+    pq.write_table(rows_of(wire_of(run), 96), train / "0.parquet")
+    (train / "manifest.json").write_text('{"key": "some", "rows": 96, "files": ["0.parquet"]}')
+
+    def calibrated(run: RunConfig) -> list[str]:
+        passes.clear()
+        assert calibrations.complete(run, train) == (not calibrations.paths(run, train))
+        distributed.ensure_calibrations(run, train)
+        assert calibrations.complete(run, train)
+        return list(passes)
+
+    def begun(run: RunConfig) -> LatentWire:
+        trainer = Trainer(wire_of(run), 4, train=train)
+        checkpoints.restore(trainer, None)
+        return trainer.wire
+
+    one = [receiver.model_dump() for receiver in run.receivers if receiver.name == "llama"]
+    senders = {"encoder.senders": ["receiver:llama"]}
+    # Its shards have other columns; one table holds them all.
+    single = with_values(run, senders | {"receivers": one, "encoder.d_z": 192})
+    llama = distributed.first_texts(shards.read_table(train), 0, 48)
+    ruler = [
+        [row[0] for row in map(parted_row, lines)] for lines in llama["encoder_ids"].to_pylist()
+    ]
+    table = llama.set_column(
+        llama.column_names.index("encoder_ids"), "encoder_ids", pa.array(ruler)
+    )
+    pq.write_table(table, train / "0.parquet")
+    assert calibrated(single) == ["ranking of llama", "read", "read", "add_tokens", "add_gradients"]
+    wire = begun(single)
+    exports.save(tmp_path / "single", wire, {}, {"receivers": wire.fingerprints()})
+
+    # Trained on: nothing is made, nothing is overwritten.
+    further = {"training.init_from": str(tmp_path / "single")}
+    other = {"closed_form.texts": 40, "adapter.ranking_texts": 3}
+    assert calibrated(with_values(single, further | other)) == []
+    again = begun(with_values(single, further | other))
+    assert again.encoder_id == wire.encoder_id
+
+    # Joined: its own ranking and states, no gradient that nobody weighs by.
+    joining = with_values(run, senders | further | {"encoder.d_z": 192})
+    assert calibrated(joining) == ["ranking of qwen", "read", "read", "add_tokens"]
+    path = calibrations.moments_path(joining, train)
+    assert [*Moments.load(path).receivers] == ["qwen"]
+    joined = begun(joining)
+    adapters: Any = joined.interlingua.adapters
+    decoder = decoder_of(joined, Moments.load(path))
+    assert torch.equal(adapters["qwen"].linear.weight, decoder.decoder_KE.T)
+    before: Any = wire.interlingua.adapters["llama"]
+    assert torch.equal(adapters["llama"].linear.weight, before.linear.weight)
+    exports.save(tmp_path / "joined", joined, {}, {})
+    pages = heads.write_pictures(joining, tmp_path / "joined", tmp_path, train)
+    assert [page.name for page in pages] == ["heads.html"]
+
+    # One that is not there yet brings nothing.
+    gone = with_values(joining, {"training.init_from": str(tmp_path / "gone")})
+    assert len(calibrations.paths(gone, train)) == 3
+    assert calibrated(gone) == ["read", "add_tokens", "add_gradients"]  # both are ranked already
+
+
+def decoder_of(wire: LatentWire, moments: Moments) -> Any:
+    encoder: Any = wire.interlingua.encoder
+    linear = encoder.codes.linear
+    return decoder_for(moments, "qwen", linear.weight.detach().T, linear.bias.detach())
+
+
+def test_a_sweep_calibrates_for_each_wire_that_its_trials_may_begin_with(run: RunConfig) -> None:
+    base = with_values(run, HEADS | {"closed_form": {}})
+    search = {"training.init_from": {"type": "categorical", "choices": ["one", "other"]}}
+    space = SweepConfig.model_validate({"run": base.model_dump(), "search": search})
+    begun = [one.training.init_from for one in calibration_runs(space, space.run)]
+    assert begun == ["one", "other"]
 
 
 def test_heads_that_nobody_chose_are_refused(run: RunConfig) -> None:
