@@ -56,14 +56,21 @@ def has_fresh_encoder(run: RunConfig) -> bool:
 
 
 def needed_readers(run: RunConfig, train: Place) -> dict[str, Place]:
-    """Return those of :func:`readers` that a run begins from.
+    """Return those of :func:`readers` that a run begins from."""
+    names = needed_readers_of(run)
+    return {name: path for name, path in readers(run, train).items() if name in names}
+
+
+def needed_readers_of(run: RunConfig) -> list[str]:
+    """Return the receivers whose text readers a run begins from.
 
     A receiver's heads are ranked behind the prefix of its reader, too.
     """
-    names = {*fresh(run, "prefixes")}
-    if run.adapter.kind == "heads":
-        names |= {*fresh(run, "adapters")}
-    return {name: path for name, path in readers(run, train).items() if name in names}
+    if run.prefix is None or run.prefix.begin != "reader":
+        return []
+    prefixes = fresh(run, "prefixes")
+    adapters = fresh(run, "adapters") if run.adapter.kind == "heads" else []
+    return [one.name for one in run.receivers if one.name in {*prefixes, *adapters}]
 
 
 def ranking_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Place:

@@ -22,6 +22,7 @@ from latentwire.data.batches import once
 from latentwire.distributed.remote import on_cluster, result_of, started
 from latentwire.distributed.teachers import ensure_text_reader
 from latentwire.model import LatentWire
+from latentwire.planning.calibrations import task_bytes
 from latentwire.storage import Place, write_text
 from latentwire.threads import use_threads
 
@@ -101,7 +102,11 @@ def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
     import ray
 
     cluster = ray.cluster_resources()
-    room = cluster.get("GPU", 0.0) / gpus if gpus else cluster["CPU"] / run.training.cpus_per_worker
+    room = cluster["CPU"] / run.training.cpus_per_worker
+    if gpus:
+        room = cluster.get("GPU", 0.0) / gpus
+    elif "memory" in cluster:
+        room = min(room, cluster["memory"] / task_bytes(run, on_gpu=False))
     assert run.closed_form is not None, "nobody asked for a closed form"
     parts = max(1, min(int(room), run.closed_form.texts, run.closed_form.gradient_texts))
     tasks = [started(run, gpus, gather_part, run, train, part, parts) for part in range(parts)]

@@ -19,6 +19,7 @@ from latentwire.data.readers import is_reader
 from latentwire.losses.bundles import state_depths
 from latentwire.models.weights import load_hf_config
 from latentwire.planning.autoscaler import addable_nodes, living_nodes
+from latentwire.planning.calibrations import CalibrationForecast, forecast_calibrations
 from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan, PlanError
 from latentwire.planning.resolved import ResolvedSweep, resolve
@@ -120,6 +121,8 @@ class Forecast:
     disk_bytes: int
     """Checkpoints kept at the busiest moment, and teachers' columns to be made."""
     free_bytes: int | None
+    calibration: CalibrationForecast | None = None
+    """What a wire into retrieval heads, or a tuned reader's prefix, begins from; ``None``: nothing."""
 
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
         """Describe the forecast for the terminal.
@@ -136,6 +139,8 @@ class Forecast:
             lines.append(
                 f"shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there"
             )
+        if self.calibration is not None:
+            lines.append(self.calibration.line(plan, rate, REACHED))
         if self.steps_per_run is None:
             lines.append("steps: known when the shards are made (data.samples is 0: all rows)")
         else:
@@ -202,6 +207,7 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
         checkpoint_bytes=checkpoint,
         disk_bytes=disk_bytes,
         free_bytes=free_bytes,
+        calibration=forecast_calibrations(sweep, plan, rows),
     )
 
 

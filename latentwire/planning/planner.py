@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from latentwire import exports
-from latentwire.config import RunConfig, SweepConfig
+from latentwire.config import ReceiverConfig, RunConfig, SweepConfig
 from latentwire.data.shards import builders
 from latentwire.errors import UserError
 from latentwire.features import registry
@@ -141,9 +141,7 @@ def plan(
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
         )
-    receivers = tuple(
-        _estimate(run, index, gpus_per_worker > 0, files) for index in range(len(run.receivers))
-    )
+    receivers = estimates(run, gpus_per_worker > 0, files=files)
     if files:
         builders(run)  # raises for a tokenizer that cannot build a prompt, before shards are made
     trainable, fixed, lent = _encoder_and_adapters(run)
@@ -321,8 +319,14 @@ def _share(what: str, have: float, need: float) -> float:
     return times(have, need)
 
 
-def _estimate(run: RunConfig, index: int, on_gpu: bool, files: bool) -> ReceiverEstimate:
-    receiver = run.receivers[index]
+def estimates(run: RunConfig, on_gpu: bool, *, files: bool) -> tuple[ReceiverEstimate, ...]:
+    """Estimate a run's receivers; ``files``: whether their weights are looked at."""
+    return tuple(_estimate(run, receiver, on_gpu, files) for receiver in run.receivers)
+
+
+def _estimate(
+    run: RunConfig, receiver: ReceiverConfig, on_gpu: bool, files: bool
+) -> ReceiverEstimate:
     lm: Any = skeleton(receiver, check=files)
     parameters = sum(p.numel() for p in lm.parameters())
     device = torch.device("cuda") if on_gpu else pick_device(receiver.device)
@@ -353,6 +357,17 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int, int]:
 
     The latter take no further room where a receiver is in the same process. No weight is loaded.
     """
+    interlingua = on_meta(run)
+    registry.check_training(interlingua.features)
+    interlingua.train_only(run.training.train_only)
+    trained = sum(p.numel() for p in interlingua.parameters() if p.requires_grad)
+    left = sum(p.numel() for p in interlingua.parameters()) - trained
+    states = getattr(interlingua.encoder, "states", None)  # a text reader has none
+    return trained, left, states.lent_parameters if isinstance(states, SenderStates) else 0
+
+
+def on_meta(run: RunConfig) -> Interlingua:
+    """Build a run's encoder and adapters without weights."""
     with torch.device("meta"):
         shapes = {}
         for receiver in run.receivers:
@@ -360,10 +375,4 @@ def _encoder_and_adapters(run: RunConfig) -> tuple[int, int, int]:
             shapes[receiver.name] = ReceiverShape(
                 width, 1.0, functools.partial(skeleton, receiver, check=False)
             )
-        interlingua = Interlingua(run, shapes, registry.build, load_weights=False)
-        registry.check_training(interlingua.features)
-        interlingua.train_only(run.training.train_only)
-    trained = sum(p.numel() for p in interlingua.parameters() if p.requires_grad)
-    left = sum(p.numel() for p in interlingua.parameters()) - trained
-    states = getattr(interlingua.encoder, "states", None)  # a text reader has none
-    return trained, left, states.lent_parameters if isinstance(states, SenderStates) else 0
+        return Interlingua(run, shapes, registry.build, load_weights=False)

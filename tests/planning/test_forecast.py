@@ -3,12 +3,18 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from latentwire.config import SweepConfig
+from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.resolve import with_values
+from latentwire.data import calibrations
+from latentwire.data.shards import shard_path
+from latentwire.planning.calibrations import CalibrationForecast
 from latentwire.planning.forecast import BYTES_PER_PARAMETER, fit, forecast
 from latentwire.planning.planner import PlanError, plan
+from tests.conftest import HEADS
 
 ENOUGH = 64e9
 
@@ -106,6 +112,62 @@ def test_rows_that_are_not_counted_yet_are_not_guessed(tmp_path: Path) -> None:
     assert "known when the shards are made" in "\n".join(
         estimate.lines(plan(unknown, {"CPU": 2}, ENOUGH), 1e11)
     )
+
+
+def test_a_calibration_that_is_to_be_made_is_counted(tmp_path: Path) -> None:
+    """Each ranking and sum once for all trials, in tasks that hold all models, their sums beside them."""
+
+    def told(**changed: object) -> tuple[CalibrationForecast, str]:
+        run = with_values(RunConfig(), HEADS | {"data.shard_dir": str(tmp_path)} | changed)
+        chosen = SweepConfig(run=run, search=search)
+        planned = plan(chosen, {"CPU": 2}, ENOUGH)
+        estimate = forecast(chosen, planned, tmp_path)
+        assert estimate.calibration is not None
+        (line,) = (li for li in estimate.lines(planned, 1e11) if li.startswith("calibration: "))
+        return estimate.calibration, line
+
+    search: dict[str, Any] = {}
+    closed = {"closed_form": {"texts": 100, "gradient_texts": 30}}
+    ranked, _ = told()
+    both, line = told(**closed)
+    assert (ranked.missing, both.missing, both.there) == (2, 3, 0)
+    assert ranked.flop and both.flop and both.flop > 1.5 * ranked.flop
+    recital = {"adapter": HEADS["adapter"] | {"ranking_texts": 2 * 96}}
+    assert told(**recital)[0].flop == pytest.approx(2 * ranked.flop)
+    # 2 depths of 128 and 112 wide; 3 of 8 heads of 32, 3 of 8 of 28: keys and values, in double.
+    width, entries = 480, (2 * 3 * 32, 2 * 3 * 28)
+    assert both.bytes_per_task - ranked.bytes_per_task == 8 * (
+        width**2 + sum(size * (width + size) for size in entries)
+    )
+    assert line.startswith(
+        "calibration: 3 to be made, 0 there; a task of 1 CPU, 0 GPU takes about "
+    )
+    assert "CPU-hours (" in line
+    reader = {
+        "prefix": {"tokens": 3, "begin": "reader"},
+        "evaluation.tuned_text": {"tokens": 3, "steps": 4, "batch_size": 4, "trials": 2},
+    }
+    read, _ = told(**closed, **reader)
+    assert read.missing == 5 and read.flop and read.flop > both.flop
+    search = {"encoder.tokens_per_latent": {"type": "categorical", "choices": [2, 4]}}
+    assert told(**closed)[0].missing == 4  # rankings serve both
+    search = {}
+
+    # With shards there, what is missing is known by name.
+    train = Path(str(shard_path(with_values(RunConfig(), HEADS), "train")))
+    train = tmp_path / train.name
+    train.mkdir()
+    (train / "manifest.json").write_text('{"key": "some", "rows": 4, "files": []}')
+    run = with_values(RunConfig(), HEADS | closed | {"data.shard_dir": str(tmp_path)})
+    ranking, *_ = calibrations.paths(run, train)
+    Path(str(ranking)).write_text("{}")
+    part, line = told(**closed)
+    assert (part.missing, part.there) == (2, 1) and part.flop and part.flop < both.flop
+    for path in calibrations.paths(run, train):
+        Path(str(path)).write_text("{}")
+    assert told(**closed)[1] == "calibration: 0 to be made, 3 there"
+    plain = space(tmp_path)
+    assert forecast(plain, plan(plain, {"CPU": 2}, ENOUGH), tmp_path).calibration is None
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
