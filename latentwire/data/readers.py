@@ -83,15 +83,12 @@ def reader_directory(
         "split",
         "bytes_per_patch",
     )
-    length = lengths.model_dump(include=set(of_lengths))
-    if lengths.pooling == "tokens":  # readers are older than this pooling, and keep their names
-        length["pooling"] = "tokens"
     spec = {
         "reader_version": READER_VERSION,
         "shards": [shards.read_manifest(paths[split])["key"] for split in ("train", "dev")],
         "weights": weights_id(receiver),
         "reads": [reads, receiver.dtype, receiver.quantization, receiver.revision],
-        "lengths": length,
+        "lengths": lengths.model_dump(include=set(of_lengths)),
         "tuned_text": tuned_text(run).model_dump(),
         "budget": [budget.steps, budget.batch_size],
         "training": run.training.model_dump(
