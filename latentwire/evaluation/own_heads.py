@@ -10,7 +10,7 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
-from latentwire.models.head_slots import Heads
+from latentwire.models.head_slots import Heads, by_layer
 from latentwire.models.key_heads import rotated
 from latentwire.models.weights import ReceiverError
 from latentwire.prompts.batch import collate
@@ -61,10 +61,13 @@ def own_entries(
     position_RT = torch.arange(start, start + longest, device=lm.device)[None]
     with torch.no_grad(), wire.reading(receiver, batch, None) as soft_ND:
         layers: Any = lm.prefill(batch, soft_ND).cache.layers
-        entries = []
-        for layer, head in heads:
-            key_R1TD = layers[layer].keys[:, head : head + 1, start:]
-            entries.append(rotated(lm.lm, layer, key_R1TD, position_RT, back=True)[:, 0])
-            entries.append(layers[layer].values[:, head, start:].float())
-    entry_RTE = torch.cat(entries, -1)
+        parts = []
+        for layer, here in by_layer(heads).items():
+            numbers = [head for _, head in heads[here]]
+            key_RHTD = layers[layer].keys[:, numbers, start:]
+            key_RHTD = rotated(lm.lm, layer, key_RHTD, position_RT, back=True)
+            value_RHTD = layers[layer].values[:, numbers, start:].float()
+            parts.append(torch.stack((key_RHTD, value_RHTD), 2))
+    # [R, J, 2, T, D] → [R, T, E]
+    entry_RTE = torch.cat(parts, 1).permute(0, 3, 1, 2, 4).flatten(2)
     return [entry_TE[: len(ids)] for entry_TE, ids in zip(entry_RTE, texts, strict=True)]

@@ -32,6 +32,15 @@ Heads = tuple[tuple[int, int], ...]
 """Chosen key-value heads: (layer, head), sorted."""
 
 
+def by_layer(heads: Heads) -> dict[int, slice]:
+    """Return layer → where its heads stand among the chosen ones."""
+    layers: dict[int, slice] = {}
+    for place, (layer, _) in enumerate(heads):
+        start = layers[layer].start if layer in layers else place
+        layers[layer] = slice(start, place + 1)
+    return layers
+
+
 @dataclass(frozen=True)
 class HeadEntries:
     """Keys and values of R rows, up to T tokens each, in the chosen heads of a receiver."""
@@ -90,15 +99,19 @@ class HeadEntries:
 
     def of_layers(self) -> dict[int, LayerEntries]:
         """Return layer → what its attention needs; layers without a chosen head have nothing."""
-        heads_of: dict[int, list[int]] = {}
-        for layer, head in self.heads:
-            heads_of.setdefault(layer, []).append(head)
+        layers = by_layer(self.heads)
         # Parts of one split: their gradients are joined at once, where slices' would be summed.
-        sizes = [len(heads) for heads in heads_of.values()]
+        sizes = [here.stop - here.start for here in layers.values()]
         parts = zip(self.key_RJTD.split(sizes, 1), self.value_RJTD.split(sizes, 1), strict=True)
         return {
-            layer: LayerEntries(tuple(heads), key_RHTD, value_RHTD, self.keep_RT, self.end_R)
-            for (layer, heads), (key_RHTD, value_RHTD) in zip(heads_of.items(), parts, strict=True)
+            layer: LayerEntries(
+                heads=tuple(head for _, head in self.heads[here]),
+                key_RHTD=key_RHTD,
+                value_RHTD=value_RHTD,
+                keep_RT=self.keep_RT,
+                end_R=self.end_R,
+            )
+            for (layer, here), (key_RHTD, value_RHTD) in zip(layers.items(), parts, strict=True)
         }
 
 
@@ -145,14 +158,10 @@ def entries_of(
     start_R = position_BS.gather(1, batch.latents_BS.to(kv_NE.device).long().argmax(1)[:, None])
     start_R = start_R.squeeze(1)
     position_RT = start_R[:, None] + place_T
-    turned = torch.cat(
-        [
-            rotated(lm, layer, key_RJTD[:, place : place + 1], position_RT)
-            for place, (layer, _) in enumerate(heads)
-        ],
-        1,
-    )
-    return HeadEntries(heads, turned.to(dtype), value_RJTD.to(dtype), keep_RT, start_R + count_R)
+    layers = by_layer(heads).items()
+    turned = [rotated(lm, layer, key_RJTD[:, here], position_RT) for layer, here in layers]
+    key_RJTD = torch.cat(turned, 1)
+    return HeadEntries(heads, key_RJTD.to(dtype), value_RJTD.to(dtype), keep_RT, start_R + count_R)
 
 
 @contextmanager
