@@ -59,6 +59,10 @@ def write(tmp_path: Path, text: str) -> Path:
             "losses.hidden_kd_depths is none",
         ),
         (
+            "search: {encoder.senders: {type: categorical, choices: [./one, ./other]}}",
+            "encoder.senders is none",
+        ),
+        (
             "search: {features.lora: {type: categorical, choices: [null, {}]}}",
             "a choice must be a number, a text or a switch, got None; of a section its knobs can be searched",
         ),
