@@ -168,7 +168,7 @@ class WireBase:
     ) -> AbstractContextManager[None]:
         """Let a batch's messages stand in a receiver's chosen heads."""
         adapter: Any = self.interlingua.adapters[receiver]
-        entry_NE = self.interlingua.entries(receiver, message, batch.message_R)
+        entry_NE = self.interlingua.entries(receiver, message, batch.message_R.unique())
         return self.receivers[receiver].heads_at_slots(entry_NE, adapter.heads)
 
     def _slot_latents(self, receiver: str, batch: Batch, message: Message) -> torch.Tensor:

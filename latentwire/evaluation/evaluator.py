@@ -357,6 +357,8 @@ def _messages(batch: _Rows, prompts: list[PromptSequence]) -> list[int]:
     """Return the message that each row reads, or the text: rows that are shown the same share it."""
     if batch.message is not None:
         return batch.message_R
+    if batch.own:  # a receiver's own entries stand for each row's text by itself
+        return list(range(len(prompts)))
     return once([[prompt.ids[: prompt.message.stop]] for prompt in prompts])[0]
 
 

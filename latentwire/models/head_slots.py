@@ -132,36 +132,41 @@ class LayerEntries:
 def entries_of(
     lm: nn.Module, heads: Heads, kv_NE: torch.Tensor, batch: Batch, dtype: torch.dtype
 ) -> HeadEntries:
-    """Lay a message's keys and values out by rows and heads, at the positions of its slots.
+    """Lay messages' keys and values out by rows and heads, at the positions of their slots.
 
     Args:
         lm: the receiver.
         heads: J chosen heads.
-        kv_NE: for each slot of the batch, row by row, J times a key (before rotary positions) and a
-            value.
+        kv_NE: for each slot of each message, in the order of their numbers, J times a key (before
+            rotary positions) and a value. Rows that read one message share them.
         batch: the sequences in which the slots stand.
         dtype: the receiver's.
     """
-    count_R = batch.latents_BS.sum(1).to(kv_NE.device)
-    place_T = torch.arange(max(1, int(count_R.max())), device=kv_NE.device)
-    keep_RT = place_T < count_R[:, None]
-    if len(kv_NE) != (slots := int(count_R.sum())):
-        raise ValueError(f"entries must fill the messages' slots, got {len(kv_NE)} for {slots}")
-    kv_RTE = kv_NE.new_zeros(*keep_RT.shape, kv_NE.shape[1])
-    kv_RTE = kv_RTE.masked_scatter(keep_RT[..., None], kv_NE)
-    # [R, T, J · 2 · D] → keys and values [R, J, T, D].
-    key_RJTD, value_RJTD = (
-        part.squeeze(3).transpose(1, 2)
-        for part in kv_RTE.unflatten(2, (len(heads), 2, -1)).split(1, 3)
+    message_R = torch.unique(batch.message_R, return_inverse=True)[1].to(kv_NE.device)
+    latents_BS, position_BS = batch.latents_BS.to(kv_NE.device), batch.positions().to(kv_NE.device)
+    start_R = position_BS.gather(1, latents_BS.long().argmax(1)[:, None]).squeeze(1)
+    # Rows of one message are alike up to its end.
+    count_M, start_M = (
+        value_R.new_zeros(int(message_R.max()) + 1).scatter(0, message_R, value_R)
+        for value_R in (latents_BS.sum(1), start_R)
     )
-    position_BS = batch.positions().to(kv_NE.device)
-    start_R = position_BS.gather(1, batch.latents_BS.to(kv_NE.device).long().argmax(1)[:, None])
-    start_R = start_R.squeeze(1)
-    position_RT = start_R[:, None] + place_T
+    place_T = torch.arange(max(1, int(count_M.max())), device=kv_NE.device)
+    keep_MT = place_T < count_M[:, None]
+    if len(kv_NE) != (slots := int(count_M.sum())):
+        raise ValueError(f"entries must fill the messages' slots, got {len(kv_NE)} for {slots}")
+    kv_MTE = kv_NE.new_zeros(*keep_MT.shape, kv_NE.shape[1])
+    kv_MTE = kv_MTE.masked_scatter(keep_MT[..., None], kv_NE)
+    # [M, T, J · 2 · D] → keys and values [M, J, T, D].
+    key_MJTD, value_MJTD = (
+        part.squeeze(3).transpose(1, 2)
+        for part in kv_MTE.unflatten(2, (len(heads), 2, -1)).split(1, 3)
+    )
+    position_MT = start_M[:, None] + place_T
     layers = by_layer(heads).items()
-    turned = [rotated(lm, layer, key_RJTD[:, here], position_RT) for layer, here in layers]
-    key_RJTD = torch.cat(turned, 1)
-    return HeadEntries(heads, key_RJTD.to(dtype), value_RJTD.to(dtype), keep_RT, start_R + count_R)
+    turned = [rotated(lm, layer, key_MJTD[:, here], position_MT) for layer, here in layers]
+    key_MJTD = torch.cat(turned, 1).to(dtype)
+    entries = HeadEntries(heads, key_MJTD, value_MJTD.to(dtype), keep_MT, start_M + count_M)
+    return entries.rows(message_R)
 
 
 @contextmanager

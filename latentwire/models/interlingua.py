@@ -172,12 +172,12 @@ class Interlingua(nn.Module):
             p_BLD = self.adapters[receiver](z_BLZ, keep_BL)
         return p_BLD.float(), keep_BL
 
-    def entries(self, receiver: str, message: Message, message_R: torch.Tensor) -> torch.Tensor:
-        """Return keys and values ``[N, E]`` of the messages that rows read, in a receiver's heads."""
+    def entries(self, receiver: str, message: Message, message_M: torch.Tensor) -> torch.Tensor:
+        """Return keys and values ``[N, E]`` of some messages in a receiver's heads, one by one."""
         z_BLZ, keep_BL = message.read_by(receiver)
         adapter: Any = self.adapters[receiver]
         with self._precision():
-            entry_NE = adapter.rows(z_BLZ, keep_BL, message_R.to(z_BLZ.device))
+            entry_NE = adapter.rows(z_BLZ, keep_BL, message_M.to(z_BLZ.device))
         return entry_NE.float()
 
     def slots(self, receiver: str, message: Message) -> list[int]:

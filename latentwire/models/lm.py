@@ -250,7 +250,7 @@ class LMWrapper(nn.Module):
         for them.
 
         Args:
-            kv_NE: keys before rotary positions and values, for each latent's place, row by row; see
+            kv_NE: keys before rotary positions and values, for each latent of each message; see
                 :func:`latentwire.models.head_slots.entries_of`.
             heads: the heads.
         """

@@ -137,8 +137,8 @@ class Unfolding(nn.Module):
         return entry_BTE, keep_BT
 
     def rows(
-        self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor, message_R: torch.Tensor
+        self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor, message_M: torch.Tensor
     ) -> torch.Tensor:
-        """Return the entries ``[N, E]`` of the messages that rows read, row by row."""
+        """Return the entries ``[N, E]`` of some messages, one by one."""
         entry_BTE, keep_BT = self(z_BLZ, keep_BL)
-        return entry_BTE[message_R][keep_BT[message_R]]
+        return entry_BTE[message_M][keep_BT[message_M]]

@@ -96,7 +96,7 @@ def test_its_own_keys_and_values_in_every_head_are_the_text(
             past = lm.prefill(begun)
         logits = lm.supervised_logits(rest, None, past)
     else:
-        kv_NE = torch.cat([entries[text] for text, _ in ASKED])
+        kv_NE = torch.cat(entries)
         with lm.heads_at_slots(kv_NE, heads):
             logits = lm.supervised_logits(lm.read_head(latent) if way == "head" else latent)
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
@@ -119,7 +119,7 @@ def test_and_so_are_its_answers(lm: LocalReceiver, builder: PromptBuilder, parte
         found = lm.generate(parts[1], builder.stop_ids, 8, None, past).rows
     else:
         _, latent = batches(lm, builder, "left", False)
-        with lm.heads_at_slots(torch.cat([entries[text] for text, _ in ASKED]), heads):
+        with lm.heads_at_slots(torch.cat(entries), heads):
             found = lm.generate(latent, builder.stop_ids, 8).rows
     assert found == expected
 
@@ -131,7 +131,7 @@ def test_heads_that_are_not_chosen_see_nothing(lm: LocalReceiver, builder: Promp
     chosen = tuple((layer, (layer + 1) % heads_each) for layer in range(0, layers, 2))
     entries = own_entries(lm, builder, chosen)
     text, latent = batches(lm, builder, "right", True)
-    with lm.heads_at_slots(torch.cat([entries[text] for text, _ in ASKED]), chosen):
+    with lm.heads_at_slots(torch.cat(entries), chosen):
         found = lm.supervised_logits(latent)
     everywhere = every_head(lm)
     own = own_entries(lm, builder, everywhere)
@@ -252,7 +252,7 @@ def test_a_layer_with_a_window_must_see_the_whole_prompt(tmp_path: Path, layers:
     with torch.no_grad():
         entries = own_entries(lm, builder, heads)
         text, latent = batches(lm, builder, "right", True)
-        kv_NE = torch.cat([entries[text] for text, _ in ASKED])
+        kv_NE = torch.cat(entries)
         with lm.heads_at_slots(kv_NE, heads):
             found = lm.supervised_logits(latent)
     torch.testing.assert_close(found, lm.supervised_logits(text), atol=2e-4, rtol=1e-4)
@@ -266,7 +266,7 @@ def test_a_layer_with_a_window_must_see_the_whole_prompt(tmp_path: Path, layers:
 
 def test_entries_fill_the_slots(lm: LocalReceiver, builder: PromptBuilder) -> None:
     _, latent = batches(lm, builder, "right", True)
-    slots, heads = int(latent.latents_BS.sum()), every_head(lm)[:1]
+    slots, heads = int(latent.begun().latents_BS.sum()), every_head(lm)[:1]
     width = 2 * shape_of(lm.lm)[2]
     for count in (slots - 1, slots + 1):
         kv_NE = torch.zeros(count, width)

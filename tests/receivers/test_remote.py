@@ -1,6 +1,7 @@
 """A trial that shares its receivers trains as one that has its own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -90,6 +91,22 @@ def test_it_holds_no_weights_and_counts_what_travels(run: RunConfig, sharing_wir
         assert receiver.held_bytes == 0 and all(p.is_meta for p in receiver.skeleton().parameters())
         soft = 4 * run.encoder.latent_len * receiver.width * 4  # fp32, there and back
         assert 2 * soft < receiver.bytes_sent < 2 * soft + 20_000
+
+
+def test_a_message_travels_once_for_all_rows_that_read_it(
+    run: RunConfig, sharing_wire: Make
+) -> None:
+    wire = choose_some_heads(sharing_wire(with_values(run, HEADS), "trial"))
+    table = shard_table(wire.run, 4, questions=2)
+    texts = list(dict.fromkeys(table["context"].to_pylist()))
+    assert len(texts) == 2
+    Trainer(wire, 100).step(table)
+    encoder: Any = wire.interlingua.encoder
+    adapters: Any = wire.interlingua.adapters
+    tokens = int(encoder.tokenize(texts).length_B.sum())
+    for name, receiver in wire.receivers.items():
+        entries = 4 * tokens * adapters[name].linear.out_features  # fp32, there and back
+        assert 2 * entries < receiver.bytes_sent < 2 * entries + 20_000
 
 
 def test_what_needs_weights_says_so(run: RunConfig, sharing_wire: Make) -> None:
