@@ -285,7 +285,7 @@ def _origin(run: RunConfig, manifest: dict[str, Any]) -> str:
     )
     lines = [
         f"- {total:,} trained parameters ({parts})"
-        + (f", {step:,} steps of {run.training.batch_size} rows" if step else ""),
+        + (f", {step:,} steps of {run.training.size_of_batch}" if step else ""),
         f"- seed {run.training.seed}; the whole configuration is in `config.json`",
         "- " + ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
         "- `manifest.json` has the hash of every file; a directory that does not fit it is refused",

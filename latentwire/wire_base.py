@@ -15,13 +15,11 @@ from latentwire.message import Message
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.slots import put_in_slots
 from latentwire.models.weights import ReceiverError
+from latentwire.prompts.batch import SHARED_BY as SHARED_BY
 from latentwire.prompts.batch import Batch
 from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
-
-SHARED_BY = 1.5
-"""Rows a message from which reading it once for all of them pays for a second pass."""
 
 
 class WireBase:

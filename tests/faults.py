@@ -336,6 +336,15 @@ FAULTS = {
         "z_BLZ + 1e-6",
         "tests/models/test_token_codes.py::test_parts_are_exactly_zero_where_there_is_no_token_and_nowhere_else",
     ),
+    "budget_of_positions_exceeded": line(
+        "data.packing:_fitting", "return max(1, int(beyond[0]))", "return int(beyond[0]) + 1",
+        "tests/data/test_packing.py::test_an_epoch_has_every_unit_once_and_no_batch_above_the_budget",
+    ),
+    "workers_plan_batches_of_their_own": line(
+        "data.streams:packed_batches", "seed, budget = epoch_seed(training, epoch),",
+        "seed, budget = epoch_seed(training, epoch) + rank,",
+        "tests/data/test_packing.py::test_workers_share_each_batch_of_one_plan",
+    ),
     "private_latents_stay_where_padding_was": line(
         "message:Message.row", "columns.start - padding", "columns.start",
         "tests/test_message.py::test_a_row_alone_reads_what_it_read_among_others",

@@ -92,6 +92,15 @@ class RunConfig(Section):
                 "training.questions_together needs contexts that questions share, got data.send "
                 f"{self.data.send} and dataset {self.data.dataset}; set it false, or send the context alone"
             )
+        tuned = self.evaluation.tuned_text
+        if self.training.positions_per_batch is not None and tuned is not None:
+            missing = [name for name in ("steps", "batch_size") if getattr(tuned, name) is None]
+            if missing:
+                raise ValueError(
+                    "a text reader trains by rows, and batches of positions_per_batch "
+                    f"{self.training.positions_per_batch} have no fixed number of them, got evaluation.tuned_text without "
+                    f"{' and '.join(missing)}; set {' and '.join(missing)} there"
+                )
         if not self.data.source.has_questions and self.losses.asking:
             raise ValueError(
                 f"dataset {self.data.dataset} has no questions, so the weights of terms that read answers must be 0, got "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,16 @@ class TrainingConfig(Section):
     """Passes over the training rows."""
     max_steps: int | None = knob(None, ge=1, steps="more", may_change=("resumed run",))
     """Optimiser steps after which training ends, whatever the epochs say. ``None``: the epochs decide."""
-    batch_size: int = knob(32, ge=1, steps="fewer")
-    """Examples per optimiser step, over all workers and micro-batches together."""
+    batch_size: int | None = knob(32, ge=1, steps="fewer")
+    """Examples per optimiser step, over all workers and micro-batches together. ``None``: ``positions_per_batch`` says how many."""
+    positions_per_batch: int | None = knob(None, ge=1, steps="fewer")
+    """Each optimiser step takes as many examples as fit so many positions, padding included, in place of ``batch_size``, which is
+    null then: memory and time of a step hardly change with the length of texts and the number of questions. Counted is what a
+    receiver reads of a batch, of several receivers the one that reads most: head, prefix and message once for all their rows
+    where the receiver can read them once, and each row's question and answer, or the text that it recites or continues.
+    Messages count at the length that evaluations use; teachers' texts do not count. With ``questions_together`` a context's
+    rows stay together, unless they alone take more: then they are parted. A row that alone takes more is refused. An epoch
+    reads every row once (docs/guides/batches.md)."""
     bucket_batches: int = Field(2, ge=1)
     """Batches that are drawn together, sorted by the length of their texts and then parted: less padding, but also
     batches that are less of a random sample. Where length tells what a text is about, many cost learning
@@ -111,6 +119,45 @@ class TrainingConfig(Section):
     ``{"accelerator_type:L40S": 0.001}``."""
     max_failures: int = knob(2, ge=0, may_change=("resumed run",))
     """Worker deaths that one trial survives, each time from its last checkpoint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _positions_take_the_place_of_rows(cls, given: Any) -> Any:
+        """Leave the default of ``batch_size`` out where batches are filled by positions."""
+        if isinstance(given, dict) and given.get("positions_per_batch") is not None:
+            return {"batch_size": None} | given
+        return given
+
+    @model_validator(mode="after")
+    def _one_measure_of_a_batch(self) -> TrainingConfig:
+        rows, positions = self.batch_size, self.positions_per_batch
+        if (rows is None) == (positions is None):
+            named = "none" if rows is None else f"{rows} and {positions}"
+            raise ValueError(
+                "a batch is filled either by training.batch_size or by training.positions_per_batch, got "
+                f"{named}; set one of them, the other null"
+            )
+        return self
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of a batch, where ``batch_size`` says how many."""
+        assert self.batch_size is not None, "batches are filled by positions"
+        return self.batch_size
+
+    @property
+    def size_of_batch(self) -> str:
+        """The size of a batch, in words."""
+        if self.batch_size is not None:
+            return f"{self.batch_size} rows"
+        return f"up to {self.positions_per_batch:,} positions"
+
+    @property
+    def measure(self) -> str:
+        """The knob that fills a batch, and its value."""
+        if self.batch_size is not None:
+            return f"batch_size {self.batch_size}"
+        return f"positions_per_batch {self.positions_per_batch}"
 
     def gpus_each(self, resources: Mapping[str, float]) -> float:
         """GPUs that one worker asks a cluster with these resources for."""

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from latentwire.config import RunConfig
+from latentwire.data import packing
+from latentwire.data.positions import PositionCounter
 from latentwire.data.teachers import taught_rows, teacher_of
 from latentwire.losses.bundles import Teacher, teacher_reads, weights_at
 from latentwire.losses.terms import TERMS
@@ -61,6 +64,9 @@ class TrainingCollator:
         self.stretch, self.cue = run.losses.reconstruction_tokens, run.losses.reconstruction_cue
         self.needs_teacher = bool(teacher_reads(run.losses))
         self.reads = run.prompt.reads
+        self.counter: PositionCounter | None = None
+        if run.training.positions_per_batch is not None and run.training.accumulation > 1:
+            self.counter = PositionCounter(run)
 
     def __call__(
         self, table: pa.Table, step: int, *, own_length: bool = False
@@ -70,12 +76,22 @@ class TrainingCollator:
         ``step``: optimiser steps done so far, which decide how long the messages are, unless they have their ``own_length``,
         that of ``encoder.tokens_per_latent``, as in an evaluation.
         """
-        size = max(1, -(-table.num_rows // self.training.accumulation))
         coarsening, length = (
             (None, None) if own_length else (self._coarsening(step), self._tokens_per_latent(step))
         )
-        starts = range(0, table.num_rows, size)
-        return [self._micro(table.slice(start, size), coarsening, length, step) for start in starts]
+        return [
+            self._micro(part, coarsening, length, step) for part in self._parted(table, own_length)
+        ]
+
+    def _parted(self, table: pa.Table, by_rows: bool) -> list[pa.Table]:
+        """Part a batch into micro-batches: as many rows each, or as many positions where these fill batches."""
+        count = self.training.accumulation
+        if self.counter is None or by_rows or table.num_rows == 0:
+            size = max(1, -(-table.num_rows // count))
+            return [table.slice(start, size) for start in range(0, table.num_rows, size)]
+        units = self.counter.of_table(table)
+        parts = packing.parts(units, np.arange(len(units)), count)
+        return [table.take(units.rows_of(part)) for part in parts if len(part)]
 
     def _controls(self, step: int) -> set[int]:
         """Return the sequences that have a weight in this step: answers, and what controls ask for."""

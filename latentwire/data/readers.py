@@ -39,16 +39,18 @@ class TrainingBudget:
 
 
 def budget_of(run: RunConfig, rows: int) -> TrainingBudget:
-    """Return the training of a wire itself on so many rows."""
-    training = run.training
-    per_epoch = max(1, rows // training.batch_size)
-    steps = min(training.epochs * per_epoch, training.max_steps or 10**12)
-    return TrainingBudget(steps, training.batch_size)
+    """Return the training of a wire itself on so many rows, where its batches are filled by rows."""
+    training, size = run.training, run.training.rows_per_batch
+    steps = min(training.epochs * max(1, rows // size), training.max_steps or 10**12)
+    return TrainingBudget(steps, size)
 
 
 def reader_budget(run: RunConfig, rows: int) -> TrainingBudget:
     """Return the training that ``evaluation.tuned_text`` gives to a wire's readers."""
-    tuned, of_wire = tuned_text(run), budget_of(run, rows)
+    tuned = tuned_text(run)
+    if tuned.steps is not None and tuned.batch_size is not None:
+        return TrainingBudget(tuned.steps, tuned.batch_size)
+    of_wire = budget_of(run, rows)
     return TrainingBudget(tuned.steps or of_wire.steps, tuned.batch_size or of_wire.batch_size)
 
 

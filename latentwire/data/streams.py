@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 
 from latentwire.config import RunConfig, TrainingConfig
-from latentwire.data import shards, sources, teachers
+from latentwire.data import packing, shards, sources, teachers
+from latentwire.data.packing import Units
 from latentwire.data.pipeline import ROW_GROUP, quiet_ray_data
 from latentwire.storage import Place, read_footer, read_parquet
 
@@ -136,7 +137,7 @@ def shuffled_batches(
 
     A last batch that is not full is left out, unless it is the only one.
     """
-    seed, size = epoch_seed(training, epoch), training.batch_size
+    seed, size = epoch_seed(training, epoch), training.rows_per_batch
     only = table.num_rows < size
     for start, part in _parts(table, training, seed, size):
         for batch in length_buckets(part, size, seed + start, keep_short=only):
@@ -175,6 +176,38 @@ def streamed_batches(
         yield from length_buckets(part, size, seed + number, keep_short=keep_short)
     if empty:
         yield pa.table({})
+
+
+def packed_batches(
+    stream: Iterable[pa.Table],
+    training: TrainingConfig,
+    epoch: int,
+    units: Units,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[pa.Table]:
+    """Yield a worker's rows of one epoch of batches that are filled by positions.
+
+    Args:
+        stream: all training rows, not the worker's share of them, in their order.
+        training: says how much fits.
+        epoch: the order hangs on it and on the seed.
+        units: of these rows.
+        rank: the worker's number.
+        world: workers that share each batch.
+    """
+    assert training.positions_per_batch is not None, "batches are filled by rows"
+    seed, budget = epoch_seed(training, epoch), training.positions_per_batch
+    plan = packing.batches(units, budget, training.bucket_batches, seed)
+    return packing.tables(stream, units, plan, rank, world)
+
+
+def packed_steps(training: TrainingConfig, units: Units) -> int:
+    """Count the optimiser steps of a run whose batches are filled by positions."""
+    assert training.positions_per_batch is not None, "batches are filled by rows"
+    seeds = (epoch_seed(training, epoch) for epoch in range(training.epochs))
+    budget, buckets = training.positions_per_batch, training.bucket_batches
+    return packing.count_steps(units, budget, buckets, seeds, training.max_steps)
 
 
 def _parts(

@@ -76,6 +76,6 @@ def size_of(run: RunConfig) -> str:
     )
     receivers = " and ".join(f"{receiver.model} ({receiver.dtype})" for receiver in run.receivers)
     return (
-        f"batch_size {training.batch_size} over {training.num_workers} worker(s) in {training.accumulation} part(s), "
+        f"{training.measure} over {training.num_workers} worker(s) in {training.accumulation} part(s), "
         f"sequential_models {str(training.sequential_models).lower()}, {length}, d_z {encoder.d_z}, {receivers}"
     )

@@ -207,5 +207,6 @@ def make_trainer(
             ),
         ),
         datasets=datasets if rows is None else {},
-        dataset_config=data_config(),
+        # Batches of positions are planned for all workers together: each reads all rows and takes its share of every batch.
+        dataset_config=data_config(() if run.training.positions_per_batch else ("train",)),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 
 from latentwire import exports
-from latentwire.data import documents, streams
+from latentwire.data import documents, positions, streams
 from latentwire.distributed.prometheus import TrialMetrics
 from latentwire.distributed.replicas import shared_receivers
 from latentwire.distributed.task import EARLIER, WorkerTask, leave_cause
@@ -62,10 +62,13 @@ def _train(task: WorkerTask) -> None:
             f"receivers must hash to {expected} as in the manifest, these to {frozen}"
         )
     pins = task.pins | {"receivers": frozen}
-    batch_size = run.training.batch_size // workers.size
-    trainer = Trainer(
-        wire, max(1, task.train_rows // run.training.batch_size), workers, task.train_shards
-    )
+    units = positions.units_of(run, task.train_shards)
+    if units is None:
+        steps_per_epoch = max(1, task.train_rows // run.training.rows_per_batch)
+        trainer = Trainer(wire, steps_per_epoch, workers, task.train_shards)
+    else:
+        all_steps = streams.packed_steps(run.training, units)
+        trainer = Trainer(wire, 1, workers, task.train_shards, all_steps)
     folder, chosen = task.folder, (task.metric, task.mode)
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
@@ -91,11 +94,20 @@ def _train(task: WorkerTask) -> None:
     rows = rows_of(task, "train")
     tell_progress = ProgressTeller(folder.name)
 
+    def batches(epoch: int) -> Iterator[pa.Table]:
+        if units is not None:
+            stream = rows.iter_batches(batch_size=streams.SHUFFLE_ROWS, batch_format="pyarrow")
+            return streams.packed_batches(
+                stream, run.training, epoch, units, workers.rank, workers.size
+            )
+        size = run.training.rows_per_batch
+        only = task.train_rows < size
+        return streams.streamed_batches(
+            rows, run.training, epoch, size // workers.size, keep_short=only
+        )
+
     def epochs(epoch: int) -> Iterator[pa.Table]:
-        only = task.train_rows < run.training.batch_size
-        for batch in streams.streamed_batches(
-            rows, run.training, epoch, batch_size, keep_short=only
-        ):
+        for batch in batches(epoch):
             if trainer.progress.step % PREEMPTION_STEPS == 0:
                 save_if_preempted()
             if workers.rank == 0:
@@ -104,7 +116,7 @@ def _train(task: WorkerTask) -> None:
                     step=step,
                     total_steps=trainer.total_steps,
                     train_loss=trainer.progress.loss,
-                    examples_per_s=step * run.training.batch_size / seconds,
+                    examples_per_s=trainer.rows_done / seconds,
                 )
             yield batch
 

@@ -24,7 +24,7 @@ from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan, PlanError
 from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import PROMPT_POSITIONS
-from latentwire.planning.variants import total_steps
+from latentwire.planning.variants import fills_by_positions, most_steps
 from latentwire.storage import Place
 from latentwire.threads import use_threads
 
@@ -142,7 +142,9 @@ class Forecast:
         if self.calibration is not None:
             lines.append(self.calibration.line(plan, rate, REACHED))
         if self.steps_per_run is None:
-            lines.append("steps: known when the shards are made (data.samples is 0: all rows)")
+            lines.append(
+                "steps: known when the shards are made (data.samples is 0, or batches are filled by positions)"
+            )
         else:
             lines.append(
                 f"steps: at most {self.steps_per_run:,} in a run, {self.runs * self.steps_per_run:,} in all"
@@ -184,9 +186,12 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
     reruns = tune.finalists * tune.final_seeds
     files, columns_bytes, rows = _files(sweep)
     steps = flop = None
-    if rows is not None:
-        steps = total_steps(sweep.longest, rows)
-        flop = _flop(sweep.largest, plan, total_steps(sweep.largest, rows))
+    trains = [variant.shards["train"] for variant in sweep.variants]
+    ready = all(map(shards.complete, trains))
+    if rows is not None and (ready or not fills_by_positions(sweep.space)):
+        train = trains if ready else []
+        steps = most_steps(sweep.longest, rows, train)
+        flop = _flop(sweep.largest, plan, most_steps(sweep.largest, rows, train))
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
     checkpoints = tune.keep_checkpoints + reruns + 2 * plan.max_concurrent_trials + 1
     disk_bytes = checkpoints * checkpoint + columns_bytes
@@ -250,7 +255,7 @@ def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
     reading_steps = max(0, steps - run.training.alignment_steps)
     share = 1 / len(plan.receivers) if run.training.receivers_per_step == "one" else 1
     row_positions = run.encoder.latent_len + PROMPT_POSITIONS
-    positions = run.training.batch_size * row_positions
+    positions = run.training.positions_per_batch or run.training.rows_per_batch * row_positions
     training = positions * (reading_steps * share * 4 * frozen + steps * 6 * trainable)
     evaluations = steps // run.training.evaluate_every + 1
     evaluated = run.data.dev_samples * (row_positions + run.evaluation.max_answer_tokens)

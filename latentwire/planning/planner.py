@@ -137,7 +137,7 @@ def plan(
     sweep = resolve(space)
     run, tune, training = sweep.largest, sweep.space.tune, sweep.largest.training
     gpus, gpus_per_worker = resources.get("GPU", 0.0), run.training.gpus_each(resources)
-    if training.batch_size % training.num_workers:
+    if training.batch_size is not None and training.batch_size % training.num_workers:
         raise PlanError(
             f"batch_size must be a multiple of num_workers, got {training.batch_size} and {training.num_workers}"
         )
@@ -178,7 +178,7 @@ def plan(
             raise PlanError(
                 f"tune.receivers: shared needs room for one trial beside the replicas, got "
                 f"{memory_bytes / 1e9:.1f} GB for {sharing}; set tune.joined_trials: 1, lower "
-                f"training.batch_size, or set tune.receivers: own"
+                f"training.{training.measure.split()[0]}, or set tune.receivers: own"
             )
         return _together(estimate, sharing, with_shared)
     try:
@@ -220,11 +220,11 @@ def _own_at_once(estimate: Plan, run: RunConfig, gpus: float, memory_bytes: floa
     if any(receiver.device_map != "none" for receiver in run.receivers):
         memory_bytes *= max(1, int(gpus_per_worker))  # its layers are on all of a worker's GPUs
     if estimate.bytes_per_worker > memory_bytes:
+        knob, size = run.training.measure.split()
         where = "GPU" if gpus_per_worker else "node"
         raise PlanError(
             f"one worker needs about {estimate.bytes_per_worker / 1e9:.1f} GB and the {where} has "
-            f"{memory_bytes / 1e9:.1f} GB: lower training.batch_size (now "
-            f"{run.training.batch_size}), set training.sequential_models, receivers' dtype "
+            f"{memory_bytes / 1e9:.1f} GB: lower training.{knob} (now {size}), set training.sequential_models, receivers' dtype "
             "bfloat16, or use smaller receivers"
         )
     if gpus_per_worker:

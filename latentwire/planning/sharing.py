@@ -83,8 +83,38 @@ def obstacles(space: SweepConfig) -> list[str]:
 
 
 def rows_of(run: RunConfig) -> int:
-    """Count the rows that one worker of a trial has in hand at once."""
-    return max(1, run.training.batch_size // (run.training.num_workers * run.training.accumulation))
+    """Count the rows that one worker of a trial has in hand at once.
+
+    Of batches that are filled by positions these are as many as fit with messages of their full
+    length, or, where questions share them, with as good as none.
+    """
+    training = run.training
+    if training.batch_size is not None:
+        return max(1, training.batch_size // _pieces(run))
+    message = 0 if training.questions_together else _before_question(run, final_slots(run))
+    return max(1, _part(run) // (message + PROMPT_POSITIONS))
+
+
+def messages_of(run: RunConfig) -> int:
+    """Count the messages that one worker of a trial has in hand at once: at most one for each row."""
+    if run.training.batch_size is not None:
+        return rows_of(run)
+    return max(1, _part(run) // (_before_question(run, final_slots(run)) + PROMPT_POSITIONS))
+
+
+def _pieces(run: RunConfig) -> int:
+    """Count the micro-batches of all workers in a step."""
+    return run.training.num_workers * run.training.accumulation
+
+
+def _part(run: RunConfig) -> int:
+    """Return a micro-batch's part of a batch that is filled by positions."""
+    assert run.training.positions_per_batch is not None, "batches are filled by rows"
+    return run.training.positions_per_batch // _pieces(run)
+
+
+def _before_question(run: RunConfig, slots: int) -> int:
+    return (0 if run.prefix is None else run.prefix.tokens) + slots
 
 
 def final_slots(run: RunConfig) -> int:
@@ -116,8 +146,13 @@ def positions_of(run: RunConfig, slots: int) -> int:
 
     ``slots``: of each message.
     """
-    prefix = 0 if run.prefix is None else run.prefix.tokens
-    return rows_of(run) * (prefix + slots + PROMPT_POSITIONS)
+    row = _before_question(run, slots) + PROMPT_POSITIONS
+    if run.training.batch_size is not None:
+        return rows_of(run) * row
+    # The budget counts messages at the length that they end with, and a context is never parted
+    # among workers.
+    longer = messages_of(run) * max(0, slots - final_slots(run))
+    return max(_part(run) + longer, row)
 
 
 def encoder_bytes(run: RunConfig) -> int:
@@ -125,7 +160,7 @@ def encoder_bytes(run: RunConfig) -> int:
     encoder = run.encoder
     layers, width = encoder.layers, encoder.d_model
     by_name = {receiver.name: receiver for receiver in run.receivers}
-    positions = rows_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
+    positions = messages_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
     if encoder.kind == "senders":
         sources = sender_sources(encoder, by_name)
         widths = [load_hf_config(source).get_text_config().hidden_size for source in sources]
@@ -139,7 +174,7 @@ def encoder_bytes(run: RunConfig) -> int:
         config = load_hf_config(backbone_source(encoder, by_name)).get_text_config()
         layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
     if encoder.has_memory:
-        positions += rows_of(run) * slots_of(run)
+        positions += messages_of(run) * slots_of(run)
     return 4 * ENCODER_WORDS * positions * layers * width
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from latentwire.config import CategoricalDimension, RunConfig, SweepConfig
 from latentwire.config.knobs import knobs, paths_with
 from latentwire.config.resolve import ConfigError, search_order, with_values
+from latentwire.data import positions, streams
+from latentwire.storage import Place
 
 NAMES_FILES = frozenset(paths_with("shards") + paths_with("teachers", "value"))
 """Knobs whose values need shards or teachers' columns of their own."""
+SEEDS_SPREAD = 1.1
+"""Steps of a run with any seed over those with one, at most: its batches are as full, in another order."""
 
 
 def check_metrics(space: SweepConfig) -> None:
@@ -132,8 +138,11 @@ def largest_run(space: SweepConfig) -> RunConfig:
 
 
 def longest_run(space: SweepConfig) -> RunConfig:
-    """Return the shared configuration with the searched rows and steps at the end that makes for most steps."""
-    values: dict[str, Any] = {}
+    """Return the shared configuration with the searched rows and steps at the end that makes for most steps.
+
+    Where positions fill batches, what makes for more of them makes for more steps.
+    """
+    values: dict[str, Any] = _largest(space) if fills_by_positions(space) else {}
     for extreme, paths in ((max, paths_with("steps", "more")), (min, paths_with("steps", "fewer"))):
         for path in paths:
             if (dim := space.search.get(path)) is not None:
@@ -166,9 +175,32 @@ def _largest(space: SweepConfig) -> dict[str, Any]:
     return values
 
 
+def fills_by_positions(space: SweepConfig) -> bool:
+    """Return whether the batches of a space's trials are filled by positions."""
+    return space.run.training.positions_per_batch is not None
+
+
 def total_steps(run: RunConfig, train_rows: int) -> int:
-    """Return the optimiser steps of a run on that many rows."""
+    """Return the optimiser steps of a run on that many rows, where batches are filled by rows."""
     return min(
-        run.training.epochs * max(1, train_rows // run.training.batch_size),
+        run.training.epochs * max(1, train_rows // run.training.rows_per_batch),
         run.training.max_steps or 10**12,
     )
+
+
+def most_steps(run: RunConfig, train_rows: int, train: Sequence[Place]) -> int:
+    """Return the most optimiser steps of a run on that many rows.
+
+    Where batches are filled by positions, they are counted on the training shards, and seeds that
+    trials may have besides make for a few batches more or less.
+
+    Args:
+        run: the configuration.
+        train_rows: rows.
+        train: directories of training shards that hold as many at most; used for positions alone.
+    """
+    if run.training.positions_per_batch is None:
+        return total_steps(run, train_rows)
+    counts = (positions.units_of(run, path) for path in train)
+    steps = max(streams.packed_steps(run.training, units) for units in counts if units is not None)
+    return min(math.ceil(SEEDS_SPREAD * steps), run.training.max_steps or 10**12)

@@ -13,6 +13,8 @@ from latentwire.prompts.sequences import ANSWER, PromptSequence
 
 MASKS = ("prefix_BS", "latents_BS", "control_BS", "question_BS")
 """Fields of a batch that say where its parts stand."""
+SHARED_BY = 1.5
+"""Rows a message from which reading it once for all of them pays for a second pass."""
 
 
 @dataclass(frozen=True)

@@ -197,10 +197,11 @@ def readers_tables(
     if not body:
         return []
     rows = next(report["rows"] for reports in readers.values() for report in reports.values())
-    title = (
-        f"text readers, trained on the same {rows:,} rows as the wire, which was asked "
-        f"{budget_of(run, rows).questions:,} questions"
-    )
+    if run.training.batch_size is None:
+        asked = f"at most {run.training.epochs * rows:,} questions"
+    else:
+        asked = f"{budget_of(run, rows).questions:,} questions"
+    title = f"text readers, trained on the same {rows:,} rows as the wire, which was asked {asked}"
     header = ["reads", "receiver", "vectors", "parameters", "questions", "rate", "dev NLL"]
     return [(title, header, body)]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from latentwire.config import RunConfig, TrainingConfig
-from latentwire.data import shards, streams
+from latentwire.data import positions, shards, streams
+from latentwire.data.packing import Units
 from latentwire.evaluation.protocol import pins
 from latentwire.model import LatentWire
 from latentwire.storage import Place
@@ -17,10 +18,21 @@ from latentwire.training import checkpoints, step_checkpoints
 from latentwire.training.loop import Epoch, Trainer, TrainingError
 
 
-def table_epochs(training: TrainingConfig, train: pa.Table, rank: int = 0, world: int = 1) -> Epoch:
-    """Return the batches of each epoch of a table, in an order that seed and epoch decide."""
+def table_epochs(
+    training: TrainingConfig,
+    train: pa.Table,
+    rank: int = 0,
+    world: int = 1,
+    units: Units | None = None,
+) -> Epoch:
+    """Return the batches of each epoch of a table, in an order that seed and epoch decide.
+
+    ``units``: of its rows, where batches are filled by positions.
+    """
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
+        if units is not None:
+            return streams.packed_batches([train], training, epoch, units, rank, world)
         return streams.shuffled_batches(train, training, epoch, rank, world)
 
     return epochs
@@ -35,8 +47,15 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
     """
     train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
-    steps_per_epoch = max(1, train.num_rows // wire.run.training.batch_size)
-    trainer = Trainer(wire, steps_per_epoch, train=paths["train"])
+    training = wire.run.training
+    units = positions.units_of(wire.run, train)
+    if units is None:
+        trainer = Trainer(
+            wire, max(1, train.num_rows // training.rows_per_batch), train=paths["train"]
+        )
+    else:
+        steps = streams.packed_steps(training, units)
+        trainer = Trainer(wire, 1, train=paths["train"], all_steps=steps)
     frozen = wire.fingerprints()
     provenance = pins(paths, wire.run) | {"receivers": frozen}
     folder = output / "checkpoints"
@@ -56,7 +75,7 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
         step_checkpoints.save_step(folder, wire, metrics, provenance, trainer, *metric_of(wire.run))
 
     with trainer.stopped_by(signal.SIGTERM):
-        trainer.train(table_epochs(wire.run.training, train), at_evaluation)
+        trainer.train(table_epochs(training, train, units=units), at_evaluation)
     if trainer.stop_asked:
         step_checkpoints.save_step(folder, wire, {}, provenance, trainer, *metric_of(wire.run))
         step = trainer.progress.step

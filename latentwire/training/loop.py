@@ -52,6 +52,7 @@ class Trainer:
         steps_per_epoch: int,
         workers: Workers | None = None,
         train: Place | None = None,
+        all_steps: int | None = None,
     ) -> None:
         """Begin at step 0.
 
@@ -61,6 +62,7 @@ class Trainer:
             workers: those that train together. None: this process alone.
             train: the training shards, where a tuned reader teaches keys and values, or a wire begins
                 from what was calibrated on them.
+            all_steps: batches of all epochs, where these differ (``positions_per_batch``).
         """
         self.train_shards = train
         self.wire, self.workers = wire, workers or Workers()
@@ -69,13 +71,13 @@ class Trainer:
         self.config = wire.run.training
         self.collate = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
         self.progress = Progress()
+        self._rows = 0  # of this worker, since they were last added to the progress
         self.last_values: dict[str, float] = {}
         """Loss terms, prompt scales and, on request, gradient norms of the last step."""
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
-        self.total_steps = min(
-            self.config.epochs * steps_per_epoch, self.config.max_steps or 10**12
-        )
+        steps = self.config.epochs * steps_per_epoch if all_steps is None else all_steps
+        self.total_steps = min(steps, self.config.max_steps or 10**12)
         check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
         for lm in wire.local_receivers():
@@ -133,7 +135,7 @@ class Trainer:
                     if progress.first_loss is None and progress.step > config.alignment_steps:
                         progress.first_loss = progress.loss
                     running.clear()
-                    self._print_line()
+                    self._print_line(self._examples_per_s())
                 if progress.step % config.evaluate_every == 0:
                     at_evaluation()
                     evaluated_at, began = progress.step, time.perf_counter()
@@ -142,7 +144,7 @@ class Trainer:
             else:
                 if used == 0:
                     raise TrainingError(
-                        "an epoch must hold at least one batch, got none; lower batch_size or add samples"
+                        f"an epoch must hold at least one batch, got none; lower training.{self.config.measure} or add samples"
                     )
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         if (evaluated_at < progress.step or progress.step == 0) and not self.stop_asked:
@@ -161,6 +163,7 @@ class Trainer:
         with part("collate"):
             batches = self.collate(table, self.progress.step)
         padded, positions = padding(batches)
+        self._rows += table.num_rows
         self.progress.padded += padded
         self.progress.positions += positions
         self.optimizer.zero_grad(set_to_none=True)
@@ -375,10 +378,23 @@ class Trainer:
             total += float(loss.detach())
         return {"loss": total}
 
-    def _print_line(self) -> None:
+    def _examples_per_s(self) -> float:
+        """Return the rows that all workers have trained on in a second; all of them must ask."""
+        progress, rows = self.progress, {"rows": float(self._rows)}
+        total = self.workers.sum_counts(rows, self.wire.interlingua.device)["rows"]
+        progress.rows, self._rows = progress.rows + round(total), 0
+        return self.rows_done / max(progress.seconds, 1e-9)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows that all workers have trained on; where positions fill batches, until the last line or evaluation."""
+        if self.config.batch_size is None:
+            return self.progress.rows
+        return self.progress.step * self.config.batch_size
+
+    def _print_line(self, rate: float) -> None:
         progress = self.progress
         if self.workers.rank == 0:
-            rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
             loss = "alignment" if progress.step <= self.config.alignment_steps else "loss"
             print(
                 f"step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
@@ -402,7 +418,6 @@ class Trainer:
         texts = not self.wire.run.data.source.has_questions
         metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress
-        rate = progress.step * self.config.batch_size / max(progress.seconds, 1e-9)
         first_loss = progress.loss if progress.first_loss is None else progress.first_loss
         return metrics | {
             "step": progress.step,
@@ -410,7 +425,7 @@ class Trainer:
             "epoch": progress.epoch,
             "train_loss": progress.loss,
             "first_train_loss": first_loss,
-            "examples_per_s": rate,
+            "examples_per_s": self._examples_per_s(),
             "train_seconds": progress.seconds,
             "first_step_s": progress.first_step_seconds,
             "padding_share": progress.padded / max(1, progress.positions),

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from latentwire.data import positions
 from latentwire.model import LatentWire
 from latentwire.receivers.base import PART
 from latentwire.storage import Place
@@ -36,8 +37,13 @@ def profile_steps(
     """
     trainer = Trainer(wire, WARM_UP + steps, train=shards)
     checkpoints.restore(trainer, None)
+    units = positions.units_of(wire.run, train)
     batches = list(
-        zip(range(WARM_UP + steps), table_epochs(trainer.config, train)(0), strict=False)
+        zip(
+            range(WARM_UP + steps),
+            table_epochs(trainer.config, train, units=units)(0),
+            strict=False,
+        )
     )
     if len(batches) < WARM_UP + steps:
         raise TrainingError(

@@ -20,6 +20,8 @@ class Progress:
     """Steps skipped because their gradient was not finite."""
     bad_in_a_row: int = 0
     """Skipped steps since the last good step."""
+    rows: int = 0
+    """Rows of all workers' steps until the last progress line or evaluation."""
     positions: int = 0
     """Positions that this worker's receivers were given in all steps."""
     padded: int = 0

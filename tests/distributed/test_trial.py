@@ -23,16 +23,19 @@ from latentwire.config.resolve import with_values
 from latentwire.distributed import trial, worker
 from latentwire.distributed.task import EARLIER, ERROR_FILE, WorkerTask, cause_left, leave_cause
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
+from latentwire.model import LatentWire
 from latentwire.models.weights import ReceiverError
 from latentwire.planning.variants import variant_key
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import StorageError, write_text
-from latentwire.training import step_checkpoints
+from latentwire.training import checkpoints, step_checkpoints
+from latentwire.training.local import train_here
 from latentwire.training.loop import Trainer, TrainingError
 from latentwire.tuning import study as studies
 from latentwire.tuning.results import find_best, trial_rows
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import JOURNAL, own_trials
+from tests.conftest import shard_table
 
 HEAVY = ("transformers.modeling_utils", "transformers.tokenization_utils_base", "scipy", "optuna")
 """What takes seconds to import, and is for whoever loads a model, scores, or searches."""
@@ -229,6 +232,37 @@ def test_a_preempted_worker_saves_and_another_goes_on(
         earlier["dev_loss"] == reports[0]["dev_loss"]
         and Path(earlier[CHECKPOINT_PATH_KEY]) == folder / "step-00000004"
     )
+
+
+def test_a_worker_trains_on_batches_of_positions_as_a_run_without_ray(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same batches, also after a death within an epoch; and the steps are told."""
+    run = with_values(
+        run,
+        {
+            "training.batch_size": None,
+            "training.positions_per_batch": 160,
+            "training.questions_together": True,
+            "training.epochs": 2,
+            "training.evaluate_every": 3,
+        },
+    )
+    table = shard_table(run, 24, questions=2)
+    (*_, whole) = work(run, table, tmp_path / "whole", monkeypatch)
+    paths: Any = dict.fromkeys(("train", "dev"), tmp_path / "shards")
+    monkeypatch.setattr("latentwire.training.local.pins", lambda *_: {})
+    monkeypatch.setattr(checkpoints, "check_development", lambda *_: None)
+    train_here(LatentWire(run), paths, tmp_path / "here")
+    here = step_checkpoints.finished(tmp_path / "here" / "checkpoints")[-1]
+    metrics = step_checkpoints.metrics_of(here)
+    steps = whole["total_steps"]
+    assert metrics["step"] == whole["step"] == steps == metrics["total_steps"]
+    assert metrics["dev_loss"] == whole["dev_loss"]
+    folder = tmp_path / "parted"
+    work(run, table, folder, monkeypatch, dies_at=5)
+    (*_, last) = work(run, table, folder, monkeypatch)
+    assert (last["step"], last["dev_loss"]) == (steps, whole["dev_loss"])
 
 
 def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(

@@ -1,20 +1,27 @@
 """What a sweep takes is told from the cluster's nodes to its disk, and what cannot fit is refused."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
+from latentwire.config.space import IntDimension
 from latentwire.data import calibrations
+from latentwire.data.positions import units_of
 from latentwire.data.shards import shard_path
+from latentwire.data.streams import packed_steps
 from latentwire.planning.calibrations import CalibrationForecast
 from latentwire.planning.forecast import BYTES_PER_PARAMETER, fit, forecast
 from latentwire.planning.planner import PlanError, plan
-from tests.conftest import HEADS
+from tests.conftest import HEADS, shard_table
 
 ENOUGH = 64e9
 
@@ -176,3 +183,37 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         PlanError, match=r"a sweep needs about .* GB free: lower tune\.keep_checkpoints \(now 4\)"
     ):
         forecast(space(tmp_path), plan(space(tmp_path), {"CPU": 2}, ENOUGH), tmp_path / "sweep")
+
+
+def written(run: RunConfig, rows: int) -> pa.Table:
+    """Write a run's training shards and return their rows."""
+    table, train = shard_table(run, rows, questions=2), shard_path(run, "train")
+    train.mkdir(parents=True)
+    pq.write_table(table, train / "0.parquet")
+    (train / "manifest.json").write_text(json.dumps({"files": ["0.parquet"], "rows": rows}))
+    return table
+
+
+def test_steps_of_batches_of_positions_are_counted_on_the_shards(tmp_path: Path) -> None:
+    training = {"positions_per_batch": 600, "epochs": 2, "questions_together": True}
+    packed = space(tmp_path, run={"training": training})
+    planned = plan(packed, {"CPU": 2}, ENOUGH)
+    before = forecast(packed, planned, tmp_path)
+    assert (before.steps_per_run, before.flop_per_run) == (None, None)
+    assert "known when the shards are made" in "\n".join(before.lines(planned, 1e11))
+    table = written(packed.run, 40)
+    units = units_of(packed.run, table)
+    assert units is not None
+    steps = packed_steps(packed.run.training, units)
+    estimate = forecast(packed, planned, tmp_path)
+    assert estimate.steps_per_run == math.ceil(1.1 * steps) and estimate.flop_per_run
+    half = packed.model_copy(
+        update={"run": with_values(packed.run, {"training.positions_per_batch": 300})}
+    )
+    more = forecast(half, planned, tmp_path).steps_per_run
+    assert more is not None and more > 1.5 * estimate.steps_per_run
+    limited = packed.model_copy(update={"run": with_values(packed.run, {"training.max_steps": 3})})
+    assert forecast(limited, planned, tmp_path).steps_per_run == 3
+    searched = IntDimension(type="int", low=300, high=600)
+    wide = packed.model_copy(update={"search": {"training.positions_per_batch": searched}})
+    assert forecast(wide, planned, tmp_path).steps_per_run == more

@@ -14,7 +14,7 @@ from latentwire.models.lm import LMWrapper
 from latentwire.planning import autoscaler, forecast, planner
 from latentwire.planning.devices import hold, pieces, times
 from latentwire.planning.planner import Plan, PlanError, plan
-from latentwire.planning.sharing import obstacles, slots_of
+from latentwire.planning.sharing import messages_of, obstacles, rows_of, slots_of
 
 ENOUGH = 64e9
 
@@ -204,6 +204,29 @@ def test_a_searched_feature_that_needs_weights_stands_against_sharing() -> None:
         update={"search": {"features.lora.rank": IntDimension(type="int", low=1, high=4)}}
     )
     assert obstacles(searched) == ["features.lora acts on the receivers' own layers"]
+
+
+def packed(positions: int, **values: object) -> SweepConfig:
+    return space(training__positions_per_batch=positions, tune__receivers="own", **values)
+
+
+def test_a_budget_of_positions_says_what_a_trial_takes() -> None:
+    def step(sweep: SweepConfig) -> int:
+        return plan(sweep, {"CPU": 8}, ENOUGH).receivers[0].bytes_step
+
+    small, large = step(packed(2048)), step(packed(8192))
+    assert large == pytest.approx(4 * small, rel=0.1)
+    long = {"data__max_context_bytes": 4096, "encoder__tokens_per_latent": 8}
+    assert step(packed(8192, **long)) <= large  # longer messages leave room for fewer
+    halves = packed(8192, training__num_workers=2)
+    assert step(halves) == step(packed(8192, training__accumulation=2)) == step(packed(4096))
+    coarse = {"training__coarsening_steps": 9, "training__coarsening_from": 1.0}
+    assert step(packed(8192, **coarse)) > large  # while messages are longer than they are counted
+    assert step(packed(16)) == step(packed(8))  # no part is less than a row
+    together = packed(8192, training__questions_together=True).run
+    assert messages_of(together) == rows_of(packed(8192).run) < rows_of(together)
+    with pytest.raises(PlanError, match=r"training\.positions_per_batch \(now 8192\), set"):
+        plan(packed(8192), {"CPU": 2}, 1e8)
 
 
 @pytest.mark.parametrize(
