@@ -1,7 +1,7 @@
 """Batches that are filled by positions: every row once, none above the budget, planned alike by every worker."""
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def test_batches_are_as_full_as_can_be() -> None:
     """As drawn, the next unit would not have fitted; in buckets, more than as drawn go into a batch."""
     some = units(300)
     found = plan(some, buckets=1)
-    for batch, after in zip(found, found[1:], strict=False):
+    for batch, after in pairwise(found):
         assert taken(some, [*batch, after[0]]) > BUDGET
     assert len(plan(some, buckets=8)) < len(found)
     filled = [taken(some, batch) / BUDGET for batch in plan(some, buckets=4)]

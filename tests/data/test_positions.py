@@ -121,7 +121,7 @@ def test_batches_by_rows_count_nothing(run: RunConfig, table: pa.Table) -> None:
 
 def test_a_batch_has_one_measure(run: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="batch_size or by training.positions_per_batch, got 4 and 9"
+        ConfigError, match=r"batch_size or by training\.positions_per_batch, got 4 and 9"
     ):
         with_values(run, {"training.positions_per_batch": 9})
     with pytest.raises(ConfigError, match="got none; set one of them, the other null"):
@@ -134,7 +134,7 @@ def test_a_batch_has_one_measure(run: RunConfig) -> None:
 
 def test_text_readers_of_such_a_wire_need_a_number_of_rows(run: RunConfig) -> None:
     with pytest.raises(
-        ConfigError, match="got evaluation.tuned_text without batch_size; set batch"
+        ConfigError, match=r"got evaluation\.tuned_text without batch_size; set batch"
     ):
         filled_by(run, 900, {"evaluation.tuned_text": {"steps": 4}})
     filled_by(run, 900, {"evaluation.tuned_text": {"steps": 4, "batch_size": 8}})
