@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from benchmarks.measure import Row, in_turns
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import shards
+from latentwire.data import shards, streams
+from latentwire.data.positions import PositionCounter
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.evaluator import predict
@@ -33,10 +35,39 @@ def rows(run: RunConfig, repeats: int) -> list[Row]:
     batch = table.slice(0, run.training.batch_size)
     wire = LatentWire(run)
     return [
+        spread(run, table),
         training(wire, batch, repeats),
         *(later_questions(wire, name, batch, repeats) for name in wire.receivers),
         evaluation(wire, batch, max(1, repeats // 5)),
     ]
+
+
+def spread(run: RunConfig, table: pa.Table) -> Row:
+    """The fullest batch over the mean one, in positions that receivers read: filled by positions and by rows.
+
+    The budget of positions is the mean batch by rows.
+    """
+    free = {"training.batch_size": None, "training.positions_per_batch": 10**9}
+    counter = PositionCounter(with_values(run, free))
+
+    def positions(rows: pa.Table) -> int:
+        units = counter.of_table(rows)
+        return int(units.filled(np.arange(len(units)))[-1])
+
+    by_rows = [positions(rows) for rows in streams.shuffled_batches(table, run.training, 0)]
+    budget = int(np.mean(by_rows))
+    packed = with_values(run, free | {"training.positions_per_batch": budget})
+    units = PositionCounter(packed).of_table(table)
+    batches = streams.packed_batches([table], packed.training, 0, units)
+    by_positions = [positions(rows) for rows in batches]
+    ours, theirs = (max(counts) / np.mean(counts) for counts in (by_positions, by_rows))
+    detail = (
+        f"{run.data.dataset}, {table.num_rows} rows: {ours:.2f} in {len(by_positions)} batches of up to {budget} "
+        f"positions, {theirs:.2f} in {len(by_rows)} of {run.training.batch_size} rows"
+    )
+    return Row(
+        "fullest batch ÷ mean batch: by positions ÷ by rows", ours / theirs, "report", detail
+    )
 
 
 @contextmanager

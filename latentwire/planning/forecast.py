@@ -24,7 +24,7 @@ from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan, PlanError
 from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import PROMPT_POSITIONS
-from latentwire.planning.variants import fills_by_positions, most_steps
+from latentwire.planning.variants import fills_by_positions, most_steps, total_steps
 from latentwire.storage import Place
 from latentwire.threads import use_threads
 
@@ -186,12 +186,13 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
     reruns = tune.finalists * tune.final_seeds
     files, columns_bytes, rows = _files(sweep)
     steps = flop = None
-    trains = [variant.shards["train"] for variant in sweep.variants]
-    ready = all(map(shards.complete, trains))
-    if rows is not None and (ready or not fills_by_positions(sweep.space)):
-        train = trains if ready else []
-        steps = most_steps(sweep.longest, rows, train)
-        flop = _flop(sweep.largest, plan, most_steps(sweep.largest, rows, train))
+    trains = {variant.key: variant.shards["train"] for variant in sweep.variants}
+    if rows is not None and not fills_by_positions(sweep.space):
+        steps = total_steps(sweep.longest, rows)
+        flop = _flop(sweep.largest, plan, total_steps(sweep.largest, rows))
+    elif rows is not None and all(map(shards.complete, trains.values())):
+        steps = most_steps(sweep.space, rows, trains)
+        flop = _flop(sweep.longest, plan, steps)
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
     checkpoints = tune.keep_checkpoints + reruns + 2 * plan.max_concurrent_trials + 1
     disk_bytes = checkpoints * checkpoint + columns_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from latentwire.config import CategoricalDimension, RunConfig, SweepConfig
@@ -142,13 +142,18 @@ def longest_run(space: SweepConfig) -> RunConfig:
 
     Where positions fill batches, what makes for more of them makes for more steps.
     """
+    return with_values(space.run, _longest(space), "longest trial of the space")
+
+
+def _longest(space: SweepConfig) -> dict[str, Any]:
+    """Return values by path for :func:`longest_run`."""
     values: dict[str, Any] = _largest(space) if fills_by_positions(space) else {}
     for extreme, paths in ((max, paths_with("steps", "more")), (min, paths_with("steps", "fewer"))):
         for path in paths:
             if (dim := space.search.get(path)) is not None:
                 ends = dim.choices if isinstance(dim, CategoricalDimension) else (dim.low, dim.high)
                 values[path] = extreme(ends)
-    return with_values(space.run, values, "longest trial of the space")
+    return values
 
 
 def _largest(space: SweepConfig) -> dict[str, Any]:
@@ -188,19 +193,25 @@ def total_steps(run: RunConfig, train_rows: int) -> int:
     )
 
 
-def most_steps(run: RunConfig, train_rows: int, train: Sequence[Place]) -> int:
-    """Return the most optimiser steps of a run on that many rows.
+def most_steps(space: SweepConfig, train_rows: int, trains: Mapping[str, Place]) -> int:
+    """Return the most optimiser steps of a trial on that many rows.
 
     Where batches are filled by positions, they are counted on the training shards, and seeds that
     trials may have besides make for a few batches more or less.
 
     Args:
-        run: the configuration.
+        space: the search.
         train_rows: rows.
-        train: directories of training shards that hold as many at most; used for positions alone.
+        trains: key of each of :func:`data_variants` → its training shards; read for positions alone.
     """
-    if run.training.positions_per_batch is None:
-        return total_steps(run, train_rows)
-    counts = (positions.units_of(run, path) for path in train)
-    steps = max(streams.packed_steps(run.training, units) for units in counts if units is not None)
-    return min(math.ceil(SEEDS_SPREAD * steps), run.training.max_steps or 10**12)
+    longest = longest_run(space)
+    if not fills_by_positions(space):
+        return total_steps(longest, train_rows)
+    values = {path: value for path, value in _longest(space).items() if path not in NAMES_FILES}
+    counts = []
+    for variant in data_variants(space):
+        run = with_values(variant, values, "longest trial of the space")
+        units = positions.units_of(run, trains[variant_key(variant)])
+        assert units is not None
+        counts.append(streams.packed_steps(run.training, units))
+    return min(math.ceil(SEEDS_SPREAD * max(counts)), longest.training.max_steps or 10**12)

@@ -19,7 +19,7 @@ from latentwire.distributed.sweep_files import Files, common_protocol_hash, load
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
 from latentwire.evaluation.protocol import pins
 from latentwire.planning.planner import Plan
-from latentwire.planning.variants import longest_run, most_steps
+from latentwire.planning.variants import most_steps
 from latentwire.storage import Place
 from latentwire.tuning import console
 from latentwire.tuning.checkpoint_budget import CheckpointBudget, clear_debris
@@ -132,8 +132,8 @@ def run_sweep(
     os.environ["RAY_AIR_NEW_OUTPUT"] = (
         "0"  # Tune's newer output prints a table of its own whatever it is told
     )
-    trains = [own.shards["train"] for own in files.values()]
-    steps = most_steps(longest_run(space), max(own.train_rows for own in files.values()), trains)
+    trains = {key: own.shards["train"] for key, own in files.items()}
+    steps = most_steps(space, max(own.train_rows for own in files.values()), trains)
     scheduler = make_scheduler(config, steps)
     replay(scheduler, ended)
     driver = tune.with_parameters(

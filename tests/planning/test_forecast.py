@@ -13,7 +13,7 @@ import pytest
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
-from latentwire.config.space import IntDimension
+from latentwire.config.space import CategoricalDimension, IntDimension
 from latentwire.data import calibrations
 from latentwire.data.positions import units_of
 from latentwire.data.shards import shard_path
@@ -188,6 +188,8 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def written(run: RunConfig, rows: int) -> pa.Table:
     """Write a run's training shards and return their rows."""
     table, train = shard_table(run, rows, questions=2), shard_path(run, "train")
+    if not run.training.questions_together:
+        table = table.drop_columns(["sender_hash"])
     train.mkdir(parents=True)
     pq.write_table(table, train / "0.parquet")
     (train / "manifest.json").write_text(json.dumps({"files": ["0.parquet"], "rows": rows}))
@@ -217,3 +219,12 @@ def test_steps_of_batches_of_positions_are_counted_on_the_shards(tmp_path: Path)
     searched = IntDimension(type="int", low=300, high=600)
     wide = packed.model_copy(update={"search": {"training.positions_per_batch": searched}})
     assert forecast(wide, planned, tmp_path).steps_per_run == more
+    # Each choice has shards of its own; those of single rows have no column that joins them.
+    choice = CategoricalDimension(type="categorical", choices=[True, False])
+    both = packed.model_copy(update={"search": {"training.questions_together": choice}})
+    alone = with_values(packed.run, {"training.questions_together": False})
+    written(alone, 40)
+    units = units_of(alone, shard_path(alone, "train"))
+    assert units is not None
+    most = max(steps, packed_steps(alone.training, units))
+    assert forecast(both, planned, tmp_path).steps_per_run == math.ceil(1.1 * most)
