@@ -320,7 +320,7 @@ FAULTS = {
         "tests/models/test_head_slots.py::test_its_own_keys_and_values_in_every_head_are_the_text",
     ),
     "keys_stand_one_position_too_far": line(
-        "models.head_slots:entries_of", "start_R[:, None] + place_T", "start_R[:, None] + place_T + 1",
+        "models.head_slots:entries_of", "start_M[:, None] + place_T", "start_M[:, None] + place_T + 1",
         "tests/models/test_head_slots.py::test_its_own_keys_and_values_in_every_head_are_the_text",
     ),
     "another_head_sees_the_message": line(

@@ -97,8 +97,13 @@ class Start:
                     )
                     for name in unexplained
                 }
-                maps = [opened.get_tensor(name) for name in ("encoder", "encoder_bias")]
-                return cls(*maps, decoders, opened.get_tensor("energy"), unexplained)
+                return cls(
+                    encoder_MK=opened.get_tensor("encoder"),
+                    encoder_bias_K=opened.get_tensor("encoder_bias"),
+                    decoders=decoders,
+                    energy_D=opened.get_tensor("energy"),
+                    unexplained=unexplained,
+                )
         except (OSError, SafetensorError) as error:
             raise ClosedFormError(
                 f"a solution must be a file of Start.save, got {path} ({error}); delete it"

@@ -8,6 +8,7 @@ wire is ranked and regressed alone, for that wire's encoder.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 
@@ -102,11 +103,11 @@ def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
     import ray
 
     cluster = ray.cluster_resources()
-    room = cluster["CPU"] / run.training.cpus_per_worker
     if gpus:
         room = cluster.get("GPU", 0.0) / gpus
-    elif "memory" in cluster:
-        room = min(room, cluster["memory"] / task_bytes(run, on_gpu=False))
+    else:
+        in_memory = cluster.get("memory", math.inf) / task_bytes(run, on_gpu=False)
+        room = min(cluster["CPU"] / run.training.cpus_per_worker, in_memory)
     assert run.closed_form is not None, "nobody asked for a closed form"
     parts = max(1, min(int(room), run.closed_form.texts, run.closed_form.gradient_texts))
     tasks = [started(run, gpus, gather_part, run, train, part, parts) for part in range(parts)]

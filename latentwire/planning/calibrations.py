@@ -111,10 +111,10 @@ def _parts(
 
 def _moments_flop(run: RunConfig, multiplied: Mapping[str, int], tokens: float) -> float:
     """Estimate the pass over texts: what senders and receivers read, gradients, and products."""
-    closed_form, encoder = run.closed_form, on_meta(run).encoder
+    closed_form = run.closed_form
+    interlingua: Any = on_meta(run)
     assert closed_form is not None
-    states: Any = encoder.states
-    layers = [sender.backbone.layers for sender in states.senders]
+    layers = [sender.backbone.layers for sender in interlingua.encoder.states.senders]
     sending = sum(weight.numel() for layer in layers for weight in layer.parameters())
     reading = sum(multiplied[name] for name in calibrations.fresh(run, "adapters"))
     width, entries = _widths(run)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from latentwire.closed_form import begin
@@ -11,9 +12,11 @@ from latentwire.closed_form.moments import Moments
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data import calibrations, shards
+from latentwire.distributed import calibrations as distributed
 from latentwire.distributed.calibrations import first_texts, gather_part
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation.evaluator import predict
+from latentwire.planning.calibrations import task_bytes
 from latentwire.planning.variants import calibration_runs
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
@@ -96,6 +99,27 @@ def test_texts_come_whole_and_each_to_one_part(run: RunConfig, tmp_path: Path) -
     assert not sets[0] & sets[1] and not sets[1] & sets[2]
     further = {row["context"] for row in first_texts(table, 10, 5).to_pylist()}
     assert not further & set(texts)
+
+
+def test_a_pass_is_shared_out_over_as_many_tasks_as_there_is_room_for(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_values(run, SMALL_HEADS)
+    asked: list[int] = []
+    monkeypatch.setattr(distributed, "started", lambda *task: asked.append(task[-1]))
+    monkeypatch.setattr(distributed, "result_of", lambda _: Moments.empty(1, {}))
+    each = task_bytes(run, on_gpu=False)
+    for cluster, gpus, parts in (
+        ({"CPU": 4.0, "memory": 2.5 * each}, 0.0, 2),
+        ({"CPU": 3.0, "memory": 100.0 * each}, 0.0, 3),
+        ({"CPU": 4.0, "memory": 0.5 * each}, 0.0, 1),
+        ({"CPU": 64.0}, 0.0, 6),  # texts whose gradients are taken
+        ({"CPU": 1.0, "GPU": 2.0, "memory": each}, 1.0, 2),
+    ):
+        asked.clear()
+        monkeypatch.setattr(ray, "cluster_resources", lambda cluster=cluster: cluster)
+        distributed.gather_on_cluster(run, Path("train"), gpus)
+        assert asked == [parts] * parts
 
 
 def test_a_sweep_makes_every_calibration_that_its_trials_need(run: RunConfig) -> None:
