@@ -95,14 +95,14 @@ def batches(units: Units, budget: int, buckets: int, seed: int) -> Iterator[np.n
         buckets: batches that are drawn together, sorted by the length of their texts and then parted.
         seed: of the order.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     window_U = units.start_U // WINDOW_ROWS
-    order = np.lexsort((random.random(len(units)), window_U))
+    order = np.lexsort((rng.random(len(units)), window_U))
     while len(order):
         count = _drawn(units, order, budget, buckets)
         drawn, order = order[:count], order[count:]
         cut = list(_cut(units, _by_length(units, drawn), budget)) if buckets > 1 else [drawn]
-        for place in random.permutation(len(cut)):
+        for place in rng.permutation(len(cut)):
             yield cut[place]
 
 
@@ -159,18 +159,19 @@ def _drawn(units: Units, order: np.ndarray, budget: int, buckets: int) -> int:
     if buckets == 1:
         return count
 
-    def fits(more: int) -> bool:
-        if count + more > len(order):
-            return False
-        drawn = _by_length(units, order[: count + more])
+    def fits(some: int) -> bool:
+        drawn = _by_length(units, order[:some])
         return sum(1 for _ in _cut(units, drawn, budget)) <= buckets
 
+    while not fits(count):  # sorted, they may leave gaps that they did not leave as drawn
+        count -= 1
     stride = 1
-    while fits(stride):
+    while count + stride <= len(order) and fits(count + stride):
         count, stride = count + stride, 2 * stride
     while stride > 1:
         stride //= 2
-        count += stride if fits(stride) else 0
+        if count + stride <= len(order) and fits(count + stride):
+            count += stride
     return count
 
 

@@ -72,8 +72,12 @@ def test_batches_are_as_full_as_can_be() -> None:
     for batch, after in pairwise(found):
         assert taken(some, [*batch, after[0]]) > BUDGET
     assert len(plan(some, buckets=8)) < len(found)
-    filled = [taken(some, batch) / BUDGET for batch in plan(some, buckets=4)]
-    assert np.mean(filled) > 0.85
+    for buckets in (2, 4):
+        batches = plan(some, buckets)
+        filled = [taken(some, batch) / BUDGET for batch in batches[: -2 * buckets]]
+        assert np.mean(filled) > 0.85 and len(batches) < len(found)
+        # None is a leftover of what was drawn together.
+        assert sum(share < 0.5 for share in filled) == 0
 
 
 def test_a_budget_for_all_makes_one_batch_and_a_unit_fits_by_itself() -> None:
