@@ -159,9 +159,8 @@ def test_both_clouds_set_up_their_nodes_alike() -> None:
         assert all(a == g or ("mount -t nfs4" in a and "mount -t nfs4" in g) for a, g in pairs)
 
 
-def test_the_rayjob_of_the_docs_is_yaml_of_the_same_versions() -> None:
-    text = (REPOSITORY / "docs" / "guides" / "cluster.md").read_text()
-    job = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+def test_the_rayjob_is_yaml_of_the_same_versions() -> None:
+    job = yaml.safe_load((REPOSITORY / "deploy" / "kuberay" / "rayjob.yaml").read_text())
     cluster = job["spec"]["rayClusterSpec"]
     assert (job["kind"], cluster["rayVersion"], cluster["authOptions"]) == (
         "RayJob",
@@ -170,4 +169,5 @@ def test_the_rayjob_of_the_docs_is_yaml_of_the_same_versions() -> None:
     )
     assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0 and job["spec"]["backoffLimit"] == 0
-    assert f"rayproject/ray:{version('ray')}-py311-gpu" in text
+    image = (REPOSITORY / "deploy" / "Dockerfile").read_text()
+    assert f"rayproject/ray:{version('ray')}-py311-gpu" in image

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from ray.autoscaler._private.command_runner import _with_interactive
 
-from tests.test_cluster_files import FILES, read
+from latentwire.distributed import spot
+from tests.test_cluster_files import FILES, REPOSITORY, read
 
 TOOLS = ("bash", "cat", "env", "grep", "id", "sh", "touch")
 """Of this machine: what every Ubuntu has."""
@@ -40,6 +42,9 @@ STUBS = {
     "chmod": '[ "$1" != 1777 ] || [ -e mounted ]',
     "pip": "touch installed",
     "ray": '[ "$1" = stop ] || [ -e installed ]',
+    "setsid": 'exec "$@"',
+    "flock": '[ "$1" = --nonblock ] && shift 2 && exec "$@"',
+    "python": "",
 }
 LATER = {
     "docker": '[ -e daemon ] && exit 0; touch daemon; echo "Cannot connect to the Docker daemon" >&2; exit 1',
@@ -150,6 +155,28 @@ def test_a_second_run_changes_nothing(tmp_path: Path, name: str) -> None:
     assert (
         sum(call.startswith(("apt-get -q -y", "mount ")) for call in log(root)) == 3
     )  # one install, a mount that is tried twice
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_worker_watches_for_its_end(tmp_path: Path, name: str) -> None:
+    """In the background, behind a lock that a second watcher does not get, and with what the file mounts bring."""
+    mounts = read(name)["file_mounts"]
+    assert mounts["/home/ray/spot.py"] == f"./{Path(spot.__file__).relative_to(REPOSITORY)}"
+    root = bare(tmp_path / "root", gpu=False)
+    (root / "bin" / "python").write_text("#!/bin/sh\necho watching; echo >&2 here\n")
+    (command,) = (line for line in commands(name) if "spot.py" in line)
+    assert run(command, root).returncode == 0
+    written, end = root / "home" / "latentwire-spot.log", time.monotonic() + 30
+    while not written.exists() or written.read_text() != "watching\nhere\n":
+        assert time.monotonic() < end, log(root)
+        time.sleep(0.05)
+    program = "python /home/ray/spot.py"
+    locked = f"flock --nonblock /tmp/latentwire-spot.lock {program}"
+    assert log(root) == [f"setsid {locked}", locked]
+    assert commands(name).index(command) > commands(name).index(
+        "ray start --address=$RAY_HEAD_IP:6379"
+    )
+    assert not any("spot.py" in line for line in read(name)["head_start_ray_commands"])
 
 
 @pytest.mark.parametrize("name", FILES)
