@@ -311,7 +311,9 @@ def test_a_notice_makes_rays_node_drain(metadata: Metadata) -> None:
     from ray._private.state import state
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     try:
         node = cluster.add_node(num_cpus=1, resources={"spot": 1})
         cluster.wait_for_nodes()
