@@ -24,8 +24,18 @@ while [ "${1#--}" != "$1" ]; do shift; done
 exec "$@"
 """
 RAY = """#!/usr/bin/env bash
+# Runs what follows the two dashes, as on the first node; how it was called is in $STAND_INS/ray.log.
 printf '%s\\n' "$@" > "$STAND_INS/ray.log"
+while [ "$1" != -- ]; do shift; done
+shift
+[ -e "$STAND_INS/no-start" ] || exec "$@"
+"""
+PYTHON = f"""#!/usr/bin/env bash
+# Python, but for the sweep: how it was called is in $STAND_INS/tune.log.
+[ "$1" = ray_jobs/tune.py ] || exec {sys.executable} "$@"
+printf '%s\\n' "$@" > "$STAND_INS/tune.log"
 env > "$STAND_INS/environment"
+exit "${{STATUS:-0}}"
 """
 
 
@@ -58,11 +68,11 @@ def stand_in(path: Path, text: str) -> None:
 
 
 def without_ray(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """The same with a ``ray`` that writes down how it was called, and nothing else."""
+    """The same with a ``ray`` and a sweep that write down how they were called, and nothing else."""
     folder = tmp_path / "venv" / "bin"
     folder.mkdir(parents=True)
     stand_in(folder / "ray", RAY)
-    (folder / "python").symlink_to(sys.executable)
+    stand_in(folder / "python", PYTHON)
     return environment | {"VENV": str(folder.parent)}
 
 
@@ -72,8 +82,9 @@ def run(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def called(environment: dict[str, str]) -> list[str]:
-    return (Path(environment["STAND_INS"]) / "ray.log").read_text().splitlines()
+def called(environment: dict[str, str], program: str = "ray") -> list[str]:
+    """Arguments of the program's last call."""
+    return (Path(environment["STAND_INS"]) / f"{program}.log").read_text().splitlines()
 
 
 def test_its_shell_is_well_formed() -> None:
@@ -101,20 +112,17 @@ def test_a_new_sweep_is_started_with_the_flags_of_the_job(
     environment = without_ray(environment, tmp_path)
     done = run(environment, "--config", "toy", "--set", "tune.trials=2")
     assert done.returncode == 0, done.stderr
-    call = called(environment)
     port = 20_000 + 123_456 % 10_000
-    separator = call.index("--")
-    assert call[:separator] == [
-        "symmetric-run",
-        "--address",
-        f"127.0.0.1:{port}",
-        "--min-nodes",
-        "1",
-    ]
-    assert call[separator + 1 :] == [
-        "env", f"RAY_ADDRESS=127.0.0.1:{port}", "python", "ray_jobs/tune.py",
-        "--config", "toy", "--set", "tune.trials=2", "--output_dir", environment["OUTPUT"],
+    call = called(environment)
+    assert call[: call.index("--")] == [
+        "symmetric-run", "--address", f"127.0.0.1:{port}", "--min-nodes", "1",
     ]  # fmt: skip
+    assert called(environment, "tune") == [
+        "ray_jobs/tune.py", "--config", "toy", "--set", "tune.trials=2", "--output_dir", environment["OUTPUT"],
+    ]  # fmt: skip
+    seen = (Path(environment["STAND_INS"]) / "environment").read_text()
+    assert f"RAY_ADDRESS=127.0.0.1:{port}\n" in seen
+    assert not list(Path(environment["OUTPUT"]).parent.glob("sweep.began*"))
     asked = (Path(environment["STAND_INS"]) / "srun.log").read_text()
     assert asked.startswith("--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=2 ")
 
@@ -143,14 +151,22 @@ def test_the_same_job_again_goes_on_and_ends_before_its_time(
     (output / "space.json").touch()
     environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 90 * 60 + 20)
     assert run(environment, "--config", "toy").returncode == 0
-    call = called(environment)
-    script = call.index("ray_jobs/tune.py")
-    assert call[script + 1 :] == [
+    assert called(environment, "tune")[1:] == [
         "--resume", str(output), "--force", "--set", "tune.time_budget_minutes=80",
     ]  # fmt: skip
     environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 60)
     run(environment)
-    assert called(environment)[-1] == "tune.time_budget_minutes=1"
+    assert called(environment, "tune")[-1] == "tune.time_budget_minutes=1"
+
+
+def test_the_job_fails_with_its_sweep_and_where_ray_did_not_start(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment = without_ray(environment, tmp_path)
+    assert run(environment | {"STATUS": "130"}).returncode == 130
+    (Path(environment["STAND_INS"]) / "no-start").touch()  # `ray symmetric-run` ends with 0 then
+    done = run(environment)
+    assert done.returncode == 1 and "error: Ray must start on all 1 nodes" in done.stderr
 
 
 def test_on_several_nodes_the_first_one_is_the_head(
