@@ -39,6 +39,8 @@ TOKEN_SECONDS = 21_600
 """How long a token of EC2's service is good for; six hours is the longest that it gives."""
 GOOGLE_SECONDS = 30.0
 """From Compute Engine's notice to the end of the machine."""
+LEAD_SECONDS = 5.0
+"""Ray is told an end that is so much earlier: ``ray drain-node`` counts from when it has started, seconds later."""
 LEAST_ATTEMPT_SECONDS = 15.0
 """How long an attempt to drain may take when the deadline is near or past: Ray's import alone takes seconds."""
 
@@ -205,9 +207,10 @@ def drain(notice: Notice, address: str | None = None, node_id: str | None = None
     command += ["--node-id", node_id] if node_id else []
     while True:
         left = notice.deadline - time.time()
+        remaining = max(1, int(left - LEAD_SECONDS))
         try:
             done = subprocess.run(
-                [*command, "--deadline-remaining-seconds", str(max(1, int(left)))],
+                [*command, "--deadline-remaining-seconds", str(remaining)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

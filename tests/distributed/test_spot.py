@@ -144,7 +144,7 @@ def test_a_notice_of_ec2_drains_the_node_once(
     assert call[0] == "drain-node" and value(call, "--node-id") == "ab12"
     assert value(call, "--reason") == "DRAIN_NODE_REASON_PREEMPTION"
     assert "EC2 will terminate the node at 20" in value(call, "--reason-message")
-    assert 110 <= int(value(call, "--deadline-remaining-seconds")) <= 120
+    assert 105 <= int(value(call, "--deadline-remaining-seconds")) <= 115  # a little before the end
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == f"watching for EC2's notice at {metadata.address}"
     assert lines[1].startswith("notice: EC2 will terminate the node at") and "draining" in lines[1]
@@ -162,7 +162,7 @@ def test_a_notice_of_compute_engine_leaves_half_a_minute(
     assert metadata.requests[1:] == [("GET", GOOGLE_PATH)] * 3
     (call,) = ray_calls()
     assert "--node-id" not in call and "--address" not in call
-    assert 25 <= int(value(call, "--deadline-remaining-seconds")) <= 30
+    assert 20 <= int(value(call, "--deadline-remaining-seconds")) <= 25
 
 
 @ON_EC2
@@ -325,7 +325,7 @@ def test_a_notice_makes_rays_node_drain(metadata: Metadata) -> None:
 
         ray.wait([work.remote()], timeout=10)
         assert state.get_draining_nodes() == {}
-        goes = time.time() + 90
+        begin = time.time()
         metadata.answers = [(404, ""), (200, in_seconds(90))]
         folder = Path(sys.executable).parent
         done = subprocess.run(
@@ -337,7 +337,9 @@ def test_a_notice_makes_rays_node_drain(metadata: Metadata) -> None:
         assert done.returncode == 0, done.stderr
         ((drained, deadline_ms),) = state.get_draining_nodes().items()
         assert drained == node.node_id
-        assert abs(deadline_ms / 1000 - goes) < 5
+        # Of the notice's end, but for the lead and for the time that `ray drain-node` takes to start.
+        early, late = 90 - spot.LEAD_SECONDS - 2, 90 - spot.LEAD_SECONDS + time.time() - begin
+        assert early <= deadline_ms / 1000 - begin <= late
     finally:
         ray.shutdown()
         cluster.shutdown()
