@@ -45,6 +45,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "stand_ins"
     folder.mkdir()
     stand_in(folder / "srun", SRUN)
+    stand_in(folder / "squeue", "#!/bin/sh\necho N/A\n")  # a job without a limit
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -157,6 +158,19 @@ def test_the_same_job_again_goes_on_and_ends_before_its_time(
     environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 60)
     run(environment)
     assert called(environment, "tune")[-1] == "tune.time_budget_minutes=1"
+
+
+def test_an_older_slurm_tells_the_end_by_squeue(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment = without_ray(environment, tmp_path)
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 90 * 60 + 20))
+    squeue = Path(environment["STAND_INS"]) / "squeue"
+    stand_in(
+        squeue, f"#!/bin/sh\n[ \"$*\" = '--noheader --jobs=123456 --format=%e' ] && echo {end}\n"
+    )
+    assert run(environment).returncode == 0
+    assert called(environment, "tune")[-2:] == ["--set", "tune.time_budget_minutes=80"]
 
 
 def test_the_job_fails_with_its_sweep_and_where_ray_did_not_start(
