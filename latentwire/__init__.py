@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentwire.api.evaluate import evaluate
+    from latentwire.api.sweep import Sweep
     from latentwire.api.train import train, train_seeds
     from latentwire.api.tune import tune
     from latentwire.config import RunConfig, SweepConfig
@@ -37,6 +38,7 @@ __all__ = [
     "Prefilled",
     "RunConfig",
     "Sampling",
+    "Sweep",
     "SweepConfig",
     "UserError",
     "WireError",
@@ -53,6 +55,7 @@ _HOMES = {
     "Prefilled": "latentwire.prefilled",
     "RunConfig": "latentwire.config",
     "Sampling": "latentwire.models.decoded",
+    "Sweep": "latentwire.api.sweep",
     "SweepConfig": "latentwire.config",
     "UserError": "latentwire.errors",
     "WireError": "latentwire.message",

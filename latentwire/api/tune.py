@@ -24,7 +24,16 @@ from latentwire.planning.resolved import ResolvedSweep, objectives, resolve
 from latentwire.planning.variants import variant_key
 from latentwire.reports import html, tables
 from latentwire.storage import Place, place
-from latentwire.tuning import checkpoint_budget, lease, manifest, reruns, results, resume
+from latentwire.tuning import (
+    checkpoint_budget,
+    lease,
+    manifest,
+    objections,
+    orders,
+    reruns,
+    results,
+    resume,
+)
 from latentwire.tuning import sweep as searching
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.results import Best, SweepError
@@ -223,7 +232,10 @@ def drive(
             if retry:
                 lines = resume.retry_failed(space, output) or ["no trial has failed"]
                 print("\n".join(lines), flush=True)
-            return search(sweep, plan, output, command, repeated, stop)
+            status = search(sweep, plan, output, command, repeated, stop)
+            again = f"{program} --resume {shlex.quote(str(output))}"
+            orders.refuse_open(output, objections.came_late(output, again))
+            return status
     except (
         KeyboardInterrupt
     ):  # Ray raises one of its own where a signal's handler raised in the middle of a call
@@ -242,7 +254,8 @@ def explain_stop(stop: Stop, space: SweepConfig, output: Place, again: str) -> i
     """
     with read_study(output / JOURNAL, output.name, objectives(space)) as study:
         states = [trial.state for trial in own_trials(study)]
-    ended, trials = sum(state.is_finished() for state in states), space.tune.trials
+    ended = sum(state.is_finished() for state in states)
+    trials = resume.read_space(output, []).tune.trials  # orders may have changed it
     print(
         f"stopped: {stop.reason}; {ended} of {trials} trials have ended, what has not goes on from its "
         f"checkpoints; all is kept, nothing was scored",
@@ -297,7 +310,10 @@ def search(
     )
     expected = None if repeated is None else repeated["receivers"]
     with replica_sets.serving(space, plan.sharing, expected) as served:
-        study = searching.run_sweep(space, plan, files, output, expected, served, stop)
+        study = searching.run_sweep(
+            space, plan, files, output, expected, served, stop, takes_orders=True
+        )
+        space = resume.read_space(output, [])  # orders may have changed the number of trials
         document = manifest.describe(space, files, protocol, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
         try:

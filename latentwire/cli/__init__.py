@@ -16,6 +16,7 @@ from latentwire.storage import place
 
 COMMANDS = {
     "tune": "Search a space on Ray, score and export the best wire.",
+    "sweep": "Look at a sweep, running or not, and give it orders.",
     "train": "Train one wire, here or on Ray.",
     "evaluate": "Score a wire beside its baselines, or a file of answers.",
     "preprocess": "Make shards and teachers' columns, and nothing else.",

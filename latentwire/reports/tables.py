@@ -74,9 +74,10 @@ def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
     names = column_names(space.search)
     body = []
     for row in rows:
-        reported = [_number(row.get(column)) for column in columns]
-        drawn = [_number(row["values"].get(path)) for path in paths]
-        body.append([_named(row), row["state"], *reported, *drawn])
+        reported = [cell(row.get(column)) for column in columns]
+        drawn = [cell(row["values"].get(path)) for path in paths]
+        state = row["state"] + (" by order" if "stopped_by" in row else "")
+        body.append([_named(row), state, *reported, *drawn])
     header = ["trial", "state", *columns, *(names[path] for path in paths)]
     return f"{len(rows)} trials", header, body
 
@@ -90,7 +91,7 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     """Return the trials that no other beats in every objective, by the further objectives."""
     names = [*config.objectives, config.metric]
     front = sorted((row for row in rows if row["front"]), key=lambda row: row[names[0]])
-    body = [[str(row["trial"]), *(_number(row[name]) for name in names)] for row in front]
+    body = [[str(row["trial"]), *(cell(row[name]) for name in names)] for row in front]
     return (
         f"Pareto front: {len(front)} trials that none beats in everything",
         ["trial", *names],
@@ -115,8 +116,8 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
             if receiver == "mean":
                 continue
             answers = [_percent(row, field) for field in ("em", "f1", "match")]
-            costs = [_number(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
-            counts = [str(int(row["rows"])), _number(row.get("contexts"))]
+            costs = [cell(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
+            counts = [str(int(row["rows"])), cell(row.get("contexts"))]
             kept = [_percent(row, "retention_em")] if retention else []
             body.append([name, receiver, *answers, *costs, *counts, *kept])
             contexts.append(row.get("contexts", 0))
@@ -209,7 +210,7 @@ def readers_tables(
 def together_table(scores: dict[str, Any]) -> Grid:
     """Return how the receivers do as one, and what a message costs and saves, by condition."""
     body = [
-        [label(key), *(_number(receivers["mean"].get(field)) for field in TOGETHER)]
+        [label(key), *(cell(receivers["mean"].get(field)) for field in TOGETHER)]
         for key, receivers in scores.items()
     ]
     return (
@@ -248,10 +249,10 @@ def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
     body = [
         [
             str(f.trial),
-            _number(f.score),
-            ", ".join(map(_number, f.fresh)) or "–",
-            _number(f.mean),
-            _number(f.score - f.mean),
+            cell(f.score),
+            ", ".join(map(cell, f.fresh)) or "–",
+            cell(f.mean),
+            cell(f.score - f.mean),
         ]
         for f in finalists
     ]
@@ -341,7 +342,7 @@ def write_report(output: Place, line: str, grids: list[Grid], command: str) -> P
     return path
 
 
-def _number(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):

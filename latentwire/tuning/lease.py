@@ -124,6 +124,11 @@ def read(sweep: Place) -> Driver | None:
     return None
 
 
+def lives(driver: Driver | None) -> bool:
+    """Return whether a driver has given a heartbeat of late, and is not known to be gone."""
+    return driver is not None and not driver.gone and driver.age <= LIMIT_SECONDS
+
+
 def is_empty(sweep: Place) -> bool:
     """Return whether a sweep's directory is missing, or holds nothing but a lease.
 

@@ -15,7 +15,7 @@ from latentwire import exports
 from latentwire.config import TuneConfig
 from latentwire.errors import UserError
 from latentwire.storage import Place, place
-from latentwire.tuning.study import CAUSE, RETRIES, evaluations, own_trials
+from latentwire.tuning.study import CAUSE, RETRIES, evaluations, own_trials, stopped_by
 
 
 class SweepError(UserError):
@@ -90,7 +90,7 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
 
     A row has the trial's number, its state (done, stopped by the scheduler, failed, unfinished;
     beyond a limit), step, objectives at its best evaluation, losses, values drawn, cause of
-    failure, and the failed trial that it retries.
+    failure, the failed trial that it retries, and who ordered it to stop.
     """
     rows = []
     front = {trial.number for trial in study.best_trials} if config.objectives else set()
@@ -104,6 +104,8 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
         }
         if RETRIES in trial.user_attrs:
             row["retries"] = trial.user_attrs[RETRIES]
+        if record := stopped_by(trial):
+            row["stopped_by"] = record["who"]
         reports = evaluations(trial)
         if reports:
             best, last = (

@@ -14,20 +14,17 @@ from latentwire.config.resolve import ConfigError, load_space
 from latentwire.distributed.task import ERROR_FILE
 from latentwire.distributed.trial import trial_path
 from latentwire.planning.resolved import objectives
-from latentwire.storage import Place, delete, local, rename, write_text
+from latentwire.storage import Place, delete, local, rename
 from latentwire.tuning import study as studies
 from latentwire.tuning.reruns import RERUNS
+from latentwire.tuning.space_file import SPACE_FILE, write_space
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
 
-SPACE_FILE = "space.json"
-"""The resolved space in a sweep's directory."""
 CHANGEABLE = paths_with("may_change", "resumed sweep", SweepConfig)
 """Paths that a resumed sweep may change: none that its trials are compared by."""
-
-
-def write_space(space: SweepConfig, output: Place) -> None:
-    """Write the resolved space into the sweep's directory, whole or not at all."""
-    write_text(output / SPACE_FILE, space.model_dump_json(indent=1))
+RESULTS = "results.json"
+"""The scores in the directory of a sweep that came to its end."""
+__all__ = ["SPACE_FILE", "write_space"]  # of the file that a sweep goes on from
 
 
 def read_space(output: Place, assignments: list[str]) -> SweepConfig:
@@ -56,7 +53,7 @@ def is_finished(space: SweepConfig, output: Place) -> bool:
 
     Nothing is written: another driver may have it.
     """
-    if not (output / "results.json").exists():
+    if not (output / RESULTS).exists():
         return False
     with read_study(output / JOURNAL, output.name, objectives(space)) as study:
         return sum(trial.state.is_finished() for trial in own_trials(study)) >= space.tune.trials

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -30,10 +30,14 @@ from latentwire.distributed.trial import NUMBER, TAKES_UP, trial_path
 from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import check_metrics
 from latentwire.storage import Place, StorageError, place
+from latentwire.tuning import orders
 from latentwire.tuning import study as studies
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.stopping import Stop
-from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, draw
+from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, STOPPED, draw
+
+if TYPE_CHECKING:
+    from latentwire.tuning.steering import Steering
 
 COPY_PAUSE = 20
 """Pause between two copies of the journal, in times that the last copy took, unless a trial
@@ -111,6 +115,10 @@ class StudySearch(Searcher):
         self.objectives = objectives(space)
         self.protocol, self.stop = protocol, stop or Stop()
         self.session = uuid.uuid4().hex
+        self.steering: Steering | None = None
+        """Orders to the sweep; None where it takes none, and Tune counts the trials."""
+        self.live: set[int] = set()
+        """Trials that this driver has handed out and that have not ended."""
         self._study: optuna.Study | None = None
         self._trials: dict[str, Trial] = {}
         self._copy_again = 0.0
@@ -136,7 +144,7 @@ class StudySearch(Searcher):
 
     # ----------------------------------------------------------------------------- Tune's interface
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Return a trial's values by path, and its number: an unfinished trial, else a new one.
 
         Unfinished are trials of a driver that is gone. What is drawn depends on the seed, the
@@ -144,9 +152,13 @@ class StudySearch(Searcher):
         """
         if self.stop.reason is not None or not self.stop.may_write():
             return Searcher.FINISHED
+        if self.steering is not None and not self.steering.has_room():
+            # While some run, an order may still add trials.
+            return None if self.live else Searcher.FINISHED
         trial = self._next_trial()
         trial.set_user_attr(SESSION, self.session)
         self._trials[trial_id] = trial
+        self.live.add(trial.number)
         self._keep()
         directory = studies.directory_of(self._frozen(trial))
         retried = {} if directory == trial.number else {TAKES_UP: directory}
@@ -195,6 +207,7 @@ class StudySearch(Searcher):
         PRUNED is a trial that was stopped early, FAIL one that raised or has no usable metric.
         """
         trial = self._trials[trial_id]
+        self.live.discard(trial.number)
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
         if self._frozen(trial).state.is_finished() or not self.stop.may_write():
@@ -222,6 +235,29 @@ class StudySearch(Searcher):
             )
         else:
             self._tell(trial, reports)
+        self._keep(ended=True)
+
+    # ------------------------------------------------------------------------------------- for orders
+
+    def number_of(self, trial_id: str) -> int:
+        """Return the study's number of one of Tune's trials."""
+        return self._trials[trial_id].number
+
+    def stop_unheld(self, number: int, record: Mapping[str, Any]) -> None:
+        """Tell the study that an unfinished trial which nobody runs is stopped.
+
+        ``record``: the order that stops it, for the trial's attributes.
+        """
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        trial, reports = Trial(self.study, frozen._trial_id), studies.evaluations(frozen)
+        whole = bool(reports) and reports[-1]["step"] >= reports[-1]["total_steps"]
+        if not whole:
+            trial.set_user_attr(STOPPED, dict(record))
+        limits = self.space.tune.constraints
+        if reports and all(self._number(reports[-1], name) is not None for name in limits):
+            self._tell(trial, reports)
+        else:
+            self.study.tell(number, state=TrialState.PRUNED)
         self._keep(ended=True)
 
     def save(self, checkpoint_path: str) -> None:
@@ -252,6 +288,8 @@ class StudySearch(Searcher):
         for name, limit in self.space.tune.constraints.items():
             trial.set_constraint(name, float(reports[-1][name]) - limit.max)
         if reports[-1]["step"] < reports[-1]["total_steps"]:
+            if self.steering is not None and (order := self.steering.stops.get(trial.number)):
+                trial.set_user_attr(STOPPED, orders.record(order))
             self.study.tell(trial.number, state=TrialState.PRUNED)
             return
         best = self.space.tune.best_of(reports, key=lambda report: report[self.space.tune.metric])

@@ -28,6 +28,8 @@ number of the earlier sweep's trial that it copies."""
 RETRIES, DIRECTORY = "retries", "directory"
 """Further user attributes of a trial that retries a failed one: that one's number; the number in
 the name of the directory in which it goes on."""
+STOPPED = "stopped_by"
+"""Further user attribute of a trial that an order ended: the order's id, who gave it, and when."""
 OBJECTIVES, PROTOCOL = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the protocol hash that all of
 its scores have."""
@@ -164,6 +166,11 @@ def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
 def directory_of(trial: FrozenTrial) -> int:
     """Return the number that names a trial's directory: its own, or the retried trial's."""
     return int(trial.user_attrs.get(DIRECTORY, trial.number))
+
+
+def stopped_by(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the order that ended a trial: ``order``, ``who`` and ``time``; empty where none did."""
+    return dict(trial.user_attrs.get(STOPPED, {}))
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:

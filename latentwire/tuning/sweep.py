@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.stopper import CombinedStopper
 
 from latentwire.config import SweepConfig, TuneConfig
 from latentwire.distributed.controller import dead_groups_removed
@@ -24,6 +25,7 @@ from latentwire.storage import Place
 from latentwire.tuning import console
 from latentwire.tuning.checkpoint_budget import CheckpointBudget, clear_debris
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.steering import Steering
 from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
 
@@ -91,13 +93,16 @@ def run_sweep(
     receivers: Mapping[str, str] | None = None,
     served: Any = None,
     stop: Stop | None = None,
+    *,
+    takes_orders: bool = False,
 ) -> optuna.Study:
     """Search the space until its study has ``tune.trials`` finished trials; everything is written under ``output``.
 
     What the study holds already counts, and trials that a driver which died left unfinished go on from their checkpoints.
     Trials that fail are told to the study, not raised. ``receivers``: hashes that their weights must have. ``served``: the
     replicas that trials share, where they do. ``stop``: may end the search before; then trials that run are cut, stay
-    unfinished in the study, and :class:`~latentwire.tuning.stopping.SweepStopped` is raised.
+    unfinished in the study, and :class:`~latentwire.tuning.stopping.SweepStopped` is raised. ``takes_orders``: those of
+    ``output`` are carried out meanwhile, and may change how many trials there are.
     """
     stop = stop or Stop()
     config, trial_dir = space.tune, output / "trials"
@@ -110,10 +115,17 @@ def run_sweep(
         protocol=pin,
         stop=stop,
     )
+    steering = Steering(search, output) if takes_orders else None
+    if steering is not None:
+        steering.look(now=True)
+        config = search.space.tune
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     budget = CheckpointBudget(search)
     clear_debris(trial_dir)
     missing = config.trials - len(ended)
+    if steering is not None and (missing <= 0 or steering.ending is not None):
+        steering.finish()
+        return search.study
     if missing <= 0:
         return search.study
     variants = {
@@ -147,12 +159,14 @@ def run_sweep(
     trackers = console.trackers(config, output)
     LOG.divert(LOG.verbose, LOG.training)  # Tune and they have been imported since
     screen = console.SweepConsole(search, steps, LOG.path)
+    if steering is not None:
+        steering.say = screen.say
     tuner = tune.Tuner(
         tune.with_resources(driver, DRIVER_RESOURCES),
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
-            num_samples=missing,
+            num_samples=missing if steering is None else -1,  # orders may add some
             max_concurrent_trials=plan.max_concurrent_trials,
             trial_dirname_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
             trial_name_creator=lambda trial: f"trial-{trial.config[NUMBER]}",
@@ -161,8 +175,8 @@ def run_sweep(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(output / "tune"),
             verbose=0,
-            stop=stop,
-            callbacks=[budget, screen, *trackers],
+            stop=stop if steering is None else CombinedStopper(stop, steering),
+            callbacks=[budget, screen, *trackers, *([] if steering is None else [steering])],
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
         ),
     )
@@ -172,8 +186,10 @@ def run_sweep(
         keep_journal(output / JOURNAL)
     stop.check(
         complete=sum(trial.state.is_finished() for trial in own_trials(search.study))
-        >= config.trials
+        >= search.space.tune.trials
     )
+    if steering is not None:
+        steering.finish()
     clear_debris(trial_dir)
     budget.tidy()
     return search.study

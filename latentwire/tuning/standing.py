@@ -1,0 +1,85 @@
+"""A sweep as it stands: read from its directory, whether a driver runs or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import TrialState
+
+from latentwire.config import SweepConfig
+from latentwire.planning.resolved import objectives
+from latentwire.storage import Place
+from latentwire.tuning import lease, orders, results, resume
+from latentwire.tuning.lease import Driver
+from latentwire.tuning.orders import Given
+from latentwire.tuning.study import JOURNAL, evaluations, own_trials, read_study
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """A sweep as it stands."""
+
+    output: Place
+    """Its directory."""
+    space: SweepConfig
+    """Its resolved configuration; ``tune.trials`` is how many trials it is to have."""
+    trials: list[dict[str, Any]]
+    """A row per trial that has begun, best first: those of :func:`~latentwire.tuning.results.trial_rows`, with ``total_steps``
+    and ``best_step`` where it has reported."""
+    ended: int
+    """Trials that have ended."""
+    waiting: int
+    """Starting points whose trials have not begun."""
+    driver: Driver | None
+    """Who has its lease; None where nobody has."""
+    orders: list[Given]
+    """Its orders with their outcomes, the earliest first."""
+    is_scored: bool
+    """Whether there are results of all its trials."""
+
+    @property
+    def has_driver(self) -> bool:
+        """Whether a driver lives, by the age of its lease."""
+        return lease.lives(self.driver)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all trials have ended and are scored, and no driver is left."""
+        return self.is_scored and not self.has_driver
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """Row of the best trial so far that keeps to the limits; None before the first report."""
+        metric = self.space.tune.metric
+        for row in self.trials:
+            if metric in row and row["state"] != "beyond":
+                return row
+        return None
+
+
+def read(output: Place) -> SweepStatus:
+    """Return a sweep as it stands; nothing is written.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep.
+    """
+    space = resume.read_space(output, [])
+    with read_study(output / JOURNAL, output.name, objectives(space)) as study:
+        rows = results.trial_rows(study, space.tune)
+        trials = {trial.number: trial for trial in own_trials(study)}
+    for row in rows:
+        if reports := evaluations(trials[row["trial"]]):
+            best = space.tune.best_of(reports, key=lambda report: report[space.tune.metric])
+            row |= {"best_step": best["step"], "total_steps": reports[-1]["total_steps"]}
+    states = [trial.state for trial in trials.values()]
+    ended = sum(state.is_finished() for state in states)
+    return SweepStatus(
+        output,
+        space,
+        rows,
+        ended,
+        states.count(TrialState.WAITING),
+        lease.read(output),
+        orders.given(output),
+        (output / resume.RESULTS).exists() and ended >= space.tune.trials,
+    )
