@@ -40,7 +40,7 @@ The column *hangs on it* says what else a knob decides:
 | shards | It names the shards, so a search varies it by choices alone. *content*: by what it stands for. *reading*: it does not. |
 | teachers | It names teachers' columns. *size*: those for the largest value serve the smaller ones. |
 | protocol | Scores under different values must not be compared. |
-| may change | It may be another one where a run or a sweep is resumed, or a trial repeated. |
+| may change | It may be another one where a run or a sweep is resumed, or a trial repeated or cloned. |
 | smaller costs more | The smallest value needs most memory; of other knobs the largest. |
 | steps | A larger value makes for more, or fewer, optimiser steps. |
 | own receivers | Trials that differ in it cannot share receivers. |

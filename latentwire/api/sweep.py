@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latentwire.config.overrides import full_path
 from latentwire.planning.resolved import objectives
 from latentwire.storage import Place, place
 from latentwire.tuning import lease, objections, orders, resume, standing
@@ -40,6 +42,22 @@ class Sweep:
         """Stop a trial at its next report: PRUNED in the study, and nothing is lost of what it reported."""
         return self._give("stop", trial=trial)
 
+    def pause(self, trial: int) -> Order:
+        """Take a trial's resources at its next report, until :meth:`resume`; it keeps its place among the trials."""
+        return self._give("pause", trial=trial)
+
+    def resume(self, trial: int) -> Order:
+        """Let a paused trial go on from its last checkpoint, as soon as there is room."""
+        return self._give("resume", trial=trial)
+
+    def clone(self, trial: int, values: Mapping[str, Any]) -> Order:
+        """Begin a further trial with a trial's last checkpoint, under changed values.
+
+        ``values``: path of a knob → value, of those that :data:`latentwire.tuning.clones.CHANGEABLE` names.
+        """
+        changed = {full_path(path).removeprefix("run."): value for path, value in values.items()}
+        return self._give("clone", trial=trial, values=changed)
+
     def add(self, trials: int) -> Order:
         """Let the sweep have so many trials more, in this driver and in every later one."""
         return self._give("add", trials=trials)
@@ -67,4 +85,3 @@ class Sweep:
         if reason is not None:
             raise OrderError(reason)
         return orders.give(self.output, draft)
-

@@ -38,6 +38,7 @@ from latentwire.tuning import sweep as searching
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.results import Best, SweepError
 from latentwire.tuning.searcher import check_draws, check_searchable
+from latentwire.tuning.space_file import with_trials
 from latentwire.tuning.stopping import SIGINT_STATUS, Stop
 from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
@@ -313,7 +314,8 @@ def search(
         study = searching.run_sweep(
             space, plan, files, output, expected, served, stop, takes_orders=True
         )
-        space = resume.read_space(output, [])  # orders may have changed the number of trials
+        # Orders may have changed the number of trials.
+        space = with_trials(space, resume.read_space(output, []).tune.trials)
         document = manifest.describe(space, files, protocol, output, command, study)
         manifest.write(output / manifest.MANIFEST, document)
         try:

@@ -8,10 +8,19 @@ from cyclopts import Parameter
 
 from latentwire.api.sweep import Sweep
 from latentwire.cli.flags import input_place
+from latentwire.config.overrides import assigned
 from latentwire.reports import status as page
-from latentwire.tuning.orders import OF_A_TRIAL, OrderError
+from latentwire.tuning.orders import OrderError
 
-Deed = Literal["status", "stop", "add", "end"]
+Deed = Literal["status", "stop", "pause", "resume", "clone", "add", "end"]
+TRIAL_DEEDS = ("stop", "pause", "resume", "clone")
+"""Of these, those that name a trial."""
+CHANGED = Parameter(
+    name="--set",
+    help="With clone: PATH=VALUE of a knob, e.g. training.encoder_lr=3e-4; repeatable.",
+    negative=(),
+    allow_leading_hyphen=True,
+)
 
 
 def sweep(
@@ -21,32 +30,39 @@ def sweep(
     /,
     *,
     trials: Annotated[int | None, Parameter(help="With add: how many trials more.")] = None,
+    assignments: Annotated[list[str] | None, CHANGED] = None,
 ) -> int:
     """Show a sweep's trials, the best so far, its driver and its orders; or give it an order.
 
-    Orders are files in the sweep's directory: its driver carries them out within seconds, and where none runs the next one
-    does. stop ends a trial at its next report, PRUNED. add raises tune.trials. end starts no new trials, cuts those that
-    run, and goes on to re-runs, scores and report.
+    Orders are files in the sweep's directory: its driver carries them out within seconds, and where none runs the next
+    one does. stop ends a trial at its next report, PRUNED. pause gives its resources back there, and resume lets it go
+    on. clone begins a further trial with a trial's last checkpoint and the values of --set. add raises tune.trials. end
+    starts no new trials, cuts those that run, and goes on to re-runs, scores and report.
 
     Args:
         run: The sweep's directory or URI.
         deed: What to do.
-        trial: Number of the trial that stop means.
+        trial: Number of the trial that stop, pause, resume and clone mean.
     """
     steered = Sweep(input_place(run))
-    needed = {"trial": deed in OF_A_TRIAL, "trials": deed == "add"}
-    if (trial is not None, trials is not None) != tuple(needed.values()):
+    values = assigned(assignments or [])
+    needed = (deed in TRIAL_DEEDS, deed == "add", deed == "clone")
+    if (trial is not None, trials is not None, bool(values)) != needed:
         raise OrderError(
-            f"stop takes TRIAL, add takes --trials N, status and end take neither, got {deed} with trial {trial} and "
-            f"--trials {trials}; latentwire sweep --help shows each"
+            f"{', '.join(TRIAL_DEEDS)} take TRIAL, clone also --set PATH=VALUE, add --trials N, status and end nothing, got "
+            f"{deed} with trial {trial}, --trials {trials}, --set {', '.join(values)}; latentwire sweep --help shows each"
         )
     if deed == "status":
         page.show(steered.status(), steered.again)
         return 0
-    if deed == "add":
-        order = steered.add(trials or 0)
+    if deed == "end":
+        order = steered.end()
+    elif trials is not None:
+        order = steered.add(trials)
+    elif deed == "clone":
+        order = steered.clone(trial or 0, values)
     else:
-        order = steered.end() if deed == "end" else steered.stop(trial or 0)
+        order = getattr(steered, deed)(trial)
     status = steered.status()
     print(f"order {order.id}: {order.summary}; what becomes of it: latentwire sweep {run} status")
     print(page.driver_line(status.driver, status.is_over, steered.again))

@@ -76,11 +76,11 @@ class LossConfig(Section):
     bundle: str | None = knob(None, teachers="value")
     """A named set of weights and schedules: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,
     ``autoencode``."""
-    answer_ce_weight: float = Field(1.0, ge=0)
+    answer_ce_weight: float = knob(1.0, ge=0, may_change=("cloned trial",))
     """Whole answer and its stop token, mean over tokens."""
-    first_k_ce_weight: float = Field(0.0, ge=0)
+    first_k_ce_weight: float = knob(0.0, ge=0, may_change=("cloned trial",))
     """First ``k`` answer tokens, mean over tokens."""
-    first_token_ce_weight: float = Field(0.0, ge=0)
+    first_token_ce_weight: float = knob(0.0, ge=0, may_change=("cloned trial",))
     """First answer token."""
     kd_weight: float = knob(0.0, ge=0, teachers="size")
     """KL from the teacher (the same receiver on the full text) at the first ``k`` answer tokens, mean over tokens."""

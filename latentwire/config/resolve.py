@@ -149,7 +149,7 @@ def check_search(space: SweepConfig, where: str) -> None:
                 raise ConfigError(
                     f"a starting point must name dimensions of the space, got {path} ({at}){nearest(path, space.search)}"
                 )
-            _check_point(space.search[path], value, f"{at}.{path}")
+            check_point(space.search[path], value, f"{at}.{path}", "a starting point")
 
 
 def _check_searchable(path: str, dimension: Dimension, fields: dict[str, Any], at: str) -> None:
@@ -248,15 +248,19 @@ def search_order(search: dict[str, Dimension], where: str = "search") -> list[st
         ) from error
 
 
-def _check_point(dimension: Dimension, value: Any, at: str) -> None:
+def check_point(dimension: Dimension, value: Any, at: str, what: str) -> None:
+    """Raise :class:`ConfigError` for a value that a dimension does not take.
+
+    ``at``: where it stands. ``what``: what it is for a person.
+    """
     if isinstance(dimension, CategoricalDimension):
         if value not in dimension.choices:
             raise ConfigError(
-                f"a starting point must be among {list(dimension.choices)}, got {value!r} ({at})"
+                f"{what} must be among {list(dimension.choices)}, got {value!r} ({at})"
             )
     elif isinstance(value, bool | str) or not dimension.low <= value <= dimension.high:
         raise ConfigError(
-            f"a starting point must be a number from {dimension.low} to {dimension.high}, got {value!r} ({at})"
+            f"{what} must be a number from {dimension.low} to {dimension.high}, got {value!r} ({at})"
         )
 
 

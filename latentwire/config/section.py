@@ -31,7 +31,9 @@ def knob(
     shards: Literal["value", "content", "reading"] | None = None,
     teachers: Literal["value", "size"] | None = None,
     protocol: bool = False,
-    may_change: Sequence[Literal["resumed run", "resumed sweep", "repeated trial"]] = (),
+    may_change: Sequence[
+        Literal["resumed run", "resumed sweep", "repeated trial", "cloned trial"]
+    ] = (),
     smaller_costs_more: bool = False,
     steps: Literal["more", "fewer"] | None = None,
     changes_receivers: bool = False,
@@ -48,7 +50,7 @@ def knob(
         teachers: teachers' columns hang on its ``value``, or it is a ``size``: columns for the
             largest value serve the smaller ones too. A search varies ``value`` by choices alone.
         protocol: scores under different values must not be compared.
-        may_change: what goes on, or is repeated, under another value of it.
+        may_change: what goes on, is repeated, or begins with another's wire, under another value of it.
         smaller_costs_more: a run with the smallest value needs most memory; otherwise the largest.
         steps: a larger value makes for ``more`` or ``fewer`` optimiser steps.
         changes_receivers: trials that differ in it cannot share receivers.

@@ -37,17 +37,17 @@ class TrainingConfig(Section):
     whole contexts then. It names the training shards, whose order it decides."""
     accumulation: int = knob(1, ge=1, smaller_costs_more=True)
     """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = knob("adamw", may_change=("cloned trial",))
     """``muon``: matrices are updated by Muon (arXiv 2502.16982), scaled to AdamW's steps so that rates can stay; vectors,
     gains, embeddings and queries by AdamW as ever. It learns sooner on the toy pair (docs/experiments/findings.md) and on small real
     receivers (docs/experiments/real_pair.md)."""
-    encoder_lr: float = Field(1e-3, gt=0, le=1)
+    encoder_lr: float = knob(1e-3, gt=0, le=1, may_change=("cloned trial",))
     """Peak learning rate of the encoder."""
-    adapter_lr: float = Field(1e-3, gt=0, le=1)
+    adapter_lr: float = knob(1e-3, gt=0, le=1, may_change=("cloned trial",))
     """Peak learning rate of the adapters."""
-    prefix_lr: float = Field(3e-2, gt=0, le=10)
+    prefix_lr: float = knob(3e-2, gt=0, le=10, may_change=("cloned trial",))
     """Peak learning rate of the constant prefix, whose entries are counted in units of the receiver's embedding RMS."""
-    closed_form_lr_share: float = Field(1 / 3, gt=0, le=1)
+    closed_form_lr_share: float = knob(1 / 3, gt=0, le=1, may_change=("cloned trial",))
     """Rate of the linear maps that a closed form begins (``adapter.kind: heads``), as a share of their part's: higher ones tear a
     good start apart."""
     alignment_steps: int = Field(0, ge=0)
@@ -70,14 +70,14 @@ class TrainingConfig(Section):
     train_only: tuple[str, ...] = ()
     """Parts that are trained: receivers' names (adapter, control embeddings, parts of features) and ``encoder`` (with what
     refines its message). The others stay as ``init_from`` has them, to the last bit. Empty: all."""
-    warmup_steps: int = Field(50, ge=0)
+    warmup_steps: int = knob(50, ge=0, may_change=("cloned trial",))
     """Steps over which the rates rise in equal strides to their peak; the first has one stride. At most half of all steps."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = knob(0.1, ge=0, le=1, may_change=("cloned trial",))
     """The last step's rates, where the cosine ends, as a share of the peak."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = knob(0.01, ge=0, may_change=("cloned trial",))
     """Decoupled decay on matrices. Vectors, gains, embeddings and tables of vectors (queries, control vectors, positions) have
     none."""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = knob(1.0, gt=0, may_change=("cloned trial",))
     """Global gradient norm that a step is clipped to."""
     max_bad_steps: int = knob(10, ge=1, may_change=("resumed run",))
     """Steps with a loss or gradient that is not finite are skipped and counted; this many in a row end the run."""
@@ -91,7 +91,7 @@ class TrainingConfig(Section):
     third more time."""
     compile: bool = knob(False, changes_receivers=True, may_change=("resumed run",))
     """``torch.compile`` the receivers: faster on CUDA after minutes of compilation, not worth it on a CPU."""
-    receivers_per_step: Literal["all", "one"] = "all"
+    receivers_per_step: Literal["all", "one"] = knob("all", may_change=("cloned trial",))
     """``one``: each step trains through one receiver, drawn by seed and step (arXiv 2510.20535)."""
     autocast: bool = False
     """Encoder and adapters compute in bfloat16 (their weights stay fp32)."""
@@ -104,7 +104,7 @@ class TrainingConfig(Section):
     tells more from few development rows (docs/experiments/real_pair.md). ``None``: F1, and the loss where texts have no answers."""
     log_every: int = knob(20, ge=1, may_change=("resumed run",))
     """Steps between progress lines."""
-    seed: int = Field(0, ge=0)
+    seed: int = knob(0, ge=0, may_change=("cloned trial",))
     """Seed of initial weights, dropout and the order of rows."""
     num_workers: int = knob(1, ge=1, may_change=("resumed run",))
     """Data-parallel workers of one run (Ray only)."""

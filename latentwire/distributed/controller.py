@@ -108,12 +108,17 @@ class PreemptionThread(PreemptionCallback):
 # ---------------------------------------------------------------- placement groups of dead controllers
 
 
+def is_dead(actor_id: str) -> bool:
+    """Return whether the cluster knows that an actor has died."""
+    return bool(actors(actor_id).get("State") == "DEAD")
+
+
 def remove_dead_groups() -> list[str]:
     """Remove the noted groups whose actor is known to have died; return their ids.
 
     A cluster that is too busy to say anything about an actor has not said that it died.
     """
-    return _remove_where(lambda actor_id: actors(actor_id).get("State") == "DEAD")
+    return _remove_where(is_dead)
 
 
 def remove_own_groups() -> list[str]:

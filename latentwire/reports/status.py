@@ -10,6 +10,7 @@ from latentwire.config import SweepConfig
 from latentwire.evaluation.progress import duration
 from latentwire.reports import tables
 from latentwire.reports.tables import Grid, cell
+from latentwire.tuning.clones import described
 from latentwire.tuning.columns import column_names
 from latentwire.tuning.lease import Driver, lives
 from latentwire.tuning.orders import Given
@@ -84,7 +85,9 @@ def best_line(row: dict[str, Any] | None, metric: str) -> str:
     """Return the best trial so far."""
     if row is None:
         return "best so far: none has reported"
-    return f"best so far: trial {row['trial']}, {metric} {row[metric]:.4g} at step {row['best_step']}"
+    return (
+        f"best so far: trial {row['trial']}, {metric} {row[metric]:.4g} at step {row['best_step']}"
+    )
 
 
 def _note(row: dict[str, Any]) -> str:
@@ -92,6 +95,8 @@ def _note(row: dict[str, Any]) -> str:
     notes = [row["error"].strip().splitlines()[-1]] if row["error"].strip() else []
     if "stopped_by" in row:
         notes.append(f"by {row['stopped_by']}")
+    if "clone" in row:
+        notes.append(described(row["clone"]))
     if "retries" in row:
         notes.append(f"retries {row['retries']}")
     return "; ".join(notes)

@@ -83,8 +83,11 @@ def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
 
 
 def _named(row: dict[str, Any]) -> str:
-    """Return a trial's number, and that of the failed one which it retries."""
-    return f"{row['trial']} (retries {row['retries']})" if "retries" in row else str(row["trial"])
+    """Return a trial's number, and that of the failed one which it retries, or of a clone's parent."""
+    notes = [f"retries {row['retries']}"] if "retries" in row else []
+    if "clone" in row:
+        notes.append(f"clone of {row['clone']['parent']} at step {row['clone']['step']}")
+    return f"{row['trial']} ({', '.join(notes)})" if notes else str(row["trial"])
 
 
 def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:

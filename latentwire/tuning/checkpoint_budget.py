@@ -13,6 +13,7 @@ from latentwire.config import TuneConfig
 from latentwire.distributed.trial import trial_path
 from latentwire.storage import Place, StorageError, children, files_below
 from latentwire.training import checkpoints, step_checkpoints
+from latentwire.tuning.clones import PREFIX
 from latentwire.tuning.results import within_limits
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import directory_of, evaluations, own_trials
@@ -92,7 +93,8 @@ def clear_debris(trial_dir: Place) -> int:
 
     Only while no trial runs.
     """
-    folders = [folder for folder in children(trial_dir) if folder.name.startswith("trial-")]
+    kinds = ("trial-", PREFIX)
+    folders = [folder for folder in children(trial_dir) if folder.name.startswith(kinds)]
     return sum(step_checkpoints.clear_debris(folder) for folder in folders)
 
 

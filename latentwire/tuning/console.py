@@ -30,7 +30,7 @@ from latentwire.distributed.worker_output import log_file
 from latentwire.evaluation.progress import duration, seconds_left
 from latentwire.storage import Place
 from latentwire.tuning.columns import column_names
-from latentwire.tuning.results import STATES, trial_rows
+from latentwire.tuning.results import NOT_ENDED, STATES, trial_rows
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import directory_of, evaluations, own_trials
 
@@ -167,7 +167,7 @@ class SweepConsole(TrialProgressCallback):
         """Print how a trial ended, once; one that was cut has not. Where there is a table, it has all but failures."""
         rows = self._rows()
         row = next((row for row in rows if row["trial"] == number), None)
-        if row is None or row["state"] == UNFINISHED or number in self.ended:
+        if row is None or row["state"] in NOT_ENDED or number in self.ended:
             return
         self.ended.add(number)
         if self.screen.is_interactive and row["state"] != "failed":
@@ -184,10 +184,11 @@ class SweepConsole(TrialProgressCallback):
 
     def outlook(self, rows: list[dict[str, Any]]) -> str:
         """Return how many trials have ended, and about how long the others will take."""
-        ended = sum(row["state"] != UNFINISHED for row in rows)
-        trials = (
-            f"{ended} of {self.search.space.tune.trials} trials ended, {len(rows) - ended} running"
-        )
+        ended = sum(row["state"] not in NOT_ENDED for row in rows)
+        running = sum(row["state"] == UNFINISHED for row in rows)
+        trials = f"{ended} of {self.search.space.tune.trials} trials ended, {running} running"
+        if paused := len(rows) - ended - running:
+            trials += f", {paused} paused"
         return ", ".join(filter(None, (trials, self._time_left(rows))))
 
     def drawing(self, rows: list[dict[str, Any]]) -> Group:
@@ -205,7 +206,7 @@ class SweepConsole(TrialProgressCallback):
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for name in ("trial", "state", "step", *measured, *self.names.values()):
             table.add_column(name, no_wrap=True)
-        rows = sorted(rows, key=lambda row: row["state"] != UNFINISHED)
+        rows = sorted(rows, key=lambda row: row["state"] not in NOT_ENDED)
         for row in rows[: max(1, self.screen.height - ROWS_AROUND)]:
             state = row["state"]
             if state == UNFINISHED:

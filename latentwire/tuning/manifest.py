@@ -27,7 +27,7 @@ from latentwire.config.resolve import ConfigError, check_search, set_path, valid
 from latentwire.distributed.sweep_files import Files
 from latentwire.storage import Place, children, write_text
 from latentwire.training import step_checkpoints
-from latentwire.tuning.study import RETRIES, evaluations, own_trials
+from latentwire.tuning.study import CLONE, RETRIES, clone_record, evaluations, own_trials
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -87,7 +87,8 @@ def write(path: Place, document: Mapping[str, Any]) -> None:
 def trials(study: optuna.Study, space: SweepConfig) -> dict[str, Any]:
     """Return trial's number → its values, state and best score by ``tune.metric``.
 
-    A trial that retries a failed one has that one's number too (``retries``).
+    A trial that retries a failed one has that one's number too (``retries``), a clone what it came
+    from (``clone``).
     """
     entries: dict[str, Any] = {}
     for trial in own_trials(study):
@@ -99,6 +100,8 @@ def trials(study: optuna.Study, space: SweepConfig) -> dict[str, Any]:
         }
         if RETRIES in trial.user_attrs:
             entry[RETRIES] = trial.user_attrs[RETRIES]
+        if record := clone_record(trial):
+            entry[CLONE] = record
         entries[str(trial.number)] = entry
     return entries
 
@@ -205,6 +208,11 @@ def one_trial(
         known = ", ".join(map(str, sorted(scored))) or "none"
         raise ConfigError(
             f"trial must be one with a score in {manifest}, got {number}; there are {known}"
+        )
+    if record := scored[number].get(CLONE):
+        raise ConfigError(
+            f"trial {number} of {manifest} is a clone of trial {record['parent']} at step {record['step']}, which its values "
+            f"alone do not repeat; repeat that one by --trial {record['parent']}"
         )
     tree = space.model_dump(mode="json")
     tree["tune"] |= {

@@ -10,10 +10,11 @@ from optuna.trial import FrozenTrial, TrialState
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.storage import Place
+from latentwire.tuning import clones
 from latentwire.tuning.orders import Order
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.space_file import with_trials
-from latentwire.tuning.study import CAUSE, RETRIES, WARM, stopped_by
+from latentwire.tuning.study import CAUSE, RETRIES, WARM, is_paused, stopped_by
 
 ENDED = {
     TrialState.COMPLETE: "it came to its end",
@@ -22,9 +23,7 @@ ENDED = {
 }
 
 
-def objection(
-    order: Order, study: optuna.Study, space: SweepConfig, sweep: Place
-) -> str | None:
+def objection(order: Order, study: optuna.Study, space: SweepConfig, sweep: Place) -> str | None:
     """Return why an order must not be carried out, with the next move; None where it may be.
 
     ``study``: the sweep's, which nothing is written to. ``space``: the sweep's as it stands.
@@ -44,12 +43,28 @@ def objection(
                 f"trial {trial.number} failed and is retried as trial {other.number}; "
                 f"give the order for that one"
             )
-    if trial.state.is_finished():
+    if trial.state.is_finished() and order.kind != "clone":
         return _ended(order, trial)
     if trial.state is TrialState.WAITING:
         return (
             f"{order.kind} is for a trial that has begun, trial {trial.number} waits for its turn; "
             f"give the order when it runs"
+        )
+    if order.kind == "clone":
+        try:
+            clones.check(order, trial, space, sweep)
+            make_sampler(with_trials(space, space.tune.trials + 1))
+        except ConfigError as error:
+            return str(error)
+    if order.kind == "pause" and is_paused(trial):
+        return (
+            f"pause is for a trial that runs, trial {trial.number} is paused already; "
+            f"latentwire sweep {sweep} resume {trial.number} takes it up"
+        )
+    if order.kind == "resume" and not is_paused(trial):
+        return (
+            f"resume is for a paused trial, trial {trial.number} is not paused; where a pause is open, "
+            f"wait for the trial's next report"
         )
     return None
 

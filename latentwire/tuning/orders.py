@@ -121,7 +121,7 @@ def draft(
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
     try:
         return Order(
-            id=f"{stamp}-{int(now * 1000) % 1000:03d}-{uuid.uuid4().hex[:6]}",
+            id=f"{stamp}-{int(now * 1e6) % 1_000_000:06d}-{uuid.uuid4().hex[:6]}",
             kind=kind,
             time=now,
             who=f"{_user()}@{socket.gethostname()}",

@@ -15,7 +15,7 @@ from latentwire.planning.planner import Plan
 from latentwire.storage import Place
 from latentwire.tuning.results import Best, SweepError, find_best, within_limits
 from latentwire.tuning.stopping import Stop
-from latentwire.tuning.study import JOURNAL, evaluations, open_study, own_trials
+from latentwire.tuning.study import JOURNAL, clone_record, evaluations, open_study, own_trials
 from latentwire.tuning.sweep import run_sweep
 
 SEED = "training.seed"
@@ -88,12 +88,13 @@ def rerun_best(
 def best_trials(study: optuna.Study, space: SweepConfig) -> list[FrozenTrial]:
     """Return the ``tune.finalists`` best complete trials within the limits, best first.
 
-    Of trials with the same values only the best one counts.
+    Of trials with the same values only the best one counts. Clones are left out: a fresh seed would
+    begin without the wire that they began with.
     """
     complete = [
         trial
         for trial in own_trials(study, (TrialState.COMPLETE,))
-        if within_limits(evaluations(trial)[-1], space.tune)
+        if within_limits(evaluations(trial)[-1], space.tune) and not clone_record(trial)
     ]
     complete.sort(key=lambda trial: trial.values[0], reverse=space.tune.mode == "max")
     distinct: list[FrozenTrial] = []

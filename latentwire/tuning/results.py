@@ -15,7 +15,17 @@ from latentwire import exports
 from latentwire.config import TuneConfig
 from latentwire.errors import UserError
 from latentwire.storage import Place, place
-from latentwire.tuning.study import CAUSE, RETRIES, evaluations, own_trials, stopped_by
+from latentwire.tuning.study import (
+    CAUSE,
+    CLONE,
+    RETRIES,
+    clone_record,
+    evaluations,
+    is_paused,
+    own_trials,
+    run_values,
+    stopped_by,
+)
 
 
 class SweepError(UserError):
@@ -39,6 +49,10 @@ STATES = {
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "unfinished",
 }
+PAUSED_STATE = "paused"
+"""State in a table of a trial that an order has paused; in the study it is unfinished."""
+NOT_ENDED = (STATES[TrialState.RUNNING], PAUSED_STATE)
+"""States in a table of trials that have not ended."""
 
 
 def find_best(
@@ -59,7 +73,7 @@ def find_best(
             if within_limits(report, config):
                 score = report[config.metric]
                 candidates.append(
-                    Best(trial.number, report["step"], score, path, dict(trial.params))
+                    Best(trial.number, report["step"], score, path, run_values(trial))
                 )
             else:
                 beyond += 1
@@ -88,22 +102,24 @@ def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
 def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
     """Return one row per trial, best first; starting points that nobody began have none.
 
-    A row has the trial's number, its state (done, stopped by the scheduler, failed, unfinished;
-    beyond a limit), step, objectives at its best evaluation, losses, values drawn, cause of
-    failure, the failed trial that it retries, and who ordered it to stop.
+    A row has the trial's number, its state (done, stopped by the scheduler, failed, unfinished,
+    paused; beyond a limit), step, objectives at its best evaluation, losses, values drawn, cause of
+    failure, the failed trial that it retries, what it is a clone of, and who ordered it to stop.
     """
     rows = []
     front = {trial.number for trial in study.best_trials} if config.objectives else set()
     for trial in own_trials(study, tuple(STATES)):
         row: dict[str, Any] = {
             "trial": trial.number,
-            "state": STATES[trial.state],
+            "state": PAUSED_STATE if is_paused(trial) else STATES[trial.state],
             "values": dict(trial.params),
             "error": trial.user_attrs.get(CAUSE, ""),
             "front": trial.number in front,
         }
         if RETRIES in trial.user_attrs:
             row["retries"] = trial.user_attrs[RETRIES]
+        if record := clone_record(trial):
+            row[CLONE] = {name: record[name] for name in ("parent", "step", "changed")}
         if record := stopped_by(trial):
             row["stopped_by"] = record["who"]
         reports = evaluations(trial)

@@ -32,9 +32,18 @@ from latentwire.planning.variants import check_metrics
 from latentwire.storage import Place, StorageError, place
 from latentwire.tuning import orders
 from latentwire.tuning import study as studies
+from latentwire.tuning.orders import Order
 from latentwire.tuning.samplers import make_sampler
 from latentwire.tuning.stopping import Stop
-from latentwire.tuning.study import CAUSE, EVALUATIONS, SESSION, STOPPED, draw
+from latentwire.tuning.study import (
+    CAUSE,
+    EVALUATIONS,
+    PAUSED,
+    SESSION,
+    STOPPED,
+    draw,
+    is_paused,
+)
 
 if TYPE_CHECKING:
     from latentwire.tuning.steering import Steering
@@ -153,21 +162,26 @@ class StudySearch(Searcher):
         if self.stop.reason is not None or not self.stop.may_write():
             return Searcher.FINISHED
         if self.steering is not None and not self.steering.has_room():
-            # While some run, an order may still add trials.
-            return None if self.live else Searcher.FINISHED
+            may_go_on = self.live or self.steering.is_waiting
+            if may_go_on and self.steering.ending is None:
+                return None  # an order may still add trials
+            self.steering.stop_if_all_is_paused()
+            return Searcher.FINISHED
         trial = self._next_trial()
         trial.set_user_attr(SESSION, self.session)
         self._trials[trial_id] = trial
         self.live.add(trial.number)
         self._keep()
-        directory = studies.directory_of(self._frozen(trial))
+        frozen = self._frozen(trial)
+        directory = studies.directory_of(frozen)
         retried = {} if directory == trial.number else {TAKES_UP: directory}
-        return draw(trial, self.space.search) | {NUMBER: trial.number} | retried
+        others = studies.clone_record(frozen).get("values", {})
+        return draw(trial, self.space.search) | others | {NUMBER: trial.number} | retried
 
     def _next_trial(self) -> Trial:
         """Return a trial that another driver left running, else the next new one."""
         for unfinished in self._running():
-            if unfinished.user_attrs.get(SESSION) != self.session:
+            if unfinished.user_attrs.get(SESSION) != self.session and not is_paused(unfinished):
                 self.study.sampler = make_sampler(self.space, unfinished.number)
                 return Trial(self.study, unfinished._trial_id)
         # Starting points that wait are asked for first, the earliest before the others.
@@ -233,6 +247,8 @@ class StudySearch(Searcher):
             self._fail(
                 trial, f"finite {', '.join(missing)} needed for tune.constraints, got {value}"
             )
+        elif reports[-1]["step"] < reports[-1]["total_steps"] and (order := self._pause(trial)):
+            self.pause(trial.number, orders.record(order))
         else:
             self._tell(trial, reports)
         self._keep(ended=True)
@@ -242,6 +258,33 @@ class StudySearch(Searcher):
     def number_of(self, trial_id: str) -> int:
         """Return the study's number of one of Tune's trials."""
         return self._trials[trial_id].number
+
+    def pause(self, number: int, record: Mapping[str, Any]) -> None:
+        """Note in the study that nobody is to run an unfinished trial until it is taken up again.
+
+        ``record``: the order that pauses it.
+        """
+        self._set_paused(number, record, True)
+
+    def take_up(self, number: int, record: Mapping[str, Any]) -> None:
+        """Let a paused trial be handed out again.
+
+        ``record``: the order that takes it up.
+        """
+        self._set_paused(number, record, False)
+
+    def _set_paused(self, number: int, record: Mapping[str, Any], on: bool) -> None:
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        trial = Trial(self.study, frozen._trial_id)
+        trial.set_user_attr(SESSION, "")  # no driver's: it may be handed out anew by this one too
+        trial.set_user_attr(PAUSED, dict(record) | {"on": on})
+        self._keep(ended=True)
+
+    def _pause(self, trial: Trial) -> Order | None:
+        """Return the order that pauses a trial which Tune has stopped, if one does."""
+        if self.steering is None or trial.number in self.steering.stops:
+            return None
+        return self.steering.pauses.get(trial.number)
 
     def stop_unheld(self, number: int, record: Mapping[str, Any]) -> None:
         """Tell the study that an unfinished trial which nobody runs is stopped.

@@ -13,17 +13,30 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
+from ray.exceptions import RayError
 from ray.tune import Callback, Stopper
 
+from latentwire.config.resolve import ConfigError
+from latentwire.distributed.controller import is_dead
+from latentwire.distributed.trial import NUMBER
 from latentwire.errors import UserError
+from latentwire.exports import CheckpointError
 from latentwire.storage import Place
-from latentwire.tuning import orders
+from latentwire.tuning import clones, orders
 from latentwire.tuning.objections import objection
 from latentwire.tuning.orders import Given, Order
 from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.space_file import with_trials, write_space
-from latentwire.tuning.stopping import Stop
-from latentwire.tuning.study import evaluations, keep_journal, own_trials, stopped_by
+from latentwire.tuning.stopping import NOT_THROUGH, Stop
+from latentwire.tuning.study import (
+    PAUSED,
+    clone_record,
+    evaluations,
+    is_paused,
+    keep_journal,
+    own_trials,
+    stopped_by,
+)
 
 LOOK_SECONDS = 5.0
 """Seconds between two looks for orders."""
@@ -33,7 +46,7 @@ END_REASON = "the search ends by an order"
 class Steering(Callback, Stopper):
     """The orders of one sweep, for its driver; Tune asks it after every step and report.
 
-    A trial that an order stops ends at its next report. All else happens at a look.
+    A trial that an order stops or pauses ends at its next report. All else happens at a look.
     """
 
     def __init__(
@@ -43,6 +56,12 @@ class Steering(Callback, Stopper):
         self.search, self.output, self.say = search, output, say
         self.stops: dict[int, Order] = {}
         """Trial → the order that stops it at its next report."""
+        self.pauses: dict[int, Order] = {}
+        """Trial → the order that pauses it at its next report."""
+        self.is_waiting = False
+        """Whether a paused trial is to be taken up whose earlier process has not gone yet."""
+        self._freed: dict[int, str] = {}
+        """Trial that this driver has paused → the actor that ran it."""
         self.ending: Order | None = None
         """The order that ends the search."""
         self._answered: set[str] = set()
@@ -57,8 +76,9 @@ class Steering(Callback, Stopper):
     # ----------------------------------------------------------------------------- Tune's interface
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return whether an order stops this trial, which has just reported."""
-        return self.search.number_of(trial_id) in self.stops
+        """Return whether an order stops or pauses this trial, which has just reported."""
+        number = self.search.number_of(trial_id)
+        return number in self.stops or number in self.pauses
 
     def stop_all(self) -> bool:
         """Return whether an order ends the search."""
@@ -68,15 +88,35 @@ class Steering(Callback, Stopper):
         """Look for orders now and then."""
         self.look()
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Remember the actor of a trial that ends here by a pause; Tune tells its searcher first."""
+        number = trial.config[NUMBER]
+        if number in self.pauses and trial.temporary_state.ray_actor is not None:
+            self._freed[number] = trial.temporary_state.ray_actor._actor_id.hex()
+
     def has_room(self) -> bool:
-        """Return whether a further trial may begin."""
+        """Return whether a further trial may begin. A paused one keeps its place among them."""
         self.look(now=not self.search.live)
         if self.ending is not None or self._is_full:
             return False
-        ended = sum(trial.state.is_finished() for trial in own_trials(self.search.study))
+        trials = own_trials(self.search.study)
+        kept = sum(trial.state.is_finished() or is_paused(trial) for trial in trials)
         # Once all are handed out, only an order makes room; Tune asks ten times a second.
-        self._is_full = ended + len(self.search.live) >= self.search.space.tune.trials
+        self._is_full = kept + len(self.search.live) >= self.search.space.tune.trials
         return not self._is_full
+
+    def stop_if_all_is_paused(self) -> None:
+        """Let the sweep stop where paused trials alone are left of it: nothing would ever end it."""
+        paused = [trial.number for trial in own_trials(self.search.study) if is_paused(trial)]
+        if not paused or self.search.live or self.is_waiting or self.has_room():
+            return
+        if self.ending is None:
+            names = ", ".join(map(str, paused))
+            self.search.stop.ask(
+                f"of its trials only paused ones are left ({names}), which latentwire sweep "
+                f"{self.output} resume TRIAL takes up",
+                NOT_THROUGH,
+            )
 
     # -------------------------------------------------------------------------------------- orders
 
@@ -88,6 +128,7 @@ class Steering(Callback, Stopper):
         if time.monotonic() < self._look_again and not now:
             return
         self._look_again = time.monotonic() + LOOK_SECONDS
+        self.is_waiting = False
         if not self.search.stop.may_write():
             return
         try:
@@ -107,7 +148,11 @@ class Steering(Callback, Stopper):
             return
         trials = own_trials(self.search.study)
         ended = sum(trial.state.is_finished() for trial in trials)
-        cut = [str(trial.number) for trial in trials if trial.state is TrialState.RUNNING]
+        cut = [
+            str(trial.number)
+            for trial in trials
+            if trial.state is TrialState.RUNNING and not is_paused(trial)
+        ]
         before = self.search.space.tune.trials
         self._set_trials(max(1, ended))
         rest = f"; cut, with their checkpoints kept: trials {', '.join(cut)}" if cut else ""
@@ -125,35 +170,50 @@ class Steering(Callback, Stopper):
             return
         if self._is_done(each, order):
             return
-        if self.ending is not None and self.ending.id != order.id:
+        if self.ending not in (None, order) and order.kind not in ("stop", "pause"):
             self._answer(
                 order.id,
                 "refused",
                 f"{END_REASON} of {self.ending.who}; for more trials resume the sweep with --set tune.trials=<more>",
             )
             return
+        begun = each.outcome is not None  # then nothing speaks against it that did not before
         reason = objection(order, self.search.study, self.search.space, self.output)
-        if reason is not None:
+        if reason is not None and not begun:
             self._answer(order.id, "refused", reason)
             return
         if order.kind == "stop":
             self._stop(each, order)
+        elif order.kind == "pause":
+            self._pause(each, order)
+        elif order.kind == "resume":
+            self._resume(each, order)
+        elif order.kind == "clone":
+            self._clone(each, order)
         elif order.kind == "add":
             self._add(each, order)
         elif order.kind == "end":
             self.ending = order
 
     def _is_done(self, each: Given, order: Order) -> bool:
-        """Return whether an order is carried out already, and answer it then."""
-        if order.kind != "stop":
-            return False
+        """Return whether what an order asks of a trial is done already, and answer it then."""
         trials = self.search.study.get_trials(deepcopy=False)
-        trial = trials[order.trial] if order.trial in range(len(trials)) else None
-        if trial is None or not trial.state.is_finished():
+        if order.trial is None or order.trial >= len(trials):
             return False
-        if stopped_by(trial).get("order") != order.id:
+        trial = trials[order.trial]
+        if order.kind == "stop" and trial.state.is_finished():
+            by, done = stopped_by(trial), f"trial {trial.number} is stopped {_at_step(trial)}"
+        elif order.kind == "pause" and is_paused(trial):
+            by, done = trial.user_attrs[PAUSED], f"trial {trial.number} is paused {_at_step(trial)}"
+        elif order.kind == "resume" and not is_paused(trial):
+            by = trial.user_attrs.get(PAUSED, {})
+            done = f"trial {trial.number} goes on {_at_step(trial)} when there is room"
+        else:
             return False
-        self._answer(order.id, "done", f"trial {trial.number} is stopped {_at_step(trial)}")
+        if by.get("order") != order.id:
+            return False
+        self.pauses.pop(trial.number, None)
+        self._answer(order.id, "done", done)
         return True
 
     def _stop(self, each: Given, order: Order) -> None:
@@ -166,17 +226,59 @@ class Steering(Callback, Stopper):
         if not self._is_done(each, order):
             self._carry_out(each)  # it had come to its end
 
+    def _pause(self, each: Given, order: Order) -> None:
+        """Pause a trial at its next report; at once where no worker has it."""
+        assert order.trial is not None
+        if order.trial in self.search.live:
+            self.pauses.setdefault(order.trial, order)
+            return
+        self.search.pause(order.trial, orders.record(order))
+        self._is_done(each, order)
+
+    def _resume(self, each: Given, order: Order) -> None:
+        """Let a paused trial be handed out again, once the process that ran it has gone.
+
+        Until then it could still write to the trial's directory.
+        """
+        assert order.trial is not None
+        actor = self._freed.get(order.trial)
+        if actor is not None and not _has_gone(actor):
+            self.is_waiting = True
+            return
+        self._freed.pop(order.trial, None)
+        self.search.take_up(order.trial, orders.record(order))
+        self._is_done(each, order)
+
     def _add(self, each: Given, order: Order) -> None:
-        """Raise the number of trials, to what an earlier driver settled where one did."""
+        """Raise the number of trials."""
         assert order.trials is not None
-        before = self.search.space.tune.trials
-        if each.outcome is not None and each.outcome.trials is not None:
-            trials = max(before, each.outcome.trials)
-        else:
-            trials = before + order.trials
-            self._answer(order.id, "begun", f"tune.trials goes to {trials}", trials)
+        trials = self._more_trials(each, order, order.trials)
         self._set_trials(trials)
         self._answer(order.id, "done", f"tune.trials is {trials}", trials)
+
+    def _clone(self, each: Given, order: Order) -> None:
+        """Enqueue a trial that begins with the last checkpoint of another, as one more of the sweep."""
+        assert order.trial is not None
+        parent = self.search.study.get_trials(deepcopy=False)[order.trial]
+        trials = self._more_trials(each, order, 1)
+        try:
+            start = clones.copy_start(order, parent, self.output)
+        except (ConfigError, CheckpointError, OSError) as error:
+            self._answer(order.id, "refused", str(error))
+            return
+        number = clones.enqueue(self.search.study, order, parent, start)
+        self._set_trials(trials)
+        clone = self.search.study.get_trials(deepcopy=False)[number]
+        done = f"trial {number} is a {clones.described(clone_record(clone))}"
+        self._answer(order.id, "done", f"{done}; tune.trials is {trials}", trials)
+
+    def _more_trials(self, each: Given, order: Order, count: int) -> int:
+        """Return the number of trials with ``count`` more, as an earlier driver settled it where one did."""
+        if each.outcome is not None and each.outcome.trials is not None:
+            return max(self.search.space.tune.trials, each.outcome.trials)
+        trials = self.search.space.tune.trials + count
+        self._answer(order.id, "begun", f"tune.trials goes to {trials}", trials)
+        return trials
 
     def _set_trials(self, trials: int) -> None:
         self.search.space = with_trials(self.search.space, trials)
@@ -196,6 +298,14 @@ class Steering(Callback, Stopper):
         if state != "begun":
             self._answered.add(order_id)
             self.say(f"order {order_id} {state}: {reason}")
+
+
+def _has_gone(actor_id: str) -> bool:
+    """Return whether an actor is known to have died; a busy cluster says so later."""
+    try:
+        return is_dead(actor_id)
+    except (RayError, OSError, RuntimeError):
+        return False
 
 
 def _at_step(trial: FrozenTrial) -> str:

@@ -30,6 +30,12 @@ RETRIES, DIRECTORY = "retries", "directory"
 the name of the directory in which it goes on."""
 STOPPED = "stopped_by"
 """Further user attribute of a trial that an order ended: the order's id, who gave it, and when."""
+PAUSED = "paused"
+"""Further user attribute of a trial that was paused: the last order that paused it or took it up again, by id, and
+``on``, whether it is paused."""
+CLONE = "clone"
+"""Further user attribute of a clone: the order's id, ``parent`` and its ``step``, the ``changed`` values, and ``values``,
+those of the run that its parameters do not have."""
 OBJECTIVES, PROTOCOL = "objectives", "evaluation_pin"
 """User attributes of the study: its objectives with their directions; the protocol hash that all of
 its scores have."""
@@ -156,8 +162,11 @@ def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
     one stays in the study, and :func:`own_trials` passes it over.
     """
     new: dict[int, FrozenTrial] = {}
+    attributes: dict[str, Any]
     for failed in own_trials(study, (TrialState.FAIL,)):
         attributes = {RETRIES: failed.number, DIRECTORY: directory_of(failed)}
+        if record := clone_record(failed):
+            attributes[CLONE] = record
         new[len(study.get_trials(deepcopy=False))] = failed
         study.enqueue_trial(dict(failed.params), user_attrs=attributes)
     return new
@@ -171,6 +180,22 @@ def directory_of(trial: FrozenTrial) -> int:
 def stopped_by(trial: FrozenTrial) -> dict[str, Any]:
     """Return the order that ended a trial: ``order``, ``who`` and ``time``; empty where none did."""
     return dict(trial.user_attrs.get(STOPPED, {}))
+
+
+def is_paused(trial: FrozenTrial) -> bool:
+    """Return whether an order has taken a trial's resources until another one takes it up again."""
+    paused = trial.state is TrialState.RUNNING and trial.user_attrs.get(PAUSED, {}).get("on")
+    return bool(paused)
+
+
+def clone_record(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what a clone came from; empty for any other trial."""
+    return dict(trial.user_attrs.get(CLONE, {}))
+
+
+def run_values(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the values by path under which a trial runs: its parameters, and a clone's others."""
+    return dict(trial.params) | dict(clone_record(trial).get("values", {}))
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, Any]]:
@@ -211,7 +236,9 @@ def read_earlier(
                     f"tune.warm_start must have the protocol hash {protocol}, got "
                     f"{recorded.get(PROTOCOL)} ({journal}): its scores are not comparable"
                 )
-            trials += own_trials(earlier, (TrialState.COMPLETE, TrialState.PRUNED))
+            ended = own_trials(earlier, (TrialState.COMPLETE, TrialState.PRUNED))
+            # A clone's score is not that of its values alone, which nobody could see there.
+            trials += [trial for trial in ended if not clone_record(trial)]
     return trials
 
 

@@ -128,6 +128,9 @@ def run_sweep(
         return search.study
     if missing <= 0:
         return search.study
+    if steering is not None:
+        steering.stop_if_all_is_paused()
+        stop.check(complete=False)
     variants = {
         key: Variant(
             load_datasets(own, space.run.data.in_memory),

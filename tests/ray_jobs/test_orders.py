@@ -1,4 +1,4 @@
-"""A real sweep is steered from outside: a stop, more trials, a driver that dies between order and deed, an end."""
+"""A real sweep is steered from outside, by every order, and its driver dies between one and its deed."""
 
 import contextlib
 import json
@@ -49,6 +49,9 @@ def test_a_sweep_is_steered_while_it_runs_and_while_its_driver_is_dead(
         (each,) = [each for each in Sweep(output).status().orders if each.id == order_id]
         return "open" if each.outcome is None else f"{each.outcome.state}: {each.outcome.reason}"
 
+    def trial_log(number: int) -> str:
+        return (output / "trials" / f"trial-{number}" / "log.txt").read_text()
+
     def checkpoints(number: int) -> list[Path]:
         return list(output.glob(f"trials/trial-{number}/step-*/manifest.json"))
 
@@ -63,8 +66,21 @@ def test_a_sweep_is_steered_while_it_runs_and_while_its_driver_is_dead(
         assert outcome(more.id) == "done: tune.trials is 3" and states()[1] == "RUNNING"
         wait_for(lambda: checkpoints(2))
 
+        pause = sweep.pause(1)
+        wait_for(lambda: outcome(pause.id).startswith("done: trial 1 is paused at step "))
+        paused_at = max(checkpoints(1))
+        clone = sweep.clone(2, {"training.warmup_steps": 5})
+        wait_for(lambda: outcome(clone.id).startswith("done: trial 3 is a clone of 2 at step "))
+        wait_for(lambda: checkpoints(3))  # in the place that the paused trial has left
+        assert f"started from {output}/trials/clone-{clone.id}/" in trial_log(3)
+        up, free = sweep.resume(1), sweep.stop(2)
+        wait_for(lambda: states()[2] == "PRUNED" and max(checkpoints(1)) > paused_at)
+        assert outcome(up.id).startswith("done: trial 1 goes on at step ")
+        assert f"resumed at step {int(paused_at.parent.name.removeprefix('step-'))}" in trial_log(1)
+        wait_for(lambda: outcome(free.id).startswith("done"))
+
         os.kill(process.pid, signal.SIGSTOP)  # so that it reads no order before it dies
-        between = sweep.add(2)
+        between = sweep.add(1)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not sweep.status().has_driver and outcome(between.id) == "open"
@@ -76,10 +92,10 @@ def test_a_sweep_is_steered_while_it_runs_and_while_its_driver_is_dead(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert outcome(end.id).startswith("done: the search ended with 1 of 5 trials; cut, with their")
+    assert outcome(end.id).startswith("done: the search ended with 2 of 5 trials; cut, with their")
     assert states()[0] == "PRUNED" and set(states().values()) <= {"PRUNED", "RUNNING"}
     status = sweep.status()
-    assert status.is_over and status.space.tune.trials == status.ended == 1
+    assert status.is_over and status.space.tune.trials == status.ended == 2
     assert all(not each.is_open for each in status.orders)
     document = json.loads((output / "results.json").read_text())
     assert {row["trial"]: row["state"] for row in document["trials"]}[0] == "stopped"

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from optuna.trial import TrialState
 from ray.tune.search.searcher import Searcher
 
 from latentwire.config import SweepConfig
+from latentwire.distributed.trial import NUMBER
 from latentwire.storage import StorageError
 from latentwire.tuning import orders, resume, steering
 from latentwire.tuning.orders import Kind, Order
@@ -30,7 +32,11 @@ class Sweep:
             resume.write_space(space, output)
         self.output, self.said = output, list[str]()
         self.search = StudySearch(
-            space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials", stop=Stop()
+            space,
+            journal=output / JOURNAL,
+            name=output.name,
+            trial_dir=output / "trials",
+            stop=Stop(),
         )
         self.steering = Steering(self.search, output, self.said.append)
 
@@ -123,7 +129,9 @@ def test_a_trial_that_comes_to_its_end_before_it_could_be_stopped_is_complete(sw
     assert state == "refused" and "trial 0 has ended: it came to its end" in reason
 
 
-def test_a_trial_whose_last_report_is_there_is_complete_though_its_driver_died(sweep: Sweep) -> None:
+def test_a_trial_whose_last_report_is_there_is_complete_though_its_driver_died(
+    sweep: Sweep,
+) -> None:
     sweep.begin("a")
     result = {"step": 9, "total_steps": 9, "dev_f1": 0.5, "wire_bytes": 64}
     sweep.search.on_trial_result("a", result)
@@ -223,6 +231,115 @@ def test_a_stop_and_an_end_are_both_carried_out(sweep: Sweep) -> None:
     assert sorted(state for state, _ in sweep.outcomes()) == ["done", "done"]
 
 
+def test_a_paused_trial_gives_its_place_to_nobody_and_is_taken_up_again(sweep: Sweep) -> None:
+    sweep.begin("a", "b")
+    sweep.give("pause", trial=0)
+    sweep.look()
+    assert sweep.report("a", 3) == "ended" and sweep.report("b", 3) == "goes on"
+    sweep.look()
+    assert sweep.outcomes() == [("done", "trial 0 is paused at step 3 of 9")]
+    assert sweep.states() == ["RUNNING", "RUNNING"]  # it has not ended, and has not failed
+    assert sweep.begin("c") == [2] and sweep.search.suggest("d") is None
+    sweep.give("resume", trial=0)
+    sweep.look()
+    assert sweep.outcomes()[1] == ("done", "trial 0 goes on at step 3 of 9 when there is room")
+    assert sweep.begin("d") == [0] and sweep.report("d", 6) == "goes on"
+    for name in "bcd":
+        sweep.report(name, 9)
+    assert sweep.states() == ["COMPLETE"] * 3 and sweep.search.suggest("e") == Searcher.FINISHED
+    assert sweep.search.study.trials[0].intermediate_values == {3: 0.5, 6: 0.5, 9: 0.5}
+    assert sweep.search.stop.reason is None
+
+
+def test_a_pause_outlives_the_driver_which_may_die_at_any_point(sweep: Sweep) -> None:
+    """Before the deed, between deed and answer, and before the order that takes the trial up again is read."""
+    sweep.begin("a", "b")
+    sweep.report("a", 3), sweep.report("b", 3)
+    sweep.give("pause", trial=0)
+    second = sweep.again()  # the first one never read it
+    second.look()
+    assert second.outcomes() == [("done", "trial 0 is paused at step 3 of 9")]
+    assert second.begin("x") == [1]
+    sweep.give("pause", trial=1)
+    second.look()
+    second.report("x", 6)  # it dies before it has answered
+    third = second.again()
+    third.look()
+    assert third.outcomes()[1] == ("done", "trial 1 is paused at step 6 of 9")
+    assert third.begin("y") == [2] and third.search.suggest("z") is None
+    sweep.give("resume", trial=1)
+    fourth = third.again()
+    assert fourth.begin("y", "z") == [1, 2]
+
+
+def test_a_sweep_of_which_only_paused_trials_are_left_stops_and_says_so(sweep: Sweep) -> None:
+    sweep.begin("a", "b", "c")
+    sweep.give("pause", trial=1)
+    sweep.look()
+    sweep.report("b", 3), sweep.report("a", 9), sweep.report("c", 9)
+    assert sweep.search.suggest("d") == Searcher.FINISHED
+    reason = sweep.search.stop.reason
+    assert reason and reason.startswith(
+        "of its trials only paused ones are left (1), which latentwire"
+    )
+    assert sweep.search.stop.stop_all() and sweep.search.stop.status == 1
+    again = sweep.again()
+    again.look()
+    again.steering.stop_if_all_is_paused()
+    assert again.search.stop.reason == reason
+    sweep.give("resume", trial=1)
+    last = sweep.again()
+    last.look()
+    last.steering.stop_if_all_is_paused()
+    assert last.search.stop.reason is None and last.begin("x") == [1]
+
+
+def test_a_paused_trial_waits_for_the_end_of_the_process_that_ran_it(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead: list[str] = []
+    monkeypatch.setattr(steering, "is_dead", lambda actor_id: actor_id in dead)
+    sweep.begin("a", "b", "c")
+    for number, name in ((0, "a"), (1, "b")):
+        sweep.give("pause", trial=number)
+        sweep.look()
+        sweep.report(name, 3)
+        actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda name=name: f"actor {name}"))
+        sweep.steering.on_trial_complete(
+            1, [], SimpleNamespace(config={NUMBER: number}, temporary_state=SimpleNamespace(ray_actor=actor))
+        )  # fmt: skip
+    sweep.report("c", 9)
+    sweep.look()
+    sweep.give("resume", trial=1)
+    assert sweep.search.suggest("d") is None and sweep.outcomes()[2] == ("open", "")
+    assert sweep.search.stop.reason is None  # nothing runs, but something is about to
+    dead.append("actor b")
+    assert sweep.begin("d") == [1] and sweep.outcomes()[2][0] == "done"
+
+
+def test_a_paused_trial_can_be_stopped_and_a_stop_wins_over_a_pause(sweep: Sweep) -> None:
+    sweep.begin("a", "b")
+    sweep.give("pause", trial=0), sweep.give("pause", trial=1), sweep.give("stop", trial=1)
+    sweep.look()
+    sweep.report("a", 3), sweep.report("b", 3)
+    sweep.look()
+    assert sweep.states() == ["RUNNING", "PRUNED"]
+    sweep.give("stop", trial=0)
+    sweep.look()
+    assert sweep.states() == ["PRUNED", "PRUNED"]
+    assert sorted(state for state, _ in sweep.outcomes()) == ["done", "done", "done", "refused"]
+
+
+def test_a_trial_that_fails_before_it_could_be_paused_has_failed(sweep: Sweep) -> None:
+    sweep.begin("a")
+    sweep.give("pause", trial=0)
+    sweep.look()
+    sweep.search.on_trial_complete("a", error=True)
+    sweep.look()
+    ((state, reason),) = sweep.outcomes()
+    assert state == "refused" and "trial 0 has ended: it failed (the trial's driver died" in reason
+
+
 def test_what_cannot_be_done_is_refused_with_the_reason(sweep: Sweep) -> None:
     sweep.begin("a")
     sweep.give("stop", trial=7)
@@ -234,9 +351,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(sweep: Sweep) -> None:
     assert "which has trials 0 to 0, got 7" in unknown[1]
 
 
-def test_orders_are_looked_for_now_and_then(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_orders_are_looked_for_now_and_then(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.begin("a")
     looks: list[Path] = []
     monkeypatch.setattr(orders, "given", lambda output, without: looks.append(output) or [])
