@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -35,13 +36,13 @@ def sweep(
     """Show a sweep's trials, the best so far, its driver and its orders; or give it an order.
 
     Orders are files in the sweep's directory: its driver carries them out within seconds, and where none runs the next
-    one does. stop ends a trial at its next report, PRUNED. pause gives its resources back there, and resume lets it go
-    on. clone begins a further trial with a trial's last checkpoint and the values of --set. add raises tune.trials. end
-    starts no new trials, cuts those that run, and goes on to re-runs, scores and report.
+    one does.
 
     Args:
         run: The sweep's directory or URI.
-        deed: What to do.
+        deed: status shows it; stop ends a trial at its next report, PRUNED; pause gives its resources back there, and resume
+            lets it go on; clone begins a further trial with its last checkpoint and the values of --set; add raises
+            tune.trials; end starts no new trials, cuts those that run, and goes on to re-runs, scores and report.
         trial: Number of the trial that stop, pause, resume and clone mean.
     """
     steered = Sweep(input_place(run))
@@ -64,6 +65,8 @@ def sweep(
     else:
         order = getattr(steered, deed)(trial)
     status = steered.status()
-    print(f"order {order.id}: {order.summary}; what becomes of it: latentwire sweep {run} status")
+    print(
+        f"order {order.id}: {order.summary}; what becomes of it: latentwire sweep {shlex.quote(run)} status"
+    )
     print(page.driver_line(status.driver, status.is_over, steered.again))
     return 0

@@ -70,13 +70,13 @@ def objection(order: Order, study: optuna.Study, space: SweepConfig, sweep: Plac
 
 
 def over(space: SweepConfig, ended: int, sweep: Place, again: str) -> str:
-    """Return the objection to any order for a sweep that is over.
+    """Return the objection to any order for a sweep whose search is over.
 
     ``ended``: how many of its trials have. ``again``: words of the command that goes on with it.
     """
     return (
-        f"orders are for a sweep that goes on, and {sweep} is over: {ended} of {space.tune.trials} "
-        f"trials have ended and it is scored; for more trials: {again} --set tune.trials={ended + 1}"
+        f"orders are for a search that goes on, that of {sweep} is over: {ended} of {space.tune.trials} "
+        f"trials have ended; for more trials, once it is scored: {again} --set tune.trials={ended + 1}"
     )
 
 

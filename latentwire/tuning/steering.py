@@ -40,7 +40,6 @@ from latentwire.tuning.study import (
 
 LOOK_SECONDS = 5.0
 """Seconds between two looks for orders."""
-END_REASON = "the search ends by an order"
 
 
 class Steering(Callback, Stopper):
@@ -123,7 +122,8 @@ class Steering(Callback, Stopper):
     def look(self, now: bool = False) -> None:
         """Carry out what orders are open, at most every :data:`LOOK_SECONDS` unless ``now``.
 
-        A store that does not answer is asked again at the next look.
+        What cannot be read or written now (a store that does not answer, a full disk) is tried again
+        at the next look.
         """
         if time.monotonic() < self._look_again and not now:
             return
@@ -137,7 +137,7 @@ class Steering(Callback, Stopper):
                     self._carry_out(each)
                 else:
                     self._answered.add(each.id)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"orders not carried out this time: {error}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
@@ -170,11 +170,12 @@ class Steering(Callback, Stopper):
             return
         if self._is_done(each, order):
             return
-        if self.ending not in (None, order) and order.kind not in ("stop", "pause"):
+        if self.ending is not None and self.ending != order and order.kind not in ("stop", "pause"):
             self._answer(
                 order.id,
                 "refused",
-                f"{END_REASON} of {self.ending.who}; for more trials resume the sweep with --set tune.trials=<more>",
+                f"the search ends by an order of {self.ending.who}; for more trials resume the sweep with "
+                f"--set tune.trials=<more>",
             )
             return
         begun = each.outcome is not None  # then nothing speaks against it that did not before
