@@ -495,10 +495,12 @@ def test_the_card_says_not_frozen_and_not_scored(run: RunConfig, tmp_path: Path)
 
 
 def run_example(page: Path) -> dict:
-    """Run the one block of Python that a page shows, and return its names."""
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    """Run the Python that a page shows, block after block, and return its names."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
     names: dict = {}
-    exec(compile(block, page.name, "exec"), names)
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
     return names
 
 
@@ -524,6 +526,9 @@ def test_the_guides_example_runs(export: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(names["answers"]) == len(names["questions"]) and all(
         isinstance(a, str) for a in names["answers"]
     )
+    (both,) = names["both"]
+    assert len(both) == len(names["more"]) and names["answers"] == [both[1]]
+    assert names["again"].answer([names["more"]]) == names["both"]
     assert names["embeds"][0].shape[1] == names["wire"].receivers["llama"].width
 
 
