@@ -57,22 +57,22 @@ def evaluate(
 ) -> int:
     """Score a checkpoint or export beside full text, closed book and shuffled messages; or a file of answers.
 
-    The wire's own configuration says which data; --set data.… overrides it. docs explain every column.
+    The wire's own configuration says which data; --set data.… overrides it. docs/guides/evaluation.md explains every row and column.
 
     Args:
         checkpoint: Directory or URI of a checkpoint or export.
         predictions: Answers in the dataset's official format, as JSON.
-        dataset: Of --predictions.
-        data_dir: Of --predictions: directory with the dataset's files.
+        dataset: With --predictions: the dataset whose questions they answer.
+        data_dir: With --predictions: directory with that dataset's files.
         split: Rows to score.
-        modes: What stands in for the context.
+        modes: Rows of the table: what the receivers read where the context belongs.
         tokens_per_latent: Lengths of message to score, each beside text cut to as many tokens.
         latent_len: The same for a wire whose messages have a fixed length.
         bits: Also send the latents in packets of these widths.
         compare: Also print paired differences: of two rows (modes, or keys of the JSON); without names, of the
             latents and each baseline.
         no_joint: Leave out how likely receivers find each other's answers, which takes further passes.
-        diagnose: Also probe the latents.
+        diagnose: Also measure what the latents hold, apart from what receivers make of them.
         copies: With --ray: wires at once (default: as many as the cluster holds).
     """
     if predictions is not None:

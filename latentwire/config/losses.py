@@ -77,13 +77,14 @@ class LossConfig(Section):
     """A named set of weights and schedules: ``answer``, ``first_k_curriculum``, ``distil``, ``pretrain``,
     ``autoencode``."""
     answer_ce_weight: float = knob(1.0, ge=0, may_change=("cloned trial",))
-    """Whole answer and its stop token, mean over tokens."""
+    """Weight of the cross-entropy of the whole answer and its stop token, mean over tokens."""
     first_k_ce_weight: float = knob(0.0, ge=0, may_change=("cloned trial",))
-    """First ``k`` answer tokens, mean over tokens."""
+    """Weight of the cross-entropy of the first ``k`` answer tokens, mean over tokens."""
     first_token_ce_weight: float = knob(0.0, ge=0, may_change=("cloned trial",))
-    """First answer token."""
+    """Weight of the cross-entropy of the first answer token."""
     kd_weight: float = knob(0.0, ge=0, teachers="size")
-    """KL from the teacher (the same receiver on the full text) at the first ``k`` answer tokens, mean over tokens."""
+    """Weight of the KL divergence from the teacher (the same receiver on the full text) at the first ``k`` answer tokens,
+    mean over tokens."""
     kd_temperature: float = knob(1.0, gt=0, le=100, teachers="value")
     """Softens both distributions of the KL, which is multiplied by its square (arXiv 1503.02531)."""
     kd_top_k: int = knob(32, ge=0, teachers="value")
@@ -91,29 +92,31 @@ class LossConfig(Section):
     computed once and kept beside the shards. 0: the whole vocabulary, which is too large to keep: every step runs the
     teachers."""
     hidden_kd_weight: float = knob(0.0, ge=0, teachers="size")
-    """Squared distance to the teacher's layer-normalised hidden states at the first ``k`` answer tokens."""
+    """Weight of the squared distance to the teacher's layer-normalised hidden states at the first ``k`` answer tokens."""
     hidden_kd_depths: tuple[float, ...] = knob((0.5, 1.0), min_length=1, teachers="value")
     """Layers of that comparison as fractions of the receiver's depth, each in [0, 1]."""
     slot_kd_weight: float = knob(0.0, ge=0, teachers="size")
-    """Squared distance of each latent's keys (before rotary positions) and values, in every layer of a receiver, to the
-    means of the text's over the latent's span, where the teacher reads it; relative to those, mean over latents. Its
-    teacher reads the texts in every step: the targets are too large to keep."""
+    """Weight of the squared distance of each latent's keys (before rotary positions) and values, in every layer of a
+    receiver, to the means of the text's over the latent's span, where the teacher reads it; relative to those, mean over
+    latents. Its teacher reads the texts in every step: the targets are too large to keep."""
     kd_teacher: Literal["untuned", "tuned"] = knob("untuned", teachers="value")
     """Who teaches: the receiver on the full text as it is, or behind the prefix of its tuned text reader, which is
     trained first by what ``evaluation.tuned_text`` says."""
     kd_rows: Literal["all", "right"] = "all"
     """Rows that the teacher teaches: all, or those whose answer it would give itself."""
     reconstruction_ce_weight: float = Field(0.0, ge=0)
-    """The message's own text, said again by the receiver from its soft prompt; mean over tokens. Dense where answers
-    are short: it teaches the encoder to carry the text before questions teach it what matters (arXiv 2510.20535)."""
+    """Weight of the cross-entropy of the message's own text, repeated by the receiver from its soft prompt; mean over
+    tokens. Dense where answers are short: it teaches the encoder to carry the text before questions teach it what matters
+    (arXiv 2510.20535)."""
     reconstruction_tokens: int | None = Field(None, ge=1)
-    """Say only a stretch of so many tokens again, whose place is drawn by row and step: cheap where a receiver is large
+    """Repeat only a stretch of so many tokens, whose place is drawn by row and step: cheap where a receiver is large
     and texts are long. ``None``: the whole text."""
     reconstruction_cue: int = Field(0, ge=0)
     """Tokens right before that stretch that the receiver is given, so that it must find the place in the message as it
     finds an answer's. Only with ``reconstruction_tokens``."""
     continuation_ce_weight: float = Field(0.0, ge=0)
-    """The text that follows, said by the receiver from the message of what comes before it; mean over tokens."""
+    """Weight of the cross-entropy of the text that follows, given by the receiver from the message of what comes before it;
+    mean over tokens."""
     k: int = knob(4, ge=1, teachers="size")
     """Tokens that ``first_k_ce_weight`` and the ``kd`` terms weigh."""
     schedules: dict[str, Schedule] = Field(default_factory=dict)
