@@ -222,7 +222,7 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
     _check_output(output, resume)
     if (output / "best").exists():
         raise ConfigError(
-            f"output_dir must not hold a finished run, got {output}; name another one"
+            f"output must not hold a finished run, got {output}; name another one"
         )
     space = planner.alone(with_home(space))
     planner.check_start(space.run)
@@ -232,7 +232,7 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
 def _check_output(output: Place, resume: bool) -> None:
     if output.exists() and not resume:
         raise ConfigError(
-            f"output_dir must not exist yet, got {output}; name another one, or --resume {output}"
+            f"output must not exist yet, got {output}; name another one, or --resume {output}"
         )
     if resume and not output.exists():
         raise ConfigError(

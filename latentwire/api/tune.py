@@ -151,7 +151,7 @@ def new_output(space: SweepConfig, output: str | None) -> Place:
     where = (place(at_home(output)) if output else place(space.tune.storage_path) / name).absolute()
     if not lease.is_empty(where):
         raise ConfigError(
-            f"output_dir must not exist yet, got {where}; name another one, or --resume {where}"
+            f"output must not exist yet, got {where}; name another one, or --resume {where}"
         )
     return where
 

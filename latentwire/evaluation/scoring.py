@@ -214,7 +214,7 @@ def score_and_export(
     """
     if export.exists():
         raise ConfigError(
-            f"an export must not overwrite anything, {export} exists; name another output_dir"
+            f"an export must not overwrite anything, {export} exists; name another output directory"
         )
     with local(checkpoint) as folder:
         wire, manifest = load_wire(folder)

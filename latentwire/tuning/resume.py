@@ -35,7 +35,8 @@ def read_space(output: Place, assignments: list[str]) -> SweepConfig:
     """
     if not (output / SPACE_FILE).is_file():
         raise ConfigError(
-            f"resume must name a sweep's directory (one with {SPACE_FILE}), got {output}"
+            f"a sweep's directory must hold {SPACE_FILE}, got {output}, which does not; name one that `latentwire tune` "
+            f"wrote (a single run has its scores in results.json, and no report)"
         )
     overrides = assigned(assignments)
     for path in overrides:

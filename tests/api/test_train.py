@@ -84,7 +84,7 @@ def test_the_command_trains_each_seed(
     words = ["train", "--config", "toy", "--output", str(tmp_path / "runs"), "--seeds", "0", "4"]
     assert main(words) == 0 and begun == [(0, False), (4, False)]
     assert "seeds 0, 4: mean (least to greatest)" in capsys.readouterr().out
-    assert main(words) == 2 and "output_dir must not exist yet" in capsys.readouterr().err
+    assert main(words) == 2 and "output must not exist yet" in capsys.readouterr().err
     assert main([*words, "--seed", "3"]) == 2
     assert "--seeds names the seeds of whole runs" in capsys.readouterr().err
     assert main(["train", "--output", str(tmp_path / "one"), "--seeds", "3"]) == 2

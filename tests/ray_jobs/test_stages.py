@@ -172,7 +172,7 @@ def test_train_saves_at_sigterm_and_resumes(job: Job, tmp_path: Path) -> None:
         tmp_path
     )
     assert job("latentwire/train.py", *flags, "--max_steps=500").wait(120) == 2
-    assert "output_dir must not exist yet" in log_of(tmp_path)
+    assert "output must not exist yet" in log_of(tmp_path)
     (saved,) = (output / "checkpoints").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     assert (
