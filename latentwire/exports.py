@@ -243,14 +243,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not file.exists():
         raise CheckpointError(
-            f"a checkpoint must hold manifest.json, {path} does not; name the directory that holds it"
+            f"a checkpoint must hold manifest.json, {path} does not; "
+            f"{_best_below(path) or 'name the directory that holds it'}"
         )
     try:
         manifest = json.loads(file.read_text())
         version, files = manifest["format_version"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file} must be the JSON that latentwire writes ({error}); restore it"
+            f"{file} must be the JSON that latentwire writes ({error}); {_best_below(path) or 'restore it'}"
         ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -271,6 +272,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"it was changed or cut off"
             )
     return manifest
+
+
+def _best_below(path: Path) -> str:
+    """Return the next move of whoever names a run's or sweep's directory instead of its export."""
+    best = Path(path) / "best"
+    return f"did you mean {best}?" if (best / MANIFEST).exists() else ""
 
 
 def sizes(path: Path) -> dict[str, dict[str, int]]:

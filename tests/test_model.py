@@ -465,6 +465,14 @@ def test_the_hub_gets_the_whole_directory_and_gives_it_back(
     assert not any("bin" in pattern or "pkl" in pattern for pattern in asked["allow_patterns"])
 
 
+def test_the_directory_of_a_run_or_sweep_leads_to_its_export(export: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"did you mean {export}"):
+        LatentWire.from_pretrained(export.parent)
+    (export.parent / "manifest.json").write_text('{"trials": []}')  # as a sweep has one
+    with pytest.raises(CheckpointError, match=f"format_version.*did you mean {export}"):
+        LatentWire.from_pretrained(export.parent)
+
+
 def test_the_card_says_what_it_is_for_whom_and_how_good(export: Path) -> None:
     card = (export / "README.md").read_text()
     manifest = json.loads((export / "manifest.json").read_text())

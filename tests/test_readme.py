@@ -124,7 +124,10 @@ def test_every_command_that_the_documents_show_is_one() -> None:
             pytest.fail(f"{document}: {program} {shlex.join(words)}: {error}")
         for flag, value in itertools.pairwise(words):
             if flag in ("--config", "--space", "--variants") and value != "PLACEHOLDER":
-                assert (REPOSITORY / value).exists() or value in yaml | {"my_models.yaml", "my_search.yaml"}, (
+                assert (REPOSITORY / value).exists() or value in yaml | {
+                    "my_models.yaml",
+                    "my_search.yaml",
+                }, (
                     document,
                     program,
                     value,

@@ -221,9 +221,7 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
     """
     _check_output(output, resume)
     if (output / "best").exists():
-        raise ConfigError(
-            f"output must not hold a finished run, got {output}; name another one"
-        )
+        raise ConfigError(f"output must not hold a finished run, got {output}; name another one")
     space = planner.alone(with_home(space))
     planner.check_start(space.run)
     return space
@@ -255,7 +253,10 @@ def profile(space: SweepConfig, output: Path, steps: int) -> str:
 def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
     """Print configuration and plan of a run in this process, and return its shards."""
     run = space.run
-    print(f"run: {run.model_dump_json()}", flush=True)
+    print(
+        f"run, where it is not the default: {run.model_dump_json(exclude_defaults=True)}",
+        flush=True,
+    )
     print(
         f"threads: {use_threads(run.training.cpus_per_worker)} of {cores()} cores (training.cpus_per_worker)"
     )
@@ -268,7 +269,7 @@ def _here(resume: bool, space: SweepConfig, output: Place) -> tuple[Place, Place
     """Train and score in this process; return the best checkpoint, the validation shards and scores."""
     if not isinstance(output, Path):
         raise ConfigError(
-            f"must be a path on this machine, got {output}; copy it here, or train with --ray"
+            f"output must be a path on this machine, got {output}; name a local directory, or train with --ray"
         )
     paths = _planned_here(space)
     if not resume:

@@ -46,13 +46,15 @@ class Finding:
 def doctor() -> int:
     """Show what this machine and cluster have, what is missing, and how to mend it; exit status 1 where something is."""
     table = Table("what", "state", "found", title="latentwire doctor", title_justify="left")
-    table.add_column("mend", overflow="fold")  # commands, to be copied whole
     colours = {"ok": "green", "optional": "yellow", "missing": "red"}
     findings = [finding for look in LOOKS for finding in look()]
     for finding in findings:
         state = f"[{colours[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.subject, state, escape(finding.value), escape(finding.remedy))
+        table.add_row(finding.subject, state, escape(finding.value))
     Console().print(table)
+    for finding in findings:
+        if finding.remedy:  # below the table, where no column breaks a command
+            print(f"{finding.subject} ({finding.state}): {finding.remedy}")
     return 1 if any(finding.state == "missing" for finding in findings) else 0
 
 
@@ -142,7 +144,8 @@ def ray_cluster() -> Iterator[Finding]:
     """Look at the cluster of ``RAY_ADDRESS``, if it is set; nothing is started."""
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
-        yield Finding("Ray cluster", "ok", "RAY_ADDRESS is not set: Ray starts on this machine")
+        state = "is local" if address else "is not set"
+        yield Finding("Ray cluster", "ok", f"RAY_ADDRESS {state}: Ray starts on this machine")
         return
     import ray
 

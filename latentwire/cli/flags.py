@@ -85,7 +85,8 @@ def _flag_fields() -> list[Any]:
     descriptions = {path: knob.description for path, knob in knobs()}
     source = Parameter(
         name=["--config", "--space"],
-        help="Name of a shipped configuration (toy, small, squad_pair …) or a YAML file.",
+        help="Name of a shipped configuration (toy, small, squad_pair …) or a YAML file. Without it tune and preprocess "
+        "take toy, and train takes every knob's own default.",
         group=CONFIGURATION,
     )
     fields: list[Any] = [("config", Annotated[str | None, source], field(default=None))]

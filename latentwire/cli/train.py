@@ -41,7 +41,10 @@ def train(
             **MANY,
         ),
     ] = None,
-    profile: Annotated[int | None, Parameter(help="Measure where the time of so many steps goes, write a trace, and stop.")] = None,
+    profile: Annotated[
+        int | None,
+        Parameter(help="Measure where the time of so many steps goes, write a trace, and stop."),
+    ] = None,
     verbose: Verbose = False,
 ) -> int:
     """Train one wire, score its best checkpoint once on the validation split, export it.

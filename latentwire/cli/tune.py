@@ -33,8 +33,17 @@ AGAIN = Group("Go on, or repeat", sort_key=4)
 def tune(
     *,
     flags: SharedFlags = NO_FLAGS,
-    output: Output = None,
-    resume: Annotated[Resume, Parameter(group=AGAIN)] = None,
+    output: Annotated[
+        Output,
+        Parameter(help="Directory or URI for everything written; runs/tune-<time> by default."),
+    ] = None,
+    resume: Annotated[
+        Resume,
+        Parameter(
+            help="Directory of a sweep: go on there, trials from their last checkpoints.",
+            group=AGAIN,
+        ),
+    ] = None,
     retry_failed: Annotated[
         bool, Parameter(name="--retry_failed", negative=(), group=AGAIN)
     ] = False,

@@ -96,7 +96,8 @@ def test_no_flag_is_passed_over(sweep: Path) -> None:
 
 def test_a_directory_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"a sweep's directory must hold space\.json, got .*; name one that `latentwire tune`"
+        ConfigError,
+        match=r"a sweep's directory must hold space\.json, got .*; name one that `latentwire tune`",
     ):
         resume.read_space(tmp_path, [])
 
