@@ -243,7 +243,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not file.exists():
         raise CheckpointError(
-            f"a checkpoint must hold manifest.json, {path} does not; "
+            f"a checkpoint must hold manifest.json, {path} {'does not' if Path(path).is_dir() else 'is not there'}; "
             f"{_best_below(path) or 'name the directory that holds it'}"
         )
     try:

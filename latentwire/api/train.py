@@ -12,7 +12,7 @@ from typing import Any
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.places import at_home, with_home
 from latentwire.config.resolve import ConfigError, load_space, with_values
-from latentwire.data import shards, streams
+from latentwire.data import shards, sources, streams
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation import scoring
 from latentwire.evaluation.protocol import pins
@@ -224,6 +224,7 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
         raise ConfigError(f"output must not hold a finished run, got {output}; name another one")
     space = planner.alone(with_home(space))
     planner.check_start(space.run)
+    sources.check(space.run.data)
     return space
 
 

@@ -14,6 +14,7 @@ from latentwire.config import SweepConfig
 from latentwire.config.overrides import full_path
 from latentwire.config.places import at_home, with_home
 from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.data import sources
 from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
 from latentwire.distributed.driver_log import LOG, path_beside
 from latentwire.errors import fail
@@ -159,6 +160,8 @@ def new_output(space: SweepConfig, output: str | None) -> Place:
 def check(space: SweepConfig, output: Place) -> None:
     """Raise a :class:`~latentwire.errors.UserError` for what could never run, before Ray starts."""
     planner.check_start(space.run)
+    if not any(path.startswith("data.") for path in space.search):  # else trials say where it lies
+        sources.check(space.run.data)
     check_searchable(space)
     check_trackers(space.tune, output)
 

@@ -86,8 +86,12 @@ def evaluate(
             f"--data_dir belongs to --predictions, got {data_dir} with --checkpoint; name the directory by "
             f"--set data.data_dir={data_dir}"
         )
+    from transformers.utils.logging import disable_progress_bar
+
     from latentwire.api.evaluate import evaluate as score
 
+    if not verbose:
+        disable_progress_bar()  # of weights that take a moment to load
     evaluation = score(
         str(input_place(checkpoint)),
         split=split,

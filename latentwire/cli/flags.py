@@ -156,10 +156,19 @@ def begun_with(flags: Any, start: Any) -> dict[str, Any]:
     Without one every part learns; alignment and coarsening, which it has behind it, are off.
     """
     name, sign, model = (start.add_receiver or "").partition("=")
-    if start.base is None or flags.config is not None or (start.add_receiver and not sign):
+    if start.base is None:
         raise ConfigError(
-            f"--from takes an export, whose configuration it keeps, and no --config; --add_receiver takes NAME=MODEL "
-            f"beside it; got --from {start.base}, --config {flags.config}, --add_receiver {start.add_receiver}"
+            "--add_receiver joins a receiver to a trained wire, got no --from; name that wire's export by --from"
+        )
+    if flags.config is not None:
+        raise ConfigError(
+            f"--from keeps the configuration of its wire, got --config {flags.config} beside it; leave that out, or take "
+            f"the weights alone by --set training.init_from={start.base}"
+        )
+    if start.add_receiver and not sign:
+        raise ConfigError(
+            f"--add_receiver takes NAME=MODEL, got {start.add_receiver}; write the name that the receiver is to have, e.g. "
+            f"--add_receiver new={start.add_receiver}"
         )
     base = input_path(start.base)
     exports.read_manifest(base)

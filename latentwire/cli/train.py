@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated
 
 from cyclopts import Parameter
+from transformers.utils.logging import disable_progress_bar
 
 from latentwire.api import train as api
 from latentwire.cli import command_line
@@ -60,6 +61,8 @@ def train(
         raise ConfigError(
             "--seeds names the seeds of whole runs, got it with --seed or --profile; leave that out"
         )
+    if not verbose:
+        disable_progress_bar()  # of weights that take a moment to load
     space = read_config(flags, start=start)
     address = output or resume or ""
     if profile is not None:

@@ -101,7 +101,7 @@ def read_manifest(path: Place) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise sources.DataError(
-            f"shards must be complete (with a manifest.json), {path} is not; run ray_jobs/preprocess.py"
+            f"shards must be complete (with a manifest.json), {path} is not; make them by `latentwire preprocess`"
         )
     return json.loads(file.read_text())
 

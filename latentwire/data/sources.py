@@ -23,6 +23,7 @@ __all__ = [
     "RowError",
     "Split",
     "answers_of",
+    "check",
     "clean",
     "fingerprint",
     "parsed",
@@ -31,14 +32,25 @@ __all__ = [
 ]
 
 
+def check(config: DataConfig) -> None:
+    """Look for the files of both splits by their names alone; what the Hub has is not asked for.
+
+    Raises :class:`DataError` where a split has none.
+    """
+    if config.data_dir is not None:
+        for split in files.SPLIT_WORDS:
+            files.find(config, split)
+    elif config.source.generate is None and config.source.hub_id is None:
+        raise DataError(
+            f"dataset {config.dataset} needs the directory of its files, got none; name it by --data_dir"
+        )
+
+
 def pieces(config: DataConfig, split: Split) -> list[Piece]:
     """Return what tasks can read side by side. Raises :class:`DataError` for files that hold no such data."""
     if config.data_dir is not None:
         return files.pieces(config, split)
-    if config.source.generate is None and config.source.hub_id is None:
-        raise DataError(
-            f"dataset {config.dataset} needs the directory of its files, got none; name it by --data_dir"
-        )
+    check(config)
     return [Piece(config.dataset)]
 
 

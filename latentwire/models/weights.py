@@ -175,8 +175,17 @@ def _refuse_misfit(model: nn.Module, config: ReceiverConfig, report: Mapping[str
     others = f"{len(mismatched or missing or beyond):,} such"
     raise ReceiverError(
         f"receiver {config.name}: config.json and weights of {config.model} must be of one model, "
-        f"but {fault} ({others}); fetch both from one place"
+        f"but {fault} ({others}); {_next_move(model)}"
     )
+
+
+def _next_move(model: nn.Module) -> str:
+    """Say whether other files are needed, or another model: an encoder read as a causal LM lacks its head."""
+    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    written = getattr(model.config, "architectures", None) or []
+    if type(model).__name__.endswith(causal) and not any(name.endswith(causal) for name in written):
+        return f"config.json names {', '.join(written) or 'no architecture'}, where a causal LM is needed; name one"
+    return "fetch both from one place"
 
 
 _NUMBER = re.compile(r"\d+")
@@ -386,7 +395,7 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
         "encoder": "--set encoder.model=<directory>",
         "llama": "--llama_id <directory>",
         "qwen": "--qwen_id <directory>",
-    }.get(config.name, "run.receivers in the space file")
+    }.get(config.name, "run.receivers in the configuration")
     if config.name.startswith("sender_"):  # see models/senders.py
         where = "--set encoder.senders=<directories>"
     if "attention" in reason and "support" in reason:
@@ -401,6 +410,8 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
             f"with `hf auth login` where the model is gated, check the network, or give a local "
             f"directory by {where}"
         )
+        if config.model.startswith("receivers/"):
+            move = f"{move}; `make receivers` lays out those of the shipped configurations"
     return ReceiverError(
         f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}"
     )

@@ -39,6 +39,31 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return runs
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "dataset custom needs the directory of its files, got none; name it by --data_dir"),
+        (["--data_dir", "nowhere"], "data_dir must be an existing directory, got"),
+        (["--data_dir", "mine"], "must hold validation, valid, val or dev files"),
+    ],
+)
+@pytest.mark.parametrize("command", [["train", "--output", "one"], ["tune", "--dry_run"]])
+def test_data_that_are_not_there_are_told_before_receivers_are_looked_at(
+    command: list[str],
+    given: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text("{}")
+    monkeypatch.setattr(planner, "plan", None)  # it would load tokenizers, and convert weights
+    assert main([*command, "--dataset", "custom", *given]) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_every_seed_is_a_run_of_its_own_and_their_range_is_printed(
     begun: list[tuple[int, bool]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

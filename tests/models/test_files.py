@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import BertConfig, BertModel, Gemma3nForCausalLM, Gemma3nTextConfig
 
 from latentwire.cli import main
 from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SweepConfig
@@ -72,6 +72,13 @@ def foreign(folder: Path) -> None:
     shutil.copy(Path(resolve(RunConfig().receivers[1])) / "model.safetensors", folder)
 
 
+def sentence_encoder(folder: Path) -> None:
+    """Another kind of model, which transformers reads as a causal LM without its head."""
+    (folder / "model.safetensors").unlink()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=704, intermediate_size=16, **sizes)).save_pretrained(folder)
+
+
 def silent_tokenizer(folder: Path) -> None:
     """None: transformers makes an empty one for this architecture."""
     for file in folder.glob("tokenizer*"):
@@ -105,6 +112,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
               r"mlp\.down_proj\.weight is 128 × 384 in the weights and 128 × 768 by config\.json \(12 such\)"),
     "deeper": (lambda f: edit_config(f, num_hidden_layers=5), r"the weights lack model\.layers\.4\..* \(\d+ such\)"),
     "shallower": (lambda f: edit_config(f, num_hidden_layers=3), r"config\.json has no place for model\.layers\.3\..* \(\d+ such\)"),
+    "encoder": (sentence_encoder, r"the weights lack cls\..*; config\.json names BertModel, where a causal LM is needed; name one"),
     "unknown-quantisation": (lambda f: edit_config(f, quantization_config={"quant_method": "tern"}),
                              r"quantised in a way that cannot be read here \(.*tern.*\); name its plain weights"),
     "no-tokenizer": (silent_tokenizer, r"must come with its tokenizer, the one that it gives reads 'Where is Ada\?' as \[\]; put its"),

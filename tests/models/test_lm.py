@@ -446,10 +446,12 @@ def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, move in (
         ("llama", "--llama_id <directory>"),
-        ("mine", "run.receivers in the space file"),
+        ("mine", "run.receivers in the configuration"),
     ):
         with pytest.raises(ReceiverError, match=rf"hf auth login.*{move}"):
             LMWrapper(ReceiverConfig(name=name, model="meta-llama/Meta-Llama-3.1-8B-Instruct"))
+    with pytest.raises(ReceiverError, match="`make receivers` lays out those"):
+        LMWrapper(ReceiverConfig(name="mine", model="receivers/forgotten"))
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,15 +165,20 @@ def test_what_cannot_join_is_refused(run: RunConfig, tmp_path: Path) -> None:
         ),
         (
             ("--config", "toy"),
-            "--from takes an export, whose configuration it keeps, and no --config",
+            r"--from keeps the configuration of its wire, got --config toy .*training\.init_from=",
         ),
-        (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL beside it"),
+        (("--add_receiver", "toy-phi"), "--add_receiver takes NAME=MODEL, got toy-phi"),
         (("--add_receiver", "llama=toy-phi"), "receiver names must differ"),
     ]:
         with pytest.raises(ConfigError, match=rule):
             joined(base, *flags)
-    with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"must hold manifest\.json, .* does not"):
         joined(tmp_path)
+    with pytest.raises(CheckpointError, match=r"must hold manifest\.json, .* is not there"):
+        joined(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"joins a receiver to a trained wire, got no --from"):
+        flags, start = flags_of("--add_receiver", "phi=toy-phi")
+        read_config(flags, start=start)
     private = saved(with_values(run, {"encoder.private_len": 2}), tmp_path / "private")
     with pytest.raises(ConfigError, match=r"without private latents, got encoder\.private_len 2"):
         joined(private)
