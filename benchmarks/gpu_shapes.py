@@ -57,7 +57,8 @@ def wire_of(run: RunConfig, scale: float) -> LatentWire:
     """A wire between the two shapes."""
     device, waiting = pick_device(), iter(receiver.name for receiver in run.receivers)
     with patch(
-        "latentwire.models.lm.load_model", lambda *_, **__: model_of(next(waiting), scale, device)
+        "latentwire.models.frozen_lm.load_model",
+        lambda *_, **__: model_of(next(waiting), scale, device),
     ):
         return LatentWire(run)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 import re
 import tempfile
 import uuid
@@ -25,44 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from latentwire.addresses import expanded, refuse_secrets
 from latentwire.errors import UserError
-
-SECRETS = re.compile(
-    r"^\w+://[^/?]*@|[?&](access_key|secret_key|session_token|token|password|sig)=", re.IGNORECASE
-)
-"""Pattern of credentials in a URI: configurations are written into results, logs and reports."""
 
 
 class StorageError(UserError):
     """A place that cannot be read or written; the message names it, the reason and a next move."""
-
-
-def refuse_secrets(uri: str) -> str:
-    """Return the URI if it holds no credentials.
-
-    Raises :class:`ValueError`, which does not quote them.
-    """
-    if SECRETS.search(uri):
-        shown = re.sub(r"^(\w+://)[^/?]*@", r"\1…@", uri).partition("?")[0]
-        raise ValueError(
-            "a URI must not hold credentials, they would stand in every manifest and report, got "
-            f"{shown}; give them by the node's role, or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY in its environment"
-        )
-    return uri
-
-
-def expanded(address: str) -> str:
-    """Return an address with ``~`` and ``$NAME`` replaced, as no shell does after ``=``.
-
-    Raises :class:`ValueError` for a name that the environment does not have.
-    """
-    address = os.path.expandvars(address)
-    if unset := re.search(r"\$(\w+|\{\w+\})", address):
-        raise ValueError(
-            f"a path's variables must be set, {unset[0]} is not; set it, or write the path out"
-        )
-    return address if "://" in address else os.path.expanduser(address)
 
 
 @dataclass(frozen=True)
@@ -290,7 +257,8 @@ def children(where: Place) -> list[Place]:
     with explained(where):
         system, path = at(where)
         infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return [where / name for name in sorted(info.base_name for info in infos)]
+    names = sorted(info.base_name for info in infos)
+    return [where / name for name in names]
 
 
 def files_below(where: Place) -> dict[str, int]:

@@ -210,8 +210,8 @@ FAULTS = {
         "tests/data/test_teacher_files.py::test_columns_hold_what_the_model_itself_says",
     ),
     "embed_rms_is_that_of_the_table": line(
-        "models.lm:LMWrapper.embed_rms", "self.embed_tokens(ids).float()", "self.embed_tokens.weight[ids].float()",
-        "tests/models/test_lm.py::test_the_embeddings_scale_is_that_which_layers_read",
+        "models.frozen_lm:FrozenLM.embed_rms", "self.embed_tokens(ids).float()", "self.embed_tokens.weight[ids].float()",
+        "tests/models/test_frozen_lm.py::test_the_embeddings_scale_is_that_which_layers_read",
     ),
     # Evaluation
     "scoring_leaves_dropout_on": line(
@@ -295,7 +295,7 @@ FAULTS = {
         f"{SHARED}test_rows_go_on_from_their_own_text",
     ),
     "questions_go_on_from_each_others_messages": line(
-        "models.lm:Past.of_rows", "layer.batch_select_indices(past_R.to(layer.device))",
+        "models.past:Past.of_rows", "layer.batch_select_indices(past_R.to(layer.device))",
         "layer.batch_select_indices(past_R.flip(0).to(layer.device))",
         f"{SHARED}test_rows_go_on_from_their_own_text",
     ),

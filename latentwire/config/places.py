@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from latentwire.addresses import expanded
 from latentwire.config import SweepConfig
 from latentwire.config.wire import LENT
-from latentwire.storage import Place, expanded, place
+from latentwire.storage import Place, place
 
 
 def home() -> Place:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from latentwire.storage import expanded, refuse_secrets
+from latentwire.addresses import expanded, refuse_secrets
 
 Address = Annotated[
     str, AfterValidator(refuse_secrets), AfterValidator(expanded), AfterValidator(refuse_secrets)

@@ -21,8 +21,8 @@ from typing import Any, TextIO
 
 from ray._private import worker as rays_worker
 
+from latentwire.addresses import cache_dir
 from latentwire.distributed.worker_output import PROGRESS, TOLD
-from latentwire.models.weights import cache_dir
 from latentwire.storage import Place
 
 LIBRARIES = (

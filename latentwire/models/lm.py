@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import ReceiverConfig
 from latentwire.models import head_slots
 from latentwire.models.decoded import Decoded, Sampling, Watch
+from latentwire.models.decoding import Stopwatch, decoding_settings, seeded
+from latentwire.models.frozen_lm import FrozenLM
 from latentwire.models.head_slots import HeadEntries, Heads
 from latentwire.models.key_heads import check_rotary
-from latentwire.models.pooling import overlap_means
-from latentwire.models.receiver_attention import speed_up
+from latentwire.models.past import Past
 from latentwire.models.slots import added_to_slots
-from latentwire.models.tokens import token_bytes
-from latentwire.models.weights import (
-    ReceiverError,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    receiver_shape,
-)
+from latentwire.models.weights import ReceiverError
 from latentwire.prompts.batch import Batch
 
 if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
@@ -40,198 +27,21 @@ if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
     from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def quantization_config(config: ReceiverConfig) -> Any:
-    """Return transformers' settings for int8 (torchao) or NF4 (bitsandbytes).
-
-    Raises :class:`ReceiverError` where the package is not installed.
-    """
-    package = "torchao" if config.quantization == "int8" else "bitsandbytes"
-    if importlib.util.find_spec(package) is None:
-        raise ReceiverError(
-            f"receiver {config.name}: quantization {config.quantization} needs {package}, which "
-            f"is not installed; pip install 'latentwire[quantization]', or set quantization: none"
-        )
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if config.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def keep_layout(lm: nn.Module) -> None:
-    """Keep the memory layout of 4-bit weights.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 arranges them anew in the first forward pass, and
-    undoes only half of that when their state is read (for a fingerprint, say): the next pass gives
-    other answers.
-    """
-    module: Any
-    for module in lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-class Stopwatch:
-    """A streamer for transformers that notes the times of the prompt and of each step's tokens."""
-
-    def __init__(self, watch: Watch | None = None) -> None:
-        """``watch``: is told each step's tokens."""
-        self.times = [time.perf_counter()]
-        self.watch = watch
-
-    def put(self, value: torch.Tensor) -> None:
-        """Note the time; transformers calls it with the prompt, and after each step."""
-        self.times.append(time.perf_counter())
-        if self.watch is not None and len(self.times) > 2:
-            self.watch(value.tolist())
-
-    def end(self) -> None:
-        """Do nothing; transformers calls it once at the end."""
-
-
-@dataclass(frozen=True)
-class Past:
-    """What a receiver keeps of the beginnings of sequences: their keys and values."""
-
-    cache: Cache
-    attention_MS: torch.Tensor
-    """1 at real positions."""
-    entries: HeadEntries | None = None
-    """What some heads see besides, where messages stand in those alone."""
-
-    def of_rows(self, batch: Batch) -> tuple[Cache, torch.Tensor]:
-        """Return keys and values for rows that go on from these beginnings, and all their attention."""
-        assert batch.past_R is not None, "these rows go on from nothing"
-        past_R = batch.past_R.to(self.attention_MS.device)
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in cache.layers:  # each may be on a device of its own
-            layer.batch_select_indices(past_R.to(layer.device))  # a copy, with its gradient
-        rest_BS = batch.attention_BS.to(self.attention_MS.device)
-        return cache, torch.cat((self.attention_MS[past_R], rest_BS), 1)
-
-    def entries_of(self, batch: Batch) -> HeadEntries | None:
-        """Return what some heads see besides, for rows that go on from these beginnings."""
-        if self.entries is None:
-            return None
-        assert batch.past_R is not None, "these rows go on from nothing"
-        return self.entries.rows(batch.past_R.to(self.attention_MS.device))
-
-
-class LMWrapper(nn.Module):
+class LMWrapper(FrozenLM):
     """One receiver: logits at the supervised positions of a soft prompt, and generation.
 
-    Differentiable in the soft prompt, never in its own weights: they do not require grad, and
-    :meth:`fingerprint` proves that they do not change.
+    Differentiable in the soft prompt, never in its own weights.
     """
 
     def __init__(self, config: ReceiverConfig) -> None:
         """Load weights and tokenizer. Raises :class:`ReceiverError` with cause and next move."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        super().__init__()
-        self.config, self.name = config, config.name
-        receiver_shape(config)  # refuses what cannot be one, before its weights are read
-        self.tokenizer = load_tokenizer(config)
-        device = pick_device(config.device)
-        options: dict[str, Any] = {}
-        if config.quantization != "none":
-            options["quantization_config"] = quantization_config(config)
-        if config.device_map != "none":
-            options["device_map"] = config.device_map
-        elif options:  # quantised weights are made on their device and stay there
-            options["device_map"] = {"": device}
-        self.lm = load_model(
-            AutoModelForCausalLM,
-            config,
-            dtype=pick_dtype(config.dtype, device),
-            attn_implementation=config.attn_implementation,
-            **options,
-        )
-        if not options:
-            self.lm.to(device)
-        self.lm.eval().requires_grad_(False)
-        if self.lm.device.type == "cpu" and self.lm.dtype == torch.bfloat16:
-            speed_up(self.lm)
-        # generate takes its defaults from here, and some models come with a penalty on repetition:
-        # no greedy decoding.
-        self.lm.generation_config = GenerationConfig()
-        if config.quantization == "nf4":
-            keep_layout(self.lm)
-        self.token_bytes = token_bytes(self.tokenizer)
-        self.embed_tokens = self.lm.get_input_embeddings()
-        self.head = self.lm.get_output_embeddings()
-        self.head.register_forward_pre_hook(_packed)
-        text_config = self.lm.config.get_text_config()
-        self.softcap = getattr(text_config, "final_logit_softcapping", None)
-        self.most_positions: int | None = getattr(text_config, "max_position_embeddings", None)
-        kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
-        window = getattr(text_config, "sliding_window", None)
-        self.window: int | None = window if "sliding_attention" in kinds else None
-        """Positions that the layers with the shortest sight see; ``None``: all."""
+        super().__init__(config)
         self._head: tuple[list[int], Cache] | None = None
         self._at_slots: tuple[torch.Tensor, Heads] | None = None
         self._heads_checked = False
         self._recomputed: list[GradientCheckpointingLayer] = []
-        self._check_model()
 
-    # ----------------------------------------------------------------------------------- properties
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the embeddings, and of the states and logits that are returned.
-
-        With ``device_map`` layers may be elsewhere.
-        """
-        return self.embed_tokens.weight.device
-
-    @property
-    def width(self) -> int:
-        """D, the width of one soft-prompt vector."""
-        return self.embed_tokens.embedding_dim
-
-    @property
-    def embed_rms(self) -> float:
-        """Root mean square of the embeddings as layers read them (Gemma scales its table)."""
-        vocabulary = self.embed_tokens.num_embeddings
-        ids = torch.arange(0, vocabulary, max(1, vocabulary // 4096), device=self.device)
-        return self.embed_tokens(ids).float().square().mean().sqrt().item()
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 over names, shapes, types and bytes of all weights and buffers."""
-        return fingerprint(self.lm)
-
-    # -------------------------------------------------------------------------------------- forward
-
-    def train(self, mode: bool = True) -> LMWrapper:
-        """Stay in evaluation mode: a frozen receiver has no dropout to switch on."""
-        return super().train(False)
-
-    def embed(self, batch: Batch, soft_ND: torch.Tensor | None) -> torch.Tensor:
-        """Return input embeddings ``[B, S, D]``, with soft vectors in the batch's slots.
-
-        Row by row, the slots take ``soft_ND`` in order (leading dimensions are flattened); ``None``
-        for text prompts. Raises :class:`ReceiverError` for a prompt that is longer than the model
-        can read.
-        """
-        self._check_length(batch.attention_BS.shape[1])
-        e_BSD = self.embed_tokens(batch.ids_BS.to(self.device))
-        if soft_ND is None:
-            return e_BSD
-        slots_BS = batch.slots_BS.to(self.device)
-        if (slots := int(slots_BS.sum())) != soft_ND.shape[:-1].numel():
-            raise ValueError(
-                f"a soft prompt must fill its slots, got {tuple(soft_ND.shape)} for {slots} slots"
-            )
-        return e_BSD.masked_scatter(slots_BS[..., None], soft_ND.to(self.device, e_BSD.dtype))
-
-    def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look up the embeddings ``[…, D]`` of token ids."""
-        return self.embed_tokens(ids.to(self.device))
+    # -------------------------------------------------------------- messages in keys and values
 
     def added_to_slots(
         self, added_NE: torch.Tensor, latents_RS: torch.Tensor
@@ -274,31 +84,14 @@ class LMWrapper(nn.Module):
             return batch, None
         kv_NE, heads = self._at_slots
         longest = int(batch.attention_BS.sum(1).max())
-        self._check_length(longest)
+        self.check_length(longest)
         self._check_sight(longest)
         entries = head_slots.entries_of(
             self.lm, heads, kv_NE.to(self.device), batch, self.embed_tokens.weight.dtype
         )
         return batch.without_latents(), entries
 
-    def text_embeddings(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token embeddings ``[B, T, D]`` of rows of ids, and each token's bytes ``[B, T]``.
-
-        Bytes are 0 after a row's end.
-        """
-        rows = [torch.tensor(row, dtype=torch.long) for row in ids]
-        ids_BT = pad_sequence(rows, batch_first=True).to(self.device)
-        bytes_BT = pad_sequence([self.token_bytes[row] for row in rows], batch_first=True)
-        return self.embed_tokens(ids_BT), bytes_BT.to(self.device)
-
-    @torch.no_grad()
-    def span_embeddings(self, ids: list[list[int]], span_BL2: torch.Tensor) -> torch.Tensor:
-        """Average the texts' token embeddings over spans of their bytes, ``[B, L, D]``.
-
-        See :func:`~latentwire.models.pooling.overlap_means`.
-        """
-        e_BTD, bytes_BT = self.text_embeddings(ids)
-        return overlap_means(e_BTD, bytes_BT, span_BL2.to(e_BTD.device))
+    # -------------------------------------------------------------------------------------- forward
 
     def supervised_logits(
         self, batch: Batch, soft_ND: torch.Tensor | None = None, past: Past | None = None
@@ -438,12 +231,7 @@ class LMWrapper(nn.Module):
         cache.batch_repeat_interleave(len(batch.ids_BS))
         return cache
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Map last states ``[N, D]`` to logits ``[N, V]``, on the device of the states."""
-        logits_NV = self.head(hidden_ND.to(self.head.weight.device)).to(hidden_ND.device)
-        if self.softcap is None:
-            return logits_NV
-        return self.softcap * torch.tanh(logits_NV / self.softcap)
+    # ------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
     def generate(
@@ -461,8 +249,6 @@ class LMWrapper(nn.Module):
         ``sampling``: how tokens are drawn; ``None``: the likeliest. ``watch``: is told each step's
         tokens.
         """
-        from transformers import GenerationConfig
-
         batch, entries = self._beside(batch)
         e_BSD, attention_BS = self.embed(batch, soft_ND), batch.attention_BS.to(self.device)
         cache, position_BS = None, batch.position_BS
@@ -483,27 +269,12 @@ class LMWrapper(nn.Module):
         if entries is not None:
             longest += entries.longest
             self._check_sight(longest)
-        self._check_length(longest)
+        self.check_length(longest)
         for layer in self._recomputed:
             layer.training = False  # decoding needs its cache
-        drawn: dict[str, Any] = {"do_sample": False}
-        if sampling is not None:
-            drawn = {"do_sample": True, "temperature": sampling.temperature}
-            drawn |= {"top_p": sampling.top_p, "top_k": sampling.top_k or 0}
-        settings = GenerationConfig(
-            **drawn,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop_ids),
-            pad_token_id=stop_ids[0],
-        )
+        settings = decoding_settings(stop_ids, max_new_tokens, sampling)
         stopwatch = Stopwatch(watch)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices, enabled=sampling is not None),
-            head_slots.seen(self.lm, entries),
-        ):
-            if sampling is not None:
-                torch.manual_seed(sampling.seed)
+        with seeded(self.device, sampling), head_slots.seen(self.lm, entries):
             output_BK = self.lm.generate(
                 inputs_embeds=e_BSD,
                 attention_mask=attention_BS,
@@ -512,68 +283,4 @@ class LMWrapper(nn.Module):
                 generation_config=settings,
                 streamer=stopwatch,
             )
-        rows = [_until(row, stop_ids) for row in output_BK.tolist()]
-        start, _, first, *_ = stopwatch.times
-        return Decoded(rows, 1000 * (first - start), 1000 * (stopwatch.times[-1] - first))
-
-    def _check_length(self, positions: int) -> None:
-        if self.most_positions is not None and positions > self.most_positions:
-            raise ReceiverError(
-                f"receiver {self.name}: {self.config.model} reads at most {self.most_positions:,} "
-                f"positions, a prompt and its answer take {positions:,}; lower "
-                f"data.max_context_bytes, or name another receiver"
-            )
-
-    @torch.no_grad()
-    def _check_model(self) -> None:
-        """Raise :class:`ReceiverError` where :meth:`logits` are not the model's own.
-
-        So too for a vocabulary without embeddings, and a model that keeps no cache.
-        """
-        if (size := len(self.tokenizer)) > self.embed_tokens.num_embeddings:
-            raise ReceiverError(
-                f"receiver {self.name}: {self.config.model} must have an embedding for each "
-                f"token, its tokenizer has {size:,} and it {self.embed_tokens.num_embeddings:,}; "
-                f"give it its own tokenizer"
-            )
-        ids_BS = torch.arange(1, 9, device=self.device)[None]
-        expected_SV = self.lm(input_ids=ids_BS).logits[0].float()
-        output = self.lm.base_model(inputs_embeds=self.embed_tokens(ids_BS), use_cache=True)
-        if getattr(output, "past_key_values", None) is None:
-            raise ReceiverError(
-                f"receiver {self.name}: {self.config.model} keeps no keys and values to go on "
-                f"from; name a causal LM with attention, no encoder"
-            )
-        by_embeds_SV = self.logits(output.last_hidden_state[0]).float()
-        atol = 1e-2 * float(expected_SV.abs().max())
-        if not torch.allclose(expected_SV, by_embeds_SV, atol=atol):
-            output = self.lm.base_model(input_ids=ids_BS)
-            by_ids_SV = self.logits(output.last_hidden_state[0]).float()
-            if torch.allclose(expected_SV, by_ids_SV, atol=atol):
-                raise ReceiverError(
-                    f"receiver {self.name}: {self.config.model} must read embeddings as it reads "
-                    f"their token ids, and does not; name a model that looks nothing else up by "
-                    f"them"
-                )
-            largest = float((expected_SV - by_embeds_SV).abs().max())
-            raise ReceiverError(
-                f"receiver {self.name}: {self.config.model} scales its logits in a way LMWrapper "
-                f"does not know (largest difference {largest:.3g}); its architecture needs a case "
-                f"in logits"
-            )
-
-
-def _packed(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Lay the head's input side by side in memory.
-
-    transformers hands it a slice of the prompt's states, for which a CPU copies the head's weight
-    once per row.
-    """
-    return (inputs[0].contiguous(), *inputs[1:])
-
-
-def _until(ids: list[int], stops: tuple[int, ...]) -> list[int]:
-    for place, token in enumerate(ids):
-        if token in stops:
-            return ids[:place]
-    return ids
+        return stopwatch.decoded(output_BK, stop_ids)

@@ -7,9 +7,6 @@ that shares its receivers loads none.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -17,23 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
 
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models import files
 from latentwire.models.files import ReceiverError as ReceiverError
-from latentwire.storage import expanded, sha256
+from latentwire.models.gguf import convert_gguf
+from latentwire.models.loading_errors import loading_error, refuse_misfit
+from latentwire.models.quantization import check_readable, quantised_by
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 PROBE = "Where is Ada?"
 """A text of which every tokenizer with a vocabulary makes several different tokens."""
-
-
-def cache_dir() -> Path:
-    """Return the directory of converted weights (``$LATENTWIRE_CACHE``)."""
-    return Path(expanded(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")))
 
 
 def resolve(config: ReceiverConfig) -> str:
@@ -59,7 +52,7 @@ def resolve(config: ReceiverConfig) -> str:
         if path.is_dir():
             return str(_of_directory(path, config))
         if path.suffix == ".gguf":
-            return str(_convert_gguf(files.check_gguf(path), config))
+            return str(convert_gguf(files.check_gguf(path), config))
     raise ReceiverError(
         f"receiver {config.name}: model must be a directory or a .gguf file, got the file {path}; name its directory"
     )
@@ -71,7 +64,7 @@ def _of_directory(path: Path, config: ReceiverConfig) -> Path:
     if not (has_config and files.weight_files(path)):
         gguf = files.choose_gguf(path)
         if gguf is not None:
-            return _convert_gguf(gguf, config)
+            return convert_gguf(gguf, config)
     if not has_config:
         raise ReceiverError(
             f"{path} must hold config.json with safetensors, or exactly one .gguf file, got none; "
@@ -151,48 +144,8 @@ def load_model(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
     model, report = load_from(
         kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    _refuse_misfit(model, config, report)
+    refuse_misfit(model, config, report)
     return model
-
-
-def _refuse_misfit(model: nn.Module, config: ReceiverConfig, report: Mapping[str, Any]) -> None:
-    """Raise :class:`ReceiverError` where transformers' report of loading names a misfit."""
-    mismatched = sorted(report["mismatched_keys"])
-    # Nothing reads the output of a pooler.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    known = {_NUMBER.sub("N", name) for name, _ in model.named_parameters()}
-    # Others than those of one more layer are parts that no receiver has, such as a vision tower.
-    beyond = sorted(key for key in report["unexpected_keys"] if _NUMBER.sub("N", key) in known)
-    if mismatched:
-        name, stored, expected = mismatched[0]
-        fault = f"{name} is {_sizes(stored)} in the weights and {_sizes(expected)} by config.json"
-    elif missing:
-        fault = f"the weights lack {missing[0]}"
-    elif beyond:
-        fault = f"config.json has no place for {beyond[0]}"
-    else:
-        return
-    others = f"{len(mismatched or missing or beyond):,} such"
-    raise ReceiverError(
-        f"receiver {config.name}: config.json and weights of {config.model} must be of one model, "
-        f"but {fault} ({others}); {_next_move(model)}"
-    )
-
-
-def _next_move(model: nn.Module) -> str:
-    """Say whether other files are needed, or another model: an encoder read as a causal LM lacks its head."""
-    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    written = getattr(model.config, "architectures", None) or []
-    if type(model).__name__.endswith(causal) and not any(name.endswith(causal) for name in written):
-        return f"config.json names {', '.join(written) or 'no architecture'}, where a causal LM is needed; name one"
-    return "fetch both from one place"
-
-
-_NUMBER = re.compile(r"\d+")
-
-
-def _sizes(shape: Any) -> str:
-    return " × ".join(map(str, shape))
 
 
 def load_hf_config(config: ReceiverConfig) -> Any:
@@ -208,8 +161,6 @@ def receiver_shape(config: ReceiverConfig) -> Any:
     Raises :class:`ReceiverError` for an architecture whose layers look token ids up, which a soft
     prompt has not, and for a quantisation that cannot be read.
     """
-    from transformers.quantizers import AutoHfQuantizer
-
     shape = load_hf_config(config)
     if getattr(shape.get_text_config(), "hidden_size_per_layer_input", 0):
         raise ReceiverError(
@@ -217,36 +168,8 @@ def receiver_shape(config: ReceiverConfig) -> Any:
             f"ids ({type(shape).__name__}.hidden_size_per_layer_input), which a soft prompt has "
             f"not; name a model without them, such as Gemma 3"
         )
-    if (quantised := quantised_by(shape)) is None:
-        return shape
-    method = quantised.get("quant_method")
-    if config.quantization != "none":
-        raise ReceiverError(
-            f"receiver {config.name}: quantization {config.quantization} needs plain weights, "
-            f"{config.model} is quantised already ({method}); set quantization: none"
-        )
-    try:
-        if not AutoHfQuantizer.supports_quant_method(quantised):
-            raise ValueError(f"transformers knows no quantization_config.quant_method {method}")
-        AutoHfQuantizer.from_config(dict(quantised), pre_quantized=True).validate_environment(
-            device_map=None
-        )
-    except (ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ReceiverError(
-            f"receiver {config.name}: {config.model} is quantised in a way that cannot be read "
-            f"here ({reason}); name its plain weights and set quantization: int8 or nf4"
-        ) from error
-    except RuntimeError:
-        pass  # no GPU on this machine: the planner's need not have one
+    check_readable(config, shape)
     return shape
-
-
-def quantised_by(shape: Any) -> Mapping[str, Any] | None:
-    """Return a transformers configuration's quantisation; ``None``: its weights are plain."""
-    settings = getattr(shape, "quantization_config", None)
-    settings = settings or getattr(shape.get_text_config(), "quantization_config", None)
-    return settings if settings is None or isinstance(settings, Mapping) else settings.to_dict()
 
 
 def skeleton(config: ReceiverConfig, *, check: bool = True) -> nn.Module:
@@ -317,56 +240,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _convert_gguf(file: Path, config: ReceiverConfig) -> Path:
-    """Dequantise once into fp32 safetensors, in a cache directory named by the file's hash."""
-    target = cache_dir() / "gguf" / sha256(file)[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if target.exists():
-            return target
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        print(f"receiver {config.name}: converting {file.name} once into {target}", flush=True)
-        try:
-            # Planners ask for a model's shape under the meta device, which holds no weights.
-            with torch.device("cpu"):
-                model, report = AutoModelForCausalLM.from_pretrained(
-                    file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
-                )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except Exception as error:
-            raise ReceiverError(
-                f"receiver {config.name}: {file} cannot be read as GGUF ({_first_line(error)}); "
-                f"fetch it again, or another quantisation of it"
-            ) from error
-        _refuse_misfit(model, config, report)
-        _forget_quantisation(model)
-        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            folder = Path(aside) / target.name  # as readable as the umask allows, unlike ``aside``
-            folder.mkdir()
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            # As the umask says: safetensors leaves private files.
-            readable = (folder / "config.json").stat().st_mode
-            for file in folder.glob("*.safetensors"):
-                file.chmod(readable)
-            folder.rename(target)
-    return target
-
-
-def _forget_quantisation(model: Any) -> None:
-    """Remove the marks of GGUF's quantisation: the weights are plain fp32 by now.
-
-    transformers refuses to save a model that has them.
-    """
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("is_quantized", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-
-
 def fingerprint(model: Any) -> str:
     """Return the SHA-256 over names, shapes, types and bytes of a module's weights and buffers."""
     digest = hashlib.sha256()
@@ -386,36 +259,3 @@ def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for part in tensor.__tensor_flatten__()[0]:
         if (inner := getattr(tensor, part)) is not None:
             yield from _plain(f"{name}.{part}", inner)
-
-
-def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
-    """Make one clear error of everything that goes wrong in loading weights."""
-    reason = _first_line(error)
-    where = {
-        "encoder": "--set encoder.model=<directory>",
-        "llama": "--llama_id <directory>",
-        "qwen": "--qwen_id <directory>",
-    }.get(config.name, "run.receivers in the configuration")
-    if config.name.startswith("sender_"):  # see models/senders.py
-        where = "--set encoder.senders=<directories>"
-    if "attention" in reason and "support" in reason:
-        move = f"set attn_implementation: eager for it, got {config.attn_implementation}"
-    elif "Unrecognized configuration class" in reason:
-        move = "its architecture must be one that AutoModelForCausalLM knows: no encoder, no sequence-to-sequence model"
-    elif Path(config.model).is_dir():
-        move = "its directory must hold config.json, weights as safetensors and a fast tokenizer (tokenizer.json)"
-    else:
-        move = (
-            f"there is no directory {Path(config.model).absolute()}; if it is a Hub id: log in "
-            f"with `hf auth login` where the model is gated, check the network, or give a local "
-            f"directory by {where}"
-        )
-        if config.model.startswith("receivers/"):
-            move = f"{move}; `make receivers` lays out those of the shipped configurations"
-    return ReceiverError(
-        f"receiver {config.name}: {config.model} cannot be loaded ({reason}); {move}"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

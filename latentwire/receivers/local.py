@@ -8,7 +8,8 @@ from torch import nn
 from latentwire.config import LossConfig
 from latentwire.losses.bundles import Reader, Teacher, loss_terms, state_depths
 from latentwire.losses.terms import teacher_rows, token_ce
-from latentwire.models.lm import LMWrapper, Past
+from latentwire.models.lm import LMWrapper
+from latentwire.models.past import Past
 from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import AnswerScores, LossTask, part
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from optuna.storages.journal import JournalFileSymlinkLock
 
+from latentwire.addresses import cache_dir
 from latentwire.errors import UserError
-from latentwire.models.weights import cache_dir
 from latentwire.storage import Place, Remote, local, upload, write
 
 JOURNAL = "study.journal"

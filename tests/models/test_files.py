@@ -192,7 +192,7 @@ def test_a_model_whose_layers_look_token_ids_up_is_refused(folder: Path) -> None
 @pytest.fixture
 def converted(monkeypatch: pytest.MonkeyPatch) -> None:
     """GGUF files that are not converted, only chosen."""
-    monkeypatch.setattr(weights, "_convert_gguf", lambda file, config: file)
+    monkeypatch.setattr(weights, "convert_gguf", lambda file, config: file)
 
 
 def gguf(folder: Path, *names: str) -> str:
