@@ -11,7 +11,8 @@ from latentwire.config import RunConfig
 from latentwire.data import shards
 from latentwire.data.pipeline import quiet_ray_data
 from latentwire.evaluation.conditions import Condition
-from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.progress import ScoringProgress
 from latentwire.model import load_wire
 from latentwire.planning.devices import pieces, times

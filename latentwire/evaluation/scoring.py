@@ -23,7 +23,8 @@ from latentwire.data import shards
 from latentwire.evaluation import own_heads, readings
 from latentwire.evaluation.conditions import Condition, label, own_condition, with_tuned
 from latentwire.evaluation.diagnostics import diagnose
-from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.progress import ScoringProgress
 from latentwire.evaluation.protocol import protocol_hash
 from latentwire.evaluation.summary import (

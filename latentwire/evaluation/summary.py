@@ -11,7 +11,7 @@ import numpy as np
 
 from latentwire import card
 from latentwire.evaluation.conditions import Condition
-from latentwire.evaluation.evaluator import Prediction
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.statistics import difference, interval, ratio
 
 FIELDS = (

@@ -16,8 +16,8 @@ from latentwire.data import documents, shards
 from latentwire.evaluation import readings, scoring
 from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.conditions import Condition, conditions, with_tuned
-from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.metrics import question_types
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.protocol import protocol_hash
 from latentwire.evaluation.summary import baseline_pairs, by_document, details, pairs
 from latentwire.message import Bits

@@ -12,7 +12,8 @@ import ray
 from latentwire.config.resolve import with_values
 from latentwire.distributed.scoring_pool import predict_pool
 from latentwire.evaluation.conditions import Condition
-from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.predictions import Prediction
 from latentwire.model import LatentWire, load_wire
 from latentwire.training import checkpoints
 from tests.conftest import shard_table, untimed

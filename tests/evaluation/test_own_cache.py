@@ -14,7 +14,8 @@ from latentwire.config.resolve import with_values
 from latentwire.data.readers import TrainingBudget
 from latentwire.evaluation.baselines import DEFAULT_MODES, MODES
 from latentwire.evaluation.conditions import Budget, Condition, label, with_tuned
-from latentwire.evaluation.evaluator import Prediction, predict
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.scoring import check_receivers
 from latentwire.evaluation.summary import baseline_pairs, summarise
 from latentwire.model import LatentWire

@@ -13,8 +13,9 @@ from latentwire.config.resolve import with_values
 from latentwire.evaluation.baselines import kept_context, self_information
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.diagnostics import diagnose
-from latentwire.evaluation.evaluator import context_id, predict
+from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.metrics import em_f1
+from latentwire.evaluation.predictions import context_id
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire
 from latentwire.reports.tables import scores_table, together_table, weights_table

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from latentwire.evaluation.evaluator import Prediction
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.statistics import difference, interval, ratio
 from latentwire.evaluation.summary import compare, summarise
 

@@ -8,7 +8,7 @@ import torch
 
 from latentwire.evaluation.conditions import Budget, Condition, label
 from latentwire.evaluation.diagnostics import _cosine, probe
-from latentwire.evaluation.evaluator import Prediction
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.summary import (
     against_text,
     baseline_pairs,

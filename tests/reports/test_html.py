@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 from latentwire.config import SweepConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.baselines import Mode
-from latentwire.evaluation.evaluator import Prediction
+from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.scoring import summaries, write_predictions
 from latentwire.reports import html
 from latentwire.tuning import resume
