@@ -301,7 +301,7 @@ FAULTS = {
     ),
     # Data, and what travels
     "development_rows_are_drawn_by_row": line(
-        "data.pipeline:_belongs", "row['document']", "row['id']",
+        "data.cleaning:belongs", "row['document']", "row['id']",
         "tests/data/test_passes.py::test_documents_are_dealt_out_whole_and_by_seed",
     ),
     "every_epoch_has_one_order": line(

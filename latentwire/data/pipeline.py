@@ -1,22 +1,19 @@
 """Rows to shards with Ray Data: read → clean → chunk → tokenise for every receiver and the encoder → Parquet.
 
-Two passes. The first reads the source in pieces and keeps good rows in the object store, each with a seeded hash that
-shuffles and samples at once. The second sorts them by that hash into one block per shard, tokenises each block and writes
-its file: aside, then renamed. A run that was killed finds the files that it left and makes the others; what a file holds
-is told in its own footer.
+Two passes. The first (``cleaning.py``) reads the source in pieces and keeps good rows in the object store, each with a
+seeded hash that shuffles and samples at once. The second sorts them by that hash into one block per shard, tokenises each
+block (``token_columns.py``) and writes its file: aside, then renamed. A run that was killed finds the files that it left
+and makes the others. The footer of each file says what it holds.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 import json
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,41 +21,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentwire.config import DataConfig, RunConfig
+from latentwire.config import RunConfig
 from latentwire.data import shards, sources
+from latentwire.data.cleaning import read_and_clean
+from latentwire.data.token_columns import LENGTH_EDGES, count_lengths, tokenise
 from latentwire.errors import UserError
-from latentwire.models.encoders import encoder_tokenizers, token_rows
-from latentwire.models.tokens import chunks_utf8, truncate_utf8
-from latentwire.prompts.sequences import PromptBuilder, sender_text
 from latentwire.storage import Place, read_footer, sha256, write, write_text
 
-BLOCK_ROWS = 1_024
-"""Rows that a task hands on at once."""
 ROW_GROUP = 512
 """Rows of a Parquet row group: what a reader of a stream holds at least."""
-LENGTH_EDGES = (0, *(2**power for power in range(3, 21)), 2**40)
-"""Edges of the histograms in the manifest, in tokens or bytes."""
-HASH_BITS = 52
-"""Bits of the hash that orders rows: Ray's sort takes its boundaries for floats."""
-ROW_BITS = 20
-"""Bits among them that order the rows of one context where those stand together."""
 LINE_SECONDS = 30.0
 """Between two lines on how many files are made."""
 FOOTER = b"latentwire"
 """Key of a shard's own counts in its Parquet metadata."""
-
-CLEAN = pa.schema(
-    {
-        "order": pa.int64(),
-        "reason": pa.string(),
-        "truncated": pa.bool_(),
-        "id": pa.string(),
-        "document": pa.string(),
-        "context": pa.string(),
-        "question": pa.string(),
-        "answers": pa.list_(pa.string()),
-    }
-)
 
 
 def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None = None) -> Place:
@@ -136,7 +111,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
         raise _nothing_left(run, split, [], read=0)
     cleaned = (
         ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
-        .map_batches(functools.partial(_read_and_clean, run=run, split=split), batch_size=1)
+        .map_batches(functools.partial(read_and_clean, run=run, split=split), batch_size=1)
         .materialize()
     )
     # One pass over the blocks here: each further Ray Data execution costs seconds on a small machine.
@@ -232,88 +207,6 @@ def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(row["reason"].split(":")[0] for row in rejects).most_common())
 
 
-# ---------------------------------------------------------------------------------------------------------- first pass
-
-
-def _read_and_clean(
-    batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit
-) -> Iterator[pa.Table]:
-    """Yield one piece's rows of this split in common columns, or with a reason."""
-    piece = sources.Piece(**{name: values.tolist()[0] for name, values in batch.items()})
-    source = shards.source_of(split)
-    block: list[dict[str, Any]] = []
-    for row in _cleaned(
-        run, source, piece, together=split == "train" and run.training.questions_together
-    ):
-        if _belongs(row, run, split):
-            block.append(row)
-        if len(block) == BLOCK_ROWS:
-            yield pa.Table.from_pylist(block, CLEAN)
-            block = []
-    yield pa.Table.from_pylist(block, CLEAN)
-
-
-def _cleaned(
-    run: RunConfig, source: sources.Split, piece: sources.Piece, *, together: bool
-) -> Iterator[dict[str, Any]]:
-    data, file = run.data, piece.key or piece.name
-    for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
-        order = _hash(f"{data.seed} {number} {file}")
-        try:
-            row = sources.clean(raw, data.dataset)
-            if (
-                not data.source.has_questions
-            ):  # a paragraph that several rows hold has one place, where it is kept once
-                order = _hash(f"{data.seed} {row['id']}")
-            elif together:
-                order = (
-                    _hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS
-                    | order % 2**ROW_BITS
-                )
-            yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))
-        except sources.RowError as error:
-            shown = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
-            yield {
-                "order": order,
-                "reason": str(error),
-                "id": f"{file} row {number}",
-                "context": shown[:500],
-            }
-
-
-def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
-    """Yield the row where its text fits the encoder's bytes, else what ``overflow`` makes of it."""
-    size = len(sender_text(data.send, row["context"], row["question"]).encode())
-    if size <= data.max_context_bytes:
-        yield row | {"truncated": False}
-    elif data.overflow == "reject":
-        raise sources.RowError(f"sender text must be ≤ {data.max_context_bytes} bytes: got {size}")
-    elif data.overflow == "chunk":
-        for number, chunk in enumerate(chunks_utf8(row["context"], data.max_context_bytes)):
-            yield row | {"context": chunk, "id": f"{row['id']}-{number}", "truncated": False}
-    else:
-        spare = data.max_context_bytes - (size - len(row["context"].encode()))
-        if spare < 1:
-            raise sources.RowError(f"question must fit {data.max_context_bytes} bytes: got {size}")
-        yield row | {"context": truncate_utf8(row["context"], spare), "truncated": True}
-
-
-def _belongs(row: dict[str, Any], run: RunConfig, split: shards.ShardSplit) -> bool:
-    """Return whether a row is of a split: of development where its document's seeded hash falls under ``dev_fraction``."""
-    if split == "validation":
-        return True
-    if row["reason"]:  # a rejected row of the training source is reported with train
-        return split == "train"
-    share = _hash(f"dev {run.data.seed} {row['document']}") / 2**HASH_BITS
-    return (share < run.data.dev_fraction) == (split == "dev")
-
-
-def _hash(text: str) -> int:
-    return int(
-        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[: HASH_BITS // 4], 16
-    )
-
-
 # --------------------------------------------------------------------------------------------------------- second pass
 
 
@@ -352,7 +245,7 @@ def _write(
     if not run.data.source.has_questions:
         table = _once(table)
     truncated = table["truncated"]
-    table, reason = _tokenise(table.drop_columns(["order", "truncated"]), run, split)
+    table, reason = tokenise(table.drop_columns(["order", "truncated"]), run, split)
     good = pc.equal(reason, "")
     rejects = (
         table.append_column("reason", reason)
@@ -364,7 +257,7 @@ def _write(
         "rows": table.num_rows,
         "truncated": pc.sum(truncated.filter(good)).as_py() or 0,
         "rejects": rejects.to_pylist(),
-        "lengths": _lengths(table),
+        "lengths": count_lengths(table),
     }
     table = table.replace_schema_metadata({FOOTER: json.dumps(counts)})
     write(
@@ -378,66 +271,6 @@ def _once(table: pa.Table) -> pa.Table:
     """Return the first of the rows with the same id."""
     _, places = np.unique(np.asarray(table["id"].to_pylist()), return_index=True)
     return table.take(np.sort(places))
-
-
-def _tokenise(
-    table: pa.Table, run: RunConfig, split: shards.ShardSplit
-) -> tuple[pa.Table, pa.Array]:
-    """Add each receiver's ids of context, question and first gold answer, and in training those that the encoder reads.
-
-    Returns the table, and each row's reason not to be used, empty where there is none.
-    """
-    context, question, golds = (
-        table[name].to_pylist() for name in ("context", "question", "answers")
-    )
-    answers = [texts[0] if texts else "" for texts in golds]
-    reasons = [""] * table.num_rows
-    columns: dict[str, pa.Array] = {}
-    for name, builder in _builders(run.model_dump_json()).items():
-        ids = builder.tokenize(context, question, answers)
-        good = builder.check_boundaries(answers, ids["answer_ids"])
-        for row in np.flatnonzero(~np.asarray(good)):
-            if golds[row] and not reasons[row]:
-                reasons[row] = f"anchor and answer must not merge into one token for {name}"
-        columns |= {f"{name}_{piece}": id_lists(values) for piece, values in ids.items()}
-    sent = [sender_text(run.data.send, *pair) for pair in zip(context, question, strict=True)]
-    columns["sender_bytes"] = pa.array([len(text.encode()) for text in sent], pa.int32())
-    if split == "train" and run.training.questions_together:
-        columns["sender_hash"] = pa.array(map(_hash, sent), pa.int64())
-    if split == "train" and (tokenizers := _encoder_tokenizers(run.model_dump_json())):
-        columns["encoder_ids"] = pa.array(
-            token_rows(tokenizers, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))
-        )
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table, pa.array(reasons, pa.string())
-
-
-def id_lists(rows: list[list[int]]) -> pa.Array:
-    """Return lists of ids as an Arrow column, by way of one flat array: ten times as fast as pyarrow's own way."""
-    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
-
-
-def _lengths(table: pa.Table) -> dict[str, list[int]]:
-    """Count rows per bin of :data:`LENGTH_EDGES`, for every column of ids and the sender's bytes."""
-    sizes = {"sender_bytes": table["sender_bytes"].to_numpy()}
-    for name in table.column_names:
-        if name.endswith("_ids") and name != "encoder_ids":
-            sizes[name] = pc.list_value_length(table[name]).to_numpy()
-    return {name: np.histogram(size, LENGTH_EDGES)[0].tolist() for name, size in sizes.items()}
-
-
-@functools.lru_cache(maxsize=8)
-def _builders(run_json: str) -> dict[str, PromptBuilder]:
-    return shards.builders(RunConfig.model_validate_json(run_json))
-
-
-@functools.lru_cache(maxsize=8)
-def _encoder_tokenizers(run_json: str) -> tuple[Any, ...]:
-    run = RunConfig.model_validate_json(run_json)
-    return encoder_tokenizers(run.encoder, run.receivers)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest

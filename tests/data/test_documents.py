@@ -11,7 +11,7 @@ import pytest
 from latentwire import exports
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data import documents, pipeline, shards
+from latentwire.data import cleaning, documents, shards
 from latentwire.data.documents import FILE, UNKNOWN, TrainedOn
 from latentwire.dataset import clean
 from latentwire.distributed import sweep_files
@@ -36,7 +36,7 @@ def splits(run: RunConfig, table: pa.Table, folder: Path) -> dict[shards.ShardSp
     found: dict[shards.ShardSplit, Path] = {}
     for split in shards.SPLITS:
         rows = [row | {"reason": ""} for row in table.to_pylist()]
-        keep = [number for number, row in enumerate(rows) if pipeline._belongs(row, run, split)]
+        keep = [number for number, row in enumerate(rows) if cleaning.belongs(row, run, split)]
         part = table.take(keep[:4] if split == "validation" else keep)
         found[split] = folder / split
         found[split].mkdir(parents=True)

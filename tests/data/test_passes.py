@@ -14,7 +14,7 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import pipeline, shards, sources
+from latentwire.data import cleaning, pipeline, shards, sources, token_columns
 from latentwire.data.sources import DataError, RowError
 
 OVERFLOWS = ("reject", "chunk", "truncate")
@@ -45,7 +45,7 @@ def tables(run: RunConfig, split: shards.ShardSplit) -> list[pa.Table]:
     """What the first pass makes of a split."""
     pieces = sources.pieces(run.data, shards.source_of(split))
     batches = [{name: np.array([value]) for name, value in vars(piece).items()} for piece in pieces]
-    return [table for batch in batches for table in pipeline._read_and_clean(batch, run, split)]
+    return [table for batch in batches for table in cleaning.read_and_clean(batch, run, split)]
 
 
 def rows(run: RunConfig, split: shards.ShardSplit) -> list[dict[str, Any]]:
@@ -85,11 +85,11 @@ def test_what_is_wrong_with_a_row_is_told_once(tmp_path: Path) -> None:
 def test_blocks_are_bounded_and_hold_every_row_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(cleaning, "BLOCK_ROWS", 7)
     run = run_on(tmp_path, [good(number) for number in range(20)])
     made = tables(run, "validation")
     assert [table.num_rows for table in made] == [7, 7, 6] and all(
-        table.schema == pipeline.CLEAN for table in made
+        table.schema == cleaning.CLEAN for table in made
     )
     assert [row["id"] for table in made for row in table.to_pylist()] == [
         str(number) for number in range(20)
@@ -142,7 +142,7 @@ def test_a_text_has_one_place_whatever_row_holds_it(tmp_path: Path) -> None:
 
 def fitted(run: RunConfig, context: str, question: str = "Where?") -> list[dict[str, Any]]:
     row = {"id": "r", "document": "d", "context": context, "question": question, "answers": ["a"]}
-    return list(pipeline._fitted(row, run.data))
+    return list(cleaning._fitted(row, run.data))
 
 
 def test_a_text_that_just_fits_stays_whole_and_a_longer_one_goes_by_the_rule(
@@ -298,7 +298,7 @@ def test_texts_are_kept_once_in_their_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ids", [[], [[]], [[], [3, 1], [], [70_000]], [[1], [2, 3]]])
 def test_lists_of_ids_are_the_column_that_arrow_makes_of_them(ids: list[list[int]]) -> None:
-    column = pipeline.id_lists(ids)
+    column = token_columns.id_lists(ids)
     column.validate(full=True)
     assert column.type == pa.list_(pa.int32()) and column.to_pylist() == ids
 
@@ -314,8 +314,8 @@ def test_lengths_are_counted_by_powers_of_two() -> None:
             "id": ["a"] * 7,
         }
     )
-    found = pipeline._lengths(table)
-    edges = pipeline.LENGTH_EDGES
+    found = token_columns.count_lengths(table)
+    edges = token_columns.LENGTH_EDGES
     assert found.keys() == {"sender_bytes", "llama_answer_ids"} and list(edges[:4]) == [
         0,
         8,
@@ -348,7 +348,9 @@ def test_a_manifest_adds_up_what_the_files_say(tmp_path: Path) -> None:
     assert manifest["key"] == shards.shard_key(run, "validation")[0]
     assert manifest["spec"] == shards.shard_key(run, "validation")[1]
     lengths = manifest["lengths"]
-    assert lengths.pop("edges") == pipeline.LENGTH_EDGES[:-1] and lengths["sender_bytes"][0] == 2
+    assert (
+        lengths.pop("edges") == token_columns.LENGTH_EDGES[:-1] and lengths["sender_bytes"][0] == 2
+    )
     assert {sum(counts) for counts in lengths.values()} == {2}
     lines = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["x", "z", "r0", "r3"]

@@ -10,7 +10,7 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import pipeline, shards, sources
+from latentwire.data import cleaning, shards, sources
 
 
 def cleaned(run: RunConfig, split: shards.ShardSplit) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def cleaned(run: RunConfig, split: shards.ShardSplit) -> list[dict[str, Any]]:
     rows = []
     for piece in sources.pieces(run.data, shards.source_of(split)):
         batch = {name: np.array([value]) for name, value in vars(piece).items()}
-        rows += pa.concat_tables(pipeline._read_and_clean(batch, run, split)).to_pylist()
+        rows += pa.concat_tables(cleaning.read_and_clean(batch, run, split)).to_pylist()
     return rows
 
 

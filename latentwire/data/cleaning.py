@@ -1,0 +1,118 @@
+"""From a source's raw rows to good rows of a split, or to what is wrong with them.
+
+Each row gets a seeded hash, which shuffles and samples at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentwire.config import DataConfig, RunConfig
+from latentwire.data import shards, sources
+from latentwire.models.tokens import chunks_utf8, truncate_utf8
+from latentwire.prompts.sequences import sender_text
+
+BLOCK_ROWS = 1_024
+"""Rows that a task hands on at once."""
+HASH_BITS = 52
+"""Bits of the hash that orders rows: Ray's sort takes its boundaries for floats."""
+ROW_BITS = 20
+"""Bits among them that order the rows of one context where those stand together."""
+
+CLEAN = pa.schema(
+    {
+        "order": pa.int64(),
+        "reason": pa.string(),
+        "truncated": pa.bool_(),
+        "id": pa.string(),
+        "document": pa.string(),
+        "context": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+    }
+)
+
+
+def read_and_clean(
+    batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit
+) -> Iterator[pa.Table]:
+    """Yield one piece's rows of this split in common columns, or with a reason."""
+    piece = sources.Piece(**{name: values.tolist()[0] for name, values in batch.items()})
+    source = shards.source_of(split)
+    block: list[dict[str, Any]] = []
+    for row in _cleaned(
+        run, source, piece, together=split == "train" and run.training.questions_together
+    ):
+        if belongs(row, run, split):
+            block.append(row)
+        if len(block) == BLOCK_ROWS:
+            yield pa.Table.from_pylist(block, CLEAN)
+            block = []
+    yield pa.Table.from_pylist(block, CLEAN)
+
+
+def _cleaned(
+    run: RunConfig, source: sources.Split, piece: sources.Piece, *, together: bool
+) -> Iterator[dict[str, Any]]:
+    data, file = run.data, piece.key or piece.name
+    for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
+        order = text_hash(f"{data.seed} {number} {file}")
+        try:
+            row = sources.clean(raw, data.dataset)
+            if (
+                not data.source.has_questions
+            ):  # a paragraph that several rows hold has one place, where it is kept once
+                order = text_hash(f"{data.seed} {row['id']}")
+            elif together:
+                order = (
+                    text_hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS
+                    | order % 2**ROW_BITS
+                )
+            yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))
+        except sources.RowError as error:
+            shown = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+            yield {
+                "order": order,
+                "reason": str(error),
+                "id": f"{file} row {number}",
+                "context": shown[:500],
+            }
+
+
+def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
+    """Yield the row where its text fits the encoder's bytes, else what ``overflow`` makes of it."""
+    size = len(sender_text(data.send, row["context"], row["question"]).encode())
+    if size <= data.max_context_bytes:
+        yield row | {"truncated": False}
+    elif data.overflow == "reject":
+        raise sources.RowError(f"sender text must be ≤ {data.max_context_bytes} bytes: got {size}")
+    elif data.overflow == "chunk":
+        for number, chunk in enumerate(chunks_utf8(row["context"], data.max_context_bytes)):
+            yield row | {"context": chunk, "id": f"{row['id']}-{number}", "truncated": False}
+    else:
+        spare = data.max_context_bytes - (size - len(row["context"].encode()))
+        if spare < 1:
+            raise sources.RowError(f"question must fit {data.max_context_bytes} bytes: got {size}")
+        yield row | {"context": truncate_utf8(row["context"], spare), "truncated": True}
+
+
+def belongs(row: dict[str, Any], run: RunConfig, split: shards.ShardSplit) -> bool:
+    """Return whether a row is of a split: of development where its document's seeded hash falls under ``dev_fraction``."""
+    if split == "validation":
+        return True
+    if row["reason"]:  # a rejected row of the training source is reported with train
+        return split == "train"
+    share = text_hash(f"dev {run.data.seed} {row['document']}") / 2**HASH_BITS
+    return (share < run.data.dev_fraction) == (split == "dev")
+
+
+def text_hash(text: str) -> int:
+    """Return the first bits of a text's SHA-256 as a number, :data:`HASH_BITS` of them."""
+    return int(
+        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[: HASH_BITS // 4], 16
+    )
