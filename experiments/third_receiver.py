@@ -36,8 +36,9 @@ from latentwire.config.resolve import ConfigError, with_values
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation import scoring
 from latentwire.evaluation.conditions import Condition
-from latentwire.exports import choose_receivers, read_run
+from latentwire.exports import read_run
 from latentwire.model import LatentWire
+from latentwire.model_addresses import choose_receivers
 from latentwire.training.local import train_here
 
 

@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,18 +29,17 @@ from safetensors.torch import load_file, save_file
 
 from latentwire import card
 from latentwire.config import RunConfig
-from latentwire.config.resolve import ConfigError, validate, with_values
-from latentwire.config.wire import LENT
+from latentwire.config.resolve import validate
 from latentwire.data import documents
 from latentwire.errors import UserError
 from latentwire.features.registry import keeps_receivers_frozen
+from latentwire.model_addresses import beside, is_path, with_models
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import owner
-from latentwire.models.weights import TOY_MODELS
 from latentwire.storage import sha256
 
-if TYPE_CHECKING:
-    from latentwire.model import LatentWire
+if TYPE_CHECKING:  # commands name exports' files and load no receivers for it
+    from latentwire.wire_base import WireBase
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,7 +77,7 @@ class CheckpointError(UserError):
 
 def save(
     path: Path,
-    wire: LatentWire,
+    wire: WireBase,
     metrics: dict[str, Any],
     provenance: dict[str, Any],
     add: Callable[[Path], None] | None = None,
@@ -89,7 +88,7 @@ def save(
     ``provenance``: what the metrics depend on (shard keys, receivers' hashes, evaluation settings).
     ``add`` writes further files into the directory that it is given, before everything is hashed.
     ``address``: how the configuration names a model's directory; ``None``: relative to ``path``
-    (:func:`beside`).
+    (:func:`~latentwire.model_addresses.beside`).
     """
     path = Path(path)
     check_free(path)
@@ -135,55 +134,6 @@ def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     file.chmod(mode)
 
 
-def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
-    """Return ``run`` with another address of each model, its receivers' and its encoder's."""
-    values: dict[str, Any] = {
-        "receivers": [
-            receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers
-        ]
-    }
-    if run.encoder.model is not None:
-        values["encoder.model"] = address(run.encoder.model)
-    if run.encoder.senders:
-        senders = run.encoder.senders
-        values["encoder.senders"] = [s if s.startswith(LENT) else address(s) for s in senders]
-    return with_values(run, values, "receivers")
-
-
-def beside(path: Path, model: str) -> str:
-    """Return a model's directory relative to the directory ``path``, beginning with a dot.
-
-    A Hub id or an embedded model stays as it is. Whoever gets both together, or under another root,
-    finds one from the other; nobody learns where they lay.
-    """
-    if not is_directory(model):
-        return model
-    relative = Path(os.path.relpath(Path(model).resolve(), Path(path).resolve())).as_posix()
-    return relative if relative.startswith("..") else f"./{relative}"
-
-
-def below(path: Path, model: str) -> str:
-    """Return a model's directory relative to ``path`` where it lies below it, else as it is.
-
-    For an export in an object store.
-    """
-    inside = is_directory(model) and Path(model).resolve().is_relative_to(path.resolve())
-    return Path(model).resolve().relative_to(path.resolve()).as_posix() if inside else model
-
-
-def by_name(model: str) -> str:
-    """Return a model's directory by its last name, as if it lay in the export.
-
-    For strangers, who must say where they have it.
-    """
-    return f"./{Path(model).resolve().name}" if is_directory(model) else model
-
-
-def is_directory(model: str) -> bool:
-    """Return whether a model is a directory (or file) of this machine."""
-    return model not in TOY_MODELS and Path(model).exists()
-
-
 def installed(names: Iterable[str]) -> dict[str, str]:
     """Return package → version of those that are there: a plain run needs no Ray or Optuna."""
     versions = {}
@@ -201,7 +151,7 @@ def check_free(path: Path) -> None:
         )
 
 
-def parts(wire: LatentWire) -> dict[str, torch.nn.Module]:
+def parts(wire: WireBase) -> dict[str, torch.nn.Module]:
     """Return file → the module whose weights it holds."""
     interlingua = wire.interlingua
     modules: dict[str, torch.nn.Module] = {}
@@ -324,7 +274,7 @@ def read_run(path: Path) -> RunConfig:
 def check_models(path: Path, run: RunConfig) -> None:
     """Raise :class:`CheckpointError` where a model's directory in the configuration is missing."""
     for place, receiver in enumerate(run.receivers):
-        if _is_path(receiver.model) and not Path(receiver.model).exists():
+        if is_path(receiver.model) and not Path(receiver.model).exists():
             raise CheckpointError(
                 f"receiver {receiver.name} of {path} must be in a directory of this machine, "
                 f"{receiver.model} is not there; say where its weights are: "
@@ -335,7 +285,7 @@ def check_models(path: Path, run: RunConfig) -> None:
     senders = run.encoder.senders
     backbones |= {f"encoder.senders.{place}": model for place, model in enumerate(senders)}
     for knob, model in backbones.items():
-        if _is_path(model) and not Path(model).exists():
+        if is_path(model) and not Path(model).exists():
             raise CheckpointError(
                 f"the encoder's backbone of {path} must be in a directory of this machine, "
                 f"{model} is not there; put its weights there, or --set "
@@ -343,53 +293,7 @@ def check_models(path: Path, run: RunConfig) -> None:
             )
 
 
-def _is_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.count("/") > 1
-
-
-def choose_receivers(
-    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
-) -> RunConfig:
-    """Return ``run`` with the chosen receivers alone (``None``: all).
-
-    They are one name, several, or name → another place of its weights. Raises
-    :class:`~latentwire.config.resolve.ConfigError` for an unknown name, or where the encoder needs
-    all of them.
-    """
-    if chosen is None:
-        return run
-    chosen = [chosen] if isinstance(chosen, str) else chosen
-    known = {receiver.name: receiver for receiver in run.receivers}
-    if strange := [name for name in chosen if name not in known]:
-        raise ConfigError(
-            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them"
-        )
-    if run.encoder.private_len and len(chosen) < len(known):
-        raise ConfigError(
-            f"encoder.private_len {run.encoder.private_len} makes latents for each of "
-            f"{', '.join(known)}, got only {', '.join(chosen)}; name all of them"
-        )
-    if away := [name for name in run.encoder.lenders if name not in chosen]:
-        raise ConfigError(
-            f"encoder.senders reads texts by the models of {', '.join(run.encoder.lenders)}, got no "
-            f"{', '.join(away)}; name them too"
-        )
-    places = dict(chosen) if isinstance(chosen, Mapping) else {}
-    receivers = [known[name].model_dump() for name in chosen]
-    for receiver in receivers:
-        receiver["model"] = places.get(receiver["name"], receiver["model"])
-    # Receivers that stay away cannot be named as trained, of a wire that one of them joined.
-    stay = {"encoder", *chosen}
-    train_only = [name for name in run.training.train_only if name in stay]
-    values: dict[str, Any] = {"receivers": receivers, "training.train_only": train_only}
-    lender = run.encoder.lender
-    if lender is not None and lender not in chosen:
-        # The encoder is still built like the receiver that stays away.
-        values["encoder.model"] = known[lender].model
-    return with_values(run, values, "receivers")
-
-
-def load_weights(path: Path, wire: LatentWire, manifest: dict[str, Any]) -> None:
+def load_weights(path: Path, wire: WireBase, manifest: dict[str, Any]) -> None:
     """Put a checkpoint's encoder and adapters into ``wire``.
 
     ``manifest``: by :func:`read_manifest`, which has checked that the files are whole. Raises

@@ -24,18 +24,17 @@ from latentwire.config.resolve import ConfigError
 from latentwire.message import Message, WireError
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.head_slots import HeadEntries
-from latentwire.models.lm import Past
+from latentwire.models.past import Past
 from latentwire.models.weights import fingerprint
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores
 from latentwire.storage import Place, local, place, write
 from latentwire.texts import texts_of
+from latentwire.wire_base import WireBase
 
 if TYPE_CHECKING:
     from transformers import Cache
-
-    from latentwire.model import LatentWire
 
 FORMAT = "latentwire-prefilled-1"
 """Marks a file of this kind."""
@@ -49,7 +48,7 @@ class Prefilled:
 
     def __init__(
         self,
-        wire: LatentWire,
+        wire: WireBase,
         receiver: str,
         past: Past,
         end_B: torch.Tensor,
@@ -209,7 +208,7 @@ class Prefilled:
         write(place(path), functools.partial(save_file, held, metadata=metadata))
 
     @classmethod
-    def load(cls, wire: LatentWire, path: str | Place) -> Prefilled:
+    def load(cls, wire: WireBase, path: str | Place) -> Prefilled:
         """Read a file of :meth:`save`.
 
         Raises:
@@ -252,7 +251,7 @@ class Prefilled:
         return cls(wire, receiver, past, tensors["end"], message.to(wire.interlingua.device))
 
     @staticmethod
-    def _belongs_to(wire: LatentWire, receiver: str) -> dict[str, str]:
+    def _belongs_to(wire: WireBase, receiver: str) -> dict[str, str]:
         head = json.dumps(wire.builders[receiver].head_ids).encode()
         return {
             "format": FORMAT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
@@ -9,17 +10,29 @@ from typing import Any, Literal
 import torch
 
 from latentwire.config import RunConfig
+from latentwire.data.documents import TrainedOn
 from latentwire.features import registry
 from latentwire.features.base import Reading
 from latentwire.message import Message
+from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.slots import put_in_slots
-from latentwire.models.weights import ReceiverError
-from latentwire.prompts.batch import SHARED_BY as SHARED_BY
-from latentwire.prompts.batch import Batch
+from latentwire.models.weights import ReceiverError, fingerprint
+from latentwire.prompts.batch import SHARED_BY, Batch
 from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
+
+LENGTHS_AND_PLACES = {
+    "model",
+    "senders",
+    "tune",
+    "latent_len",
+    "tokens_per_latent",
+    "latent_dropout",
+}
+"""Knobs of the encoder that do not change what a latent means: its weights are hashed, wherever
+they come from."""
 
 
 class WireBase:
@@ -51,6 +64,9 @@ class WireBase:
         self.interlingua = Interlingua(run, shapes, registry.build, loaded=loaded).to(device)
         if run.prefix is not None:
             self._begin_prefixes(run.prefix.text)
+        self.trained_on = TrainedOn()
+        """The documents that its weights have trained on."""
+        self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
 
     def _begin_prefixes(self, text: str) -> None:
         prefix: Any
@@ -58,6 +74,32 @@ class WireBase:
             lm = self.receivers[name]
             ids = lm.tokenizer(text, add_special_tokens=False).input_ids
             prefix.begin_as(lm.token_embeddings(torch.tensor(ids)))
+
+    @property
+    def encoder_id(self) -> str:
+        """Id of the encoder in every packet: 32 hex digits of a hash of its weights.
+
+        Features that refine its messages are hashed too. Computed again only after the weights have
+        changed.
+        """
+        if not isinstance(self.interlingua.encoder, InterlinguaEncoder):
+            return ""  # a text reader sends nothing
+        parts = torch.nn.ModuleList([self.interlingua.encoder])
+        feature: Any
+        for feature in self.interlingua.features.values():
+            if feature.acts_on_message:
+                parts.append(feature)
+        tensors = (*parts.parameters(), *parts.buffers())
+        state = [(id(tensor), tensor._version) for tensor in tensors]
+        if self._encoder_id[0] != state:
+            # Without defaults: a knob that a later version adds leaves the ids of what was trained
+            # before it.
+            knobs = self.run.encoder.model_dump_json(
+                exclude=LENGTHS_AND_PLACES, exclude_defaults=True
+            )
+            identity = f"{fingerprint(parts)} {knobs} {self.run.data.send}"
+            self._encoder_id = state, hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return self._encoder_id[1]
 
     def local_receiver(self, receiver: str) -> LocalReceiver:
         """Return a receiver whose weights are in this process.

@@ -125,6 +125,14 @@ def wire_of(run: RunConfig) -> LatentWire:
     return LatentWire(run, None if changed else frozen(run.receivers))
 
 
+def shaken(wire: LatentWire) -> LatentWire:
+    """Other weights than the fresh ones, so that rows differ in what is answered."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in wire.interlingua.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wire
+
+
 HEADS: dict[str, Any] = {
     "encoder.kind": "senders",
     "encoder.pooling": "tokens",

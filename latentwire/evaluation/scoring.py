@@ -34,6 +34,7 @@ from latentwire.evaluation.summary import (
     wider_by_document,
 )
 from latentwire.model import LatentWire, load_wire
+from latentwire.model_addresses import below
 from latentwire.models import own_cache
 from latentwire.models.weights import skeleton
 from latentwire.storage import Place, directory, local, write, write_text
@@ -235,7 +236,7 @@ def score_and_export(
             "evaluation_pin": protocol_hash(validation, wire.run),
         }
     }
-    address = None if isinstance(export, Path) else partial(exports.below, Path.cwd())
+    address = None if isinstance(export, Path) else partial(below, Path.cwd())
     with directory(export, last=exports.MANIFEST) as folder:
         metrics = {
             "development": manifest["metrics"],
