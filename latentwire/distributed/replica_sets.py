@@ -232,10 +232,10 @@ def serving(
 def usage(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     """Describe in one line what a receiver's replicas did."""
     accounts = [account for report in reports for account in report["accounts"].values()]
-    total = {
-        name: sum(account[name] for account in accounts)
-        for name in ("requests", "joined", "seconds", "waited")
-    }
+    total = dict.fromkeys(("requests", "joined", "seconds", "waited"), 0)
+    for account in accounts:
+        for count in total:
+            total[count] += account[count]
     passes = sum(report["passes"] for report in reports)
     return (
         f"shared {name}: {total['requests']:,} requests of {len(accounts)} trials in {passes:,} "

@@ -57,7 +57,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
         contexts = [p.context_id for p in answers]
         row = _means(answers) | {"contexts": len(set(contexts))}
         for field in SCORES:
-            row |= _bounds(field, [getattr(p, field) for p in answers], contexts)
+            row |= _bounds(field, _values(answers, field), contexts)
         sent_bytes = sum(p.bytes for p in answers)
         positions = sum(p.message_positions for p in answers)
         if sent_bytes and positions:  # a closed book compresses nothing
@@ -73,14 +73,25 @@ def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
     return means | {"rows": len(predictions)}
 
 
+def _values(answers: Sequence[Prediction], field: str) -> list[Any]:
+    """Return one field of each answer."""
+    return [getattr(p, field) for p in answers]
+
+
+def _different(answers: Sequence[Prediction]) -> int:
+    """Count the different texts among answers."""
+    return len({p.text for p in answers})
+
+
 def _over_receivers(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Average over receivers what all of them have, except intervals, which have no mean."""
     rows = list(table.values())
-    return {
-        field: sum(row[field] for row in rows) / len(rows)
-        for field in rows[0]
-        if all(field in row for row in rows) and not field.endswith(("_low", "_high"))
-    }
+    means: dict[str, float] = {}
+    for field in rows[0]:
+        values = [row[field] for row in rows if field in row]
+        if len(values) == len(rows) and not field.endswith(("_low", "_high")):
+            means[field] = sum(values) / len(rows)
+    return means
 
 
 def together(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -94,19 +105,19 @@ def together(predictions: Sequence[Prediction]) -> dict[str, float]:
     if len(by_receiver) < 2:
         return {}
     rows = list(zip(*by_receiver.values(), strict=True))
-    agreed = [len({p.text for p in row}) == 1 for row in rows]
+    agreed = [_different(row) == 1 for row in rows]
     scores = {
         "agreement": float(np.mean(agreed)),
-        "oracle_em": float(np.mean([max(p.em for p in row) for row in rows])),
-        "oracle_f1": float(np.mean([max(p.f1 for p in row) for row in rows])),
+        "oracle_em": float(np.mean([max(_values(row, "em")) for row in rows])),
+        "oracle_f1": float(np.mean([max(_values(row, "f1")) for row in rows])),
     }
     if any(row[0].joint_logp is None and not same for row, same in zip(rows, agreed, strict=True)):
         return scores
     likeliest = [max(row, key=lambda p: p.joint_logp or 0.0) for row in rows]
     for field in ("em", "f1"):
-        values = [getattr(p, field) for p in likeliest]
+        values = _values(likeliest, field)
         scores[f"joint_{field}"] = float(np.mean(values))
-        scores |= _bounds(f"joint_{field}", values, [p.context_id for p in likeliest])
+        scores |= _bounds(f"joint_{field}", values, _values(likeliest, "context_id"))
     return scores
 
 
@@ -122,8 +133,8 @@ def compare(
     differences: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
     contexts = [p.context_id for p in next(iter(one.values()))]
     for field in ("em", "f1", "nll"):
-        a_RN = np.array([[getattr(p, field) for p in one[name]] for name in one], np.float64)
-        b_RN = np.array([[getattr(p, field) for p in other[name]] for name in one], np.float64)
+        a_RN = np.array([_values(one[name], field) for name in one], np.float64)
+        b_RN = np.array([_values(other[name], field) for name in one], np.float64)
         for name, a_N, b_N in zip(one, a_RN, b_RN, strict=True):
             differences[name][field] = difference(a_N, b_N, contexts)
         differences["mean"][field] = difference(a_RN.mean(0), b_RN.mean(0), contexts)
@@ -135,8 +146,8 @@ def _paired(
 ) -> tuple[dict[str, list[Prediction]], dict[str, list[Prediction]]]:
     """Return both by receiver; raises :class:`ValueError` where their rows are not the same."""
     one, other = _by_receiver(first), _by_receiver(second)
-    rows = {name: [p.id for p in answers] for name, answers in one.items()}
-    if rows != {name: [p.id for p in answers] for name, answers in other.items()}:
+    rows = {name: _values(answers, "id") for name, answers in one.items()}
+    if rows != {name: _values(answers, "id") for name, answers in other.items()}:
         raise ValueError("predictions must be of the same rows in the same order to be compared")
     return one, other
 
@@ -177,8 +188,8 @@ def _against(
     table: dict[str, dict[str, float]] = {}
     by_receiver, of_text = _paired(answers, full_text)
     for name, rows in by_receiver.items():
-        a_FN = np.array([[getattr(p, field) for p in rows] for field in SCORES])
-        b_FN = np.array([[getattr(p, field) for p in of_text[name]] for field in SCORES])
+        a_FN = np.array([_values(rows, field) for field in SCORES])
+        b_FN = np.array([_values(of_text[name], field) for field in SCORES])
         em_N, right_N = a_FN[0], b_FN[0]
         fractions = {
             "resilience": (em_N * right_N, right_N),
@@ -270,20 +281,18 @@ def by_document(
     documents, contexts = {p.document for p in answers}, {p.context_id for p in answers}
     if not 1 < len(documents) < len(contexts):
         return {}
-    return {
-        key: {
-            name: _by_document(rows) | {"documents": len(documents)}
-            for name, rows in _by_receiver(of_row).items()
-        }
-        for key, of_row in predictions.items()
-    }
+    intervals: dict[str, dict[str, dict[str, float]]] = {key: {} for key in predictions}
+    for key, of_row in predictions.items():
+        for name, rows in _by_receiver(of_row).items():
+            intervals[key][name] = _by_document(rows) | {"documents": len(documents)}
+    return intervals
 
 
 def _by_document(rows: Sequence[Prediction]) -> dict[str, float]:
     """Return one receiver's intervals by resampled documents."""
     intervals: dict[str, float] = {}
     for field in SCORES:
-        values = [getattr(p, field) for p in rows]
+        values = _values(rows, field)
         bounds = _bounds(field, values, [p.document for p in rows])
         low, high = interval(values, [p.context_id for p in rows])
         intervals |= bounds
@@ -312,9 +321,7 @@ def wider_by_document(intervals: Mapping[str, Mapping[str, Mapping[str, float]]]
 def _distinct(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Return receiver → different answers over rows."""
     by_receiver = _by_receiver(predictions)
-    return {
-        name: len({p.text for p in answers}) / len(answers) for name, answers in by_receiver.items()
-    }
+    return {name: _different(answers) / len(answers) for name, answers in by_receiver.items()}
 
 
 def breakdown(
@@ -377,5 +384,5 @@ def _bounds(field: str, values: list[float], contexts: list[str]) -> dict[str, f
 
 
 def _mean(predictions: Sequence[Prediction], field: str) -> float:
-    values: list[Any] = [getattr(p, field) for p in predictions]
+    values = _values(predictions, field)
     return float(sum(values)) / len(values)

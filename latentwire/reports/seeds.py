@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def seeds_table(seeds: Sequence[SeedScores]) -> Grid:
     if len(set(numbers)) < len(numbers):
         named = ", ".join(f"{seed.output} seed {seed.seed}" for seed in seeds)
         raise ConfigError(f"seeds must differ, got {named}; leave out what is there twice")
-    keys = [key for key in seeds[0].scores if all(key in seed.scores for seed in seeds)]
+    keys = _shared([seed.scores for seed in seeds])
     left_out = dict.fromkeys(key for seed in seeds for key in seed.scores if key not in keys)
     body = []
     for key in keys:
@@ -81,12 +81,12 @@ def seeds_table(seeds: Sequence[SeedScores]) -> Grid:
             rows = [seed.scores[key].get(receiver, {}) for seed in seeds]
             if receiver != "mean" and all(rows):
                 body.append([label(key), receiver, rows])
-    shared = {name for *_, rows in body for name in rows[0] if all(name in row for row in rows)}
+    shared = {name for *_, rows in body for name in _shared(rows)}
     columns = [name for name in PERCENT if name in shared]
-    lines = [
-        [reads, receiver, *(_range(rows, name, 100, 1) for name in columns), _range(rows, "nll")]
-        for reads, receiver, rows in body
-    ]
+    lines = []
+    for reads, receiver, rows in body:
+        ranges = [_range(rows, name, 100, 1) for name in columns]
+        lines.append([reads, receiver, *ranges, _range(rows, "nll")])
     title = f"seeds {', '.join(map(str, numbers))}: mean (least to greatest)"
     if left_out:
         title += f"; not scored for all of them: {', '.join(map(label, left_out))}"
@@ -98,6 +98,11 @@ def show(seeds: Sequence[SeedScores]) -> None:
     """Print the table of seeds, and what retention is against."""
     tables.show([seeds_table(seeds)])
     print(card.retention_note(seeds[0].scores))
+
+
+def _shared(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of the first table that all of them have."""
+    return [key for key in tables[0] if all(key in table for table in tables)]
 
 
 def _range(rows: Sequence[dict[str, float]], name: str, factor: float = 1, digits: int = 2) -> str:

@@ -94,7 +94,10 @@ def front_table(rows: list[dict[str, Any]], config: TuneConfig) -> Grid:
     """Return the trials that no other beats in every objective, by the further objectives."""
     names = [*config.objectives, config.metric]
     front = sorted((row for row in rows if row["front"]), key=lambda row: row[names[0]])
-    body = [[str(row["trial"]), *(cell(row[name]) for name in names)] for row in front]
+    body = []
+    for row in front:
+        values = [cell(row[name]) for name in names]
+        body.append([str(row["trial"]), *values])
     return (
         f"Pareto front: {len(front)} trials that none beats in everything",
         ["trial", *names],
@@ -212,10 +215,10 @@ def readers_tables(
 
 def together_table(scores: dict[str, Any]) -> Grid:
     """Return how the receivers do as one, and what a message costs and saves, by condition."""
-    body = [
-        [label(key), *(cell(receivers["mean"].get(field)) for field in TOGETHER)]
-        for key, receivers in scores.items()
-    ]
+    body = []
+    for key, receivers in scores.items():
+        values = [cell(receivers["mean"].get(field)) for field in TOGETHER]
+        body.append([label(key), *values])
     return (
         "the receivers together (means over them)",
         ["the receivers read", *TOGETHER.values()],
