@@ -372,7 +372,7 @@ def _without_winner(
     command: str,
     error: results.SweepError,
 ) -> int:
-    """What the trials came to all the same; returns the exit status."""
+    """Report what the trials reached without a winner; return the exit status."""
     grids = tables.trial_tables(rows, space)
     tables.show(grids)
     print(

@@ -59,7 +59,7 @@ Assignments = Annotated[
     ),
 ]
 MANY = {"consume_multiple": True, "negative": ()}
-"""Of a :class:`cyclopts.Parameter` that takes several values: ``--bits 8 4``."""
+"""Options of a :class:`cyclopts.Parameter` that takes several values: ``--bits 8 4``."""
 Verbose = Annotated[bool, Parameter(help="Show what workers and libraries print.", negative=())]
 Ray = Annotated[
     bool, Parameter(help="Run on Ray: its cluster's workers, or this machine's.", negative=())

@@ -88,7 +88,7 @@ class PromptConfig(Section):
     anchor: str = knob("Answer: ", shards="value")
     """Text between prompt and answer. Its trailing white space is tokenised with the answer, as the LLM learned it."""
     reads: Literal["message", "text", "truncated", "window", "closed_book"] = "message"
-    """What stands where the context belongs. ``message``: a wire's. The others make a *text reader* of the run, which has no
+    """Content of the context's place. ``message``: a wire's. The others make a *text reader* of the run, which has no
     encoder and trains ``prefix`` alone: the whole ``text``; as many of its first tokens as the message of ``encoder`` would
     have positions (``truncated``), or as many from anywhere (``window``); or nothing."""
 
@@ -108,7 +108,7 @@ class PrefixConfig(Section):
     )
     """The vectors begin as the embeddings of its tokens, repeated or cut to ``tokens``."""
     begin: Literal["text", "reader"] = knob("text", calibrates=True)
-    """What they begin as. ``reader``: the prefix of the receiver's tuned text reader, which is trained first
+    """Start of the vectors. ``reader``: the prefix of the receiver's tuned text reader, which is trained first
     (``evaluation.tuned_text``, with the same ``tokens`` and ``layers``)."""
 
 
@@ -159,12 +159,12 @@ class EncoderConfig(Section):
     depths: tuple[float, ...] = knob((0.0, 0.2, 0.4, 0.6, 0.8), min_length=1, calibrates=True)
     """Depths of the senders' states as shares of their layers; 0 is the embeddings. Layers above the deepest are not run."""
     lead: str = knob("Passage:\n", calibrates=True)
-    """What ``senders`` read before the text: the first token of all has states like no other's, so it should be none of the
+    """Text that ``senders`` read before each text: the first token of all has states like no other's, so it should be none of the
     text's. Empty: nothing."""
     model_layers: int | None = Field(None, ge=1)
     """Keep the backbone's first layers only. ``None``: all."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """What a state of an ``lm`` backbone sees: the whole text, or what comes before it, as the LM was trained."""
+    """Tokens that a state of an ``lm`` backbone sees: the whole text, or what comes before it, as the LM was trained."""
     tune: Literal["frozen", "lora", "full"] = "full"
     """The part of the backbone that is trained: nothing, low-rank updates of its attention (arXiv 2106.09685), or everything.
     ``senders`` are never trained."""

@@ -52,9 +52,9 @@ class DriverLog:
         """Begin without a file."""
         self.path: Path | None = None
         self.verbose = False
-        """Whether the console shows what goes into the file."""
+        """True where the console shows what goes into the file."""
         self.training = False
-        """Whether the console shows what the workers of a training print, as where it runs in this process."""
+        """True where the console shows what a training's workers print, as one in this process does."""
         self.handler = logging.StreamHandler(self)
         self.handler.setFormatter(logging.Formatter(FORMAT))
         self._waiting: deque[str] = deque(maxlen=WAITING_WRITES)

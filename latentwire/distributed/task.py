@@ -16,7 +16,7 @@ from latentwire.storage import Place, text_if_there, write_text
 EARLIER = "earlier_evaluations"
 """Key of the reports before the one that a resumed trial makes again, as JSON."""
 ERROR_FILE = "error.txt"
-"""Where a trial's driver or worker leaves the cause of a failure."""
+"""File in which a trial's driver or worker leaves the cause of a failure."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class WorkerTask:
     """Hashes that the metrics depend on."""
     train_rows: int
     train_shards: Place
-    """Where the training rows lie: a wire keeps which documents it has trained on."""
+    """Directory of the training rows: a wire keeps which documents it has trained on."""
     began: float
     """When the trial began, in seconds since 1970."""
     folder: Place

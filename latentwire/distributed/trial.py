@@ -66,18 +66,18 @@ def train_worker(config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the trials of one data variant train on, and what their metrics hang on."""
+    """Training data of one data variant's trials, and the hashes that their metrics depend on."""
 
     datasets: dict[str, ray.data.Dataset]
     """``train``, of ``train_rows``, and ``dev``."""
     train_rows: int
     train_shards: Place
-    """Where ``train`` lies: a wire keeps which documents it has trained on."""
+    """Directory of ``train``: a wire keeps which documents it has trained on."""
     pins: dict[str, Any]
 
 
 def trial_path(trial_dir: Place, number: int) -> Place:
-    """Where a trial keeps its checkpoints, whichever driver runs it."""
+    """Return the directory of a trial's checkpoints, whichever driver runs it."""
     return trial_dir / f"trial-{number}"
 
 

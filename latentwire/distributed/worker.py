@@ -1,4 +1,7 @@
-"""What every worker of a trial runs. Apart from :mod:`latentwire.distributed.trial`, whose importers need no receivers."""
+"""The work of every worker of a trial.
+
+It stands apart from :mod:`latentwire.distributed.trial`, whose importers need no receivers.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +175,7 @@ def rows_of(task: WorkerTask, name: str) -> Any:
 
 
 class Traffic:
-    """What goes to shared receivers and back for training, from one evaluation's end to the next one's beginning."""
+    """Traffic with shared receivers for training, from one evaluation's end to the next one's start."""
 
     def __init__(self, wire: LatentWire, trainer: Trainer) -> None:
         self.shared = [lm for lm in wire.receivers.values() if isinstance(lm, RemoteReceiver)]

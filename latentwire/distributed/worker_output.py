@@ -1,4 +1,4 @@
-"""What a trial's processes print: into a file of the trial, and to the sweep's driver.
+"""Output of a trial's processes: into a file of the trial, and to the sweep's driver.
 
 Every process of a trial runs in :func:`trial_log`, which copies its output into the trial's
 directory. A line that a person at the driver's console should see goes there by :func:`tell`, and

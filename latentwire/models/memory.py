@@ -18,7 +18,7 @@ from latentwire.models.weights import ReceiverError
 
 
 class MemoryStates(PretrainedStates):
-    """What an LM makes of learned memory tokens that stand right after a text.
+    """States of learned memory tokens that an LM reads right after a text.
 
     Their last states (In-context Autoencoder), or the keys and values that every layer gives them
     (500xCompressor), before rotary positions: whoever reads them stands them where it likes. A

@@ -47,7 +47,7 @@ class Batch:
     end_R: torch.Tensor | None = None
     """Positions up to the end of each row's message; ``None`` in rows that are padded to the left."""
     past_R: torch.Tensor | None = None
-    """Where each row goes on from a sequence of another batch, which ends at ``end_R``: the row of it."""
+    """Row of another batch that each row goes on from; that sequence ends at ``end_R``."""
     taught_R: torch.Tensor | None = None
     """True where a teacher's words are compared with a row's answer; ``None``: wherever there is one."""
     prefix: int = 0

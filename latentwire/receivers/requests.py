@@ -48,7 +48,7 @@ class Prompt:
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What is there: prompts of one form can be laid over a joined batch."""
+        """The kinds of tensors it holds: prompts of one form can be laid over a joined batch."""
         return self.soft_ND is None, self.added_NE is None, self.entries_NE is None, self.heads
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a table or lines of its trials, TensorBoard, and the trackers that are asked for.
+"""The console of a running sweep: a table or lines of its trials, TensorBoard, and trackers.
 
 Tune writes TensorBoard's files beside each trial's results by itself (tensorboardX comes with ``ray[tune]``).
 """

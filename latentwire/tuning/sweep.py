@@ -30,7 +30,7 @@ from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import JOURNAL, evaluations, keep_journal, own_trials
 
 DRIVER_RESOURCES = {"node:__internal_head__": 0.001}
-"""What a trial's driver asks for: a sliver of a resource that every head has. Drivers must not take the CPUs that
+"""Resources of a trial's driver: a sliver of one that every head has. Drivers must not take the CPUs that
 their own workers need (two of them would deadlock two cores), and a cluster needs nothing declared for this."""
 
 
@@ -70,7 +70,9 @@ def replay(scheduler: TrialScheduler, ended: Iterable[FrozenTrial]) -> None:
 
 
 def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
-    """What stops trials early, by training steps. All are compared on the same development rows.
+    """Build the scheduler that stops trials early, by training steps.
+
+    All are compared on the same development rows.
 
     ``steps``: of the longest trial, since ASHA stops every trial that has done as many.
     """
