@@ -120,9 +120,14 @@ class Messaging(WireBase):
             said, _ = begun.decode(prompts, asked.messages, max_new_tokens, sampling, watch)
         else:
             said, _ = self.decode(
-                receiver, prompts, message, messages=asked.messages, max_new_tokens=max_new_tokens,
-                sampling=sampling, watch=watch,
-            )  # fmt: skip
+                receiver,
+                prompts,
+                message,
+                messages=asked.messages,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                watch=watch,
+            )
         return asked.shaped(said)
 
     def _teller(self, receiver: str, on_text: Callable[[str], object]) -> Watch:

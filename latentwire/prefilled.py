@@ -283,7 +283,10 @@ class Asked:
         if not self.nested:
             return answers
         pairs = zip(self.messages, answers, strict=True)
-        return [[text for _, text in of_one] for _, of_one in groupby(pairs, key=itemgetter(0))]
+        shaped: list[list[str]] = []
+        for _, of_one in groupby(pairs, key=itemgetter(0)):
+            shaped.append([text for _, text in of_one])
+        return shaped
 
 
 def by_message(questions: Any, messages: int) -> Asked:

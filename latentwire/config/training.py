@@ -161,11 +161,9 @@ class TrainingConfig(Section):
 
     def gpus_each(self, resources: Mapping[str, float]) -> float:
         """GPUs that one worker asks a cluster with these resources for."""
-        return (
-            self.gpus_per_worker
-            if self.gpus_per_worker is not None
-            else (1.0 if resources.get("GPU") else 0.0)
-        )
+        if self.gpus_per_worker is not None:
+            return self.gpus_per_worker
+        return 1.0 if resources.get("GPU") else 0.0
 
 
 Rate = Annotated[float, Field(gt=0, le=10)]

@@ -161,12 +161,12 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
             )
         named = [file for file in of_split if _names(file, config.config)]
         # A split that configurations share, as HotpotQA's training rows are, names none of them.
-        return named or [file for file in of_split if not any(_names(file, word) for word in known)]
+        return named or [file for file in of_split if not _names_any(file, known)]
     labels = {word for word in known if any(_names(file, word) for file in of_split)}
     if known:
         splits: defaultdict[str, set[Split]] = defaultdict(set)
         for file in files:
-            if len(file.parts) > 1 and not any(_names(file, word) for word in known):
+            if len(file.parts) > 1 and not _names_any(file, known):
                 splits[file.parts[0]] |= file.splits
         labels |= {
             folder for folder, held_splits in splits.items() if held_splits == SPLIT_WORDS.keys()
@@ -182,6 +182,10 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
 
 def _names(file: File, word: str) -> bool:
     return any(_has(part, word) for part in file.parts)
+
+
+def _names_any(file: File, words: Iterable[str]) -> bool:
+    return any(_names(file, word) for word in words)
 
 
 def _has(name: str, word: str) -> bool:

@@ -195,7 +195,9 @@ def make_trainer(
             )
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=run.training.num_workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,
@@ -209,4 +211,4 @@ def make_trainer(
         datasets=datasets if rows is None else {},
         # Batches of positions are planned for all workers together: each reads all rows and takes its share of every batch.
         dataset_config=data_config(() if run.training.positions_per_batch else ("train",)),
-    )  # fmt: skip
+    )

@@ -205,13 +205,13 @@ class GenerateRequest(Request):
         with ExitStack() as stack:
             soft_ND = _read_into(lm, batch, [request.prompt for request in requests], stack)
             decoded = lm.generate(batch, first.stop_ids, first.max_new_tokens, soft_ND)
-        rows = iter(decoded.rows)
-        return [
-            Decoded(
-                [next(rows) for _ in request.batch.ids_BS], decoded.prefill_ms, decoded.decode_ms
-            )
-            for request in requests
-        ]
+        answers, start = [], 0
+        for request in requests:
+            end = start + len(request.batch.ids_BS)
+            rows = decoded.rows[start:end]
+            answers.append(Decoded(rows, decoded.prefill_ms, decoded.decode_ms))
+            start = end
+        return answers
 
 
 @dataclass(frozen=True)

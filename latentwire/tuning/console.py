@@ -91,9 +91,14 @@ class SweepConsole(TrialProgressCallback):
         }
         """Trials that are done with: their line has been printed, or they ended before this driver."""
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(),
-            TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.screen, expand=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.screen,
+            expand=True,
+        )
         self.task = self.bar.add_task(search.name, left="")
         self.live = Live(console=self.screen, refresh_per_second=1, transient=True)
         self.began = self.last_line = time.monotonic()
