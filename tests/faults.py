@@ -340,6 +340,10 @@ FAULTS = {
         "data.packing:_fitting", "return max(1, int(beyond[0]))", "return int(beyond[0]) + 1",
         "tests/data/test_packing.py::test_an_epoch_has_every_unit_once_and_no_batch_above_the_budget",
     ),
+    "a_resumed_run_repeats_a_batch": line(
+        "training.loop:Trainer.train", "if used <= progress.batch:", "if used < progress.batch:",
+        "tests/training/test_packed_batches.py::test_a_resumed_run_takes_the_batches_that_are_left",
+    ),
     "workers_plan_batches_of_their_own": line(
         "data.streams:packed_batches", "seed, budget = epoch_seed(training, epoch),",
         "seed, budget = epoch_seed(training, epoch) + rank,",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -263,6 +264,39 @@ def test_a_worker_trains_on_batches_of_positions_as_a_run_without_ray(
     work(run, table, folder, monkeypatch, dies_at=5)
     (*_, last) = work(run, table, folder, monkeypatch)
     assert (last["step"], last["dev_loss"]) == (steps, whole["dev_loss"])
+
+
+@pytest.mark.parametrize(
+    ("values", "shared"),
+    [
+        ({}, ["train"]),
+        ({"training.batch_size": None, "training.positions_per_batch": 160}, []),
+    ],
+    ids=["rows", "positions"],
+)
+def test_workers_share_rows_unless_each_plans_the_batches_of_all(
+    run: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any],
+    shared: list[str],
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(trial, "name_cluster", lambda: None)
+    monkeypatch.setattr(trial, "PatientTrainer", lambda *_, **named: SimpleNamespace(**named))
+    two = with_values(run, {"training.num_workers": 2} | values)
+    made: Any = trial.make_trainer(
+        two,
+        {},
+        16,
+        tmp_path,
+        folder=tmp_path,
+        gpus_per_worker=0.0,
+        pins={},
+        metric="dev_f1",
+        mode="max",
+    )
+    assert made.dataset_config._datasets_to_split == shared
 
 
 def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(
