@@ -156,7 +156,7 @@ def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
         note = "retention is a score over that of full text, tuned, on the same rows"
         if better := _better_untuned(scores):
             note += (
-                f"; it flatters: text is read better untuned by {', '.join(better)}; spend more on "
+                f"; here it flatters, since the full text is read better untuned by {', '.join(better)}; spend more on "
                 f"evaluation.tuned_text"
             )
     expected = [name for name in AGAINST_TEXT if ("untuned" in name) == (yardstick != TUNED_TEXT)]

@@ -221,7 +221,10 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
     """
     _check_output(output, resume)
     if (output / "best").exists():
-        raise ConfigError(f"output must not hold a finished run, got {output}; name another one")
+        raise ConfigError(
+            f"output must not hold a finished run, got {output}; score it by `latentwire evaluate --checkpoint "
+            f"{output / 'best'}`, or name another output"
+        )
     space = planner.alone(with_home(space))
     planner.check_start(space.run)
     sources.check(space.run.data)

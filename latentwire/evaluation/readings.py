@@ -95,12 +95,18 @@ def sentence(readings: Mapping[str, Any] | None) -> str:
     trained = f"; {seen:,} are of documents that this wire has trained on" if seen else ""
     if not readings["scorings"]:
         return f"none of these {readings['rows']:,} rows was read by a scoring before{trained}"
-    others = f"{readings['wires']:,} other wire(s)"
+    others = _count(readings["wires"], "other wire")
     by = f"{others} and this one" if readings["again"] else others
+    if readings["again"] and not readings["wires"]:
+        by = "this wire"
     advice = (
         "" if not readings["wires"] else "; data.validation_skip takes rows that no comparison used"
     )
     return (
         f"{readings['read_before']:,} of these {readings['rows']:,} rows were read before, in "
-        f"{readings['scorings']:,} scoring(s) by {by}{advice}{trained}"
+        f"{_count(readings['scorings'], 'scoring')} by {by}{advice}{trained}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

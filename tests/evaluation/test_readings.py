@@ -70,7 +70,7 @@ def test_rows_are_known_whatever_shards_they_lie_in(rows: pa.Table, tmp_path: Pa
         "trained_on": 0,
     }
     assert (
-        "6 of these 12 rows were read before, in 2 scoring(s) by 2 other wire(s)"
+        "6 of these 12 rows were read before, in 2 scorings by 2 other wires"
         in readings.sentence(third)
     )
     assert "data.validation_skip" in readings.sentence(third)
@@ -81,7 +81,9 @@ def test_rows_are_known_whatever_shards_they_lie_in(rows: pa.Table, tmp_path: Pa
         True,
         12,
     )
-    assert "by 2 other wire(s) and this one" in readings.sentence(again)
+    assert "by 2 other wires and this one" in readings.sentence(again)
+    alone = again | {"scorings": 1, "wires": 0}
+    assert "were read before, in 1 scoring by this wire" in readings.sentence(alone)
     rest = shards_of(tmp_path / "rest", shard_table(with_values(RunConfig(), {}), 4, seed=77))
     assert readings.note(rest, "four", NOTHING)["scorings"] == 0
     assert (

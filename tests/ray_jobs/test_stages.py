@@ -73,9 +73,7 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
         read["wires"],
         read["trained_on"],
     ) == (16, 16, 2, 1, 0)
-    assert "16 of these 16 rows were read before, in 2 scoring(s) by 1 other wire(s)" in log_of(
-        tmp_path
-    )
+    assert "16 of these 16 rows were read before, in 2 scorings by 1 other wire" in log_of(tmp_path)
     first, joined = (
         json.loads((at / "best" / "manifest.json").read_text())["trained_on"]
         for at in (output, third)
