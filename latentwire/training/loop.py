@@ -15,9 +15,6 @@ import torch
 
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
-from latentwire.evaluation.conditions import own_condition
-from latentwire.evaluation.evaluator import predict
-from latentwire.evaluation.summary import means
 from latentwire.features.registry import check_training
 from latentwire.losses.bundles import Weights, term_counts, weights_at
 from latentwire.losses.terms import alignment_loss
@@ -28,6 +25,8 @@ from latentwire.models.slots import recorded
 from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import LossTask, part
 from latentwire.storage import Place
+from latentwire.training import development
+from latentwire.training.development import add_to
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
 from latentwire.training.progress import Progress
 from latentwire.training.span_teacher import SpanTeacher, slot_distance
@@ -214,7 +213,7 @@ class Trainer:
         terms = [*weights.terms, *([SLOT_KD] if self.span_teacher else [])]
         values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in terms}
         for index, batch in enumerate(batches):
-            message = self._encode(batch)
+            message = self.encode(batch)
             # Receivers read latents that are cut off the encoder's graph, or the message itself.
             read = message
             if sequential and message is not None:
@@ -222,7 +221,7 @@ class Trainer:
             total = torch.zeros((), device=self.wire.interlingua.device)
             with ExitStack() as attached:
                 for name in names:
-                    shares, scale = self._read(name, batch, read, weights, counts[name], attached)
+                    shares, scale = self.read(name, batch, read, weights, counts[name], attached)
                     loss = torch.stack(list(shares.values())).sum() / len(names)
                     for term, share in shares.items():
                         values[f"{term}_{name}"] += float(share.detach())
@@ -245,7 +244,7 @@ class Trainer:
                         message.z_BLZ.backward(read.z_BLZ.grad)
         return values
 
-    def _encode(self, batch: TrainingBatch) -> Message | None:
+    def encode(self, batch: TrainingBatch) -> Message | None:
         """Return the message of a micro-batch's texts; ``None`` for a text reader."""
         if self.wire.run.is_reader:
             return None
@@ -267,10 +266,10 @@ class Trainer:
         if self.span_teacher is not None:
             totals[SLOT_KD] = float(sum(int(b.sequences[name].latents_BS.sum()) for b in batches))
         for batch in batches:
-            _add(totals, term_counts(weights, batch.sequences[name]))
+            add_to(totals, term_counts(weights, batch.sequences[name]))
         return self.workers.sum_counts(totals, self.wire.receivers[name].device)
 
-    def _read(
+    def read(
         self,
         name: str,
         batch: TrainingBatch,
@@ -403,23 +402,14 @@ class Trainer:
                 flush=True,
             )
 
-    # ----------------------------------------------------------------------------------- evaluation
-
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
-        """Compute the development metrics, shared out over workers.
+        """Compute the development metrics, shared out over workers, and how the training stands.
 
-        ``dev_f1``, ``dev_em`` and ``dev_loss`` are means over receivers, with one each beside them;
-        ``wire_bytes`` is the mean size of a message in bytes as fp16, ``prompt_positions`` all
-        positions that a receiver reads. Texts without questions have ``dev_loss`` alone, and each
-        of its terms.
+        See :func:`latentwire.training.development.scores`.
         """
-        rows = range(self.workers.rank, dev.num_rows, self.workers.size)
-        share = dev.take(pa.array(rows, pa.int64()))
-        texts = not self.wire.run.data.source.has_questions
-        metrics = self._evaluate_texts(share) if texts else self._evaluate_answers(share)
         progress = self.progress
         first_loss = progress.loss if progress.first_loss is None else progress.first_loss
-        return metrics | {
+        return development.scores(self, dev) | {
             "step": progress.step,
             "total_steps": self.total_steps,
             "epoch": progress.epoch,
@@ -445,51 +435,6 @@ class Trainer:
             values |= self.workers.sum_counts(terms, self.wire.interlingua.device)
         return values
 
-    def _evaluate_answers(self, share: pa.Table) -> dict[str, float]:
-        condition = own_condition(self.wire.run)
-        predictions = list(predict(self.wire, share, condition)) if share.num_rows else []
-        predictions = self.workers.gather(predictions)
-        metrics: dict[str, float] = {}
-        scores = means(predictions)
-        for name, row in scores.items():
-            suffix = "" if name == "mean" else f"_{name}"
-            metrics |= {
-                f"dev_f1{suffix}": row["f1"],
-                f"dev_em{suffix}": row["em"],
-                f"dev_loss{suffix}": row["nll"],
-            }
-        return metrics | {
-            "wire_bytes": scores["mean"]["bytes"],
-            "prompt_positions": scores["mean"]["positions"],
-        }
-
-    @torch.no_grad()
-    def _evaluate_texts(self, share: pa.Table) -> dict[str, float]:
-        """Compute weighted terms in nats per token, with messages and weights as they end."""
-        weights = weights_at(self.wire.run.losses, self.total_steps - self.config.alignment_steps)
-        size = self.wire.run.evaluation.batch_size
-        self.wire.interlingua.eval()
-        metrics = {"dev_loss": 0.0}
-        for name, lm in self.wire.receivers.items():
-            sums = dict.fromkeys(weights.terms, 0.0)
-            counts = dict.fromkeys(weights.terms, 0.0)
-            ones = dict.fromkeys(weights.terms, 1.0)  # shares are then sums over tokens
-            for start in range(0, share.num_rows, size):
-                rows = share.slice(start, size)
-                for batch in self.collate(rows, self.total_steps, own_length=True):
-                    message = self._encode(batch)
-                    with ExitStack() as attached:
-                        shares, _ = self._read(name, batch, message, weights, ones, attached)
-                    _add(sums, {term: float(share_T) for term, share_T in shares.items()})
-                    _add(counts, term_counts(weights, batch.sequences[name]))
-            sums = self.workers.sum_counts(sums, lm.device)
-            counts = self.workers.sum_counts(counts, lm.device)
-            terms = {term: sums[term] / max(1.0, counts[term]) for term in weights.terms}
-            metrics |= {f"dev_{term}_{name}": value for term, value in terms.items()}
-            metrics[f"dev_loss_{name}"] = sum(terms.values())
-            metrics["dev_loss"] += metrics[f"dev_loss_{name}"] / len(self.wire.receivers)
-        return metrics
-
 
 def _rms(
     soft_ND: torch.Tensor,
@@ -513,9 +458,3 @@ def _rms(
         square_N = torch.cat((square_N, rest_ND.detach().square().mean(-1).to(square_N)))
         count_N = torch.cat((count_N, count_N.new_ones(len(rest_ND))))
     return float((square_N * count_N).sum() / count_N.sum().clamp(min=1)) ** 0.5
-
-
-def _add(totals: dict[str, float], values: dict[str, float]) -> None:
-    """Add values to totals of the same names, in place."""
-    for name, value in values.items():
-        totals[name] += value
