@@ -129,7 +129,8 @@ def shaken(wire: LatentWire) -> LatentWire:
     """Other weights than the fresh ones, so that rows differ in what is answered."""
     generator = torch.Generator().manual_seed(1)
     for parameter in wire.interlingua.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        if parameter.requires_grad:  # senders' weights are the receivers'
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return wire
 
 

@@ -44,7 +44,8 @@ def wire_with(run: RunConfig, values: dict[str, Any], noise: float = 0.3) -> Lat
     wire = wire_of(with_values(run, {"evaluation.max_answer_tokens": 8} | values))
     generator = torch.Generator().manual_seed(3)
     for parameter in wire.interlingua.parameters():
-        parameter.data.add_(noise * torch.randn(parameter.shape, generator=generator))
+        if parameter.requires_grad:  # senders' weights are the receivers'
+            parameter.data.add_(noise * torch.randn(parameter.shape, generator=generator))
     return choose_some_heads(wire) if wire.run.adapter.kind == "heads" else wire
 
 

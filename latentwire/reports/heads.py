@@ -48,8 +48,10 @@ def write_pictures(run: RunConfig, export: Place, output: Place, train: Place) -
             scores.append(HeadScores(receiver.name, score_LH, run.adapter.ranking_texts))
             chosen[receiver.name] = [(layer, head) for layer, head in heads]
     retrieval_heads(scores, chosen, output / HEADS)
-    begun = run.closed_form is not None and calibrations.has_fresh_encoder(run)
-    if not (begun and calibrations.solution_path(run, train).exists()):
+    if run.closed_form is None or not calibrations.has_fresh_encoder(run):
+        return [output / HEADS]
+    sources = calibrations.solution_path(run, train), calibrations.moments_path(run, train)
+    if not any(path.exists() for path in sources):
         return [output / HEADS]
     start = solved(run, train)
     energy(start.energy_D, start.encoder_MK.shape[1], output / ENERGY)

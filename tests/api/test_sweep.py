@@ -158,7 +158,7 @@ def test_what_cannot_be_ordered_is_one_line(
 
 def test_a_directory_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"must name a sweep's directory \(one with space\.json\)"
+        ConfigError, match=r"a sweep's directory must hold space\.json, got .*, which does not"
     ):
         Sweep(tmp_path)
 

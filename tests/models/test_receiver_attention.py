@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.losses.terms import token_ce
@@ -102,11 +101,15 @@ def test_a_receiver_in_bfloat16_learns_and_reads_as_by_transformers_own_attentio
     ids = builder.tokenize([], questions, ["Oslo", "Lima"])
     pairs = zip(ids["question_ids"], ids["answer_ids"], strict=True)
     batch = collate([builder.latent(3, *pair) for pair in pairs])
-    soft_ND = (0.1 * torch.randn(6, lm.width)).requires_grad_()
+    soft_ND = 0.1 * torch.randn(6, lm.width, generator=torch.Generator().manual_seed(4))
+    soft_ND.requires_grad_()
+    exact = LocalReceiver(ReceiverConfig(name="one", model=model, dtype="float32"))
+    loss = token_ce(exact.supervised_logits(batch, soft_ND), batch.target_N).sum()
+    (exact_gradient,) = torch.autograd.grad(loss, soft_ND)
 
     def through(implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
-        model: Any = lm.lm
-        model.set_attn_implementation(implementation)
+        module: Any = lm.lm
+        module.set_attn_implementation(implementation)
         with torch.no_grad():
             read = lm.supervised_logits(batch, soft_ND)
         loss = token_ce(lm.supervised_logits(batch, soft_ND), batch.target_N).sum()
@@ -115,9 +118,11 @@ def test_a_receiver_in_bfloat16_learns_and_reads_as_by_transformers_own_attentio
     assert lm.lm.config._attn_implementation == IMPLEMENTATION
     (read, gradient), (read_by_sdpa, gradient_by_sdpa) = through(IMPLEMENTATION), through("sdpa")
     assert torch.equal(read, read_by_sdpa)  # without a gradient nothing is changed
-    cosine = F.cosine_similarity(gradient.flatten(), gradient_by_sdpa.flatten(), dim=0)
-    assert cosine > 0.999
-    assert gradient.norm() == pytest.approx(float(gradient_by_sdpa.norm()), rel=0.02)
+    error, error_by_sdpa = (
+        float((one - exact_gradient).norm() / exact_gradient.norm())
+        for one in (gradient, gradient_by_sdpa)
+    )
+    assert error < max(0.02, 1.2 * error_by_sdpa)  # no less exact than the kernel is
 
 
 def test_other_receivers_keep_transformers_attention() -> None:

@@ -85,7 +85,8 @@ def test_workers_whose_questions_share_messages_have_the_gradient_of_one(
     for parameters in zip(*(wire.interlingua.parameters() for wire in wires), strict=True):
         noise = 0.02 * torch.randn(parameters[0].shape, generator=generator)
         for parameter in parameters:  # what begins at zero does something
-            parameter.data.add_(noise)
+            if parameter.requires_grad:  # senders' weights are the receivers'
+                parameter.data.add_(noise)
     shared: list[tuple[int, int]] = []
     parted = LatentWire.parted
 

@@ -48,8 +48,9 @@ def trainer_of(run: RunConfig, values: dict[str, Any], case: str) -> Trainer:
     trainer = Trainer(choose_some_heads(wire) if "heads" in case else wire, 4)
     generator = torch.Generator().manual_seed(1)
     for parameter in trainer.wire.interlingua.parameters():  # what begins at zero does something
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.add_(0.02 * noise)
+        if parameter.requires_grad:  # senders' weights are the receivers'
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.02 * noise)
     return trainer
 
 
