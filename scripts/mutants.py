@@ -40,6 +40,8 @@ ONLY_RAY = (
     r"|workers\.xǁWorkersǁsum_gradients)__mutmut"
 )
 """Functions that only a running Ray, or several workers, can run: the slow tests are theirs."""
+UNEQUAL = r"\.metrics\.x__gold_facts__mutmut"
+"""Functions whose ``zip`` meets columns of a user's file, which may be of different lengths."""
 CONTROL = "no.mutant.x_control__mutmut_0"
 """A name that switches no mutant on: its tests must pass."""
 # 2: pytest could not collect, 3: it failed inside; both because of the mutant, since its tests pass without it.
@@ -96,6 +98,22 @@ def prepare(at_once: int) -> None:
     mutmut.collect_or_load_stats(get_mutant_runner(at_once), apply_config_invalidation=True)
 
 
+def changes_nothing(name: str, diff: str) -> bool:
+    """Return whether a mutant differs in the words of an assertion, or in ``strict`` of a ``zip``, alone.
+
+    Both speak up where the program itself is wrong: on lists that are as long as each other nothing
+    is different without them.
+    """
+    lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
+    sides = ["".join(line[1:] for line in lines if line.startswith(sign)) for sign in "-+"]
+    patterns = [r"(?<=, )\"[^\"]*\"$"] if sides[0].lstrip().startswith("assert ") else []
+    if not re.search(UNEQUAL, name):
+        patterns.append(r",?\s*\bstrict=(True|False|None)")
+    for pattern in patterns:
+        sides = [re.sub(pattern, "", side.rstrip()) for side in sides]
+    return len({re.sub(r"\s+|,\s*(?=\))", "", side) for side in sides}) == 1
+
+
 def tests_reaching(mutant: str, seconds: float) -> list[str]:
     """Names of tests that call the mutant's function, the quickest first, as many as fit into the time."""
     took = state().duration_by_test
@@ -127,8 +145,9 @@ def run(tests: dict[str, list[str]], at_once: int, until: float) -> Iterator[tup
             if time.monotonic() > until:
                 break
             needed = sum(state().duration_by_test[name] for name in names)
-            # In processor seconds; half as many of the clock's.
-            runner.submit(mutant, names, int(2 * (5 * needed + 60)), needed)
+            # In processor seconds; half as many of the clock's, of which other work takes its share.
+            shared = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+            runner.submit(mutant, names, int(2 * shared * (5 * needed + 60)), needed)
         runner.signal_work_complete()
         while runner.pending_count():
             yield ended()
@@ -150,9 +169,12 @@ def main(argv: list[str] | None = None) -> int:
         for file, name, _ in every
         if re.search(args.only, name) and not re.search(ONLY_RAY, name)
     }
-    sample = random.Random(args.seed).sample(sorted(paths), min(args.count, len(paths)))
+    drawn = random.Random(args.seed).sample(sorted(paths), min(args.count, len(paths)))
+    diffs = {name: get_diff_for_mutant(name, path=paths[name]) for name in drawn}
+    sample = [name for name in drawn if not changes_nothing(name, diffs[name])]
     print(
-        f"{len(sample)} of {len(paths)} mutants, seed {args.seed}; prepared in {time.monotonic() - began:.0f} s"
+        f"{len(sample)} of {len(paths)} mutants, seed {args.seed}; {len(drawn) - len(sample)} more drawn that change "
+        f"nothing; prepared in {time.monotonic() - began:.0f} s"
     )
     tests = {name: tests_reaching(name, args.seconds) for name in sample}
     control = sorted({test for name in sample[:3] for test in tests[name]})
@@ -173,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name in survivors:
         print(f"\n# {name}: {found[name]}")
-        print(get_diff_for_mutant(name, path=paths[name]))
+        print(diffs[name])
     modules, lived = (
         Counter(map(get_module_from_key, found)),
         Counter(map(get_module_from_key, survivors)),

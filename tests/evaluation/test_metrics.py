@@ -123,7 +123,9 @@ def test_a_squad_file_scores_as_by_the_official_script(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--predictions must be a file of JSON"):
         score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
     answers.write_text(json.dumps(["red"]))
-    with pytest.raises(ConfigError, match="predictions for squad must be"):
+    with pytest.raises(
+        ConfigError, match=r"predictions for squad must be \{id: answer\}, .* is not"
+    ):
         score_file(answers, DataConfig(dataset="squad", data_dir=str(tmp_path)))
 
 

@@ -190,6 +190,12 @@ def test_the_prefix_decides_what_a_recital_attends_to(reader: LatentWire, rows: 
     for bare_LHT, behind_LHT in zip(bare, behind, strict=True):
         assert bare_LHT.shape == behind_LHT.shape
         assert not torch.allclose(bare_LHT, behind_LHT, atol=0.05)
+    with torch.no_grad():  # as many positions, of which something else is read
+        for weight in reader.interlingua.prefixes.parameters():
+            weight.neg_()
+    other = own_cache.scores(lm, builder, texts, reading, prefix=5)
+    for behind_LHT, other_LHT in zip(behind, other, strict=True):
+        assert not torch.allclose(behind_LHT, other_LHT, atol=0.05)
 
 
 def test_its_tuned_twin_is_read_by_the_reader_of_the_whole_text(run: RunConfig) -> None:

@@ -1,7 +1,10 @@
 """How often validation rows were read, however they were drawn."""
 
+import dataclasses
 import importlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,27 @@ from latentwire.cli import main
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.documents import TrainedOn, document_hashes
+from latentwire.data.readers import TrainingBudget
 from latentwire.evaluation import readings
+from latentwire.evaluation.conditions import Condition
+from latentwire.evaluation.diagnostics import diagnose
+from latentwire.evaluation.evaluator import Prediction
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.evaluation.scoring import score_and_export, write_results
+from latentwire.evaluation.scoring import (
+    FINAL_CONDITIONS,
+    diagnose_here,
+    final_conditions,
+    predict_conditions,
+    score,
+    score_and_export,
+    summaries,
+    write_results,
+)
 from latentwire.model import LatentWire
 from latentwire.reports import seeds
 from latentwire.training import checkpoints
-from tests.conftest import shard_table
+from latentwire.training.text_readers import reader_run
+from tests.conftest import shard_table, untimed
 
 NOTHING = TrainedOn()
 
@@ -149,12 +166,25 @@ def test_a_checkpoint_and_its_export_are_one_wire_and_every_scoring_counts(
     assert seed.protocol == protocol_hash(validation, wire.run)
     one, other = (exports.read_manifest(path) for path in (checkpoint, tmp_path / "out" / "best"))
     assert readings.wire_name(one) == readings.wire_name(other) and one["files"] != other["files"]
+    assert other["pins"] == one["pins"] | {
+        "validation": {
+            "shards": "validation",
+            "evaluation_pin": protocol_hash(validation, wire.run),
+        }
+    }
+    assert other["metrics"] == {
+        "development": {"dev_f1": 0.0},
+        "validation": scored.scores,
+        "readings": scored.readings,
+    }
     card = (tmp_path / "out" / "best" / "README.md").read_text()
     assert (
         "no other wire was scored on them before. In brackets 95 % bootstrap intervals over contexts"
         in card
     )
     table = pq.read_table(tmp_path / "out" / "predictions.parquet")
+    assert table.column_names == [field.name for field in dataclasses.fields(Prediction)]
+    assert Counter(table["condition"].to_pylist()) == dict.fromkeys(scored.scores, 4)
     by_context = dict(
         zip(table["context"].to_pylist(), table["context_id"].to_pylist(), strict=True)
     )
@@ -222,3 +252,56 @@ def test_a_card_of_an_earlier_version_says_what_it_knows(wire: LatentWire, tmp_p
         "how often they were read before this scoring is not recorded" in card
         and "intervals over rows" in card
     )
+
+
+def test_tuned_rows_are_read_by_the_readers_that_were_asked_for(
+    run: RunConfig, rows: pa.Table, tmp_path: Path
+) -> None:
+    """They are asked for once, with all rows of the table, and their reports stand in the results."""
+    values = {"evaluation.tuned_text.tokens": 5, "data.shard_dir": str(tmp_path / "shards")}
+    wire = LatentWire(with_values(run, values))
+    validation = shards_of(tmp_path / "shards" / "validation", rows.slice(0, 2))
+    pins = {"receivers": wire.fingerprints()}
+    checkpoint = exports.save(tmp_path / "step-00000001", wire, {"dev_f1": 0.0}, pins)
+    asked: list[tuple[str, ...]] = []
+
+    def readers_of(of: LatentWire, table: Sequence[Condition]) -> dict[str, LatentWire]:
+        asked.append(tuple(row.key for row in table))
+        made = {}
+        for row in table:
+            if row.tuned:
+                budget = TrainingBudget(1, 1)
+                config = reader_run(of.run, of.run.receivers, row, budget, 1, 1.0)
+                made[row.key] = LatentWire(config, of.receivers)
+                made[row.key].reports = {"llama": {"read": row.key}}
+        return made
+
+    scored = score_and_export(checkpoint, validation, tmp_path / "out" / "best", tuned=readers_of)
+    keys = tuple(row.key for row in final_conditions(wire.run))
+    assert asked == [keys] and tuple(scored.scores) == keys
+    tuned = ("text tuned", "truncated tuned", "closed_book tuned")
+    assert scored.document["text_readers"] == {key: {"llama": {"read": key}} for key in tuned}
+    for key in tuned:
+        longer = scored.scores[key]["llama"]["positions"]
+        assert longer == scored.scores[key.removesuffix(" tuned")]["llama"]["positions"] + 5
+
+
+def test_a_checkpoint_is_scored_and_probed_as_the_wire_that_it_holds(
+    run: RunConfig, rows: pa.Table, tmp_path: Path
+) -> None:
+    """By its own configuration, or by another one that decodes or reads other rows."""
+    wire = LatentWire(with_values(run, {"data.shard_dir": str(tmp_path / "shards")}))
+    validation = shards_of(tmp_path / "shards" / "validation", rows)
+    pins = {"receivers": wire.fingerprints()}
+    checkpoint = exports.save(tmp_path / "wire", wire, {}, pins)
+    asked = (Condition("latent"),)
+    scores = score(checkpoint, validation, asked)
+    assert untimed(scores) == untimed(summaries(predict_conditions(wire, validation, asked)))
+    one = with_values(wire.run, {"evaluation.max_answer_tokens": 1})
+    shorter = score(checkpoint, validation, asked, one)
+    assert shorter["latent"]["llama"]["nll"] == scores["latent"]["llama"]["nll"]
+    assert shorter["latent"]["llama"]["decode_ms"] == 0 < scores["latent"]["llama"]["decode_ms"]
+    assert set(score(checkpoint, shards_of(tmp_path / "two", rows.slice(0, 2)))) == {
+        row.key for row in FINAL_CONDITIONS
+    }
+    assert diagnose_here(checkpoint, validation, wire.run) == diagnose(wire, rows)

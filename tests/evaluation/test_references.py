@@ -1,15 +1,18 @@
 """What a table says, computed another way: by hand, from the receiver's own logits."""
 
+import itertools
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 import torch
 
-from latentwire import exports
+from latentwire import exports, model, models
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.evaluation import evaluator
 from latentwire.evaluation.baselines import kept_context, self_information
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.diagnostics import diagnose
@@ -276,3 +279,28 @@ def test_a_table_says_what_was_trained_and_what_intervals_resample(
         "contexts",
     ]
     assert body[0][-2:] == ["12", "12"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "encode_ticks", "prefill_ticks", "forward_ticks"),
+    [("latent", 1, 1, 2), ("text", 0, 1, 2), ("embeddings", 0, 0, 1), ("own_cache", 1, 0, 1)],
+)
+def test_each_stretch_of_time_is_counted_once_and_shared_out_over_its_batch(
+    run: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    encode_ticks: int,
+    prefill_ticks: int,
+    forward_ticks: int,
+) -> None:
+    """On a clock that goes on by a second whenever it is read; decoding has its own, which stands still here."""
+    wire, seconds = wire_of(run), itertools.count()
+    ticking = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr(evaluator, "time", ticking)
+    for module in (model, models.lm):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    for prediction in predict(wire, shard_table(run, 4, questions=2), mode):
+        assert prediction.encode_ms == 1000 * encode_ticks / 4
+        assert prediction.prefill_ms == 1000 * prefill_ticks / 4
+        assert prediction.forward_ms == 1000 * forward_ticks / 4
+        assert prediction.decode_ms == 0

@@ -260,3 +260,16 @@ def test_wrong_names_are_refused(run) -> None:
         with_values(run, {"losses.schedules": {"kd": {}}})
     with pytest.raises(ConfigError, match=r"hidden_kd_depths must lie in \[0, 1\]"):
         with_values(run, {"losses.hidden_kd_depths": [2.0]})
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_teacher_moves_to_a_device_whole(top_k: int) -> None:
+    """With the whole vocabulary there are neither ids nor a tail, and nothing else is left behind."""
+    rows = teacher_rows(LOGITS_NV, 2.0, top_k)
+    teacher = Teacher(rows, [torch.zeros(5, 4), torch.ones(5, 4)]).to("meta")
+    assert teacher.rows is not None and teacher.rows.temperature == 2.0
+    tensors = [teacher.rows.ids_NK, teacher.rows.log_p_NK, teacher.rows.log_tail_N]
+    assert [tensor is None for tensor in tensors] == [top_k == 0, False, top_k == 0]
+    moved = [tensor for tensor in (*tensors, *teacher.states) if tensor is not None]
+    assert [tensor.device.type for tensor in moved] == ["meta"] * len(moved)
+    assert Teacher(None).to("meta").rows is None

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.models.head_slots import Heads
+from latentwire.models.head_slots import HeadEntries, Heads
 from latentwire.models.key_heads import check_rotary, rotated, shape_of
 from latentwire.models.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.batch import Batch, collate
@@ -272,3 +273,20 @@ def test_entries_fill_the_slots(lm: LocalReceiver, builder: PromptBuilder) -> No
         kv_NE = torch.zeros(count, width)
         with lm.heads_at_slots(kv_NE, heads), pytest.raises(ValueError, match="fill the messages"):
             lm.supervised_logits(latent)
+
+
+def test_entries_come_back_from_a_file_and_move_to_a_device_whole() -> None:
+    heads = ((0, 1), (2, 0))
+    key_RJTD, value_RJTD = torch.randn(2, 1, 2, 3, 4)
+    keep_RT = torch.tensor([[True, True, False]])
+    entries = HeadEntries(heads, key_RJTD, value_RJTD, keep_RT, torch.tensor([7]))
+    tensors = load(save(entries.tensors()))
+    again = HeadEntries.of_tensors(tensors | {"attention": torch.ones(1)})
+    assert again is not None and again.heads == heads
+    for name, value in vars(entries).items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(getattr(again, name), value)
+    assert HeadEntries.of_tensors({"attention": torch.ones(1)}) is None
+    moved = entries.to(torch.device("meta"))
+    assert moved.heads == heads and moved.longest == 3
+    assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}

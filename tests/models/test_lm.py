@@ -274,3 +274,12 @@ def test_states_are_those_that_layers_put_out(receiver: tuple) -> None:
     assert not torch.allclose(
         states[1], made[len(layers) // 2 - 1].flatten(0, 1)[batch.predict_N], atol=1e-3
     )
+
+
+def test_layers_are_compiled_for_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled are the layers alone: the vocabulary's head reads few positions."""
+    lm, asked = LMWrapper(RunConfig().receivers[0]), []
+    monkeypatch.setattr(lm.lm.base_model, "compile", lambda **options: asked.append(options))
+    lm.compile_layers()
+    lm.compile_layers("eager")
+    assert asked == [{"dynamic": True, "backend": name} for name in ("inductor", "eager")]

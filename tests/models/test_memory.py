@@ -74,6 +74,17 @@ def test_memory_states_are_what_the_backbone_gives_behind_the_text() -> None:
     torch.testing.assert_close(pooled_BLM[0], state_SM[-3:], atol=1e-5, rtol=1e-4)
 
 
+def test_memory_begins_as_large_as_the_embeddings() -> None:
+    """Larger or smaller vectors would be of no kind that the backbone has met."""
+    states = states_of(MEMORY | {"latent_len": 64})
+    of_memory, of_table = (
+        float(weight.detach().square().mean().sqrt())
+        for weight in (states.memory_CM, states.backbone.embed_tokens.weight)
+    )
+    assert of_table != pytest.approx(1, rel=0.5)  # else a division would do as well
+    assert of_memory == pytest.approx(of_table, rel=0.05)
+
+
 def test_handed_values_are_the_cache_of_the_memory_and_keys_become_it_when_they_are_turned() -> (
     None
 ):

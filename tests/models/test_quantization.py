@@ -1,9 +1,10 @@
 """A quantised receiver is loaded by its package."""
 
 import pytest
+import torch
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.quantization import quantization_config
+from latentwire.models.quantization import keep_layout, quantization_config
 from latentwire.models.weights import ReceiverError
 
 
@@ -15,3 +16,11 @@ def test_quantisation_without_its_package_says_what_to_install(
         ReceiverError, match=r"needs bitsandbytes, .* pip install 'latentwire\[quantization\]'"
     ):
         quantization_config(ReceiverConfig(name="a", model="toy-llama", quantization="nf4"))
+
+
+def test_four_bit_weights_keep_their_layout_on_every_processor() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    layers[1].support_avx512bf16_for_cpu = True
+    keep_layout(layers)
+    assert layers[1].support_avx512bf16_for_cpu is False
+    assert not hasattr(layers[0], "support_avx512bf16_for_cpu")

@@ -91,6 +91,19 @@ def test_states_are_those_of_the_whole_model_over_their_rms(depths: tuple[float,
     assert len(states.senders[0].backbone.layers) == max(1, round(4 * max(depths)))
 
 
+def test_the_first_state_is_what_the_first_layer_reads_however_it_is_handed_on() -> None:
+    """Architectures hand it to their layers by its place, or by its name."""
+    states = states_of(ONE, depths=(0.0, 0.5))
+    expected_BSM = read(states, [ACCENTS])
+
+    def by_name(_: Any, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return (), options | {"hidden_states": args[0]}
+
+    layer = states.senders[0].backbone.layers[0]
+    with layer.register_forward_pre_hook(by_name, with_kwargs=True):
+        torch.testing.assert_close(read(states, [ACCENTS]), expected_BSM)
+
+
 def test_a_later_token_changes_nothing_before_it() -> None:
     states = states_of(ONE)
     one, other = read(states, ["Ada lives in Oslo now.", "Ada lives in Rome now."])

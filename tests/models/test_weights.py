@@ -44,6 +44,9 @@ def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, move in (
         ("llama", "--llama_id <directory>"),
+        ("qwen", "--qwen_id <directory>"),
+        ("encoder", "--set encoder.model=<directory>"),
+        ("sender_0", "--set encoder.senders=<directories>"),
         ("mine", "run.receivers in the configuration"),
     ):
         with pytest.raises(ReceiverError, match=rf"hf auth login.*{move}"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,12 @@ def test_a_reader_was_given_what_it_reports(
     steps = sum(report["steps"] * len(report["trials"]) for report in reader.reports.values())
     assert len(seen) == steps == 4 * 2 * len(wire.receivers)
     for name, report in reader.reports.items():
+        assert (report["receiver"], report["reads"], report["budget"]) == (name, "text", None)
+        assert (report["rows"], report["tokens"], report["steps"]) == (16, 5, 4)
+        assert [report["rate"], report["dev_loss"]] == min(report["trials"], key=lambda t: t[1])
+        assert len(report["trials"]) == 2 and 0 < report["seconds"] < 1_000
+        low, high = tuned.evaluation.tuned_text.lr  # of which the first trial takes the middle
+        assert report["trials"][0][0] == pytest.approx(math.sqrt(low * high))
         assert [len(rows) for rows in seen] == [report["batch_size"]] * len(seen)
         assert report["dev_loss"] == min(loss for _, loss in report["trials"])
         assert report["parameters"] == report["tokens"] * wire.receivers[name].width
