@@ -249,6 +249,22 @@ def test_readers_are_made_once_and_say_how(
     )
 
 
+def test_readers_of_a_checkpoint_are_made_by_its_path_alone(
+    tuned: RunConfig, paths: dict, tmp_path: Path
+) -> None:
+    """As on another machine: what comes back are the readers' directories and what they report."""
+    wire, said = wire_of(tuned), []
+    pins = {"receivers": wire.fingerprints()}
+    checkpoint = checkpoints.save(tmp_path / "wire", wire, {}, pins)
+    rows = with_tuned((Condition("text"), Condition("latent")))
+    places, reports = text_readers.ensure_at(checkpoint, tuned, rows, paths, said.append)
+    assert len(said) == 1 and said[0].startswith("text readers 1/1, full text, tuned: ")
+    expected = {r.name: text_readers.reader_path(tuned, r, TUNED, paths) for r in tuned.receivers}
+    assert places == {TUNED.key: expected}
+    told = {name: text_readers.report_of(path) for name, path in expected.items()}
+    assert reports == {TUNED.key: told}
+
+
 def test_a_reader_was_given_what_it_reports(
     tuned: RunConfig, paths: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
