@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from latentwire.evaluation import statistics
 from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.statistics import difference, interval, ratio
 from latentwire.evaluation.summary import compare, summarise
@@ -169,3 +170,19 @@ def test_scores_resample_contexts_and_count_them() -> None:
         ]
         == by_context["em_low"]
     )
+
+
+def test_an_interval_is_of_as_many_resamples_as_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In portions, of which the last may be smaller; each resample has as many groups as the data."""
+    drawn: list[tuple[int, int]] = []
+
+    class Drawing:
+        def integers(self, groups: int, size: tuple[int, int]) -> np.ndarray:
+            drawn.append(size)
+            return np.zeros(size, np.int64)
+
+    monkeypatch.setattr(statistics, "RESAMPLES", 7)
+    monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", 3)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Drawing())
+    assert interval([1.0, 0.0, 0.0], names(3)) == (1.0, 1.0)  # always the first
+    assert drawn == [(3, 3), (3, 3), (1, 3)]
