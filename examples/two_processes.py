@@ -29,6 +29,7 @@ def main(wire: Path, /) -> None:
     Args:
         wire: Directory of an export.
     """
+    receiving = LatentWire.from_pretrained(str(wire))  # before the sender starts
     processes = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     here, there = processes.Pipe(duplex=False)
     sender = processes.Process(target=send, args=(str(wire), there))
@@ -36,7 +37,6 @@ def main(wire: Path, /) -> None:
     there.close()
     packet = here.recv_bytes()
     sender.join()
-    receiving = LatentWire.from_pretrained(str(wire))
     print(f"received {len(packet)} bytes; the text has {len(CONTEXT.encode())}")
     for receiver in receiving.receivers:
         (answer,) = receiving.answer(packet, QUESTION, receiver)
