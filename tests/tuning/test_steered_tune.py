@@ -20,6 +20,8 @@ from latentwire.tuning.study import own_trials
 pytestmark = pytest.mark.slow
 STEPS = 1_000_000
 WAIT = 600.0
+REPORT_SECONDS = 1.0
+"""Between two reports of a trial, and two looks at the sweep: the driver that is looked at is in this process."""
 
 
 def fake_trial(values: dict[str, Any], *, trial_dir: Path, **_: Any) -> None:
@@ -30,7 +32,7 @@ def fake_trial(values: dict[str, Any], *, trial_dir: Path, **_: Any) -> None:
     step = int(last.read_text()) if last.exists() else 0
     while step < STEPS:
         step += 1
-        time.sleep(0.2)
+        time.sleep(REPORT_SECONDS)
         last.write_text(str(step))
         tune.report({"step": step, "total_steps": STEPS, "dev_f1": 0.5, "wire_bytes": 64} | dict.fromkeys(
             ("first_train_loss", "train_loss", "examples_per_s", "train_seconds"), 1.0
@@ -71,7 +73,7 @@ def test_every_order_is_carried_out_in_tunes_own_loop(
         end = time.time() + WAIT
         while not condition():
             assert time.time() < end, (states(), steered.status().orders)
-            time.sleep(0.2)
+            time.sleep(REPORT_SECONDS)
 
     def outcome(order_id: str) -> str:
         (each,) = [each for each in steered.status().orders if each.id == order_id]
