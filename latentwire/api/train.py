@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.places import at_home, with_home
@@ -145,9 +148,10 @@ def run(
     verbose: bool = False,
 ) -> TrainResult:
     """Train ``space.run`` as :func:`train` does. ``command``: for the record in ``results.json``."""
-    space = prepared(space, output, resume)
-    train_and_score = partial(_on_ray, verbose) if on_ray else partial(_here, resume)
-    best, validation, scored = train_and_score(space, output)
+    with _claimed(output):
+        space = prepared(space, output, resume)
+        train_and_score = partial(_on_ray, verbose) if on_ray else partial(_here, resume)
+        best, validation, scored = train_and_score(space, output)
     scoring.write_results(output, {"command": command, "best": best} | scored.document)
     title = f"{space.run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
     tables.show(tables.scored_tables(scored, title, space.run))
@@ -158,6 +162,31 @@ def run(
         print(f"picture: {page}")
     print(f"exported: {output / 'best'}")
     return TrainResult(output, best, scored.scores)
+
+
+@contextmanager
+def _claimed(output: Place) -> Iterator[None]:
+    """Keep a directory for one run as long as it lasts; an object store has no such claim.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` where another run has it.
+    """
+    if not isinstance(output, Path):
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.parent / f".{output.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"output_dir is for one run at a time, another one trains in {output}; wait for its end, "
+            f"or name another directory"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def run_seeds(

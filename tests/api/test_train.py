@@ -114,3 +114,23 @@ def test_the_command_trains_each_seed(
     assert "--seeds names the seeds of whole runs" in capsys.readouterr().err
     assert main(["train", "--output", str(tmp_path / "one"), "--seeds", "3"]) == 2
     assert "seeds must be two or more" in capsys.readouterr().err
+
+
+def test_a_directory_is_one_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output, refused = tmp_path / "runs" / "one", []
+
+    def second_run(*_: Any) -> SweepConfig:
+        """Begin another run while the first one is being prepared, then fail."""
+        if not refused:
+            refused.append("")
+            with pytest.raises(
+                ConfigError, match=r"is for one run at a time, another one trains in .*one; wait"
+            ):
+                api.run(SweepConfig(), output, command="")
+        raise ConfigError("the first run fails here")
+
+    monkeypatch.setattr(api, "prepared", second_run)
+    for _ in range(2):  # a run that has failed leaves the directory free, and nothing behind
+        with pytest.raises(ConfigError, match="the first run fails here"):
+            api.run(SweepConfig(), output, command="")
+        assert refused == [""] and not list(output.parent.iterdir())
