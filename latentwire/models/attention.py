@@ -72,19 +72,20 @@ def _by_products(
     # The queries that share a key's head stand one after the other, for one product: [B, K, G·N, E].
     grouped = (query * scale).unflatten(1, (heads, -1)).flatten(2, 3)
     score_BKGNS = (grouped @ key.transpose(2, 3)).float().unflatten(2, (-1, queries))
-    hidden = None
+    blind = None
     if mask is not None:
         by_group = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
         if mask.dtype == torch.bool:
-            hidden = ~by_group
-            score_BKGNS = score_BKGNS.masked_fill(hidden, torch.finfo(torch.float32).min)
-        else:
-            score_BKGNS = score_BKGNS + by_group
-    weight_BKGNS = score_BKGNS.softmax(-1)
-    if hidden is not None:
-        weight_BKGNS = weight_BKGNS.masked_fill(hidden, 0)
-    read = weight_BKGNS.to(value.dtype).flatten(2, 3) @ value
-    return read.unflatten(2, (-1, queries)).flatten(1, 2)
+            blind = ~by_group.any(-1, keepdim=True)
+            # Half of the least number: no score added to it becomes −∞, of which a softmax makes NaN.
+            least = torch.finfo(torch.float32).min / 2
+            by_group = torch.zeros_like(by_group, dtype=torch.float32).masked_fill(~by_group, least)
+        score_BKGNS = score_BKGNS + by_group
+    weight_BKGNS = score_BKGNS.softmax(-1).to(value.dtype)
+    read_BKGNE = (weight_BKGNS.flatten(2, 3) @ value).unflatten(2, (-1, queries))
+    if blind is not None and bool(blind.any()):
+        read_BKGNE = read_BKGNE.masked_fill(blind, 0)
+    return read_BKGNE.flatten(1, 2)
 
 
 class Block(nn.Module):
