@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from latentwire import exports, model, models
+from latentwire import exports, messaging
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.evaluation import evaluator
+from latentwire.evaluation import evaluator, inputs
 from latentwire.evaluation.baselines import kept_context, self_information
 from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.diagnostics import diagnose
@@ -21,6 +21,7 @@ from latentwire.evaluation.metrics import em_f1
 from latentwire.evaluation.predictions import context_id
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire
+from latentwire.models import decoding
 from latentwire.reports.tables import scores_table, together_table, weights_table
 from tests.conftest import SMALL, shard_table, wire_of
 
@@ -296,8 +297,9 @@ def test_each_stretch_of_time_is_counted_once_and_shared_out_over_its_batch(
     """On a clock that goes on by a second whenever it is read; decoding has its own, which stands still here."""
     wire, seconds = wire_of(run), itertools.count()
     ticking = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
-    monkeypatch.setattr(evaluator, "time", ticking)
-    for module in (model, models.lm):
+    for module in (evaluator, inputs):
+        monkeypatch.setattr(module, "time", ticking)
+    for module in (messaging, decoding):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     for prediction in predict(wire, shard_table(run, 4, questions=2), mode):
         assert prediction.encode_ms == 1000 * encode_ticks / 4
