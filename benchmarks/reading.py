@@ -47,7 +47,11 @@ def spread(run: RunConfig, table: pa.Table) -> Row:
 
     The budget of positions is the mean batch by rows.
     """
-    free = {"training.batch_size": None, "training.positions_per_batch": 10**9}
+    free = {
+        "training.batch_size": None,
+        "training.positions_per_batch": 10**9,
+        "evaluation.tuned_text": None,  # whose readers train by rows
+    }
     counter = PositionCounter(with_values(run, free))
 
     def positions(rows: pa.Table) -> int:

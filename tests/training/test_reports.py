@@ -82,12 +82,12 @@ def test_a_line_says_how_far_a_training_is(
     trainer = Trainer(wire_of(with_values(run, values)), 50)
     trainer.progress = progress()
     trainer.optimizer.param_groups[0]["lr"] = 0.00125
-    trainer._print_line()
+    trainer._print_line(trainer._examples_per_s())
     line = f"step 6/20  epoch 2  {what} 0.5000  lr 1.25e-03  8.0 examples/s\n"
     assert capsys.readouterr().out == line
     trainer.workers = Workers()
     trainer.workers.rank = 1  # of several workers the first one speaks
-    trainer._print_line()
+    trainer._print_line(8.0)
     assert capsys.readouterr().out == ""
 
 

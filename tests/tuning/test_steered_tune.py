@@ -56,7 +56,7 @@ def test_every_order_is_carried_out_in_tunes_own_loop(
     monkeypatch.setattr(steering, "LOOK_SECONDS", 0.5)
     for name, value in {
         "common_protocol_hash": lambda *_: "pin", "load_datasets": lambda *_: {}, "pins": lambda *_: {},
-        "total_steps": lambda *_: STEPS, "drive_trial": fake_trial,
+        "most_steps": lambda *_: STEPS, "drive_trial": fake_trial,
     }.items():  # fmt: skip
         monkeypatch.setattr(sweep, name, value)
     files: Any = {"all": SimpleNamespace(shards={"dev": None, "train": None}, train_rows=1)}
