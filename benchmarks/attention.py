@@ -26,13 +26,16 @@ def beside_fused(shape: tuple[int, int, int, int], repeats: int) -> Row:
         torch.randn(count, heads, length, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         for length in (queries, keys, keys)
     )
-    mask = torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    # Each row has a mask and a gradient of its own, as in training.
+    mask = torch.ones(count, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    gradient = torch.randn_like(query)
 
     def ours() -> None:
-        attend(query, key, value, mask).sum().backward()
+        attend(query, key, value, mask).backward(gradient)
 
     def fused() -> None:
-        F.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        read.backward(gradient)
 
     chosen, kernel = in_turns(ours, fused, repeats)
     detail = f"{count} rows, {heads} heads, {queries} queries, {keys} keys: {1e3 * chosen:.0f} / {1e3 * kernel:.0f} ms"

@@ -46,10 +46,10 @@ def attend(
 
 
 def slow_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether the fused kernel's gradients would take several times those of products.
+    """Return whether the fused kernel's gradients would take longer than those of products.
 
-    On CPUs in bfloat16 (torch 2.13: 156 ms against 21 for 36 rows of 9 heads, 45 queries and 65
-    keys, forward and back). What products keep grows with N · S, so long texts stay with the kernel.
+    On CPUs in bfloat16 (torch 2.13; ``python -m benchmarks --only attention``). What products keep
+    grows with N · S, so long texts stay with the kernel.
     """
     if query.device.type != "cpu" or not torch.is_grad_enabled():
         return False
