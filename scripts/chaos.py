@@ -48,7 +48,7 @@ from latentwire.model import LatentWire
 from latentwire.planning.resolved import objectives
 from latentwire.planning.variants import variant_key
 from latentwire.training.loop import Trainer
-from latentwire.tuning.resume import SPACE_FILE
+from latentwire.tuning.space_file import SPACE_FILE
 from latentwire.tuning.study import JOURNAL, open_study, own_trials
 
 REPOSITORY = Path(__file__).parent.parent

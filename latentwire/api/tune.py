@@ -39,7 +39,7 @@ from latentwire.tuning import sweep as searching
 from latentwire.tuning.console import check_trackers
 from latentwire.tuning.results import Best, SweepError
 from latentwire.tuning.searcher import check_draws, check_searchable
-from latentwire.tuning.space_file import with_trials
+from latentwire.tuning.space_file import with_trials, write_space
 from latentwire.tuning.stopping import SIGINT_STATUS, Stop
 from latentwire.tuning.study import JOURNAL, own_trials, read_study
 
@@ -231,7 +231,7 @@ def drive(
     stop, space = Stop(), sweep.space
     try:
         with lease.held(output, force, stop.lose) as stop.lease, stop.by_signals():
-            resume.write_space(space, output)
+            write_space(space, output)
             LOG.open(path_beside(output))
             if retry:
                 lines = resume.retry_failed(space, output) or ["no trial has failed"]

@@ -83,7 +83,7 @@ def _parts(
     known = shards.complete(train)  # before, no hash is
     tokens = run.data.max_context_bytes / BYTES_PER_TOKEN
 
-    def found(what: str, path: Place | None) -> tuple[str, bool]:
+    def named(what: str, path: Place | None) -> tuple[str, bool]:
         return (f"{what} for {train}", False) if path is None else (str(path), path.exists())
 
     for name in calibrations.needed_readers_of(run):
@@ -93,7 +93,7 @@ def _parts(
             tuned, questions = tuned_text(run), reader_budget(run, rows).questions
             positions = questions * (tuned.tokens + tokens + PROMPT_POSITIONS)
             flop = 4 * multiplied[name] * positions * tuned.trials
-        yield *found(f"text reader of {name}", path), flop
+        yield *named(f"text reader of {name}", path), flop
     if run.adapter.kind != "heads":
         return
     names = calibrations.fresh(run, "adapters")
@@ -102,11 +102,11 @@ def _parts(
             path = calibrations.ranking_path(run, receiver, train) if known else None
             # Each text is read, then recited.
             flop = 2 * multiplied[receiver.name] * run.adapter.ranking_texts * 2 * tokens
-            yield *found(f"heads of {receiver.name}", path), flop
+            yield *named(f"heads of {receiver.name}", path), flop
     if run.closed_form is not None and names:
         path = calibrations.moments_path(run, train) if known else None
         what = f"moments at {run.encoder.tokens_per_latent} tokens a latent"
-        yield *found(what, path), _moments_flop(run, multiplied, tokens)
+        yield *named(what, path), _moments_flop(run, multiplied, tokens)
 
 
 def _moments_flop(run: RunConfig, multiplied: Mapping[str, int], tokens: float) -> float:

@@ -17,14 +17,13 @@ from latentwire.planning.resolved import objectives
 from latentwire.storage import Place, delete, local, rename
 from latentwire.tuning import study as studies
 from latentwire.tuning.reruns import RERUNS
-from latentwire.tuning.space_file import SPACE_FILE, write_space
+from latentwire.tuning.space_file import SPACE_FILE
 from latentwire.tuning.study import CAUSE, JOURNAL, open_study, own_trials, read_study
 
 CHANGEABLE = paths_with("may_change", "resumed sweep", SweepConfig)
 """Paths that a resumed sweep may change: none that its trials are compared by."""
 RESULTS = "results.json"
 """The scores in the directory of a sweep that came to its end."""
-__all__ = ["SPACE_FILE", "write_space"]  # of the file that a sweep goes on from
 
 
 def read_space(output: Place, assignments: list[str]) -> SweepConfig:

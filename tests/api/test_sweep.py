@@ -19,6 +19,7 @@ from latentwire.tuning.lease import LEASE_FILE, Lease
 from latentwire.tuning.orders import ORDERS, OrderError
 from latentwire.tuning.results import REPORTED
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space_file import write_space
 from latentwire.tuning.steering import Steering
 from latentwire.tuning.study import JOURNAL
 
@@ -29,7 +30,7 @@ SEARCH = {RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 def begun(output: Path, trials: int = 4, **tune: Any) -> StudySearch:
     """A sweep whose first trial is complete, whose second failed and whose third runs."""
     space = SweepConfig.model_validate({"search": SEARCH, "tune": {"trials": trials} | tune})
-    resume.write_space(space, output)
+    write_space(space, output)
     search = StudySearch(
         space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
     )
@@ -202,7 +203,7 @@ def test_a_grid_that_is_walked_takes_no_more_trials(tmp_path: Path) -> None:
     search = {RATE: {"type": "categorical", "choices": [1e-3, 2e-3]}}
     tune = {"sampler": {"name": "grid"}, "trials": 2}
     space = SweepConfig.model_validate({"search": search, "tune": tune})
-    resume.write_space(space, tmp_path)
+    write_space(space, tmp_path)
     with pytest.raises(
         OrderError, match=r"sampler grid has 2 combinations here, tune\.trials must be"
     ):

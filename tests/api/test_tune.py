@@ -6,8 +6,9 @@ import pytest
 
 from latentwire.api import tune as api
 from latentwire.config import SweepConfig
-from latentwire.tuning import results, resume
+from latentwire.tuning import results
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space_file import write_space
 from latentwire.tuning.study import JOURNAL
 
 
@@ -16,7 +17,7 @@ def test_a_sweep_whose_trials_all_failed_has_its_report_too(
 ) -> None:
     output, space = tmp_path / "sweep", SweepConfig()
     output.mkdir()
-    resume.write_space(space, output)
+    write_space(space, output)
     search = StudySearch(
         space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
     )

@@ -16,7 +16,7 @@ from latentwire.evaluation.baselines import Mode
 from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.scoring import summaries, write_predictions
 from latentwire.reports import html
-from latentwire.tuning import resume
+from latentwire.tuning.space_file import write_space
 from latentwire.tuning.study import CAUSE, EVALUATIONS, JOURNAL, open_study
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -42,7 +42,7 @@ def sweep(tmp_path: Path) -> Path:
             }
         }
     )
-    resume.write_space(space, output)
+    write_space(space, output)
     study = open_study(output / JOURNAL, output.name, {"dev_f1": "max"})
     distributions = {
         "encoder.d_z": optuna.distributions.IntDistribution(8, 64),
@@ -173,7 +173,7 @@ def test_a_space_of_one_dimension_has_a_slice_and_one_of_several_objectives_a_pa
     space = SweepConfig.model_validate(
         {"search": sizes, "tune": {"objectives": {"wire_bytes": "min"}}}
     )
-    resume.write_space(space, tmp_path)
+    write_space(space, tmp_path)
     study = open_study(tmp_path / JOURNAL, tmp_path.name, {"dev_f1": "max", "wire_bytes": "min"})
     for number in range(4):
         report = {"step": 1, "dev_f1": 0.1 * number, "wire_bytes": 64.0, "first_train_loss": 2.0, "train_loss": 1.0,

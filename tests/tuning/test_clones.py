@@ -18,6 +18,7 @@ from latentwire.tuning import study as studies
 from latentwire.tuning.checkpoint_budget import clear_debris
 from latentwire.tuning.orders import Order
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space_file import SPACE_FILE, write_space
 from latentwire.tuning.steering import Steering
 from latentwire.tuning.study import CLONE, JOURNAL, run_values
 
@@ -35,9 +36,9 @@ class Sweep:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        if not (output / resume.SPACE_FILE).exists():
+        if not (output / SPACE_FILE).exists():
             tree = {"search": SEARCH, "tune": {"trials": 2, "start_with": [START]}}
-            resume.write_space(SweepConfig.model_validate(tree), output)
+            write_space(SweepConfig.model_validate(tree), output)
         self.space = resume.read_space(output, [])
         self.search = StudySearch(
             self.space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"

@@ -12,6 +12,7 @@ from latentwire.distributed.trial import trial_path
 from latentwire.tuning import resume
 from latentwire.tuning.reruns import RERUNS
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space_file import write_space
 from latentwire.tuning.study import JOURNAL
 from tests.conftest import flags_of
 
@@ -21,7 +22,7 @@ def sweep(tmp_path: Path) -> Path:
     """A sweep of one trial that has failed, without results yet."""
     output, space = tmp_path / "sweep", SweepConfig.model_validate({"tune": {"trials": 1}})
     output.mkdir()
-    resume.write_space(space, output)
+    write_space(space, output)
     search = StudySearch(
         space, journal=output / JOURNAL, name=output.name, trial_dir=output / "trials"
     )
@@ -70,7 +71,7 @@ def test_small_numbers_stay_numbers(tmp_path: Path) -> None:
         "tune": {"start_with": [{"training.encoder_lr": 3e-6}]},
     }
     space = SweepConfig.model_validate(tree)
-    resume.write_space(space, tmp_path)
+    write_space(space, tmp_path)
     assert resume.read_space(tmp_path, []) == space
 
 

@@ -15,6 +15,7 @@ from latentwire.api.sweep import Sweep
 from latentwire.config import SweepConfig
 from latentwire.distributed.trial import NUMBER, TAKES_UP, trial_path
 from latentwire.tuning import resume, steering, sweep
+from latentwire.tuning.space_file import write_space
 from latentwire.tuning.study import own_trials
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ def test_every_order_is_carried_out_in_tunes_own_loop(
 ) -> None:
     output = tmp_path / "sweep"
     space = SweepConfig.model_validate({"tune": {"trials": 2, "scheduler": "none"}})
-    resume.write_space(space, output)
+    write_space(space, output)
     monkeypatch.setattr(steering, "LOOK_SECONDS", 0.5)
     for name, value in {
         "common_protocol_hash": lambda *_: "pin", "load_datasets": lambda *_: {}, "pins": lambda *_: {},

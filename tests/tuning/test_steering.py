@@ -15,6 +15,7 @@ from latentwire.storage import StorageError
 from latentwire.tuning import orders, resume, steering
 from latentwire.tuning.orders import Kind, Order
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space_file import SPACE_FILE, write_space
 from latentwire.tuning.steering import Steering
 from latentwire.tuning.stopping import Stop
 from latentwire.tuning.study import JOURNAL, own_trials, stopped_by
@@ -25,11 +26,11 @@ class Sweep:
 
     def __init__(self, output: Path, **tune: Any) -> None:
         space = SweepConfig.model_validate({"tune": {"trials": 3} | tune})
-        if (output / resume.SPACE_FILE).exists():
+        if (output / SPACE_FILE).exists():
             space = resume.read_space(output, [])
         else:
             output.mkdir()
-            resume.write_space(space, output)
+            write_space(space, output)
         self.output, self.said = output, list[str]()
         self.search = StudySearch(
             space,
@@ -173,7 +174,7 @@ def test_trials_are_added_once_wherever_the_driver_dies(
     assert resume.read_space(sweep.output, []).tune.trials == 3
 
     def write_and_die(space: SweepConfig, output: Path) -> None:
-        resume.write_space(space, output)
+        write_space(space, output)
         raise Death
 
     for _ in range(2):

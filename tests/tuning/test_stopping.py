@@ -17,6 +17,7 @@ from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.tuning import lease, resume, stopping
 from latentwire.tuning.lease import LEASE_FILE, LeaseError
 from latentwire.tuning.searcher import StudySearch
+from latentwire.tuning.space_file import SPACE_FILE
 from latentwire.tuning.stopping import Stop, SweepStopped
 from latentwire.tuning.study import JOURNAL
 
@@ -126,7 +127,7 @@ def test_a_stopped_driver_gives_the_sweep_back_and_says_how_it_goes_on(
     def search(
         sweep: ResolvedSweep, plan: Any, output: Path, command: str, repeated: Any, stop: Stop
     ) -> int:
-        assert (output / LEASE_FILE).exists() and (output / resume.SPACE_FILE).exists()
+        assert (output / LEASE_FILE).exists() and (output / SPACE_FILE).exists()
         with pytest.raises(LeaseError, match=f"has process {os.getpid()} on"):
             api.drive(resolve(space), NO_PLAN, output, *COMMAND, force=True)
         held = searching(output, stop)
