@@ -12,6 +12,7 @@ from latentwire.evaluation.conditions import own_condition
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import means
 from latentwire.losses.bundles import term_counts, weights_at
+from latentwire.training.receiver_losses import add_to
 
 if TYPE_CHECKING:
     from latentwire.training.loop import Trainer
@@ -56,7 +57,8 @@ def _of_answers(trainer: Trainer, share: pa.Table) -> dict[str, float]:
 def _of_texts(trainer: Trainer, share: pa.Table) -> dict[str, float]:
     """Return weighted terms in nats per token, with messages and weights as they end."""
     wire = trainer.wire
-    weights = weights_at(wire.run.losses, trainer.total_steps - trainer.config.alignment_steps)
+    last_step = trainer.total_steps - trainer.config.alignment_steps
+    weights = weights_at(wire.run.losses, last_step)
     size = wire.run.evaluation.batch_size
     wire.interlingua.eval()
     metrics = {"dev_loss": 0.0}
@@ -69,7 +71,9 @@ def _of_texts(trainer: Trainer, share: pa.Table) -> dict[str, float]:
             for batch in trainer.collate(rows, trainer.total_steps, own_length=True):
                 message = trainer.encode(batch)
                 with ExitStack() as attached:
-                    shares, _ = trainer.read(name, batch, message, weights, ones, attached)
+                    shares, _ = trainer.losses.read(
+                        name, batch, message, weights, ones, last_step, attached
+                    )
                 add_to(sums, {term: float(share_T) for term, share_T in shares.items()})
                 add_to(counts, term_counts(weights, batch.sequences[name]))
         sums = trainer.workers.sum_counts(sums, lm.device)
@@ -79,9 +83,3 @@ def _of_texts(trainer: Trainer, share: pa.Table) -> dict[str, float]:
         metrics[f"dev_loss_{name}"] = sum(terms.values())
         metrics["dev_loss"] += metrics[f"dev_loss_{name}"] / len(wire.receivers)
     return metrics
-
-
-def add_to(totals: dict[str, float], values: dict[str, float]) -> None:
-    """Add values to totals of the same names, in place."""
-    for name, value in values.items():
-        totals[name] += value

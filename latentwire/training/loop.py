@@ -16,26 +16,22 @@ import torch
 from latentwire.data.batches import TrainingBatch, TrainingCollator, padding
 from latentwire.errors import UserError
 from latentwire.features.registry import check_training
-from latentwire.losses.bundles import Weights, term_counts, weights_at
+from latentwire.losses.bundles import weights_at
 from latentwire.losses.terms import alignment_loss
 from latentwire.message import Message
 from latentwire.model import LatentWire
 from latentwire.models.encoders import InterlinguaEncoder
-from latentwire.models.slots import recorded
-from latentwire.prompts.batch import Batch
-from latentwire.receivers.base import LossTask, part
+from latentwire.receivers.base import part
 from latentwire.storage import Place
 from latentwire.training import development
-from latentwire.training.development import add_to
 from latentwire.training.optimizer import optimizer_of, rate_share, set_rates
 from latentwire.training.progress import Progress
-from latentwire.training.span_teacher import SpanTeacher, slot_distance
+from latentwire.training.receiver_losses import ReceiverLosses
+from latentwire.training.span_teacher import SpanTeacher
 from latentwire.training.workers import Workers
 
 Epoch = Callable[[int], Iterator[pa.Table]]
 """The rows of each step of epoch number e, as shard columns, in an order that e alone decides."""
-SLOT_KD = "slot_kd"
-"""Name of the comparison of latents' keys and values; no term of a receiver's output."""
 
 
 class TrainingError(UserError):
@@ -66,7 +62,7 @@ class Trainer:
         self.train_shards = train
         self.wire, self.workers = wire, workers or Workers()
         slots = wire.run.losses.slot_kd_weight > 0
-        self.span_teacher = SpanTeacher(wire, train) if slots else None
+        self.losses = ReceiverLosses(wire, SpanTeacher(wire, train) if slots else None)
         self.config = wire.run.training
         self.collate = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
         self.progress = Progress()
@@ -209,9 +205,13 @@ class Trainer:
             encoder.dropout.p = self.wire.run.encoder.latent_dropout * factor
         sequential = self.config.sequential_models
         names = self._receivers_of(step)
-        counts = {name: self._counts(weights, name, batches) for name in names}
-        terms = [*weights.terms, *([SLOT_KD] if self.span_teacher else [])]
-        values = {"loss": 0.0} | {f"{term}_{name}": 0.0 for name in names for term in terms}
+        counts = {}  # of the whole step: all micro-batches of all workers
+        values = {"loss": 0.0}
+        for name in names:
+            own_counts = self.losses.counts(weights, name, batches)
+            device = self.wire.receivers[name].device
+            counts[name] = self.workers.sum_counts(own_counts, device)
+            values |= {f"{term}_{name}": 0.0 for term in self.losses.terms(weights)}
         for index, batch in enumerate(batches):
             message = self.encode(batch)
             # Receivers read latents that are cut off the encoder's graph, or the message itself.
@@ -221,7 +221,9 @@ class Trainer:
             total = torch.zeros((), device=self.wire.interlingua.device)
             with ExitStack() as attached:
                 for name in names:
-                    shares, scale = self.read(name, batch, read, weights, counts[name], attached)
+                    shares, scale = self.losses.read(
+                        name, batch, read, weights, counts[name], step, attached
+                    )
                     loss = torch.stack(list(shares.values())).sum() / len(names)
                     for term, share in shares.items():
                         values[f"{term}_{name}"] += float(share.detach())
@@ -257,91 +259,6 @@ class Trainer:
         if self.config.receivers_per_step == "all":
             return names
         return [random.Random(f"receiver {self.config.seed} {step}").choice(names)]
-
-    def _counts(
-        self, weights: Weights, name: str, batches: list[TrainingBatch]
-    ) -> dict[str, float]:
-        """Count each term's tokens in the whole step: all micro-batches of all workers."""
-        totals = dict.fromkeys(weights.terms, 0.0)
-        if self.span_teacher is not None:
-            totals[SLOT_KD] = float(sum(int(b.sequences[name].latents_BS.sum()) for b in batches))
-        for batch in batches:
-            add_to(totals, term_counts(weights, batch.sequences[name]))
-        return self.workers.sum_counts(totals, self.wire.receivers[name].device)
-
-    def read(
-        self,
-        name: str,
-        batch: TrainingBatch,
-        message: Message | None,
-        weights: Weights,
-        counts: dict[str, float],
-        attached: ExitStack,
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        """Return one receiver's weighted loss terms, and its prompt's RMS over the embeddings'.
-
-        ``attached`` holds the features in place, for activations that the backward pass computes
-        again.
-        """
-        lm, losses = self.wire.receivers[name], self.wire.run.losses
-        parts = None
-        if not self.config.gradient_checkpointing:  # which allows no cache
-            parts = self.wire.parted(name, batch.sequences[name])
-        begun = (batch.sequences[name] if parts is None else parts[0]).to(lm.device)
-        if self.wire.reads_heads_alike and not self.config.gradient_checkpointing:
-            begun = lm.read_head(begun)
-        teacher = lm.read_teacher(batch.teacher[name], losses) if weights.needs_teacher else None
-        # One backward per term needs a graph per term, which chunks do not have.
-        rows = None if self.config.log_gradient_norms else self.config.logit_rows
-        teaches_slots = self.span_teacher is not None and SLOT_KD in counts
-        targets = self._slot_targets(name, batch, begun, message) if teaches_slots else []
-        entries: list[torch.Tensor] = []
-        with ExitStack() as first_pass:
-            held = attached if parts is None else first_pass
-            soft_ND = held.enter_context(self.wire.reading(name, begun, message))
-            assert soft_ND is not None
-            if teaches_slots:
-                here = self.wire.local_receiver(name).lm
-                entries = held.enter_context(recorded(here, begun.latents_BS))
-            if parts is not None:
-                with part(f"read {name}"):
-                    past = self.wire.local_receiver(name).prefill(begun, soft_ND)
-        rows_M = torch.ones(len(begun.ids_BS), device=lm.device)  # that read each message
-        if parts is None:
-            task = LossTask(begun, weights, counts, teacher, losses, rows)
-            shares_T, rest_ND = lm.losses(task, soft_ND), None
-        else:
-            rest = parts[1].to(lm.device)
-            assert rest.past_R is not None
-            rows_M = torch.bincount(rest.past_R, minlength=len(begun.ids_BS)).float()
-            task = LossTask(rest, weights, counts, teacher, losses, rows)
-            rest_ND = attached.enter_context(self.wire.reading_on(name, rest, message))
-            shares_T = self.wire.local_receiver(name).losses(task, rest_ND, past)
-        shares = dict(zip(weights.terms, shares_T, strict=True))
-        if teaches_slots:
-            distance_N = slot_distance(entries, targets)
-            rows_N = rows_M.repeat_interleave(begun.latents_BS.sum(1)).to(distance_N)
-            step = self.progress.step - self.config.alignment_steps
-            weight = losses.slot_kd_weight * losses.factor(f"{SLOT_KD}_weight", step)
-            total = (distance_N * rows_N).sum()
-            shares[SLOT_KD] = weight * total / max(1.0, counts[SLOT_KD])
-        slots_BS = begun.slots_BS
-        if self.wire.run.adapter.kind == "heads" and message is not None:
-            slots_BS = begun.prefix_BS | begun.control_BS  # its messages have no vectors
-        return shares, _rms(soft_ND, rows_M, slots_BS, rest_ND) / lm.embed_rms
-
-    def _slot_targets(
-        self, name: str, batch: TrainingBatch, sequences: Batch, message: Message | None
-    ) -> list[torch.Tensor]:
-        """Return the teacher's keys and values for each latent of some sequences, ``[N, E]`` each."""
-        encoder = self.wire.interlingua.encoder
-        assert isinstance(encoder, InterlinguaEncoder) and self.span_teacher and message
-        spans, ids = encoder.spans(batch.tokens, name), batch.message_ids[name]
-        with part(f"teach {name}"):
-            targets = self.span_teacher.targets(name, ids, spans)
-        _, keep_BL = message.read_by(name)
-        message_R = sequences.message_R.to(keep_BL.device)
-        return [target_BLE[message_R][keep_BL[message_R]] for target_BLE in targets]
 
     def _gradient_norms(
         self, name: str, shares: dict[str, torch.Tensor], z_BLZ: torch.Tensor
@@ -434,27 +351,3 @@ class Trainer:
         if terms:
             values |= self.workers.sum_counts(terms, self.wire.interlingua.device)
         return values
-
-
-def _rms(
-    soft_ND: torch.Tensor,
-    rows_M: torch.Tensor,
-    slots_BS: torch.Tensor,
-    rest_ND: torch.Tensor | None,
-) -> float:
-    """Return the root mean square of all rows' soft vectors, of which a message's are read once.
-
-    0 where there are none.
-
-    Args:
-        soft_ND: of the messages, row by row.
-        rows_M: rows that read each of them.
-        slots_BS: where they stand in the messages' sequences.
-        rest_ND: soft vectors that stand after them.
-    """
-    square_N = soft_ND.detach().flatten(0, -2).square().mean(-1)
-    count_N = rows_M.repeat_interleave(slots_BS.sum(1)).to(square_N)
-    if rest_ND is not None:
-        square_N = torch.cat((square_N, rest_ND.detach().square().mean(-1).to(square_N)))
-        count_N = torch.cat((count_N, count_N.new_ones(len(rest_ND))))
-    return float((square_N * count_N).sum() / count_N.sum().clamp(min=1)) ** 0.5

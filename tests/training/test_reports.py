@@ -11,8 +11,9 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import means
-from latentwire.training.loop import Trainer, _rms
+from latentwire.training.loop import Trainer
 from latentwire.training.progress import Progress
+from latentwire.training.receiver_losses import _rms
 from latentwire.training.workers import Workers
 from tests.conftest import wire_of
 

@@ -179,7 +179,7 @@ def test_a_readers_file_is_read(run: RunConfig, tmp_path: Path, monkeypatch: Any
         torch.nn.init.normal_(prefix.unit_PD)
     exports.save(tmp_path / "reader", reader, {}, {"receivers": wire.fingerprints()})
     monkeypatch.setattr(span_teacher, "teaching_reader", lambda *_: tmp_path / "reader")
-    teacher = Trainer(wire, 4, train=tmp_path).span_teacher
+    teacher = Trainer(wire, 4, train=tmp_path).losses.span_teacher
     assert teacher is not None
     for name, prefix in teacher.prefixes.items():
         torch.testing.assert_close(prefix.unit_PD, reader.interlingua.prefixes[name].unit_PD)
