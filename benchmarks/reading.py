@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks import branches
 from benchmarks.measure import Row, in_turns
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
@@ -37,6 +38,7 @@ def rows(run: RunConfig, repeats: int) -> list[Row]:
     return [
         spread(run, table),
         training(wire, batch, repeats),
+        *branches.rows(run, batch, repeats),
         *(later_questions(wire, name, batch, repeats) for name in wire.receivers),
         evaluation(wire, batch, max(1, repeats // 5)),
     ]

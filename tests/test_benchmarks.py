@@ -36,7 +36,7 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
         done.stdout.index("| what") :
     ].splitlines()  # Tune prints tables of its own before
     table = [line.split(" | ") for line in lines if line.startswith("| ")]
-    assert table[0] == ["| what", "ratio", "goal", "measured |"] and len(table) == 23
+    assert table[0] == ["| what", "ratio", "goal", "measured |"] and len(table) == 25
     assert all(float(row[1]) > 0 for row in table[1:])
 
 
