@@ -42,6 +42,8 @@ ONLY_RAY = (
 """Functions that only a running Ray, or several workers, can run: the slow tests are theirs."""
 UNEQUAL = r"\.metrics\.x__gold_facts__mutmut"
 """Functions whose ``zip`` meets columns of a user's file, which may be of different lengths."""
+TO_DEVICE = r"\.to\((\w+\.)*device\)"
+"""A move to a tensor's or a model's device."""
 CONTROL = "no.mutant.x_control__mutmut_0"
 """A name that switches no mutant on: its tests must pass."""
 # 2: pytest could not collect, 3: it failed inside; both because of the mutant, since its tests pass without it.
@@ -99,16 +101,20 @@ def prepare(at_once: int) -> None:
 
 
 def changes_nothing(name: str, diff: str) -> bool:
-    """Return whether a mutant differs in the words of an assertion, or in ``strict`` of a ``zip``, alone.
+    """Return whether a mutant differs in nothing that a test on a CPU can see.
 
-    Both speak up where the program itself is wrong: on lists that are as long as each other nothing
-    is different without them.
+    The words of an assertion and ``strict`` of a ``zip`` speak up where the program itself is wrong:
+    on lists that are as long as each other nothing is different without them. The device of a
+    tensor is the only one there is.
     """
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
     sides = ["".join(line[1:] for line in lines if line.startswith(sign)) for sign in "-+"]
     patterns = [r"(?<=, )\"[^\"]*\"$"] if sides[0].lstrip().startswith("assert ") else []
     if not re.search(UNEQUAL, name):
         patterns.append(r",?\s*\bstrict=(True|False|None)")
+    patterns.append(r",?\s*\bdevice=[\w.\[\]]+")
+    if re.search(TO_DEVICE, sides[0]):
+        patterns += [TO_DEVICE, r"\.to\(None\)"]
     for pattern in patterns:
         sides = [re.sub(pattern, "", side.rstrip()) for side in sides]
     return len({re.sub(r"\s+|,\s*(?=\))", "", side) for side in sides}) == 1
@@ -147,7 +153,7 @@ def run(tests: dict[str, list[str]], at_once: int, until: float) -> Iterator[tup
             needed = sum(state().duration_by_test[name] for name in names)
             # In processor seconds; half as many of the clock's, of which other work takes its share.
             shared = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-            runner.submit(mutant, names, int(2 * shared * (5 * needed + 60)), needed)
+            runner.submit(mutant, names, int(2 * shared * (2 * needed + 40)), needed)
         runner.signal_work_complete()
         while runner.pending_count():
             yield ended()

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.models.head_slots import HeadEntries, Heads
+from latentwire.models.head_slots import HeadEntries, Heads, entries_of
 from latentwire.models.key_heads import check_rotary, rotated, shape_of
 from latentwire.models.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.batch import Batch, collate
@@ -273,6 +273,14 @@ def test_entries_fill_the_slots(lm: LocalReceiver, builder: PromptBuilder) -> No
         kv_NE = torch.zeros(count, width)
         with lm.heads_at_slots(kv_NE, heads), pytest.raises(ValueError, match="fill the messages"):
             lm.supervised_logits(latent)
+
+
+def test_entries_are_of_the_receivers_type(lm: LocalReceiver, builder: PromptBuilder) -> None:
+    _, latent = batches(lm, builder, "right", True)
+    heads = every_head(lm)[:2]
+    slots, width = int(latent.begun().latents_BS.sum()), 4 * shape_of(lm.lm)[2]
+    entries = entries_of(lm.lm, heads, torch.randn(slots, width), latent, torch.bfloat16)
+    assert entries.key_RJTD.dtype == entries.value_RJTD.dtype == torch.bfloat16
 
 
 def test_entries_come_back_from_a_file_and_move_to_a_device_whole() -> None:

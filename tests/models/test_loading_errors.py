@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.loading_errors import loading_error
+from latentwire.models.loading_errors import loading_error, refuse_misfit
+from latentwire.models.weights import ReceiverError
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,24 @@ def test_a_model_that_cannot_be_loaded_has_one_cause_and_one_next_move(
     if isinstance(error, OSError):
         missing = f"there is no directory {Path('nobody/nothing').absolute()}; if it is a Hub id"
         assert missing in str(loading_error(elsewhere, error))
+
+
+def test_weights_of_another_size_say_what_to_do() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+            num_attention_heads=1, architectures=["LlamaForCausalLM"],
+        )
+    )  # fmt: skip
+    report = {
+        "mismatched_keys": [("lm_head.weight", (9, 4), (8, 4))],
+        "missing_keys": [],
+        "unexpected_keys": [],
+    }
+    config = ReceiverConfig(name="mine", model="somewhere")
+    with pytest.raises(ReceiverError) as refused:
+        refuse_misfit(model, config, report)
+    assert str(refused.value) == (
+        "receiver mine: config.json and weights of somewhere must be of one model, but lm_head.weight is 9 × 4 in the "
+        "weights and 8 × 4 by config.json (1 such); fetch both from one place"
+    )
