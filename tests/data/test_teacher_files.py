@@ -12,7 +12,7 @@ import torch
 
 from latentwire.config import LossConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import teachers
+from latentwire.data import shards, teachers
 from latentwire.data.readers import weights_id
 from latentwire.distributed.teachers import TeacherReader, ensure_teachers, read_columns
 from latentwire.model import LatentWire
@@ -34,6 +34,19 @@ def shards_of(folder: Path, table: pa.Table | None = None, key: str = "k") -> Pa
     ):
         pq.write_table(part, path / name)
     return path
+
+
+def test_readers_teach_where_their_words_are_compared(run: RunConfig, tmp_path: Path) -> None:
+    tuned = {"losses.kd_teacher": "tuned", "evaluation.tuned_text": {"tokens": 3}}
+    run = with_values(run, {"data.shard_dir": str(tmp_path)})
+    train, dev = shards_of(tmp_path), shards.shard_path(run, "dev")
+    dev.mkdir()
+    (dev / "manifest.json").write_text(json.dumps({"key": "dev", "rows": 2, "files": []}))
+    taught = teachers.readers(with_values(run, KD | tuned), train)
+    assert list(taught) == [receiver.name for receiver in run.receivers]
+    assert len(set(taught.values())) == len(taught)
+    assert teachers.readers(with_values(run, KD), train) == {}
+    assert teachers.readers(with_values(run, {"losses.kd_weight": 0.0}), train) == {}
 
 
 def test_columns_are_known_by_what_they_hang_on(run: RunConfig, tmp_path: Path) -> None:

@@ -14,6 +14,20 @@ ROWS = {
 SCHEMA = pa.schema(
     {"context": pa.string(), "question": pa.string(), "answers": pa.list_(pa.string())}
 )
+OF_AN_LM = {"encoder.kind": "lm", "encoder.model": "receiver:llama"}
+
+
+def test_the_encoder_reads_lines_apart_where_it_splits_texts(run: RunConfig) -> None:
+    rows = ROWS | {"context": ["Ada lives in Oslo.\nTom has a red ball.", "No."]}
+    table = pa.Table.from_pydict(rows, SCHEMA)
+    apart, whole = (
+        tokenise(table, with_values(run, OF_AN_LM | {"encoder.split": split}), "train")[0][
+            "encoder_ids"
+        ]
+        for split in ("lines", "none")
+    )
+    assert [len(parts) for parts in apart.to_pylist()] == [2, 1]
+    assert [len(parts) for parts in whole.to_pylist()] == [1, 1]
 
 
 def test_columns_have_the_same_types_with_and_without_rows(run: RunConfig) -> None:

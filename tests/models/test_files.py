@@ -98,6 +98,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pointer": (lambda f: (f / "model.safetensors").write_text(POINTER),
                 r"model\.safetensors must be the file itself, got a git-lfs pointer to it; run `git lfs pull` there"),
     "pointer-tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), r"tokenizer\.json must be .* git-lfs pointer"),
+    "pointer-template": (lambda f: (f / "chat_template.jinja").write_text(POINTER), r"chat_template\.jinja must be .* git-lfs pointer"),
     "cut": (lambda f: cut(f, 1_000_000), r"model\.safetensors must have [\d,]+ bytes by its header, got 1,000,000; fetch it again"),
     "cut-early": (lambda f: cut(f, 1_000), r"model\.safetensors ends within its header, at 1,000 bytes; fetch it again"),
     "page": (lambda f: (f / "model.safetensors").write_text("<!DOCTYPE html> 404 Not Found"),

@@ -226,13 +226,22 @@ SHAPE: dict[str, Any] = {
 }
 
 
+def with_small_keys(model: Any) -> Any:
+    """The model with keys that are next to nothing, wherever they stand."""
+    for name, weight in model.named_parameters():
+        if "k_proj" in name:
+            weight.data.mul_(1e-2)
+    return model
+
+
 @pytest.mark.parametrize(
     "model",
     [
         lambda: GlmForCausalLM(GlmConfig(**SHAPE)),
+        lambda: with_small_keys(GlmForCausalLM(GlmConfig(**SHAPE))),
         lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, no_rope_layers=[1, 0])),
     ],
-    ids=["pairs-side-by-side", "a-layer-without"],
+    ids=["pairs-side-by-side", "small-keys", "a-layer-without"],
 )
 def test_keys_that_are_turned_in_another_way_are_refused(tmp_path: Path, model: Any) -> None:
     lm = of_config(tmp_path, model())

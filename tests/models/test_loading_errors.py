@@ -32,11 +32,19 @@ def test_a_model_that_cannot_be_loaded_has_one_cause_and_one_next_move(
         assert missing in str(loading_error(elsewhere, error))
 
 
-def test_weights_of_another_size_say_what_to_do() -> None:
+@pytest.mark.parametrize(
+    ("written", "move"),
+    [
+        (["LlamaForCausalLM"], "fetch both from one place"),
+        (["LlamaModel"], "config.json names LlamaModel, where a causal LM is needed; name one"),
+        (None, "config.json names no architecture, where a causal LM is needed; name one"),
+    ],
+)
+def test_weights_of_another_size_say_what_to_do(written: list[str] | None, move: str) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
-            num_attention_heads=1, architectures=["LlamaForCausalLM"],
+            num_attention_heads=1, architectures=written,
         )
     )  # fmt: skip
     report = {
@@ -49,5 +57,5 @@ def test_weights_of_another_size_say_what_to_do() -> None:
         refuse_misfit(model, config, report)
     assert str(refused.value) == (
         "receiver mine: config.json and weights of somewhere must be of one model, but lm_head.weight is 9 × 4 in the "
-        "weights and 8 × 4 by config.json (1 such); fetch both from one place"
+        f"weights and 8 × 4 by config.json (1 such); {move}"
     )

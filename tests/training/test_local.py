@@ -15,7 +15,8 @@ import pytest
 from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
-from latentwire.data import shards
+from latentwire.data import shards, streams
+from latentwire.data.positions import units_of
 from latentwire.data.sources import DataError
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation.protocol import protocol_hash
@@ -40,6 +41,24 @@ def paths(run: RunConfig, tmp_path: Path) -> dict[shards.ShardSplit, Path]:
         manifest = {"key": split, "rows": table.num_rows, "files": ["0.parquet"]}
         (found[split] / "manifest.json").write_text(json.dumps(manifest))
     return found
+
+
+def test_batches_filled_by_positions_end_with_the_last_epoch(
+    run: RunConfig, paths: dict, tmp_path: Path
+) -> None:
+    packed = {
+        "training.batch_size": None,
+        "training.positions_per_batch": 200,
+        "training.epochs": 2,
+    }
+    run = with_values(run, packed)
+    best = train_here(LatentWire(run), paths, tmp_path / "run")
+    units = units_of(run, shards.read_table(paths["train"]))
+    assert units is not None
+    steps = streams.packed_steps(run.training, units)
+    assert steps > 2
+    last = exports.read_manifest(finished(best.parent)[-1])["metrics"]
+    assert last["step"] == last["total_steps"] == steps
 
 
 def test_best_and_last_are_kept_and_foreign_files_stay(

@@ -119,6 +119,16 @@ def test_a_driver_that_died_before_the_deed_leaves_it_to_the_next(sweep: Sweep) 
     assert again.states() == ["PRUNED", "RUNNING"] and again.begin("x") == [1]
 
 
+def test_a_trial_that_had_reported_nothing_is_stopped_by_the_next_driver(sweep: Sweep) -> None:
+    sweep.begin("a", "b")
+    order = sweep.give("stop", trial=0)
+    again = sweep.again()
+    again.look()
+    assert again.outcomes()[0][0] == "done" and again.states() == ["PRUNED", "RUNNING"]
+    assert stopped_by(again.search.study.trials[0])["who"] == order.who
+    assert again.begin("x") == [1]
+
+
 def test_a_trial_that_comes_to_its_end_before_it_could_be_stopped_is_complete(sweep: Sweep) -> None:
     sweep.begin("a")
     sweep.give("stop", trial=0)
