@@ -56,6 +56,9 @@ class DataConfig(Section):
     overflow: Literal["reject", "truncate", "chunk"] = knob("reject", shards="value")
     """The fate of a longer row: into the rejects file, cut at the end (counted), or, with ``dataset: text``, parted
     into rows that fit."""
+    distractors: tuple[int, int] | None = knob(None, shards="value")
+    """The fewest and the most other paragraphs of its document that stand around each context, one a line, in an order
+    that is drawn; those that would not fit ``max_context_bytes`` are left out. ``None``: a context stands alone."""
     toy_people: int = knob(3, ge=1, le=4, shards="value")
     """People in a toy context."""
     toy_kinds: int = knob(2, ge=1, le=4, shards="value")
@@ -98,6 +101,27 @@ class DataConfig(Section):
         if self.overflow == "chunk" and self.source.has_questions:
             raise ValueError(
                 f"overflow chunk needs dataset text, got {self.dataset}: an answer may lie in another chunk; use truncate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _others_of_a_document(self) -> DataConfig:
+        if self.distractors is None:
+            return self
+        fewest, most = self.distractors
+        if not 0 <= fewest <= most or most == 0:
+            raise ValueError(
+                f"distractors must be fewest ≤ most, from 0 and from 1, got {fewest}, {most}; say [1, 9], for example"
+            )
+        if not self.source.has_articles:
+            articles = ", ".join(name for name, one in DATASETS.items() if one.has_articles)
+            raise ValueError(
+                f"distractors are other paragraphs of a document, which {articles} have, got dataset {self.dataset}; leave "
+                f"them out"
+            )
+        if self.send != "context":
+            raise ValueError(
+                f"distractors need send context, got {self.send}: questions to one paragraph share a text"
             )
         return self
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from latentwire.config import RunConfig
 from latentwire.data import shards, sources
 from latentwire.data.cleaning import read_and_clean
+from latentwire.data.distractors import Distractors
 from latentwire.data.token_columns import LENGTH_EDGES, count_lengths, tokenise
 from latentwire.errors import UserError
 from latentwire.storage import Place, read_footer, sha256, write, write_text
@@ -117,11 +118,14 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     # One pass over the blocks here: each further Ray Data execution costs seconds on a small machine.
     rejects: list[dict[str, Any]] = []
     orders, size = [np.empty(0, np.int64)], 0
+    distractors = None if run.data.distractors is None else Distractors(run.data)
     for table in cleaned.iter_batches(batch_size=None, batch_format="pyarrow"):
         good = pc.equal(table["reason"], "")
         rejects += table.filter(pc.invert(good)).select(["reason", "id", "context"]).to_pylist()
         table = table.filter(good)
         orders.append(table["order"].to_numpy())
+        if distractors is not None:
+            distractors.add(table)
         size += table.nbytes
     every = np.concatenate(orders)
     order = np.unique(every)
@@ -139,6 +143,8 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     order = order[:limit]
     if len(order) == 0:
         raise _nothing_left(run, split, rejects, read=read)
+    if distractors is not None:
+        distractors.check()
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
     first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
     last = int(order[-1])
@@ -163,7 +169,15 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
                 "order", boundaries=[int(value) for value in first]
             )  # the block before the first shard is empty
             .map_batches(
-                functools.partial(_write, run=run, split=split, path=path, first=first, held=held),
+                functools.partial(
+                    _write,
+                    run=run,
+                    split=split,
+                    path=path,
+                    first=first,
+                    held=held,
+                    distractors=distractors,
+                ),
                 batch_format="pyarrow",
                 batch_size=None,
             )
@@ -232,6 +246,7 @@ def _write(
     path: Place,
     first: np.ndarray,
     held: np.ndarray,
+    distractors: Distractors | None,
 ) -> pa.Table:
     """Tokenise one shard's rows, write its file, and return how many rows it holds."""
     if table.num_rows == 0:
@@ -244,6 +259,8 @@ def _write(
     table = table.sort_by("order")
     if not run.data.source.has_questions:
         table = _once(table)
+    if distractors is not None:
+        table = distractors.replaced(table)
     truncated = table["truncated"]
     table, reason = tokenise(table.drop_columns(["order", "truncated"]), run, split)
     good = pc.equal(reason, "")

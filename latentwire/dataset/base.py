@@ -38,6 +38,8 @@ class Dataset:
     """The configuration that is read from the Hub unless ``data.config`` names another."""
     has_questions: bool = True
     """Without questions a text is read once, however many rows hold it, and nothing is scored."""
+    has_articles: bool = False
+    """Contexts are paragraphs, of which a document has several."""
     generate: (
         Callable[[DataConfig, Literal["train", "validation"]], Iterator[dict[str, Any]]] | None
     ) = None

@@ -6,5 +6,8 @@ from latentwire.dataset.base import Dataset
 from latentwire.dataset.squad import clean
 
 DATASET = Dataset(
-    name="custom", description="files of its trainer's own, with questions", clean=clean
+    name="custom",
+    description="files of its trainer's own, with questions",
+    clean=clean,
+    has_articles=True,
 )

@@ -21,5 +21,6 @@ DATASET = Dataset(
     clean=clean,
     configurations=("v1.1", "v2.0", "squad_v2"),
     hub_id="rajpurkar/squad",
+    has_articles=True,
     official_scores="squad",
 )
