@@ -246,7 +246,7 @@ def _write(
     path: Place,
     first: np.ndarray,
     held: np.ndarray,
-    distractors: Distractors | None,
+    distractors: Distractors | None = None,
 ) -> pa.Table:
     """Tokenise one shard's rows, write its file, and return how many rows it holds."""
     if table.num_rows == 0:

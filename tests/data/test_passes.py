@@ -15,6 +15,7 @@ import pytest
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data import cleaning, pipeline, shards, sources, token_columns
+from latentwire.data.distractors import Distractors
 from latentwire.data.sources import DataError, RowError
 
 OVERFLOWS = ("reject", "chunk", "truncate")
@@ -262,6 +263,19 @@ def test_a_shard_holds_its_rows_in_order_with_every_receivers_ids(tmp_path: Path
     assert written(run, table.slice(0, 0), tmp_path, [0]).to_pydict() == {"rows": []}
     with pytest.raises(RuntimeError, match="must hold one shard's rows, got 3 for shard 1 of 4"):
         pipeline._write(table, run, "train", tmp_path, np.array([0, 20, 30]), np.array([0, 4, 0]))
+
+
+def test_a_shard_holds_the_text_of_all_paragraphs(tmp_path: Path) -> None:
+    run = run_on(tmp_path, [good(0)], data__distractors=[1, 1])
+    contexts = ["Ada lives in Oslo.", "Bo lives in Bergen."]
+    table = cleaned(contexts, [["Oslo"], ["Bergen"]], order=[2, 1])
+    around = Distractors(run.data)
+    around.add(table)
+    held = np.array([2])
+    pipeline._write(table, run, "train", tmp_path, np.array([0]), held, around)
+    rows = pq.read_table(tmp_path / "00000.parquet").to_pylist()
+    assert [set(row["context"].split("\n")) for row in rows] == [set(contexts)] * 2
+    assert [row["sender_bytes"] for row in rows] == [len("\n".join(contexts))] * 2
 
 
 def test_answers_that_merge_with_the_anchor_are_told_and_left_out(tmp_path: Path) -> None:

@@ -146,6 +146,26 @@ def test_a_run_that_was_killed_goes_on_with_the_next_file(
     assert f"{count - 1} of {count} files were there, going on" in capfd.readouterr().out
 
 
+def test_contexts_stand_among_others_of_their_documents_where_that_is_asked_for(
+    own: RunConfig,
+) -> None:
+    among = with_values(own, {"data.distractors": [2, 4]})
+    path = pipeline.ensure_shards(among, "train")
+    rows = shards.read_table(path).to_pylist()
+    for row in rows:
+        lines, (answer,) = row["context"].split("\n"), row["answers"]
+        assert 3 <= len(lines) <= 5 and f"Ada lives in {answer}." in lines
+        houses = {int(line.rstrip(".").split()[-1]) // 5 for line in lines}
+        assert {f"article {house}" for house in houses} == {row["document"]}
+    alone = shards.read_table(pipeline.ensure_shards(own, "train"))
+    assert [row["id"] for row in rows] == alone["id"].to_pylist()
+    one_each = with_values(own, {"data.distractors": [1, 1], "data.dataset": "custom"})
+    lines = [json.dumps(good(number) | {"title": f"t{number}"}) for number in range(40)]
+    (Path(own.data.data_dir) / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="needs documents of several paragraphs"):
+        pipeline.ensure_shards(one_each, "train")
+
+
 def test_a_manifest_tells_lengths(own: RunConfig) -> None:
     path = pipeline.ensure_shards(own, "train")
     manifest, table = shards.read_manifest(path), shards.read_table(path)
