@@ -16,6 +16,8 @@ from latentwire.tuning.study import evaluations, own_trials
 
 CURVES = 6
 """Most trials whose learning curves are shown."""
+Curve = tuple[int, list[tuple[int, float]]]
+"""A trial's number, and its metric at each evaluated step."""
 Figure = tuple[str, str, go.Figure | str]
 """Title, caption, and the picture, or why there is none."""
 
@@ -33,7 +35,7 @@ def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
     of_the_best = f"{config.metric} on the development rows, of the best trials, {CURVES} at most."
     return [
         ("Optimisation history", best_so_far, history),
-        ("Learning curves", of_the_best, _curves(study, config)),
+        ("Learning curves", of_the_best, curves(_reported(study, config), config.metric)),
         *_importances(study, done, target),
         *_fronts(study),
     ]
@@ -96,25 +98,32 @@ def _fronts(study: optuna.Study) -> list[Figure]:
     return figures
 
 
-def _curves(study: optuna.Study, config: TuneConfig) -> go.Figure | str:
+def _reported(study: optuna.Study, config: TuneConfig) -> list[Curve]:
+    """Return the learning curves of all trials that have reported, the best first."""
     best = []
     for trial in own_trials(study):
         report = _best(trial, config.metric, config.best_of)
         if report is not None:
             best.append((report[config.metric], trial))
-    if not best:
-        return "No trial has reported yet."
     best.sort(key=lambda scored: scored[0], reverse=config.mode == "max")
+    return [
+        (trial.number, [(report["step"], report[config.metric]) for report in evaluations(trial)])
+        for _, trial in best
+    ]
+
+
+def curves(reported: Sequence[Curve], metric: str) -> go.Figure | str:
+    """Draw a metric by steps, of the first :data:`CURVES` trials.
+
+    ``reported``: the curves of trials, the best first.
+    """
+    if not reported:
+        return "No trial has reported yet."
     figure = go.Figure()
-    for _, trial in best[:CURVES]:
-        reports = evaluations(trial)
-        figure.add_scatter(
-            x=[report["step"] for report in reports],
-            y=[report[config.metric] for report in reports],
-            mode="lines+markers",
-            name=f"trial {trial.number}",
-        )
-    return figure.update_layout(xaxis_title="step", yaxis_title=config.metric)
+    for number, points in reported[:CURVES]:
+        steps, values = zip(*points, strict=True)
+        figure.add_scatter(x=steps, y=values, mode="lines+markers", name=f"trial {number}")
+    return figure.update_layout(xaxis_title="step", yaxis_title=metric)
 
 
 def _best(trial: FrozenTrial, metric: str, pick: Any) -> dict[str, Any] | None:

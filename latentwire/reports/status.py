@@ -25,7 +25,8 @@ def show(status: SweepStatus, again: str) -> None:
     print(status.output)
     print(driver_line(status.driver, status.is_over, again))
     waiting = f", {status.waiting} starting points wait" if status.waiting else ""
-    print(f"{status.ended} of {status.space.tune.trials} trials have ended{waiting}")
+    left = "" if status.seconds_left is None else f", about {duration(status.seconds_left)} left"
+    print(f"{status.ended} of {status.space.tune.trials} trials have ended{waiting}{left}")
     print(best_line(status.best, status.space.tune.metric))
     table = trials_table(status.trials, status.space, status.has_driver)
     tables.show([table, orders_table(status.orders)])

@@ -13,6 +13,7 @@ from latentwire.storage import Place
 from latentwire.tuning import lease, orders, results, resume
 from latentwire.tuning.lease import Driver
 from latentwire.tuning.orders import Given
+from latentwire.tuning.results import STATES
 from latentwire.tuning.study import JOURNAL, evaluations, own_trials, read_study
 
 
@@ -25,8 +26,8 @@ class SweepStatus:
     space: SweepConfig
     """Its resolved configuration; ``tune.trials`` is how many trials it is to have."""
     trials: list[dict[str, Any]]
-    """A row per trial that has begun, best first: those of :func:`~latentwire.tuning.results.trial_rows`, with ``total_steps``
-    and ``best_step`` where it has reported."""
+    """A row per trial that has begun, best first: those of :func:`~latentwire.tuning.results.trial_rows`, with ``total_steps``,
+    ``best_step`` and its ``curve`` where it has reported."""
     ended: int
     """Trials that have ended."""
     waiting: int
@@ -57,6 +58,30 @@ class SweepStatus:
                 return row
         return None
 
+    @property
+    def curves(self) -> list[tuple[int, list[tuple[int, float]]]]:
+        """The metric at each evaluated step, by trial, the best trial first."""
+        return [(row["trial"], row["curve"]) for row in self.trials if "curve" in row]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """About how long the trials still take; None where no driver works on them, or none has reported.
+
+        As long a step as in the reports so far, as many at a time as have not ended now.
+        """
+        reported = [row for row in self.trials if "curve" in row]
+        if not reported or not self.has_driver:
+            return None
+        step_seconds = sum(row["train_seconds"] for row in reported) / sum(
+            row["step"] for row in reported
+        )
+        mean_steps = sum(row["total_steps"] for row in reported) / len(reported)
+        running = [row for row in self.trials if row["state"] == STATES[TrialState.RUNNING]]
+        left = mean_steps * max(0, self.space.tune.trials - len(self.trials))
+        for row in running:
+            left += row.get("total_steps", mean_steps) - row.get("step", 0)
+        return step_seconds * left / max(1, len(running))
+
 
 def read(output: Place) -> SweepStatus:
     """Return a sweep as it stands; nothing is written.
@@ -70,7 +95,11 @@ def read(output: Place) -> SweepStatus:
     for row in rows:
         if reports := evaluations(trials[row["trial"]]):
             best = space.tune.best_of(reports, key=lambda report: report[space.tune.metric])
-            row |= {"best_step": best["step"], "total_steps": reports[-1]["total_steps"]}
+            row |= {
+                "best_step": best["step"],
+                "total_steps": reports[-1]["total_steps"],
+                "curve": [(report["step"], report[space.tune.metric]) for report in reports],
+            }
     states = [trial.state for trial in trials.values()]
     ended = sum(state.is_finished() for state in states)
     return SweepStatus(
