@@ -63,6 +63,8 @@ LONGEST_FIRST = (
     "ray_jobs/test_cluster.py",
     "ray_jobs/test_stages.py",
     "ray_jobs/test_tune.py",
+    "tuning/test_steered_tune.py",
+    "ray_jobs/test_orders.py",
     "ray_jobs/test_sharing.py",
     "test_chaos_shared.py",
     "test_examples.py",
