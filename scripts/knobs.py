@@ -25,7 +25,8 @@ HEAD = """# Every knob
 
 The knobs of a configuration file, written from the configuration itself by `python scripts/knobs.py`; CI checks that the
 page is current. `--set <path>=<value>` reaches every path below `run` without that prefix, and those below `tune` with it.
-`search` takes numbers, choices and switches below `run`, but none of `receivers`, and no lists or schedules.
+`search` takes numbers, choices and switches below `run`, but none of `receivers`, and no lists or schedules. A stage's own
+value of a knob is `stages.<name>.<knob>` ([Stages](../guides/stages.md)).
 
 A file may begin with `extends:`, the name or path of one or several other configurations that it is laid over
 (`extends: toy`, `extends: [receivers/smollm2, my_recipe.yaml]`). The file wins over what it extends, and of these the
@@ -92,7 +93,9 @@ def sections(model: type[BaseModel], path: str) -> Iterator[str]:
         ]
         yield f"| {' | '.join(cells)} |"
     for name, (inner, many) in nested.items():
-        yield from sections(inner, f"{path}.{name}".lstrip(".") + ("[]" if many else ""))
+        by_name = typing.get_origin(model.model_fields[name].annotation) is dict
+        each = ".<name>" if by_name else "[]"
+        yield from sections(inner, f"{path}.{name}".lstrip(".") + (each if many else ""))
 
 
 def section_in(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:

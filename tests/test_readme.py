@@ -127,6 +127,7 @@ def test_every_command_that_the_documents_show_is_one() -> None:
                 assert (REPOSITORY / value).exists() or value in yaml | {
                     "my_models.yaml",
                     "my_search.yaml",
+                    "my_stages.yaml",
                 }, (
                     document,
                     program,

@@ -14,8 +14,9 @@ from filelock import FileLock, Timeout
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.places import at_home, with_home
-from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.config.resolve import ConfigError, last_stage, load_space, stages_of, with_values
 from latentwire.data import shards, sources, streams
+from latentwire.data.stages import PlacedStage, placed, reports
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation import scoring
 from latentwire.evaluation.protocol import pins
@@ -23,12 +24,13 @@ from latentwire.evaluation.scoring import Scored
 from latentwire.exports import read_run
 from latentwire.model import LatentWire
 from latentwire.planning import planner
-from latentwire.planning.variants import variant_key
+from latentwire.planning.stages import check_start
+from latentwire.planning.variants import check_seed, variant_key
 from latentwire.reports import heads, tables
 from latentwire.reports import seeds as seeds_of_wire
 from latentwire.storage import Place, local, place, text_if_there
 from latentwire.threads import cores, use_threads
-from latentwire.training import step_checkpoints, text_readers
+from latentwire.training import stages, step_checkpoints, text_readers
 from latentwire.training.checkpoints import check_development, check_same_run
 from latentwire.training.local import metric_of, train_here
 from latentwire.training.loop import TrainingError
@@ -152,13 +154,17 @@ def run(
         space = prepared(space, output, resume)
         train_and_score = partial(_on_ray, verbose) if on_ray else partial(_here, resume)
         best, validation, scored = train_and_score(space, output)
-    scoring.write_results(output, {"command": command, "best": best} | scored.document)
-    title = f"{space.run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
-    tables.show(tables.scored_tables(scored, title, space.run))
+    document = {"command": command, "best": best} | scored.document
+    if space.run.stages:
+        document["stages"] = reports(placed(space.run))
+    scoring.write_results(output, document)
+    run = last_stage(space.run)
+    title = f"{run.data.dataset} validation, {shards.read_manifest(validation)['rows']} rows, {best.name}"
+    tables.show(tables.scored_tables(scored, title, run))
     if scored.scores:
         print("\n".join(scored.notes))
-    train_shards = shards.shard_path(space.run, "train")
-    for page in heads.write_pictures(space.run, output / "best", output, train_shards):
+    train_shards = shards.shard_path(run, "train")
+    for page in heads.write_pictures(run, output / "best", output, train_shards):
         print(f"picture: {page}")
     print(f"exported: {output / 'best'}")
     return TrainResult(output, best, scored.scores)
@@ -205,6 +211,7 @@ def run_seeds(
             f"seeds must be two or more, all different, got {', '.join(map(str, seeds))}; "
             f"training.seed is that of a single run"
         )
+    check_seed(space.run)
     _check_output(output, resume)
     results = []
     for seed in seeds:
@@ -238,7 +245,7 @@ def _finished(space: SweepConfig, output: Place) -> TrainResult | None:
     results = json.loads(text)
     checkpoint = place(results["best"])
     with local(checkpoint) as folder:
-        check_same_run(read_run(folder), planner.alone(with_home(space)).run, output)
+        check_same_run(read_run(folder), last_stage(planner.alone(with_home(space)).run), output)
     return TrainResult(output, checkpoint, results["validation"])
 
 
@@ -255,8 +262,9 @@ def prepared(space: SweepConfig, output: Place, resume: bool) -> SweepConfig:
             f"{output / 'best'}`, or name another output"
         )
     space = planner.alone(with_home(space))
-    planner.check_start(space.run)
-    sources.check(space.run.data)
+    check_start(space.run)
+    for stage in stages_of(space.run):
+        sources.check(stage.run.data)
     return space
 
 
@@ -277,9 +285,9 @@ def profile(space: SweepConfig, output: Path, steps: int) -> str:
     A Chrome trace lands in ``output/profile``.
     """
     space = prepared(space, output, resume=False)
-    paths = _planned_here(space)
-    wire = LatentWire(space.run)
-    train = streams.training_table(space.run, paths["train"])
+    paths, run = _planned_here(space), last_stage(space.run)
+    wire = LatentWire(run)
+    train = streams.training_table(run, paths["train"])
     return profile_steps(wire, train, steps, output / "profile", paths["train"])
 
 
@@ -295,7 +303,10 @@ def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
     )
     here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
     print(planner.plan(space, here, planner.node_memory()), flush=True)
-    return local_shards(run)
+    *earlier, last = stages_of(run)
+    for stage in earlier:
+        local_shards(stage.run, ("train", "dev"))
+    return local_shards(last.run)
 
 
 def _here(resume: bool, space: SweepConfig, output: Place) -> tuple[Place, Place, Scored]:
@@ -305,12 +316,28 @@ def _here(resume: bool, space: SweepConfig, output: Place) -> tuple[Place, Place
             f"output must be a path on this machine, got {output}; name a local directory, or train with --ray"
         )
     paths = _planned_here(space)
-    if not resume:
+    all_stages = placed(space.run)
+    last = all_stages[-1]
+    if space.run.stages:
+        _train_earlier_here(all_stages, output)
+    elif not resume:
         check_development(space.run, paths["dev"])  # before receivers are loaded
-    best = train_here(LatentWire(space.run), paths, output)
+    best = train_here(LatentWire(last.run), paths, output, last.title, last.before)
     tuned = partial(text_readers.ready, paths=paths)
     scored = scoring.score_and_export(best, paths["validation"], output / "best", tuned=tuned)
     return best, paths["validation"], scored
+
+
+def _train_earlier_here(all_stages: Sequence[PlacedStage], output: Path) -> None:
+    """Train the stages before the last one that are not there, in this process; none where that one has begun."""
+    *earlier, last = all_stages
+    if begun := step_checkpoints.finished(output / "checkpoints"):
+        stages.check_same_stages(begun[-1], last)
+        return
+    stages.check_documents(all_stages, lambda run: shards.shard_paths(run, ("train", "dev")))
+    for stage in earlier:
+        paths = shards.shard_paths(stage.run, ("train", "dev"))
+        stages.ensure(stage, partial(stages.train_stage_here, paths))
 
 
 def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Place, Scored]:
@@ -324,9 +351,25 @@ def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Pl
     LOG.open(path_beside(output, "driver.txt"))  # its worker has log.txt
     plan = planner.plan_on_cluster(space)
     print(plan, flush=True)
-    run = space.run
-    files = sweep_files.prepare(space, plan.gpus_per_worker)[variant_key(run)]
+    all_files = sweep_files.prepare(space, plan.gpus_per_worker)
+    all_stages = placed(space.run)
+    run, last = all_stages[-1].run, all_stages[-1]
+    files = all_files[variant_key(run)]
     step_checkpoints.clear_debris(output)
+
+    def variant_of(run: RunConfig) -> trial.Variant:
+        stage_files = all_files[variant_key(run)]
+        datasets = sweep_files.load_datasets(stage_files, run.data.in_memory)
+        train, hashes = stage_files.shards["train"], pins(stage_files.shards, run)
+        return trial.Variant(datasets, stage_files.train_rows, train, hashes)
+
+    try:
+        if space.run.stages:
+            for checkpoint in step_checkpoints.finished(output)[-1:]:
+                stages.check_same_stages(checkpoint, last)
+            trial.train_earlier(all_stages, variant_of, output, plan.gpus_per_worker)
+    except TrainingFailedError as error:
+        raise TrainingError(str(error)) from error
     metric, mode = metric_of(run)
     trainer = trial.make_trainer(
         run,
@@ -335,9 +378,10 @@ def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Pl
         files.shards["train"],
         folder=output,
         gpus_per_worker=plan.gpus_per_worker,
-        pins=pins(files.shards, run),
+        pins=pins(files.shards, run) | ({"stages": dict(last.before)} if last.before else {}),
         metric=metric,
         mode=mode,
+        stage=last.title,
     )
     try:
         trainer.fit()

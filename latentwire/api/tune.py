@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentwire.config import SweepConfig
+from latentwire.config.knobs import knob_of
 from latentwire.config.overrides import full_path
 from latentwire.config.places import at_home, with_home
-from latentwire.config.resolve import ConfigError, load_space, with_values
+from latentwire.config.resolve import ConfigError, load_space, stages_of, with_values
 from latentwire.data import sources
+from latentwire.data.stages import placed, reports
 from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
 from latentwire.distributed.driver_log import LOG, path_beside
 from latentwire.errors import fail
@@ -22,6 +24,7 @@ from latentwire.evaluation import scoring
 from latentwire.planning import forecast, planner
 from latentwire.planning.planner import Plan
 from latentwire.planning.resolved import ResolvedSweep, objectives, resolve
+from latentwire.planning.stages import check_start
 from latentwire.planning.variants import variant_key
 from latentwire.reports import html, tables
 from latentwire.storage import Place, place
@@ -159,9 +162,12 @@ def new_output(space: SweepConfig, output: str | None) -> Place:
 
 def check(space: SweepConfig, output: Place) -> None:
     """Raise a :class:`~latentwire.errors.UserError` for what could never run, before Ray starts."""
-    planner.check_start(space.run)
-    if not any(path.startswith("data.") for path in space.search):  # else trials say where it lies
-        sources.check(space.run.data)
+    check_start(space.run)
+    if not any(
+        knob_of(path).startswith("data.") for path in space.search
+    ):  # else trials say where it lies
+        for stage in stages_of(space.run):
+            sources.check(stage.run.data)
     check_searchable(space)
     check_trackers(space.tune, output)
 
@@ -303,9 +309,7 @@ def search(
     if left := orphans.remove_orphaned_groups():
         print(f"removed {len(left)} placement group(s) that ended jobs had left: {', '.join(left)}")
     files = sweep_files.prepare(sweep, plan.gpus_per_worker)
-    protocol = sweep_files.common_protocol_hash(
-        space, {own.shards["dev"] for own in files.values()}
-    )
+    protocol = sweep_files.common_protocol_hash(space, sweep_files.compared_on(files))
     if repeated is not None:
         manifest.check_data(repeated, files, protocol)
     stop.check_taken()
@@ -327,7 +331,8 @@ def search(
             return _without_winner(
                 results.trial_rows(study, space.tune), space, output, command, error
             )
-    run = with_values(space.run, best.values)
+    stages = placed(with_values(space.run, best.values))
+    run = stages[-1].run
     paths = files[variant_key(run)].shards
     stop.check_taken()
     resume.set_aside(output / "best")
@@ -346,6 +351,8 @@ def search(
         "trials": rows,
     } | scored.document
     summary |= {"evaluation_pin": protocol, "finalists": [vars(finalist) for finalist in finalists]}
+    if stages[:-1]:
+        summary["stages"] = reports(stages)
     scoring.write_results(output, summary)
     tables.show(tables.sweep_tables(rows, finalists, scored, best, run, space, brief=True))
     verdict = tables.verdict(best, gap, space.tune.metric)

@@ -27,6 +27,7 @@ from latentwire.config.space import (
     SweepConfig,
     TuneConfig,
 )
+from latentwire.config.stages import StageConfig
 from latentwire.config.training import EvaluationConfig, TrainingConfig, TunedTextConfig
 from latentwire.config.wire import (
     AdapterConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "SamplerConfig",
     "Schedule",
     "Section",
+    "StageConfig",
     "SweepConfig",
     "TrainingConfig",
     "TuneConfig",

@@ -16,6 +16,7 @@ this order. What stands under ``each`` is meant for all of them; their own knobs
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,44 @@ def _base(name: Any, file: Place) -> Place:
     return base
 
 
+class OnceLoader(yaml.SafeLoader):
+    """YAML as ever, but a key that stands twice in a mapping is an error: of two stages one would be lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping as it is written."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        try:
+            _once([(key.value, None) for key, _ in node.value])
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+        return node
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return pairs as a mapping. Raises :class:`ValueError` for a key that stands in them twice."""
+    counts = Counter(str(key) for key, _ in pairs)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"a key must stand once in a mapping, got {', '.join(twice)} several times"
+        )
+    return dict(pairs)
+
+
 def _parsed(file: Place) -> dict[str, Any]:
     is_json = file.name.endswith(".json")
     try:
         text = file.read_bytes().decode("utf-8")
         tree = (
-            json.loads(text) if is_json else yaml.safe_load(text) or {}
+            json.loads(text, object_pairs_hook=_once)
+            if is_json
+            else yaml.load(text, OnceLoader) or {}
         )  # JSON's 3e-6 is a text to YAML
     except OSError as error:
         raise ConfigError(
             f"a configuration must be a shipped name or a file that exists, got {file}"
             f"{nearest(file.name.removesuffix('.yaml'), shipped_names())}"
         ) from error
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             f"{file} must be valid {'JSON' if is_json else 'YAML'}: {error}"
         ) from error

@@ -10,16 +10,32 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from latentwire.config.run import RunConfig
+from latentwire.config.stages import STAGES
+
+APART = ("receivers", STAGES)
+"""Sections of a run that are lists or mappings of others."""
 
 
 def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every knob of a section and of those in it, by its path; receivers' are left out."""
+    """Yield every knob of a section and of those in it, by its path; receivers' and stages' are left out."""
     for name, field in model.model_fields.items():
         section = section_in(field.annotation)
-        if section is not None and name not in ("receivers", "schedules"):
+        if section is not None and name not in (*APART, "schedules"):
             yield from knobs(section, f"{prefix}{name}.")
-        elif name != "receivers":
+        elif name not in APART:
             yield f"{prefix}{name}", field
+
+
+def knob_of(path: str) -> str:
+    """Return the path below ``run`` of the knob that a path names, be it the run's or a stage's."""
+    stage, knob = parted(path)
+    return path if stage is None else knob
+
+
+def parted(path: str) -> tuple[str | None, str]:
+    """Return the stage that a path below ``run`` belongs to, and the path in it; no stage: that of all."""
+    words = path.split(".", 2)
+    return (words[1], words[2]) if words[0] == STAGES and len(words) > 2 else (None, path)
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
@@ -58,11 +74,11 @@ def has_property(path: str, name: str, value: str | None = None) -> bool:
     """Return whether the knob at a path below ``run`` has a property.
 
     A path may go on below the knob, into a mapping or list: ``receivers.0.model``,
-    ``training.worker_resources.GPU``.
+    ``training.worker_resources.GPU``. It may be a stage's: ``stages.answers.training.max_steps``.
     """
     section: type[BaseModel] | None = RunConfig
     field = None
-    for part in path.split("."):
+    for part in knob_of(path).split("."):
         if section is not None and part in section.model_fields:
             field = section.model_fields[part]
             section = section_in(field.annotation)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from latentwire.config import RunConfig
+from latentwire.config.knobs import knob_of
 from latentwire.config.resolve import ConfigError, knobs, with_values
 
 
@@ -41,7 +42,7 @@ def full_path(path: str) -> str:
 
 def typed(path: str, text: str) -> Any:
     """Return a knob's text as it stands where the knob is a text, else as YAML reads it: ``3e-4``, ``true``, ``null``."""
-    field = dict(knobs()).get(path)
+    field = dict(knobs()).get(knob_of(path))
     if field is not None and field.annotation is str:
         return text
     try:

@@ -49,6 +49,8 @@ def with_home(space: SweepConfig) -> SweepConfig:
     """
     tree = space.model_dump(mode="json")
     tree["run"]["data"]["shard_dir"] = at_home(space.run.data.shard_dir)
+    for changed in tree["run"]["stages"].values():
+        _seek_inputs(changed)
     tree["tune"]["storage_path"] = at_home(space.tune.storage_path)
     if space.run.encoder.model is not None:
         tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
@@ -73,6 +75,17 @@ def with_home(space: SweepConfig) -> SweepConfig:
     for receiver in tree["run"]["receivers"]:
         receiver["model"] = _absolute(receiver["model"])
     return SweepConfig.model_validate(tree)
+
+
+def _seek_inputs(changed: dict[str, Any]) -> None:
+    """Make the inputs that a stage names absolute, in place."""
+    data, encoder = changed["data"], changed["encoder"]
+    if data.get("data_dir") is not None:
+        data["data_dir"] = str(sought(data["data_dir"]).absolute())
+    if "model" in encoder:
+        encoder["model"] = _absolute(encoder["model"])
+    if "senders" in encoder:
+        encoder["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in encoder["senders"]]
 
 
 def _absolute(model: Any) -> Any:

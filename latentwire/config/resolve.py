@@ -9,6 +9,7 @@ from __future__ import annotations
 import graphlib
 import typing
 from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from latentwire.config import (
     LossConfig,
     RunConfig,
     Section,
+    StageConfig,
     SweepConfig,
     default_receivers,
 )
 from latentwire.config.errors import ConfigError as ConfigError
 from latentwire.config.errors import nearest
 from latentwire.config.files import read_tree
-from latentwire.config.knobs import knobs, section_in
+from latentwire.config.knobs import knobs, parted, section_in
+from latentwire.config.stages import STAGE, STAGES
 
 
 def load_space(
@@ -59,10 +62,14 @@ def validate(model: type[Section], tree: Any, where: str, given: Container[str] 
     ``given``: paths that the command line named.
     """
     try:
-        return model.model_validate(tree)
+        checked = model.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(model, problem, where, given) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+    run = checked.run if isinstance(checked, SweepConfig) else checked
+    if isinstance(run, RunConfig):
+        stages_of(run, where)
+    return checked
 
 
 def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") -> RunConfig:
@@ -81,6 +88,39 @@ def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") ->
     return validate(RunConfig, tree, where)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, resolved."""
+
+    name: str
+    """Empty where the run has no stages."""
+    run: RunConfig
+    """All that it is trained with, without stages. ``training.init_from`` of a later one is ``stage:<name>``."""
+    config: StageConfig
+    """What makes it differ from the run."""
+
+
+def stages_of(run: RunConfig, where: str = "run") -> tuple[Stage, ...]:
+    """Return the stages of a run in their order, each resolved and validated; one without stages is its only stage.
+
+    ``where``: for the messages. Raises :class:`ConfigError`, which names the stage, for values that break a rule.
+    """
+    if not run.stages:
+        return (Stage("", run, StageConfig()),)
+    shared = run.model_copy(update={"stages": {}})
+    stages: list[Stage] = []
+    for name, config in run.stages.items():
+        begins = {"training.init_from": f"{STAGE}{stages[-1].name}"} if stages else {}
+        resolved = with_values(shared, begins | config.values, f"{where}: stages.{name}")
+        stages.append(Stage(name, resolved, config))
+    return tuple(stages)
+
+
+def last_stage(run: RunConfig) -> RunConfig:
+    """Return a run as its last stage is trained, which is the run itself where it has no stages."""
+    return stages_of(run)[-1].run
+
+
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set ``a.b.c`` in nested mappings; ``receivers.0.model`` reaches into lists.
 
@@ -94,6 +134,10 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
             node = node[_index(node, key, path)]
             continue
         _check_section(node, path)
+        if parents[:depth][-1:] == [STAGES] and key not in node:
+            raise ConfigError(
+                f"a path must name a stage of the run, got {key} ({path}){nearest(key, node)}"
+            )
         following = parents[depth + 1] if depth + 1 < len(parents) else leaf
         if (
             node.get(key) is None
@@ -139,9 +183,15 @@ def check_search(space: SweepConfig, where: str) -> None:
     fields = dict(knobs())
     for path, dimension in space.search.items():
         at = f"{where}: search.{path}"
-        _check_searchable(path, dimension, fields, at)
+        stage, knob = parted(path)
+        if stage is not None and stage not in space.run.stages:
+            raise ConfigError(
+                f"search paths must name a stage of the run, got {stage} ({at}){nearest(stage, space.run.stages)}"
+            )
+        _check_searchable(knob, dimension, fields, at)
+        run = next((one.run for one in stages_of(space.run) if one.name == stage), space.run)
         for end, value in _ends(dimension, at):
-            _check_end(space.run, path, dimension, value, f"{at}.{end}")
+            _check_end(run, path, dimension, value, f"{at}.{end}")
     for number, point in enumerate(space.tune.start_with):
         for path, value in point.items():
             at = f"{where}: tune.start_with[{number}]"
@@ -202,12 +252,14 @@ def _check_end(run: RunConfig, path: str, dimension: Dimension, value: Any, at: 
     Only the knob's section is validated, so that dimensions which need each other (``d_model`` and
     ``heads``) can pass.
     """
-    name, _, rest = path.partition(".")
+    stage, knob = parted(path)
+    name, _, rest = knob.partition(".")
     section = getattr(run, name)
     tree = section.model_dump(mode="json")
     for other, choices in dimension.when.items():
-        if other.startswith(f"{name}."):
-            set_path(tree, other.removeprefix(f"{name}."), choices[0])
+        of_other, knob_of_other = parted(other)
+        if knob_of_other.startswith(f"{name}.") and of_other in (None, stage):
+            set_path(tree, knob_of_other.removeprefix(f"{name}."), choices[0])
     set_path(tree, rest, value)
     try:
         type(section).model_validate(tree)

@@ -8,6 +8,7 @@ from latentwire.config.data import DataConfig
 from latentwire.config.features import FeaturesConfig
 from latentwire.config.losses import LossConfig
 from latentwire.config.section import Section
+from latentwire.config.stages import StageConfig, StageName
 from latentwire.config.training import EvaluationConfig, TrainingConfig
 from latentwire.config.wire import (
     AdapterConfig,
@@ -45,6 +46,9 @@ class RunConfig(Section):
     """Optimisation."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Decoding and metrics."""
+    stages: dict[StageName, StageConfig] = Field(default_factory=dict)
+    """The stages that the run goes through, in this order, each from the wire of the one before: what each
+    changes of all the above (docs/guides/stages.md). Empty: one stage."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:

@@ -16,11 +16,13 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from latentwire.config import ReceiverConfig, RunConfig
+from latentwire.config.stages import STAGE
 from latentwire.data import shards
 from latentwire.data.readers import is_reader, teaching_reader, weights_id
 from latentwire.models.senders import sender_sources
 from latentwire.storage import Place, place, text_if_there
 
+ENCODER = "interlingua.safetensors"
 CALIBRATION_VERSION = 1
 """Raised whenever the same knobs would give other numbers."""
 
@@ -35,10 +37,14 @@ def readers(run: RunConfig, train: Place) -> dict[str, Place]:
 def loaded(run: RunConfig) -> Collection[str]:
     """Return the files of ``training.init_from``, from which parts of a fresh run are loaded.
 
-    None where it is not there yet: a sweep may search it.
+    None where it is not there yet: a sweep may search it. The stages of a run have the same parts.
     """
     if run.training.init_from is None:
         return ()
+    if run.training.init_from.startswith(STAGE):
+        names = [receiver.name for receiver in run.receivers]
+        parts = ("adapters", "prefixes")
+        return [ENCODER, *(f"{part}/{name}.safetensors" for part in parts for name in names)]
     manifest = text_if_there(place(run.training.init_from) / "manifest.json")
     return () if manifest is None else json.loads(manifest)["files"]
 
@@ -52,7 +58,7 @@ def fresh(run: RunConfig, folder: Literal["adapters", "prefixes"]) -> list[str]:
 
 def has_fresh_encoder(run: RunConfig) -> bool:
     """Return whether the encoder comes from no earlier wire. If not, receivers join that one."""
-    return "interlingua.safetensors" not in loaded(run)
+    return ENCODER not in loaded(run)
 
 
 def needed_readers(run: RunConfig, train: Place) -> dict[str, Place]:

@@ -98,6 +98,11 @@ def shard_path(run: RunConfig, split: ShardSplit) -> Place:
     )
 
 
+def shard_paths(run: RunConfig, splits: Sequence[ShardSplit] = SPLITS) -> dict[ShardSplit, Place]:
+    """Return split → the directory of its shards, whether they are there or not."""
+    return {split: shard_path(run, split) for split in splits}
+
+
 def read_manifest(path: Place) -> dict[str, Any]:
     """Read the manifest of complete shards. Raises :class:`~latentwire.data.sources.DataError` where there is none."""
     file = path / MANIFEST

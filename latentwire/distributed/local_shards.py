@@ -20,7 +20,7 @@ def local_shards(
     is missing, and stopped again. Raises :class:`~latentwire.data.sources.DataError` where it would
     be needed and is not installed.
     """
-    paths = {split: shards.shard_path(run, split) for split in splits}
+    paths = shards.shard_paths(run, splits)
     complete = all(shards.complete(path) for path in paths.values())
     if complete and ("train" not in paths or _all_there(run, paths["train"], begins)):
         return paths

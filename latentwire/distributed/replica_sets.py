@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.resolve import last_stage
 from latentwire.distributed.replicas import ASKING, ReplicaActor, Served
 from latentwire.distributed.trial import ZERO_COPY
 from latentwire.distributed.waiting import room
@@ -219,7 +220,7 @@ def serving(
     if sharing is None:
         yield None
         return
-    fleet = Fleet(space.run, sharing, expected)
+    fleet = Fleet(last_stage(space.run), sharing, expected)
     try:
         fleet.start(space.tune.wait_minutes)
         print(f"shared receivers: {sharing}", flush=True)

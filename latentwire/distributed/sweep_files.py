@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,16 +12,16 @@ import ray
 import ray.data
 
 from latentwire.config import RunConfig, SweepConfig
-from latentwire.config.knobs import paths_with
-from latentwire.config.resolve import ConfigError
+from latentwire.config.knobs import knob_of, paths_with
+from latentwire.config.resolve import ConfigError, last_stage, stages_of
 from latentwire.data import documents, pipeline, shards, streams
 from latentwire.distributed import teachers
 from latentwire.distributed.calibrations import ensure_calibrations
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.planning.resolved import ResolvedSweep, resolve
-from latentwire.planning.variants import calibration_runs
+from latentwire.planning.resolved import TRAINING_SPLITS, ResolvedSweep, resolve
+from latentwire.planning.variants import calibration_runs, data_variants
 from latentwire.storage import Place
-from latentwire.training import checkpoints
+from latentwire.training import checkpoints, stages
 
 SHARDS_AT_ONCE = 3
 """Splits that are sharded side by side."""
@@ -49,6 +51,16 @@ class Files:
         """Number of rows to train on."""
         return shards.read_manifest(self.shards["train"])["rows"]
 
+    @property
+    def is_scored(self) -> bool:
+        """True where a last stage reads them: trials are compared on its development rows."""
+        return "validation" in self.shards
+
+
+def compared_on(files: Mapping[str, Files]) -> set[Place]:
+    """Return the development rows that trials are compared on, of the files of all data variants."""
+    return {own.shards["dev"] for own in files.values() if own.is_scored}
+
 
 def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[str, Files]:
     """Make shards, teachers' columns and calibrations of every data variant that the space can draw.
@@ -65,28 +77,37 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
         for variant in sweep.variants
         for split, path in variant.shards.items()
     }
-    dev = [path for path, (_, split, _) in needed.items() if split == "dev"]
+    scored = [variant.shards["dev"] for variant in sweep.variants if variant.is_last]
+    dev = list(dict.fromkeys(scored))
     if len(dev) > 1:
         _make([needed.pop(path) for path in dev])
         common_protocol_hash(sweep.space, dev)
     _make(needed.values())
+    training_shards = functools.partial(shards.shard_paths, splits=TRAINING_SPLITS)
+    for run in data_variants(sweep.space) if sweep.space.run.stages else ():
+        stages.check_documents(stages_of(run), training_shards)
     for variant in sweep.variants:
-        checkpoints.check_development(variant.run, variant.shards["dev"])
+        if not variant.stage:
+            checkpoints.check_development(variant.run, variant.shards["dev"])
         documents.of_shards(
             variant.shards["train"]
         )  # once here, or every worker would read all rows
-    runs = [sweep.largest, *(variant.run for variant in sweep.variants)]
+    runs = [*sweep.largest_stages, *(variant.run for variant in sweep.variants)]
     continued = any(run.losses.continuation_ce_weight for run in runs)
     files: dict[str, Files] = {}
     for variant in sweep.variants:
         train = variant.shards["train"]
         columns = teachers.ensure_teachers(variant.run, train, gpus_per_worker)
-        for run in calibration_runs(sweep.space, variant.run):
+        for run in [] if variant.stage else calibration_runs(sweep.space, variant.run):
             ensure_calibrations(run, train, gpus_per_worker)
-        # Of two bundles with the same shards, one may need a teacher.
-        if variant.key not in files or columns:
+        # Of two bundles with the same shards, one may need a teacher; of two stages, one is scored.
+        before = files.get(variant.key)
+        paths = variant.shards if before is None else before.shards | variant.shards
+        if before is None or columns:
             read = tuple(streams.training_columns(variant.run, continued=continued))
-            files[variant.key] = Files(variant.shards, columns, read)
+            files[variant.key] = Files(paths, columns, read)
+        else:
+            files[variant.key] = dataclasses.replace(before, shards=paths)
     return files
 
 
@@ -121,9 +142,10 @@ def common_protocol_hash(space: SweepConfig, dev: Iterable[Place]) -> str:
     Raises :class:`~latentwire.config.resolve.ConfigError` where a searched knob changes the
     development rows: scores on different rows say nothing about the wires.
     """
-    hashes = {protocol_hash(path, space.run) for path in dev}
+    run = last_stage(space.run)
+    hashes = {protocol_hash(path, run) for path in dev}
     if len(hashes) > 1:
-        searched = ", ".join(path for path in paths_with("shards") if path in space.search)
+        searched = ", ".join(path for path in space.search if knob_of(path) in paths_with("shards"))
         raise ConfigError(
             f"all trials must be scored on the same development rows, got {len(hashes)} different "
             f"sets; what makes them differ must not be searched, which is among {searched}"

@@ -17,6 +17,8 @@ EARLIER = "earlier_evaluations"
 """Key of the reports before the one that a resumed trial makes again, as JSON."""
 ERROR_FILE = "error.txt"
 """File in which a trial's driver or worker leaves the cause of a failure."""
+OUT_OF_MEMORY = "out of memory with"
+"""Beginning of the cause where memory ran out; the size of the run follows."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,17 @@ class WorkerTask:
     """GPUs of one worker."""
     served: Any
     """Replicas of the receivers; None where the workers hold their own."""
+    stage: str = ""
+    """Name and place of the stage that this is, where the run has several."""
+    output: Place | None = None
+    """Directory whose log has the workers' output; None: ``folder``."""
     rows: Mapping[str, Any] | None = None
     """Iterators over ``train`` and ``dev`` for a lone worker; None where Ray Train hands them out."""
+
+    @property
+    def home(self) -> Place:
+        """The directory of the trial that the workers belong to."""
+        return self.output or self.folder
 
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
@@ -53,8 +64,8 @@ def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
     cause = (
         lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)
     )  # there, of a traceback
-    if is_out_of_memory(error):
-        cause = f"out of memory with {size_of(run)}: {cause}"
+    if is_out_of_memory(error) and OUT_OF_MEMORY not in cause:  # a stage's cause has its own size
+        cause = f"{OUT_OF_MEMORY} {size_of(run)}: {cause}"
     log = log_file(path, min(getattr(error, "worker_failures", None) or [0]))
     if log is not None and log.exists():
         cause = f"{cause}; output: {log}"

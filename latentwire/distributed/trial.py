@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ from ray.train.v2._internal.constants import (
 
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
+from latentwire.data.stages import PlacedStage, placed
 from latentwire.distributed.controller import TuneReport
-from latentwire.distributed.task import ERROR_FILE, WorkerTask, leave_cause
+from latentwire.distributed.task import ERROR_FILE, WorkerTask, cause_left, leave_cause
 from latentwire.distributed.waiting import PatientTrainer, is_lasting
-from latentwire.distributed.worker_output import trial_log
+from latentwire.distributed.worker_output import tell, trial_log
 from latentwire.planning.variants import variant_key
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import Place, delete
@@ -58,7 +59,7 @@ def train_worker(config: dict[str, Any]) -> None:
     ``config``: the ``task``, in a dictionary as Ray Train asks for.
     """
     task: WorkerTask = config["task"]
-    with trial_log(task.folder, ray.train.get_context().get_world_rank()):
+    with trial_log(task.home, ray.train.get_context().get_world_rank()):
         from latentwire.distributed import worker
 
         worker.train(task)
@@ -92,8 +93,9 @@ def drive_trial(
 ) -> None:
     """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
 
-    The cause of a failure is left in :data:`ERROR_FILE`. A trial that would fail again in the same way (values that do not go
-    together, out of memory, no finite gradients) leaves it and returns; any other is raised, for Tune to start the trial again.
+    Its earlier stages come first (:func:`train_earlier`). The cause of a failure is left in :data:`ERROR_FILE`. A trial that
+    would fail again in the same way (values that do not go together, out of memory, no finite gradients) leaves it and returns;
+    any other is raised, for Tune to start the trial again.
     """
     path = trial_path(trial_dir, values.get(TAKES_UP, values[NUMBER]))
     run = space.run
@@ -103,6 +105,13 @@ def drive_trial(
                 run,
                 {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)},
             )
+            last = None
+            if run.stages:
+                stages = placed(run, lambda run: keys_of(variants[variant_key(run)]))
+                run, last = stages[-1].run, stages[-1]
+                train_earlier(
+                    stages, lambda run: variants[variant_key(run)], path, gpus_per_worker, served
+                )
             variant = variants[variant_key(run)]
             make_trainer(
                 run,
@@ -111,16 +120,82 @@ def drive_trial(
                 variant.train_shards,
                 folder=path,
                 gpus_per_worker=gpus_per_worker,
-                pins=variant.pins,
+                pins=variant.pins if last is None else variant.pins | pins_of(last),
                 metric=space.tune.metric,
                 mode=space.tune.mode,
                 callbacks=[TuneReport()],
                 served=served,
+                stage="" if last is None else last.title,
             ).fit()
         except Exception as error:
             leave_cause(path, run, error)
             if not (is_lasting(error) or is_out_of_memory(error)):
                 raise
+
+
+def keys_of(variant: Variant) -> list[str]:
+    """Return the hashes that name the training and development rows of a data variant."""
+    return [variant.pins["shards"]["train"], variant.pins["shards"]["dev"]]
+
+
+def pins_of(stage: PlacedStage) -> dict[str, Any]:
+    """Return what a stage's metrics depend on besides its rows and receivers."""
+    return {"evaluation": stage.run.evaluation.model_dump(), "stages": dict(stage.before)}
+
+
+def train_earlier(
+    stages: Sequence[PlacedStage],
+    variant_of: Callable[[RunConfig], Variant],
+    output: Place,
+    gpus_per_worker: float,
+    served: Any = None,
+) -> None:
+    """Train the stages of a run before its last that are not there; none where the last one has a checkpoint already.
+
+    One that another trial trains is waited for; no workers are held meanwhile.
+
+    Args:
+        stages: all of the run.
+        variant_of: the training data of a stage.
+        output: directory of the run, or trial; its log has the workers' output.
+        gpus_per_worker: GPUs of one worker.
+        served: replicas of the receivers, where the workers hold none themselves.
+    """
+    # They load what training needs, which the driver of a trial without stages does without.
+    from latentwire.training import step_checkpoints
+    from latentwire.training.local import metric_of
+    from latentwire.training.loop import TrainingError
+    from latentwire.training.stages import checkpoints_of, ensure
+
+    def train(stage: PlacedStage, work: Place) -> None:
+        variant, folder = variant_of(stage.run), checkpoints_of(work)
+        shared = {
+            name: pin for name, pin in variant.pins.items() if name in ("shards", "receivers")
+        }
+        metric, mode = metric_of(stage.run)
+        step_checkpoints.clear_debris(folder)
+        make_trainer(
+            stage.run,
+            variant.datasets,
+            variant.train_rows,
+            variant.train_shards,
+            folder=folder,
+            gpus_per_worker=gpus_per_worker,
+            pins=shared | pins_of(stage),
+            metric=metric,
+            mode=mode,
+            served=served,
+            stage=stage.title,
+            output=output,
+        ).fit()
+        if cause := cause_left(folder):
+            raise TrainingError(f"stage {stage.title}: {cause}")
+
+    for checkpoint in step_checkpoints.finished(output)[-1:]:
+        tell(f"{output.name}: goes on with stage {stages[-1].title} from {checkpoint.name}")
+        return
+    for stage in stages[:-1]:
+        ensure(stage, train, lambda line: tell(f"{output.name}: {line}"))
 
 
 def name_cluster() -> None:
@@ -157,13 +232,16 @@ def make_trainer(
     mode: str,
     callbacks: list[Any] | None = None,
     served: Any = None,
+    stage: str = "",
+    output: Place | None = None,
 ) -> TorchTrainer:
     """A TorchTrainer for one run, which goes on from the last checkpoint in ``folder``.
 
     ``datasets``: ``train``, of so many rows from ``train_shards``, and ``dev``. The best checkpoint by ``metric`` and the last
     one are kept.
     Ray is told where they are but does not keep them: its record of them is not written in one go, and a run whose driver
-    died in that moment could never go on. ``served``: replicas of the receivers, where the workers hold none themselves.
+    died in that moment could never go on. ``served``: replicas of the receivers, where the workers hold none themselves. ``stage``:
+    name and place of the stage that this is, where the run has several. ``output``: directory of the log; None: ``folder``.
     """
     delete(folder / ERROR_FILE)
     name_cluster()
@@ -191,6 +269,8 @@ def make_trainer(
                 mode=mode,
                 gpus=gpus_per_worker,
                 served=served,
+                stage=stage,
+                output=output,
                 rows=rows,
             )
         },

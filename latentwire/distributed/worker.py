@@ -73,10 +73,11 @@ def _train(task: WorkerTask) -> None:
         all_steps = streams.packed_steps(run.training, units)
         trainer = Trainer(wire, 1, workers, task.train_shards, all_steps)
     folder, chosen = task.folder, (task.metric, task.mode)
+    trainer.title, name = task.stage, task.home.name
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
     if last and workers.rank == 0:
-        tell(f"{folder.name}: resumed at step {trainer.progress.step} on {socket.gethostname()}")
+        tell(f"{name}: resumed at step {trainer.progress.step} on {socket.gethostname()}")
     dev = pa.concat_tables(
         rows_of(task, "dev").iter_batches(batch_size=None, batch_format="pyarrow")
     )
@@ -87,7 +88,7 @@ def _train(task: WorkerTask) -> None:
             wire.trained_on, run.training.init_from, dev["document"].to_pylist()
         )
     wire.trained_on = wire.trained_on.with_stage(run, task.train_shards)
-    gauges = TrialMetrics(folder.name)
+    gauges = TrialMetrics(name)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(task.began, entered)
     print(
@@ -95,7 +96,8 @@ def _train(task: WorkerTask) -> None:
         flush=True,
     )
     rows = rows_of(task, "train")
-    tell_progress = ProgressTeller(folder.name)
+    tell_progress = ProgressTeller(name)
+    named = {"stage": task.stage} if task.output is not None else {}
 
     def batches(epoch: int) -> Iterator[pa.Table]:
         if units is not None:
@@ -120,6 +122,7 @@ def _train(task: WorkerTask) -> None:
                     total_steps=trainer.total_steps,
                     train_loss=trainer.progress.loss,
                     examples_per_s=trainer.rows_done / seconds,
+                    **named,
                 )
             yield batch
 

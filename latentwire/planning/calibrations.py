@@ -66,7 +66,7 @@ def forecast_calibrations(
     flop: float | None = 0.0
     largest = 0
     for variant in sweep.variants:
-        for run in calibration_runs(sweep.space, variant.run):
+        for run in [] if variant.stage else calibration_runs(sweep.space, variant.run):
             for name, exists, takes in _parts(run, variant.shards["train"], multiplied, rows):
                 if name not in there and not exists:
                     flop = None if flop is None or takes is None else flop + takes

@@ -24,6 +24,7 @@ from latentwire.planning.devices import pieces, times
 from latentwire.planning.planner import Plan, PlanError
 from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import PROMPT_POSITIONS
+from latentwire.planning.stages import StageForecast, forecast_stages
 from latentwire.planning.variants import fills_by_positions, most_steps, total_steps
 from latentwire.storage import Place
 from latentwire.threads import use_threads
@@ -123,6 +124,10 @@ class Forecast:
     free_bytes: int | None
     calibration: CalibrationForecast | None = None
     """What a wire into retrieval heads, or a tuned reader's prefix, begins from; ``None``: nothing."""
+    stages: tuple[StageForecast, ...] = ()
+    """Stages before the last one, each made once for all trials that agree in it."""
+    stages_flop: float | None = 0.0
+    """Floating-point operations of those that are to be made; ``None``: their rows are not counted."""
 
     def lines(self, plan: Plan, rate: float | None) -> list[str]:
         """Describe the forecast for the terminal.
@@ -141,6 +146,7 @@ class Forecast:
             )
         if self.calibration is not None:
             lines.append(self.calibration.line(plan, rate, REACHED))
+        lines += [stage.line() for stage in self.stages]
         if self.steps_per_run is None:
             lines.append(
                 "steps: known when the shards are made (data.samples is 0, or batches are filled by positions)"
@@ -153,15 +159,18 @@ class Forecast:
             kind = "GPU" if plan.gpus_per_worker else "CPU"
             devices = plan.num_workers * (plan.gpus_per_worker or plan.cpus_per_worker)
             flop_per_worker = self.flop_per_run / plan.num_workers
+            stages_to_make = sum(stage.missing for stage in self.stages)
+            of_stages = (self.stages_flop or 0.0) / plan.num_workers
+            flop, starts = self.runs * flop_per_worker + of_stages, self.runs + stages_to_make
             high, low = (
-                self.runs * devices * (flop_per_worker / (share * rate) + START_SECONDS) / 3600
+                devices * (flop / (share * rate) + starts * START_SECONDS) / 3600
                 for share in REACHED
             )
             lines.append(
                 f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: "
                 f"{self.flop_per_run / 1e12:.3g} TFLOP a run at {REACHED[0]:.0%} to "
                 f"{REACHED[1]:.0%} of {rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, "
-                f"just measured), and {START_SECONDS:.0f} s to start"
+                f"just measured), and {START_SECONDS:.0f} s to start{self._with_stages()}"
             )
         free = (
             "in an object store"
@@ -173,6 +182,16 @@ class Forecast:
             f"{self.checkpoint_bytes / 1e6:,.2f} MB), {free}"
         )
         return lines
+
+    def _with_stages(self) -> str:
+        """Say what of the hours is that of earlier stages."""
+        if not self.stages:
+            return ""
+        if self.stages_flop is None:
+            return "; earlier stages, whose rows are not counted yet, come on top"
+        return (
+            f"; earlier stages that are to be made are in it, {self.stages_flop / 1e12:.3g} TFLOP"
+        )
 
 
 def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> Forecast:
@@ -186,15 +205,23 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
     reruns = tune.finalists * tune.final_seeds
     files, columns_bytes, rows = _files(sweep)
     steps = flop = None
-    trains = {variant.key: variant.shards["train"] for variant in sweep.variants}
+    lasts = [variant for variant in sweep.variants if variant.is_last]
+    trains = {variant.key: variant.shards["train"] for variant in lasts}
     if rows is not None and not fills_by_positions(sweep.space):
         steps = total_steps(sweep.longest, rows)
         flop = _flop(sweep.largest, plan, total_steps(sweep.largest, rows))
     elif rows is not None and all(map(shards.complete, trains.values())):
         steps = most_steps(sweep.space, rows, trains)
         flop = _flop(sweep.longest, plan, steps)
+    stages = forecast_stages(sweep, tune.trials + reruns)
+    counted = [
+        stage.missing * _flop(stage.run, plan, stage.steps)
+        for stage in stages
+        if stage.steps is not None
+    ]
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
     checkpoints = tune.keep_checkpoints + reruns + 2 * plan.max_concurrent_trials + 1
+    checkpoints += sum(stage.missing for stage in stages)
     disk_bytes = checkpoints * checkpoint + columns_bytes
     disk = _existing_folder(output)
     free_bytes = None if disk is None else shutil.disk_usage(disk).free
@@ -214,6 +241,8 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
         disk_bytes=disk_bytes,
         free_bytes=free_bytes,
         calibration=forecast_calibrations(sweep, plan, rows),
+        stages=stages,
+        stages_flop=sum(counted) if len(counted) == len(stages) else None,
     )
 
 
@@ -271,13 +300,13 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
     known.
     """
     lines: dict[str, None] = {}  # variants share some of their files
-    missing_bytes, rows = 0, sweep.space.run.data.samples or None
+    missing_bytes, rows = 0, sweep.longest.data.samples or None
     for variant in sweep.variants:
         run, train = variant.run, variant.shards["train"]
         for path in variant.shards.values():
             lines[f"shards {path.name}: {_state(shards.complete(path))}"] = None
         train_manifest = shards.read_manifest(train) if shards.complete(train) else None
-        if train_manifest is not None:
+        if train_manifest is not None and variant.is_last:
             rows = train_manifest["rows"]
         if not teachers.needed(run.losses):
             continue

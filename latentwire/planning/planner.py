@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import torch
 
-from latentwire import exports
 from latentwire.config import ReceiverConfig, RunConfig, SweepConfig
 from latentwire.data.shards import builders
 from latentwire.errors import UserError
@@ -33,7 +32,6 @@ from latentwire.planning.sharing import (
     share,
     slots_of,
 )
-from latentwire.storage import local, place
 
 WORKER_BASE_BYTES = 700e6
 """Resident memory of a Train worker that has imported torch, transformers and Ray; measured at
@@ -85,6 +83,12 @@ class Plan:
         return self.sharing.bytes_per_worker if self.sharing else self.bytes_per_worker
 
     @property
+    def bytes_with_replicas(self) -> int:
+        """Bytes of memory of one worker of a trial and of one replica of each shared receiver."""
+        replicas = self.sharing.bytes_per_replica.values() if self.sharing else ()
+        return self.worker_bytes + sum(replicas)
+
+    @property
     def worker_gpus(self) -> float:
         """Share of a GPU of one worker of a trial."""
         return self.sharing.gpus_per_worker if self.sharing else self.gpus_per_worker
@@ -104,15 +108,6 @@ class Plan:
         lines.append(f"receivers: {shared}")
         lines.append(f"trials at once: {self.max_concurrent_trials}")
         return "\n".join(lines)
-
-
-def check_start(run: RunConfig) -> None:
-    """Raise :class:`~latentwire.exports.CheckpointError` for a ``training.init_from`` that is
-    broken.
-    """
-    if run.training.init_from is not None:
-        with local(place(run.training.init_from)) as start:
-            exports.read_manifest(start)
 
 
 def plan(
@@ -135,7 +130,32 @@ def plan(
     weights are not whole, or whose tokenizers cannot build a prompt.
     """
     sweep = resolve(space)
-    run, tune, training = sweep.largest, sweep.space.tune, sweep.largest.training
+    plans = [
+        _plan(sweep.space, run, resources, memory_bytes, files) for run in sweep.largest_stages
+    ]
+    largest = max(plans, key=lambda plan: (plan.sharing is None, plan.bytes_with_replicas))
+    if largest.sharing is None and any(plan.sharing is not None for plan in plans):
+        # In some stage more trials fit with shared receivers; a trial goes through all with one kind.
+        tune = sweep.space.tune.model_copy(update={"receivers": "own"})
+        return plan(
+            sweep.space.model_copy(update={"tune": tune}), resources, memory_bytes, files=files
+        )
+    return dataclasses.replace(
+        largest,
+        trainable_parameters=max(plan.trainable_parameters for plan in plans),
+        max_concurrent_trials=min(plan.max_concurrent_trials for plan in plans),
+    )
+
+
+def _plan(
+    space: SweepConfig,
+    run: RunConfig,
+    resources: dict[str, float],
+    memory_bytes: float,
+    files: bool,
+) -> Plan:
+    """Plan one stage of a space's trials. ``run``: the largest of them."""
+    tune, training = space.tune, run.training
     gpus, gpus_per_worker = resources.get("GPU", 0.0), run.training.gpus_each(resources)
     if training.batch_size is not None and training.batch_size % training.num_workers:
         raise PlanError(
@@ -168,7 +188,7 @@ def plan(
     )
     if not gpus:
         _share("GPUs", gpus, gpus_per_worker)
-    sharing = _sharing(sweep.space, run, estimate, held, resources, memory_bytes)
+    sharing = _sharing(space, run, estimate, held, resources, memory_bytes)
     beside = (
         0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
     )

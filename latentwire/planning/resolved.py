@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from latentwire.config import RunConfig, SweepConfig
-from latentwire.data.shards import SPLITS, ShardSplit, shard_path
+from latentwire.config.resolve import stages_of
+from latentwire.data.shards import SPLITS, ShardSplit, shard_paths
 from latentwire.planning.variants import (
     data_variants,
     largest_run,
@@ -15,16 +16,26 @@ from latentwire.planning.variants import (
 )
 from latentwire.storage import Place
 
+TRAINING_SPLITS: tuple[ShardSplit, ...] = ("train", "dev")
+"""Splits that every stage reads."""
+
 
 @dataclass(frozen=True)
 class DataVariant:
-    """One combination of the searched knobs that shards and teachers' columns depend on."""
+    """One stage under one combination of the searched knobs that shards and teachers' columns depend on."""
 
     run: RunConfig
     key: str
     """Name among the variants, by :func:`~latentwire.planning.variants.variant_key`."""
     shards: dict[ShardSplit, Place]
-    """Directory of each split's shards, which may not be made yet."""
+    """Directory of each split's shards, which may not be made yet; validation rows are for last stages alone."""
+    stage: int = 0
+    """Number of the stage."""
+
+    @property
+    def is_last(self) -> bool:
+        """True for a last stage, by whose scores trials are compared."""
+        return "validation" in self.shards
 
 
 @dataclass(frozen=True)
@@ -43,24 +54,38 @@ class ResolvedSweep:
 
     @cached_property
     def largest(self) -> RunConfig:
-        """The run that costs most: an upper bound of any trial's memory."""
-        return largest_run(self.space)
+        """The run that costs most, in its last stage: an upper bound of any trial's memory there."""
+        return self.largest_stages[-1]
+
+    @cached_property
+    def largest_stages(self) -> tuple[RunConfig, ...]:
+        """Each stage of the run that costs most."""
+        return tuple(stage.run for stage in stages_of(largest_run(self.space)))
 
     @cached_property
     def longest(self) -> RunConfig:
-        """The run with the most optimiser steps."""
-        return longest_run(self.space)
+        """The run with the most optimiser steps, in its last stage."""
+        return self.longest_stages[-1]
+
+    @cached_property
+    def longest_stages(self) -> tuple[RunConfig, ...]:
+        """Each stage of the run with the most optimiser steps."""
+        return tuple(stage.run for stage in stages_of(longest_run(self.space)))
 
     @cached_property
     def variants(self) -> tuple[DataVariant, ...]:
-        """Every combination of files that a trial can need.
+        """Every combination of files that a trial can need, for each of its stages.
 
         Raises as :func:`~latentwire.planning.variants.data_variants`.
         """
-        return tuple(
-            DataVariant(run, variant_key(run), {split: shard_path(run, split) for split in SPLITS})
-            for run in data_variants(self.space)
-        )
+        variants = []
+        for run in data_variants(self.space):
+            stages = stages_of(run)
+            for number, stage in enumerate(stages):
+                splits = SPLITS if number + 1 == len(stages) else TRAINING_SPLITS
+                paths = shard_paths(stage.run, splits)
+                variants.append(DataVariant(stage.run, variant_key(stage.run), paths, number))
+        return tuple(variants)
 
 
 def resolve(space: SweepConfig | ResolvedSweep) -> ResolvedSweep:

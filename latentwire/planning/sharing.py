@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import psutil
 
 from latentwire.config import RunConfig, SweepConfig
-from latentwire.config.knobs import paths_with
+from latentwire.config.knobs import knob_of, paths_with
+from latentwire.config.resolve import stages_of
 from latentwire.features.registry import FEATURES
 from latentwire.models.senders import sender_sources
 from latentwire.models.weights import backbone_source, load_hf_config
@@ -62,24 +64,34 @@ class Sharing:
 
 def obstacles(space: SweepConfig) -> list[str]:
     """List the knobs of a space that need the receivers' weights in each trial's own process."""
-    run, reasons = space.run, []
+    searched = [knob_of(path) for path in space.search]
+    stages = [stage.run for stage in stages_of(space.run)]
+    reasons = dict.fromkeys(reason for run in stages for reason in _obstacles(run, searched))
+    for path in paths_with("changes_receivers"):
+        if path in searched:
+            reasons[f"{path} is searched"] = None
+        elif len({functools.reduce(getattr, path.split("."), run) for run in stages}) > 1:
+            reasons[f"{path} differs between stages"] = None
+    return list(reasons)
+
+
+def _obstacles(run: RunConfig, searched: Collection[str]) -> Iterator[str]:
+    """Yield the reasons of one stage. ``searched``: paths of knobs."""
     for name, feature in FEATURES.items():
-        searched = any(path.startswith(f"features.{name}") for path in space.search)
-        if feature.needs_weights and (getattr(run.features, name) is not None or searched):
-            reasons.append(f"features.{name} acts on the receivers' own layers")
+        varied = any(path.startswith(f"features.{name}") for path in searched)
+        if feature.needs_weights and (getattr(run.features, name) is not None or varied):
+            yield f"features.{name} acts on the receivers' own layers"
     if run.prefix is not None and run.prefix.layers:
-        reasons.append("prefix.layers acts on the receivers' own layers")
+        yield "prefix.layers acts on the receivers' own layers"
     if run.adapter.kind == "keys_values":
-        reasons.append("adapter.kind keys_values acts on the receivers' own layers")
-    if run.losses.slot_kd_weight or "losses.slot_kd_weight" in space.search:
-        reasons.append("losses.slot_kd_weight looks into the receivers' own layers")
+        yield "adapter.kind keys_values acts on the receivers' own layers"
+    if run.losses.slot_kd_weight or "losses.slot_kd_weight" in searched:
+        yield "losses.slot_kd_weight looks into the receivers' own layers"
     if run.training.log_gradient_norms:
-        reasons.append("training.log_gradient_norms takes a backward pass per term")
-    spread = [receiver.name for receiver in run.receivers if receiver.device_map != "none"]
-    reasons += [f"{name} lies on several devices" for name in spread]
-    shared = paths_with("changes_receivers")
-    reasons += [f"{path} is searched" for path in shared if path in space.search]
-    return reasons
+        yield "training.log_gradient_norms takes a backward pass per term"
+    for receiver in run.receivers:
+        if receiver.device_map != "none":
+            yield f"{receiver.name} lies on several devices"
 
 
 def rows_of(run: RunConfig) -> int:

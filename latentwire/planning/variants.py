@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentwire.config import CategoricalDimension, RunConfig, SweepConfig
-from latentwire.config.knobs import knobs, paths_with
-from latentwire.config.resolve import ConfigError, search_order, with_values
+from latentwire.config.knobs import knob_of, knobs, parted, paths_with
+from latentwire.config.resolve import ConfigError, last_stage, search_order, stages_of, with_values
 from latentwire.data import positions, streams
 from latentwire.storage import Place
 
@@ -22,13 +22,14 @@ SEEDS_SPREAD = 1.1
 
 def check_metrics(space: SweepConfig) -> None:
     """Raise :class:`~latentwire.config.resolve.ConfigError` where a sweep would choose by a metric that no trial reports."""
-    tune, texts = space.tune, not space.run.data.source.has_questions
+    run = last_stage(space.run)
+    tune, texts = space.tune, not run.data.source.has_questions
     if texts and not (tune.metric.startswith("dev_loss") and tune.mode == "min"):
         raise ConfigError(
-            f"tune.metric must be dev_loss and tune.mode min for dataset {space.run.data.dataset}, which has no answers to score; "
+            f"tune.metric must be dev_loss and tune.mode min for dataset {run.data.dataset}, which has no answers to score; "
             f"got {tune.metric} and {tune.mode}"
         )
-    names = ["", *(f"_{receiver.name}" for receiver in space.run.receivers)]
+    names = ["", *(f"_{receiver.name}" for receiver in run.receivers)]
     kinds = ("dev_loss",) if texts else ("dev_f1", "dev_em", "dev_loss")
     reported = [f"{kind}{name}" for kind in kinds for name in names] + (
         [] if texts else ["wire_bytes"]
@@ -43,13 +44,27 @@ def check_metrics(space: SweepConfig) -> None:
                 raise ConfigError(
                     f"tune.{knob} must name a reported metric, got {metric}; there are {', '.join(reported)}"
                 )
-    if tune.finalists and "training.seed" in space.search:
+    searched = [path for path in space.search if knob_of(path) == "training.seed"]
+    if tune.finalists and searched:
         raise ConfigError(
-            "tune.finalists are trained with fresh seeds, so training.seed cannot be searched; leave it out"
+            f"tune.finalists are trained with fresh seeds, so training.seed cannot be searched, got {', '.join(searched)}; "
+            f"leave it out"
         )
+    if tune.finalists:
+        check_seed(space.run)
     if tune.metric in tune.objectives:
         raise ConfigError(
             f"tune.objectives are those besides tune.metric, got {tune.metric} in both; take it out there"
+        )
+
+
+def check_seed(run: RunConfig) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` where a run's last stage would not change with its seed."""
+    last = stages_of(run)[-1]
+    if "training.seed" in last.config.values:
+        raise ConfigError(
+            f"fresh seeds are those of the run, which its last stage {last.name} does not have, got training.seed "
+            f"{last.run.training.seed} there; set it under run, or in earlier stages alone, which all then share"
         )
 
 
@@ -58,6 +73,7 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
 
     They are all combinations that a trial can draw of searched knobs of :data:`NAMES_FILES`. Weights
     of the teachers' terms, and ``k``, stand at their largest: the columns then serve every trial.
+    Each stage of such a configuration has files of its own.
 
     Raises:
         ConfigError: such a dimension is not categorical. Each of its values needs files of its own,
@@ -65,14 +81,16 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
     """
     combinations: list[dict[str, Any]] = [{}]
     for path in search_order(space.search):
-        if path not in NAMES_FILES:
+        if knob_of(path) not in NAMES_FILES:
             continue
         dim = space.search[path]
         if not isinstance(dim, CategoricalDimension):
             raise ConfigError(
                 f"search.{path} must be categorical, got {dim.type}: each value needs files of its own"
             )
-        conditions = {other: choices for other, choices in dim.when.items() if other in NAMES_FILES}
+        conditions = {
+            other: choices for other, choices in dim.when.items() if knob_of(other) in NAMES_FILES
+        }
         may_be_left_out = len(conditions) < len(dim.when)  # by a condition that names no files
         extended: list[dict[str, Any]] = []
         for values in combinations:
@@ -83,7 +101,7 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
                 extended += [values | {path: choice} for choice in dim.choices]
         combinations = extended
     sizes = paths_with("teachers", "size")
-    largest = {path: value for path, value in _largest(space).items() if path in sizes}
+    largest = {path: value for path, value in _largest(space).items() if knob_of(path) in sizes}
     return [with_values(space.run, largest | values) for values in combinations]
 
 
@@ -92,7 +110,7 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
 
     Args:
         space: the search.
-        run: one of :func:`data_variants`.
+        run: one of :func:`data_variants`, or its first stage: later ones begin from that one's wire.
 
     Raises:
         ConfigError: a dimension on which a calibration hangs is not categorical.
@@ -101,13 +119,14 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
     if run.adapter.kind != "heads" and not takes_prefix:
         return []
     combinations: list[dict[str, Any]] = [{}]
-    for path in search_order(space.search):
-        if path not in paths_with("calibrates"):
+    for searched in search_order(space.search):
+        stage, path = parted(searched)
+        if path not in paths_with("calibrates") or stage not in (None, *list(space.run.stages)[:1]):
             continue
-        dim = space.search[path]
+        dim = space.search[searched]
         if not isinstance(dim, CategoricalDimension):
             raise ConfigError(
-                f"search.{path} must be categorical where adapter.kind is heads, got {dim.type}: each value needs a "
+                f"search.{searched} must be categorical where adapter.kind is heads, got {dim.type}: each value needs a "
                 f"calibration of its own"
             )
         drawn = [values | {path: choice} for values in combinations for choice in dim.choices]
@@ -126,7 +145,7 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
 def variant_key(run: RunConfig) -> str:
     """Return a text that is the same for runs with the same shards and teachers' columns; loads no tokenizer.
 
-    A bundle is left out of it: the knobs that it sets are in it.
+    ``run``: without stages, or one stage. A bundle is left out of it: the knobs that it sets are in it.
     """
     paths = [path for path, _ in knobs() if path in NAMES_FILES and path != "losses.bundle"]
     return json.dumps({path: functools.reduce(getattr, path.split("."), run) for path in paths})
@@ -149,8 +168,8 @@ def _longest(space: SweepConfig) -> dict[str, Any]:
     """Return values by path for :func:`longest_run`."""
     values: dict[str, Any] = _largest(space) if fills_by_positions(space) else {}
     for extreme, paths in ((max, paths_with("steps", "more")), (min, paths_with("steps", "fewer"))):
-        for path in paths:
-            if (dim := space.search.get(path)) is not None:
+        for path, dim in space.search.items():
+            if knob_of(path) in paths:
                 ends = dim.choices if isinstance(dim, CategoricalDimension) else (dim.low, dim.high)
                 values[path] = extreme(ends)
     return values
@@ -169,7 +188,7 @@ def _largest(space: SweepConfig) -> dict[str, Any]:
         if any(values.get(other, choices[0]) not in choices for other, choices in dim.when.items()):
             continue
         values |= {other: choices[0] for other, choices in dim.when.items() if other not in values}
-        costliest = min if path in smaller_costs_more else max
+        costliest = min if knob_of(path) in smaller_costs_more else max
         if not isinstance(dim, CategoricalDimension):
             values[path] = costliest(dim.low, dim.high)
         elif all(
@@ -181,8 +200,8 @@ def _largest(space: SweepConfig) -> dict[str, Any]:
 
 
 def fills_by_positions(space: SweepConfig) -> bool:
-    """Return whether the batches of a space's trials are filled by positions."""
-    return space.run.training.positions_per_batch is not None
+    """Return whether the batches of a space's trials are filled by positions, in their last stage."""
+    return last_stage(space.run).training.positions_per_batch is not None
 
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
@@ -194,7 +213,7 @@ def total_steps(run: RunConfig, train_rows: int) -> int:
 
 
 def most_steps(space: SweepConfig, train_rows: int, trains: Mapping[str, Place]) -> int:
-    """Return the most optimiser steps of a trial on that many rows.
+    """Return the most optimiser steps of a trial on that many rows, in its last stage.
 
     Where batches are filled by positions, they are counted on the training shards, and seeds that
     trials may have besides make for a few batches more or less.
@@ -204,14 +223,15 @@ def most_steps(space: SweepConfig, train_rows: int, trains: Mapping[str, Place])
         train_rows: rows.
         trains: key of each of :func:`data_variants` → its training shards; read for positions alone.
     """
-    longest = longest_run(space)
+    longest = last_stage(longest_run(space))
     if not fills_by_positions(space):
         return total_steps(longest, train_rows)
-    values = {path: value for path, value in _longest(space).items() if path not in NAMES_FILES}
+    longest_values = _longest(space).items()
+    values = {path: value for path, value in longest_values if knob_of(path) not in NAMES_FILES}
     counts = []
     for variant in data_variants(space):
-        run = with_values(variant, values, "longest trial of the space")
-        units = positions.units_of(run, trains[variant_key(variant)])
+        run = last_stage(with_values(variant, values, "longest trial of the space"))
+        units = positions.units_of(run, trains[variant_key(last_stage(variant))])
         assert units is not None
         counts.append(streams.packed_steps(run.training, units))
     return min(math.ceil(SEEDS_SPREAD * max(counts)), longest.training.max_steps or 10**12)

@@ -126,6 +126,29 @@ def curves(reported: Sequence[Curve], metric: str) -> go.Figure | str:
     return figure.update_layout(xaxis_title="step", yaxis_title=metric)
 
 
+def stage_figures(stages: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Draw the learning curve of each earlier stage of the winner: F1 where it has answers, and the loss."""
+    figures: list[Figure] = []
+    for stage in stages:
+        figure = go.Figure()
+        for metric in ("dev_f1", "dev_loss"):
+            reports = [report for report in stage["evaluations"] if metric in report]
+            if reports:
+                figure.add_scatter(
+                    x=[report["step"] for report in reports],
+                    y=[report[metric] for report in reports],
+                    mode="lines+markers",
+                    name=metric,
+                )
+        about = (
+            f"Stage {stage['name']} of the winner on its development rows; its {stage['keep']} checkpoint, of step "
+            f"{stage['step']:,}, is what the next stage began with."
+        )
+        axes = figure.update_layout(xaxis_title="step")
+        figures.append((f"Learning curves: stage {stage['name']}", about, axes))
+    return figures
+
+
 def _best(trial: FrozenTrial, metric: str, pick: Any) -> dict[str, Any] | None:
     reports = [report for report in evaluations(trial) if report.get(metric) is not None]
     return pick(reports, key=lambda report: report[metric]) if reports else None

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from latentwire import card
 from latentwire.config import SweepConfig
-from latentwire.config.resolve import with_values
+from latentwire.config.resolve import last_stage, with_values
 from latentwire.evaluation import readings
 from latentwire.evaluation.conditions import label
 from latentwire.evaluation.summary import wider_by_document
@@ -50,8 +50,9 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
     trials = trial_rows(study, space.tune)
     best = document.get("best")
     finalists = [Finalist(**finalist) for finalist in document.get("finalists") or []]
-    run = with_values(space.run, best["values"]) if best else space.run
+    run = last_stage(with_values(space.run, best["values"]) if best else space.run)
     pictures: list[figures.Figure] = figures.search_figures(study, space.tune)
+    pictures += figures.stage_figures(document.get("stages") or [])
     page = _template().render(
         title=output.name,
         command=document.get("command"),

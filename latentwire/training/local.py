@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -38,12 +37,26 @@ def table_epochs(
     return epochs
 
 
-def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], output: Path) -> Place:
+def train_here(
+    wire: LatentWire,
+    paths: Mapping[shards.ShardSplit, Place],
+    output: Place,
+    title: str = "",
+    before: Mapping[str, str] | None = None,
+) -> Place:
     """Train to the end under ``output/checkpoints`` and return the best checkpoint.
 
     Continues from the last checkpoint there. Keeps the best by ``training.best_by`` and the last.
-    Raises :class:`~latentwire.config.resolve.ConfigError` where development rows are of documents
-    that the wire it begins with has trained on.
+
+    Args:
+        wire: what is trained.
+        paths: shards of all that it reads.
+        output: the run's directory.
+        title: of the stage that this is, for its lines.
+        before: each stage before it → the name of its directory, for the checkpoints' manifests.
+
+    Raises:
+        ConfigError: development rows are of documents that the wire it begins with has trained on.
     """
     train = streams.training_table(wire.run, paths["train"])
     dev = shards.read_table(paths["dev"])
@@ -58,6 +71,9 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
         trainer = Trainer(wire, 1, train=paths["train"], all_steps=steps)
     frozen = wire.fingerprints()
     provenance = pins(paths, wire.run) | {"receivers": frozen}
+    if before:
+        provenance["stages"] = dict(before)
+    trainer.title = title
     folder = output / "checkpoints"
     step_checkpoints.clear_debris(folder)
     previous = step_checkpoints.finished(folder)
@@ -68,10 +84,9 @@ def train_here(wire: LatentWire, paths: Mapping[shards.ShardSplit, Place], outpu
 
     def at_evaluation() -> None:
         metrics = trainer.evaluate(dev)
-        print(
-            "evaluation  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
-            flush=True,
-        )
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{trainer.lead}evaluation  {values}", flush=True)
+        trainer.progress.evaluations.append(metrics)
         step_checkpoints.save_step(folder, wire, metrics, provenance, trainer, *metric_of(wire.run))
 
     with trainer.stopped_by(signal.SIGTERM):

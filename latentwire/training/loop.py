@@ -69,6 +69,8 @@ class Trainer:
         self._rows = 0  # of this worker, since they were last added to the progress
         self.last_values: dict[str, float] = {}
         """Loss terms, prompt scales and, on request, gradient norms of the last step."""
+        self.title = ""
+        """Name and place of the stage that this is, where the run has several."""
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
         steps = self.config.epochs * steps_per_epoch if all_steps is None else all_steps
@@ -308,12 +310,17 @@ class Trainer:
             return self.progress.rows
         return self.progress.step * self.config.batch_size
 
+    @property
+    def lead(self) -> str:
+        """The beginning of each line of this training."""
+        return f"stage {self.title}  " if self.title else ""
+
     def _print_line(self, rate: float) -> None:
         progress = self.progress
         if self.workers.rank == 0:
             loss = "alignment" if progress.step <= self.config.alignment_steps else "loss"
             print(
-                f"step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
+                f"{self.lead}step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
                 f"{loss} {progress.loss:.4f}  "
                 f"lr {self.optimizer.param_groups[0]['lr']:.2e}  {rate:.1f} examples/s",
                 flush=True,

@@ -9,16 +9,11 @@ was killed goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
-
-from filelock import FileLock
 
 from latentwire import exports
 from latentwire.config import (
@@ -48,6 +43,7 @@ from latentwire.receivers.base import Receiver
 from latentwire.storage import Place, directory, local
 from latentwire.training import step_checkpoints
 from latentwire.training.local import train_here
+from latentwire.training.workspace import workspace
 
 BUDGETED = ("truncated", "window", "own_cache")
 """Modes that show or keep as much as a message has positions."""
@@ -295,7 +291,7 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, began = shards.read_manifest(paths["train"])["rows"], time.monotonic()
     tuned, budget = tuned_text(run), reader_budget(run, rows)
-    with _workspace(path) as work:
+    with workspace(path, "trials", here=True) as work:
         if is_reader(path):  # another process has just made it
             return
         trained: dict[float, tuple[float, Place, int]] = {}
@@ -350,22 +346,3 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
         pins = exports.read_manifest(cast(Path, best))["pins"]
         with directory(path, last=exports.MANIFEST) as folder:
             exports.save(folder, reader, {"reader": report}, pins)
-
-
-@contextlib.contextmanager
-def _workspace(path: Place) -> Iterator[Path]:
-    """Yield a directory for the trainings of a reader, which one process at a time has.
-
-    It lies beside the reader, so that a training that was killed goes on; in a temporary directory
-    where shards are in an object store. It is deleted when the reader is there.
-    """
-    if not isinstance(path, Path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    work = path.parent / f".{path.name}.trials"
-    work.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{work}.lock"):
-        yield work
-    shutil.rmtree(work, ignore_errors=True)
-    Path(f"{work}.lock").unlink(missing_ok=True)

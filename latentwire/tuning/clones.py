@@ -51,6 +51,12 @@ def check(order: Order, parent: FrozenTrial, space: SweepConfig, sweep: Place) -
         raise ConfigError(
             f"a clone needs a changed value, got none; name one by --set, of {', '.join(CHANGEABLE)}"
         )
+    if space.run.stages:
+        raise ConfigError(
+            f"a clone begins with its parent's wire, which a run with stages makes anew, got stages "
+            f"{', '.join(space.run.stages)}; start a new sweep of the last one by --set run.stages={{}} "
+            f"--set training.init_from=<checkpoint>"
+        )
     before = with_values(space.run, run_values(parent))
     for path, value in order.values.items():
         _check_value(path, value, parent, space)

@@ -215,7 +215,7 @@ class SweepConsole(TrialProgressCallback):
         for row in rows[: max(1, self.screen.height - ROWS_AROUND)]:
             state = row["state"]
             if state == UNFINISHED:
-                state = "running" if "step" in row else "starting"
+                state = "running" if "step" in row else row.get("stage", "starting")
             step = f"{row['step']}/{row['total_steps']}" if "step" in row else None
             cells = [row["trial"], state, step, *(row.get(name) for name in measured)]
             cells += [row["values"].get(path) for path in self.names]
@@ -234,11 +234,11 @@ class SweepConsole(TrialProgressCallback):
                 (report["total_steps"] for report in evaluations(trial)), self.steps
             )
             news = self.progress.get(f"trial-{directory_of(trial)}")
-            if (
-                news is not None
-                and row["state"] == UNFINISHED
-                and news["step"] >= row.get("step", 0)
-            ):
+            if news is None or row["state"] != UNFINISHED:
+                continue
+            if "stage" in news:  # an earlier one, whose steps are none of the trial's
+                row["stage"] = f"stage {news['stage']}: {news['step']}/{news['total_steps']}"
+            elif news["step"] >= row.get("step", 0):
                 row |= news
         return rows
 

@@ -14,9 +14,15 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.stopper import CombinedStopper
 
 from latentwire.config import SweepConfig, TuneConfig
+from latentwire.config.resolve import last_stage
 from latentwire.distributed.controller import dead_groups_removed
 from latentwire.distributed.driver_log import LOG
-from latentwire.distributed.sweep_files import Files, common_protocol_hash, load_datasets
+from latentwire.distributed.sweep_files import (
+    Files,
+    common_protocol_hash,
+    compared_on,
+    load_datasets,
+)
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
 from latentwire.evaluation.protocol import pins
 from latentwire.planning.planner import Plan
@@ -108,7 +114,7 @@ def run_sweep(
     """
     stop = stop or Stop()
     config, trial_dir = space.tune, output / "trials"
-    pin = common_protocol_hash(space, {own.shards["dev"] for own in files.values()})
+    pin, run = common_protocol_hash(space, compared_on(files)), last_stage(space.run)
     search = StudySearch(
         space,
         journal=output / JOURNAL,
@@ -138,8 +144,7 @@ def run_sweep(
             load_datasets(own, space.run.data.in_memory),
             own.train_rows,
             own.shards["train"],
-            pins(own.shards, space.run)
-            | ({} if receivers is None else {"receivers": dict(receivers)}),
+            pins(own.shards, run) | ({} if receivers is None else {"receivers": dict(receivers)}),
         )
         for key, own in files.items()
     }
@@ -149,8 +154,9 @@ def run_sweep(
     os.environ["RAY_AIR_NEW_OUTPUT"] = (
         "0"  # Tune's newer output prints a table of its own whatever it is told
     )
-    trains = {key: own.shards["train"] for key, own in files.items()}
-    steps = most_steps(space, max(own.train_rows for own in files.values()), trains)
+    scored = {key: own for key, own in files.items() if own.is_scored}
+    trains = {key: own.shards["train"] for key, own in scored.items()}
+    steps = most_steps(space, max(own.train_rows for own in scored.values()), trains)
     scheduler = make_scheduler(config, steps)
     replay(scheduler, ended)
     driver = tune.with_parameters(

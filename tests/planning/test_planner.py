@@ -15,6 +15,7 @@ from latentwire.planning import autoscaler, forecast, planner
 from latentwire.planning.devices import hold, pieces, times
 from latentwire.planning.planner import Plan, PlanError, plan
 from latentwire.planning.sharing import messages_of, obstacles, rows_of, slots_of
+from latentwire.planning.stages import check_start
 
 ENOUGH = 64e9
 
@@ -329,11 +330,11 @@ def test_node_types_that_only_the_older_autoscalers_file_tells_count_too(
 def test_a_start_that_is_not_whole_is_refused_where_something_is_trained(tmp_path: Path) -> None:
     begun = space(training__init_from=str(tmp_path))
     with pytest.raises(CheckpointError, match="must hold manifest"):
-        planner.check_start(begun.run)
+        check_start(begun.run)
     assert (
         plan(begun, {"CPU": 2}, ENOUGH).max_concurrent_trials == 2
     )  # a finished wire is scored without it
-    planner.check_start(space().run)
+    check_start(space().run)
 
 
 def test_node_types_of_the_newer_autoscaler_count_too(monkeypatch: pytest.MonkeyPatch) -> None:

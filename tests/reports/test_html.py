@@ -216,3 +216,14 @@ def test_predictions_of_an_earlier_format_leave_the_examples_out(sweep: Path) ->
     ]
     pq.write_table(pa.Table.from_pylist(old), sweep / "predictions.parquet")
     assert 'id="examples"' not in html.write(sweep).read_text()
+
+
+def test_each_earlier_stage_of_the_winner_has_a_curve(sweep: Path) -> None:
+    assert "stage recite" not in html.write(sweep).read_text()
+    stage = {"name": "recite", "keep": "best", "step": 4, "before": {}, "directory": "/there"}
+    stage["evaluations"] = [{"step": step, "dev_loss": 1 / step} for step in (2, 4)]
+    (sweep / "results.json").write_text(json.dumps({"stages": [stage]}))
+    page = html.write(sweep).read_text()
+    assert "Learning curves: stage recite" in page and "its best checkpoint, of step 4" in page
+    figure = page.partition("Learning curves: stage recite")[2]
+    assert '"y":[0.5,0.25]' in figure and '"name":"dev_loss"' in figure

@@ -254,3 +254,22 @@ def test_an_earlier_drivers_trials_are_not_told_again(
     assert (
         pickle.loads(pickle.dumps(again.console)) is not None
     )  # as Tune does with all of its callbacks
+
+
+def test_a_trial_in_an_earlier_stage_says_so_and_its_steps_there_count_for_nothing(
+    tmp_path: Path,
+) -> None:
+    screen = Console(width=140, height=30, force_terminal=True, file=io.StringIO())
+    sweep = Sweep(tmp_path, screen)
+    with sweep.console.shown():
+        number = sweep.begin()
+        told = {"name": f"trial-{number}", "stage": "recite 1/2", "step": 30, "total_steps": 40}
+        sweep.console.hear(told)
+        with screen.capture() as capture:
+            screen.print(sweep.console.drawing(sweep.console._rows()))
+        assert "stage recite 1/2: 30/40" in capture.get()
+        assert sweep.console._steps(sweep.console._rows()) == (0, 8 * STEPS)
+        sweep.progress(number, 10)
+        with screen.capture() as capture:
+            screen.print(sweep.console.drawing(sweep.console._rows()))
+        assert re.search(r"0 +running +10/100", capture.get()) and "recite" not in capture.get()
