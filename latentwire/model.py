@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from latentwire import exports
 from latentwire.config import RunConfig
@@ -78,6 +79,11 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
                         allow_patterns=exports.FILES,
                     )
                 )
+            except HFValidationError as error:  # no Hub id, so a path was meant
+                raise exports.CheckpointError(
+                    f"a wire must be a directory or a Hub id, got {pretrained_model_name_or_path}, "
+                    f"which is not there; name a run's or sweep's best/, which it writes at its end"
+                ) from error
             except (OSError, ValueError) as error:
                 raise exports.CheckpointError(
                     f"a wire must be a directory or a Hub id, got {pretrained_model_name_or_path} "

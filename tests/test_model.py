@@ -156,9 +156,11 @@ def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path
         wire.save_pretrained(export)
     assert (export / "config.json").exists()
     with pytest.raises(
-        CheckpointError, match=r"must be a directory or a Hub id, got runs/none/best \("
+        CheckpointError, match="got runs/none/best, which is not there; name a run's"
     ):
         LatentWire.from_pretrained("runs/none/best")
+    with pytest.raises(CheckpointError, match=r"must be a directory or a Hub id, got none/best \("):
+        LatentWire.from_pretrained("none/best", local_files_only=True)
 
 
 def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(

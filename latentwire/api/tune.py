@@ -364,8 +364,7 @@ def search(
         )
     searching.tidy_at_last(space, output)
     held = checkpoint_budget.bytes_in([output / "trials", output / reruns.RERUNS])
-    print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}")
-    print(f"log: {LOG.path}")
+    print(f"checkpoints kept: {held / 1e6:,.1f} MB in {output}; log: {LOG.path}")
     print(f"exported: {output / 'best'}")
     line = f"{line}; exported to `{output / 'best'}`"
     print(f"report: {tables.write_report(output, line, grids, command)}, {html.write(output)}")

@@ -119,10 +119,10 @@ def memory_and_storage() -> Iterator[Finding]:
 
 
 def _amount(subject: str, gigabytes: float, remedy: str) -> Finding:
-    enough = gigabytes >= LEAST_GB
-    return Finding(
-        subject, "ok" if enough else "missing", f"{gigabytes:.1f} GB free", "" if enough else remedy
-    )
+    free = f"{gigabytes:.1f} GB free"
+    if gigabytes >= LEAST_GB:
+        return Finding(subject, "ok", free)
+    return Finding(subject, "missing", f"{free} of {LEAST_GB:.1f} for the toy sweep", remedy)
 
 
 def hub() -> Iterator[Finding]:

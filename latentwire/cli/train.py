@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from typing import Annotated
 
@@ -70,12 +71,21 @@ def train(
         return 0
     where = output_place(address) if ray else output_path(address)
     train_wires = partial(api.run_seeds, seeds=seeds) if seeds else api.run
-    train_wires(
-        space,
-        where,
-        command=command_line("train"),
-        resume=resume is not None,
-        on_ray=ray,
-        verbose=verbose,
-    )
+    try:
+        train_wires(
+            space,
+            where,
+            command=command_line("train"),
+            resume=resume is not None,
+            on_ray=ray,
+            verbose=verbose,
+        )
+    except KeyboardInterrupt:
+        left = (
+            f"go on from its last checkpoint by the same flags with --resume {where}"
+            if where.exists()
+            else "before anything was written but shards"
+        )
+        print(f"stopped: Ctrl-C; {left}", flush=True)
+        return 128 + signal.SIGINT
     return 0

@@ -90,7 +90,9 @@ def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
     if size <= data.max_context_bytes:
         yield row | {"truncated": False}
     elif data.overflow == "reject":
-        raise sources.RowError(f"sender text must be ≤ {data.max_context_bytes} bytes: got {size}")
+        raise sources.RowError(
+            f"sender text must be ≤ {data.max_context_bytes} bytes, data.max_context_bytes: got {size}"
+        )
     elif data.overflow == "chunk":
         for number, chunk in enumerate(chunks_utf8(row["context"], data.max_context_bytes)):
             yield row | {"context": chunk, "id": f"{row['id']}-{number}", "truncated": False}

@@ -105,7 +105,10 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
     with explained(config.data_dir):
         is_directory = system.get_file_info(root).type == fs.FileType.Directory
     if not is_directory:
-        raise DataError(f"data_dir must be an existing directory, got {config.data_dir}")
+        raise DataError(
+            f"data_dir must be an existing directory, got {config.data_dir}; name the one that holds "
+            f"the files, as seen from here"
+        )
     with explained(config.data_dir):
         listing = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(_seen(listing, root), key=lambda file: file.path)

@@ -25,7 +25,7 @@ def local_shards(
     if complete and ("train" not in paths or _all_there(run, paths["train"], begins)):
         return paths
     try:
-        import ray
+        import ray.data
 
         from latentwire.distributed.calibrations import ensure_calibrations
         from latentwire.distributed.cluster import start_ray

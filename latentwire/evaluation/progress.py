@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINE_SECONDS = 30.0
+LINE_SECONDS = 60.0
 """Seconds between two lines where there is no terminal, as in a job's log."""
 
 

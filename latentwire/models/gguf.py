@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ def convert_gguf(file: Path, config: ReceiverConfig) -> Path:
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
+        if importlib.util.find_spec("gguf") is None:
+            raise ReceiverError(
+                f"receiver {config.name}: {file} is read by the package gguf, which is not installed; "
+                f"pip install 'latentwire[gguf]'"
+            )
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         print(f"receiver {config.name}: converting {file.name} once into {target}", flush=True)

@@ -44,7 +44,7 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     """Return the plan with as many trials at once as the nodes hold, and lines for the terminal.
 
     There is a line for every node that could host a worker, and one for how many trials could start
-    now. ``nodes``: as ``living_nodes`` and ``addable_nodes`` of
+    now where not all of them could. ``nodes``: as ``living_nodes`` and ``addable_nodes`` of
     :mod:`latentwire.planning.autoscaler` give them. Raises
     :class:`~latentwire.planning.planner.PlanError` where no node has enough for one worker, or the
     nodes together not enough for one trial's.
@@ -72,10 +72,11 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     at_once = min(plan.max_concurrent_trials, places // plan.num_workers)
     if any("Free" in node for node in living):
         started = min(at_once, places_now // plan.num_workers)
-        waiting = (
-            f"; the others wait for {need} each, as long as it takes" if started < at_once else ""
-        )
-        lines.append(f"trials that can start now: {started} of {at_once}{waiting}")
+        if started < at_once:
+            lines.append(
+                f"trials that can start now: {started} of {at_once}; the others wait for {need} each, "
+                f"as long as it takes"
+            )
     return dataclasses.replace(plan, max_concurrent_trials=at_once), lines
 
 
@@ -136,13 +137,13 @@ class Forecast:
         named, too.
         """
         each = f"{plan.num_workers} × ({plan.cpus_per_worker:g} CPU, {plan.worker_gpus:g} GPU)"
-        lines = [f"runs: {self.runs}, each {each}; at once: {plan.max_concurrent_trials}"]
+        lines = [f"runs: {self.runs}, each {each}"]
         if rate is not None:
             lines += self.files
         else:
             missing = sum("to be made" in file for file in self.files)
-            lines.append(
-                f"shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there"
+            lines[0] += (
+                f"; shards and teachers' columns: {missing} to be made, {len(self.files) - missing} there"
             )
         if self.calibration is not None:
             lines.append(self.calibration.line(plan, rate, REACHED))

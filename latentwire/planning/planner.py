@@ -105,8 +105,7 @@ class Plan:
             f"{self.gpus_per_worker:g} GPU, about {self.bytes_per_worker / 1e9:.2f} GB"
         )
         shared = f"shared, {self.sharing}" if self.sharing else "own, in every worker"
-        lines.append(f"receivers: {shared}")
-        lines.append(f"trials at once: {self.max_concurrent_trials}")
+        lines.append(f"trials at once: {self.max_concurrent_trials}; receivers: {shared}")
         return "\n".join(lines)
 
 

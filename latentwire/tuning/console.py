@@ -114,9 +114,8 @@ class SweepConsole(TrialProgressCallback):
         """Draw in the block, of which the search is a part."""
         folder = self.search.trial_dir
         output = f"{folder}/trial-<number>/log.txt" if isinstance(folder, Path) else self.log
-        self.say(
-            f"{self.search.space.tune.trials} trials, {len(self.ended)} of them ended before; their output: {output}"
-        )
+        before = f", {len(self.ended)} of them ended before" if self.ended else ""
+        self.say(f"{self.search.space.tune.trials} trials{before}; their output: {output}")
         with (
             LOG.listening(self.hear),
             self.live if self.screen.is_interactive else contextlib.nullcontext(),

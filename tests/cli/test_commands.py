@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentwire import __all__ as names
+from latentwire.api import train
 from latentwire.cli import COMMANDS, as_written, command_line, main, program
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,6 +80,21 @@ def test_a_mistake_is_one_line_and_status_2(
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and error in printed and len(printed.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_how_a_run_goes_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", stopped)
+    run = tmp_path / "one"
+    assert main(["train", "--config", "toy", "--output", str(run)]) == 130
+    assert "stopped: Ctrl-C; before anything was written" in capsys.readouterr().out
+    run.mkdir()
+    assert main(["train", "--config", "toy", "--output", str(run)]) == 130
+    assert capsys.readouterr().out.endswith(f"by the same flags with --resume {run}\n")
 
 
 def test_a_script_resumes_in_its_output_directory(tmp_path: Path) -> None:

@@ -29,14 +29,14 @@ def test_a_log_gets_a_line_now_and_then(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ScoringProgress(1_000, Console(file=io.StringIO(), force_terminal=False)) as rows:
-        for second in range(1, 101):
+        for second in range(1, 201):
             clock[0] = second
-            rows.advance("latents", 10)
+            rows.advance("latents", 5)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "scoring latents: 300/1,000 rows, about 1 min 10 s left",
-        "scoring latents: 600/1,000 rows, about 40 s left",
-        "scoring latents: 900/1,000 rows, about 10 s left",
+        "scoring latents: 300/1,000 rows, about 2 min 20 s left",
+        "scoring latents: 600/1,000 rows, about 1 min 20 s left",
+        "scoring latents: 900/1,000 rows, about 20 s left",
     ]
 
 

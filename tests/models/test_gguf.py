@@ -1,6 +1,7 @@
 """A GGUF becomes plain weights, once; what stands in the way is said."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_a_gguf_is_converted_once_into_plain_weights(
     assert converted.tokenizer("Ada").input_ids == expected.tokenizer("Ada").input_ids
     assert len(reading.read) == 1 and capsys.readouterr().out == ""
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [digest]
+
+
+def test_a_gguf_says_what_reads_it_where_that_is_not_installed(
+    reading: Reading, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ReceiverError, match=r"the package gguf, .*; pip install 'latentwire\[gguf\]'"
+    ):
+        resolve(ReceiverConfig(name="mine", model=str(file)))
+    assert not reading.read
 
 
 def test_a_gguf_that_does_not_fit_its_architecture_is_not_kept(

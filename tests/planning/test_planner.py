@@ -143,12 +143,9 @@ def test_trials_that_fit_only_beside_a_replica_share_it_and_a_plan_reads_well() 
     assert with_own.sharing is None and shared.sharing is not None
     between = sum(shared.sharing.bytes_per_replica.values()) + 1.5 * shared.worker_bytes
     lines = str(shared).splitlines()
-    assert (
-        lines[0].startswith("receiver llama: 0.9 M parameters") and lines[-1] == "trials at once: 8"
-    )
-    assert "receivers: shared, 1 replica(s) each of llama" in lines[
-        -2
-    ] and "own, in every worker" in str(with_own)
+    assert lines[0].startswith("receiver llama: 0.9 M parameters")
+    assert lines[-1].startswith("trials at once: 8; receivers: shared, 1 replica(s) each of llama")
+    assert str(with_own).endswith("; receivers: own, in every worker")
     with pytest.raises(PlanError, match="one worker needs about"):
         plan(
             space(tune__receivers="own", **sizes),
@@ -426,4 +423,4 @@ def test_a_plan_says_what_is_free_now_and_what_the_others_wait_for() -> None:
         "node b (8 CPU, 2 GPU, 64.0 GB): 2 worker(s), 2 now (8 CPU, 2 GPU, 64.0 GB free)",
         "trials that can start now: 2 of 4; the others wait for 1 worker(s) of 1 CPU, 1 GPU each, as long as it takes",
     ]
-    assert forecast.fit(one, [idle])[1][-1] == "trials that can start now: 2 of 2"
+    assert forecast.fit(one, [idle])[1] == lines[1:2]  # nothing waits, and nothing is said of it

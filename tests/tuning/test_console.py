@@ -167,10 +167,7 @@ def test_a_sweep_of_eight_trials_has_a_line_for_each_where_there_is_no_terminal(
 ) -> None:
     eight_trials(Sweep(tmp_path, Console(width=80)))
     first, *lines = capsys.readouterr().out.splitlines()
-    assert (
-        first
-        == f"8 trials, 0 of them ended before; their output: {tmp_path}/trials/trial-<number>/log.txt"
-    )
+    assert first == f"8 trials; their output: {tmp_path}/trials/trial-<number>/log.txt"
     assert len(lines) == 8
     assert re.match(
         r"trial 2 done, dev_f1 0.25 at step 100; 3 of 8 trials ended, 0 running, about .* left$",
