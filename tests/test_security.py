@@ -5,7 +5,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import yaml
+
 from latentwire.config import ReceiverConfig
+from latentwire.config.files import OnceLoader
 
 REPOSITORY = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -24,7 +27,22 @@ def calls(file: Path) -> list[str]:
 
 def test_yaml_is_read_by_the_safe_loader_alone() -> None:
     used = {call for file in SOURCES for call in calls(file) if call.startswith("yaml.")}
-    assert used <= {"yaml.safe_load", "yaml.safe_dump"} and "yaml.safe_load" in used
+    safe = {"yaml.safe_load", "yaml.safe_dump", "yaml.MarkedYAMLError"}
+    assert used <= {*safe, "yaml.load"}
+    loaded = [(file.name, loader) for file in SOURCES for loader in loaders(file)]
+    assert loaded == [("files.py", "OnceLoader")]
+    assert issubclass(OnceLoader, yaml.SafeLoader)
+    for name in ("construct_object", "construct_document", "yaml_constructors"):
+        assert getattr(OnceLoader, name) is getattr(yaml.SafeLoader, name)  # builds nothing else
+
+
+def loaders(file: Path) -> list[str]:
+    """The second argument of each ``yaml.load`` in a file."""
+    return [
+        ast.unparse(node.args[1])
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load"
+    ]
 
 
 def test_nothing_is_unpickled() -> None:
