@@ -60,7 +60,9 @@ def test_every_order_is_carried_out_in_tunes_own_loop(
         "most_steps": lambda *_: STEPS, "drive_trial": fake_trial,
     }.items():  # fmt: skip
         monkeypatch.setattr(sweep, name, value)
-    files: Any = {"all": SimpleNamespace(shards={"dev": None, "train": None}, train_rows=1)}
+    files: Any = {
+        "all": SimpleNamespace(shards={"dev": None, "train": None}, train_rows=1, is_scored=True)
+    }
     plan: Any = SimpleNamespace(worker_gpus=0, max_concurrent_trials=2)
     steered, seen = Sweep(output), dict[str, Any]()
 
