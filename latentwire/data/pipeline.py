@@ -57,13 +57,13 @@ def ensure_shards(run: RunConfig, split: shards.ShardSplit, path: Place | None =
         return path
     began = time.monotonic()
     manifest = _make(run, split, path)
-    made = f"shards {split}: {manifest['rows']:,} rows"
-    if manifest["truncated"]:
-        made += f" ({manifest['truncated']:,} truncated)"
-    if rejects := manifest["rejects"]:
-        reasons = ", ".join(f"{count:,} × {reason}" for reason, count in rejects.items())
-        made += f", {sum(rejects.values()):,} rejected ({reasons}; see rejects.jsonl)"
-    print(f"{made}, {time.monotonic() - began:.0f} s, {path}", flush=True)
+    rejected = ", ".join(f"{count:,} × {reason}" for reason, count in manifest["rejects"].items())
+    print(
+        f"shards {split}: {manifest['rows']:,} rows ({manifest['truncated']:,} truncated), "
+        f"{sum(manifest['rejects'].values()):,} rejected ({rejected or 'none'}; see rejects.jsonl), "
+        f"{time.monotonic() - began:.0f} s, {path}",
+        flush=True,
+    )
     if split == "validation" and manifest["left"]:
         print(
             f"shards validation: {manifest['left']:,} further rows of the split are beyond these; "
