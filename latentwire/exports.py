@@ -82,13 +82,15 @@ def save(
     provenance: dict[str, Any],
     add: Callable[[Path], None] | None = None,
     address: Callable[[str], str] | None = None,
+    stored_as: torch.dtype | None = None,
 ) -> Path:
     """Write a wire to ``path``, which must be empty or not there yet.
 
     ``provenance``: what the metrics depend on (shard keys, receivers' hashes, evaluation settings).
     ``add`` writes further files into the directory that it is given, before everything is hashed.
     ``address``: how the configuration names a model's directory; ``None``: relative to ``path``
-    (:func:`~latentwire.model_addresses.beside`).
+    (:func:`~latentwire.model_addresses.beside`). ``stored_as``: type in which trained weights are
+    written; ``None``: their own.
     """
     path = Path(path)
     check_free(path)
@@ -100,7 +102,7 @@ def save(
         (aside / "config.json").write_text(run.model_dump_json(indent=1))
         for name, module in parts(wire).items():
             (aside / name).parent.mkdir(exist_ok=True)
-            write_tensors(saved_tensors(module), aside / name)
+            write_tensors(saved_tensors(module, stored_as), aside / name)
         wire.trained_on.save(aside)
         if add is not None:
             add(aside)
@@ -166,14 +168,18 @@ def parts(wire: WireBase) -> dict[str, torch.nn.Module]:
     return modules
 
 
-def saved_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def saved_tensors(
+    module: torch.nn.Module, stored_as: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Return a module's weights, without those of a backbone that is not trained.
 
-    The manifest holds such a backbone's hash.
+    The manifest holds such a backbone's hash. ``stored_as``: type of the parameters; ``None``: their
+    own. Buffers have their own.
     """
     fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
+    dtypes = {} if stored_as is None else {name: stored_as for name, _ in module.named_parameters()}
     return {
-        name: t.detach().cpu().contiguous()
+        name: t.detach().cpu().to(dtypes.get(name, t.dtype)).contiguous()
         for name, t in module.state_dict().items()
         if name not in fixed
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
@@ -15,6 +16,9 @@ from latentwire.messaging import Messaging
 from latentwire.model_addresses import by_name, choose_receivers
 from latentwire.models.weights import fingerprint
 from latentwire.receivers.base import Receiver
+
+WIRES = Path(__file__).parents[1] / "wires"
+"""Wires that come with a checkout of the project; an installed package has none."""
 
 
 class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
@@ -40,6 +44,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         super().__init__(run, receivers)
         # Names models' directories in an export.
         self._address: Callable[[str], str] | None = None
+        self._stored_as: torch.dtype | None = None
         self._loaded = ""  # hash of the weights that came with the manifest
 
     @classmethod
@@ -57,6 +62,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
     ) -> LatentWire:
         """Load the wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
 
+        The name of a wire that comes with a checkout of the project (``wires/``) does as well.
         ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the
         same weights where they lie elsewhere than when the wire was trained. ``trust_remote_code``:
         whether receivers may run code that comes with their weights where the export asks for it; a
@@ -65,7 +71,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         :class:`~latentwire.config.resolve.ConfigError` and
         :class:`~latentwire.models.weights.ReceiverError`.
         """
-        path = Path(pretrained_model_name_or_path)
+        path = shipped(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path)
         if not path.is_dir():
             try:
                 path = Path(
@@ -103,6 +109,17 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         wire._loaded = fingerprint(wire.interlingua)
         return wire
 
+    @torch.no_grad()
+    def halve(self) -> None:
+        """Round the trained weights to bfloat16, and let exports store them so: half the bytes.
+
+        The encoder's id changes with its weights: packets of the encoder as it was are refused.
+        """
+        for parameter in self.interlingua.parameters():
+            if parameter.requires_grad:  # senders may be the receivers' own weights
+                parameter.copy_(parameter.to(torch.bfloat16))
+        self._stored_as = torch.bfloat16
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write an export with its model card to an empty directory.
 
@@ -118,7 +135,14 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         # Weights that have changed since they were loaded have no metrics.
         unchanged = fingerprint(self.interlingua) == self._loaded
         metrics = known["metrics"] if unchanged else {}
-        exports.save(save_directory, self, metrics, provenance, address=self._address)
+        exports.save(
+            save_directory,
+            self,
+            metrics,
+            provenance,
+            address=self._address,
+            stored_as=self._stored_as,
+        )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload an export with its model card to the Hub; return the commit's address.
@@ -131,6 +155,16 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
             return super().push_to_hub(repo_id, **options)
         finally:
             self._address = None
+
+
+def shipped(name: str | Path) -> Path | None:
+    """Return the directory of a wire that comes with the project's checkout, by its name; else None.
+
+    A directory of that name where the process works goes before it.
+    """
+    path = WIRES / name
+    is_name = Path(name).name == str(name) and not Path(name).is_dir()
+    return path if is_name and (path / exports.MANIFEST).exists() else None
 
 
 def load_wire(

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "Score a wire beside its baselines, or a file of answers.",
     "preprocess": "Make shards and teachers' columns, and nothing else.",
     "report": "Write a sweep's report anew, or set seeds side by side.",
+    "export": "Write a checkpoint's wire as a directory to be passed on.",
     "ask": "Ask one question of an exported wire: text and latents side by side.",
     "doctor": "Show what this machine and cluster have, and what is missing.",
 }

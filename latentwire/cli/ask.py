@@ -17,7 +17,6 @@ from latentwire.prompts.sequences import PromptSequence
 
 def ask(
     wire: str,
-    /,
     *,
     question: str,
     context: str | None = None,
@@ -27,7 +26,7 @@ def ask(
     """Ask one question of an exported wire; show what each receiver answers from the text and from the latents.
 
     Args:
-        wire: Directory or Hub id of an export.
+        wire: Directory or Hub id of an export, or the name of a wire that is shipped: smollm2-qwen.
         question: The question.
         context: The text that is compressed.
         context_file: A UTF-8 file with the text.

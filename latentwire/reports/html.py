@@ -21,6 +21,7 @@ from latentwire.evaluation.conditions import label
 from latentwire.evaluation.summary import wider_by_document
 from latentwire.planning.resolved import objectives
 from latentwire.reports import figures, tables
+from latentwire.reports.templates import TEMPLATES
 from latentwire.storage import Place, files_below, read_footer, read_parquet, write_text
 from latentwire.tuning import resume
 from latentwire.tuning.reruns import Finalist
@@ -53,7 +54,7 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
     run = last_stage(with_values(space.run, best["values"]) if best else space.run)
     pictures: list[figures.Figure] = figures.search_figures(study, space.tune)
     pictures += figures.stage_figures(document.get("stages") or [])
-    page = _template().render(
+    page = TEMPLATES.get_template("report.html.jinja").render(
         title=output.name,
         command=document.get("command"),
         best=best,
@@ -85,13 +86,6 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
     )
     write_text(output / FILE, page)
     return output / FILE
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("latentwire.reports", "")
-    return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template("report.html.jinja")
 
 
 def _draw(figure: go.Figure | str) -> str:

@@ -7,7 +7,6 @@ import json
 import time
 from typing import Any
 
-import jinja2
 import plotly.io
 from aiohttp import web
 from plotly.offline import get_plotlyjs
@@ -15,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from latentwire.config.resolve import ConfigError
 from latentwire.evaluation.progress import duration
 from latentwire.reports import figures, status
+from latentwire.reports.templates import TEMPLATES
 from latentwire.storage import Place
 from latentwire.tuning import standing
 from latentwire.tuning.standing import SweepStatus
@@ -35,16 +35,12 @@ class LivePage:
             seconds: between two looks at it.
         """
         self.output, self.again, self.seconds = output, again, seconds
-        loader = jinja2.PackageLoader("latentwire.reports", "")
-        self._templates = jinja2.Environment(
-            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
-        )
         self._looking = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] | None = None
 
     def page(self) -> str:
         """Return the page, which fetches what it shows."""
-        template = self._templates.get_template("live.html.jinja")
+        template = TEMPLATES.get_template("live.html.jinja")
         return template.render(title=self.output.name, seconds=self.seconds, plotly=get_plotlyjs())
 
     def look(self) -> dict[str, Any]:
@@ -52,7 +48,7 @@ class LivePage:
         sweep = standing.read(self.output)
         curves = figures.curves(sweep.curves, sweep.space.tune.metric)
         failures = [row for row in sweep.trials if row["error"].strip()]
-        html = self._templates.get_template("standing.html.jinja").render(
+        html = TEMPLATES.get_template("standing.html.jinja").render(
             driver=status.driver_line(sweep.driver, sweep.is_over, self.again),
             best=status.best_line(sweep.best, sweep.space.tune.metric),
             ended=sweep.ended,

@@ -25,6 +25,7 @@ from latentwire.config import (
     RunConfig,
     TrainingConfig,
 )
+from latentwire.config.resolve import with_values
 from latentwire.data import shards
 from latentwire.data.readers import (
     Splits,
@@ -296,12 +297,13 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
             return
         trained: dict[float, tuple[float, Place, int]] = {}
 
-        def reader_at(rate: float) -> LatentWire:
+        def reader_at(rate: float, **values: Any) -> LatentWire:
             of_one = reader_run(run, [lm.config], condition, budget, rows, rate)
-            return LatentWire(of_one, {lm.name: lm})
+            return LatentWire(with_values(of_one, values), {lm.name: lm})
 
         def loss_at(rate: float) -> float:
-            reader = reader_at(rate)
+            # The best is chosen by loss: what would be said takes most of an evaluation's time.
+            reader = reader_at(rate, **{"evaluation.max_answer_tokens": 1})
             output = work / f"rate-{rate:.6g}"
             best = train_here(reader, paths, output)
             last = step_checkpoints.finished(output / "checkpoints")[-1]

@@ -85,9 +85,10 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
     a study with other objectives, and :class:`~latentwire.tuning.journal.JournalError` for one that
     is damaged in its middle.
     """
+    storage = JournalStorage(JournalFileBackend(str(own_journal(journal))))
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(own_journal(journal)))),
-        study_name=name,
+        storage=storage,
+        study_name=_name_in(storage, name),
         directions=[DIRECTIONS[mode] for mode in objectives.values()],
         load_if_exists=True,
     )
@@ -105,18 +106,26 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
 def read_study(journal: Place, name: str, objectives: Mapping[str, str]) -> Iterator[optuna.Study]:
     """Yield the study ``name`` of a journal for reading, whoever else appends to it meanwhile.
 
-    Where there is none yet, an empty one. Raises :class:`~latentwire.tuning.journal.JournalError`
+    A journal with one study is that of a sweep whose directory was renamed, whatever its name. Where
+    there is none yet, an empty one. Raises :class:`~latentwire.tuning.journal.JournalError`
     where the journal is damaged in its middle.
     """
     if journal.exists():
         with readable(journal) as file:
             storage = JournalStorage(JournalFileBackend(str(file)))
-            if name in optuna.get_all_study_names(storage):
-                yield optuna.load_study(study_name=name, storage=storage)
+            known = _name_in(storage, name)
+            if known in optuna.get_all_study_names(storage):
+                yield optuna.load_study(study_name=known, storage=storage)
                 return
     yield optuna.create_study(
         study_name=name, directions=[DIRECTIONS[mode] for mode in objectives.values()]
     )
+
+
+def _name_in(storage: JournalStorage, name: str) -> str:
+    """Return the name of a journal's only study; ``name`` where it has none, or several."""
+    names = optuna.get_all_study_names(storage)
+    return names[0] if len(names) == 1 else name
 
 
 def record_protocol(study: optuna.Study, protocol: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from latentwire import model
 from latentwire.cli import main
 from latentwire.model import LatentWire
 
@@ -34,3 +35,18 @@ def test_a_file_that_is_no_text_is_named(
     (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
     assert main(["ask", str(export), "--question=Who?", f"--context_file={tmp_path / 'text'}"]) == 2
     assert "--context_file must be a text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_shipped_wire_is_asked_by_its_name(
+    wire: LatentWire,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(model, "WIRES", tmp_path / "wires")
+    wire.save_pretrained(tmp_path / "wires" / "some-pair")
+    question = ["--question=Where is the home of Ben?", "--context=Ben lives in Seoul."]
+    assert main(["ask", "--wire", "some-pair", *question]) == 0
+    assert "vectors" in capsys.readouterr().out
+    assert main(["ask", "--wire", "../wires/other", *question]) == 2
+    assert "a wire must be a directory or a Hub id" in capsys.readouterr().err

@@ -151,3 +151,10 @@ def test_a_torn_journal_in_a_store_goes_on(
     ]
     assert [path.read_bytes() for path in asides] == [HALF]
     assert not list(tmp_path.rglob(f"{JOURNAL}-until-*"))
+
+
+def test_a_sweep_whose_directory_was_renamed_keeps_its_study(sweep: Path) -> None:
+    renamed = sweep.rename(sweep.parent / "renamed")
+    with read_study(renamed / JOURNAL, "renamed", F1) as study:
+        assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert len(open_study(renamed / JOURNAL, "renamed", F1).trials) == 2
