@@ -166,7 +166,8 @@ def _plan(
     trainable, fixed, lent = _encoder_and_adapters(run)
     held = 16 * trainable + 4 * fixed
     steps = [r.bytes_step for r in receivers]
-    step = max(steps) if training.sequential_models else sum(steps)
+    by_turns = training.sequential_models or training.receivers_per_step == "one"
+    step = max(steps) if by_turns else sum(steps)
     encoder = held - 4 * lent + encoder_bytes(run)
     needed = sum(r.bytes_weights for r in receivers) + step + encoder + WORKER_BASE_BYTES
     # Streamed rows need CPUs of their own, or the trials' workers would starve what feeds them.

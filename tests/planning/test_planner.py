@@ -58,6 +58,15 @@ def test_as_many_trials_as_cpus_memory_and_sweep_allow() -> None:
     assert plan(space(), {"CPU": 4}, 2.5 * one).max_concurrent_trials == 2
 
 
+@pytest.mark.parametrize("knob", ["sequential_models", "receivers_per_step"])
+def test_a_step_through_one_receiver_holds_no_graph_of_the_other(knob: str) -> None:
+    together = plan(space(), {"CPU": 4}, ENOUGH)
+    value = True if knob == "sequential_models" else "one"
+    by_turns = plan(space(**{f"training__{knob}": value}), {"CPU": 4}, ENOUGH)
+    steps = [receiver.bytes_step for receiver in together.receivers]
+    assert together.bytes_per_worker - by_turns.bytes_per_worker == min(steps)
+
+
 def test_quantised_weights_and_encoders_that_stay_as_they_are_count() -> None:
     def first(**values: object) -> Plan:
         return plan(space(**values), {"CPU": 4}, ENOUGH)
