@@ -59,6 +59,12 @@ class DataConfig(Section):
     distractors: tuple[int, int] | None = knob(None, shards="value")
     """The fewest and the most other paragraphs of its document that stand around each context, one a line, in an order
     that is drawn; those that would not fit ``max_context_bytes`` are left out. ``None``: a context stands alone."""
+    unanswerable: float | None = knob(None, ge=0, le=1, shards="value")
+    """Share of the questions that are put to a paragraph of another document, which cannot answer them: ``no_answer`` is
+    then right. Rows that come without an answer, as in SQuAD 2.0, are taken as such too. ``None``: they are rejected, and no
+    question is moved."""
+    no_answer: str = knob("unanswerable", min_length=1, shards="value")
+    """The answer to a question that its text cannot answer."""
     toy_people: int = knob(3, ge=1, le=4, shards="value")
     """People in a toy context."""
     toy_kinds: int = knob(2, ge=1, le=4, shards="value")
@@ -122,6 +128,18 @@ class DataConfig(Section):
         if self.send != "context":
             raise ValueError(
                 f"distractors need send context, got {self.send}: questions to one paragraph share a text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _questions_that_can_move(self) -> DataConfig:
+        if self.unanswerable is None:
+            return self
+        if not self.source.has_questions or self.send != "context" or self.distractors is not None:
+            raise ValueError(
+                f"unanswerable {self.unanswerable} puts questions to paragraphs of other documents, so it needs a dataset "
+                f"with questions, send context and distractors null, got {self.dataset}, {self.send} and "
+                f"{self.distractors}; leave it out, or set these"
             )
         return self
 

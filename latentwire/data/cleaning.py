@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
+from latentwire.dataset import NoAnswerError, Row
 from latentwire.models.tokens import chunks_utf8, truncate_utf8
 from latentwire.prompts.sequences import sender_text
 
@@ -63,7 +64,7 @@ def _cleaned(
     for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
         order = text_hash(f"{data.seed} {number} {file}")
         try:
-            row = sources.clean(raw, data.dataset)
+            row = common_columns(raw, data)
             if (
                 not data.source.has_questions
             ):  # a paragraph that several rows hold has one place, where it is kept once
@@ -82,6 +83,16 @@ def _cleaned(
                 "id": f"{file} row {number}",
                 "context": shown[:500],
             }
+
+
+def common_columns(raw: Row, data: DataConfig) -> dict[str, Any]:
+    """Return the common columns; a row without an answer says so, where such rows are wanted."""
+    try:
+        return sources.clean(raw, data.dataset)
+    except NoAnswerError as error:
+        if data.unanswerable is None:
+            raise
+        return error.row | {"answers": [data.no_answer]}
 
 
 def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:

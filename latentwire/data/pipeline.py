@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentwire.config import RunConfig
+from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
 from latentwire.data.cleaning import read_and_clean
 from latentwire.data.distractors import Distractors
 from latentwire.data.token_columns import LENGTH_EDGES, count_lengths, tokenise
+from latentwire.data.unanswerable import Unanswerable
 from latentwire.errors import UserError
 from latentwire.storage import Place, read_footer, sha256, write, write_text
 
@@ -118,14 +119,14 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     # One pass over the blocks here: each further Ray Data execution costs seconds on a small machine.
     rejects: list[dict[str, Any]] = []
     orders, size = [np.empty(0, np.int64)], 0
-    distractors = None if run.data.distractors is None else Distractors(run.data)
+    rewritten = rewriting(run.data)
     for table in cleaned.iter_batches(batch_size=None, batch_format="pyarrow"):
         good = pc.equal(table["reason"], "")
         rejects += table.filter(pc.invert(good)).select(["reason", "id", "context"]).to_pylist()
         table = table.filter(good)
         orders.append(table["order"].to_numpy())
-        if distractors is not None:
-            distractors.add(table)
+        if rewritten is not None:
+            rewritten.add(table)
         size += table.nbytes
     every = np.concatenate(orders)
     order = np.unique(every)
@@ -143,8 +144,8 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     order = order[:limit]
     if len(order) == 0:
         raise _nothing_left(run, split, rejects, read=read)
-    if distractors is not None:
-        distractors.check()
+    if rewritten is not None:
+        rewritten.check()
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
     first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
     last = int(order[-1])
@@ -176,7 +177,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
                     path=path,
                     first=first,
                     held=held,
-                    distractors=distractors,
+                    rewritten=rewritten,
                 ),
                 batch_format="pyarrow",
                 batch_size=None,
@@ -196,6 +197,13 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
         raise _nothing_left(run, split, rejects, read=read)
     write_text(path / shards.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
+
+
+def rewriting(data: DataConfig) -> Distractors | Unanswerable | None:
+    """Return what changes the texts of cleaned rows; ``None``: they stay."""
+    if data.distractors is not None:
+        return Distractors(data)
+    return Unanswerable(data) if data.unanswerable else None
 
 
 def _nothing_left(
@@ -246,7 +254,7 @@ def _write(
     path: Place,
     first: np.ndarray,
     held: np.ndarray,
-    distractors: Distractors | None = None,
+    rewritten: Distractors | Unanswerable | None = None,
 ) -> pa.Table:
     """Tokenise one shard's rows, write its file, and return how many rows it holds."""
     if table.num_rows == 0:
@@ -259,8 +267,8 @@ def _write(
     table = table.sort_by("order")
     if not run.data.source.has_questions:
         table = _once(table)
-    if distractors is not None:
-        table = distractors.replaced(table)
+    if rewritten is not None:
+        table = rewritten.replaced(table)
     truncated = table["truncated"]
     table, reason = tokenise(table.drop_columns(["order", "truncated"]), run, split)
     good = pc.equal(reason, "")

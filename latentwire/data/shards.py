@@ -50,6 +50,8 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
         del data["validation_skip"]  # shards are older than this knob, and keep their names
     if data["distractors"] is None:
         del data["distractors"]  # likewise
+    if data["unanswerable"] is None:
+        del data["unanswerable"], data["no_answer"]  # likewise
     if split == "validation":
         del data["dev_fraction"], data["toy_questions"]  # knobs of training rows alone
     if run.data.source.generate is not None:  # its length follows from the samples asked for

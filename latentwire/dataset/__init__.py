@@ -11,9 +11,18 @@ import pkgutil
 from typing import Any
 
 from latentwire.dataset.base import Dataset
-from latentwire.dataset.rows import Row, RowError, answers_of, parsed
+from latentwire.dataset.rows import NoAnswerError, Row, RowError, answers_of, parsed
 
-__all__ = ["DATASETS", "Dataset", "Row", "RowError", "answers_of", "clean", "parsed"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "NoAnswerError",
+    "Row",
+    "RowError",
+    "answers_of",
+    "clean",
+    "parsed",
+]
 
 
 def _registered() -> dict[str, Dataset]:

@@ -22,6 +22,15 @@ class RowError(ValueError):
     """One row that cannot be used; the message is its reason in the rejects file."""
 
 
+class NoAnswerError(RowError):
+    """A row without an answer, as SQuAD 2.0 has them, in the common columns but for that."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        """Take the row, whose ``answers`` are empty."""
+        super().__init__("answers must not be empty")
+        self.row = row
+
+
 def parsed(raw: Row) -> dict[str, Any]:
     """Return a raw row as a mapping; a line of a file is read as JSON. Raises :class:`RowError` with the reason."""
     row: Any = raw
@@ -38,18 +47,22 @@ def parsed(raw: Row) -> dict[str, Any]:
 
 
 def question_row(row: dict[str, Any], context: str, question: str, document: str) -> dict[str, Any]:
-    """Return the common columns of a row with a question; answers and id are read from the row."""
+    """Return the common columns of a row with a question; answers and id are read from the row.
+
+    Raises :class:`NoAnswerError` for one without answers.
+    """
     answers = [answer.strip() for answer in answers_of(row) if answer.strip()]
-    if not answers:
-        raise RowError("answers must not be empty")
     identity = row.get("id", row.get("_id"))
-    return {
+    common = {
         "id": str(identity) if identity is not None else digest(f"{context}\0{question}"),
         "document": document,
         "context": context,
         "question": question,
         "answers": answers,
     }
+    if not answers:
+        raise NoAnswerError(common)
+    return common
 
 
 def answers_of(row: dict[str, Any]) -> list[str]:
