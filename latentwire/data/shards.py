@@ -7,6 +7,7 @@ manifest is written last, and nothing reads a directory without one. :mod:`laten
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ import pyarrow as pa
 from latentwire.config import DataConfig, ReceiverConfig, RunConfig
 from latentwire.config.knobs import paths_with
 from latentwire.data import sources
-from latentwire.models.encoders import encoder_tokenizers
-from latentwire.models.weights import load_tokenizer
+from latentwire.models.encoders import encoder_sources
+from latentwire.models.weights import load_tokenizer, text_files
 from latentwire.prompts.sequences import PROMPT_VERSION, PromptBuilder
 from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, place, read_parquet
@@ -67,8 +68,8 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     }
     if split == "train":
         spec["together"] = run.training.questions_together
-        if tokenizers := encoder_tokenizers(run.encoder, run.receivers):
-            ruler, *others = map(tokenizer_hash, tokenizers)
+        if sources_of_encoder := encoder_sources(run.encoder, run.receivers):
+            ruler, *others = (_text_side(source)[0] for source in sources_of_encoder)
             encoder: dict[str, Any] = {"tokenizer": ruler, "split": run.encoder.split}
             if others:
                 encoder["others"] = others
@@ -78,12 +79,27 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
 
 def _reads(receiver: ReceiverConfig) -> dict[str, Any]:
     """Return what a receiver's columns hang on besides the rows."""
-    tokenizer = load_tokenizer(receiver)
     reads = receiver.model_dump(include=set(paths_with("shards", "value", ReceiverConfig)))
-    reads["tokenizer"] = tokenizer_hash(tokenizer)
-    if (text := rendered(tokenizer, receiver)) is not None:
+    reads["tokenizer"], text = _text_side(receiver)
+    if text is not None:
         reads["rendered"] = text
     return reads
+
+
+def _text_side(source: ReceiverConfig) -> tuple[str, list[str] | None]:
+    """Return the hash of a model's tokenizer, and what its chat template writes around a prompt."""
+    return _loaded_text_side(source.model_dump_json(), text_files(source))
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded_text_side(source_json: str, _files: tuple) -> tuple[str, list[str] | None]:
+    """Load a tokenizer for :func:`_text_side`, once while its files stay as they are.
+
+    Paths of shards are asked for dozens of times, and a large vocabulary takes a second to load.
+    """
+    source = ReceiverConfig.model_validate_json(source_json)
+    tokenizer = load_tokenizer(source)
+    return tokenizer_hash(tokenizer), rendered(tokenizer, source)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

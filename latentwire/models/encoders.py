@@ -321,16 +321,23 @@ def _joined(length_B: torch.Tensor, parts: tuple[int, ...] | None) -> torch.Tens
     return torch.stack([lengths.sum() for lengths in length_B.split(list(parts))])
 
 
-def encoder_tokenizers(
+def encoder_sources(
     config: EncoderConfig, receivers: Sequence[ReceiverConfig]
-) -> tuple[Any, ...]:
-    """Load the tokenizers of an encoder's backbones; none for kinds that read the text itself."""
+) -> tuple[ReceiverConfig, ...]:
+    """Return where an encoder's backbones come from; none for kinds that read the text itself."""
     by_name = {receiver.name: receiver for receiver in receivers}
     if not config.pretrained:
         return ()
     if config.kind == "senders":
-        return tuple(load_tokenizer(source) for source in sender_sources(config, by_name))
-    return (load_tokenizer(backbone_source(config, by_name)),)
+        return tuple(sender_sources(config, by_name))
+    return (backbone_source(config, by_name),)
+
+
+def encoder_tokenizers(
+    config: EncoderConfig, receivers: Sequence[ReceiverConfig]
+) -> tuple[Any, ...]:
+    """Load the tokenizers of an encoder's backbones; none for kinds that read the text itself."""
+    return tuple(load_tokenizer(source) for source in encoder_sources(config, receivers))
 
 
 def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list[str]]:

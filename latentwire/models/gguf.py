@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -17,9 +18,16 @@ from latentwire.models.loading_errors import first_line, refuse_misfit
 from latentwire.storage import sha256
 
 
+@functools.lru_cache(maxsize=32)
+def _hash_of(file: Path, changed: int, size: int) -> str:
+    """Return a file's SHA-256, computed anew where its time or size has changed."""
+    return sha256(file)
+
+
 def convert_gguf(file: Path, config: ReceiverConfig) -> Path:
     """Dequantise once into fp32 safetensors, in a cache directory named by the file's hash."""
-    target = cache_dir() / "gguf" / sha256(file)[:16]
+    about = file.stat()
+    target = cache_dir() / "gguf" / _hash_of(file.absolute(), about.st_mtime_ns, about.st_size)[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.exists():

@@ -110,6 +110,20 @@ def load_from(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
         raise loading_error(config, error) from error
 
 
+def text_files(config: ReceiverConfig) -> tuple[tuple[str, int, int], ...]:
+    """Return name, time of change and size of each file beside a receiver's weights.
+
+    A tokenizer that was loaded stays what it is while they are the same. None for a Hub id, whose
+    revision is fetched once. Raises :class:`ReceiverError` by :func:`resolve`.
+    """
+    folder = Path(resolve(config))
+    if not folder.is_dir():
+        return ()
+    places = [place for place in sorted(folder.iterdir()) if place.suffix != ".safetensors"]
+    abouts = [(place.name, place.stat()) for place in places]
+    return tuple((name, about.st_mtime_ns, about.st_size) for name, about in abouts)
+
+
 def load_tokenizer(config: ReceiverConfig) -> Any:
     """Load the receiver's tokenizer, without its weights.
 
