@@ -38,11 +38,12 @@ def ask(
     message = loaded.encode([text], [question] if loaded.run.data.send == "prompt" else None)
     table = Table("receiver", "from", "positions", "answer")
     for name in loaded.receivers:
-        prompt = text_prompt(loaded, name, text, question)
-        ((from_text,), _) = loaded.decode(name, [prompt])
         (from_latents,) = loaded.answer(message, question, name)
         tokens = len(loaded.builders[name].tokenize([text], [], [])["context_ids"][0])
-        table.add_row(name, "text", f"{tokens} tokens", from_text)
+        for prefix, source in text_rows(loaded.builders[name].prefix).items():
+            prompt = text_prompt(loaded, name, text, question, prefix)
+            ((from_text,), _) = loaded.decode(name, [prompt])
+            table.add_row("" if prefix else name, source, f"{tokens} tokens", from_text)
         table.add_row("", "latents", f"{message.slots(name)[0]} vectors", from_latents)
     Console().print(table)
     print(
@@ -51,10 +52,22 @@ def ask(
     return 0
 
 
-def text_prompt(wire: LatentWire, receiver: str, text: str, question: str) -> PromptSequence:
-    """Return the prompt by which a receiver reads the whole text."""
+def text_rows(prefix: int) -> dict[int, str]:
+    """Return vectors before the text → what the table calls that reading of it.
+
+    Args:
+        prefix: constant vectors that the wire has before its messages, with which the text can be read too.
+    """
+    return {0: "text"} | ({prefix: "text behind the wire's vectors"} if prefix else {})
+
+
+def text_prompt(
+    wire: LatentWire, receiver: str, text: str, question: str, prefix: int
+) -> PromptSequence:
+    """Return the prompt by which a receiver reads the whole text, behind constant vectors or none."""
     ids = wire.builders[receiver].tokenize([text], [question], [])
-    return wire.builders[receiver].text(ids["context_ids"][0], ids["question_ids"][0])
+    pieces = ids["context_ids"][0], ids["question_ids"][0]
+    return wire.builders[receiver].text(*pieces, prefix=prefix)
 
 
 def _context(context: str | None, file: Path | None) -> str:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from latentwire.config import DataConfig
+from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
+
+ANYWHERE = {
+    "data.data_dir": None,
+    "data.shard_dir": DataConfig().shard_dir,
+    "training.init_from": None,
+    "training.train_only": (),  # of a wire that is named no more
+}
+"""Knobs that say where things lay on the machine that trained, and what they are elsewhere."""
 
 
 def export(wire: str, output: Path, /, *, half: bool = False) -> int:
@@ -20,6 +30,7 @@ def export(wire: str, output: Path, /, *, half: bool = False) -> int:
     """
     disable_progress_bar()  # of weights that take a moment to load
     loaded = LatentWire.from_pretrained(wire)
+    loaded.run = with_values(loaded.run, ANYWHERE)
     if half:
         loaded.halve()
     loaded.save_pretrained(output)

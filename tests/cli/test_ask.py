@@ -6,7 +6,10 @@ import pytest
 
 from latentwire import model
 from latentwire.cli import main
+from latentwire.config import RunConfig
+from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
+from tests.conftest import wire_of
 
 
 @pytest.fixture
@@ -50,3 +53,14 @@ def test_a_shipped_wire_is_asked_by_its_name(
     assert "vectors" in capsys.readouterr().out
     assert main(["ask", "--wire", "../wires/other", *question]) == 2
     assert "a wire must be a directory or a Hub id" in capsys.readouterr().err
+
+
+def test_a_wire_with_vectors_of_its_own_reads_the_text_behind_them_too(
+    run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wire_of(with_values(run, {"prefix": {"tokens": 3}})).save_pretrained(tmp_path / "best")
+    asked = ["--question=Where is the home of Ben?", "--context=Ben lives in Seoul."]
+    assert main(["ask", str(tmp_path / "best"), *asked]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    behind = [row for row in rows if "behind the wire's vectors" in row]
+    assert len(behind) == 2 and all("tokens" in row for row in behind)

@@ -56,3 +56,15 @@ def test_no_directory_is_overwritten(
     wire.save_pretrained(tmp_path / "run")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "run")]) == 2
     assert "must not overwrite" in capsys.readouterr().err
+
+
+def test_nobody_learns_where_things_lay(run: RunConfig, tmp_path: Path) -> None:
+    here = {
+        "data.dataset": "squad",
+        "data.data_dir": str(tmp_path),
+        "data.shard_dir": str(tmp_path),
+    }
+    wire_of(with_values(run, here)).save_pretrained(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    written = "".join(file.read_text() for file in (tmp_path / "out").glob("*.[jm]*"))
+    assert str(tmp_path) not in written and '"dataset": "squad"' in written.replace('":"', '": "')
