@@ -88,7 +88,7 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
     storage = JournalStorage(JournalFileBackend(str(own_journal(journal))))
     study = optuna.create_study(
         storage=storage,
-        study_name=_name_in(storage, name),
+        study_name=_name_in(storage, journal, name),
         directions=[DIRECTIONS[mode] for mode in objectives.values()],
         load_if_exists=True,
     )
@@ -106,14 +106,14 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
 def read_study(journal: Place, name: str, objectives: Mapping[str, str]) -> Iterator[optuna.Study]:
     """Yield the study ``name`` of a journal for reading, whoever else appends to it meanwhile.
 
-    A journal with one study is that of a sweep whose directory was renamed, whatever its name. Where
-    there is none yet, an empty one. Raises :class:`~latentwire.tuning.journal.JournalError`
+    A sweep whose directory was renamed keeps its study (:func:`_name_in`). Where there is none yet, an
+    empty one. Raises :class:`~latentwire.tuning.journal.JournalError`
     where the journal is damaged in its middle.
     """
     if journal.exists():
         with readable(journal) as file:
             storage = JournalStorage(JournalFileBackend(str(file)))
-            known = _name_in(storage, name)
+            known = _name_in(storage, journal, name)
             if known in optuna.get_all_study_names(storage):
                 yield optuna.load_study(study_name=known, storage=storage)
                 return
@@ -122,10 +122,14 @@ def read_study(journal: Place, name: str, objectives: Mapping[str, str]) -> Iter
     )
 
 
-def _name_in(storage: JournalStorage, name: str) -> str:
-    """Return the name of a journal's only study; ``name`` where it has none, or several."""
+def _name_in(storage: JournalStorage, journal: Place, name: str) -> str:
+    """Return the name of a sweep's study in a journal.
+
+    It is ``name``, but for the only study of a journal in a directory of that name: the directory was
+    renamed since.
+    """
     names = optuna.get_all_study_names(storage)
-    return names[0] if len(names) == 1 else name
+    return names[0] if len(names) == 1 and journal.parent.name == name else name
 
 
 def record_protocol(study: optuna.Study, protocol: str) -> None:
