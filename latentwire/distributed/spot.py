@@ -16,6 +16,7 @@ import argparse
 import http.client
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,10 @@ def drain(notice: Notice, address: str | None = None, node_id: str | None = None
     command += ["--reason-message", notice.text]
     command += ["--address", address] if address else []
     command += ["--node-id", node_id] if node_id else []
+    # Without a node's id the command connects to ask for it, and looks for the cluster in RAY_ADDRESS alone. Where that is
+    # unset or "local" it may start a Ray of its own and drain that node: the cluster accepts ids that it does not know.
+    set_address = os.environ.get("RAY_ADDRESS", "local")
+    cluster = address or ("auto" if set_address == "local" else set_address)
     while True:
         left = notice.deadline - time.time()
         remaining = max(1, int(left - LEAD_SECONDS))
@@ -212,6 +217,7 @@ def drain(notice: Notice, address: str | None = None, node_id: str | None = None
             done = subprocess.run(
                 [*command, "--deadline-remaining-seconds", str(remaining)],
                 stdin=subprocess.DEVNULL,
+                env=os.environ | {"RAY_ADDRESS": cluster},
                 capture_output=True,
                 text=True,
                 timeout=max(LEAST_ATTEMPT_SECONDS, left),

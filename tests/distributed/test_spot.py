@@ -302,6 +302,36 @@ def test_the_file_needs_python_alone(tmp_path: Path) -> None:
     assert "notice: the node is told to stop, in 60 s; draining it" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "variable", "expected"),
+    [
+        (["--address", "10.0.0.1:6379"], None, "10.0.0.1:6379"),
+        (["--address", "10.0.0.1:6379"], "local", "10.0.0.1:6379"),
+        ([], "10.0.0.2:6379", "10.0.0.2:6379"),
+        ([], "local", "auto"),
+        ([], None, "auto"),
+    ],
+)
+def test_the_node_is_asked_of_the_cluster_that_is_told(
+    flags: list[str],
+    variable: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`ray drain-node --address A` without a node connects to RAY_ADDRESS, and where there is none starts a Ray of its
+    own: that one's node was drained, and the cluster said yes."""
+    script = tmp_path / "ray"
+    script.write_text(f"#!/bin/sh\necho $RAY_ADDRESS >> {tmp_path}/addresses\n")
+    script.chmod(script.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert spot.main(["--now", "60", *flags]) == 0
+    assert (tmp_path / "addresses").read_text().split() == [expected]
+
+
 @pytest.mark.slow
 @ON_EC2
 def test_a_notice_makes_rays_node_drain(metadata: Metadata) -> None:
