@@ -21,7 +21,7 @@ from latentwire.config.resolve import with_values
 from latentwire.data.shards import builders
 from latentwire.dataset.toy import toy_rows
 from latentwire.model import LatentWire
-from latentwire.models.weights import pick_device
+from latentwire.pretrained.weights import pick_device
 from latentwire.training.loop import Trainer
 
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {

@@ -14,8 +14,8 @@ from latentwire.config.resolve import ConfigError
 from latentwire.message import Message, WireError, from_bytes
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.past import Past
-from latentwire.models.weights import ReceiverError
 from latentwire.prefilled import Prefilled, by_message
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts import sequences
 from latentwire.prompts.batch import SHARED_BY, Batch, collate
 from latentwire.prompts.sequences import sender_text
@@ -154,7 +154,7 @@ class Messaging(WireBase):
 
         A packet is received first. Raises :class:`~latentwire.config.resolve.ConfigError` for an
         unknown receiver and where what it keeps would hang on the question, and
-        :class:`~latentwire.models.weights.ReceiverError` where its weights are elsewhere or a layer
+        :class:`~latentwire.pretrained.weights.ReceiverError` where its weights are elsewhere or a layer
         sees fewer positions than the message takes.
         """
         message = self._received(message, receiver)

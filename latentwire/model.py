@@ -14,7 +14,7 @@ from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.messaging import Messaging
 from latentwire.model_addresses import by_name, choose_receivers
-from latentwire.models.weights import fingerprint
+from latentwire.pretrained.weights import fingerprint
 from latentwire.receivers.base import Receiver
 
 WIRES = Path(__file__).parents[1] / "wires"
@@ -38,7 +38,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         """Load the receivers and draw fresh trainable weights from ``run.training.seed``.
 
         ``receivers``: those of the run, by name, where they are held elsewhere. Raises
-        :class:`~latentwire.models.weights.ReceiverError` or
+        :class:`~latentwire.pretrained.weights.ReceiverError` or
         :class:`~latentwire.prompts.sequences.PromptError`.
         """
         super().__init__(run, receivers)
@@ -69,7 +69,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         stranger's export could. Raises :class:`~latentwire.exports.CheckpointError` for a place
         that holds no wire, or one that its manifest does not fit,
         :class:`~latentwire.config.resolve.ConfigError` and
-        :class:`~latentwire.models.weights.ReceiverError`.
+        :class:`~latentwire.pretrained.weights.ReceiverError`.
         """
         path = shipped(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path)
         if not path.is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.config.wire import LENT
-from latentwire.models.weights import TOY_MODELS
+from latentwire.pretrained.weights import TOY_MODELS
 
 
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:

@@ -25,7 +25,7 @@ from latentwire.message import Message, WireError
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.head_slots import HeadEntries
 from latentwire.models.past import Past
-from latentwire.models.weights import fingerprint
+from latentwire.pretrained.weights import fingerprint
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores

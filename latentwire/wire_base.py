@@ -17,7 +17,7 @@ from latentwire.message import Message
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.slots import put_in_slots
-from latentwire.models.weights import ReceiverError, fingerprint
+from latentwire.pretrained.weights import ReceiverError, fingerprint
 from latentwire.prompts.batch import SHARED_BY, Batch
 from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.base import Receiver
@@ -42,7 +42,7 @@ class WireBase:
         """Load the receivers and draw fresh trainable weights from ``run.training.seed``.
 
         ``receivers``: those of the run, by name, where they are held elsewhere. Raises
-        :class:`~latentwire.models.weights.ReceiverError` or
+        :class:`~latentwire.pretrained.weights.ReceiverError` or
         :class:`~latentwire.prompts.sequences.PromptError`.
         """
         self.run = run
@@ -104,7 +104,7 @@ class WireBase:
     def local_receiver(self, receiver: str) -> LocalReceiver:
         """Return a receiver whose weights are in this process.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for a shared one.
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for a shared one.
         """
         lm = self.receivers[receiver]
         if not isinstance(lm, LocalReceiver):

@@ -9,7 +9,7 @@ import pytest
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
-from latentwire.models.weights import fingerprint
+from latentwire.pretrained.weights import fingerprint
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "capacity.py"))
 

@@ -18,7 +18,7 @@ from latentwire.dataset.toy import toy_rows
 from latentwire.exports import CheckpointError, read_run
 from latentwire.model import LatentWire, load_wire
 from latentwire.model_addresses import choose_receivers
-from latentwire.models.weights import resolve
+from latentwire.pretrained.weights import resolve
 from latentwire.storage import sha256
 from latentwire.training import checkpoints
 from tests.conftest import shaken

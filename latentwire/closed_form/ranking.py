@@ -100,7 +100,7 @@ def rank(
         say: takes a line about how far it is.
 
     Raises :class:`RankingError` where there is nothing to recite, and
-    :class:`~latentwire.models.weights.ReceiverError` by :func:`shape_of`.
+    :class:`~latentwire.pretrained.weights.ReceiverError` by :func:`shape_of`.
     """
     layers, heads, _ = shape_of(lm.lm)
     # Texts of one length stand together, where they need the least padding.

@@ -15,8 +15,8 @@ import pyarrow as pa
 from latentwire.config import DataConfig, RunConfig
 from latentwire.data import shards, sources
 from latentwire.dataset import NoAnswerError, Row
-from latentwire.models.tokens import chunks_utf8, truncate_utf8
 from latentwire.prompts.sequences import sender_text
+from latentwire.tokens import chunks_utf8, truncate_utf8
 
 BLOCK_ROWS = 1_024
 """Rows that a task hands on at once."""

@@ -15,9 +15,9 @@ from latentwire.data.streams import training_columns
 from latentwire.features.registry import FEATURES
 from latentwire.losses.bundles import terms_on
 from latentwire.models.encoders import MessageLengths, encoder_tokenizers
-from latentwire.models.tokens import ByteTokenizer
 from latentwire.prompts.sequences import ANSWER, CONTINUE, RECONSTRUCT, sender_text
 from latentwire.storage import Place, read_parquet
+from latentwire.tokens import ByteTokenizer
 
 
 @dataclass(frozen=True)

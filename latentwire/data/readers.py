@@ -16,7 +16,7 @@ from typing import Any
 
 from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, TunedTextConfig
 from latentwire.data import shards
-from latentwire.models.weights import resolve
+from latentwire.pretrained.weights import resolve
 from latentwire.storage import Place
 
 READER_VERSION = 1

@@ -19,7 +19,7 @@ from latentwire.config import DataConfig, ReceiverConfig, RunConfig
 from latentwire.config.knobs import paths_with
 from latentwire.data import sources
 from latentwire.models.encoders import encoder_sources
-from latentwire.models.weights import load_tokenizer, text_files
+from latentwire.pretrained.weights import load_tokenizer, text_files
 from latentwire.prompts.sequences import PROMPT_VERSION, PromptBuilder
 from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, place, read_parquet

@@ -20,10 +20,10 @@ from latentwire.config.resolve import last_stage
 from latentwire.distributed.replicas import ASKING, ReplicaActor, Served
 from latentwire.distributed.trial import ZERO_COPY
 from latentwire.distributed.waiting import room
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.autoscaler import cluster_resources
 from latentwire.planning.devices import hold
 from latentwire.planning.sharing import Sharing
+from latentwire.pretrained.weights import ReceiverError
 
 SAY_SECONDS = 30
 """Seconds between two lines that say what the first replicas wait for."""
@@ -60,7 +60,7 @@ class Fleet:
         """Begin the replicas that there is room for, at least one set, and wait until they are
         loaded.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` where the first replicas have found
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` where the first replicas have found
         no room in so many minutes, or have other weights than they should.
         """
         self._begin(self._sets_on(ray.available_resources()))
@@ -213,7 +213,7 @@ def serving(
     """Run replicas of every receiver while the block lasts; yields ``None`` without ``sharing``.
 
     They die with this driver. ``expected``: hashes that the weights must have. Raises
-    :class:`~latentwire.models.weights.ReceiverError` where they have others, replicas differ, or
+    :class:`~latentwire.pretrained.weights.ReceiverError` where they have others, replicas differ, or
     the first have found no room within ``tune.wait_minutes``, and RuntimeError for weights that
     have changed at the end.
     """

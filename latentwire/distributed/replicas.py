@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from latentwire.config import ReceiverConfig, RunConfig
-from latentwire.models.weights import pick_device
+from latentwire.pretrained.weights import pick_device
 from latentwire.receivers.base import Receiver
 from latentwire.receivers.local import LocalReceiver
 from latentwire.receivers.remote import Facts, RemoteReceiver

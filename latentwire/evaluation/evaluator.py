@@ -55,7 +55,7 @@ def predict(
         joint: where receivers disagree, each also says how likely it finds every one's answer.
         on_rows: called after each batch with the number of its rows.
 
-    Raises :class:`~latentwire.models.weights.ReceiverError` where a receiver's own cache is to be
+    Raises :class:`~latentwire.pretrained.weights.ReceiverError` where a receiver's own cache is to be
     cut and cannot be.
     """
     condition = condition if isinstance(condition, Condition) else Condition(condition)

@@ -12,7 +12,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
 from latentwire.models.head_slots import Heads, by_layer
 from latentwire.models.key_heads import rotated
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import collate
 
 

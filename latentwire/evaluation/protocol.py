@@ -11,7 +11,7 @@ from latentwire.config import EvaluationConfig, RunConfig
 from latentwire.config.knobs import paths_with
 from latentwire.data import shards
 from latentwire.evaluation.evaluator import METRIC_VERSION
-from latentwire.models.weights import load_tokenizer
+from latentwire.pretrained.weights import load_tokenizer
 from latentwire.prompts.sequences import PROMPT_VERSION
 from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, read_footer, read_parquet

@@ -36,7 +36,7 @@ from latentwire.evaluation.summary import (
 from latentwire.model import LatentWire, load_wire
 from latentwire.model_addresses import below
 from latentwire.models import own_cache
-from latentwire.models.weights import skeleton
+from latentwire.pretrained.weights import skeleton
 from latentwire.storage import Place, directory, local, write, write_text
 
 
@@ -55,7 +55,7 @@ def check_questions(run: RunConfig) -> None:
 def check_receivers(run: RunConfig, conditions: Sequence[Condition]) -> None:
     """Check that every receiver can do what the rows of a table ask of it, from its shape alone.
 
-    Raises :class:`~latentwire.models.weights.ReceiverError` where one cannot, and
+    Raises :class:`~latentwire.pretrained.weights.ReceiverError` where one cannot, and
     :class:`~latentwire.config.resolve.ConfigError` where the wire cannot.
     """
     if any(condition.mode == "own_heads" for condition in conditions):

@@ -12,7 +12,7 @@ from latentwire.config import LoraFeature, RunConfig
 from latentwire.features.base import Feature, Reading
 from latentwire.models.interlingua import ReceiverShape
 from latentwire.models.low_rank import attached, updates_of
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 
 class Lora(Feature):
@@ -41,7 +41,7 @@ class Lora(Feature):
                 self.heads[name] = targets[0]
 
     def check_training(self) -> None:
-        """Raise :class:`~latentwire.models.weights.ReceiverError` where an output head is a target.
+        """Raise :class:`~latentwire.pretrained.weights.ReceiverError` where an output head is a target.
 
         Logits may be taken in chunks, whose gradients go to the states alone: it would not learn.
         """

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from latentwire.models.slots import heads_of_entries
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 
 class SlotKeyValues(nn.Module):
@@ -21,7 +21,7 @@ class SlotKeyValues(nn.Module):
     def __init__(self, lm: nn.Module, width: int, feature: str, parts: int = 1) -> None:
         """Build the map for the receiver ``lm``.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for fewer heads than parts.
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for fewer heads than parts.
         """
         super().__init__()
         head_E = heads_of_entries(lm, feature)

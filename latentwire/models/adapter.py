@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from latentwire.config import AdapterConfig
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.sequences import CONTROLS
 
 
@@ -31,7 +31,7 @@ class Adapter(nn.Module):
         """Build one for latents of width ``d_z`` and a receiver of width ``d_model``.
 
         ``slots``: positions of the soft prompt, for ``slot_positions``; ``None`` where they vary.
-        Raises :class:`~latentwire.models.weights.ReceiverError` for latents that are to be a prompt
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for latents that are to be a prompt
         and have another width than the receiver.
         """
         super().__init__()

@@ -14,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.low_rank import attached, updates_of
 from latentwire.models.states import States
-from latentwire.models.tokens import sentence_marks, token_bytes
-from latentwire.models.weights import (
+from latentwire.pretrained.weights import (
     ReceiverError,
     backbone_source,
     check_fit,
@@ -24,6 +23,7 @@ from latentwire.models.weights import (
     load_model,
     load_tokenizer,
 )
+from latentwire.tokens import sentence_marks, token_bytes
 
 LORA_TARGETS = {"st": ("query", "value"), "lm": ("q_proj", "v_proj")}
 
@@ -56,7 +56,7 @@ class PretrainedStates(TokenStates):
     ) -> None:
         """Load the backbone, or build its shape alone where not ``load_weights``.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for one that cannot be loaded.
         """
         super().__init__()
         self.tuned = config.tune
@@ -194,7 +194,7 @@ def load_backbone(
 def keep_layers(backbone: Any, count: int | None, knob: str = "model_layers") -> None:
     """Keep a backbone's first ``count`` layers, as ``knob`` says; ``None``: all.
 
-    Raises :class:`~latentwire.models.weights.ReceiverError` where there are not as many.
+    Raises :class:`~latentwire.pretrained.weights.ReceiverError` where there are not as many.
     """
     if count is None:
         return

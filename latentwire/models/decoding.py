@@ -11,7 +11,7 @@ import torch
 
 from latentwire.models.decoded import Decoded, Sampling, Watch
 
-if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
+if TYPE_CHECKING:  # at run time where a model is loaded: see pretrained/weights.py
     from transformers import GenerationConfig
 
 

@@ -19,7 +19,7 @@ from latentwire.models.pooling import Coarsening, SpanQueries, span_means, text_
 from latentwire.models.senders import SenderStates, joined_row, ruler_ids, sender_sources
 from latentwire.models.states import ByteStates, States
 from latentwire.models.token_codes import TokenCodes
-from latentwire.models.weights import ReceiverError, backbone_source, load_tokenizer
+from latentwire.pretrained.weights import ReceiverError, backbone_source, load_tokenizer
 
 STATES: Mapping[str, Callable[[EncoderConfig, Mapping[str, ReceiverConfig], bool], States]] = {
     "byte": lambda config, *_: ByteStates(config),
@@ -127,7 +127,7 @@ class MessageLengths:
     ) -> torch.Tensor:
         """Return the shared latents of texts of ``length_B`` states; at least one each.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for another length than the
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for another length than the
         configured one where a latent is the codes of so many tokens.
         """
         stride = tokens_per_latent or self.tokens_per_latent
@@ -174,7 +174,7 @@ class InterlinguaEncoder(nn.Module):
 
         ``load_weights=False`` builds a backbone's shape alone. ``loaded``: receiver → its LM, whose
         weights :class:`~latentwire.models.senders.SenderStates` may use.
-        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded, and
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for one that cannot be loaded, and
         for another ``d_z`` than that of what is sent without a projection.
         """
         super().__init__()

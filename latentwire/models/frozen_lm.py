@@ -10,10 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import ReceiverConfig
 from latentwire.models.pooling import overlap_means
-from latentwire.models.quantization import keep_layout, quantization_config
 from latentwire.models.receiver_attention import speed_up
-from latentwire.models.tokens import token_bytes
-from latentwire.models.weights import (
+from latentwire.pretrained.quantization import keep_layout, quantization_config
+from latentwire.pretrained.weights import (
     ReceiverError,
     fingerprint,
     load_model,
@@ -23,6 +22,7 @@ from latentwire.models.weights import (
     receiver_shape,
 )
 from latentwire.prompts.batch import Batch
+from latentwire.tokens import token_bytes
 
 
 class FrozenLM(nn.Module):

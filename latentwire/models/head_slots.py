@@ -22,7 +22,7 @@ from torch import nn
 from latentwire.models.attention import attend
 from latentwire.models.key_heads import rotated
 from latentwire.models.receiver_attention import plain_attention, register, visible
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import Batch
 
 IMPLEMENTATION = "latentwire_heads"

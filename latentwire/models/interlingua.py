@@ -20,10 +20,10 @@ from latentwire.models.encoders import (
 )
 from latentwire.models.key_heads import shape_of
 from latentwire.models.prefix import Prefix
-from latentwire.models.tokens import ByteTokenizer
 from latentwire.models.unfolding import Unfolding
 from latentwire.prompts.batch import Batch
 from latentwire.prompts.sequences import ANSWER
+from latentwire.tokens import ByteTokenizer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Interlingua(nn.Module):
         """Draw weights from torch's global generator; ``load_weights=False`` builds shapes alone.
 
         ``features``: :func:`latentwire.features.registry.build`. ``loaded``: receiver → its LM, where it is in this process on
-        this module's device: senders may use its weights. Raises :class:`~latentwire.models.weights.ReceiverError` for a
+        this module's device: senders may use its weights. Raises :class:`~latentwire.pretrained.weights.ReceiverError` for a
         backbone or a feature that does not fit.
         """
         super().__init__()

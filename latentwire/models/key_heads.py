@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 
 def shape_of(lm: nn.Module) -> tuple[int, int, int]:
     """Return layers, key-value heads of a layer, and the width of a head.
 
     ``lm`` may be on the meta device. Layers that see a window of the text are fine. Raises
-    :class:`~latentwire.models.weights.ReceiverError` for a receiver to whose heads one cannot hand
+    :class:`~latentwire.pretrained.weights.ReceiverError` for a receiver to whose heads one cannot hand
     keys and values alike.
     """
     config: Any = lm.config

@@ -19,10 +19,10 @@ from latentwire.models.head_slots import HeadEntries, Heads
 from latentwire.models.key_heads import check_rotary
 from latentwire.models.past import Past
 from latentwire.models.slots import added_to_slots
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import Batch
 
-if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
+if TYPE_CHECKING:  # at run time where a model is loaded: see pretrained/weights.py
     from transformers import Cache
     from transformers.modeling_layers import GradientCheckpointingLayer
 

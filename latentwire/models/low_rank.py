@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 
 class LowRank(nn.Module):

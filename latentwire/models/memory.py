@@ -14,7 +14,7 @@ from latentwire.models.backbones import PretrainedStates
 from latentwire.models.low_rank import attached
 from latentwire.models.pooling import interpolated
 from latentwire.models.slots import KEYS_VALUES, projections
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 
 class MemoryStates(PretrainedStates):
@@ -30,7 +30,7 @@ class MemoryStates(PretrainedStates):
     ) -> None:
         """Load the backbone, or build its shape alone where not ``load_weights``.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded, or
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for one that cannot be loaded, or
         that has no keys and values where those are asked for.
         """
         super().__init__(config, receivers, load_weights)
@@ -54,7 +54,7 @@ class MemoryStates(PretrainedStates):
     ) -> torch.Tensor:
         """Return what is pooled ``[B, L, M]`` in fp32; a row's entries after its own are zero.
 
-        Raises :class:`~latentwire.models.weights.ReceiverError` for a text that does not fit the
+        Raises :class:`~latentwire.pretrained.weights.ReceiverError` for a text that does not fit the
         backbone's positions together with its memory.
         """
         longest = int(latents_B.max())

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 

@@ -11,7 +11,7 @@ import torch
 from latentwire.models.head_slots import HeadEntries
 from latentwire.prompts.batch import Batch
 
-if TYPE_CHECKING:  # at run time where a model is loaded: see models/weights.py
+if TYPE_CHECKING:  # at run time where a model is loaded: see pretrained/weights.py
     from transformers import Cache
 
 

@@ -24,8 +24,7 @@ from latentwire.models.backbones import (
     windows,
     wrapping,
 )
-from latentwire.models.tokens import token_bytes
-from latentwire.models.weights import (
+from latentwire.pretrained.weights import (
     ReceiverError,
     fingerprint,
     load_tokenizer,
@@ -33,6 +32,7 @@ from latentwire.models.weights import (
     pick_dtype,
     resolve,
 )
+from latentwire.tokens import token_bytes
 
 SEPARATOR = -1
 """Stands in a text's prepared row between the ids of one sender and those of the next.
@@ -252,7 +252,7 @@ class SenderStates(TokenStates):
         """Load all senders, or build their shapes alone where not ``load_weights``.
 
         ``loaded``: receiver → its LM, where it is in this process on the wire's device. A sender of the same weights
-        (:func:`lender_of`) loads none. Raises :class:`~latentwire.models.weights.ReceiverError` for one that cannot be loaded.
+        (:func:`lender_of`) loads none. Raises :class:`~latentwire.pretrained.weights.ReceiverError` for one that cannot be loaded.
         """
         super().__init__()
         sources, loaded = sender_sources(config, receivers), loaded or {}

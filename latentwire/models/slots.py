@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 KEYS_VALUES = "encoder.pooling memory_kv"
 """Who hands over keys and values, in the place of a feature's name."""

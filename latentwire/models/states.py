@@ -13,7 +13,7 @@ from torch import nn
 
 from latentwire.config import EncoderConfig
 from latentwire.models.attention import Block, rotary_of
-from latentwire.models.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, sentence_ends
+from latentwire.tokens import PAD_ID, VOCAB_SIZE, ByteTokenizer, sentence_ends
 
 BYTE_WIDTH = 32  # width of one byte's embedding; a patch joins several
 

@@ -10,7 +10,7 @@ from torch import nn
 from latentwire.config import AdapterConfig
 from latentwire.models.attention import Block, rotary_of
 from latentwire.models.head_slots import Heads
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.sequences import CONTROLS
 
 

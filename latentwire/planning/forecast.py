@@ -17,7 +17,6 @@ from latentwire.config import LossConfig, RunConfig, SweepConfig
 from latentwire.data import shards, teachers
 from latentwire.data.readers import is_reader
 from latentwire.losses.bundles import state_depths
-from latentwire.models.weights import load_hf_config
 from latentwire.planning.autoscaler import addable_nodes, living_nodes
 from latentwire.planning.calibrations import CalibrationForecast, forecast_calibrations
 from latentwire.planning.devices import pieces, times
@@ -26,6 +25,7 @@ from latentwire.planning.resolved import ResolvedSweep, resolve
 from latentwire.planning.sharing import PROMPT_POSITIONS
 from latentwire.planning.stages import StageForecast, forecast_stages
 from latentwire.planning.variants import fills_by_positions, most_steps, total_steps
+from latentwire.pretrained.weights import load_hf_config
 from latentwire.storage import Place
 from latentwire.threads import use_threads
 

@@ -18,7 +18,6 @@ from latentwire.errors import UserError
 from latentwire.features import registry
 from latentwire.models.interlingua import Interlingua, ReceiverShape
 from latentwire.models.senders import SenderStates
-from latentwire.models.weights import load_hf_config, pick_device, pick_dtype, skeleton
 from latentwire.planning.autoscaler import cluster_resources
 from latentwire.planning.devices import pieces, times
 from latentwire.planning.resolved import ResolvedSweep, resolve
@@ -32,6 +31,7 @@ from latentwire.planning.sharing import (
     share,
     slots_of,
 )
+from latentwire.pretrained.weights import load_hf_config, pick_device, pick_dtype, skeleton
 
 WORKER_BASE_BYTES = 700e6
 """Resident memory of a Train worker that has imported torch, transformers and Ray; measured at
@@ -124,7 +124,7 @@ def plan(
     configurations alone has none.
 
     Raises :class:`PlanError` where not even one trial fits. Raises
-    :class:`~latentwire.models.weights.ReceiverError` or
+    :class:`~latentwire.pretrained.weights.ReceiverError` or
     :class:`~latentwire.prompts.sequences.PromptError` for receivers that are not there, whose
     weights are not whole, or whose tokenizers cannot build a prompt.
     """

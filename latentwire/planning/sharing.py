@@ -14,8 +14,8 @@ from latentwire.config.knobs import knob_of, paths_with
 from latentwire.config.resolve import stages_of
 from latentwire.features.registry import FEATURES
 from latentwire.models.senders import sender_sources
-from latentwire.models.weights import backbone_source, load_hf_config
 from latentwire.planning.devices import pieces, times
+from latentwire.pretrained.weights import backbone_source, load_hf_config
 
 PROMPT_POSITIONS = 64
 """Positions of template, question and answer beside the slots."""

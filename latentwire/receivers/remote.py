@@ -15,7 +15,7 @@ from latentwire.losses.bundles import Teacher
 from latentwire.losses.chunks import common_gradient
 from latentwire.models.decoded import Decoded
 from latentwire.models.head_slots import Heads
-from latentwire.models.weights import skeleton
+from latentwire.pretrained.weights import skeleton
 from latentwire.prompts.batch import Batch
 from latentwire.receivers.base import AnswerScores, LossTask
 from latentwire.receivers.local import LocalReceiver

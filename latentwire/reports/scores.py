@@ -114,7 +114,7 @@ def questions_of(
 
     See :func:`latentwire.evaluate` for the arguments. Raises
     :class:`~latentwire.config.resolve.ConfigError`, :class:`~latentwire.data.sources.DataError` for
-    data that cannot be read, and :class:`~latentwire.models.weights.ReceiverError` for receivers
+    data that cannot be read, and :class:`~latentwire.pretrained.weights.ReceiverError` for receivers
     that cannot do what a row asks.
     """
     scoring.check_questions(run)

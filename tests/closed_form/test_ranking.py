@@ -34,7 +34,7 @@ from latentwire.closed_form.ranking import (
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.models import own_cache
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError, load_tokenizer
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.sequences import PromptBuilder
 
 TEXTS = [

@@ -9,7 +9,7 @@ import torch
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.shards import builders
-from latentwire.models.weights import load_tokenizer
+from latentwire.pretrained.weights import load_tokenizer
 from latentwire.prompts.batch import Batch, collate, join
 from latentwire.prompts.sequences import (
     ANSWER,

@@ -9,8 +9,8 @@ from ray.exceptions import RayTaskError
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.distributed import replica_sets, waiting
 from latentwire.distributed.replica_sets import Fleet, serving
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.sharing import Sharing
+from latentwire.pretrained.weights import ReceiverError
 
 
 class Reference(SimpleNamespace):

@@ -15,8 +15,8 @@ from latentwire.config import RunConfig, SweepConfig, TuneConfig
 from latentwire.distributed.replica_sets import serving, usage
 from latentwire.distributed.replicas import ReplicaActor, Served, shared_receivers
 from latentwire.model import LatentWire
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.planner import plan
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.training.loop import Trainer
 from tests.conftest import shard_table
 

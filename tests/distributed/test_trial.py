@@ -25,8 +25,8 @@ from latentwire.distributed import trial, worker
 from latentwire.distributed.task import EARLIER, ERROR_FILE, WorkerTask, cause_left, leave_cause
 from latentwire.distributed.trial import NUMBER, Variant, drive_trial
 from latentwire.model import LatentWire
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.variants import variant_key
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.receivers.memory import is_out_of_memory
 from latentwire.storage import StorageError, write_text
 from latentwire.training import checkpoints, step_checkpoints

@@ -20,7 +20,7 @@ from latentwire.evaluation.scoring import check_receivers
 from latentwire.evaluation.summary import baseline_pairs, summarise
 from latentwire.model import LatentWire
 from latentwire.models import own_cache
-from latentwire.models.weights import ReceiverError, load_tokenizer
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.batch import Batch
 from latentwire.training.text_readers import reader_run
 from tests.conftest import shard_table, untimed, wire_of

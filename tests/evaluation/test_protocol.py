@@ -12,7 +12,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation import protocol
 from latentwire.evaluation.protocol import protocol_hash
-from latentwire.models.weights import resolve
+from latentwire.pretrained.weights import resolve
 
 
 def shards_of(folder: Path, table: pa.Table) -> Path:

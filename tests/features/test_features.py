@@ -18,8 +18,8 @@ from latentwire.evaluation.evaluator import predict
 from latentwire.features.base import Feature, Reading
 from latentwire.features.registry import FEATURES, keeps_receivers_frozen
 from latentwire.model import LatentWire, load_wire
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.planner import plan
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import collate
 from latentwire.training import checkpoints
 from latentwire.training.local import table_epochs

@@ -17,7 +17,7 @@ from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import STATES, InterlinguaEncoder, token_rows
 from latentwire.models.low_rank import updates_of
 from latentwire.models.slots import heads_of_entries, projections
-from latentwire.models.weights import ReceiverError, load_tokenizer
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer
 
 TEXTS = [
     "Ada lives in Oslo.",

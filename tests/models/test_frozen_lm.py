@@ -22,7 +22,7 @@ from transformers import (
 
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.models.frozen_lm import FrozenLM
-from latentwire.models.weights import ReceiverError, load_tokenizer, skeleton
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer, skeleton
 
 
 def test_fingerprint_sees_one_changed_weight() -> None:

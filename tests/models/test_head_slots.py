@@ -18,7 +18,7 @@ from transformers import (
 from latentwire.config import PromptConfig, ReceiverConfig
 from latentwire.models.head_slots import HeadEntries, Heads, entries_of
 from latentwire.models.key_heads import check_rotary, rotated, shape_of
-from latentwire.models.weights import ReceiverError, load_tokenizer
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder
 from latentwire.receivers.local import LocalReceiver

@@ -13,7 +13,7 @@ from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.dataset.toy import toy_rows
 from latentwire.losses.terms import token_ce
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import collate
 from latentwire.prompts.sequences import PromptBuilder
 

@@ -17,8 +17,8 @@ from latentwire.models import backbones
 from latentwire.models.encoders import InterlinguaEncoder
 from latentwire.models.memory import MemoryStates
 from latentwire.models.slots import KEYS_VALUES, attentions, projections
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.sharing import obstacles
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import collate
 from latentwire.prompts.sequences import RECONSTRUCT, PromptSequence
 from tests.conftest import wire_of

@@ -21,7 +21,7 @@ from transformers import (
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.models import own_cache
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError, load_tokenizer
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer
 from latentwire.prompts import sequences
 from latentwire.prompts.batch import collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence

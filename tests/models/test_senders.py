@@ -14,7 +14,6 @@ from latentwire.config import EncoderConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.data.shards import shard_key
 from latentwire.model import LatentWire
-from latentwire.models import weights
 from latentwire.models.encoders import (
     InterlinguaEncoder,
     MessageLengths,
@@ -34,9 +33,10 @@ from latentwire.models.senders import (
     ruler_ids,
     sender_sources,
 )
-from latentwire.models.weights import ReceiverError
 from latentwire.planning.planner import WORKER_BASE_BYTES, Plan, plan
 from latentwire.planning.sharing import encoder_bytes, final_slots
+from latentwire.pretrained import weights
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.training.text_readers import _lengths
 from tests.conftest import HEADS, choose_some_heads
 from tests.models.test_encoders import RECEIVERS, TEXTS, sentence_encoder

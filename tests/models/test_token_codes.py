@@ -10,7 +10,7 @@ from latentwire.config import EncoderConfig
 from latentwire.models.encoders import InterlinguaEncoder, MessageLengths, encoder_tokenizers
 from latentwire.models.pooling import Coarsening
 from latentwire.models.token_codes import TokenCodes
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from tests.models.test_encoders import RECEIVERS, TEXTS, own_ids, read
 
 CODES: dict[str, Any] = {

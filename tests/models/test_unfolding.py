@@ -5,7 +5,7 @@ import torch
 
 from latentwire.config import AdapterConfig
 from latentwire.models.unfolding import Unfolding
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 
 HEADS = ((0, 1), (2, 0), (2, 1))
 

@@ -16,7 +16,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from latentwire.config import PromptConfig, ReceiverConfig
-from latentwire.models.weights import load_tokenizer
+from latentwire.pretrained.weights import load_tokenizer
 from latentwire.prompts.pieces import Pieces
 from latentwire.prompts.sequences import PromptBuilder, PromptError
 

@@ -6,7 +6,7 @@ from tokenizers.normalizers import Replace
 
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.data.shards import builders
-from latentwire.models.weights import load_tokenizer
+from latentwire.pretrained.weights import load_tokenizer
 from latentwire.prompts.batch import collate
 from latentwire.prompts.sequences import PromptBuilder, PromptError, sender_text
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.data.shards import shard_key
-from latentwire.models.weights import load_tokenizer, resolve
+from latentwire.pretrained.weights import load_tokenizer, resolve
 from latentwire.prompts.sequences import PromptBuilder, PromptError
 from latentwire.prompts.templates import around, rendered
 

@@ -11,7 +11,7 @@ from latentwire.config import LossConfig, RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.features.registry import FEATURES
 from latentwire.model import LatentWire
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.receivers.replica import Replica
 from latentwire.training.loop import Trainer
 from tests.conftest import HEADS, choose_some_heads, shard_table

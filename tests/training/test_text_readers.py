@@ -21,7 +21,7 @@ from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.scoring import final_conditions, predict_conditions
 from latentwire.evaluation.summary import summarise
 from latentwire.model import LatentWire
-from latentwire.models.weights import fingerprint
+from latentwire.pretrained.weights import fingerprint
 from latentwire.prompts.batch import collate
 from latentwire.training import checkpoints, text_readers
 from latentwire.training.local import table_epochs

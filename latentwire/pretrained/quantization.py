@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.files import ReceiverError
+from latentwire.pretrained.files import ReceiverError
 
 
 def quantization_config(config: ReceiverConfig) -> Any:

@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.loading_errors import loading_error, refuse_misfit
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.errors import loading_error, refuse_misfit
+from latentwire.pretrained.weights import ReceiverError
 
 
 @pytest.mark.parametrize(

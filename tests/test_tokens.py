@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.models.backbones import PretrainedStates
 from latentwire.models.encoders import ByteStates
-from latentwire.models.tokens import ByteTokenizer, chunks_utf8, token_bytes, truncate_utf8
-from latentwire.models.weights import load_tokenizer
+from latentwire.pretrained.weights import load_tokenizer
+from latentwire.tokens import ByteTokenizer, chunks_utf8, token_bytes, truncate_utf8
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)))
 

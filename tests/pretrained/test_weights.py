@@ -7,7 +7,7 @@ import torch
 
 from latentwire.config import ReceiverConfig
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError, pick_device, skeleton
+from latentwire.pretrained.weights import ReceiverError, pick_device, skeleton
 
 
 def test_receivers_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

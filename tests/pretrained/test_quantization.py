@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.quantization import keep_layout, quantization_config
-from latentwire.models.weights import ReceiverError
+from latentwire.pretrained.quantization import keep_layout, quantization_config
+from latentwire.pretrained.weights import ReceiverError
 
 
 def test_quantisation_without_its_package_says_what_to_install(

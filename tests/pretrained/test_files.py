@@ -13,10 +13,10 @@ from transformers import BertConfig, BertModel, Gemma3nForCausalLM, Gemma3nTextC
 from latentwire.cli import main
 from latentwire.config import EncoderConfig, ReceiverConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
-from latentwire.models import files, weights
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError, load_tokenizer, resolve, skeleton
 from latentwire.planning.planner import plan
+from latentwire.pretrained import files, weights
+from latentwire.pretrained.weights import ReceiverError, load_tokenizer, resolve, skeleton
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 

@@ -13,8 +13,8 @@ from filelock import FileLock
 
 from latentwire.addresses import cache_dir
 from latentwire.config import ReceiverConfig
-from latentwire.models.files import ReceiverError
-from latentwire.models.loading_errors import first_line, refuse_misfit
+from latentwire.pretrained.errors import first_line, refuse_misfit
+from latentwire.pretrained.files import ReceiverError
 from latentwire.storage import sha256
 
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from latentwire.config import EncoderConfig, ReceiverConfig
-from latentwire.models import files
-from latentwire.models.files import ReceiverError as ReceiverError
-from latentwire.models.gguf import convert_gguf
-from latentwire.models.loading_errors import loading_error, refuse_misfit
-from latentwire.models.quantization import check_readable, quantised_by
+from latentwire.pretrained import files
+from latentwire.pretrained.errors import loading_error, refuse_misfit
+from latentwire.pretrained.files import ReceiverError as ReceiverError
+from latentwire.pretrained.gguf import convert_gguf
+from latentwire.pretrained.quantization import check_readable, quantised_by
 
 TOY_MODELS = ("toy-llama", "toy-qwen", "toy-phi")
 PROBE = "Where is Ada?"

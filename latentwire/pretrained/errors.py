@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from latentwire.config import ReceiverConfig
-from latentwire.models.files import ReceiverError
+from latentwire.pretrained.files import ReceiverError
 
 _NUMBER = re.compile(r"\d+")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latentwire.config import ReceiverConfig, RunConfig
 from latentwire.models.lm import LMWrapper
-from latentwire.models.weights import ReceiverError, resolve
+from latentwire.pretrained.weights import ReceiverError, resolve
 
 TOY = RunConfig().receivers[0]
 

@@ -1,0 +1,53 @@
+"""The recipe of the pair of two families, in a short run."""
+
+from pathlib import Path
+
+import pytest
+
+from latentwire.config.resolve import load_space, with_values
+from latentwire.data import shards
+from latentwire.distributed.local_shards import local_shards
+from latentwire.evaluation.evaluator import predict
+from latentwire.evaluation.summary import summarise
+from latentwire.model import LatentWire
+from latentwire.training.local import train_here
+
+SHORT = {
+    "data.samples": 400,
+    "data.dev_samples": 4,
+    "data.validation_samples": 24,
+    "evaluation.tuned_text": {"tokens": 16, "steps": 4, "batch_size": 8, "trials": 1},
+    # The other states and the blocks take most of the recipe's time.
+    "encoder.depths": [0.4, 0.8],
+    "encoder.code_blocks": 0,
+    "adapter.unfold_blocks": 0,
+    "adapter.ranking_texts": 8,
+    "closed_form": {"texts": 64, "gradient_texts": 16},
+    "training.batch_size": 12,
+    "training.max_steps": 4,
+    "training.warmup_steps": 1,
+    "evaluation.max_answer_tokens": 2,
+}
+
+
+@pytest.mark.slow
+def test_a_short_run_tells_its_own_message_from_another_rows(
+    real_data: Path, real_receivers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wire that carried nothing would answer as well from another row's message."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    places = {
+        "receivers.0.model": str(real_receivers / "smollm2"),
+        "receivers.1.model": str(real_receivers / "qwen"),
+        "data.data_dir": str(real_data / "squad"),
+        "data.shard_dir": str(tmp_path / "shards"),
+    }
+    run = with_values(load_space("smollm2_qwen").run, SHORT | places)
+    paths = local_shards(run)
+    wire = LatentWire(run)
+    train_here(wire, paths, tmp_path / "run")
+    rows = shards.read_table(paths["validation"])
+    scores = {mode: summarise(list(predict(wire, rows, mode))) for mode in ("latent", "shuffled")}
+    for name in wire.receivers:
+        nll = {mode: row[name]["nll"] for mode, row in scores.items()}
+        assert nll["latent"] < nll["shuffled"] - 0.3, scores
