@@ -40,6 +40,10 @@ def write(tmp_path: Path, text: str) -> Path:
         ),
         ("run: {receivers: []}", "receivers"),
         ("run: {losses: {answer_ce_weight: 0}}", "at least one loss weight must be > 0"),
+        (
+            "run: {training: {num_workers: 2, min_workers: 3}}",
+            "min_workers must be at most training.num_workers, got 3 and 2",
+        ),
         ("run: {encoder: {d_model: 30, heads: 4}}", "d_model must be a multiple of 2 × heads"),
         (
             "search: {encoder.latentlen: {type: int, low: 1, high: 4}}",

@@ -13,6 +13,7 @@ from latentwire.model import LatentWire
 from latentwire.training.local import train_here
 
 SHORT = {
+    "stages": {},
     "data.samples": 400,
     "data.dev_samples": 4,
     "data.validation_samples": 24,

@@ -21,6 +21,7 @@ SHARED = (
     "training.gpus_per_worker",
     "training.init_from",
     "training.max_failures",
+    "training.min_workers",
     "training.num_workers",
     "training.worker_resources",
 )

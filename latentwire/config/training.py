@@ -108,6 +108,9 @@ class TrainingConfig(Section):
     """Seed of initial weights, dropout and the order of rows."""
     num_workers: int = knob(1, ge=1, may_change=("resumed run",))
     """Data-parallel workers of one run (Ray only)."""
+    min_workers: int | None = knob(None, ge=1, may_change=("resumed run",))
+    """Fewest workers that a run on Ray goes on with while the cluster has no room for ``num_workers``: after a node is lost, say. Each
+    step has the same rows with any number of workers. ``None``: as many as ``num_workers``, or it waits."""
     cpus_per_worker: float = knob(1, gt=0, may_change=("resumed run", "repeated trial"))
     """CPUs that one worker asks Ray for; also the threads that it, or a plain command, computes with."""
     gpus_per_worker: float | None = knob(None, ge=0, may_change=("resumed run", "repeated trial"))
@@ -138,6 +141,20 @@ class TrainingConfig(Section):
                 f"{named}; set one of them, the other null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_range_of_workers(self) -> TrainingConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"training.min_workers must be at most training.num_workers, got {self.min_workers} and "
+                f"{self.num_workers}; set num_workers to the most that the run may have"
+            )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while a run lasts."""
+        return self.min_workers is not None and self.min_workers < self.num_workers
 
     @property
     def rows_per_batch(self) -> int:

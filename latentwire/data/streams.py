@@ -141,10 +141,13 @@ def shuffled_batches(
     only = table.num_rows < size
     for start, part in _parts(table, training, seed, size):
         for batch in length_buckets(part, size, seed + start, keep_short=only):
-            ends = [
-                batch.num_rows * place // world for place in (rank, rank + 1)
-            ]  # neighbours may share a context
-            yield batch.slice(ends[0], ends[1] - ends[0])
+            yield share_of(batch, rank, world)
+
+
+def share_of(batch: pa.Table, rank: int, world: int) -> pa.Table:
+    """Return one of ``world`` workers' rows of a batch: neighbours, which may share a context."""
+    start, stop = (batch.num_rows * place // world for place in (rank, rank + 1))
+    return batch.slice(start, stop - start)
 
 
 def streamed_batches(

@@ -47,6 +47,8 @@ POLL_SECONDS = "1"
 """Between two looks of a trial's driver at its workers, and the longest that the end of a training goes unnoticed."""
 START_FAILURES = 2
 """Deaths of a trial's workers as they start that count as no failure of the training."""
+GROW_SECONDS = 300.0
+"""Between two looks for room for more workers, of a run that goes on with fewer. To grow it starts again from its last checkpoint."""
 
 
 ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
@@ -253,7 +255,11 @@ def make_trainer(
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
     rows = None
-    if run.training.num_workers == 1 and run.data.in_memory:
+    training = run.training
+    workers: int | tuple[int, int] = training.num_workers
+    if training.min_workers is not None and training.is_elastic:
+        workers = training.min_workers, training.num_workers
+    if training.num_workers == 1 and run.data.in_memory:
         (rows,) = data_config(()).configure(datasets, 1, None, None)
     return PatientTrainer(
         train_worker,
@@ -275,7 +281,8 @@ def make_trainer(
             )
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.training.num_workers,
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=GROW_SECONDS,
             use_gpu=gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -289,6 +296,9 @@ def make_trainer(
             ),
         ),
         datasets=datasets if rows is None else {},
-        # Batches of positions are planned for all workers together: each reads all rows and takes its share of every batch.
-        dataset_config=data_config(() if run.training.positions_per_batch else ("train",)),
+        # Batches of positions are planned for all workers together, and those of a run whose workers come and go must not
+        # hang on how many there are: each worker reads all rows and takes its share of every batch.
+        dataset_config=data_config(
+            () if training.positions_per_batch or training.is_elastic else ("train",)
+        ),
     )

@@ -98,7 +98,7 @@ class PatientTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         scaling = self.scaling_config
         per_worker = scaling.resources_per_worker or {}
-        needed = {name: amount * scaling.num_workers for name, amount in per_worker.items()}
+        needed = {name: amount * scaling.min_workers for name, amount in per_worker.items()}
         name = str(self.run_config.name)
         options["failure_policy"] = PatientPolicy(self.run_config.failure_config, name, needed)
         run = super()._initialize_and_run_controller if own_actor() is None else run_here

@@ -77,7 +77,8 @@ def _train(task: WorkerTask) -> None:
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
     if last and workers.rank == 0:
-        tell(f"{name}: resumed at step {trainer.progress.step} on {socket.gethostname()}")
+        among = f", {workers.size} workers" if run.training.is_elastic else ""
+        tell(f"{name}: resumed at step {trainer.progress.step} on {socket.gethostname()}{among}")
     dev = pa.concat_tables(
         rows_of(task, "dev").iter_batches(batch_size=None, batch_format="pyarrow")
     )
@@ -107,6 +108,9 @@ def _train(task: WorkerTask) -> None:
             )
         size = run.training.rows_per_batch
         only = task.train_rows < size
+        if run.training.is_elastic:  # all rows, in batches that any number of workers shares
+            whole = streams.streamed_batches(rows, run.training, epoch, size, keep_short=only)
+            return (streams.share_of(batch, workers.rank, workers.size) for batch in whole)
         return streams.streamed_batches(
             rows, run.training, epoch, size // workers.size, keep_short=only
         )

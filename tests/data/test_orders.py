@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,25 @@ def test_workers_share_out_every_batch(world: int) -> None:
     ]
     assert [list(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)] == whole
     assert {len(part) for share in shares for part in share} == {8 // world, -(-8 // world)}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_streams_batches_do_not_hang_on_how_many_workers_share_them(world: int) -> None:
+    """Of a run whose workers come and go each reads all rows."""
+    training = TrainingConfig(batch_size=8, bucket_batches=2, num_workers=3, min_workers=1)
+    parts = [numbered(40).slice(start, 16) for start in (0, 16, 32)]
+    stream = SimpleNamespace(iter_batches=lambda **_: iter(parts))
+
+    def whole() -> Iterator[pa.Table]:
+        return streams.streamed_batches(stream, training, 0, 8, keep_short=False)
+
+    shares = [
+        [streams.share_of(batch, rank, world)["id"].to_pylist() for batch in whole()]
+        for rank in range(world)
+    ]
+    joined = [list(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)]
+    assert joined == [batch["id"].to_pylist() for batch in whole()]
+    assert sorted(chain.from_iterable(joined)) == list(range(40))
 
 
 def test_no_two_epochs_or_seeds_share_an_order() -> None:

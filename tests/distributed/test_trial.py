@@ -235,6 +235,16 @@ def test_a_preempted_worker_saves_and_another_goes_on(
     )
 
 
+def test_the_last_worker_of_an_elastic_run_trains_as_a_lone_one(
+    run: RunConfig, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_values(run, {"training.evaluate_every": 4})
+    elastic = with_values(run, {"training.num_workers": 4, "training.min_workers": 1})
+    (*_, lone) = work(run, table, tmp_path / "lone", monkeypatch)
+    (*_, last) = work(elastic, table, tmp_path / "elastic", monkeypatch)
+    assert (last["step"], last["dev_loss"]) == (lone["step"], lone["dev_loss"])
+
+
 def test_a_worker_trains_on_batches_of_positions_as_a_run_without_ray(
     run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,8 +281,9 @@ def test_a_worker_trains_on_batches_of_positions_as_a_run_without_ray(
     [
         ({}, ["train"]),
         ({"training.batch_size": None, "training.positions_per_batch": 160}, []),
+        ({"training.min_workers": 1}, []),
     ],
-    ids=["rows", "positions"],
+    ids=["rows", "positions", "elastic"],
 )
 def test_workers_share_rows_unless_each_plans_the_batches_of_all(
     run: RunConfig,
@@ -297,6 +308,8 @@ def test_workers_share_rows_unless_each_plans_the_batches_of_all(
         mode="max",
     )
     assert made.dataset_config._datasets_to_split == shared
+    elastic = two.training.min_workers is not None
+    assert made.scaling_config.num_workers == ((1, 2) if elastic else 2)
 
 
 def test_a_trial_that_takes_up_a_failed_one_goes_on_from_its_checkpoint(

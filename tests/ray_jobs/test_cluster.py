@@ -321,3 +321,53 @@ def nodes(address: str) -> int:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return int(said.stdout.split("nodes")[1])
+
+
+def test_a_run_that_lost_a_worker_goes_on_with_the_other_to_the_same_wire(
+    tmp_path: Path, common_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps have the same rows, whoever is left to read them: a run of one worker comes to the same loss."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    flags = [*ONE_VARIANT, *TINY, "--epochs=40", "--max_steps=120", "--set", "training.evaluate_every=20", *TRIAL_NODE,
+             "--set", f"data.shard_dir={common_shards}"]  # fmt: skip
+
+    def train(output: Path, *more: str) -> subprocess.Popen:
+        with (tmp_path / "log").open("w") as log:
+            command = [sys.executable, "-m", "latentwire", "train", "--ray", *flags, *more]
+            return subprocess.Popen(
+                [*command, "--output", str(output)],
+                cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def last_loss(output: Path) -> float:
+        manifest = json.loads((output / "step-00000120" / "manifest.json").read_text())
+        return float(manifest["metrics"]["development"]["dev_loss"])
+
+    try:
+        cluster.add_node(num_cpus=1, resources={"trial_node": 1})
+        second = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
+        cluster.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        process = train(tmp_path / "two", "--num_workers=2", "--set", "training.min_workers=1")
+        try:
+            wait_for(
+                lambda: (
+                    process.poll() is not None or list(tmp_path.glob("two/step-*/manifest.json"))
+                ),
+                400,
+                lambda: log_of(tmp_path),
+            )
+            cluster.remove_node(second, allow_graceful=False)
+            assert process.wait(400) == 0, log_of(tmp_path)
+        finally:
+            process.kill()
+        (workers,) = re.findall(r"resumed at step \d+ on \S+, (\d) workers", log_of(tmp_path))
+        assert workers == "1"
+        assert train(tmp_path / "one").wait(400) == 0, log_of(tmp_path)
+        assert last_loss(tmp_path / "two") == pytest.approx(last_loss(tmp_path / "one"), rel=1e-2)
+    finally:
+        cluster.shutdown()
