@@ -115,7 +115,7 @@ class Messaging(WireBase):
             )
         prompts = asked.prompts(self.builders[receiver], self.slots(message, receiver))
         watch = None if on_text is None else self._teller(receiver, on_text)
-        begun = self.begin(receiver, prompts, asked.messages, message)
+        begun = self.begin(receiver, prompts, asked.messages, message, max_new_tokens)
         if begun is not None:
             said, _ = begun.decode(prompts, asked.messages, max_new_tokens, sampling, watch)
         else:
@@ -181,6 +181,7 @@ class Messaging(WireBase):
         prompts: Sequence[sequences.PromptSequence],
         messages: Sequence[int],
         message: Message | None,
+        max_new_tokens: int | None = None,
     ) -> Prefilled | None:
         """Let a receiver read what prompts share once, where it can (:meth:`parted`); else None.
 
@@ -189,11 +190,13 @@ class Messaging(WireBase):
             prompts: latent prompts, or texts.
             messages: the message, or the text, that each of them reads, counted from 0.
             message: None for texts.
+            max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
         """
         if len(messages) < SHARED_BY * len(set(messages)):
             return None
         batch = collate(prompts, messages=list(messages))
-        parts = self.parted(receiver, batch)
+        longest = max_new_tokens or self.run.evaluation.max_answer_tokens
+        parts = self.parted(receiver, batch, further=longest)
         if parts is None:
             return None
         begun, _ = parts

@@ -158,11 +158,17 @@ class WireBase:
             yield self.interlingua.soft_rows(receiver, message, batch)
 
     def parted(
-        self, receiver: str, batch: Batch, side: Literal["right", "left"] = "right"
+        self,
+        receiver: str,
+        batch: Batch,
+        side: Literal["right", "left"] = "right",
+        *,
+        further: int = 0,
     ) -> tuple[Batch, Batch] | None:
         """Part a batch whose rows share messages, where its receiver can read them once for all.
 
         ``batch``: padded to the right. ``side``: where padding stands in what follows the messages.
+        ``further``: tokens that are decoded after the batch.
         None where it cannot: the receiver's weights are elsewhere, a feature looks at the question,
         a layer sees too few positions, or too few rows share a message for two passes to pay.
         """
@@ -174,7 +180,7 @@ class WireBase:
         parts = batch.parted(side)
         if parts is None or len(batch.ids_BS) < SHARED_BY * len(parts[0].ids_BS):
             return None
-        fits = lm.may_part(sum(part.ids_BS.shape[1] for part in parts))
+        fits = lm.may_part(further + sum(part.ids_BS.shape[1] for part in parts))
         return parts if fits else None
 
     @contextmanager

@@ -176,6 +176,22 @@ def test_what_hangs_on_the_question_or_sees_too_little_is_refused(run: RunConfig
         lm.window = None
 
 
+def test_a_message_is_read_once_where_a_window_holds_the_answer_too(run: RunConfig) -> None:
+    """What is decoded moves a layer's window on: past the beginning of a prompt that has padding in its middle."""
+    wire = wire_with(run, {})
+    lm, builder = wire.local_receiver("llama"), wire.builders["llama"]
+    message = wire.encode(CONTEXTS[:1])
+    ids = builder.tokenize([], QUESTIONS[0], [])["question_ids"]
+    prompts = [builder.latent(wire.slots(message, "llama")[0], each) for each in ids]
+    longest = sum(len(prompt.ids) for prompt in prompts)
+    lm.window = longest + 1
+    try:
+        assert wire.begin("llama", prompts, [0, 0], message, max_new_tokens=1) is not None
+        assert wire.begin("llama", prompts, [0, 0], message, max_new_tokens=longest) is None
+    finally:
+        lm.window = None
+
+
 @pytest.mark.parametrize(
     ("questions", "told"),
     [

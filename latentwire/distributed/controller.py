@@ -43,6 +43,8 @@ LOOK_SECONDS = 1.0
 
 def own_actor() -> str | None:
     """Return the id of the actor that this process is; None in a process that is none."""
+    if not ray.is_initialized():  # to ask its context would start it
+        return None
     actor_id: str | None = ray.get_runtime_context().get_actor_id()
     return actor_id
 

@@ -134,8 +134,10 @@ def _predict_batch(wire: LatentWire, name: str, batch: Inputs) -> Iterator[Predi
     if name in batch.own:
         entry_bytes = 2 * batch.own[name].shape[1]  # as fp16
         sizes = [entry_bytes * len(prompt.message) for prompt in prompts]
+    data = wire.run.data
+    no_answer = None if data.unanswerable is None else data.no_answer
     for i, answer in enumerate(answers):
-        em, f1 = em_f1(answer, rows["answers"][i], wire.run.data.dataset)
+        em, f1 = em_f1(answer, rows["answers"][i], data.dataset, no_answer)
         yield Prediction(
             id=rows["id"][i],
             receiver=name,
@@ -214,6 +216,8 @@ def _score_answers(
     texts = [prediction.text for prediction in predictions]
     for name in wire.receivers:
         ids = wire.builders[name].tokenize([], [], texts)["answer_ids"]
+        # Who answered nothing said the end at once, without the space that leads an answer.
+        ids = [row if text else [] for row, text in zip(ids, texts, strict=True)]
         prompts = prompts_of(wire, name, batch, ids)
         messages = messages_read(batch, prompts)
         begun = _begin(wire, name, batch, prompts, messages)

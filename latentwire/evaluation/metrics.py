@@ -35,12 +35,17 @@ def normalise(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def em_f1(prediction: str, golds: Sequence[str], dataset: str = "squad") -> tuple[float, float]:
+def em_f1(
+    prediction: str, golds: Sequence[str], dataset: str = "squad", no_answer: str | None = None
+) -> tuple[float, float]:
     """Return (EM, F1), each 0..1, best over all golds.
 
-    HotpotQA: a yes/no that is not exactly right scores no F1.
+    HotpotQA: a yes/no that is not exactly right scores no F1. ``no_answer``: what says that a text
+    does not answer; as in SQuAD 2.0's script it is right or wrong, and its words earn no F1.
     """
     scores = [_scores(prediction, gold, dataset) for gold in golds]
+    if no_answer is not None and list(golds) == [no_answer]:
+        return scores[0]["em"], scores[0]["em"]
     return max(score["em"] for score in scores), max(score["f1"] for score in scores)
 
 

@@ -71,6 +71,8 @@ def difference(
     paired = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     low, high = interval(paired.tolist(), contexts)
     total_G, _ = _by_context(paired.tolist(), contexts)
+    if not np.isfinite(total_G).all():
+        return {"difference": float(paired.mean()), "low": low, "high": high, "p": float("nan")}
     if not total_G.any():  # every swap gives the same
         return {"difference": 0.0, "low": low, "high": high, "p": 1.0}
     test = permutation_test(

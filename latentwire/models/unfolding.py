@@ -50,12 +50,20 @@ class Unfolding(nn.Module):
             shape: the receiver's layers, key-value heads of each, and width of a head.
             width: D, of its embeddings.
             embed_rms: root mean square of those.
+
+        Raises:
+            ReceiverError: the share is less than one head.
         """
         super().__init__()
         layers, heads, self.head_width = shape
         self.share = share = 1 / tokens if config.cache_share is None else config.cache_share
         self.all_heads = layers * heads
-        count = max(1, round(share * self.all_heads))
+        count = math.floor(share * self.all_heads + 1e-9)  # no more than was asked for
+        if count < 1:
+            raise ReceiverError(
+                f"adapter.cache_share must be one of a receiver's {self.all_heads} key-value heads or more, got "
+                f"{share:g}; set it to {1 / self.all_heads:.3g} at least"
+            )
         self.tokens, self.codes = tokens, d_z // tokens
         self.kind = config.kind
         self.head_J2: torch.Tensor
@@ -97,7 +105,7 @@ class Unfolding(nn.Module):
     def budget(self, tokens: int) -> int:
         """Return the positions in all heads that have as many entries as tokens in the chosen ones.
 
-        By the share that was asked for: the number of chosen heads is rounded.
+        By the share that was asked for, of which the chosen heads may take less.
         """
         return max(1, math.ceil(tokens * self.share - 1e-9))
 

@@ -66,5 +66,6 @@ class LocalReceiver(LMWrapper):
         """Score the supervised tokens, also of rows that go on from ``past``."""
         logits_NV = self.supervised_logits(batch, soft_ND, past)
         target_N = batch.target_N.to(logits_NV.device)
-        likelier_N = (logits_NV > logits_NV.gather(1, target_N[:, None])).sum(1)
+        # What is no number is not less likely than the target.
+        likelier_N = (~(logits_NV <= logits_NV.gather(1, target_N[:, None]))).sum(1)
         return AnswerScores(token_ce(logits_NV, target_N).cpu(), likelier_N.cpu())

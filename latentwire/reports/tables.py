@@ -208,6 +208,8 @@ def readers_tables(
         asked = f"at most {run.training.epochs * rows:,} questions"
     else:
         asked = f"{budget_of(run, rows).questions:,} questions"
+    if run.training.init_from is not None:
+        asked += " here, after what it was asked before"
     title = f"text readers, trained on the same {rows:,} rows as the wire, which was asked {asked}"
     header = ["reads", "receiver", "vectors", "parameters", "questions", "rate", "dev NLL"]
     return [(title, header, body)]

@@ -111,8 +111,11 @@ class Trainer:
         :class:`TrainingError` after ``max_bad_steps`` steps in a row without a finite gradient.
         """
         config, progress = self.config, self.progress
-        running: list[float] = []
-        evaluated_at = progress.step
+        running = progress.losses
+        if self.workers.size > 1:
+            running.clear()  # a checkpoint has the first worker's alone
+        # A run that was stopped is saved without an evaluation.
+        evaluated_at = progress.evaluations[-1]["step"] if progress.evaluations else 0
         while progress.step < self.total_steps and not self.stop_asked:
             used, began = 0, time.perf_counter()
             for used, table in enumerate(epochs(progress.epoch), start=1):

@@ -32,6 +32,8 @@ class Progress:
     """Seconds of the first step: rows must arrive, and kernels be chosen."""
     loss: float = float("nan")
     """Training loss, averaged since the last progress line."""
+    losses: list[float] = field(default_factory=list)
+    """Training loss of each step since then."""
     first_loss: float | None = None
     """Training loss of the first progress line after the alignment."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)

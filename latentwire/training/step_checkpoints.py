@@ -9,13 +9,14 @@ what has none is debris.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from latentwire import exports
 from latentwire.model import LatentWire
-from latentwire.storage import Place, children, directory, text_if_there
+from latentwire.storage import Place, children, directory, text_if_there, write_text
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
 
@@ -44,9 +45,11 @@ def metrics_of(path: Place) -> dict[str, Any]:
 
 
 def score(metrics: Mapping[str, Any], metric: str, mode: str) -> float:
-    """Return a score of which more is better; minus infinity where the metric is missing."""
+    """Return a score of which more is better; minus infinity where the metric is missing or no number."""
     value = metrics.get(metric)
-    return float("-inf") if value is None else float(value if mode == "max" else -value)
+    if value is None or math.isnan(value):
+        return float("-inf")
+    return float(value if mode == "max" else -value)
 
 
 def best_of(paths: list[Place], metric: str = "dev_f1", mode: str = "max") -> Place:
@@ -66,11 +69,15 @@ def save_step(
     metric: str,
     mode: str,
 ) -> Place:
-    """Save the trainer's step unless it is there, then keep the run's best and last alone."""
+    """Save the trainer's step unless it is there, then keep the run's best and last alone.
+
+    A run that was stopped left a checkpoint without metrics; it gets them when it is evaluated.
+    """
     path = folder / step_name(trainer.progress.step)
-    if not (
-        path / exports.MANIFEST
-    ).exists():  # a store may hold a part, of a process that died while it was sent
+    manifest = text_if_there(path / exports.MANIFEST)
+    if manifest is not None and metrics and not (document := json.loads(manifest))["metrics"]:
+        write_text(path / exports.MANIFEST, json.dumps(document | {"metrics": metrics}, indent=1))
+    if manifest is None:  # a store may hold a part, of a process that died while it was sent
         with directory(path, last=exports.MANIFEST) as target:
             checkpoints.save(target, wire, metrics, provenance, trainer)
     keep_best_and_last(folder, metric, mode)

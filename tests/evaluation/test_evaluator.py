@@ -1,15 +1,19 @@
 """The baselines say what they should on receivers that can read."""
 
+import dataclasses
+
 import pyarrow as pa
 import pytest
 import torch
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
+from latentwire.evaluation import evaluator
 from latentwire.evaluation.baselines import BUDGET_MODES, MODES, kept_context, self_information
 from latentwire.evaluation.conditions import Budget, Condition, conditions, label
 from latentwire.evaluation.diagnostics import diagnose, probe
 from latentwire.evaluation.evaluator import donors, predict
+from latentwire.evaluation.inputs import encode_rows, prompts_of
 from latentwire.evaluation.summary import compare, details, summarise
 from latentwire.losses.terms import token_ce
 from latentwire.model import LatentWire
@@ -276,6 +280,31 @@ def test_the_pair_chooses_the_answer_that_both_find_likeliest(
         batch = collate([builder.text(cut, ids[f"{name}_question_ids"], answer)])
         total -= float(token_ce(lm.supervised_logits(batch), batch.target_N).sum())
     assert one.joint_logp == pytest.approx(total, rel=1e-4)
+
+
+def test_who_answered_nothing_said_the_end_at_once(wire: LatentWire, rows: pa.Table) -> None:
+    """And not the space that leads an answer."""
+    one = rows.slice(0, 1)
+    columns = one.to_pydict()
+    inputs = encode_rows(wire, columns, columns, Condition("truncated"))
+    prediction = next(iter(predict(wire, one, "truncated")))
+    (scored,) = evaluator._score_answers(wire, inputs, [dataclasses.replace(prediction, text="")])
+    total = 0.0
+    for name, lm in wire.receivers.items():
+        builder = wire.builders[name]
+        batch = collate(prompts_of(wire, name, inputs, [[]]))
+        assert batch.target_N.tolist()[0] in builder.stop_ids
+        total -= float(token_ce(lm.supervised_logits(batch), batch.target_N).sum())
+    assert scored.joint_logp == pytest.approx(total, rel=1e-4)
+
+
+def test_logits_that_are_no_numbers_find_nothing_likely(run: RunConfig, rows: pa.Table) -> None:
+    wire = LatentWire(run)
+    for adapter in wire.interlingua.adapters.values():
+        for parameter in adapter.parameters():
+            parameter.data.fill_(float("nan"))
+    for prediction in predict(wire, rows.slice(0, 4), "latent"):
+        assert (prediction.first_1, prediction.first_5) == (0.0, 0.0)
 
 
 def test_dropout_is_off_whatever_state_training_left(run: RunConfig, rows: pa.Table) -> None:

@@ -29,6 +29,14 @@ def test_squad_rules(prediction: str, golds: list[str], expected: tuple[float, f
     assert em_f1(prediction, golds) == expected
 
 
+def test_that_a_text_does_not_answer_is_said_or_not() -> None:
+    """As by SQuAD 2.0's script: words in common earn nothing."""
+    assert em_f1("no idea", ["no answer"]) == (0.0, 0.5)
+    assert em_f1("no idea", ["no answer"], no_answer="no answer") == (0.0, 0.0)
+    assert em_f1("No answer.", ["no answer"], no_answer="no answer") == (1.0, 1.0)
+    assert em_f1("in Oslo", ["Oslo"], no_answer="no answer") == em_f1("in Oslo", ["Oslo"])
+
+
 def test_hotpotqa_gives_no_credit_for_half_a_yes() -> None:
     assert em_f1("yes it is", ["yes"], "squad")[1] > 0
     assert em_f1("yes it is", ["yes"], "hotpotqa") == (0.0, 0.0)

@@ -1,6 +1,7 @@
 """Intervals are as wide as theory says, differences are paired, and rows of one context count once."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -186,3 +187,8 @@ def test_an_interval_is_of_as_many_resamples_as_are_said(monkeypatch: pytest.Mon
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Drawing())
     assert interval([1.0, 0.0, 0.0], names(3)) == (1.0, 1.0)  # always the first
     assert drawn == [(3, 3), (3, 3), (1, 3)]
+
+
+def test_a_difference_of_what_is_no_number_has_no_p_value() -> None:
+    found = difference([float("nan"), 1.0], [0.0, 1.0], ["a", "b"])
+    assert math.isnan(found["difference"]) and math.isnan(found["p"])

@@ -70,7 +70,9 @@ def test_its_heads_are_as_many_as_the_share_and_must_be_chosen() -> None:
     again.load_state_dict(adapter.state_dict())
     assert again.heads == HEADS and torch.equal(again.score_LH, adapter.score_LH)
     assert len(unfolding(share=None).head_J2) == 2  # a quarter of eight, as four tokens a latent
-    assert len(unfolding(share=0.001).head_J2) == 1
+    assert len(unfolding(share=0.24).head_J2) == 1  # 1.92 of eight: never more than was asked for
+    with pytest.raises(ReceiverError, match=r"one of a receiver's 8 .* got 0\.1; set it to 0\.125"):
+        unfolding(share=0.1)
 
 
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (8, 3), (9, 4), (16, 6), (0, 1)])

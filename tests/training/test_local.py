@@ -162,6 +162,28 @@ def test_a_stopped_run_is_saved_and_goes_on(
     assert train_here(LatentWire(run), paths, tmp_path / "run").name == "step-00000008"
 
 
+def test_a_run_that_is_stopped_in_its_last_step_is_evaluated_when_it_goes_on(
+    run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_values(run, {"training.epochs": 1, "training.evaluate_every": 100})
+    step = Trainer.step
+
+    def stopping(self: Trainer, batches: list) -> dict[str, float]:
+        self.stop_asked = self.progress.step == 3
+        return step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        with pytest.raises(TrainingError, match="stopped by SIGTERM after step 4"):
+            train_here(LatentWire(run), paths, tmp_path / "run")
+    (saved,) = finished(tmp_path / "run" / "checkpoints")
+    assert exports.read_manifest(saved)["metrics"] == {}
+    assert train_here(LatentWire(run), paths, tmp_path / "run") == saved
+    metrics = exports.read_manifest(saved)["metrics"]
+    whole = train_here(LatentWire(run), paths, tmp_path / "whole")
+    assert metrics["dev_loss"] == exports.read_manifest(whole)["metrics"]["dev_loss"]
+
+
 def test_a_run_leaves_neither_its_wire_in_memory_nor_debris(
     run: RunConfig, paths: dict, tmp_path: Path
 ) -> None:

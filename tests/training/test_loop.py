@@ -288,6 +288,7 @@ def test_resumed_training_ends_in_the_same_weights(
     # 16 rows in batches of 4: four steps an epoch, so 1, 3 and 6 stop inside one.
     stops = (1, 3, 4, 6)
     fixed = {"training.epochs": 2, "training.evaluate_every": 1, "training.alignment_steps": 2}
+    fixed["training.log_every"] = 4
     run = with_values(run, values | fixed)
     straight = trainer_of(run, 16)
 
@@ -298,12 +299,15 @@ def test_resumed_training_ends_in_the_same_weights(
             )
 
     straight.train(table_epochs(straight.config, table), save)
+    assert straight.config.log_every == 4
     for stop in stops:
         resumed = trainer_of(run, 16)
         checkpoints.load_training(tmp_path / str(stop), resumed)
         assert resumed.progress.step == stop
         resumed.train(table_epochs(resumed.config, table), nothing)
         assert resumed.progress.step == straight.progress.step == 8
+        told = resumed.progress.loss, resumed.progress.first_loss
+        assert told == (straight.progress.loss, straight.progress.first_loss)
         for (name, expected), found in zip(
             straight.wire.interlingua.state_dict().items(),
             resumed.wire.interlingua.state_dict().values(),

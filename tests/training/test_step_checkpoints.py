@@ -113,3 +113,15 @@ def test_the_best_is_kept_by_the_metric_that_is_asked_for(wire: LatentWire, tmp_
         step_checkpoints.best_of(step_checkpoints.finished(tmp_path), "dev_loss", "min").name
         == "step-00000002"
     )
+
+
+def test_a_score_that_is_no_number_is_never_the_best(wire: LatentWire, tmp_path: Path) -> None:
+    """It may come first, and nothing is greater than it."""
+    trainer = Trainer(wire, 9)
+    for step, loss in ((1, float("nan")), (2, 2.0), (3, 1.0), (4, 1.5)):
+        trainer.progress.step = step
+        metrics = {"dev_loss": loss}
+        step_checkpoints.save_step(tmp_path, wire, metrics, {}, trainer, "dev_loss", "min")
+    paths = step_checkpoints.finished(tmp_path)
+    assert [path.name for path in paths] == ["step-00000003", "step-00000004"]
+    assert step_checkpoints.best_of(paths, "dev_loss", "min") == paths[0]
