@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from latentwire.config.resolve import ConfigError
@@ -43,8 +44,8 @@ def ask(
         for prefix, source in text_rows(loaded.builders[name].prefix).items():
             prompt = text_prompt(loaded, name, text, question, prefix)
             ((from_text,), _) = loaded.decode(name, [prompt])
-            table.add_row("" if prefix else name, source, f"{tokens} tokens", from_text)
-        table.add_row("", "latents", f"{message.slots(name)[0]} vectors", from_latents)
+            table.add_row("" if prefix else name, source, f"{tokens} tokens", Text(from_text))
+        table.add_row("", "latents", f"{message.slots(name)[0]} vectors", Text(from_latents))
     Console().print(table)
     print(
         f"message: {message.packed_size(16):,} bytes as fp16, {message.packed_size(8):,} as int8; text: {len(text.encode()):,}"
