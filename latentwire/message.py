@@ -191,7 +191,12 @@ def from_bytes(data: bytes, *, expect: str | None = None, limit: int = LIMIT) ->
     ``limit``: bytes of fp32 latents, padding included, that it may unpack to. Raises
     :class:`WireError` for everything that is not exactly one whole packet, and nothing else.
     """
-    data = bytes(data)
+    try:
+        data = bytes(memoryview(data))
+    except TypeError as error:
+        raise WireError(
+            f"a packet must be bytes, got a {type(data).__name__}; give what to_bytes made"
+        ) from error
     smallest = _HEAD.size + _CHECK.size
     if len(data) < smallest:
         raise WireError(

@@ -1,6 +1,7 @@
 """The public API: what a wire sends, and what its receivers answer."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,9 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(
     with pytest.raises(WireError, match="must come from encoder"):
         other.answer(packet, QUESTIONS, "qwen")
     wider = Message(torch.zeros(1, 2, 40), torch.tensor([2]), {}, wire.encoder_id)
+    for message in (wider, replace(wider, encoder="")):
+        with pytest.raises(WireError, match="latents must be 32 wide, got 40"):
+            wire.answer(message, QUESTIONS[0], "qwen")
     with pytest.raises(WireError, match="latents must be 32 wide, got 40"):
         wire.receive(wider.to_bytes())
     with pytest.raises(ConfigError, match="receiver must be one of llama, qwen, got gpt"):
@@ -91,6 +95,37 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(
         ConfigError, match="each message takes one question, got 5 messages and 2 questions"
     ):
         wire.answer(packet, QUESTIONS[:2], "qwen")
+
+
+def test_a_message_of_another_encoder_is_refused_as_its_packet_is(
+    wire: LatentWire, run: RunConfig
+) -> None:
+    message = wire.encode(CONTEXTS)
+    other = wire_of(with_values(run, {"training.seed": 9}))
+    for ask in (
+        lambda sent: other.answer(sent, QUESTIONS, "qwen"),
+        lambda sent: other.prefill(sent, "qwen"),
+        lambda sent: other.prompt_embeds(sent, QUESTIONS, "qwen"),
+    ):
+        with pytest.raises(WireError, match=f"from encoder {other.encoder_id}, got one of encoder"):
+            ask(message)
+        assert ask(replace(message, encoder=""))  # who knows its encoder no more is believed
+    for given, kind in (("abc", "str"), (message, "Message"), (5, "int")):
+        with pytest.raises(WireError, match=f"a packet must be bytes, got a {kind}"):
+            wire.receive(given)  # type: ignore[arg-type]
+
+
+def test_a_text_reader_sends_nothing(run: RunConfig) -> None:
+    reader = wire_of(with_values(run, {"prompt.reads": "text", "prefix": {"tokens": 2}}))
+    empty = Message(torch.zeros(1, 2, 32), torch.tensor([2]))
+    for call in (
+        lambda: reader.encode(CONTEXTS),
+        lambda: reader.receive(empty.to_bytes()),
+        lambda: reader.answer(empty, QUESTIONS[0], "qwen"),
+        lambda: reader.prefill(empty, "qwen"),
+    ):
+        with pytest.raises(ConfigError, match=r"got a text reader \(prompt\.reads text\)"):
+            call()
 
 
 def test_a_text_alone_is_one_message_and_one_question(wire: LatentWire) -> None:
