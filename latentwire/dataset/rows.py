@@ -104,6 +104,12 @@ _WRITTEN = re.compile(
 """Answers that are no text, as Python or JSON writes them into a table that is saved as CSV."""
 
 
+def document_of(row: dict[str, Any]) -> str:
+    """Return the title or document that a row names, a number too; empty where it names none."""
+    named = (row.get("title"), row.get("document"))
+    return next((str(name) for name in named if name is not None and name != ""), "")
+
+
 def text_of(row: dict[str, Any], key: str) -> str:
     """Return a column's text without white space around it. Raises :class:`RowError` with the reason."""
     value = row.get(key)

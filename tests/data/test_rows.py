@@ -61,6 +61,25 @@ def test_squad_row() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dataset", ["squad", "custom", "text"])
+@pytest.mark.parametrize(
+    ("named", "document"),
+    [
+        ({"title": 0}, "0"),
+        ({"title": None, "document": 0}, "0"),
+        ({"title": "", "document": "D"}, "D"),
+        ({"title": "T", "document": "D"}, "T"),
+    ],
+)
+def test_a_document_may_be_named_by_any_number(
+    named: dict[str, Any], document: str, dataset: str
+) -> None:
+    row = {"context": "c", "question": "q?", "answers": "a"}
+    assert clean(row | named, dataset)["document"] == document
+    unnamed = clean(row | {"title": "", "document": None}, dataset)["document"]
+    assert unnamed == clean(row, dataset)["document"] and len(unnamed) == 16
+
+
 def test_texts_come_from_text_columns_and_from_the_contexts_of_questions() -> None:
     paragraphs = {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}
     found = [
