@@ -68,11 +68,15 @@ def question_row(row: dict[str, Any], context: str, question: str, document: str
 def answers_of(row: dict[str, Any]) -> list[str]:
     """Return a row's answers as they are written: text or ``{"text": …}``, or a list of either.
 
+    A column that holds null has none.
+
     Raises :class:`RowError` with the reason.
     """
     answers = row.get("answers")
     if answers is None:
         answers = row.get("answer")
+    if answers is None and ("answers" in row or "answer" in row):
+        return []
     if isinstance(answers, dict):
         answers = answers.get("text")
     if isinstance(answers, str):

@@ -37,7 +37,12 @@ GOOD = {
             GOOD | {"answers": [{"spans": "x"}]},
             "answers must be text or a list of text, got a list of NoneType",
         ),
-        (GOOD | {"answers": None}, "answers must be text or a list of text, got NoneType"),
+        (GOOD | {"answers": None}, "answers must not be empty"),
+        ({"context": "c", "question": "q", "answer": None}, "answers must not be empty"),
+        (
+            {"context": "c", "question": "q"},
+            "answers must be text or a list of text, got NoneType",
+        ),
         (b"[" * 100_000, "row must be JSON"),
         (json.dumps({"question": "q", "answers": "a"}).encode(), "context is missing"),
         (b'{"context": "\\ud800", "question": "q", "answers": "a"}', "context must be UTF-8"),
