@@ -118,7 +118,9 @@ def text_of(row: dict[str, Any], key: str) -> str:
     """Return a column's text without white space around it. Raises :class:`RowError` with the reason."""
     value = row.get(key)
     if value is None:
-        raise RowError(f"{key} is missing")
+        names = ", ".join(str(name) for name, held in row.items() if held is not None)
+        shown = names[:SHOWN].encode("utf-8", "replace").decode() or "nothing"
+        raise RowError(f"{key} is missing: the row has {shown}")
     if isinstance(value, bytes):  # a column of bytes is text if it is UTF-8
         try:
             value = value.decode("utf-8")

@@ -316,7 +316,8 @@ def test_what_is_no_question_in_official_json_is_one_reject(tmp_path: Path) -> N
         "answers must not be empty": 1,
         "row must be a mapping, got NoneType": 2,
         "row must be a mapping, got int": 1,
-        "question is missing": 2,
+        "question is missing: the row has title, context, id": 1,
+        "question is missing: the row has context": 1,
     }
 
 
