@@ -30,7 +30,7 @@ from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores
 from latentwire.storage import Place, local, place, write
-from latentwire.texts import texts_of
+from latentwire.texts import check_one_dimension, texts_of
 from latentwire.wire_base import WireBase
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ def by_message(questions: Any, messages: int) -> Asked:
     Raises :class:`~latentwire.config.resolve.ConfigError` for questions that fit no messages.
     """
     given = questions
+    check_one_dimension("questions", given)
     if isinstance(given, Iterable) and not isinstance(given, str | bytes | bytearray | Mapping):
         given = list(given)
         if given and all(isinstance(one, list | tuple) for one in given):

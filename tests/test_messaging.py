@@ -3,6 +3,8 @@
 import warnings
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -148,6 +150,8 @@ WRONG = [
     (["Ada", ["lives"]], "must be texts that hold something, got a list at 1"),
     ("", "must be texts that hold something, got '' at 0"),
     ([" \n"], r"must be texts that hold something, got ' \\n' at 0"),
+    (pd.DataFrame({"text": CONTEXTS}), "must be a text .* a DataFrame of 2 dimensions; name one column"),
+    (np.array([CONTEXTS]), r"must be a text .* a ndarray of 2 dimensions; name one column, or give \.tolist"),
     ("Ada \ud800", "must be texts that UTF-8 can write, got a lone surrogate at 0"),
 ]  # fmt: skip
 
@@ -164,6 +168,16 @@ def test_what_is_no_text_is_told_in_one_line(wire: LatentWire, given: object, ru
         with pytest.raises(ConfigError, match=f"{what} {rule}") as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_one_column_of_a_table_is_texts(wire: LatentWire) -> None:
+    table = pd.DataFrame({"context": CONTEXTS, "question": QUESTIONS})
+    message = wire.encode(table["context"])
+    assert torch.equal(message.z_BLZ, wire.encode(CONTEXTS).z_BLZ)
+    assert wire.answer(message, np.array(QUESTIONS), "qwen") == wire.answer(
+        message, QUESTIONS, "qwen"
+    )
+    assert len(wire.encode(np.str_("Ada lives in Oslo."))) == 1
 
 
 def test_numbers_that_do_not_match_are_told_in_one_line(wire: LatentWire) -> None:
