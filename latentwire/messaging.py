@@ -14,7 +14,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.message import Message, WireError, from_bytes
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.past import Past
-from latentwire.prefilled import Prefilled, by_message
+from latentwire.prefilled import Prefilled, by_message, check_decoding
 from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts import sequences
 from latentwire.prompts.batch import SHARED_BY, Batch, collate
@@ -117,7 +117,7 @@ class Messaging(WireBase):
 
         Raises:
             ConfigError: an unknown receiver, questions that fit no messages, several of them with
-                ``on_text``, or a text reader.
+                ``on_text``, a ``max_new_tokens`` below 1, or a text reader.
             WireError: a message of another encoder, or a packet that is none.
         """
         message = self._received(message, receiver)
@@ -266,7 +266,7 @@ class Messaging(WireBase):
     def _received(self, message: Message | bytes, receiver: str) -> Message:
         """Return a message, or a packet's, on this wire's device, for one of its receivers."""
         self._check_sends()
-        if receiver not in self.receivers:
+        if not isinstance(receiver, str) or receiver not in self.receivers:
             raise ConfigError(
                 f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them"
             )
@@ -314,6 +314,7 @@ class Messaging(WireBase):
             sampling: how tokens are drawn. None: the likeliest one.
             watch: is told each step's tokens.
         """
+        check_decoding(max_new_tokens, sampling)
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
         if lm.device.type == "cuda":  # earlier work on the device is none of this prompt's cost

@@ -30,7 +30,7 @@ from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores
 from latentwire.storage import Place, local, place, write
-from latentwire.texts import check_one_dimension, texts_of
+from latentwire.texts import check_one_dimension, shown_value, texts_of
 from latentwire.wire_base import WireBase
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Prefilled:
             sampling: how tokens are drawn. None: the likeliest.
 
         Raises:
-            ConfigError: questions that fit no messages.
+            ConfigError: questions that fit no messages, or a ``max_new_tokens`` below 1.
         """
         asked = by_message(questions, len(self))
         prompts = asked.prompts(self.wire.builders[self.receiver], self._slots())
@@ -118,6 +118,7 @@ class Prefilled:
             sampling: how tokens are drawn. None: the likeliest.
             watch: is told each step's tokens.
         """
+        check_decoding(max_new_tokens, sampling)
         lm, builder = self.wire.local_receiver(self.receiver), self.wire.builders[self.receiver]
         rest = self._rest(prompts, messages, "left").to(lm.device)
         longest = max_new_tokens or self.wire.run.evaluation.max_answer_tokens
@@ -287,6 +288,24 @@ class Asked:
         for _, of_one in groupby(pairs, key=itemgetter(0)):
             shaped.append([text for _, text in of_one])
         return shaped
+
+
+def check_decoding(max_new_tokens: Any, sampling: Any) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for what is no length of an answer, or no way to draw it."""
+    if max_new_tokens is not None and (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
+        raise ConfigError(
+            f"max_new_tokens must be a whole number of at least 1, got {shown_value(max_new_tokens)}; "
+            f"leave it out for evaluation.max_answer_tokens"
+        )
+    if not isinstance(sampling, Sampling | None):
+        raise ConfigError(
+            f"sampling must be a Sampling, got {shown_value(sampling)}; give Sampling(temperature=…), "
+            f"or leave it out for the likeliest tokens"
+        )
 
 
 def by_message(questions: Any, messages: int) -> Asked:

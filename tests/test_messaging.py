@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -202,6 +203,20 @@ def test_a_context_that_is_longer_than_any_trained_on_is_warned_of(run: RunConfi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wire.encode(texts[0])
+
+
+def test_what_no_answer_can_be_decoded_by_is_told(wire: LatentWire) -> None:
+    message = wire.encode(CONTEXTS[0])
+    prefilled = wire.prefill(message, "qwen")
+    for given in (0, -1, 1.5, True, "3"):
+        for ask in (partial(wire.answer, message, receiver="qwen"), prefilled.answer):
+            with pytest.raises(ConfigError, match="max_new_tokens must be a whole number of at"):
+                ask(questions=QUESTIONS[0], max_new_tokens=given)
+    for ask in (partial(wire.answer, message, receiver="qwen"), prefilled.answer):
+        with pytest.raises(ConfigError, match=r"sampling must be a Sampling, got 0\.7; give"):
+            ask(questions=QUESTIONS[0], sampling=0.7)
+    with pytest.raises(ConfigError, match=r"receiver must be one of llama, qwen, got \['qwen'\]"):
+        wire.answer(message, QUESTIONS[0], ["qwen"])  # type: ignore[arg-type]
 
 
 def test_messages_are_sent_without_dropout(run: RunConfig) -> None:
