@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,8 +145,26 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+@contextlib.contextmanager
+def written_at(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into a :class:`CheckpointError`.
+
+    Not for training, which tries again where its disk did not answer.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"a wire must go to a directory that can be written, got {path} ({error}); name another directory"
+        ) from error
+
+
 def check_free(path: Path) -> None:
-    """Raise :class:`CheckpointError` where a wire would overwrite something."""
+    """Raise :class:`CheckpointError` where a wire would overwrite something, or the directory one works in."""
+    if path.resolve() == Path.cwd():
+        raise CheckpointError(
+            f"a checkpoint must be a directory of its own, got {path}, in which this process works; name another directory"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(
             f"a checkpoint must not overwrite anything, {path} exists; name another directory"

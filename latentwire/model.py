@@ -126,7 +126,10 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         ``push_to_hub=True`` sends it to the Hub too. Metrics are those of the export it was loaded
         from, as long as its weights are. Raises :class:`~latentwire.exports.CheckpointError`.
         """
-        exports.check_free(Path(save_directory))  # the mixin removes a config.json that is there
+        path = Path(save_directory)
+        with exports.written_at(path):
+            exports.check_free(path)  # the mixin removes a config.json that is there
+            path.mkdir(parents=True, exist_ok=True)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -135,14 +138,15 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         # Weights that have changed since they were loaded have no metrics.
         unchanged = fingerprint(self.interlingua) == self._loaded
         metrics = known["metrics"] if unchanged else {}
-        exports.save(
-            save_directory,
-            self,
-            metrics,
-            provenance,
-            address=self._address,
-            stored_as=self._stored_as,
-        )
+        with exports.written_at(save_directory):
+            exports.save(
+                save_directory,
+                self,
+                metrics,
+                provenance,
+                address=self._address,
+                stored_as=self._stored_as,
+            )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload an export with its model card to the Hub; return the commit's address.

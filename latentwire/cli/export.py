@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from latentwire import exports
 from latentwire.config import DataConfig
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
@@ -28,6 +29,7 @@ def export(wire: str, output: Path, /, *, half: bool = False) -> int:
         half: Round the trained weights to bfloat16 and store them so. The encoder is another one then, with an id of its
             own, and has no scores until it is evaluated.
     """
+    exports.check_free(output)
     disable_progress_bar()  # of weights that take a moment to load
     loaded = LatentWire.from_pretrained(wire)
     loaded.run = with_values(loaded.run, ANYWHERE)
