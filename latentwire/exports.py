@@ -161,7 +161,7 @@ def written_at(path: Path) -> Iterator[None]:
 
 def check_free(path: Path) -> None:
     """Raise :class:`CheckpointError` where a wire would overwrite something, or the directory one works in."""
-    if path.resolve() == Path.cwd():
+    if path.is_dir() and path.samefile("."):
         raise CheckpointError(
             f"a checkpoint must be a directory of its own, got {path}, in which this process works; name another directory"
         )

@@ -215,7 +215,9 @@ def test_an_optional_text_can_be_left_out_and_others_are_yaml() -> None:
     for text in ("null", "~", ""):
         assert typed("data.data_dir", text) is typed("receivers.0.revision", text) is None
         assert typed("data.shard_dir", text) == typed("receivers.0.model", text) == text
-    assert typed("training.cpus_per_worker", "2") == 2 and typed("data.unanswerable", "null") is None
+    assert (
+        typed("training.cpus_per_worker", "2") == 2 and typed("data.unanswerable", "null") is None
+    )
     assert typed("receivers.0.trust_remote_code", "true") is True
     assert typed("encoder.senders", "[a, b]") == ["a", "b"]
     assert typed("receivers.0.template_options", "{a: 1}") == {"a": 1}

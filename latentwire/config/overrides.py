@@ -13,7 +13,6 @@ from latentwire.config import ReceiverConfig, RunConfig, TuneConfig
 from latentwire.config.knobs import knob_of
 from latentwire.config.resolve import ConfigError, knobs, with_values
 
-
 LEFT_OUT = ("null", "~", "")
 """Texts by which an optional text is left out."""
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 from latentwire.config import DataConfig
 from latentwire.data.sources import DataError
 
-
 DRAWS = 8
 """Paragraphs that are drawn for a question before it stays, where each is the question's own."""
 
