@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
-        receivers: str | Sequence[str] | Mapping[str, str] | None = None,
+        receivers: str | Sequence[str] | Mapping[str, str | Path] | None = None,
         trust_remote_code: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -62,6 +63,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
     ) -> LatentWire:
         """Load the wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
 
+        ``~`` is the user's home.
         The name of a wire that comes with a checkout of the project (``wires/``) does as well.
         ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the
         same weights where they lie elsewhere than when the wire was trained. ``trust_remote_code``:
@@ -71,7 +73,8 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         :class:`~latentwire.config.resolve.ConfigError` and
         :class:`~latentwire.pretrained.weights.ReceiverError`.
         """
-        path = shipped(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path)
+        here = os.path.expanduser(pretrained_model_name_or_path)
+        path = shipped(pretrained_model_name_or_path) or Path(here)
         if not path.is_dir():
             try:
                 path = Path(

@@ -68,7 +68,7 @@ def is_path(model: str) -> bool:
 
 
 def choose_receivers(
-    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
+    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str | Path] | None
 ) -> RunConfig:
     """Return ``run`` with the chosen receivers alone (``None``: all).
 

@@ -224,6 +224,13 @@ def test_an_optional_text_can_be_left_out_and_others_are_yaml() -> None:
     assert typed("tune.trials", "4") == 4 and typed("data.send", '"prompt"') == "prompt"
 
 
+def test_a_path_is_taken_where_its_text_is(tmp_path: Path) -> None:
+    given = {"data.data_dir": tmp_path, "data.dataset": "custom", "receivers.0.model": tmp_path}
+    run = with_values(RunConfig(), given | {"data.shard_dir": tmp_path / "shards"})
+    assert run.data.data_dir == run.receivers[0].model == str(tmp_path)
+    assert run.data.shard_dir == str(tmp_path / "shards")
+
+
 def test_with_values_checks_again() -> None:
     assert with_values(RunConfig(), {"encoder.latent_len": 3}).encoder.latent_len == 3
     with pytest.raises(ConfigError, match="latent_len must be ≥ 1, got 0"):

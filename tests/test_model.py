@@ -163,6 +163,15 @@ def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path
         LatentWire.from_pretrained("none/best", local_files_only=True)
 
 
+def test_a_wire_in_the_users_home_is_found(
+    wire: LatentWire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire.save_pretrained(tmp_path / "best")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("~/best", Path("~/best")):
+        assert LatentWire.from_pretrained(place).encoder_id == wire.encoder_id
+
+
 def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(
     run: RunConfig, tmp_path: Path
 ) -> None:
@@ -184,6 +193,8 @@ def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(
         moved.run.receivers[0].model == folder
         and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
     )
+    by_path = LatentWire.from_pretrained(path, receivers={"llama": Path(folder)})
+    assert by_path.run == moved.run
     joined = with_values(run, {"training.train_only": ["qwen"], "training.init_from": str(path)})
     assert choose_receivers(joined, ["llama"]).training.train_only == ()
     assert choose_receivers(joined, ["qwen"]).training.train_only == ("qwen",)
