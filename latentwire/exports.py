@@ -301,9 +301,10 @@ def check_models(path: Path, run: RunConfig) -> None:
         if is_path(receiver.model) and not Path(receiver.model).exists():
             raise CheckpointError(
                 f"receiver {receiver.name} of {path} must be in a directory of this machine, "
-                f"{receiver.model} is not there; say where its weights are: "
-                f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
-                f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
+                f"{_sought(path, receiver.model)} is not there; say where its weights are: ask and export take "
+                f"--receiver_at {receiver.name}=<directory or Hub id>, Python LatentWire.from_pretrained(…, "
+                f"receivers={{'{receiver.name}': '<directory or Hub id>'}}), or --set receivers.{place}.model=<directory "
+                f"or Hub id> where the command has it"
             )
     backbones = {"encoder.model": run.encoder.model} if run.encoder.model else {}
     senders = run.encoder.senders
@@ -312,9 +313,14 @@ def check_models(path: Path, run: RunConfig) -> None:
         if is_path(model) and not Path(model).exists():
             raise CheckpointError(
                 f"the encoder's backbone of {path} must be in a directory of this machine, "
-                f"{model} is not there; put its weights there, or --set "
+                f"{_sought(path, model)} is not there; put its weights there, or --set "
                 f"{knob}=<directory or Hub id>"
             )
+
+
+def _sought(path: Path, model: str) -> Path:
+    """Return where a model's directory was looked for: one that begins with a dot lies beside the wire."""
+    return (Path(path) / model).resolve() if model.startswith(".") else Path(model)
 
 
 def load_weights(path: Path, wire: WireBase, manifest: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.messaging import Messaging
-from latentwire.model_addresses import by_name, choose_receivers
+from latentwire.model_addresses import by_name, choose_receivers, with_places
 from latentwire.pretrained.weights import fingerprint
 from latentwire.receivers.base import Receiver
 
@@ -55,6 +55,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         *,
         revision: str | None = None,
         receivers: str | Sequence[str] | Mapping[str, str | Path] | None = None,
+        receiver_at: Mapping[str, str | Path] | None = None,
         trust_remote_code: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -66,7 +67,8 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         ``~`` is the user's home.
         The name of a wire that comes with a checkout of the project (``wires/``) does as well.
         ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the
-        same weights where they lie elsewhere than when the wire was trained. ``trust_remote_code``:
+        same weights where they lie elsewhere than when the wire was trained. ``receiver_at``: the same
+        of some, while all others stay as they are. ``trust_remote_code``:
         whether receivers may run code that comes with their weights where the export asks for it; a
         stranger's export could. Raises :class:`~latentwire.exports.CheckpointError` for a place
         that holds no wire, or one that its manifest does not fit,
@@ -100,7 +102,10 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
                     f"with `hf auth login`"
                 ) from error
         manifest = exports.read_manifest(path)
-        run = choose_receivers(exports.read_run(path), receivers)
+        run = exports.read_run(path)
+        if receiver_at:
+            run = with_places(run, receiver_at)
+        run = choose_receivers(run, receivers)
         with_code = [receiver.name for receiver in run.receivers if receiver.trust_remote_code]
         if with_code and not trust_remote_code:
             raise exports.CheckpointError(

@@ -91,8 +91,19 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(
     told = r"receiver llama of .*best must be in a directory .*models/my-llama is not there; .*receivers=\{'llama': "
     with pytest.raises(CheckpointError, match=told + r".*or --set receivers\.0\.model="):
         LatentWire.from_pretrained(export)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=rf"machine, {weights} is not there; .*--receiver_at"):
         load_wire(export)
+    asked = ["ask", str(export), "--question=Where?", "--context=Ada lives in Oslo."]
+    assert main(asked) == 2 and re.search(told, capsys.readouterr().err)
+    place = f"--receiver_at=llama={tmp_path / 'moved'}"
+    for more, both in (([place], True), ([place, "--receiver=llama"], False)):
+        assert main([*asked, *more]) == 0
+        assert ("qwen" in capsys.readouterr().out) == both
+    assert main(["export", str(export), str(tmp_path / "out"), place]) == 0
+    assert read_run(tmp_path / "out").receivers[0].model == str(tmp_path / "moved")
+    for wrong, rule in (("llama", "takes NAME=PLACE, got llama;"), ("gpt=x", "got gpt; name some")):
+        assert main([*asked, f"--receiver_at={wrong}"]) == 2
+        assert rule in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", str(export)]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert LatentWire.from_pretrained(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from latentwire.cli.flags import ReceiverAt, receiver_places
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
 from latentwire.prompts.sequences import PromptSequence
@@ -23,6 +24,7 @@ def ask(
     context: str | None = None,
     context_file: Annotated[Path | None, Parameter(name="--context_file")] = None,
     receiver: str | None = None,
+    receiver_at: ReceiverAt = [],  # noqa: B006  (never changed)
 ) -> int:
     """Ask one question of an exported wire; show what each receiver answers from the text and from the latents.
 
@@ -35,7 +37,8 @@ def ask(
     """
     text = _context(context, context_file)
     disable_progress_bar()  # of weights that take a moment to load
-    loaded = LatentWire.from_pretrained(wire, receivers=receiver)
+    places = receiver_places(receiver_at)
+    loaded = LatentWire.from_pretrained(wire, receivers=receiver, receiver_at=places)
     message = loaded.encode([text], [question] if loaded.run.data.send == "prompt" else None)
     table = Table("receiver", "from", "positions", "answer")
     for name in loaded.receivers:

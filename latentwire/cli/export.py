@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from latentwire import exports
+from latentwire.cli.flags import ReceiverAt, receiver_places
 from latentwire.config import DataConfig
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
@@ -20,7 +21,14 @@ ANYWHERE = {
 """Knobs that say where things lay on the machine that trained, and what they are elsewhere."""
 
 
-def export(wire: str, output: Path, /, *, half: bool = False) -> int:
+def export(
+    wire: str,
+    output: Path,
+    /,
+    *,
+    half: bool = False,
+    receiver_at: ReceiverAt = [],  # noqa: B006  (never changed)
+) -> int:
     """Write a wire as an export: weights, configuration, manifest and model card, nothing to train on from.
 
     Args:
@@ -31,7 +39,7 @@ def export(wire: str, output: Path, /, *, half: bool = False) -> int:
     """
     exports.check_free(output)
     disable_progress_bar()  # of weights that take a moment to load
-    loaded = LatentWire.from_pretrained(wire)
+    loaded = LatentWire.from_pretrained(wire, receiver_at=receiver_places(receiver_at))
     loaded.run = with_values(loaded.run, ANYWHERE)
     if half:
         loaded.halve()
