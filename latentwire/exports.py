@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,8 +145,26 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+@contextlib.contextmanager
+def written_at(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into a :class:`CheckpointError`.
+
+    Not for training, which tries again where its disk did not answer.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"a wire must go to a directory that can be written, got {path} ({error}); name another directory"
+        ) from error
+
+
 def check_free(path: Path) -> None:
-    """Raise :class:`CheckpointError` where a wire would overwrite something."""
+    """Raise :class:`CheckpointError` where a wire would overwrite something, or the directory one works in."""
+    if path.is_dir() and path.samefile("."):
+        raise CheckpointError(
+            f"a checkpoint must be a directory of its own, got {path}, in which this process works; name another directory"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(
             f"a checkpoint must not overwrite anything, {path} exists; name another directory"
@@ -283,9 +301,10 @@ def check_models(path: Path, run: RunConfig) -> None:
         if is_path(receiver.model) and not Path(receiver.model).exists():
             raise CheckpointError(
                 f"receiver {receiver.name} of {path} must be in a directory of this machine, "
-                f"{receiver.model} is not there; say where its weights are: "
-                f"LatentWire.from_pretrained(…, receivers={{'{receiver.name}': '<directory or Hub "
-                f"id>'}}), or --set receivers.{place}.model=<directory or Hub id>"
+                f"{_sought(path, receiver.model)} is not there; say where its weights are: ask and export take "
+                f"--receiver_at {receiver.name}=<directory or Hub id>, Python LatentWire.from_pretrained(…, "
+                f"receivers={{'{receiver.name}': '<directory or Hub id>'}}), or --set receivers.{place}.model=<directory "
+                f"or Hub id> where the command has it"
             )
     backbones = {"encoder.model": run.encoder.model} if run.encoder.model else {}
     senders = run.encoder.senders
@@ -294,9 +313,14 @@ def check_models(path: Path, run: RunConfig) -> None:
         if is_path(model) and not Path(model).exists():
             raise CheckpointError(
                 f"the encoder's backbone of {path} must be in a directory of this machine, "
-                f"{model} is not there; put its weights there, or --set "
+                f"{_sought(path, model)} is not there; put its weights there, or --set "
                 f"{knob}=<directory or Hub id>"
             )
+
+
+def _sought(path: Path, model: str) -> Path:
+    """Return where a model's directory was looked for: one that begins with a dot lies beside the wire."""
+    return (Path(path) / model).resolve() if model.startswith(".") else Path(model)
 
 
 def load_weights(path: Path, wire: WireBase, manifest: dict[str, Any]) -> None:

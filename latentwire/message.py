@@ -97,7 +97,14 @@ class Message:
         return replace(self, z_BLZ=z_BLZ)
 
     def row(self, index: int) -> Message:
-        """Return one row as a message of its own, without padding."""
+        """Return one row as a message of its own, without padding.
+
+        Raises :class:`~latentwire.message.WireError` where there is no such row.
+        """
+        if not 0 <= index < len(self):
+            raise WireError(
+                f"a message's row must be from 0 to {len(self) - 1}, got {index}; name one of them"
+            )
         z_BLZ, length_B = self.z_BLZ[index : index + 1], self.length_B[index : index + 1]
         padding = self.shared - int(length_B)
         z_BLZ = torch.cat((z_BLZ[:, : int(length_B)], z_BLZ[:, self.shared :]), 1)
@@ -191,7 +198,12 @@ def from_bytes(data: bytes, *, expect: str | None = None, limit: int = LIMIT) ->
     ``limit``: bytes of fp32 latents, padding included, that it may unpack to. Raises
     :class:`WireError` for everything that is not exactly one whole packet, and nothing else.
     """
-    data = bytes(data)
+    try:
+        data = bytes(memoryview(data))
+    except TypeError as error:
+        raise WireError(
+            f"a packet must be bytes, got a {type(data).__name__}; give what to_bytes made"
+        ) from error
     smallest = _HEAD.size + _CHECK.size
     if len(data) < smallest:
         raise WireError(
@@ -258,9 +270,11 @@ def join(messages: Sequence[Message]) -> Message:
     """Join messages of the same rows, such as paragraphs that were encoded and sent apart.
 
     Their latents follow each other in each row. Where ``encoder.split`` is ``lines`` and no refiner
-    is on, that is the message of the lines together. Raises :class:`WireError` for other numbers of
-    rows, another encoder, or private latents.
+    is on, that is the message of the lines together. Raises :class:`WireError` for no messages, other
+    numbers of rows, another encoder, or private latents.
     """
+    if not messages:
+        raise WireError("join takes at least one message, got none; name those to be joined")
     first = messages[0]
     for message in messages:
         if len(message) != len(first) or message.encoder != first.encoder or message.private:

@@ -14,7 +14,7 @@ from latentwire.config.resolve import ConfigError
 from latentwire.message import Message, WireError, from_bytes
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.past import Past
-from latentwire.prefilled import Prefilled, by_message
+from latentwire.prefilled import Prefilled, by_message, check_decoding
 from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts import sequences
 from latentwire.prompts.batch import SHARED_BY, Batch, collate
@@ -39,8 +39,9 @@ class Messaging(WireBase):
         ``questions`` are part of it with ``send: prompt`` only. A text alone is one context. Warns
         of contexts longer than the wire was trained for (``data.max_context_bytes``). Raises
         :class:`~latentwire.config.resolve.ConfigError` for what is no text or empty, for another
-        number of questions, and where that wire is given none.
+        number of questions, where that wire is given none, and for a text reader.
         """
+        self._check_sends()
         self.interlingua.eval()
         contexts = texts_of("contexts", contexts)
         if questions is None and self.run.data.send == "prompt":
@@ -67,12 +68,23 @@ class Messaging(WireBase):
 
     def receive(self, packet: bytes) -> Message:
         """Read a packet of this wire's encoder. Raises :class:`~latentwire.message.WireError`."""
+        self._check_sends()
         message = from_bytes(packet, expect=self.encoder_id)
+        self._check_width(message)
+        return message
+
+    def _check_sends(self) -> None:
+        if self.run.is_reader:
+            raise ConfigError(
+                f"a wire that sends messages is needed, got a text reader (prompt.reads {self.run.prompt.reads}); "
+                f"score it by latentwire evaluate --checkpoint …"
+            )
+
+    def _check_width(self, message: Message) -> None:
         if (d_z := message.z_BLZ.shape[2]) != self.run.encoder.d_z:
             raise WireError(
-                f"a packet's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender must check them"
+                f"a message's latents must be {self.run.encoder.d_z} wide, got {d_z}; its sender must check them"
             )
-        return message
 
     # --------------------------------------------------------------------------------------- asking
 
@@ -104,8 +116,9 @@ class Messaging(WireBase):
             Answers in the shape of the questions: a list, or a list of lists.
 
         Raises:
-            ConfigError: an unknown receiver, questions that fit no messages, or several of them with
-                ``on_text``.
+            ConfigError: an unknown receiver, questions that fit no messages, several of them with
+                ``on_text``, a ``max_new_tokens`` below 1, or a text reader.
+            WireError: a message of another encoder, or a packet that is none.
         """
         message = self._received(message, receiver)
         asked = by_message(questions, len(message))
@@ -255,7 +268,8 @@ class Messaging(WireBase):
 
     def _received(self, message: Message | bytes, receiver: str) -> Message:
         """Return a message, or a packet's, on this wire's device, for one of its receivers."""
-        if receiver not in self.receivers:
+        self._check_sends()
+        if not isinstance(receiver, str) or receiver not in self.receivers:
             raise ConfigError(
                 f"receiver must be one of {', '.join(self.receivers)}, got {receiver}; name one of them"
             )
@@ -266,6 +280,12 @@ class Messaging(WireBase):
             )
         if not isinstance(message, Message):
             message = self.receive(message)
+        elif message.encoder not in ("", self.encoder_id):
+            raise WireError(
+                f"a message must come from encoder {self.encoder_id}, got one of encoder {message.encoder}; "
+                f"load the wire that made it"
+            )
+        self._check_width(message)
         self.interlingua.eval()
         return message.to(self.interlingua.device)
 
@@ -297,6 +317,7 @@ class Messaging(WireBase):
             sampling: how tokens are drawn. None: the likeliest one.
             watch: is told each step's tokens.
         """
+        check_decoding(max_new_tokens, sampling)
         lm, builder = self.receivers[receiver], self.builders[receiver]
         self.interlingua.eval()
         if lm.device.type == "cuda":  # earlier work on the device is none of this prompt's cost

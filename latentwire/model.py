@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from latentwire import exports
 from latentwire.config import RunConfig
 from latentwire.messaging import Messaging
-from latentwire.model_addresses import by_name, choose_receivers
+from latentwire.model_addresses import by_name, choose_receivers, with_places
 from latentwire.pretrained.weights import fingerprint
 from latentwire.receivers.base import Receiver
 
@@ -53,7 +54,8 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
-        receivers: str | Sequence[str] | Mapping[str, str] | None = None,
+        receivers: str | Sequence[str] | Mapping[str, str | Path] | None = None,
+        receiver_at: Mapping[str, str | Path] | None = None,
         trust_remote_code: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -62,16 +64,19 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
     ) -> LatentWire:
         """Load the wire of an export or checkpoint: a directory, or a Hub id with its ``revision``.
 
+        ``~`` is the user's home.
         The name of a wire that comes with a checkout of the project (``wires/``) does as well.
         ``receivers``: names of those to load (``None``: all), or name → Hub id or directory of the
-        same weights where they lie elsewhere than when the wire was trained. ``trust_remote_code``:
+        same weights where they lie elsewhere than when the wire was trained. ``receiver_at``: the same
+        of some, while all others stay as they are. ``trust_remote_code``:
         whether receivers may run code that comes with their weights where the export asks for it; a
         stranger's export could. Raises :class:`~latentwire.exports.CheckpointError` for a place
         that holds no wire, or one that its manifest does not fit,
         :class:`~latentwire.config.resolve.ConfigError` and
         :class:`~latentwire.pretrained.weights.ReceiverError`.
         """
-        path = shipped(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path)
+        here = os.path.expanduser(pretrained_model_name_or_path)
+        path = shipped(pretrained_model_name_or_path) or Path(here)
         if not path.is_dir():
             try:
                 path = Path(
@@ -97,7 +102,10 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
                     f"with `hf auth login`"
                 ) from error
         manifest = exports.read_manifest(path)
-        run = choose_receivers(exports.read_run(path), receivers)
+        run = exports.read_run(path)
+        if receiver_at:
+            run = with_places(run, receiver_at)
+        run = choose_receivers(run, receivers)
         with_code = [receiver.name for receiver in run.receivers if receiver.trust_remote_code]
         if with_code and not trust_remote_code:
             raise exports.CheckpointError(
@@ -126,7 +134,10 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         ``push_to_hub=True`` sends it to the Hub too. Metrics are those of the export it was loaded
         from, as long as its weights are. Raises :class:`~latentwire.exports.CheckpointError`.
         """
-        exports.check_free(Path(save_directory))  # the mixin removes a config.json that is there
+        path = Path(save_directory)
+        with exports.written_at(path):
+            exports.check_free(path)  # the mixin removes a config.json that is there
+            path.mkdir(parents=True, exist_ok=True)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -135,14 +146,15 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         # Weights that have changed since they were loaded have no metrics.
         unchanged = fingerprint(self.interlingua) == self._loaded
         metrics = known["metrics"] if unchanged else {}
-        exports.save(
-            save_directory,
-            self,
-            metrics,
-            provenance,
-            address=self._address,
-            stored_as=self._stored_as,
-        )
+        with exports.written_at(save_directory):
+            exports.save(
+                save_directory,
+                self,
+                metrics,
+                provenance,
+                address=self._address,
+                stored_as=self._stored_as,
+            )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload an export with its model card to the Hub; return the commit's address.

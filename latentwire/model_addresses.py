@@ -67,8 +67,22 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
+def with_places(run: RunConfig, places: Mapping[str, str | Path]) -> RunConfig:
+    """Return ``run`` with other places of some receivers' weights, by their names.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name.
+    """
+    known = [receiver.name for receiver in run.receivers]
+    if strange := [name for name in places if name not in known]:
+        raise ConfigError(
+            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them"
+        )
+    values = {f"receivers.{known.index(name)}.model": place for name, place in places.items()}
+    return with_values(run, values, "receivers")
+
+
 def choose_receivers(
-    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str] | None
+    run: RunConfig, chosen: str | Sequence[str] | Mapping[str, str | Path] | None
 ) -> RunConfig:
     """Return ``run`` with the chosen receivers alone (``None``: all).
 

@@ -30,7 +30,7 @@ from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores
 from latentwire.storage import Place, local, place, write
-from latentwire.texts import texts_of
+from latentwire.texts import check_one_dimension, shown_value, texts_of
 from latentwire.wire_base import WireBase
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Prefilled:
             sampling: how tokens are drawn. None: the likeliest.
 
         Raises:
-            ConfigError: questions that fit no messages.
+            ConfigError: questions that fit no messages, or a ``max_new_tokens`` below 1.
         """
         asked = by_message(questions, len(self))
         prompts = asked.prompts(self.wire.builders[self.receiver], self._slots())
@@ -118,6 +118,7 @@ class Prefilled:
             sampling: how tokens are drawn. None: the likeliest.
             watch: is told each step's tokens.
         """
+        check_decoding(max_new_tokens, sampling)
         lm, builder = self.wire.local_receiver(self.receiver), self.wire.builders[self.receiver]
         rest = self._rest(prompts, messages, "left").to(lm.device)
         longest = max_new_tokens or self.wire.run.evaluation.max_answer_tokens
@@ -289,12 +290,31 @@ class Asked:
         return shaped
 
 
+def check_decoding(max_new_tokens: Any, sampling: Any) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for what is no length of an answer, or no way to draw it."""
+    if max_new_tokens is not None and (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
+        raise ConfigError(
+            f"max_new_tokens must be a whole number of at least 1, got {shown_value(max_new_tokens)}; "
+            f"leave it out for evaluation.max_answer_tokens"
+        )
+    if not isinstance(sampling, Sampling | None):
+        raise ConfigError(
+            f"sampling must be a Sampling, got {shown_value(sampling)}; give Sampling(temperature=…), "
+            f"or leave it out for the likeliest tokens"
+        )
+
+
 def by_message(questions: Any, messages: int) -> Asked:
     """Say which message each question is asked of.
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for questions that fit no messages.
     """
     given = questions
+    check_one_dimension("questions", given)
     if isinstance(given, Iterable) and not isinstance(given, str | bytes | bytearray | Mapping):
         given = list(given)
         if given and all(isinstance(one, list | tuple) for one in given):

@@ -178,11 +178,12 @@ def explained(where: object, doing: str = "read") -> Iterator[None]:
 
 
 def write(where: Place, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a local file and put it in its place, whole or not at all.
+    """Let ``fill`` write a local file and put it in its place, whole or not at all; its directory is made.
 
     That holds whoever else writes the same one.
     """
     if isinstance(where, Path):
+        where.parent.mkdir(parents=True, exist_ok=True)
         aside = where.with_name(f".{where.name}.part-{uuid.uuid4().hex[:8]}")
         try:
             fill(aside)
@@ -197,8 +198,7 @@ def write(where: Place, fill: Callable[[Path], object]) -> None:
 
 
 def write_text(where: Place, text: str) -> None:
-    """Write a file of text, by :func:`write`; its directory is made."""
-    where.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file of text, by :func:`write`."""
     write(where, lambda file: file.write_text(text, encoding="utf-8"))
 
 

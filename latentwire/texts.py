@@ -18,6 +18,7 @@ def texts_of(what: str, given: Any) -> list[str]:
         raise ConfigError(
             f"{what} must be a text or a list of texts, got {shown_value(given)}; give a str, or a list of them"
         )
+    check_one_dimension(what, given)
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
         raise ConfigError(
@@ -36,6 +37,15 @@ def texts_of(what: str, given: Any) -> list[str]:
                 f"({error.reason}); decode it anew"
             ) from error
     return texts
+
+
+def check_one_dimension(what: str, given: Any) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for a table, which is walked by its columns' names."""
+    if not isinstance(given, str) and (count := getattr(given, "ndim", 1)) != 1:
+        raise ConfigError(
+            f"{what} must be a text or a list of texts, got a {type(given).__name__} of {count} dimensions; "
+            f"name one column, or give .tolist()"
+        )
 
 
 def shown_value(value: Any) -> str:

@@ -18,6 +18,7 @@ from latentwire.config import (
     Schedule,
     SweepConfig,
 )
+from latentwire.config.overrides import typed
 from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
 from tests.conftest import flags_of
 
@@ -198,6 +199,36 @@ def test_set_reaches_every_knob_and_refuses_unknown_ones() -> None:
         ConfigError, match=r"epochs: .*, got '\[3'"
     ):  # no YAML: the text as it stands
         read_config(options("--set", "training.epochs=[3"))
+
+
+@pytest.mark.parametrize("value", ["my data #2", "2024", "set: one", "[a", "yes", "1e3", "'a'"])
+def test_a_path_or_another_text_is_taken_as_it_stands(value: str) -> None:
+    knobs = ["data.data_dir", "training.init_from", "tune.warm_start", "receivers.0.model"]
+    knobs += ["receivers.0.revision", "stages.one.data.data_dir", "encoder.model"]
+    for knob in knobs:
+        assert typed(knob, value) == value
+    flagged = read_config(options("--dataset=custom", f"--data_dir={value}"))
+    assert flagged.run.data.data_dir == value
+
+
+def test_an_optional_text_can_be_left_out_and_others_are_yaml() -> None:
+    for text in ("null", "~", ""):
+        assert typed("data.data_dir", text) is typed("receivers.0.revision", text) is None
+        assert typed("data.shard_dir", text) == typed("receivers.0.model", text) == text
+    assert (
+        typed("training.cpus_per_worker", "2") == 2 and typed("data.unanswerable", "null") is None
+    )
+    assert typed("receivers.0.trust_remote_code", "true") is True
+    assert typed("encoder.senders", "[a, b]") == ["a", "b"]
+    assert typed("receivers.0.template_options", "{a: 1}") == {"a": 1}
+    assert typed("tune.trials", "4") == 4 and typed("data.send", '"prompt"') == "prompt"
+
+
+def test_a_path_is_taken_where_its_text_is(tmp_path: Path) -> None:
+    given = {"data.data_dir": tmp_path, "data.dataset": "custom", "receivers.0.model": tmp_path}
+    run = with_values(RunConfig(), given | {"data.shard_dir": tmp_path / "shards"})
+    assert run.data.data_dir == run.receivers[0].model == str(tmp_path)
+    assert run.data.shard_dir == str(tmp_path / "shards")
 
 
 def test_with_values_checks_again() -> None:

@@ -168,6 +168,12 @@ def test_what_cannot_be_extended_is_one_clear_error(
         load_space(write(tmp_path, mine=text))
 
 
+def test_a_circle_by_the_directory_above_is_told_too(tmp_path: Path) -> None:
+    file = write(tmp_path, mine=f"extends: ../{tmp_path.name}/mine.yaml")
+    with pytest.raises(ConfigError, match=r"in a circle, got \S*mine\.yaml → \S*mine\.yaml"):
+        load_space(file)
+
+
 def test_a_name_that_is_none_is_answered_with_the_nearest() -> None:
     with pytest.raises(
         ConfigError, match=r"a file that exists, got nowhere\.yaml; known here: llama_qwen, losses"

@@ -55,6 +55,14 @@ def test_a_row_alone_reads_what_it_read_among_others(message: Message) -> None:
     assert message.row(1).private == {"qwen": range(1, 2), "llama": range(2, 4)}
 
 
+def test_rows_and_messages_that_are_not_there_are_told(message: Message) -> None:
+    for index in (-1, 2, 9):
+        with pytest.raises(WireError, match=f"row must be from 0 to 1, got {index}"):
+            message.row(index)
+    with pytest.raises(WireError, match="join takes at least one message, got none"):
+        join([])
+
+
 def test_a_layout_is_kept_around_other_latents_and_devices(message: Message) -> None:
     other = message.with_latents(message.z_BLZ + 1)
     assert torch.equal(other.z_BLZ, message.z_BLZ + 1)

@@ -1,7 +1,11 @@
 """The public API: what a wire sends, and what its receivers answer."""
 
 import warnings
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -83,6 +87,9 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(
     with pytest.raises(WireError, match="must come from encoder"):
         other.answer(packet, QUESTIONS, "qwen")
     wider = Message(torch.zeros(1, 2, 40), torch.tensor([2]), {}, wire.encoder_id)
+    for message in (wider, replace(wider, encoder="")):
+        with pytest.raises(WireError, match="latents must be 32 wide, got 40"):
+            wire.answer(message, QUESTIONS[0], "qwen")
     with pytest.raises(WireError, match="latents must be 32 wide, got 40"):
         wire.receive(wider.to_bytes())
     with pytest.raises(ConfigError, match="receiver must be one of llama, qwen, got gpt"):
@@ -91,6 +98,37 @@ def test_a_packet_is_answered_as_its_message_and_another_encoders_is_refused(
         ConfigError, match="each message takes one question, got 5 messages and 2 questions"
     ):
         wire.answer(packet, QUESTIONS[:2], "qwen")
+
+
+def test_a_message_of_another_encoder_is_refused_as_its_packet_is(
+    wire: LatentWire, run: RunConfig
+) -> None:
+    message = wire.encode(CONTEXTS)
+    other = wire_of(with_values(run, {"training.seed": 9}))
+    for ask in (
+        lambda sent: other.answer(sent, QUESTIONS, "qwen"),
+        lambda sent: other.prefill(sent, "qwen"),
+        lambda sent: other.prompt_embeds(sent, QUESTIONS, "qwen"),
+    ):
+        with pytest.raises(WireError, match=f"from encoder {other.encoder_id}, got one of encoder"):
+            ask(message)
+        assert ask(replace(message, encoder=""))  # who knows its encoder no more is believed
+    for given, kind in (("abc", "str"), (message, "Message"), (5, "int")):
+        with pytest.raises(WireError, match=f"a packet must be bytes, got a {kind}"):
+            wire.receive(given)  # type: ignore[arg-type]
+
+
+def test_a_text_reader_sends_nothing(run: RunConfig) -> None:
+    reader = wire_of(with_values(run, {"prompt.reads": "text", "prefix": {"tokens": 2}}))
+    empty = Message(torch.zeros(1, 2, 32), torch.tensor([2]))
+    for call in (
+        lambda: reader.encode(CONTEXTS),
+        lambda: reader.receive(empty.to_bytes()),
+        lambda: reader.answer(empty, QUESTIONS[0], "qwen"),
+        lambda: reader.prefill(empty, "qwen"),
+    ):
+        with pytest.raises(ConfigError, match=r"got a text reader \(prompt\.reads text\)"):
+            call()
 
 
 def test_a_text_alone_is_one_message_and_one_question(wire: LatentWire) -> None:
@@ -113,6 +151,8 @@ WRONG = [
     (["Ada", ["lives"]], "must be texts that hold something, got a list at 1"),
     ("", "must be texts that hold something, got '' at 0"),
     ([" \n"], r"must be texts that hold something, got ' \\n' at 0"),
+    (pd.DataFrame({"text": CONTEXTS}), "must be a text .* a DataFrame of 2 dimensions; name one column"),
+    (np.array([CONTEXTS]), r"must be a text .* a ndarray of 2 dimensions; name one column, or give \.tolist"),
     ("Ada \ud800", "must be texts that UTF-8 can write, got a lone surrogate at 0"),
 ]  # fmt: skip
 
@@ -129,6 +169,16 @@ def test_what_is_no_text_is_told_in_one_line(wire: LatentWire, given: object, ru
         with pytest.raises(ConfigError, match=f"{what} {rule}") as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_one_column_of_a_table_is_texts(wire: LatentWire) -> None:
+    table = pd.DataFrame({"context": CONTEXTS, "question": QUESTIONS})
+    message = wire.encode(table["context"])
+    assert torch.equal(message.z_BLZ, wire.encode(CONTEXTS).z_BLZ)
+    assert wire.answer(message, np.array(QUESTIONS), "qwen") == wire.answer(
+        message, QUESTIONS, "qwen"
+    )
+    assert len(wire.encode(np.str_("Ada lives in Oslo."))) == 1
 
 
 def test_numbers_that_do_not_match_are_told_in_one_line(wire: LatentWire) -> None:
@@ -153,6 +203,20 @@ def test_a_context_that_is_longer_than_any_trained_on_is_warned_of(run: RunConfi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wire.encode(texts[0])
+
+
+def test_what_no_answer_can_be_decoded_by_is_told(wire: LatentWire) -> None:
+    message = wire.encode(CONTEXTS[0])
+    prefilled = wire.prefill(message, "qwen")
+    for given in (0, -1, 1.5, True, "3"):
+        for ask in (partial(wire.answer, message, receiver="qwen"), prefilled.answer):
+            with pytest.raises(ConfigError, match="max_new_tokens must be a whole number of at"):
+                ask(questions=QUESTIONS[0], max_new_tokens=given)
+    for ask in (partial(wire.answer, message, receiver="qwen"), prefilled.answer):
+        with pytest.raises(ConfigError, match=r"sampling must be a Sampling, got 0\.7; give"):
+            ask(questions=QUESTIONS[0], sampling=0.7)
+    with pytest.raises(ConfigError, match=r"receiver must be one of llama, qwen, got \['qwen'\]"):
+        wire.answer(message, QUESTIONS[0], ["qwen"])  # type: ignore[arg-type]
 
 
 def test_messages_are_sent_without_dropout(run: RunConfig) -> None:

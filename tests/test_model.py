@@ -91,8 +91,19 @@ def test_receivers_that_are_not_there_are_named_with_the_remedy(
     told = r"receiver llama of .*best must be in a directory .*models/my-llama is not there; .*receivers=\{'llama': "
     with pytest.raises(CheckpointError, match=told + r".*or --set receivers\.0\.model="):
         LatentWire.from_pretrained(export)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=rf"machine, {weights} is not there; .*--receiver_at"):
         load_wire(export)
+    asked = ["ask", str(export), "--question=Where?", "--context=Ada lives in Oslo."]
+    assert main(asked) == 2 and re.search(told, capsys.readouterr().err)
+    place = f"--receiver_at=llama={tmp_path / 'moved'}"
+    for more, both in (([place], True), ([place, "--receiver=llama"], False)):
+        assert main([*asked, *more]) == 0
+        assert ("qwen" in capsys.readouterr().out) == both
+    assert main(["export", str(export), str(tmp_path / "out"), place]) == 0
+    assert read_run(tmp_path / "out").receivers[0].model == str(tmp_path / "moved")
+    for wrong, rule in (("llama", "takes NAME=PLACE, got llama;"), ("gpt=x", "got gpt; name some")):
+        assert main([*asked, f"--receiver_at={wrong}"]) == 2
+        assert rule in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", str(export)]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert LatentWire.from_pretrained(
@@ -163,6 +174,15 @@ def test_an_export_is_loaded_saved_and_loaded_again(export: Path, tmp_path: Path
         LatentWire.from_pretrained("none/best", local_files_only=True)
 
 
+def test_a_wire_in_the_users_home_is_found(
+    wire: LatentWire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire.save_pretrained(tmp_path / "best")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("~/best", Path("~/best")):
+        assert LatentWire.from_pretrained(place).encoder_id == wire.encoder_id
+
+
 def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(
     run: RunConfig, tmp_path: Path
 ) -> None:
@@ -184,6 +204,8 @@ def test_one_receiver_can_be_loaded_alone_and_from_elsewhere(
         moved.run.receivers[0].model == folder
         and moved.answer(packet, QUESTIONS, "llama") == expected["llama"]
     )
+    by_path = LatentWire.from_pretrained(path, receivers={"llama": Path(folder)})
+    assert by_path.run == moved.run
     joined = with_values(run, {"training.train_only": ["qwen"], "training.init_from": str(path)})
     assert choose_receivers(joined, ["llama"]).training.train_only == ()
     assert choose_receivers(joined, ["qwen"]).training.train_only == ("qwen",)

@@ -103,10 +103,10 @@ def test_targets_are_as_likely_as_in_one_prompt(run: RunConfig, case: str) -> No
 def test_it_is_saved_and_read_again(run: RunConfig, tmp_path: Path, case: str) -> None:
     wire = wire_with(run, FEATURES[case])
     prefilled = wire.prefill(wire.encode(CONTEXTS), "qwen")
-    prefilled.save(tmp_path / "read.safetensors")
-    again = Prefilled.load(wire, tmp_path / "read.safetensors")
+    prefilled.save(tmp_path / "new" / "read.safetensors")
+    again = Prefilled.load(wire, tmp_path / "new" / "read.safetensors")
     assert len(again) == 3 and again.answer(QUESTIONS) == prefilled.answer(QUESTIONS)
-    assert [file.name for file in tmp_path.iterdir()] == ["read.safetensors"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["read.safetensors"]
 
 
 def test_that_of_others_is_refused(run: RunConfig, tmp_path: Path) -> None:

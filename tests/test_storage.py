@@ -77,6 +77,11 @@ def test_a_writer_that_fails_leaves_nothing(root: Place) -> None:
     assert not (root / "new").exists() and (root / "kept").read_text() == "before"
 
 
+def test_a_files_directory_is_made(root: Place) -> None:
+    storage.write(root / "no" / "such" / "file", lambda file: file.write_text("whole"))
+    assert (root / "no" / "such" / "file").read_text() == "whole"
+
+
 def test_a_query_stays_at_the_end() -> None:
     place = storage.place("s3://bucket/runs?region=eu-west-1") / "sweep"
     assert str(place) == "s3://bucket/runs/sweep?region=eu-west-1" and place.name == "sweep"

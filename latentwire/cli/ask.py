@@ -8,8 +8,10 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from latentwire.cli.flags import ReceiverAt, receiver_places
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
 from latentwire.prompts.sequences import PromptSequence
@@ -22,6 +24,7 @@ def ask(
     context: str | None = None,
     context_file: Annotated[Path | None, Parameter(name="--context_file")] = None,
     receiver: str | None = None,
+    receiver_at: ReceiverAt = [],  # noqa: B006  (never changed)
 ) -> int:
     """Ask one question of an exported wire; show what each receiver answers from the text and from the latents.
 
@@ -34,7 +37,8 @@ def ask(
     """
     text = _context(context, context_file)
     disable_progress_bar()  # of weights that take a moment to load
-    loaded = LatentWire.from_pretrained(wire, receivers=receiver)
+    places = receiver_places(receiver_at)
+    loaded = LatentWire.from_pretrained(wire, receivers=receiver, receiver_at=places)
     message = loaded.encode([text], [question] if loaded.run.data.send == "prompt" else None)
     table = Table("receiver", "from", "positions", "answer")
     for name in loaded.receivers:
@@ -43,8 +47,8 @@ def ask(
         for prefix, source in text_rows(loaded.builders[name].prefix).items():
             prompt = text_prompt(loaded, name, text, question, prefix)
             ((from_text,), _) = loaded.decode(name, [prompt])
-            table.add_row("" if prefix else name, source, f"{tokens} tokens", from_text)
-        table.add_row("", "latents", f"{message.slots(name)[0]} vectors", from_latents)
+            table.add_row("" if prefix else name, source, f"{tokens} tokens", Text(from_text))
+        table.add_row("", "latents", f"{message.slots(name)[0]} vectors", Text(from_latents))
     Console().print(table)
     print(
         f"message: {message.packed_size(16):,} bytes as fp16, {message.packed_size(8):,} as int8; text: {len(text.encode()):,}"

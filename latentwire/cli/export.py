@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from latentwire import exports
+from latentwire.cli.flags import ReceiverAt, receiver_places
 from latentwire.config import DataConfig
 from latentwire.config.resolve import with_values
 from latentwire.model import LatentWire
@@ -19,7 +21,14 @@ ANYWHERE = {
 """Knobs that say where things lay on the machine that trained, and what they are elsewhere."""
 
 
-def export(wire: str, output: Path, /, *, half: bool = False) -> int:
+def export(
+    wire: str,
+    output: Path,
+    /,
+    *,
+    half: bool = False,
+    receiver_at: ReceiverAt = [],  # noqa: B006  (never changed)
+) -> int:
     """Write a wire as an export: weights, configuration, manifest and model card, nothing to train on from.
 
     Args:
@@ -28,8 +37,9 @@ def export(wire: str, output: Path, /, *, half: bool = False) -> int:
         half: Round the trained weights to bfloat16 and store them so. The encoder is another one then, with an id of its
             own, and has no scores until it is evaluated.
     """
+    exports.check_free(output)
     disable_progress_bar()  # of weights that take a moment to load
-    loaded = LatentWire.from_pretrained(wire)
+    loaded = LatentWire.from_pretrained(wire, receiver_at=receiver_places(receiver_at))
     loaded.run = with_values(loaded.run, ANYWHERE)
     if half:
         loaded.halve()

@@ -58,6 +58,15 @@ Assignments = Annotated[
         allow_leading_hyphen=True,
     ),
 ]
+ReceiverAt = Annotated[
+    list[str],
+    Parameter(
+        name="--receiver_at",
+        help="NAME=PLACE of a receiver whose weights, a directory or Hub id, lie elsewhere than when the wire was "
+        "trained; repeatable.",
+        negative=(),
+    ),
+]
 MANY = {"consume_multiple": True, "negative": ()}
 """Options of a :class:`cyclopts.Parameter` that takes several values: ``--bits 8 4``."""
 Verbose = Annotated[bool, Parameter(help="Show what workers and libraries print.", negative=())]
@@ -200,6 +209,20 @@ def _overrides(flags: Any, from_file: bool) -> dict[str, Any]:
         if getattr(flags, flag) is not None and not from_file:
             overrides.setdefault(f"run.receivers.{index}.bos", "auto")
     return overrides
+
+
+def receiver_places(assignments: list[str]) -> dict[str, str]:
+    """Return receiver → place of its weights, as ``--receiver_at`` names them.
+
+    Raises :class:`~latentwire.config.resolve.ConfigError` for what names none.
+    """
+    pairs = [text.partition("=") for text in assignments]
+    for text, (name, _, where) in zip(assignments, pairs, strict=True):
+        if not name or not where:
+            raise ConfigError(
+                f"--receiver_at takes NAME=PLACE, got {text}; write a receiver's name and its weights' directory or Hub id"
+            )
+    return {name: where for name, _, where in pairs}
 
 
 def refuse_flags(flags: Any, subject: str) -> None:

@@ -68,7 +68,7 @@ def _located(source: str | Path) -> Place:
 
 def _with_bases(file: Place, chain: tuple[str, ...]) -> dict[str, Any]:
     """``chain``: the files whose ``extends`` led here."""
-    address = str(file.absolute())
+    address = str(file.resolve() if isinstance(file, Path) else file)
     if address in chain:
         circle = " → ".join([*chain[chain.index(address) :], address])
         raise ConfigError(

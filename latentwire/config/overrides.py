@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable
+from types import NoneType, UnionType
 from typing import Any
 
 import yaml
 
-from latentwire.config import RunConfig
+from latentwire.config import ReceiverConfig, RunConfig, TuneConfig
 from latentwire.config.knobs import knob_of
 from latentwire.config.resolve import ConfigError, knobs, with_values
+
+LEFT_OUT = ("null", "~", "")
+"""Texts by which an optional text is left out."""
 
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
@@ -41,11 +46,34 @@ def full_path(path: str) -> str:
 
 
 def typed(path: str, text: str) -> Any:
-    """Return a knob's text as it stands where the knob is a text, else as YAML reads it: ``3e-4``, ``true``, ``null``."""
-    field = dict(knobs()).get(knob_of(path))
-    if field is not None and field.annotation is str:
-        return text
+    """Return a knob's text as it stands where the knob is a text, else as YAML reads it: ``3e-4``, ``true``, ``null``.
+
+    A text that may be left out is so by ``null``, ``~`` or nothing.
+    """
+    types = _types(_annotation(knob_of(path)))
+    if str in types and types <= {str, NoneType}:
+        return None if NoneType in types and text in LEFT_OUT else text
     try:
         return float(text) if "e" in text.lower() and text[:1].isdigit() else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text
+
+
+def _annotation(path: str) -> Any:
+    """Return the type of the knob at a path, be it a receiver's or the search's own; ``None``: there is no such knob."""
+    receivers, *place = path.split(".")
+    if receivers == "receivers" and len(place) == 2 and place[0].isdigit():
+        field = ReceiverConfig.model_fields.get(place[1])
+    else:
+        field = {**dict(knobs()), **dict(knobs(TuneConfig, "tune."))}.get(path)
+    return None if field is None else field.annotation
+
+
+def _types(annotation: Any) -> set[Any]:
+    """Return a knob's own type, or those of its union, without what bounds them."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _types(arguments[0])
+    if origin in (typing.Union, UnionType):
+        return {kind for option in arguments for kind in _types(option)}
+    return {annotation}

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from latentwire.addresses import expanded, refuse_secrets
 
+
+def _as_text(given: Any) -> Any:
+    """Return a path as a text; anything else as it is."""
+    return str(given) if isinstance(given, Path) else given
+
+
 Address = Annotated[
-    str, AfterValidator(refuse_secrets), AfterValidator(expanded), AfterValidator(refuse_secrets)
+    str,
+    BeforeValidator(_as_text),
+    AfterValidator(refuse_secrets),
+    AfterValidator(expanded),
+    AfterValidator(refuse_secrets),
 ]
 """A directory, or a URI without credentials: configurations are written into results and reports. ``~`` and ``$NAME`` are
 replaced where it is read, so that they mean the same on every machine."""
-Model = Annotated[str, AfterValidator(expanded)]
+Model = Annotated[str, BeforeValidator(_as_text), AfterValidator(expanded)]
 """A Hub id, a directory, or the name of an embedded model."""
 
 

@@ -25,7 +25,8 @@ from latentwire.prompts.templates import rendered
 from latentwire.storage import Place, place, read_parquet
 
 SHARD_VERSION = 3
-"""Version of the code that reads rows of files; one more wherever the same files give other rows."""
+"""Version of the code that reads rows of files; one more wherever the same files give other rows. A dataset whose
+rows alone changed has its own, ``Dataset.version``."""
 ShardSplit = Literal["train", "dev", "validation"]
 SPLITS: tuple[ShardSplit, ...] = ("train", "dev", "validation")
 

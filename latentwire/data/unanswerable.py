@@ -10,6 +10,9 @@ import pyarrow as pa
 from latentwire.config import DataConfig
 from latentwire.data.sources import DataError
 
+DRAWS = 8
+"""Paragraphs that are drawn for a question before it stays, where each is the question's own."""
+
 
 class Unanswerable:
     """The paragraphs of all documents of a split, and the draw of the questions that go to a strange one.
@@ -39,12 +42,15 @@ class Unanswerable:
                 f"each row's in a column title or document, or leave data.unanswerable out"
             )
 
-    def elsewhere(self, document: str, identity: str) -> str | None:
+    def elsewhere(self, document: str, identity: str, context: str) -> str | None:
         """Return the paragraph of another document that a question is put to; ``None``: it stays.
+
+        A paragraph that stands in several documents is not drawn for its own questions.
 
         Args:
             document: the question's own.
             identity: its row's id.
+            context: the question's own paragraph.
         """
         drawing = random.Random(f"{self.config.seed} unanswerable {identity}")
         if drawing.random() >= self.share:
@@ -52,15 +58,19 @@ class Unanswerable:
         # Paragraphs of a document stand side by side; those before and after them are drawn from.
         first = bisect_left(self._sorted, (document, ""))
         past = bisect_left(self._sorted, (document + "\0", ""))
-        place = drawing.randrange(len(self._sorted) - (past - first))
-        return self._sorted[place if place < first else place + past - first][1]
+        for _ in range(DRAWS):
+            place = drawing.randrange(len(self._sorted) - (past - first))
+            paragraph = self._sorted[place if place < first else place + past - first][1]
+            if paragraph != context:
+                return paragraph
+        return None
 
     def replaced(self, rows: pa.Table) -> pa.Table:
         """Return rows of which some ask a paragraph that cannot answer, and say so."""
         contexts, answers = rows["context"].to_pylist(), rows["answers"].to_pylist()
         pairs = zip(rows["document"].to_pylist(), rows["id"].to_pylist(), strict=True)
         for row, pair in enumerate(pairs):
-            context = self.elsewhere(*pair)
+            context = self.elsewhere(*pair, contexts[row])
             if context is not None:
                 contexts[row], answers[row] = context, [self.config.no_answer]
         changed = {

@@ -45,7 +45,8 @@ class Dataset:
     ) = None
     """Makes the rows of a split by ``data.seed``, for a dataset that reads no files."""
     version: int | None = None
-    """Version of the rows that ``generate`` makes: one more wherever the same seed gives other rows."""
+    """Version of its rows: one more wherever the same files, or ``generate`` by the same seed, give other rows.
+    None: that of all datasets of files (:data:`latentwire.data.shards.SHARD_VERSION`), above which it must stay."""
     official_scores: Literal["squad", "hotpotqa"] | None = None
     """Whose script scores files of answers to it (:func:`latentwire.evaluation.metrics.score_file`)."""
 

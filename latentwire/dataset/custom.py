@@ -10,4 +10,5 @@ DATASET = Dataset(
     description="files of its trainer's own, with questions",
     clean=clean,
     has_articles=True,
+    version=4,
 )

@@ -68,11 +68,15 @@ def question_row(row: dict[str, Any], context: str, question: str, document: str
 def answers_of(row: dict[str, Any]) -> list[str]:
     """Return a row's answers as they are written: text or ``{"text": …}``, or a list of either.
 
+    A column that holds null has none.
+
     Raises :class:`RowError` with the reason.
     """
     answers = row.get("answers")
     if answers is None:
         answers = row.get("answer")
+    if answers is None and ("answers" in row or "answer" in row):
+        return []
     if isinstance(answers, dict):
         answers = answers.get("text")
     if isinstance(answers, str):
@@ -104,11 +108,19 @@ _WRITTEN = re.compile(
 """Answers that are no text, as Python or JSON writes them into a table that is saved as CSV."""
 
 
+def document_of(row: dict[str, Any]) -> str:
+    """Return the title or document that a row names, a number too; empty where it names none."""
+    named = (row.get("title"), row.get("document"))
+    return next((str(name) for name in named if name is not None and name != ""), "")
+
+
 def text_of(row: dict[str, Any], key: str) -> str:
     """Return a column's text without white space around it. Raises :class:`RowError` with the reason."""
     value = row.get(key)
     if value is None:
-        raise RowError(f"{key} is missing")
+        names = ", ".join(str(name) for name, held in row.items() if held is not None)
+        shown = names[:SHOWN].encode("utf-8", "replace").decode() or "nothing"
+        raise RowError(f"{key} is missing: the row has {shown}")
     if isinstance(value, bytes):  # a column of bytes is text if it is UTF-8
         try:
             value = value.decode("utf-8")

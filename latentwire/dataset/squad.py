@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from latentwire.dataset.base import Dataset
-from latentwire.dataset.rows import digest, question_row, text_of
+from latentwire.dataset.rows import digest, document_of, question_row, text_of
 
 
 def clean(row: dict[str, Any]) -> dict[str, Any]:
     """Read SQuAD's columns, which are also those of a user's own file; an article is a document."""
     context = text_of(row, "context")
-    document = row.get("title") or row.get("document") or digest(context)
-    return question_row(row, context, text_of(row, "question"), str(document))
+    document = document_of(row) or digest(context)
+    return question_row(row, context, text_of(row, "question"), document)
 
 
 DATASET = Dataset(

@@ -6,7 +6,7 @@ from typing import Any
 
 from latentwire.dataset.base import Dataset
 from latentwire.dataset.hotpotqa import paragraphs, supporting_titles
-from latentwire.dataset.rows import digest, text_of
+from latentwire.dataset.rows import digest, document_of, text_of
 
 
 def clean(row: dict[str, Any]) -> dict[str, Any]:
@@ -19,10 +19,10 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
     value = row.get(name)
     text = text_of(row, name) if value is None or isinstance(value, str) else paragraphs(value)
     supporting = supporting_titles(row.get("supporting_facts"))
-    document = row.get("title") or row.get("document") or supporting or digest(text)
+    document = document_of(row) or supporting or digest(text)
     return {
         "id": digest(text),
-        "document": str(document),
+        "document": document,
         "context": text,
         "question": "",
         "answers": [],
@@ -35,4 +35,5 @@ DATASET = Dataset(
     clean=clean,
     columns=(frozenset({"text", "context"}),),
     has_questions=False,
+    version=4,
 )

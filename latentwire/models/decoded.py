@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from latentwire.errors import UserError
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -16,6 +18,10 @@ class Decoded:
     """Milliseconds to the first token; for a wire, from its message or the text's token ids."""
     decode_ms: float
     """Milliseconds from the first token to the end."""
+
+
+class SamplingError(UserError, ValueError):
+    """A way of drawing tokens that draws none."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,14 @@ class Sampling:
     """The same seed gives the same answers to the same questions, on the same machine."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what draws nothing."""
+        """Raise :class:`SamplingError` for what draws nothing."""
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
+            raise SamplingError(
                 f"sampling needs temperature > 0 and top_p in (0, 1], got {self.temperature} and "
                 f"{self.top_p}; for the likeliest tokens leave sampling out"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(
+            raise SamplingError(
                 f"top_k must be at least 1, got {self.top_k}; leave it out for all tokens"
             )
 

@@ -64,3 +64,13 @@ def test_a_wire_with_vectors_of_its_own_reads_the_text_behind_them_too(
     rows = capsys.readouterr().out.splitlines()
     behind = [row for row in rows if "behind the wire's vectors" in row]
     assert len(behind) == 2 and all("tokens" in row for row in behind)
+
+
+def test_what_looks_like_markup_is_shown_as_it_was_said(
+    export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LatentWire, "answer", lambda *_: ["list[b]"])
+    monkeypatch.setattr(LatentWire, "decode", lambda *_: (["a [/b]"], None))
+    assert main(["ask", str(export), "--question=Who?", "--context=Ben lives in Seoul."]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("list[b]") == printed.count("a [/b]") == 2

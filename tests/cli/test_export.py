@@ -58,6 +58,22 @@ def test_no_directory_is_overwritten(
     assert "must not overwrite" in capsys.readouterr().err
 
 
+def test_where_nothing_can_be_written_is_told(
+    wire: LatentWire,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in (".", str(tmp_path)):  # before anything is loaded
+        assert main(["export", "no/such/wire", output]) == 2
+        assert "must be a directory of its own" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(exports.CheckpointError, match=r"can be written, got file/out \(.*another"):
+        wire.save_pretrained("file/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_nobody_learns_where_things_lay(run: RunConfig, tmp_path: Path) -> None:
     here = {
         "data.dataset": "squad",

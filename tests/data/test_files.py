@@ -313,10 +313,11 @@ def test_what_is_no_question_in_official_json_is_one_reject(tmp_path: Path) -> N
             reasons.append(str(error))
     assert good_ids == ["2"]
     assert Counter(reasons) == {
-        "answers must be text or a list of text, got NoneType": 1,
+        "answers must not be empty": 1,
         "row must be a mapping, got NoneType": 2,
         "row must be a mapping, got int": 1,
-        "question is missing": 2,
+        "question is missing: the row has title, context, id": 1,
+        "question is missing: the row has context": 1,
     }
 
 

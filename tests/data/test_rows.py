@@ -23,7 +23,13 @@ GOOD = {
         (b"{", "row must be JSON"),
         (b"[1]", "row must be a mapping, got list"),
         (GOOD | {"context": b"\xff"}, "context must be UTF-8, invalid start byte at byte 0"),
-        (json.dumps(GOOD | {"context": None}).encode(), "context is missing"),
+        (
+            json.dumps(GOOD | {"context": None}).encode(),
+            "context is missing: the row has id, title, question, answers",
+        ),
+        (b'{"Context": "c", "question": "q"}', "context is missing: the row has Context, question"),
+        (b'{"\\ud83d": "c"}', "context is missing: the row has ?"),
+        (b"{}", "context is missing: the row has nothing"),
         (json.dumps(GOOD | {"context": " "}).encode(), "context must not be empty"),
         (json.dumps(GOOD | {"context": 3}).encode(), "context must be text, got int"),
         (json.dumps(GOOD | {"question": ""}).encode(), "question must not be empty"),
@@ -37,7 +43,12 @@ GOOD = {
             GOOD | {"answers": [{"spans": "x"}]},
             "answers must be text or a list of text, got a list of NoneType",
         ),
-        (GOOD | {"answers": None}, "answers must be text or a list of text, got NoneType"),
+        (GOOD | {"answers": None}, "answers must not be empty"),
+        ({"context": "c", "question": "q", "answer": None}, "answers must not be empty"),
+        (
+            {"context": "c", "question": "q"},
+            "answers must be text or a list of text, got NoneType",
+        ),
         (b"[" * 100_000, "row must be JSON"),
         (json.dumps({"question": "q", "answers": "a"}).encode(), "context is missing"),
         (b'{"context": "\\ud800", "question": "q", "answers": "a"}', "context must be UTF-8"),
@@ -59,6 +70,25 @@ def test_squad_row() -> None:
     assert clean(json.dumps(GOOD).encode(), "squad") == {
         "id": "1", "document": "T", "context": "c", "question": "q?", "answers": ["a", "b"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", ["squad", "custom", "text"])
+@pytest.mark.parametrize(
+    ("named", "document"),
+    [
+        ({"title": 0}, "0"),
+        ({"title": None, "document": 0}, "0"),
+        ({"title": "", "document": "D"}, "D"),
+        ({"title": "T", "document": "D"}, "T"),
+    ],
+)
+def test_a_document_may_be_named_by_any_number(
+    named: dict[str, Any], document: str, dataset: str
+) -> None:
+    row = {"context": "c", "question": "q?", "answers": "a"}
+    assert clean(row | named, dataset)["document"] == document
+    unnamed = clean(row | {"title": "", "document": None}, dataset)["document"]
+    assert unnamed == clean(row, dataset)["document"] and len(unnamed) == 16
 
 
 def test_texts_come_from_text_columns_and_from_the_contexts_of_questions() -> None:

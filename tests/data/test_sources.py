@@ -7,6 +7,7 @@ import pytest
 
 from latentwire.config import DataConfig
 from latentwire.data import sources
+from latentwire.data.shards import SHARD_VERSION
 from latentwire.data.sources import DataError, pieces, read
 from latentwire.dataset import DATASETS, Dataset, clean
 from latentwire.dataset.base import QUESTION_COLUMNS
@@ -17,13 +18,21 @@ from tests.data.test_rows import GOOD
 def test_every_dataset_says_all_that_differs(dataset: Dataset) -> None:
     assert dataset.name in typing.get_args(DataConfig.model_fields["dataset"].annotation)
     assert DATASETS[dataset.name] is dataset and dataset.description
-    assert (dataset.version is None) == (dataset.generate is None)
+    if dataset.generate is None:  # else its files would keep a version that others have left behind
+        assert dataset.version is None or dataset.version > SHARD_VERSION
+    else:
+        assert dataset.version is not None
     assert dataset.has_questions == (dataset.columns == QUESTION_COLUMNS)
     row = clean({"context": "Rome is old.", "question": "What?", "answers": ["Rome"]}, "squad")
     assert clean(
         row | {"context": [["Rome", ["Rome is old."]]]} if dataset.name == "hotpotqa" else row,
         dataset.name,
     )
+
+
+def test_the_official_files_keep_their_shards() -> None:
+    versions = {name: dataset.version for name, dataset in DATASETS.items()}
+    assert versions == {"custom": 4, "hotpotqa": None, "squad": None, "text": 4, "toy": 2}
 
 
 def test_only_names_that_are_registered_are_taken() -> None:

@@ -53,6 +53,33 @@ def test_every_paragraph_of_the_others_is_drawn() -> None:
         assert drawn == others and not drawn & set(contexts)
 
 
+def test_a_paragraph_of_two_documents_is_not_drawn_for_its_own_questions() -> None:
+    table = pa.table(
+        {
+            "id": [str(number) for number in range(60)],
+            "document": ["a", "b", "c"] * 20,
+            "context": ["Owls hunt.", "Owls hunt.", "Oslo."] * 20,
+            "answers": [["owls"]] * 60,
+        }
+    )
+    moved = Unanswerable(DataConfig(dataset="squad", unanswerable=1.0, no_answer="none"))
+    moved.add(table)
+    moved.check()
+    after = moved.replaced(table).to_pylist()
+    assert sum(row["answers"] == ["none"] for row in after) > 55
+    for own, other in zip(table.to_pylist(), after, strict=True):
+        assert (other["context"] == own["context"]) == (other["answers"] == ["owls"])
+
+
+def test_a_question_stays_where_no_other_paragraph_is_drawn() -> None:
+    table = pa.table({"id": ["1"], "document": ["a"], "context": ["Oslo."], "answers": [["x"]]})
+    moved = Unanswerable(DataConfig(dataset="squad", unanswerable=1.0))
+    moved.add(table)
+    moved.add(table.set_column(1, "document", pa.array(["b"])))
+    moved.check()
+    assert moved.replaced(table).to_pylist() == table.to_pylist()
+
+
 def test_draws_depend_on_the_seed_and_the_row_alone() -> None:
     first = moving(0.5).replaced(rows()).to_pylist()
     assert moving(0.5).replaced(rows().slice(10)).to_pylist() == first[10:]
@@ -83,6 +110,7 @@ def test_rows_without_an_answer_are_taken_where_they_are_wanted(run: RunConfig) 
     row = {"id": "a", "title": "t", "context": "Oslo.", "question": "Who?", "answers": {"text": []}}
     asked = DataConfig(dataset="squad", unanswerable=0.0, no_answer="nothing")
     assert cleaning.common_columns(row, asked)["answers"] == ["nothing"]
+    assert cleaning.common_columns(row | {"answers": None}, asked)["answers"] == ["nothing"]
     answered = row | {"answers": {"text": ["Ada"]}}
     assert cleaning.common_columns(answered, asked)["answers"] == ["Ada"]
     with pytest.raises(RowError, match="answers must not be empty"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from latentwire.errors import UserError
 from latentwire.models.decoded import Sampling
 
 
@@ -29,5 +30,6 @@ def test_the_bounds_of_what_can_be_drawn() -> None:
     ],
 )
 def test_what_draws_nothing_is_refused(wrong: dict, rule: str) -> None:
-    with pytest.raises(ValueError, match=rule):
+    with pytest.raises(ValueError, match=rule) as caught:
         Sampling(**wrong)
+    assert isinstance(caught.value, UserError)
