@@ -20,12 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from latentwire import exports
 from latentwire.config.resolve import ConfigError
 from latentwire.message import Message, WireError
 from latentwire.models.decoded import Decoded, Sampling, Watch
 from latentwire.models.head_slots import HeadEntries
+from latentwire.models.interlingua import owner
 from latentwire.models.past import Past
-from latentwire.pretrained.weights import fingerprint
+from latentwire.pretrained.weights import fingerprint_of
 from latentwire.prompts.batch import Batch, collate
 from latentwire.prompts.sequences import PromptBuilder, PromptSequence
 from latentwire.receivers.base import AnswerScores
@@ -258,9 +260,22 @@ class Prefilled:
             "format": FORMAT,
             "receiver": receiver,
             "receiver_weights": wire.receivers[receiver].fingerprint(),
-            "wire_weights": fingerprint(wire.interlingua),
+            "wire_weights": fingerprint_of(_weights_read(wire, receiver)),
             "prompt_head": hashlib.sha256(head).hexdigest(),
         }
+
+
+def _weights_read(wire: WireBase, receiver: str) -> dict[str, torch.Tensor]:
+    """Return the trained weights that one receiver reads by: all but those of others, which need not be loaded."""
+    tensors = {}
+    for file, module in exports.parts(wire).items():
+        folder, _, name = file.removesuffix(".safetensors").rpartition("/")
+        if folder in ("adapters", "prefixes") and name != receiver:
+            continue
+        for parameter, tensor in module.state_dict().items():
+            if owner(module, parameter) in (None, receiver):
+                tensors[f"{file} {parameter}"] = tensor
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ LONGEST_FIRST = (
     "test_examples.py",
     "test_benchmarks.py",
     "test_wire_carries.py",
+    "test_recipe_of_two_families.py",
+    "test_shipped_wire.py",
 )
 """Files whose tests take minutes, and share nothing with each other: the others fill the time that is left."""
 

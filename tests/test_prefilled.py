@@ -109,6 +109,20 @@ def test_it_is_saved_and_read_again(run: RunConfig, tmp_path: Path, case: str) -
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["read.safetensors"]
 
 
+@pytest.mark.parametrize("case", ["latent-adapters", "lora", "prefix"])
+def test_who_has_loaded_one_receiver_alone_reads_it_too(
+    run: RunConfig, tmp_path: Path, case: str
+) -> None:
+    """A sender has all of them, a server one: what others read by is no part of it."""
+    wire = wire_with(run, FEATURES[case])
+    wire.save_pretrained(tmp_path / "wire")
+    prefilled = wire.prefill(wire.encode(CONTEXTS), "qwen")
+    prefilled.save(tmp_path / "read.safetensors")
+    alone = LatentWire.from_pretrained(tmp_path / "wire", receivers="qwen")
+    again = Prefilled.load(alone, tmp_path / "read.safetensors")
+    assert again.answer(QUESTIONS) == prefilled.answer(QUESTIONS)
+
+
 def test_that_of_others_is_refused(run: RunConfig, tmp_path: Path) -> None:
     wire = wire_with(run, {})
     file = tmp_path / "read.safetensors"

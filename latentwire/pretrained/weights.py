@@ -256,8 +256,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def fingerprint(model: Any) -> str:
     """Return the SHA-256 over names, shapes, types and bytes of a module's weights and buffers."""
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over names, shapes, types and bytes of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         for part, plain in _plain(name, tensor):
             digest.update(f"{part} {tuple(plain.shape)} {plain.dtype}".encode())
             raw: Any = plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
