@@ -156,7 +156,7 @@ def test_training_shows_a_reader_what_its_scores_show_it(
             return score(batch, soft_ND)
 
         lm.score_answers = spy  # type: ignore[method-assign]
-    reader.parted = lambda *_: None  # type: ignore[method-assign]  # else what rows share is read apart
+    reader.parted = lambda *_, **__: None  # type: ignore[method-assign]  # else what rows share is read apart
     list(predict(reader, eight, own_condition(reader.run)))
     for name, sequences in batch.sequences.items():
         trained = [
