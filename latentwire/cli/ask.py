@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from latentwire.cli.flags import ReceiverAt, receiver_places
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
+from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.sequences import PromptSequence
 
 
@@ -46,7 +47,12 @@ def ask(
         tokens = len(loaded.builders[name].tokenize([text], [], [])["context_ids"][0])
         for prefix, source in text_rows(loaded.builders[name].prefix).items():
             prompt = text_prompt(loaded, name, text, question, prefix)
-            ((from_text,), _) = loaded.decode(name, [prompt])
+            try:
+                ((from_text,), _) = loaded.decode(name, [prompt])
+            except (
+                ReceiverError
+            ) as error:  # a text that is too long for it, where the message is not
+                from_text = f"none: {error}"
             table.add_row("" if prefix else name, source, f"{tokens} tokens", Text(from_text))
         table.add_row("", "latents", f"{message.slots(name)[0]} vectors", Text(from_latents))
     Console().print(table)

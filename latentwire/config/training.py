@@ -36,7 +36,8 @@ class TrainingConfig(Section):
     work, and each message hears at once of all that was asked of it; but also fewer contexts in a batch. ``samples`` takes
     whole contexts then. It names the training shards, whose order it decides."""
     accumulation: int = knob(1, ge=1, smaller_costs_more=True)
-    """Micro-batches that one step's examples are split into, one after the other: less memory, the same gradient."""
+    """Micro-batches that one step's examples are split into, one after the other: less memory, the same
+    gradient of answers. What a whole message is asked for (alignment, recital, continuation) counts once in each part that it is in."""
     optimizer: Literal["adamw", "muon"] = knob("adamw", may_change=("cloned trial",))
     """``muon``: matrices are updated by Muon (arXiv 2502.16982), scaled to AdamW's steps so that rates can stay; vectors,
     gains, embeddings and queries by AdamW as ever. It learns sooner on the toy pair (docs/experiments/findings.md) and on small real

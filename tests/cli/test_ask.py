@@ -32,6 +32,17 @@ def test_each_receiver_answers_from_both(
     assert "llama" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:contexts should have at most")
+def test_a_text_that_is_too_long_for_a_receiver_leaves_the_latents_answer(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("Ada lives in Oslo. " * 500)
+    question = ["--question", "Where?", "--context_file", str(tmp_path / "text")]
+    assert main(["ask", str(export), *question, "--receiver", "llama"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "none: receiver" in printed and "vectors" in printed
+
+
 def test_a_file_that_is_no_text_is_named(
     export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
