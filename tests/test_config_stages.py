@@ -72,7 +72,7 @@ def test_values_reach_all_stages_or_one_by_its_name() -> None:
     assert run == validate(RunConfig, run.model_dump(mode="json"), "again")
     assert knob_of("stages.answers.training.max_steps") == "training.max_steps"
     assert has_property("stages.answers.training.max_steps", "steps", "more")
-    assert assigned(["stages.answers.data.config=1"]) == {"run.stages.answers.data.config": 1}
+    assert assigned(["stages.answers.data.config=1"]) == {"run.stages.answers.data.config": "1"}
 
 
 def test_files_extend_stages_knob_by_knob_and_inputs_become_absolute(
