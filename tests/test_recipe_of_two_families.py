@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from latentwire.config.resolve import load_space, with_values
@@ -16,6 +17,7 @@ SHORT = {
     "stages": {},
     "data.samples": 400,
     "data.dev_samples": 4,
+    "data.dev_fraction": 0.05,
     "data.validation_samples": 24,
     "evaluation.tuned_text": {"tokens": 16, "steps": 4, "batch_size": 8, "trials": 1},
     # The other states and the blocks take most of the recipe's time.
@@ -23,7 +25,7 @@ SHORT = {
     "encoder.code_blocks": 0,
     "adapter.unfold_blocks": 0,
     "adapter.ranking_texts": 8,
-    "closed_form": {"texts": 64, "gradient_texts": 16},
+    "closed_form": {"texts": 40, "gradient_texts": 10},
     "training.batch_size": 12,
     "training.max_steps": 4,
     "training.warmup_steps": 1,
@@ -37,10 +39,15 @@ def test_a_short_run_tells_its_own_message_from_another_rows(
 ) -> None:
     """A wire that carried nothing would answer as well from another row's message."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
+    (tmp_path / "squad").mkdir()
+    for split, every in (("train", 60), ("validation", 20)):  # of all documents; seconds to prepare
+        rows = pq.read_table(real_data / "squad" / f"{split}.parquet")
+        some = rows.take(list(range(0, rows.num_rows, every)))
+        pq.write_table(some, tmp_path / "squad" / f"{split}.parquet")
     places = {
         "receivers.0.model": str(real_receivers / "smollm2"),
         "receivers.1.model": str(real_receivers / "qwen"),
-        "data.data_dir": str(real_data / "squad"),
+        "data.data_dir": str(tmp_path / "squad"),
         "data.shard_dir": str(tmp_path / "shards"),
     }
     run = with_values(load_space("smollm2_qwen").run, SHORT | places)

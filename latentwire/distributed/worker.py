@@ -77,7 +77,7 @@ def _train(task: WorkerTask) -> None:
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
     if last and workers.rank == 0:
-        among = f", {workers.size} workers" if run.training.is_elastic else ""
+        among = f", workers: {workers.size}" if run.training.is_elastic else ""
         tell(f"{name}: resumed at step {trainer.progress.step} on {socket.gethostname()}{among}")
     dev = pa.concat_tables(
         rows_of(task, "dev").iter_batches(batch_size=None, batch_format="pyarrow")

@@ -323,45 +323,33 @@ def nodes(address: str) -> int:
     return int(said.stdout.split("nodes")[1])
 
 
-def test_a_run_that_lost_a_worker_goes_on_with_the_other_to_the_same_wire(
+def test_a_run_that_lost_a_worker_goes_on_with_the_other(
     tmp_path: Path, common_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps have the same rows, whoever is left to read them: a run of one worker has the same loss in each."""
+    """That its steps have the same rows, whoever is left to read them, is in tests/data and tests/distributed."""
     from ray.cluster_utils import Cluster
 
+    # Ray counts a lost node's CPUs for a moment, tries to start on them, and looks again after this.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "8")
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
+    output = tmp_path / "run"
     flags = [*ONE_VARIANT, *TINY, "--epochs=40", "--max_steps=120", "--set", "training.evaluate_every=20", *TRIAL_NODE,
-             "--set", f"data.shard_dir={common_shards}"]  # fmt: skip
-
-    def train(output: Path, *more: str) -> subprocess.Popen:
-        with (tmp_path / "log").open("w") as log:
-            command = [sys.executable, "-m", "latentwire", "train", "--ray", *flags, *more]
-            return subprocess.Popen(
-                [*command, "--output", str(output)],
-                cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def losses(output: Path) -> dict[str, float]:
-        """Step → the loss of its line; of a step that was trained twice, the last."""
-        text = (output / "log.txt").read_text()
-        return {
-            step: float(loss)
-            for step, loss in re.findall(r"step (\d+)/120 .*?(?:loss|alignment) ([\d.]+)", text)
-        }
-
+             "--num_workers=2", "--set", "training.min_workers=1", "--set", f"data.shard_dir={common_shards}"]  # fmt: skip
     try:
         cluster.add_node(num_cpus=1, resources={"trial_node": 1})
         second = cluster.add_node(num_cpus=1, resources={"trial_node": 1})
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        process = train(tmp_path / "two", "--num_workers=2", "--set", "training.min_workers=1")
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "latentwire", "train", "--ray", *flags, "--output", str(output)],
+                cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         try:
             wait_for(
-                lambda: (
-                    process.poll() is not None or list(tmp_path.glob("two/step-*/manifest.json"))
-                ),
+                lambda: process.poll() is not None or list(output.glob("step-*/manifest.json")),
                 400,
                 lambda: log_of(tmp_path),
             )
@@ -369,10 +357,7 @@ def test_a_run_that_lost_a_worker_goes_on_with_the_other_to_the_same_wire(
             assert process.wait(400) == 0, log_of(tmp_path)
         finally:
             process.kill()
-        (workers,) = re.findall(r"resumed at step \d+ on \S+, (\d) workers", log_of(tmp_path))
-        assert workers == "1"
-        assert train(tmp_path / "one").wait(400) == 0, log_of(tmp_path)
-        # Sums in another order grow apart in a hundred steps: by 0.7 % at most.
-        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-2)
+        (workers,) = re.findall(r"resumed at step \d+ on \S+, workers: (\d)", log_of(tmp_path))
+        assert workers == "1" and (output / "step-00000120" / "manifest.json").exists()
     finally:
         cluster.shutdown()
