@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,7 @@ def with_places(run: RunConfig, places: Mapping[str, str | Path]) -> RunConfig:
     Raises :class:`~latentwire.config.resolve.ConfigError` for an unknown name.
     """
     known = [receiver.name for receiver in run.receivers]
-    if strange := [name for name in places if name not in known]:
-        raise ConfigError(
-            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them"
-        )
+    _check_known(known, places)
     values = {f"receivers.{known.index(name)}.model": place for name, place in places.items()}
     return with_values(run, values, "receivers")
 
@@ -94,10 +91,7 @@ def choose_receivers(
         return run
     chosen = [chosen] if isinstance(chosen, str) else chosen
     known = {receiver.name: receiver for receiver in run.receivers}
-    if strange := [name for name in chosen if name not in known]:
-        raise ConfigError(
-            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them"
-        )
+    _check_known(known, chosen)
     if run.encoder.private_len and len(chosen) < len(known):
         raise ConfigError(
             f"encoder.private_len {run.encoder.private_len} makes latents for each of "
@@ -121,3 +115,10 @@ def choose_receivers(
         # The encoder is still built like the receiver that stays away.
         values["encoder.model"] = known[lender].model
     return with_values(run, values, "receivers")
+
+
+def _check_known(known: Collection[str], names: Iterable[str]) -> None:
+    if strange := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"receivers must be among {', '.join(known)}, got {', '.join(strange)}; name some of them"
+        )

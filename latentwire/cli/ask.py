@@ -49,9 +49,8 @@ def ask(
             prompt = text_prompt(loaded, name, text, question, prefix)
             try:
                 ((from_text,), _) = loaded.decode(name, [prompt])
-            except (
-                ReceiverError
-            ) as error:  # a text that is too long for it, where the message is not
+            except ReceiverError as error:
+                # A text may be too long for it where the message is not.
                 from_text = f"none: {error}"
             table.add_row("" if prefix else name, source, f"{tokens} tokens", Text(from_text))
         table.add_row("", "latents", f"{message.slots(name)[0]} vectors", Text(from_latents))

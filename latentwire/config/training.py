@@ -153,9 +153,14 @@ class TrainingConfig(Section):
         return self
 
     @property
+    def fewest_workers(self) -> int:
+        """Workers that a run on Ray needs to go on."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
     def is_elastic(self) -> bool:
         """Whether the number of workers may change while a run lasts."""
-        return self.min_workers is not None and self.min_workers < self.num_workers
+        return self.fewest_workers < self.num_workers
 
     @property
     def rows_per_batch(self) -> int:

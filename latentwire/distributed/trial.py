@@ -257,8 +257,8 @@ def make_trainer(
     rows = None
     training = run.training
     workers: int | tuple[int, int] = training.num_workers
-    if training.min_workers is not None and training.is_elastic:
-        workers = training.min_workers, training.num_workers
+    if training.is_elastic:
+        workers = training.fewest_workers, training.num_workers
     if training.num_workers == 1 and run.data.in_memory:
         (rows,) = data_config(()).configure(datasets, 1, None, None)
     return PatientTrainer(

@@ -142,18 +142,23 @@ def test_removing_a_checkpoint_leaves_what_it_did_not_write(
     assert not (tmp_path / "other").exists()
 
 
+def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ask each run to stop in the step that comes after so many."""
+    step = Trainer.step
+
+    def stopping(self: Trainer, batches: list) -> dict[str, float]:
+        self.stop_asked = self.progress.step == steps
+        return step(self, batches)
+
+    patch.setattr(Trainer, "step", stopping)
+
+
 def test_a_stopped_run_is_saved_and_goes_on(
     run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = with_values(run, {"training.epochs": 2, "training.evaluate_every": 100})
-    step = Trainer.step
-
-    def stopping(self: Trainer, batches: list) -> dict[str, float]:
-        self.stop_asked = self.progress.step == 2
-        return step(self, batches)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
+        stop_after(patch, 2)
         with pytest.raises(
             TrainingError, match="stopped by SIGTERM after step 3 and saved; add --resume"
         ):
@@ -166,14 +171,8 @@ def test_a_run_that_is_stopped_in_its_last_step_is_evaluated_when_it_goes_on(
     run: RunConfig, paths: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = with_values(run, {"training.epochs": 1, "training.evaluate_every": 100})
-    step = Trainer.step
-
-    def stopping(self: Trainer, batches: list) -> dict[str, float]:
-        self.stop_asked = self.progress.step == 3
-        return step(self, batches)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
+        stop_after(patch, 3)
         with pytest.raises(TrainingError, match="stopped by SIGTERM after step 4"):
             train_here(LatentWire(run), paths, tmp_path / "run")
     (saved,) = finished(tmp_path / "run" / "checkpoints")
