@@ -55,6 +55,7 @@ class Adapter(nn.Module):
             self.position_LD = nn.Parameter(torch.zeros(slots or 0, d_model))
         self.control_CD = nn.Parameter(torch.randn(len(CONTROLS), d_model) * self.embed_rms)
         if config.kind in ("mlp", "linear"):
+            # A sum of d_z entries of RMS 1, each times a weight of variance 1 / d_z, has RMS 1.
             nn.init.normal_(self.skip.weight, std=d_z**-0.5)
         if config.kind == "mlp":
             nn.init.zeros_(self.down.weight)
@@ -71,11 +72,10 @@ class Adapter(nn.Module):
             return self.gain * p_BLD
         if self.calibration == "none":
             return p_BLD
-        keep_BL1 = (
-            torch.ones_like(p_BLD[..., :1])
-            if keep_BL is None
-            else keep_BL[..., None].to(p_BLD.dtype)
-        )
+        keep_BL1 = torch.ones_like(p_BLD[..., :1])
+        if keep_BL is not None:
+            keep_BL1 = keep_BL[..., None].to(p_BLD.dtype)
+        # Mean square of a row's real vectors [B, 1], whose root is brought to the embeddings' RMS.
         mean_B = (p_BLD.square().mean(-1, keepdim=True) * keep_BL1).sum(1) / keep_BL1.sum(1)
         return p_BLD * (self.embed_rms * mean_B.clamp(min=1e-12).rsqrt())[:, None]
 

@@ -41,6 +41,7 @@ def attend(
     if slow_backward(query, key, value):
         return _by_products(query, key, value, mask, scale)
     if groups > 1:
+        # [B, K, S, E] → [B, H, S, E]: each head of keys, once for every head of queries it serves.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
@@ -57,6 +58,7 @@ def slow_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         return False
     if not (query.requires_grad or key.requires_grad or value.requires_grad):
         return False
+    # There are B · H · N · S scores.
     return query.shape[:-1].numel() * key.shape[2] <= KEPT_SCORES
 
 
@@ -74,8 +76,10 @@ def _by_products(
     score_BKGNS = (grouped @ key.transpose(2, 3)).float().unflatten(2, (-1, queries))
     blind = None
     if mask is not None:
+        # [B, 1, N, S] → [B, 1, 1, N, S], and a mask of its own for each head as the queries.
         by_group = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
         if mask.dtype == torch.bool:
+            # Of scores that are all the least a softmax reads every key alike: zeroed below.
             blind = ~by_group.any(-1, keepdim=True)
             # Half of the least number: no score added to it becomes −∞, of which a softmax makes NaN.
             least = torch.finfo(torch.float32).min / 2
@@ -104,9 +108,8 @@ class Block(nn.Module):
 
         ``keep_BS``: positions that may be attended to; a row without any reads zeros.
         """
-        query, key, value = (
-            split(t, self.heads) for t in self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1)
-        )
+        parts = self.query_key_value(self.norm(x_BSM)).chunk(3, dim=-1)
+        query, key, value = (split(part, self.heads) for part in parts)
         query, key = rotate(query, rotary), rotate(key, rotary)
         read = attend(query, key, value, keep_BS[:, None, None])
         x_BSM = x_BSM + self.out(merge(read))
@@ -147,6 +150,7 @@ def rotary_at(place: torch.Tensor, width: int) -> Rotary:
 
     They are ``[S]``, or ``[B, S]`` for rows with positions of their own; ``width`` is one head's.
     """
+    # Pair i turns by position · 10000^(−2i / E).
     rate = 10_000.0 ** (-torch.arange(0, width, 2, device=place.device) / width)
     angle = place[..., None] * rate
     if place.dim() == 2:
@@ -158,4 +162,5 @@ def rotate(x_BHSE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Turn each pair of entries ``(x_i, x_{i+E/2})`` by its position's angle."""
     cos, sin = (t.to(x_BHSE.dtype) for t in rotary)
     first, second = x_BHSE.chunk(2, dim=-1)
+    # (a, b) → (a cos − b sin, a sin + b cos)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)

@@ -40,6 +40,8 @@ class TokenStates(States):
         """Return for each of a text's own tokens whether a sentence ends after it."""
         ids = torch.tensor(row, dtype=torch.long)
         ends_V, joins_V = self._marks
+        # No sentence ends where the next token goes on without white space; the last token has no
+        # next one and meets the first, but a text's own end is an edge of its spans anyway.
         ends_S, goes_on_S = ends_V[ids], joins_V[ids].roll(-1)
         return (ends_S & ~goes_on_S).tolist()
 
@@ -67,9 +69,8 @@ class PretrainedStates(TokenStates):
         keep_layers(self.backbone, config.model_layers)
         text_config = self.backbone.config.get_text_config()
         self.width: int = text_config.hidden_size
-        self.tokenizer.model_max_length = (
-            10**9
-        )  # windows keep to the backbone's positions; nothing to warn about
+        # Windows keep to the backbone's positions; nothing to warn about.
+        self.tokenizer.model_max_length = 10**9
         self.prefix, self.suffix = wrapping(self.tokenizer)
         self.window = int(text_config.max_position_embeddings) - len(self.prefix) - len(self.suffix)
         self.token_bytes = token_bytes(self.tokenizer)
@@ -77,10 +78,9 @@ class PretrainedStates(TokenStates):
         if config.tune != "full":
             self.backbone.requires_grad_(False)
         if config.tune == "lora":
-            targets = LORA_TARGETS[config.kind]
-            self.updates = updates_of(
-                self.backbone, targets, config.lora_rank, alpha=2.0 * config.lora_rank
-            )
+            targets, rank = LORA_TARGETS[config.kind], config.lora_rank
+            # Updates are scaled by alpha / rank: 2, whatever the rank.
+            self.updates = updates_of(self.backbone, targets, rank, alpha=2.0 * rank)
 
     def train(self, mode: bool = True) -> PretrainedStates:
         """Switch modes; a backbone that is not fully trained stays without dropout."""
@@ -134,10 +134,8 @@ class PretrainedStates(TokenStates):
             return attention_WT
         # A 4-D mask is taken as it is, so every token sees every other.
         mask = attention_WT[:, None, None, :].bool().expand(-1, 1, attention_WT.shape[1], -1)
-        if (
-            self.backbone.config.get_text_config()._attn_implementation == "eager"
-        ):  # adds its mask to the scores
-            # 0 and −inf are exact in any type.
+        if self.backbone.config.get_text_config()._attn_implementation == "eager":
+            # It adds its mask to the scores. 0 and −inf are exact in any type.
             nothing = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
             mask = nothing.masked_fill(~mask, -math.inf)
         return mask
@@ -155,6 +153,7 @@ def windows(
     for row in rows:
         for start in range(0, max(1, len(row)), size):
             part = row[start : start + size]
+            # Without special tokens an empty text's window has one place, which is none of its own.
             ids.append(torch.tensor([*prefix, *part, *suffix] or [0]))
             inside = [False] * len(prefix) + [True] * len(part) + [False] * len(suffix)
             real.append(torch.tensor(inside or [False]))
@@ -172,6 +171,7 @@ def joined(state_WTM: torch.Tensor, real_WT: torch.Tensor, length_B: torch.Tenso
     """
     place_S = torch.arange(max(1, int(length_B.max())), device=state_WTM.device)
     keep_BS = place_S < length_B[:, None]
+    # [W, T, M] → [N, M] → [B, S, M]. Windows lie row by row, and so do the places that are filled.
     x_BSM = state_WTM.new_zeros(*keep_BS.shape, state_WTM.shape[2])
     return x_BSM.masked_scatter(keep_BS[..., None], state_WTM[real_WT])
 
@@ -199,7 +199,8 @@ def keep_layers(backbone: Any, count: int | None, knob: str = "model_layers") ->
     if count is None:
         return
     holder, name = backbone, "layers"
-    if not hasattr(backbone, "layers"):  # BERT and its kin
+    # BERT and its kin
+    if not hasattr(backbone, "layers"):
         holder, name = getattr(backbone, "encoder", None), "layer"
     layers = getattr(holder, name, None)
     if layers is None:
@@ -209,11 +210,13 @@ def keep_layers(backbone: Any, count: int | None, knob: str = "model_layers") ->
     if count > len(layers):
         raise ReceiverError(f"{knob} must be ≤ {len(layers)}, the backbone's own, got {count}")
     setattr(holder, name, layers[:count])
+    # transformers' decoders run as many layers as their config says, whatever the list holds.
     backbone.config.get_text_config().num_hidden_layers = count
 
 
 def wrapping(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    # The text's own ids begin here among those with special tokens.
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
     return whole[:start], whole[start + len(inner) :]

@@ -27,7 +27,9 @@ def decoding_settings(
     drawn: dict[str, Any] = {"do_sample": False}
     if sampling is not None:
         drawn = {"do_sample": True, "temperature": sampling.temperature}
+        # transformers takes a top_k of 0 for all tokens.
         drawn |= {"top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+    # Rows that have ended go on with a stop token, at the first of which they are cut.
     return GenerationConfig(
         **drawn,
         max_new_tokens=max_new_tokens,
@@ -57,6 +59,7 @@ class Stopwatch:
     def put(self, value: torch.Tensor) -> None:
         """Note the time; transformers calls it with the prompt, and after each step."""
         self.times.append(time.perf_counter())
+        # The times are the beginning, the prompt, and then each step's.
         if self.watch is not None and len(self.times) > 2:
             self.watch(value.tolist())
 

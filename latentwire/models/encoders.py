@@ -77,6 +77,7 @@ class MessageLengths:
         self.tokens_per_latent, self.tokenizers = config.tokens_per_latent, tokenizers
         self.codes_tokens = config.pooling == "tokens"
         self.private: dict[str, range] = {}
+        # Columns of a message: the shared latents, then those of one receiver after the other.
         for index, name in enumerate(receivers if config.private_len else ()):
             start = config.latent_len + index * config.private_len
             self.private[name] = range(start, start + config.private_len)
@@ -101,7 +102,7 @@ class MessageLengths:
 
         The arguments are those of :meth:`InterlinguaEncoder.tokens_of`.
         """
-        lines = [line for row in rows for line in row]
+        lines: list[Any] = list(itertools.chain.from_iterable(rows))
         if not self.config.pretrained:
             lines = [self.tokenizers[0].cut(line, self.config.bytes_per_patch) for line in lines]
         if self.config.kind == "senders":
@@ -138,6 +139,7 @@ class MessageLengths:
             )
         latents_B = torch.full_like(length_B, self.latent_len)
         if stride is not None:
+            # ⌈length / stride⌉
             latents_B = ((length_B + stride - 1) // stride).clamp(min=1)
         return latents_B if coarsening is None else coarsening.latents(length_B, latents_B)
 
@@ -223,7 +225,7 @@ class InterlinguaEncoder(nn.Module):
         ``coarsening``: stage of the coarsening in training; ``None``: its end.
         ``tokens_per_latent``: another length of message than the configured one.
         """
-        lines = [line for row in rows for line in row]
+        lines: list[Any] = list(itertools.chain.from_iterable(rows))
         tensors, sizes = self.states.collate(lines)
         length_B = torch.tensor([len(size_S) for size_S in sizes])
         latents_B = self.lengths.latents(length_B, coarsening, tokens_per_latent)
@@ -293,16 +295,15 @@ class InterlinguaEncoder(nn.Module):
             # Private columns follow the shared ones, of which an evaluation may ask for another
             # number.
             shift = z_BLZ.shape[1] - self.latent_len - sum(map(len, self.private.values()))
-            private = {
-                name: range(columns.start + shift, columns.stop + shift)
-                for name, columns in self.private.items()
-            }
+            private = {}
+            for name, columns in self.private.items():
+                private[name] = range(columns.start + shift, columns.stop + shift)
             return Message(z_BLZ, length_B, private)
         keep_BL = torch.arange(z_BLZ.shape[1], device=z_BLZ.device) < length_B[:, None]
         joined_B = _joined(length_B, tokens.parts)
-        return Message(
-            pad_sequence(z_BLZ[keep_BL].split(joined_B.tolist()), batch_first=True), joined_B
-        )
+        # A text's lines follow each other, so their real latents [N, Z] are one stretch.
+        texts = z_BLZ[keep_BL].split(joined_B.tolist())
+        return Message(pad_sequence(texts, batch_first=True), joined_B)
 
     def _pooled(self, tokens: EncoderTokens) -> torch.Tensor:
         """Return what each latent is made of, ``[B, L·P, M]``."""
@@ -344,7 +345,11 @@ def lines_of(texts: Sequence[str], split: Literal["none", "lines"]) -> list[list
     """Part each text into what is encoded by itself; at least one part a text."""
     if split != "lines":
         return [[text] for text in texts]
-    return [[line for line in text.split("\n") if line.strip()] or [""] for text in texts]
+    parts = []
+    for text in texts:
+        lines = [line for line in text.split("\n") if line.strip()]
+        parts.append(lines or [""])
+    return parts
 
 
 def token_rows(
@@ -355,12 +360,13 @@ def token_rows(
     Ids of several stand in one row (:func:`~latentwire.models.senders.joined_row`).
     """
     rows = lines_of(texts, split)
-    parts = [line for row in rows for line in row]
+    parts = list(itertools.chain.from_iterable(rows))
     if not parts:
         return []
-    read = [
-        tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
-        for tokenizer in tokenizers
-    ]
-    ids = map(joined_row, zip(*read, strict=True))
+    by_tokenizer = []
+    for tokenizer in tokenizers:
+        read = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)
+        by_tokenizer.append(read.input_ids)
+    # One prepared row for each part, of which every text takes as many as it has parts.
+    ids = map(joined_row, zip(*by_tokenizer, strict=True))
     return [list(itertools.islice(ids, len(row))) for row in rows]

@@ -71,6 +71,7 @@ class FrozenLM(nn.Module):
         text_config = self.lm.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.most_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        # A config that names no types of layers means its window for all of them.
         kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
         window = getattr(text_config, "sliding_window", None)
         self.window: int | None = window if "sliding_attention" in kinds else None
@@ -93,6 +94,7 @@ class FrozenLM(nn.Module):
     @property
     def embed_rms(self) -> float:
         """Root mean square of the embeddings as layers read them (Gemma scales its table)."""
+        # About 4096 ids, evenly spread over the vocabulary, stand for all of it.
         vocabulary = self.embed_tokens.num_embeddings
         ids = torch.arange(0, vocabulary, max(1, vocabulary // 4096), device=self.device)
         return self.embed_tokens(ids).float().square().mean().sqrt().item()
@@ -121,6 +123,7 @@ class FrozenLM(nn.Module):
             raise ValueError(
                 f"a soft prompt must fill its slots, got {tuple(soft_ND.shape)} for {slots} slots"
             )
+        # Slots are filled in the order of their places: row by row, and from left to right.
         return e_BSD.masked_scatter(slots_BS[..., None], soft_ND.to(self.device, e_BSD.dtype))
 
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
@@ -151,6 +154,7 @@ class FrozenLM(nn.Module):
         logits_NV = self.head(hidden_ND.to(self.head.weight.device)).to(hidden_ND.device)
         if self.softcap is None:
             return logits_NV
+        # c · tanh(x / c) keeps logits between −c and c (Gemma 2).
         return self.softcap * torch.tanh(logits_NV / self.softcap)
 
     def check_length(self, positions: int) -> None:
@@ -185,6 +189,7 @@ class FrozenLM(nn.Module):
         by_embeds_SV = self.logits(output.last_hidden_state[0]).float()
         atol = 1e-2 * float(expected_SV.abs().max())
         if not torch.allclose(expected_SV, by_embeds_SV, atol=atol):
+            # Wrong from embeddings: is it right from ids, or are its logits scaled?
             output = self.lm.base_model(input_ids=ids_BS)
             by_ids_SV = self.logits(output.last_hidden_state[0]).float()
             if torch.allclose(expected_SV, by_ids_SV, atol=atol):

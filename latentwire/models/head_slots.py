@@ -36,6 +36,7 @@ def by_layer(heads: Heads) -> dict[int, slice]:
     """Return layer → where its heads stand among the chosen ones."""
     layers: dict[int, slice] = {}
     for place, (layer, _) in enumerate(heads):
+        # Heads are sorted, so those of one layer stand side by side.
         start = layers[layer].start if layer in layers else place
         layers[layer] = slice(start, place + 1)
     return layers
@@ -90,11 +91,10 @@ class HeadEntries:
 
     def to(self, device: torch.device) -> HeadEntries:
         """Copy to a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
     def of_layers(self) -> dict[int, LayerEntries]:
@@ -103,16 +103,11 @@ class HeadEntries:
         # Parts of one split: their gradients are joined at once, where slices' would be summed.
         sizes = [here.stop - here.start for here in layers.values()]
         parts = zip(self.key_RJTD.split(sizes, 1), self.value_RJTD.split(sizes, 1), strict=True)
-        return {
-            layer: LayerEntries(
-                heads=tuple(head for _, head in self.heads[here]),
-                key_RHTD=key_RHTD,
-                value_RHTD=value_RHTD,
-                keep_RT=self.keep_RT,
-                end_R=self.end_R,
-            )
-            for (layer, here), (key_RHTD, value_RHTD) in zip(layers.items(), parts, strict=True)
-        }
+        entries: dict[int, LayerEntries] = {}
+        for (layer, here), (key_RHTD, value_RHTD) in zip(layers.items(), parts, strict=True):
+            heads = tuple(head for _, head in self.heads[here])
+            entries[layer] = LayerEntries(heads, key_RHTD, value_RHTD, self.keep_RT, self.end_R)
+        return entries
 
 
 @dataclass(frozen=True)
@@ -144,12 +139,15 @@ def entries_of(
     """
     message_R = torch.unique(batch.message_R, return_inverse=True)[1].to(kv_NE.device)
     latents_BS, position_BS = batch.latents_BS.to(kv_NE.device), batch.positions().to(kv_NE.device)
+    # The position of a row's first latent: argmax finds the first of equal numbers.
     start_R = position_BS.gather(1, latents_BS.long().argmax(1)[:, None]).squeeze(1)
-    # Rows of one message are alike up to its end.
-    count_M, start_M = (
-        value_R.new_zeros(int(message_R.max()) + 1).scatter(0, message_R, value_R)
-        for value_R in (latents_BS.sum(1), start_R)
-    )
+    messages = int(message_R.max()) + 1
+
+    def of_messages(value_R: torch.Tensor) -> torch.Tensor:
+        # Rows of one message are alike up to its end, so it does not matter whose value is taken.
+        return value_R.new_zeros(messages).scatter(0, message_R, value_R)
+
+    count_M, start_M = of_messages(latents_BS.sum(1)), of_messages(start_R)
     place_T = torch.arange(max(1, int(count_M.max())), device=kv_NE.device)
     keep_MT = place_T < count_M[:, None]
     if len(kv_NE) != (slots := int(count_M.sum())):
@@ -157,10 +155,9 @@ def entries_of(
     kv_MTE = kv_NE.new_zeros(*keep_MT.shape, kv_NE.shape[1])
     kv_MTE = kv_MTE.masked_scatter(keep_MT[..., None], kv_NE)
     # [M, T, J · 2 · D] → keys and values [M, J, T, D].
-    key_MJTD, value_MJTD = (
-        part.squeeze(3).transpose(1, 2)
-        for part in kv_MTE.unflatten(2, (len(heads), 2, -1)).split(1, 3)
-    )
+    key_MTJ1D, value_MTJ1D = kv_MTE.unflatten(2, (len(heads), 2, -1)).split(1, 3)
+    key_MJTD = key_MTJ1D.squeeze(3).transpose(1, 2)
+    value_MJTD = value_MTJ1D.squeeze(3).transpose(1, 2)
     position_MT = start_M[:, None] + place_T
     layers = by_layer(heads).items()
     turned = [rotated(lm, layer, key_MJTD[:, here], position_MT) for layer, here in layers]
@@ -185,6 +182,7 @@ def seen(lm: nn.Module, entries: HeadEntries | None) -> Iterator[None]:
     of_layers = entries.of_layers()
     model.set_attn_implementation(IMPLEMENTATION)
     try:
+        # transformers hands an attention function its module: the entries are found there.
         for layer, attention in layers.items():
             attention.head_entries = of_layers[layer]
         yield
@@ -217,10 +215,12 @@ def _attention(
             f"choose adapter.kind mlp"
         )
     groups, heads = query.shape[1] // key.shape[1], key.shape[1]
+    # H key-value heads serve G heads of queries each; A are the query heads of those that see.
     seeing = torch.tensor(entries.heads, device=query.device)
     mask_R1NS = visible(attention_mask, query, key)
     end_R1 = entries.end_R.to(position_RN.device)[:, None]
     after_RN1 = (position_RN >= end_R1)[..., None].to(query.device)
+    # [R, 1, T] and [R, N, 1]: a row's own tokens, for queries that stand after them.
     sees_RNT = entries.keep_RT[:, None].to(query.device) & after_RN1
     # Entries first, then what every head sees.
     wide_R1NS = torch.cat((sees_RNT[:, None], mask_R1NS.expand(len(sees_RNT), -1, -1, -1)), -1)
@@ -246,7 +246,7 @@ def _attention(
         )
         outputs.append(other_RNAD.transpose(1, 2))
         order += others
-    # Back into the order of the heads.
+    # Back into the order of the heads: a permutation's argsort undoes it.
     place_H = torch.tensor(order, device=query.device).argsort()
     output_RHGND = torch.cat(outputs, 1).unflatten(1, (heads, groups))[:, place_H]
     return output_RHGND.flatten(1, 2).transpose(1, 2).contiguous(), None

@@ -142,6 +142,7 @@ class Interlingua(nn.Module):
         for name, parameter in self.named_parameters() if names else ():
             kind, _, rest = name.partition(".")
             if kind == "features":
+                # One level deeper: features.<feature>.<part>.<receiver>.<…>
                 feature, _, inner = rest.partition(".")
                 part = owner(self.features[feature], inner)
             else:
@@ -194,9 +195,8 @@ class Interlingua(nn.Module):
         """
         adapter: Any = dict(self.adapters.items()).get(receiver)  # a text reader has none
         if isinstance(adapter, Unfolding):
-            return [
-                adapter.text_budget(count) if of_text else adapter.budget(count) for count in slots
-            ]
+            budget = adapter.text_budget if of_text else adapter.budget
+            return [budget(count) for count in slots]
         return list(slots)
 
     def soft_rows(self, receiver: str, message: Message | None, batch: Batch) -> torch.Tensor:
@@ -220,9 +220,11 @@ class Interlingua(nn.Module):
                 vectors.append(p_BLD[message_R])
                 keeps.append(keep_BL[message_R])
             control_R = batch.control_R.to(adapter.control_CD.device)
-            # The control is one more position; rows that answer questions do without.
+            # The control is one more position; rows that answer questions do without. Theirs is −1,
+            # for which any vector is looked up and then left out.
             vectors.append(adapter.control_CD[control_R.clamp(min=0)][:, None])
             keeps.append((control_R != ANSWER)[:, None])
+        # [R, slots, D] → [N, D]: a mask picks row by row, as slots are filled.
         return torch.cat(vectors, 1)[torch.cat(keeps, 1)]
 
     def control_rows(self, receiver: str, batch: Batch) -> torch.Tensor | None:

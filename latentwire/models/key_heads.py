@@ -66,6 +66,7 @@ def _shape(attention: Any, text_config: Any) -> tuple[int, int] | None:
     if key is not None and value is not None:
         entries = key.out_features
         return (entries // width, width) if value.out_features == entries else None
+    # One projection to queries, keys and values at once, as Phi 3 has.
     if hasattr(attention, "qkv_proj"):
         return text_config.num_attention_heads // groups, width
     return None
@@ -83,6 +84,7 @@ def rotated(
     turned = cos_R1TE.shape[-1]  # some receivers turn the first entries alone
     x, rest = key_RHTD.float().split((turned, key_RHTD.shape[-1] - turned), -1)
     first, second = x.chunk(2, -1)
+    # (a, b) → (a cos − b sin, b cos + a sin) forth, and with −sin back.
     half = torch.cat((-second, first), -1)
     if back:
         # The table's length: some receivers scale it, and turning back must undo that too.
@@ -100,8 +102,10 @@ def _table(
     base: Any = lm.base_model
     rotary = base.rotary_emb
     options: dict[str, Any] = {}
+    # Models whose layers have tables of their own ask for the type of layer.
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         options["layer_type"] = base.config.get_text_config().layer_types[layer]
+    # Its device and type are all that is read of it.
     like = torch.zeros(1, device=position_RT.device)
     cos_RTE, sin_RTE = rotary(like, position_ids=position_RT, **options)
     return cos_RTE.float(), sin_RTE.float()
@@ -140,12 +144,11 @@ def _keys_at(lm: nn.Module, start: int, states: dict[int, Any]) -> list[torch.Te
 
     def give(layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            # transformers gives a layer its states by place or by name.
             state = states.setdefault(layer, args[0] if args else options["hidden_states"])
-            return (
-                ((state, *args[1:]), options)
-                if args
-                else (args, options | {"hidden_states": state})
-            )
+            if args:
+                return (state, *args[1:]), options
+            return args, options | {"hidden_states": state}
 
         return hook
 

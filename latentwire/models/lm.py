@@ -141,11 +141,12 @@ class LMWrapper(FrozenLM):
             predict_N = batch.predict_N.to(state_BSD.device)  # flat indices into B × S
             return state_BSD.flatten(0, 1).index_select(0, predict_N).to(self.device)
 
-        # hidden_states holds the embeddings, then each layer's output.
-        layers = [
-            output.hidden_states[round(depth * (len(output.hidden_states) - 1))] for depth in depths
-        ]
-        return at_targets(output.last_hidden_state), [at_targets(layer) for layer in layers]
+        layers = []
+        for depth in depths:
+            # hidden_states holds the embeddings, then each layer's output.
+            number = round(depth * (len(output.hidden_states) - 1))
+            layers.append(at_targets(output.hidden_states[number]))
+        return at_targets(output.last_hidden_state), layers
 
     def prefill(self, batch: Batch, soft_ND: torch.Tensor | None = None) -> Past:
         """Read the beginnings of sequences, and keep their keys and values, with their gradient.
@@ -170,6 +171,7 @@ class LMWrapper(FrozenLM):
             cache = output.past_key_values
         assert cache is not None, "these sequences begin with nothing"
         if entries is not None and messages > 1:
+            # One row was read for all of them; each message goes on from a copy.
             cache.batch_repeat_interleave(messages)
             attention_MS = attention_MS.expand(messages, -1)
         return Past(cache, attention_MS, entries)
@@ -196,9 +198,10 @@ class LMWrapper(FrozenLM):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
-        self._recomputed = [
-            module for module in self.lm.modules() if isinstance(module, GradientCheckpointingLayer)
-        ]
+        self._recomputed = []
+        for module in self.lm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                self._recomputed.append(module)
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compile the receiver's layers by ``torch.compile``; the first steps take minutes."""
@@ -267,6 +270,7 @@ class LMWrapper(FrozenLM):
             positions["position_ids"] = position_BS.to(self.device)
         longest = attention_BS.shape[1] + max_new_tokens
         if entries is not None:
+            # Their positions come before these rows', though they take no place among them.
             longest += entries.longest
             self._check_sight(longest)
         self.check_length(longest)

@@ -40,15 +40,15 @@ def updates_of(model: nn.Module, targets: Iterable[str], rank: int, alpha: float
     Raises :class:`ReceiverError` where a target names no linear layer.
     """
     names = set(targets)
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.split(".")[-1] in names
-    }
+    layers: dict[str, nn.Linear] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path.split(".")[-1] in names:
+            layers[path] = module
     if missing := names - {path.split(".")[-1] for path in layers}:
         raise ReceiverError(
             f"targets must name linear layers of {type(model).__name__}, got {', '.join(sorted(missing))}"
         )
+    # A name in a ModuleDict may hold no dot.
     return nn.ModuleDict(
         {path.replace(".", "/"): LowRank(m, rank, alpha / rank) for path, m in layers.items()}
     )
@@ -61,6 +61,7 @@ def attached(model: nn.Module, updates: nn.ModuleDict) -> Iterator[None]:
         for key, update in updates.items():
             layer = model.get_submodule(key.replace("/", "."))
 
+            # By its default value each hook keeps its own update, not the loop's last.
             def add(
                 _: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor, update: Any = update
             ) -> torch.Tensor:

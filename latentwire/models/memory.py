@@ -34,9 +34,11 @@ class MemoryStates(PretrainedStates):
         that has no keys and values where those are asked for.
         """
         super().__init__(config, receivers, load_weights)
+        # One window holds any text; forward checks that its memory fits behind it.
         self.positions, self.window = self.window + len(self.prefix) + len(self.suffix), 10**9
         # They start as large as the embeddings before them.
         table = self.backbone.get_input_embeddings()
+        # About 4096 ids, evenly spread over the vocabulary, stand for all of it.
         ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 4096))
         scale = table(ids).detach().float().square().mean().sqrt()
         self.memory_CM = nn.Parameter(torch.randn(config.latent_len, self.width) * scale)
@@ -70,24 +72,26 @@ class MemoryStates(PretrainedStates):
         memory_WS = (place_S < end_W1 + latents_B[:, None]) & ~text_WS
         place_L = torch.arange(longest, device=ids_WT.device)
         keep_BL = place_L < latents_B[:, None]
-        memory_BLM = interpolated(
-            self.memory_CM, ((place_L + 0.5) / latents_B[:, None]).clamp(max=1)
-        )
+        # Latent l of a row's L reads the learned memory at (l + 0.5) / L of its length.
+        share_BL = ((place_L + 0.5) / latents_B[:, None]).clamp(max=1)
+        memory_BLM = interpolated(self.memory_CM, share_BL)
         with attached(self.backbone, self.updates), ExitStack() as stack:
+            # Texts and memories are laid into the rows as they come, row by row.
             token_WTM = self.backbone.get_input_embeddings()(ids_WT)
             x_WSM = token_WTM.new_zeros(*text_WS.shape, token_WTM.shape[2])
             x_WSM = x_WSM.masked_scatter(text_WS[..., None], token_WTM[attention_WT.bool()])
             x_WSM = x_WSM.masked_scatter(memory_WS[..., None], memory_BLM[keep_BL].to(x_WSM))
-            made: list[torch.Tensor] = []
+            projected: list[torch.Tensor] = []
             for projection in self.projections:
 
                 def keep(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> None:
-                    made.append(output)
+                    projected.append(output)
 
                 # After the low-rank updates' hooks, whose sum is what the layer gives.
                 stack.callback(projection.register_forward_hook(keep).remove)
             mask = self.mask((text_WS | memory_WS).long())
             output = self.backbone(inputs_embeds=x_WSM, attention_mask=mask, use_cache=False)
-        state_WSM = torch.cat(made, -1) if made else output.last_hidden_state
+        # [W, S, M]: all layers' keys and values side by side, or the last states.
+        state_WSM = torch.cat(projected, -1) if projected else output.last_hidden_state
         pooled_BLM = state_WSM.new_zeros(*keep_BL.shape, self.width)
         return pooled_BLM.masked_scatter(keep_BL[..., None], state_WSM[memory_WS]).float()

@@ -64,12 +64,15 @@ def _attentions(lm: nn.Module) -> list[Any]:
     base: Any = lm.base_model
     modules = [getattr(layer, "self_attn", None) for layer in getattr(base, "layers", ())]
     names = "num_key_value_groups", "head_dim"
-    shapes = {tuple(getattr(module, name, None) for name in names) for module in modules}
+    shapes = set()
+    for module in modules:
+        shapes.add(tuple(getattr(module, name, None) for name in names))
     return modules if len(shapes) == 1 and None not in shapes.pop() else []
 
 
 def entry_bytes(lm: LMWrapper) -> int:
     """Return the bytes of one entry as fp16: a key and a value of one head."""
+    # Key and value, 2 bytes a number.
     return 2 * 2 * _attentions(lm.lm)[0].head_dim
 
 
@@ -92,19 +95,20 @@ def scores(
         reading: attaches what stands before them.
         prefix: constant soft positions before each text.
     """
-    recitals = [
-        (row, part, builder.recital(ids, part, prefix))
-        for row, ids in enumerate(texts)
-        for part in parts(len(ids))
-    ]
+    recitals: list[tuple[int, range, PromptSequence]] = []
+    for row, ids in enumerate(texts):
+        for part in parts(len(ids)):
+            recitals.append((row, part, builder.recital(ids, part, prefix)))
     heads = lm.lm.config.get_text_config().num_attention_heads
     longest = max((len(prompt.ids) for _, _, prompt in recitals), default=1)
+    # A layer has heads × longest² weights a row.
     size = max(1, MOST_WEIGHTS // (heads * longest**2))
     by_text: list[list[torch.Tensor]] = [[] for _ in texts]
     for start in range(0, len(recitals), size):
         together = recitals[start : start + size]
         prompts = [prompt for _, _, prompt in together]
         for (row, part, _), score_LHT in zip(together, _recite(lm, prompts, reading), strict=True):
+            # Each recital scores the whole text: only its own part is taken from it.
             by_text[row].append(score_LHT[..., part.start : part.stop])
     return [torch.cat(of_parts, -1) for of_parts in by_text]
 
@@ -126,10 +130,11 @@ def _recite(
         if weights_BASS is None or mask_B1SS is None:
             raise ReceiverError(_unseen(lm, "shows no attention weights"))
         rows = []
-        for prompt, weights_ASS, mask_SS in zip(
-            prompts, weights_BASS, mask_B1SS[:, 0], strict=True
-        ):
+        # Of each row [heads, queries, keys], and a mask that is 0 where a query sees a key.
+        of_rows = zip(prompts, weights_BASS, mask_B1SS[:, 0], strict=True)
+        for prompt, weights_ASS, mask_SS in of_rows:
             text = slice(prompt.message.start, prompt.message.stop)
+            # R positions come after the text, up to the recital's end; padding is not among them.
             paid_ART = weights_ASS[:, text.stop : len(prompt.ids), text].float()
             # Query heads of one key-value head stand side by side.
             score_HT = paid_ART.unflatten(0, (-1, module.num_key_value_groups)).amax((1, 2))
@@ -155,10 +160,11 @@ def choose(score_LHT: torch.Tensor, positions: int) -> torch.Tensor:
     """
     tokens = score_LHT.shape[-1]
     seen = int((score_LHT >= 0).sum())
+    # ⌊seen · positions / T⌋
     count = min(positions, tokens) * seen // max(1, tokens)
-    kept = torch.zeros(score_LHT.numel(), dtype=torch.bool, device=score_LHT.device)
-    kept[score_LHT.flatten().topk(count).indices] = True
-    return kept.view_as(score_LHT)
+    best = torch.zeros(score_LHT.numel(), dtype=torch.bool, device=score_LHT.device)
+    best[score_LHT.flatten().topk(count).indices] = True
+    return best.view_as(score_LHT)
 
 
 @contextmanager
@@ -191,6 +197,7 @@ def cut(
         end = queries + (0 if past is None else past.get_seq_length(layer))
         gone_BHK = F.pad(gone_BLHS[:, layer], (0, max(0, end - width)))[..., end - keys : end]
         late_BQ = torch.arange(end - queries, end, device=lm.device) >= after_B[:, None]
+        # [B, H, 1, K] and [B, 1, Q, 1]: entries that are gone, for queries after the text.
         hidden_BHQK = gone_BHK[:, :, None] & late_BQ[:, None, :, None]
         hidden_BAQK = hidden_BHQK.repeat_interleave(module.num_key_value_groups, 1)
         lowest = torch.finfo(mask_B1QK.dtype).min
@@ -200,7 +207,7 @@ def cut(
     with ExitStack() as stack:
         stack.enter_context(_eager(lm))
         for layer, attention in enumerate(_attentions(lm.lm)):
-
+            # By its default value each hook keeps its own layer, not the loop's last.
             def hook(module: Any, args: tuple, kwargs: dict, layer: int = layer) -> tuple:
                 return hide(layer, module, args, kwargs)
 

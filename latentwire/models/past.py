@@ -29,6 +29,7 @@ class Past:
         """Return keys and values for rows that go on from these beginnings, and all their attention."""
         assert batch.past_R is not None, "these rows go on from nothing"
         past_R = batch.past_R.to(self.attention_MS.device)
+        # Selecting rows replaces a layer's tensors: copies of the layers leave these as they are.
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:  # each may be on a device of its own

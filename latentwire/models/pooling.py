@@ -29,6 +29,7 @@ class SpanQueries(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.mlp = mlp(width)
+        # One span from the centre weights fall to e^−0.2 of their peak in one head, e^−2 in another.
         self.sharpness = nn.Parameter(torch.linspace(0.2, 2.0, heads))
         self.share_P: torch.Tensor
         self.size_P: torch.Tensor
@@ -58,9 +59,8 @@ class SpanQueries(nn.Module):
         bias_BHLS = -self.sharpness[None, :, None, None] * distance_BLS[:, None].square()
         bias_BHLS = bias_BHLS.masked_fill(~keep_BS[:, None, None], float("-inf"))
         dtype = key_BSM.dtype
-        query, key, value = (
-            split(t, self.heads) for t in (query_BLM.to(dtype), key_BSM, value_BSM)
-        )
+        parts = (query_BLM.to(dtype), key_BSM, value_BSM)
+        query, key, value = (split(part, self.heads) for part in parts)
         read_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_BHLS.to(dtype))
         y_BLM = query_BLM + self.out(merge(read_BHLE))
         return y_BLM + self.mlp(y_BLM)
@@ -71,6 +71,7 @@ class SpanQueries(nn.Module):
         share_BL = ((place_L + 0.5) / latents_B[:, None]).clamp(max=1)
         query_BLM = interpolated(self.query[: self.count], share_BL)
         size_BL = latents_B[:, None].expand_as(share_BL)
+        # Behind the shared queries, of which there may be any number, stand all private ones.
         alike = (len(latents_B), -1)
         return (
             torch.cat((query_BLM, self.query[self.count :].expand(len(latents_B), -1, -1)), 1),
@@ -84,6 +85,7 @@ def interpolated(vector_CM: torch.Tensor, share_BL: torch.Tensor) -> torch.Tenso
 
     A message of C latents, whose centres lie at (l + 0.5) / C, reads the vectors themselves.
     """
+    # Vector c lies at (c + 0.5) / C, so a share s lies at s · C − 0.5 among them.
     last = len(vector_CM) - 1
     at_BL = (share_BL * len(vector_CM) - 0.5).clamp(0, last)
     below_BL = at_BL.floor().long()
@@ -102,6 +104,7 @@ class Coarsening:
 
     def latents(self, length_B: torch.Tensor, final_B: torch.Tensor) -> torch.Tensor:
         """Return the latents of texts of ``length_B`` states; never fewer than ``final_B``."""
+        # Linearly from ⌈length / tokens_per_latent⌉ to the final number.
         start_B = (length_B / self.tokens_per_latent).ceil().long()
         return final_B + ((start_B - final_B).clamp(min=0) * (1 - self.share)).round().long()
 
@@ -120,6 +123,7 @@ def span_means(
     several take the same one. L is the largest of ``spans_B``; a row's entries after its own are
     zero, and so is a row without vectors.
     """
+    # Every state counts for 1, and padding for 0.
     size_BS = (torch.arange(x_BSM.shape[1], device=x_BSM.device) < length_B[:, None]).float()
     start_BL1, end_BL1 = text_spans(size_BS, length_B, spans_B, ends_BS).split(1, -1)
     # Part p of a span lies between the edges p/P and (p + 1)/P of the way through it.
@@ -139,6 +143,7 @@ def span_edges(
     its end.
     """
     place_BE = torch.arange(int(spans_B.max()) + 1, device=spans_B.device).minimum(spans_B[:, None])
+    # Edge e of L spans lies at e · length / L.
     even_BE = place_BE * length_B[:, None] / spans_B[:, None]
     if ends_BS is None:
         return even_BE
@@ -187,6 +192,7 @@ def overlap_means(
     end_BS = end_BS / end_BS[:, -1:].clamp(min=1e-9)
     start_BS = F.pad(end_BS[:, :-1], (1, 0))
     start_BL1, end_BL1 = span_BL2[..., :1], span_BL2[..., 1:]
+    # What span l and vector s share, [B, L, S]: from the later start to the sooner end.
     first_BLS = torch.maximum(start_BL1, start_BS[:, None])
     last_BLS = torch.minimum(end_BL1, end_BS[:, None])
     overlap_BLS = (last_BLS - first_BLS).clamp(min=0)

@@ -39,6 +39,7 @@ class Prefix(nn.Module):
     def begin_as(self, e_TD: torch.Tensor) -> None:
         """Begin as these embeddings ``[T, D]``, repeated or cut to the prefix's length."""
         count = len(self.unit_PD)
+        # −(−P // T) = ⌈P / T⌉
         repeated_TD = e_TD.repeat(-(-count // len(e_TD)), 1)[:count]
         self.unit_PD.copy_(repeated_TD.to(self.unit_PD) / self.embed_rms)
 
@@ -46,6 +47,7 @@ class Prefix(nn.Module):
         """Add its keys and values where it stands, while a receiver reads a batch; nothing where it has none."""
         if self.added_PE is None:
             return nullcontext()
+        # [P, E] → [R · P, E]: every row has the whole prefix.
         added_NE = self.added_PE.repeat(len(batch.ids_BS), 1)
         context: AbstractContextManager[None] = lm.added_to_slots(added_NE, batch.prefix_BS)
         return context

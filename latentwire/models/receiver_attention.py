@@ -64,7 +64,9 @@ def visible(
     """
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
+        # Queries are the last of the positions: query n sees keys up to keys − queries + n.
         whole = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
         return whole.tril(keys - queries)[None, None]
     mask = attention_mask[..., :keys]
+    # Numbers are added to scores: 0 changes nothing, so a query sees that key.
     return mask if mask.dtype == torch.bool else mask == 0

@@ -119,6 +119,7 @@ def twin_of(lm: nn.Module) -> Any:
     that are computed again, layers that are compiled.
     """
     base: Any = lm.base_model
+    # The memo tells deepcopy that each weight is copied already: to itself.
     return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
 
 
@@ -166,6 +167,7 @@ class Sender(nn.Module):
                 f"encoder.senders must be causal LMs with a list of layers, {source.model} is a "
                 f"{type(self.backbone).__name__} without; name another model"
             )
+        # Depth 0 is what the first layer reads, so one layer at least stays.
         keep_layers(self.backbone, max(1, *self.depths), "encoder.depths")
         self.width: int = len(self.depths) * text_config.hidden_size
         self.prefix, _ = wrapping(self.tokenizer)
@@ -226,6 +228,7 @@ class Sender(nn.Module):
             first = layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
             stack.callback(first.remove)
             for depth in {*self.depths} - {0, self.layers}:
+                # Layers count from 0, and depth 1 is what the first of them gives.
                 stack.callback(layers[depth - 1].register_forward_hook(keep_output(depth)).remove)
             output = self.backbone(input_ids=ids_WT, attention_mask=attention_WT, use_cache=False)
         if self.layers in self.depths:
@@ -293,12 +296,11 @@ class SenderStates(TokenStates):
     @property
     def lent_parameters(self) -> int:
         """Number of parameters that a receiver holds too, where both are in one process."""
-        return sum(
-            parameter.numel()
-            for sender, lender in zip(self._senders, self.lenders, strict=True)
-            if lender is not None
-            for parameter in sender.parameters()
-        )
+        count = 0
+        for sender, lender in zip(self._senders, self.lenders, strict=True):
+            if lender is not None:
+                count += sum(parameter.numel() for parameter in sender.parameters())
+        return count
 
     def sentence_ends(self, row: Sequence[int]) -> list[bool]:
         """Return for each of the ruler's tokens of a text whether a sentence ends after it."""
@@ -318,13 +320,13 @@ class SenderStates(TokenStates):
         assert len(ids) == len(self.senders), "rows must hold the ids of these senders"
         ruler = self._senders[0]
         tensors: dict[str, torch.Tensor] = {}
-        for number, (sender, own) in enumerate(zip(self._senders, ids, strict=True)):
-            named = sender.collate(own)
+        for number, (sender, texts) in enumerate(zip(self._senders, ids, strict=True)):
+            named = sender.collate(texts)
             if number:
-                pairs = zip(ids[0], own, strict=True)
+                pairs = zip(ids[0], texts, strict=True)
                 reads = [reads_at(ruler.ends(first), sender.ends(row)) for first, row in pairs]
                 named["read_BS"] = pad_sequence(reads, batch_first=True)
-                named["length_B"] = torch.tensor([len(row) for row in own])
+                named["length_B"] = torch.tensor([len(row) for row in texts])
             tensors |= {f"{number}_{name}": tensor for name, tensor in named.items()}
         sizes = [ruler.token_bytes[torch.tensor(row, dtype=torch.long)] for row in ids[0]]
         return tensors, sizes
@@ -339,16 +341,18 @@ class SenderStates(TokenStates):
         gone_BS1 = (place_S >= length_B[:, None])[..., None]
         parts = []
         for number, sender in enumerate(self.senders):
-            named = {
-                name.removeprefix(f"{number}_"): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{number}_")
-            }
+            lead = f"{number}_"
+            named = {}
+            for name, tensor in tensors.items():
+                if name.startswith(lead):
+                    named[name.removeprefix(lead)] = tensor
             if not number:
                 parts.append(sender(**named, length_B=length_B))
                 continue
+            # Texts without any tokens have one state all the same, and so need a place to read at.
             read_BS = F.pad(named.pop("read_BS"), (0, len(place_S)))[:, : len(place_S)]
             x_BUM = sender(**named)  # U: this sender's own tokens
+            # gather takes an index for every entry of a state: [B, S] → [B, S, M].
             x_BSM = x_BUM.gather(1, read_BS[..., None].expand(-1, -1, x_BUM.shape[2]))
             parts.append(x_BSM.masked_fill(gone_BS1, 0))
         return torch.cat(parts, -1)
@@ -359,4 +363,5 @@ def reads_at(end_S: torch.Tensor, other_U: torch.Tensor) -> torch.Tensor:
 
     ``other_U``: ends of the other tokens. Where all end sooner, it is the last.
     """
+    # The first u with other_U[u] ≥ end, or U where there is none.
     return torch.searchsorted(other_U, end_S).clamp(max=max(0, len(other_U) - 1))

@@ -36,11 +36,10 @@ def decoder_layers(lm: nn.Module, feature: str) -> nn.ModuleList:
 
 def projections(lm: nn.Module, feature: str) -> list[nn.Linear]:
     """Return the projections to keys and to values of every layer, in order."""
-    return [
-        part
-        for attention in attentions(lm, feature)
-        for part in (attention.k_proj, attention.v_proj)
-    ]
+    modules: list[nn.Linear] = []
+    for attention in attentions(lm, feature):
+        modules += [attention.k_proj, attention.v_proj]
+    return modules
 
 
 def attentions(lm: nn.Module, feature: str) -> list[Any]:
@@ -65,6 +64,7 @@ def heads_of_entries(lm: nn.Module, feature: str) -> torch.Tensor:
     for attention in attentions(lm, feature):
         # On the CPU, where a planner weighs modules on the meta device too.
         entry_E = torch.arange(attention.k_proj.out_features, device="cpu")
+        # A projection's entries are those of one head after the other.
         head_E = first + entry_E // attention.head_dim
         heads += [head_E, head_E]  # keys, then values
         first = int(head_E[-1]) + 1
@@ -106,6 +106,7 @@ def recorded(lm: nn.Module, places_RS: torch.Tensor) -> Iterator[list[torch.Tens
     entries: list[torch.Tensor] = []
 
     def note(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
+        # Other sequences, or one position of a decode step.
         if output.shape[:2] != places_RS.shape:
             return
         # Selected in every pass: one that computes activations again must do what the first did.
@@ -133,10 +134,11 @@ def _changed(
     with ExitStack() as stack:
         parts = change_NE.split([target.out_features for target in targets], dim=-1)
         for target, part_NE in zip(targets, parts, strict=True):
-
+            # By its default value each hook keeps its own part, not the loop's last.
             def act(
                 _: nn.Module, __: tuple, output: torch.Tensor, part_NE: torch.Tensor = part_NE
             ) -> torch.Tensor:
+                # A decode step has one position, and no latents.
                 if output.shape[:2] != latents_RS.shape:
                     return output
                 part_NE = part_NE.to(output.device, output.dtype)

@@ -80,9 +80,9 @@ class ByteStates(States):
     def collate(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Collate byte ids in patches ``[B, P, bytes_per_patch]``; and the patches' bytes."""
         ids_BPE = self.tokenizer.patches(texts, self.bytes_per_patch)
-        return {"ids_BPE": ids_BPE}, [
-            size_P[size_P > 0] for size_P in (ids_BPE != PAD_ID).sum(2).float()
-        ]
+        # Bytes of each patch [B, P]: 0 in patches that only fill a row up.
+        size_BP = (ids_BPE != PAD_ID).sum(2).float()
+        return {"ids_BPE": ids_BPE}, [size_P[size_P > 0] for size_P in size_BP]
 
     def sentence_ends(self, text: str) -> list[bool]:
         """Return for each patch of a text whether a sentence ends after it."""
@@ -90,6 +90,7 @@ class ByteStates(States):
         # A word that fills its patch leaves the white space after it to the next one, so the whole
         # text is searched.
         stops = list(accumulate(map(len, patches)))
+        # A sentence that ends at byte e belongs to the first patch that stops there or later.
         ending = {bisect_left(stops, end) for end in sentence_ends(b"".join(patches))}
         return [place in ending for place in range(len(patches))]
 
@@ -98,6 +99,7 @@ class ByteStates(States):
         place_P = torch.arange(ids_BPE.shape[1], device=ids_BPE.device)
         # An empty text is one patch of padding.
         keep_BP = (place_P < length_B[:, None]) | (place_P == 0)
+        # [B, P, E] → [B, P, E, 32] → [B, P, E · 32] → [B, P, M]
         x_BPM = self.join(self.embed(ids_BPE).flatten(2))
         rotary = rotary_of(len(place_P), self.head_width, ids_BPE.device)
         for block in self.blocks:

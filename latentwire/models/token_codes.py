@@ -30,9 +30,8 @@ class TokenCodes(nn.Module):
         self.linear = nn.Linear(width, size)
         self.mix = nn.Linear(config.d_z, config.d_z, bias=False)
         nn.init.zeros_(self.mix.weight)
-        self.blocks = nn.ModuleList(
-            Block(config.code_width, config.heads) for _ in range(config.code_blocks)
-        )
+        inner, heads = config.code_width, config.heads
+        self.blocks = nn.ModuleList(Block(inner, heads) for _ in range(config.code_blocks))
         self.head_width = config.code_width // config.heads
         if config.code_blocks:
             self.into = nn.Linear(width, config.code_width, bias=False)
@@ -62,6 +61,7 @@ class TokenCodes(nn.Module):
     def _added(self, x_BTM: torch.Tensor, keep_BT: torch.Tensor) -> torch.Tensor:
         """Return what the blocks add to each token's code, ``[B, T, K]``."""
         place_T = torch.arange(x_BTM.shape[1], device=x_BTM.device)
+        # Token t stands at place t mod R of its latent.
         y_BTC = self.into(x_BTM) + self.where_RC[place_T % self.tokens]
         rotary = rotary_of(len(place_T), self.head_width, x_BTM.device)
         # A text without tokens reads one of padding.
@@ -72,6 +72,6 @@ class TokenCodes(nn.Module):
 
     def _parted(self, x_BTK: torch.Tensor) -> torch.Tensor:
         """Part tokens into latents, the last filled up with zeros: ``[B, L, R, K]``."""
-        return F.pad(x_BTK, (0, 0, 0, -x_BTK.shape[1] % self.tokens)).unflatten(
-            1, (-1, self.tokens)
-        )
+        # −T mod R places are missing; F.pad takes pairs from the last dimension on.
+        missing = -x_BTK.shape[1] % self.tokens
+        return F.pad(x_BTK, (0, 0, 0, missing)).unflatten(1, (-1, self.tokens))

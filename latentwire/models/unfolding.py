@@ -16,6 +16,7 @@ from latentwire.prompts.sequences import CONTROLS
 
 def text_stride(share: float) -> int:
     """Return of how many tokens cut text gets one, where a message takes a share of the cache."""
+    # 1e-9 makes up for shares that are rounded: 1 / (1 / 93) is a little less than 93.
     return max(1, math.floor(1 / share + 1e-9))
 
 
@@ -67,19 +68,19 @@ class Unfolding(nn.Module):
         self.tokens, self.codes = tokens, d_z // tokens
         self.kind = config.kind
         self.head_J2: torch.Tensor
+        # −1: not chosen yet.
         self.register_buffer("head_J2", torch.full((count, 2), -1, dtype=torch.long))
         self.score_LH: torch.Tensor
         self.register_buffer("score_LH", torch.zeros(layers, heads))
+        # A key and a value in each chosen head.
         entries = count * 2 * self.head_width
         self.linear = nn.Linear(self.codes, entries)
         self.unmix = nn.Linear(d_z, d_z, bias=False)
         nn.init.zeros_(self.unmix.weight)
-        inner = config.unfold_width
+        inner, blocks = config.unfold_width, config.unfold_blocks
         self.inner_head_width = inner // attention_heads
-        self.blocks = nn.ModuleList(
-            Block(inner, attention_heads) for _ in range(config.unfold_blocks)
-        )
-        if config.unfold_blocks:
+        self.blocks = nn.ModuleList(Block(inner, attention_heads) for _ in range(blocks))
+        if blocks:
             self.into = nn.Linear(d_z, tokens * inner, bias=False)
             self.place_RI = nn.Parameter(torch.randn(tokens, inner) * 0.02)
             self.norm = nn.LayerNorm(inner)
@@ -111,6 +112,7 @@ class Unfolding(nn.Module):
 
     def text_budget(self, tokens: int) -> int:
         """Return the positions that cut text gets: no fewer than the message, one of a whole number."""
+        # −(−n // s) = ⌈n / s⌉
         return max(1, -(-tokens // text_stride(self.share)))
 
     def tokens_of(self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
@@ -119,9 +121,11 @@ class Unfolding(nn.Module):
         A code between others can be rounded to zero in a packet of few bits, and stands for a token
         all the same.
         """
+        # [B, L, R · K] → [B, L · R, K]; each latent's mark once for every code of it.
         code_BTK = z_BLZ.detach().unflatten(2, (self.tokens, self.codes)).flatten(1, 2)
-        said_BT = (code_BTK != 0).any(-1) & keep_BL.repeat_interleave(self.tokens, 1)
-        return said_BT.flip(1).cummax(1).values.flip(1)
+        filled_BT = (code_BTK != 0).any(-1) & keep_BL.repeat_interleave(self.tokens, 1)
+        # The running maximum from the end on: True up to the last True.
+        return filled_BT.flip(1).cummax(1).values.flip(1)
 
     def forward(
         self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor
@@ -132,6 +136,7 @@ class Unfolding(nn.Module):
         real latents.
         """
         keep_BT = self.tokens_of(z_BLZ, keep_BL)
+        # What was mixed on the sender's side is undone, then parted: [B, L, R · K] → [B, L · R, K].
         code_BTK = (z_BLZ + self.unmix(z_BLZ)).unflatten(2, (self.tokens, self.codes)).flatten(1, 2)
         entry_BTE = self.linear(code_BTK)
         if len(self.blocks):
@@ -148,5 +153,6 @@ class Unfolding(nn.Module):
         self, z_BLZ: torch.Tensor, keep_BL: torch.Tensor, message_M: torch.Tensor
     ) -> torch.Tensor:
         """Return the entries ``[N, E]`` of some messages, one by one."""
+        # [B, T, E] → [M, T, E] → [N, E]: message by message, real tokens alone.
         entry_BTE, keep_BT = self(z_BLZ, keep_BL)
         return entry_BTE[message_M][keep_BT[message_M]]
