@@ -48,11 +48,13 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
     if run.closed_form is None:
         return
     if exports.ENCODER in parts:
+        # Encoder and adapters are fresh: codes and how they are read are solved for together.
         start = solved(run, train)
         print(described(start), flush=True)
         fill(wire, start)
         return
     moments = Moments.load(calibrations.moments_path(run, train))
+    # A receiver joins codes that are learned already. nn.Linear holds its map transposed.
     linear = _codes(wire).linear
     for name in joining:
         decoder = decoder_for(moments, name, linear.weight.T, linear.bias, run.closed_form.ridge)
@@ -114,6 +116,7 @@ def solved(run: RunConfig, train: Place) -> Start:
     assert encoder.tokens_per_latent is not None
     path = calibrations.solution_path(run, train)
     lock = FileLock(f"{path}.lock") if isinstance(path, Path) else nullcontext()
+    # Whoever has waited for the lock finds the file there.
     with lock:
         if path.exists():
             return Start.load(path)

@@ -46,6 +46,7 @@ def add_tokens(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
         on_device = tokens.to(wire.interlingua.device)
         x_BTM = encoder.states(**on_device.tensors, length_B=on_device.length_B)
         keep_BT = torch.arange(x_BTM.shape[1]) < tokens.length_B[:, None]
+        # The byte at which each of the sender's tokens ends.
         end_BT = tokens.bytes_BS.cumsum(1)
         targets = {}
         for name, chosen in heads.items():
@@ -56,8 +57,9 @@ def add_tokens(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
             for entry_TE, ids, end_T, count in zip(
                 entries, texts, end_BT, tokens.length_B.tolist(), strict=True
             ):
-                own_end_T = lm.token_bytes[torch.tensor(ids)].cumsum(0)
-                place_T = reads_at(end_T[:count].to(own_end_T), own_end_T)
+                # U: the receiver's own tokens, of which place_T is one for each of the sender's.
+                end_U = lm.token_bytes[torch.tensor(ids)].cumsum(0)
+                place_T = reads_at(end_T[:count].to(end_U), end_U)
                 at_ruler.append(entry_TE[place_T.to(entry_TE.device)])
             targets[name] = torch.cat(at_ruler)
         moments.add_tokens(x_BTM[keep_BT.to(x_BTM.device)], targets)
@@ -79,6 +81,7 @@ def add_gradients(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
         for name, chosen in heads.items():
             lm, batch = wire.local_receiver(name), _asked(wire, name, rows)
             entry_NE = torch.cat(own_entries(wire, name, rows["texts"][name], chosen))
+            # A leaf of a new graph: its gradient is by the entries, whatever they were made from.
             leaf_NE = entry_NE.to(lm.device).requires_grad_()
             loss = _loss(wire, lm, batch, leaf_NE, chosen)
             (gradient_NE,) = torch.autograd.grad(loss, leaf_NE)
@@ -89,6 +92,7 @@ def _loss(
     wire: LatentWire, lm: LocalReceiver, batch: Batch, kv_NE: torch.Tensor, heads: Heads
 ) -> torch.Tensor:
     """Return the answers' summed loss where these entries stand for the texts."""
+    # begun has a row for each message, in the order of the numbers that unique gives to rows.
     begun, numbers = batch.begun(), torch.unique(batch.message_R, return_inverse=True)[1]
     begun = begun.to(lm.device)
     if wire.reads_heads_alike:
@@ -104,12 +108,11 @@ def _loss(
 def _asked(wire: LatentWire, name: str, rows: dict[str, Any]) -> Batch:
     """Return the questions to some texts, with a slot for each of the receiver's own tokens."""
     builder = wire.builders[name]
-    prompts = [
-        builder.latent(len(rows["texts"][name][text]), question, answer)
-        for text, question, answer in zip(
-            rows["text_R"], rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True
-        )
-    ]
+    columns = rows["text_R"], rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
+    prompts = []
+    for text, question, answer in zip(*columns, strict=True):
+        slots = len(rows["texts"][name][text])
+        prompts.append(builder.latent(slots, question, answer))
     return collate(prompts, messages=rows["text_R"])
 
 
@@ -121,22 +124,28 @@ def _texts(table: pa.Table, *, with_questions: bool = False) -> Iterator[dict[st
     """
     columns = table.to_pydict()
     text_R, first_T = once([[text] for text in columns["context"]])
+    # The rows of each text, T of them.
     of_text: list[list[int]] = [[] for _ in first_T]
     for row, text in enumerate(text_R):
         of_text[text].append(row)
     for start in range(0, len(first_T), TEXTS_AT_ONCE):
         some = of_text[start : start + TEXTS_AT_ONCE]
-        chosen = [row for rows in some for row in (rows if with_questions else rows[:1])]
-        part: dict[str, Any] = {
-            name: [values[row] for row in chosen] for name, values in columns.items()
-        }
+        chosen: list[int] = []
+        text_of_row: list[int] = []
+        for number, rows in enumerate(some):
+            of_this = rows if with_questions else rows[:1]
+            chosen += of_this
+            text_of_row += [number] * len(of_this)
+        part: dict[str, Any] = {}
+        for name, values in columns.items():
+            part[name] = [values[row] for row in chosen]
         if with_questions:
-            part["text_R"] = [number for number, rows in enumerate(some) for _ in rows]
-            part["texts"] = {
-                name.removesuffix("_context_ids"): [values[rows[0]] for rows in some]
-                for name, values in columns.items()
-                if name.endswith("_context_ids")
-            }
+            part["text_R"], part["texts"] = text_of_row, {}
+            for name, values in columns.items():
+                if name.endswith("_context_ids"):
+                    # All rows of a text hold the same tokens of it.
+                    receiver = name.removesuffix("_context_ids")
+                    part["texts"][receiver] = [values[rows[0]] for rows in some]
         yield part
 
 
@@ -148,9 +157,8 @@ def empty_moments(wire: LatentWire, receivers: Collection[str] | None = None) ->
     names = wire.receivers if receivers is None else receivers
     encoder, adapters = wire.interlingua.encoder, wire.interlingua.adapters
     assert isinstance(encoder, InterlinguaEncoder)
-    entries = {
-        name: adapter.linear.out_features
-        for name, adapter in adapters.items()
-        if isinstance(adapter, Unfolding) and name in names
-    }
+    entries: dict[str, int] = {}
+    for name, adapter in adapters.items():
+        if isinstance(adapter, Unfolding) and name in names:
+            entries[name] = adapter.linear.out_features
     return Moments.empty(encoder.states.width, entries)

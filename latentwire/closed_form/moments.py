@@ -84,6 +84,7 @@ class Moments:
         for name, receiver in self.receivers.items():
             y_E, centred_NE = centred(targets[name])
             add_products(receiver.xy_ME, centred_NM, centred_NE, x_M, y_E)
+            # Σ y² = Σ (y − mean y)² + (Σ y)² / N, entry by entry.
             squares_E = centred_NE.square().sum(0, dtype=torch.float64) + y_E.square() / len(x_NM)
             receiver.y_E += y_E.to(receiver.y_E.device)
             receiver.yy_E += squares_E.to(receiver.yy_E.device)
@@ -111,6 +112,7 @@ class Moments:
                 f"{other.widths()}; gather both with the same sender and receivers"
             )
         sums, others = self.tensors(), other.tensors()
+        # tensors() gives the sums themselves, which += changes in place.
         for key, total in sums.items():
             total += others[key].to(total.device)
         for name, receiver in self.receivers.items():
@@ -154,16 +156,15 @@ class Moments:
                         f"moments must be a {FORMAT} file, got {metadata.get('format')} at {path}; "
                         f"gather them anew"
                     )
-                receivers = {
-                    name: ReceiverMoments(
+                receivers = {}
+                for name, gradients in json.loads(metadata["gradients"]).items():
+                    receivers[name] = ReceiverMoments(
                         opened.get_tensor(f"{name}.y"),
                         opened.get_tensor(f"{name}.yy"),
                         opened.get_tensor(f"{name}.xy"),
                         opened.get_tensor(f"{name}.gradient"),
                         gradients,
                     )
-                    for name, gradients in json.loads(metadata["gradients"]).items()
-                }
                 x_M, xx_MM = opened.get_tensor("x"), opened.get_tensor("xx")
                 return cls(int(metadata["count"]), x_M, xx_MM, receivers)
         except (OSError, SafetensorError) as error:
@@ -201,6 +202,7 @@ def add_products(
     A few entries of a model's states have means far larger than their spread. Of x yᵀ itself fp32
     would keep too few digits of the covariance.
     """
+    # addr_ adds an outer product in place, here [M] ⊗ [E].
     # Σ x yᵀ = Σ (x − mean x)(y − mean y)ᵀ + (Σ x)(Σ y)ᵀ / N, the last term in float64.
     total_ME += product(centred_NM, centred_NE).to(total_ME.device)
     total_ME.addr_(x_M.to(total_ME.device), y_E.to(total_ME.device) / len(centred_NM))

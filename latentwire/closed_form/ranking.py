@@ -115,6 +115,7 @@ def rank(
     for start in range(0, len(recited), TOGETHER):
         together = recited[start : start + TOGETHER]
         for score_LHT in own_cache.scores(lm, builder, together, reading, prefix):
+            # [L, H, T] → [L, H]; −1 marks positions that a window has left behind.
             total_LH += score_LHT.clamp(min=0).double().mean(-1).cpu()
         if say is not None:
             done = start + len(together)
@@ -134,5 +135,6 @@ def choose(scores: HeadScores, count: int) -> Heads:
             f"heads to choose must be 1 to {layers * heads}, all that receiver {scores.receiver} "
             f"has in {layers} layers, got {count}; choose a number between"
         )
+    # Places count through all heads, layer by layer; a stable sort keeps equal ones in that order.
     order = scores.score_LH.flatten().sort(descending=True, stable=True).indices[:count]
     return tuple((place // heads, place % heads) for place in sorted(order.tolist()))

@@ -91,12 +91,10 @@ class Start:
                         f"a solution must be a {FORMAT} file, got {metadata.get('format')} at {path}; delete it"
                     )
                 unexplained = json.loads(metadata["unexplained"])
-                decoders = {
-                    name: Decoder(
-                        opened.get_tensor(f"{name}.decoder"), opened.get_tensor(f"{name}.bias")
-                    )
-                    for name in unexplained
-                }
+                decoders = {}
+                for name in unexplained:
+                    decoder_KE = opened.get_tensor(f"{name}.decoder")
+                    decoders[name] = Decoder(decoder_KE, opened.get_tensor(f"{name}.bias"))
                 return cls(
                     encoder_MK=opened.get_tensor("encoder"),
                     encoder_bias_K=opened.get_tensor("encoder_bias"),
@@ -154,6 +152,7 @@ def solve(
 
     # Ridge regression of all targets: (S + λ) B = Cov(x, y), with S the covariance of x.
     mean_M = moments.x_M / moments.count
+    # S = E[x xᵀ] − E[x] E[x]ᵀ. Matrices are large, so they change in place and go when they are used.
     covariance_MM = (moments.xx_MM / moments.count).addr_(mean_M, mean_M, alpha=-1)
     penalty = ridge * covariance_MM.diagonal().mean().item()
     covariance_MM.diagonal().add_(penalty)
@@ -165,21 +164,24 @@ def solve(
     shared_D = (full_MD * cross_MD).sum(0)
     fit_DD = full_MD.T @ cross_MD.sub_(full_MD, alpha=penalty)
     del cross_MD
+    # Var(y − fit) = Var(y) − 2 Cov(y, fit) + Var(fit), here less Var(y).
     left_D = fit_DD.diagonal() - 2 * shared_D
-    unexplained = {
-        name: ((left_D[one.part].sum() / one.variance_E.sum()) + 1).clamp(min=0).item()
-        for name, one in targets.items()
-    }
+    unexplained = {}
+    for name, one in targets.items():
+        share = left_D[one.part].sum() / one.variance_E.sum() + 1
+        unexplained[name] = share.clamp(min=0).item()
 
     # Z = the receivers' fits side by side, each as x B C · scale. Errors of it are plain squares.
     fit_DD, scales = _in_metric(fit_DD, targets, weights)
     # Its K leading directions W are the best K for all receivers: Z ≈ Z W Wᵀ.
+    # Rounding leaves the matrix not quite symmetric. eigh sorts ascending: the last come first.
     energy_D, direction_DD = torch.linalg.eigh(fit_DD.add_(fit_DD.T.clone()).div_(2))
     energy_D = energy_D.flip(0).clamp(min=0)
     direction_DK = direction_DD[:, -codes:].flip(1)
     del fit_DD, direction_DD
 
     # code = (x − mean) B C W · scale, divided by its standard deviation; y ≈ code Wᵀ C⁻¹ / scale.
+    # A code's variance is its direction's energy; one of almost none is not blown up.
     spread_K = energy_D[:codes].sqrt()
     spread_K = spread_K.clamp(min=LEAST_SPREAD * spread_K[0].item())
     reading_DK = torch.empty_like(direction_DK)
@@ -194,6 +196,7 @@ def solve(
     for name, one in targets.items():
         decoder_KE = (direction_DK[one.part] * spread_K).T / scales[name]
         if one.root_EE is not None:
+            # X C = decoder: out of the metric again, without an inverse of C.
             decoder_KE = torch.linalg.solve_triangular(
                 one.root_EE, decoder_KE, upper=False, left=False
             )
@@ -233,6 +236,7 @@ def decoder_for(
     cross_KE = encoder_MK.T @ (one.xy_ME / moments.count).addr_(mean_M, mean_E, alpha=-1)
     codes_KK.diagonal().add_(ridge * codes_KK.diagonal().mean().item())
     decoder_KE = torch.cholesky_solve(cross_KE, _cholesky(codes_KK, "ridge", ridge))
+    # y ≈ mean y + (code − mean code) B, so the bias is mean y − (mean code) B.
     mean_K = mean_M @ encoder_MK + encoder_bias_K.double()
     return Decoder(decoder_KE.float(), (mean_E - mean_K @ decoder_KE).float())
 
@@ -256,8 +260,10 @@ def _standardised(
         mean_E = receiver.y_E / moments.count
         variance_E = (receiver.yy_E / moments.count - mean_E.square()).clamp(min=0)
         std_E = variance_E.sqrt().clamp(min=STD_FLOOR)
+        # A view: what is computed in it lands in the matrix of all receivers.
         cross_ME = cross_MD[:, part]
         torch.div(receiver.xy_ME, moments.count, out=cross_ME)
+        # Cov(x, y) / std = (E[x yᵀ] − E[x] E[y]ᵀ) / std
         cross_ME.addr_(moments.x_M, mean_E, alpha=-1 / moments.count).div_(std_E)
         root_EE = None
         if metric == "gradients":
@@ -277,6 +283,7 @@ def _root(name: str, receiver: ReceiverMoments, std_E: torch.Tensor, floor: floa
             f"{receiver.gradients} rows with a mean square of {mean:.3g}; add some by "
             f"Moments.add_gradients, or use metric plain"
         )
+    # The mean of its diagonal is 1, to which the floor is a share.
     metric_EE.div_(mean).diagonal().add_(floor)
     return _cholesky(metric_EE, "floor", floor)
 
@@ -290,6 +297,7 @@ def _in_metric(
     """
     scales = {}
     for name, one in targets.items():
+        # Fits f become f C: their covariance F becomes Cᵀ F C, and each receiver has its own C.
         if one.root_EE is not None:
             fit_DD[one.part] = one.root_EE.T @ fit_DD[one.part]
             fit_DD[:, one.part] = fit_DD[:, one.part] @ one.root_EE
@@ -299,6 +307,7 @@ def _in_metric(
                 f"the sender's states must tell something of the targets of {name}, got an energy "
                 f"of {energy:.3g}; check that targets differ from token to token"
             )
+        # Rows and columns are both scaled, so the trace of the block becomes the weight.
         scales[name] = math.sqrt(weights.get(name, 1.0) / energy)
         fit_DD[one.part] *= scales[name]
         fit_DD[:, one.part] *= scales[name]
