@@ -29,27 +29,20 @@ class DeepPrefix(Feature):
         super().__init__(options, run, receivers)
         self.parts = options.head_parts
         width = run.encoder.d_z // self.parts
-        self.hidden = nn.ModuleDict(
-            {
-                name: nn.Sequential(
-                    nn.LayerNorm(width), nn.Linear(width, options.hidden), nn.GELU()
-                )
-                for name in receivers
-            }
-        )
-        self.slots = nn.ModuleDict(
-            {
-                name: SlotKeyValues(shape.skeleton(), options.hidden, "deep_prefix", self.parts)
-                for name, shape in receivers.items()
-            }
-        )
+        self.hidden, self.slots = nn.ModuleDict(), nn.ModuleDict()
+        # One kind of part after the other: a seed draws the weights in this order.
+        for name in receivers:
+            project = nn.Linear(width, options.hidden)
+            self.hidden[name] = nn.Sequential(nn.LayerNorm(width), project, nn.GELU())
+        for name, shape in receivers.items():
+            lm, hidden = shape.skeleton(), options.hidden
+            self.slots[name] = SlotKeyValues(lm, hidden, "deep_prefix", self.parts)
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
         """Add to keys and values at the slots."""
         # N real latents of all rows, each in P parts: [N, Z] → [N, P, Z/P] → [N, P, M].
-        state_NPM = self.hidden[receiver](
-            reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1))
-        )
+        part_NPY = reading.z_RLZ[reading.keep_RL].unflatten(1, (self.parts, -1))
+        state_NPM = self.hidden[receiver](part_NPY)
         with lm.added_to_slots(self.slots[receiver](state_NPM), reading.latents_RS):
             yield

@@ -30,15 +30,11 @@ class LatentAdapters(Feature):
     ) -> None:
         super().__init__(options, run, receivers)
         self.depths = options.depths
-        self.attention = nn.ModuleDict(
-            {
-                name: nn.ModuleList(
-                    GatedCrossAttention(shape.width, run.encoder.d_z, options.width, options.heads)
-                    for _ in options.depths
-                )
-                for name, shape in receivers.items()
-            }
-        )
+        self.attention = nn.ModuleDict()
+        for name, shape in receivers.items():
+            widths = shape.width, run.encoder.d_z, options.width
+            layers = [GatedCrossAttention(*widths, options.heads) for _ in options.depths]
+            self.attention[name] = nn.ModuleList(layers)
 
     @contextmanager
     def attached(self, receiver: str, lm: Any, reading: Reading) -> Iterator[None]:
@@ -47,14 +43,16 @@ class LatentAdapters(Feature):
         with ExitStack() as stack:
             attentions: Any = self.attention[receiver]
             for depth, attention in zip(self.depths, attentions, strict=True):
-
+                # By its default value each hook keeps its own attention, not the loop's last.
                 def look(_: nn.Module, __: tuple, output: Any, attention: Any = attention) -> Any:
+                    # Layers of some architectures give their states alone, others a tuple.
                     state = output[0] if isinstance(output, tuple) else output
                     # The layer may be on another device than the wire.
                     x_RSD = state.to(reading.z_RLZ.device, torch.float32)
                     state = state + attention(x_RSD, reading.z_RLZ, reading.keep_RL).to(state)
                     return (state, *output[1:]) if isinstance(output, tuple) else state
 
+                # Depth 1 is after the last layer, depth 0 after the first: none comes before it.
                 layer = layers[max(1, round(depth * len(layers))) - 1]
                 stack.callback(layer.register_forward_hook(look).remove)
             yield
@@ -77,8 +75,8 @@ class GatedCrossAttention(nn.Module):
     ) -> torch.Tensor:
         """Return what is added to ``x_RSD``, ``[R, S, D]``; ``keep_RL``: the real latents."""
         key, value = self.key_value(z_RLZ).chunk(2, dim=-1)
-        query, key, value = (
-            split(t, self.heads) for t in (self.query(self.norm(x_RSD)), key, value)
-        )
+        parts = (self.query(self.norm(x_RSD)), key, value)
+        query, key, value = (split(part, self.heads) for part in parts)
+        # [R, 1, 1, L]: the same latents for every head and position.
         read = attend(query, key, value, keep_RL[:, None, None])
         return self.gate.tanh() * self.out(merge(read))

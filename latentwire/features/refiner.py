@@ -22,14 +22,14 @@ class Refiner(Feature):
     ) -> None:
         super().__init__(options, run, receivers)
         self.head_width = run.encoder.d_z // options.heads
-        self.blocks = nn.ModuleList(
-            Block(run.encoder.d_z, options.heads).start_as_identity() for _ in range(options.layers)
-        )
+        blocks = [Block(run.encoder.d_z, options.heads) for _ in range(options.layers)]
+        self.blocks = nn.ModuleList(block.start_as_identity() for block in blocks)
 
     def refine(self, message: Message) -> Message:
         """Return the message after the layers. Padding is not attended to; private latents are."""
         z_BLZ = message.z_BLZ
         place_L = torch.arange(z_BLZ.shape[1], device=z_BLZ.device)
+        # Shared columns have padding, which differs from row to row; private ones have none.
         keep_BL = (place_L < message.length_B[:, None]) | (place_L >= message.shared)
         rotary = rotary_of(len(place_L), self.head_width, z_BLZ.device)
         for block in self.blocks:

@@ -27,13 +27,12 @@ FEATURES: dict[str, type[Feature]] = {
 
 def build(run: RunConfig, receivers: Mapping[str, ReceiverShape]) -> nn.ModuleDict:
     """Build the features that the configuration names."""
-    return nn.ModuleDict(
-        {
-            name: feature(options, run, receivers)
-            for name, feature in FEATURES.items()
-            if (options := getattr(run.features, name)) is not None
-        }
-    )
+    features = nn.ModuleDict()
+    for name, feature in FEATURES.items():
+        options = getattr(run.features, name)
+        if options is not None:
+            features[name] = feature(options, run, receivers)
+    return features
 
 
 def check_training(features: nn.ModuleDict) -> None:
@@ -45,8 +44,5 @@ def check_training(features: nn.ModuleDict) -> None:
 
 def keeps_receivers_frozen(run: RunConfig) -> bool:
     """Return whether all features that are on leave the receivers' own weights as they act."""
-    return all(
-        f.keeps_receivers_frozen
-        for name, f in FEATURES.items()
-        if getattr(run.features, name) is not None
-    )
+    on = [feature for name, feature in FEATURES.items() if getattr(run.features, name) is not None]
+    return all(feature.keeps_receivers_frozen for feature in on)

@@ -33,10 +33,11 @@ class SlotKeyValues(nn.Module):
         self.out = nn.Linear(width, len(head_E))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        # Entries [E] in the order of their parts; the argsort of that order puts them back.
         part_E = head_E % parts
         self.entries_E: torch.Tensor
         self.place_E: torch.Tensor
-        self.register_buffer("entries_E", part_E.argsort(stable=True), persistent=False)  # by part
+        self.register_buffer("entries_E", part_E.argsort(stable=True), persistent=False)
         self.register_buffer("place_E", self.entries_E.argsort(), persistent=False)
         self.sizes = part_E.bincount().tolist()
 
@@ -44,9 +45,8 @@ class SlotKeyValues(nn.Module):
         """Map ``[N, P, M]`` to ``[N, E]``."""
         if len(self.sizes) == 1:
             return self.out(state_NPM.squeeze(1))
-        weights, biases = (
-            t[self.entries_E].split(self.sizes) for t in (self.out.weight, self.out.bias)
-        )
+        weights = self.out.weight[self.entries_E].split(self.sizes)
+        biases = self.out.bias[self.entries_E].split(self.sizes)
         # Part p makes the entries of its own heads; place_E puts all back in their order.
         parts = zip(state_NPM.unbind(1), weights, biases, strict=True)
         return torch.cat([F.linear(*part) for part in parts], 1)[:, self.place_E]

@@ -116,6 +116,7 @@ def loss_terms(
     if teacher is None and weights.needs_teacher:
         raise ValueError(f"loss terms {', '.join(weights.terms)} need a teacher, got none")
     masks = term_masks(weights, batch)
+    # weight · Σ values / tokens of the whole step; a term without tokens is 0, not 0 / 0.
     scales = {name: weight / max(1.0, counts[name]) for name, weight in weights.terms.items()}
     answer_N = batch.control_N == ANSWER
     of_logits = [name for name in weights.terms if TERMS[name].reads == "logits"]
@@ -126,6 +127,7 @@ def loss_terms(
 
     def sums(chunk: slice, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Sum the logits' terms over a chunk of the N tokens, ``[T]``."""
+        # The chunk's answer tokens [N] → their rows among all answer tokens [A].
         rows = None
         if compares_logits and teacher is not None and teacher.rows is not None:
             rows = teacher.rows.at(teacher_row_N[chunk][answer_N[chunk]])
@@ -145,6 +147,7 @@ def loss_terms(
         sums_T = sum_by_chunks(sums, reader.hidden_ND, rows_at_once)
         shares = dict(zip(of_logits, sums_T, strict=True))
     if of_states:
+        # Answers alone: from here N is A, and every token an answer's.
         tokens = Tokens(
             target_N=batch.target_N[answer_N],
             offset_N=batch.offset_N[answer_N],
@@ -156,4 +159,5 @@ def loss_terms(
         for name in of_states:
             value_A = TERMS[name].value(tokens) * masks[name][answer_N]
             shares[name] = scales[name] * value_A.sum()
+    # Back into the terms' own order, whatever they read.
     return {name: shares[name] for name in weights.terms}

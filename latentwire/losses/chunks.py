@@ -37,14 +37,17 @@ class _ByChunks(torch.autograd.Function):
         gradient_ND = torch.empty_like(hidden_ND)
         total_T = torch.zeros(())
         for chunk in _chunks(len(hidden_ND), rows):
+            # A graph of its own, from a leaf: it goes when its gradient is there.
             chunk_ND = hidden_ND[chunk].detach().requires_grad_()
             with torch.enable_grad():
                 sums_T = sums(chunk, chunk_ND)
                 (gradient_ND[chunk],) = torch.autograd.grad(sums_T.sum(), chunk_ND)
+            # At first a scalar, which takes the shape [T] of the sums.
             total_T = total_T.to(sums_T.device) + sums_T.detach()
         ctx.save_for_backward(gradient_ND)
         return total_T
 
+    # A gradient for each of forward's arguments, of which only the states have one.
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_ND,) = ctx.saved_tensors

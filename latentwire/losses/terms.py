@@ -98,9 +98,9 @@ def kd_first_k_prefix_vs_text(
     if rows.log_tail_N is not None:
         # One more summand: all other tokens as a single event.
         kl_N = kl_N + rows.log_tail_N.exp() * (rows.log_tail_N - _log_rest(log_q_NK))
-    return torch.zeros_like(offset_N, dtype=kl_N.dtype).masked_scatter(
-        mask_N, rows.temperature**2 * kl_N
-    )
+    # [M] → [N]: gradients of tempered logits shrink by 1 / temperature², which this makes up for.
+    value_M = rows.temperature**2 * kl_N
+    return torch.zeros_like(offset_N, dtype=value_M.dtype).masked_scatter(mask_N, value_M)
 
 
 def kd_hidden_states_first_k(
@@ -115,6 +115,7 @@ def kd_hidden_states_first_k(
     for state_ND, teacher_ND in zip(states, teacher, strict=True):
         difference_ND = normalised(state_ND[mask_N]) - normalised(teacher_ND[mask_N])
         distances.append(difference_ND.square().mean(-1))
+    # [layers, M] → [M], of the tokens that the mask has.
     distance_N = torch.stack(distances).mean(0)
     return torch.zeros_like(offset_N, dtype=distance_N.dtype).masked_scatter(mask_N, distance_N)
 
@@ -126,6 +127,7 @@ def alignment_loss(
 
     1 is the distance of a prompt of zeros. ``keep_BL`` marks the real latents.
     """
+    # |p − target|² / |target|², both of them means over D and sums over L.
     keep_BL1 = keep_BL[..., None].float()
     scale_B = (target_BLD.float().square().mean(-1, keepdim=True) * keep_BL1).sum((1, 2))
     square_BL1 = (p_BLD.float() - target_BLD.float()).square().mean(-1, keepdim=True) * keep_BL1
@@ -134,6 +136,7 @@ def alignment_loss(
 
 def _log_rest(log_p_NK: torch.Tensor) -> torch.Tensor:
     """Log of the mass outside the columns, ``[N]``."""
+    # log(1 − Σ p), where rounding may bring the sum to 1 or beyond.
     return torch.log1p(-log_p_NK.exp().sum(-1).clamp(max=1 - 1e-7))
 
 
@@ -180,6 +183,7 @@ def distillation(tokens: Tokens) -> torch.Tensor:
     """Return the KL from the teacher ``[N]`` in nats; 0 outside the first ``k`` answer tokens."""
     assert tokens.logits_NV is not None and tokens.teacher_rows is not None
     answer_N = tokens.answer_N
+    # Computed over the A answer tokens, and laid back among all N.
     value_A = kd_first_k_prefix_vs_text(
         tokens.logits_NV[answer_N], tokens.teacher_rows, tokens.offset_N[answer_N], tokens.k
     )
@@ -216,11 +220,13 @@ class LossTerm:
     def mask(self, batch: Batch, k: int) -> torch.Tensor:
         """Mask ``[N]`` of the tokens that it averages over."""
         mask_N = batch.control_N == self.control
+        # [R] → [N]: whether the row of a token has a teacher's words.
         if self.needs_teacher and batch.taught_R is not None:
             mask_N = mask_N & batch.taught_R[batch.row_N]
         if self.span == "all":
             return mask_N
-        return mask_N & first_k(batch.offset_N, k if self.span == "first_k" else 1)
+        first = k if self.span == "first_k" else 1
+        return mask_N & first_k(batch.offset_N, first)
 
 
 _ALL = (
