@@ -72,17 +72,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on ``device``."""
-        tensors: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        return replace(
-            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        )
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
 
     def after_head(self) -> Batch:
         """Return the rows without the tokens that all of them begin with, which go to ``head_H``."""
         width, names = self.ids_BS.shape[1], ("ids_BS", *MASKS)
         rows: dict[str, Any] = {name: getattr(self, name)[:, self.head :] for name in names}
+        # A flat index is row · S + place, of which S and the place lose the head.
         row_N, place_N = self.predict_N // width, self.predict_N % width
         return replace(
             self,
@@ -96,6 +96,7 @@ class Batch:
         """Return the position of each place ``[B, S]`` in its prompt, counted without padding."""
         if self.position_BS is not None:
             return self.position_BS
+        # Attention still counts a head that was taken off: its columns are cut after counting.
         count_BS = self.attention_BS.cumsum(1) - 1
         return count_BS.clamp(min=0)[:, self.attention_BS.shape[1] - self.ids_BS.shape[1] :]
 
@@ -112,13 +113,15 @@ class Batch:
         # Places that stay come first, in order; rows that are padded to the left are then moved.
         from_BS = (~keep_BS).long().argsort(dim=1, stable=True)[:, :rest]
         shift_B = torch.zeros_like(count_B) if self.end_R is not None else rest - count_B
+        # Place t of a row is its (t − shift)-th that stays, or padding where there is none.
         place_BT = torch.arange(rest, device=keep_BS.device) - shift_B[:, None]
         kept_BT = (place_BT >= 0) & (place_BT < count_B[:, None])
         from_BT = from_BS.gather(1, place_BT.clamp(min=0))
-        masks: dict[str, Any] = {
-            name: getattr(self, name).gather(1, from_BT) & kept_BT for name in MASKS
-        }
+        masks: dict[str, Any] = {}
+        for name in MASKS:
+            masks[name] = getattr(self, name).gather(1, from_BT) & kept_BT
         row_N, place_N = self.predict_N // width, self.predict_N % width
+        # The other way round: the place to which each place that stays has moved.
         moved_BS = keep_BS.cumsum(1) - 1 + shift_B[:, None]
         return replace(
             self,
@@ -133,11 +136,10 @@ class Batch:
         """Return one row that predicts nothing, as a batch of its own."""
         here = slice(number, number + 1)
         nothing = self.predict_N[:0]
-        rows: dict[str, Any] = {
-            name: value[here]
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor) and name.endswith(("_BS", "_R"))
-        }
+        rows: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and name.endswith(("_BS", "_R")):
+                rows[name] = value[here]
         rows |= dict.fromkeys(("predict_N", "target_N", "offset_N", "row_N"), nothing)
         return replace(self, **rows)
 
@@ -152,6 +154,7 @@ class Batch:
             return None
         messages, past_R = torch.unique(self.message_R, return_inverse=True)
         place_N = self.predict_N % self.ids_BS.shape[1]
+        # As many messages as rows: nothing is shared.
         if len(messages) == len(past_R) or not bool(self.end_R.all()):
             return None
         if bool((place_N < self.end_R[self.row_N]).any()):
@@ -166,6 +169,7 @@ class Batch:
         """
         assert self.end_R is not None, "rows are padded to the left"
         messages, past_R = torch.unique(self.message_R, return_inverse=True)
+        # The first row of each message: the least number among its rows.
         first_M = torch.full_like(messages, len(past_R)).scatter_reduce(
             0, past_R, torch.arange(len(past_R)), "amin"
         )
@@ -173,9 +177,9 @@ class Batch:
         place_S = torch.arange(int(end_M.max()))
         within_MS = place_S < end_M[:, None]
         nothing = torch.zeros(0, dtype=torch.long)
-        masks = {
-            name: getattr(self, name)[first_M][:, : len(place_S)] & within_MS for name in MASKS
-        }
+        masks: dict[str, Any] = {}
+        for name in MASKS:
+            masks[name] = getattr(self, name)[first_M][:, : len(place_S)] & within_MS
         return Batch(
             ids_BS=self.ids_BS[first_M][:, : len(place_S)] * within_MS,
             attention_BS=within_MS.long(),
@@ -207,9 +211,10 @@ class Batch:
         from_RT = end_R1 - shift_R[:, None] + torch.arange(rest)
         kept_RT = (from_RT >= end_R1) & (from_RT < end_R1 + length_R[:, None])
         from_RT = from_RT.clamp(min=0, max=width - 1)
-        masks: dict[str, Any] = {
-            name: getattr(self, name).gather(1, from_RT) & kept_RT for name in MASKS
-        }
+        masks: dict[str, Any] = {}
+        for name in MASKS:
+            masks[name] = getattr(self, name).gather(1, from_RT) & kept_RT
+        # A target's place, counted from the end of its row's message.
         row_N, place_N = self.predict_N // width, self.predict_N % width
         after_N = place_N - self.end_R[row_N] + shift_R[row_N]
         return replace(
@@ -256,14 +261,15 @@ def collate(
         if row.control != ANSWER:
             control_BS[index, shift + row.message.stop] = True
         for place, position in enumerate(row.supervised):
+            # What a position says predicts the one after it; the index is flat over B × S.
             predict.append(index * width + shift + position - 1)
             target.append(row.ids[position])
             offset.append(place)
             row_of.append(index)
-    firsts = [
-        row.supervised[0] - 1 for row in rows if row.supervised
-    ]  # the positions that predict a row's first target
+    # The head ends before the position that predicts a row's first target.
+    firsts = [row.supervised[0] - 1 for row in rows if row.supervised]
     head = min([*(row.head for row in rows), *firsts]) if side == "right" else 0
+    numbers = list(range(len(rows))) if messages is None else messages
     return Batch(
         ids_BS=ids_BS,
         attention_BS=attention_BS,
@@ -271,9 +277,7 @@ def collate(
         latents_BS=latents_BS,
         control_BS=control_BS,
         question_BS=question_BS,
-        message_R=torch.tensor(
-            list(range(len(rows))) if messages is None else messages, dtype=torch.long
-        ),
+        message_R=torch.tensor(numbers, dtype=torch.long),
         control_R=torch.tensor([row.control for row in rows], dtype=torch.long),
         predict_N=torch.tensor(predict, dtype=torch.long),
         target_N=torch.tensor(target, dtype=torch.long),
@@ -296,20 +300,17 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
         return batches[0]
     width = max(batch.ids_BS.shape[1] for batch in batches)
     names = ("ids_BS", "attention_BS", *MASKS)
-    rows: dict[str, list[torch.Tensor]] = {
-        name: [] for name in (*names, "message_R", "predict_N", "row_N")
-    }
+    moving = (*names, "message_R", "predict_N", "row_N")
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in moving}
     first_row = first_message = 0
     for batch in batches:
-        missing = width - batch.ids_BS.shape[1]
+        old_width = batch.ids_BS.shape[1]
+        missing = width - old_width
         shift = missing if side == "left" else 0
         for name in names:
             rows[name].append(F.pad(getattr(batch, name), (shift, missing - shift)))
         # A flat index of the old B × S grid is a row and a place in it, each of which moves.
-        row_N, place_N = (
-            batch.predict_N // batch.ids_BS.shape[1],
-            batch.predict_N % batch.ids_BS.shape[1],
-        )
+        row_N, place_N = batch.predict_N // old_width, batch.predict_N % old_width
         rows["predict_N"].append((first_row + row_N) * width + shift + place_N)
         rows["row_N"].append(first_row + batch.row_N)
         rows["message_R"].append(first_message + batch.message_R)
@@ -317,6 +318,7 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
         first_message += int(batch.message_R.max()) + 1
     for name in ("control_R", "target_N", "offset_N"):
         rows[name] = [getattr(batch, name) for batch in batches]
+    # A head is common to all rows: it stays one where all batches begin with the same tokens.
     head = min(batch.head for batch in batches)
     heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
     joined = {name: torch.cat(parts) for name, parts in rows.items()}

@@ -22,6 +22,7 @@ class Pieces:
     def __init__(self, tokenizer: Any, name: str) -> None:
         """``name``: of the receiver, for messages."""
         self.tokenizer, self.name = tokenizer, name
+        # "a" behind a line's end has a "▁" less than "a" at a beginning, where the mark is written.
         line, whole = self.first("\n"), self.first("\na")
         self.marks_beginnings = whole[: len(line)] == line and whole[len(line) :] != self.first("a")
 
@@ -89,14 +90,14 @@ class Pieces:
             return self.tokenizer(texts, **options).input_ids
         ids: list[list[int] | None] = [None] * len(texts)
         for lead in LEADS:
+            # Those that no lead before this one stood apart from.
             left = [place for place, tokens in enumerate(ids) if tokens is None]
+            if not left:
+                break
             start = self.tokenizer(lead, **options).input_ids
-            wholes = (
-                self.tokenizer([lead + texts[place] for place in left], **options).input_ids
-                if left
-                else []
-            )
+            wholes = self.tokenizer([lead + texts[place] for place in left], **options).input_ids
             for place, whole in zip(left, wholes, strict=True):
+                # The lead's own ids come off, unless its last one goes on into the text.
                 if whole[: len(start)] == start:
                     ids[place] = whole[len(start) :]
         complete = [tokens for tokens in ids if tokens is not None]

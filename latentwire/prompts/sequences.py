@@ -30,9 +30,8 @@ ANSWER, RECONSTRUCT, CONTINUE = -1, 0, 1
 or what follows it. The numbers of controls are their places among a receiver's control embeddings."""
 CONTROLS = (RECONSTRUCT, CONTINUE)
 
-SLOT_ID = (
-    0  # stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do
-)
+SLOT_ID = 0
+"""Stands at soft slots, whose embedding is replaced; any id inside the vocabulary will do."""
 
 RECITE = "\n\nRepeat the previous context exactly."
 RECITE_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -96,7 +95,7 @@ class PromptBuilder:
         lines, whose answer is one."""
         text = templates.around(tokenizer, receiver)
         self._mid_text, self._tail_text = text.mid.rstrip(" "), text.tail
-        # It belongs to the question's first word, as in running text.
+        # A space before the question belongs to its first word, as in running text.
         self._question_lead = text.mid[len(self._mid_text) :]
         self._pieces = Pieces(tokenizer, receiver.name)
         bos_id = tokenizer.bos_token_id
@@ -106,6 +105,7 @@ class PromptBuilder:
             self.head_ids = [bos_id, *self.head_ids]
         if receiver.bos == "no" and bos_id is not None and self.head_ids[:1] == [bos_id]:
             self.head_ids = self.head_ids[1:]  # the template's own
+        # A chat's own template says how often the token stands; a plain head has it once.
         if self.head_ids.count(bos_id) > 1 and self.bos == 0 and not self.chat:
             raise PromptError(
                 f"BOS must stand once, at position 0, got {self.head_ids.count(bos_id)} in the head of {receiver.name}"
@@ -168,6 +168,7 @@ class PromptBuilder:
         ``prefix``: constant soft positions before the text, for a text reader; others read it as it is.
         """
         message = self.message_ids(context_ids, question_ids)
+        # With send: prompt they are part of the message.
         mid, question = ([], []) if self.send == "prompt" else (self.mid_ids, question_ids)
         return self._join(message, mid, question, answer_ids, soft=False, prefix=prefix)
 
@@ -203,9 +204,9 @@ class PromptBuilder:
 
     def message_ids(self, context_ids: list[int], question_ids: list[int]) -> list[int]:
         """Return the tokens that a latent prompt's slots stand for."""
-        return (
-            [*context_ids, *self.mid_ids, *question_ids] if self.send == "prompt" else context_ids
-        )
+        if self.send == "prompt":
+            return [*context_ids, *self.mid_ids, *question_ids]
+        return context_ids
 
     def latent(
         self,
@@ -234,6 +235,7 @@ class PromptBuilder:
             given: its first tokens that are read and not predicted.
         """
         begun = self.message_alone(slots)
+        # The control takes the position after the slots, and the text those after it.
         text = len(begun.ids) + 1
         return replace(
             begun,
@@ -252,10 +254,11 @@ class PromptBuilder:
         """
         begun = self.text_alone(message_ids, prefix)
         asked = self._template_ids(RECITE if part.start == 0 else RECITE_FROM)
+        # Head, text, request, cue and tail are read; what is repeated is predicted.
         cue = message_ids[max(0, part.start - RECITE_CUE) : part.start]
-        said = message_ids[part.start : part.stop]
-        ids = [*begun.ids, *asked, *cue, *self.tail_ids, *said]
-        return replace(begun, ids=ids, supervised=range(len(ids) - len(said), len(ids)))
+        repeated = message_ids[part.start : part.stop]
+        ids = [*begun.ids, *asked, *cue, *self.tail_ids, *repeated]
+        return replace(begun, ids=ids, supervised=range(len(ids) - len(repeated), len(ids)))
 
     def _join(
         self,
@@ -267,6 +270,7 @@ class PromptBuilder:
         soft: bool,
         prefix: int,
     ) -> PromptSequence:
+        # Positions of the parts, counted in the order in which ids are joined below.
         start = len(self.head_ids) + prefix
         question_at = start + len(message) + len(mid)
         anchor_at = question_at + len(question) + len(self.tail_ids)
@@ -316,6 +320,7 @@ class PromptBuilder:
         if self.chat:
             end = self._turn_end()
             stop = eos if end is None else end
+            # Each once, the supervised one first.
             return stop, tuple(dict.fromkeys((stop, eos)))
         if len(self.newline_ids) != 1:
             raise PromptError(
@@ -327,6 +332,7 @@ class PromptBuilder:
         """Return the special token right after an assistant's turn; None where the template writes none."""
         after = templates.after_answer(self.tokenizer, self.receiver)
         ids = self._template_ids(after)[:1]
+        # A special token decodes to nothing where special ones are skipped.
         return ids[0] if ids and not self.tokenizer.decode(ids, skip_special_tokens=True) else None
 
     def _probe(self) -> None:

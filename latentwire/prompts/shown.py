@@ -26,5 +26,6 @@ def shown(reads: Reads, row: str, context_ids: list[int], budget: int) -> list[i
     budget = max(0, budget)
     if reads == "truncated" or len(context_ids) <= budget:
         return context_ids[:budget]
+    # A text seeds a generator alike in every process, unlike its hash.
     start = random.Random(row).randint(0, len(context_ids) - budget)
     return context_ids[start : start + budget]

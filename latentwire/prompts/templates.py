@@ -35,9 +35,8 @@ def is_chat(tokenizer: Any, receiver: ReceiverConfig) -> bool:
 
     Raises :class:`PromptError` for knobs that need a chat template and have none.
     """
-    chat = receiver.template == "chat" or (
-        receiver.template == "auto" and bool(tokenizer.chat_template)
-    )
+    by_itself = receiver.template == "auto" and bool(tokenizer.chat_template)
+    chat = receiver.template == "chat" or by_itself
     if chat and not tokenizer.chat_template:
         raise PromptError(
             f"template: chat needs a tokenizer with a chat template, {receiver.model} has none; use plain"
@@ -65,6 +64,7 @@ def around(tokenizer: Any, receiver: ReceiverConfig) -> Around:
         raise PromptError(
             f"the chat template of {receiver.model} must write the user's text once, unchanged; use template: plain"
         )
+    # head ⟦context⟧ mid ⟦question⟧ tail
     head, rest = rendered.split(CONTEXT)
     mid, tail = rest.split(QUESTION)
     return Around(head, mid, tail)
@@ -91,7 +91,8 @@ def _apply(
     tokenizer: Any, receiver: ReceiverConfig, turns: list[dict[str, str]], **options: Any
 ) -> str:
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several by name, of which this one is for a chat without tools
+    # Several by name, of which this one is for a chat without tools.
+    if isinstance(template, dict):
         template = template.get("default", "")
     if "strftime_now" in template:
         options["chat_template"] = _fixed_clock() + template
@@ -108,5 +109,6 @@ def _fixed_clock() -> str:
     """
     noon = datetime.datetime.combine(TODAY, datetime.time(12), datetime.UTC)
     codes = [*(f"%-{code}" for code in "dmHIMSj"), *(f"%{code}" for code in DATE_CODES), "%%"]
+    # Jinja: format | replace('%d', '26') | replace('%m', '07') | …
     replaced = "".join(f" | replace({code!r}, {noon.strftime(code)!r})" for code in codes)
     return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro -%}{{ '' }}"
