@@ -152,7 +152,7 @@ def solve(
 
     # Ridge regression of all targets: (S + λ) B = Cov(x, y), with S the covariance of x.
     mean_M = moments.x_M / moments.count
-    # S = E[x xᵀ] − E[x] E[x]ᵀ. Matrices are large, so they change in place and go when they are used.
+    # S = E[x xᵀ] − E[x] E[x]ᵀ. Matrices are large: they change in place, and go as soon as possible.
     covariance_MM = (moments.xx_MM / moments.count).addr_(mean_M, mean_M, alpha=-1)
     penalty = ridge * covariance_MM.diagonal().mean().item()
     covariance_MM.diagonal().add_(penalty)

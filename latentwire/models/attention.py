@@ -71,7 +71,7 @@ def _by_products(
 ) -> torch.Tensor:
     heads, queries, width = key.shape[1], query.shape[2], query.shape[3]
     scale = width**-0.5 if scale is None else scale
-    # The queries that share a key's head stand one after the other, for one product: [B, K, G·N, E].
+    # Queries that share a key's head stand one after the other, for one product: [B, K, G·N, E].
     grouped = (query * scale).unflatten(1, (heads, -1)).flatten(2, 3)
     score_BKGNS = (grouped @ key.transpose(2, 3)).float().unflatten(2, (-1, queries))
     blind = None
@@ -81,7 +81,7 @@ def _by_products(
         if mask.dtype == torch.bool:
             # Of scores that are all the least a softmax reads every key alike: zeroed below.
             blind = ~by_group.any(-1, keepdim=True)
-            # Half of the least number: no score added to it becomes −∞, of which a softmax makes NaN.
+            # Half of the least number: no score added to it is −∞, of which a softmax makes NaN.
             least = torch.finfo(torch.float32).min / 2
             by_group = torch.zeros_like(by_group, dtype=torch.float32).masked_fill(~by_group, least)
         score_BKGNS = score_BKGNS + by_group

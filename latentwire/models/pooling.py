@@ -29,7 +29,8 @@ class SpanQueries(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.mlp = mlp(width)
-        # One span from the centre weights fall to e^−0.2 of their peak in one head, e^−2 in another.
+        # One span from the centre, weights are e^−0.2 of their peak in the first head, e^−2 in the
+        # last.
         self.sharpness = nn.Parameter(torch.linspace(0.2, 2.0, heads))
         self.share_P: torch.Tensor
         self.size_P: torch.Tensor

@@ -26,4 +26,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     errors = [error, *getattr(error, "worker_failures", {}).values()]
     texts = [f"{type(each).__name__} {each}" for each in errors]
-    return any(word in text for text in texts for word in OUT_OF_MEMORY)
+    together = "\n".join(texts)
+    return any(word in together for word in OUT_OF_MEMORY)

@@ -186,6 +186,7 @@ class RemoteReceiver:
         )
 
     def _sum_added(self) -> torch.Tensor | None:
+        # Several features may add at the same slots: [features, N, E] → [N, E].
         return torch.stack(self._added).sum(0) if self._added else None
 
     def _prompt(self, soft_ND: torch.Tensor | None) -> Prompt:
@@ -208,6 +209,7 @@ class _Losses(torch.autograd.Function):
         receiver: RemoteReceiver,
         task: LossTask,
     ) -> torch.Tensor:
+        # What crosses to the replica are plain tensors on the CPU; the graph stays on this side.
         teacher = None if task.teacher is None else task.teacher.to("cpu")
         task = replace(task, batch=task.batch.to("cpu"), teacher=teacher)
         prompt = _to_send(soft_ND, added_NE, entries_NE, heads)
@@ -223,6 +225,7 @@ class _Losses(torch.autograd.Function):
         # d loss / d prompt = (d loss / d Σ shares) · (d Σ shares / d prompt).
         # The replica has sent the second factor.
         gradient = ctx.gradient.each(lambda gradient: gradient * scale)
+        # In the order of forward's arguments, of which the last three are no tensors.
         return gradient.soft_ND, gradient.added_NE, gradient.entries_NE, None, None, None
 
 

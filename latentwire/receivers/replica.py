@@ -74,9 +74,11 @@ class Replica:
         if isinstance(request, LookUp):
             with self._looking:
                 return request.answer(self.lm)
+        # Held until the answer is there: what is in a pass counts as waiting, too.
         with self._room:
             waiting = _Waiting(asker, request, next(self._arrivals))
             with self._changed:
+                # Under the lock: after the thread's end nobody would take it off the queue.
                 if self._closed:
                     raise RuntimeError(f"replica of {self.lm.name} is closed")
                 self._waiting.append(waiting)
@@ -118,14 +120,13 @@ class Replica:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
                 return None
+            # Who was never served comes first, then who was served in the earliest pass.
             order = sorted(self._waiting, key=lambda w: (self._served.get(w.asker, -1), w.arrival))
             group, positions = [order[0]], order[0].request.positions
             for other in order[1:]:
                 more = other.request.positions
-                if (
-                    other.request.alike == group[0].request.alike
-                    and positions + more <= self.most_positions
-                ):
+                alike = other.request.alike == group[0].request.alike
+                if alike and positions + more <= self.most_positions:
                     group.append(other)
                     positions += more
             self._waiting = [waiting for waiting in self._waiting if waiting not in group]
@@ -146,6 +147,7 @@ class Replica:
             if len(group) == 1:
                 group[0].answer.set_exception(error)
                 return
+            # A pass of half as much may fit, and no later one is to be larger.
             if is_out_of_memory(error):
                 self.most_positions = sum(waiting.request.positions for waiting in group) // 2
                 if torch.cuda.is_available():
@@ -163,9 +165,8 @@ class Replica:
                 account.requests += 1
                 account.joined += len(group) > 1
                 account.positions += waiting.request.positions
-                account.seconds += seconds * (
-                    waiting.request.positions / total if len(group) > 1 else 1
-                )
+                share = waiting.request.positions / total if len(group) > 1 else 1
+                account.seconds += seconds * share
                 account.waited += began - waiting.since
         for waiting, answer in zip(group, answers, strict=True):
             waiting.answer.set_result(answer)

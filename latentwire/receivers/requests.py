@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from latentwire.losses.bundles import Reader
+from latentwire.losses.bundles import Reader, Teacher
 from latentwire.models.decoded import Decoded
 from latentwire.models.head_slots import Heads
 from latentwire.prompts.batch import Batch, join
@@ -105,10 +105,10 @@ class LossRequest(Request):
     def answer(lm: LocalReceiver, requests: Sequence[LossRequest]) -> list[LossAnswer]:
         """Compute each request's shares of the loss, and their sum's gradient for its prompt."""
         tasks = [request.task for request in requests]
-        teachers = [
-            None if task.teacher is None else lm.read_teacher(task.teacher, task.settings)
-            for task in tasks
-        ]
+        teachers: list[Teacher | None] = []
+        for task in tasks:
+            source = task.teacher
+            teachers.append(None if source is None else lm.read_teacher(source, task.settings))
         batch = join([task.batch for task in tasks]).to(lm.device)
         if requests[0].head_is_text:
             batch = lm.read_head(batch)
@@ -119,17 +119,19 @@ class LossRequest(Request):
             hidden_ND, states = lm.supervised_states(batch, soft_ND, tasks[0].depths)
             shares, start = [], 0
             for task, teacher in zip(tasks, teachers, strict=True):
+                # Targets [N] of the joined batch lie request by request.
                 rows = slice(start, start + len(task.batch.target_N))
                 start = rows.stop
                 reader = Reader(hidden_ND[rows], lm.logits, [state_ND[rows] for state_ND in states])
                 task = replace(task, batch=task.batch.to(lm.device), teacher=teacher)
                 shares.append(lm.shares(task, reader))
+            # No request's loss hangs on another's prompt, so the sum's gradient is each one's own.
             nothing = [Prompt(None, None)] * len(prompts)
             gradients = _gradients(torch.cat(shares).sum(), prompts) if gradient else nothing
-        return [
-            LossAnswer(shares_T.detach().float().cpu(), prompt_gradient)
-            for shares_T, prompt_gradient in zip(shares, gradients, strict=True)
-        ]
+        answers = []
+        for shares_T, prompt_gradient in zip(shares, gradients, strict=True):
+            answers.append(LossAnswer(shares_T.detach().float().cpu(), prompt_gradient))
+        return answers
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,9 @@ class ScoreRequest(Request):
             soft_ND = _read_into(lm, batch, [request.prompt for request in requests], stack)
             scores = lm.score_answers(batch, soft_ND)
         sizes = [len(request.batch.target_N) for request in requests]
-        return [
-            AnswerScores(
-                ce_N.clone(), likelier_N.clone()
-            )  # a slice would carry the others' with it
-            for ce_N, likelier_N in zip(
-                scores.ce_N.split(sizes), scores.likelier_N.split(sizes), strict=True
-            )
-        ]
+        parts = zip(scores.ce_N.split(sizes), scores.likelier_N.split(sizes), strict=True)
+        # Copies: a slice would carry the others' numbers with it when it is sent.
+        return [AnswerScores(ce_N.clone(), likelier_N.clone()) for ce_N, likelier_N in parts]
 
 
 @dataclass(frozen=True)
@@ -205,6 +202,7 @@ class GenerateRequest(Request):
         with ExitStack() as stack:
             soft_ND = _read_into(lm, batch, [request.prompt for request in requests], stack)
             decoded = lm.generate(batch, first.stop_ids, first.max_new_tokens, soft_ND)
+        # Rows of the joined batch lie request by request.
         answers, start = [], 0
         for request in requests:
             end = start + len(request.batch.ids_BS)
@@ -258,7 +256,10 @@ def _leaves(prompt: Prompt, device: torch.device, gradient: bool) -> Prompt:
 
 def _gradients(total: torch.Tensor, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Return the gradient of ``total`` with respect to each prompt, on the CPU."""
-    leaves = [tensor for prompt in prompts for tensor in prompt.tensors]
+    leaves: list[torch.Tensor] = []
+    for prompt in prompts:
+        leaves += prompt.tensors
+    # each() changes a prompt's tensors in the order in which they are listed here.
     gradients = iter(torch.autograd.grad(total, leaves))
     return [prompt.each(lambda _: next(gradients).cpu()) for prompt in prompts]
 
@@ -269,12 +270,16 @@ def _read_into(
     """Lay all prompts over a joined batch; return the soft vectors, or ``None`` for texts."""
     added = [prompt.added_NE for prompt in prompts if prompt.added_NE is not None]
     if added:
-        stack.enter_context(
-            lm.added_to_slots(torch.cat([a.to(lm.device) for a in added]), batch.latents_BS)
-        )
+        # Rows are joined prompt by prompt, and so are the vectors [N, E] of their latents.
+        added_NE = torch.cat([part_NE.to(lm.device) for part_NE in added])
+        stack.enter_context(lm.added_to_slots(added_NE, batch.latents_BS))
     entries = [prompt.entries_NE for prompt in prompts if prompt.entries_NE is not None]
     if entries:
-        entry_NE = torch.cat([e.to(lm.device) for e in entries])
+        # Prompts are alike, so all of them have the same heads.
+        entry_NE = torch.cat([part_NE.to(lm.device) for part_NE in entries])
         stack.enter_context(lm.heads_at_slots(entry_NE, prompts[0].heads))
     soft = [prompt.soft_ND for prompt in prompts if prompt.soft_ND is not None]
-    return torch.cat([s.flatten(0, -2).to(lm.device) for s in soft]) if soft else None
+    if not soft:
+        return None
+    # [R, L, D] or [N, D] → [N, D]
+    return torch.cat([part.flatten(0, -2).to(lm.device) for part in soft])
