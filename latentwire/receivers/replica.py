@@ -103,16 +103,20 @@ class Replica:
         self._thread.join()
 
     def _run(self) -> None:
+        group: list[_Waiting] | None = []
         try:
             while (group := self._next()) is not None:
                 self._answer(group)
-        finally:  # after a fault here, nobody may wait for ever
+        finally:
+            # After a fault here, nobody may wait for ever: neither who is in the queue, nor who
+            # was taken off it and has no answer yet.
             with self._changed:
                 self._closed = True
-                for waiting in self._waiting:
-                    waiting.answer.set_exception(
-                        RuntimeError(f"replica of {self.lm.name} has ended; see its log")
-                    )
+                for waiting in [*(group or ()), *self._waiting]:
+                    if not waiting.answer.done():
+                        waiting.answer.set_exception(
+                            RuntimeError(f"replica of {self.lm.name} has ended; see its log")
+                        )
 
     def _next(self) -> list[_Waiting] | None:
         """Take the next pass's requests off the queue; ``None`` at the end."""

@@ -323,3 +323,27 @@ def test_a_fault_of_the_replica_is_everybodys_error(monkeypatch: pytest.MonkeyPa
     for thread in desk.threads:
         thread.join(10)
     assert "replica of nobody" in str(desk.answers["second"])
+
+
+def test_a_fault_in_a_pass_is_the_error_of_all_that_are_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU that has failed raises again where its cache is emptied: outside of the pass itself."""
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def too_large(names: list[str]) -> Exception | None:
+        return RuntimeError("CUDA out of memory") if len(names) > 1 else None
+
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    desk, open_ = Desk(most_positions=2), threading.Event()
+    desk.ask("z", "z", hold=open_)
+    for name in "abc":  # a and b are in one pass, c is in the queue behind it
+        desk.ask(name, name, fails=too_large)
+    open_.set()
+    desk.finish()
+    assert desk.answers.pop("z") == "z" and sorted(desk.answers) == ["a", "b", "c"]
+    assert all("has ended; see its log" in str(error) for error in desk.answers.values())
