@@ -52,7 +52,7 @@ class Stopwatch:
     """A streamer for transformers that notes the times of the prompt and of each step's tokens."""
 
     def __init__(self, watch: Watch | None = None) -> None:
-        """``watch``: is told each step's tokens."""
+        """Start the clock; ``watch`` is told each step's tokens."""
         self.times = [time.perf_counter()]
         self.watch = watch
 

@@ -112,7 +112,7 @@ class HeadEntries:
 
 @dataclass(frozen=True)
 class LayerEntries:
-    """Those of one layer, in its chosen heads."""
+    """Keys and values of one layer, in its chosen heads; see :class:`HeadEntries`."""
 
     heads: tuple[int, ...]
     key_RHTD: torch.Tensor

@@ -261,10 +261,10 @@ class SenderStates(TokenStates):
         sources, loaded = sender_sources(config, receivers), loaded or {}
         self.lenders = [lender_of(source, receivers) for source in sources]
         """For each sender, the receiver that has its weights; ``None``: no receiver has."""
-        self.senders = nn.ModuleList(
-            Sender(source, config.depths, config.lead, load_weights, loaded.get(lender or ""))
-            for source, lender in zip(sources, self.lenders, strict=True)
-        )
+        self.senders = nn.ModuleList()
+        for source, lender in zip(sources, self.lenders, strict=True):
+            lm = loaded.get(lender or "")
+            self.senders.append(Sender(source, config.depths, config.lead, load_weights, lm))
         self.width = sum(sender.width for sender in self._senders)
         self.tokenizer = self._senders[0].tokenizer
 

@@ -21,7 +21,7 @@ def text_stride(share: float) -> int:
 
 
 class Unfolding(nn.Module):
-    """Maps each latent's R codes to keys (before rotary positions) and values of J heads.
+    """A map from each latent's R codes to keys (before rotary positions) and values of J heads.
 
     A linear map, which a closed form can begin (:mod:`latentwire.closed_form`), and beside it blocks
     of attention over the message's tokens, whose output begins at zero. A code that is exactly zero

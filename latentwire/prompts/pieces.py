@@ -20,7 +20,7 @@ class Pieces:
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        """``name``: of the receiver, for messages."""
+        """Take a receiver's tokenizer; ``name`` is the receiver's, for messages."""
         self.tokenizer, self.name = tokenizer, name
         # "a" behind a line's end has a "▁" less than "a" at a beginning, where the mark is written.
         line, whole = self.first("\n"), self.first("\na")

@@ -85,7 +85,7 @@ class PromptBuilder:
         send: Literal["context", "prompt"],
         prefix: int = 0,
     ) -> None:
-        """``prefix``: constant soft positions before every message."""
+        """Tokenise what all prompts share; ``prefix``: constant soft positions before every message."""
         self.tokenizer, self.receiver, self.send = tokenizer, receiver, send
         self.prefix = prefix
         self.anchor_text = prompt.anchor.rstrip()

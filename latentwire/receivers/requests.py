@@ -98,7 +98,7 @@ class LossRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Alike where losses read the same layers; weights, K and lengths may differ."""
+        """A key of the layers and the form that are read; weights, K and lengths may differ."""
         return LossRequest, self.task.depths, self.head_is_text, self.prompt.form
 
     @staticmethod
@@ -157,7 +157,7 @@ class ScoreRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Alike where all have soft prompts or all have none, and so for what is added or elsewhere."""
+        """A key of the prompt's form: whether it has soft vectors, additions, and entries of its own."""
         return ScoreRequest, self.prompt.form
 
     @staticmethod
@@ -190,7 +190,7 @@ class GenerateRequest(Request):
 
     @property
     def alike(self) -> Any:
-        """Alike where decoding ends in the same way."""
+        """A key of the prompt's form, and of how decoding ends."""
         ends = self.stop_ids, self.max_new_tokens
         return GenerateRequest, ends, self.prompt.form
 
