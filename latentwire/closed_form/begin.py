@@ -38,7 +38,9 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
         fresh: files of the parts that come from nowhere else (:func:`latentwire.exports.parts`).
             None: all.
     """
-    run, parts = wire.run, set(exports.parts(wire) if fresh is None else fresh)
+    if fresh is None:
+        fresh = exports.parts(wire)
+    run, parts = wire.run, set(fresh)
     begin_prefixes(wire, run, train, _receivers(wire, "prefixes", parts))
     joining = _receivers(wire, "adapters", parts)
     if run.adapter.kind != "heads" or not joining:

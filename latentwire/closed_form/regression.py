@@ -244,7 +244,12 @@ def decoder_for(
 def energy_up_to(start: Start, codes: Sequence[int]) -> list[float]:
     """Return the share of the energy that each number of codes holds, of all directions'."""
     upto_D = start.energy_D.double().cumsum(0)
-    return [upto_D[min(count, len(upto_D)) - 1].item() if count > 0 else 0.0 for count in codes]
+    shares = []
+    for count in codes:
+        # More codes than there are directions hold all of it, and no code holds none.
+        last = min(count, len(upto_D)) - 1
+        shares.append(upto_D[last].item() if count > 0 else 0.0)
+    return shares
 
 
 def _standardised(

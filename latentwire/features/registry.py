@@ -44,5 +44,8 @@ def check_training(features: nn.ModuleDict) -> None:
 
 def keeps_receivers_frozen(run: RunConfig) -> bool:
     """Return whether all features that are on leave the receivers' own weights as they act."""
-    on = [feature for name, feature in FEATURES.items() if getattr(run.features, name) is not None]
-    return all(feature.keeps_receivers_frozen for feature in on)
+    for name, feature in FEATURES.items():
+        is_on = getattr(run.features, name) is not None
+        if is_on and not feature.keeps_receivers_frozen:
+            return False
+    return True

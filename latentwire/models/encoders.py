@@ -78,9 +78,10 @@ class MessageLengths:
         self.codes_tokens = config.pooling == "tokens"
         self.private: dict[str, range] = {}
         # Columns of a message: the shared latents, then those of one receiver after the other.
-        for index, name in enumerate(receivers if config.private_len else ()):
-            start = config.latent_len + index * config.private_len
-            self.private[name] = range(start, start + config.private_len)
+        if config.private_len:
+            for index, name in enumerate(receivers):
+                start = config.latent_len + index * config.private_len
+                self.private[name] = range(start, start + config.private_len)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[Any]]:
         """Prepare each text for :meth:`tokens_of`: its lines, or their token ids.

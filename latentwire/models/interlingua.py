@@ -85,6 +85,7 @@ class Interlingua(nn.Module):
         slots: int | None = run.encoder.latent_len + run.encoder.private_len
         if run.encoder.tokens_per_latent or run.encoder.split != "none":
             slots = None  # they vary from text to text
+        # Encoder, adapters, features: a seed draws the weights in this order.
         self.adapters, self.prefixes = nn.ModuleDict(), nn.ModuleDict()
         if not run.is_reader:
             for name, shape in receivers.items():
@@ -139,7 +140,9 @@ class Interlingua(nn.Module):
         that is no single receiver's, which is the encoder and what refines its message.
         """
         self.trained = frozenset(names)
-        for name, parameter in self.named_parameters() if names else ():
+        if not names:
+            return
+        for name, parameter in self.named_parameters():
             kind, _, rest = name.partition(".")
             if kind == "features":
                 # One level deeper: features.<feature>.<part>.<receiver>.<…>

@@ -145,7 +145,8 @@ def _keys_at(lm: nn.Module, start: int, states: dict[int, Any]) -> list[torch.Te
     def give(layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
             # transformers gives a layer its states by place or by name.
-            state = states.setdefault(layer, args[0] if args else options["hidden_states"])
+            given = args[0] if args else options["hidden_states"]
+            state = states.setdefault(layer, given)
             if args:
                 return (state, *args[1:]), options
             return args, options | {"hidden_states": state}

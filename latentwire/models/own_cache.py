@@ -194,7 +194,8 @@ def cut(
             raise ReceiverError(_unseen(lm, "takes no attention mask"))
         queries, keys = mask_B1QK.shape[-2:]
         # A window's cache has lost its first positions: both count from the end.
-        end = queries + (0 if past is None else past.get_seq_length(layer))
+        read = 0 if past is None else past.get_seq_length(layer)
+        end = read + queries
         gone_BHK = F.pad(gone_BLHS[:, layer], (0, max(0, end - width)))[..., end - keys : end]
         late_BQ = torch.arange(end - queries, end, device=lm.device) >= after_B[:, None]
         # [B, H, 1, K] and [B, 1, Q, 1]: entries that are gone, for queries after the text.

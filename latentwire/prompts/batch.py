@@ -270,6 +270,8 @@ def collate(
     firsts = [row.supervised[0] - 1 for row in rows if row.supervised]
     head = min([*(row.head for row in rows), *firsts]) if side == "right" else 0
     numbers = list(range(len(rows))) if messages is None else messages
+    # Where padding stands to the left a column is no position, and ends are left out.
+    ends = torch.tensor([row.message.stop for row in rows]) if side == "right" else None
     return Batch(
         ids_BS=ids_BS,
         attention_BS=attention_BS,
@@ -283,7 +285,7 @@ def collate(
         target_N=torch.tensor(target, dtype=torch.long),
         offset_N=torch.tensor(offset, dtype=torch.long),
         row_N=torch.tensor(row_of, dtype=torch.long),
-        end_R=torch.tensor([row.message.stop for row in rows]) if side == "right" else None,
+        end_R=ends,
         prefix=len(rows[0].prefix),
         head=head,
     )
@@ -321,8 +323,10 @@ def join(batches: list[Batch], *, side: Literal["right", "left"] = "right") -> B
     # A head is common to all rows: it stays one where all batches begin with the same tokens.
     head = min(batch.head for batch in batches)
     heads = {tuple(batch.ids_BS[0, :head].tolist()) for batch in batches}
+    if len(heads) > 1:
+        head = 0
     joined = {name: torch.cat(parts) for name, parts in rows.items()}
     ends = [batch.end_R for batch in batches if batch.end_R is not None]
     if len(ends) == len(batches):
         joined["end_R"] = torch.cat(ends)
-    return Batch(**joined, prefix=batches[0].prefix, head=head if len(heads) == 1 else 0)
+    return Batch(**joined, prefix=batches[0].prefix, head=head)

@@ -277,8 +277,12 @@ class PromptBuilder:
         answer_at = anchor_at + len(self.anchor_ids)
         before = [*self.head_ids, *[SLOT_ID] * prefix, *message, *mid, *question]
         ids = [*before, *self.tail_ids, *self.anchor_ids]
+        stop: int | None = None
+        supervised = range(0)
         if answer is not None:
             ids += [*answer, self.stop_id]
+            # The stop token follows the answer, and both are targets.
+            stop, supervised = answer_at + len(answer), range(answer_at, len(ids))
         return PromptSequence(
             ids=ids,
             bos=self.bos,
@@ -286,8 +290,8 @@ class PromptBuilder:
             question=range(question_at, question_at + len(question)),
             anchor=range(anchor_at, answer_at),
             answer=range(answer_at, answer_at + len(answer or [])),
-            stop=None if answer is None else answer_at + len(answer),
-            supervised=range(answer_at, len(ids)) if answer is not None else range(0),
+            stop=stop,
+            supervised=supervised,
             soft=soft,
             prefix=range(start - prefix, start),
         )

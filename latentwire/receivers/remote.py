@@ -190,7 +190,8 @@ class RemoteReceiver:
         return torch.stack(self._added).sum(0) if self._added else None
 
     def _prompt(self, soft_ND: torch.Tensor | None) -> Prompt:
-        return _to_send(soft_ND, self._sum_added(), *(self._at_slots or (None, ())))
+        entries_NE, heads = self._at_slots or (None, ())
+        return _to_send(soft_ND, self._sum_added(), entries_NE, heads)
 
     def _ask(self, request: Request | LookUp) -> Any:
         answer = self.channel.ask(request)
