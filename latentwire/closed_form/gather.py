@@ -41,7 +41,7 @@ def add_tokens(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
     assert isinstance(encoder, InterlinguaEncoder)
     wire.interlingua.eval()
     heads = heads_of(wire, moments.receivers)
-    for rows in _texts(table):
+    for rows in texts_of(table):
         tokens = encoder.tokens_of(rows["encoder_ids"])
         on_device = tokens.to(wire.interlingua.device)
         x_BTM = encoder.states(**on_device.tensors, length_B=on_device.length_B)
@@ -77,18 +77,18 @@ def add_gradients(moments: Moments, wire: LatentWire, table: pa.Table) -> None:
     """
     wire.interlingua.eval()
     heads = heads_of(wire, moments.receivers)
-    for rows in _texts(table, with_questions=True):
+    for rows in texts_of(table, with_questions=True):
         for name, chosen in heads.items():
-            lm, batch = wire.local_receiver(name), _asked(wire, name, rows)
+            lm, batch = wire.local_receiver(name), asked(wire, name, rows)
             entry_NE = torch.cat(own_entries(wire, name, rows["texts"][name], chosen))
             # A leaf of a new graph: its gradient is by the entries, whatever they were made from.
             leaf_NE = entry_NE.to(lm.device).requires_grad_()
-            loss = _loss(wire, lm, batch, leaf_NE, chosen)
+            loss = answers_loss(wire, lm, batch, leaf_NE, chosen)
             (gradient_NE,) = torch.autograd.grad(loss, leaf_NE)
             moments.add_gradients(name, gradient_NE)
 
 
-def _loss(
+def answers_loss(
     wire: LatentWire, lm: LocalReceiver, batch: Batch, kv_NE: torch.Tensor, heads: Heads
 ) -> torch.Tensor:
     """Return the answers' summed loss where these entries stand for the texts."""
@@ -105,7 +105,7 @@ def _loss(
     return token_ce(logits_NV, rest.target_N).sum()
 
 
-def _asked(wire: LatentWire, name: str, rows: dict[str, Any]) -> Batch:
+def asked(wire: LatentWire, name: str, rows: dict[str, Any]) -> Batch:
     """Return the questions to some texts, with a slot for each of the receiver's own tokens."""
     builder = wire.builders[name]
     columns = rows["text_R"], rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
@@ -116,7 +116,7 @@ def _asked(wire: LatentWire, name: str, rows: dict[str, Any]) -> Batch:
     return collate(prompts, messages=rows["text_R"])
 
 
-def _texts(table: pa.Table, *, with_questions: bool = False) -> Iterator[dict[str, Any]]:
+def texts_of(table: pa.Table, *, with_questions: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the rows of a few texts at a time, as columns.
 
     Without questions each text has one row. With them a text's rows follow each other wherever they
