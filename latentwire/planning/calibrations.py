@@ -49,6 +49,7 @@ class CalibrationForecast:
         if self.missing and self.flop is not None and rate is not None:
             kind = "GPU" if plan.gpus_per_worker else "CPU"
             devices = plan.gpus_per_worker or plan.cpus_per_worker
+            # The lower share of the rate makes for more hours, so it comes first.
             high, low = (devices * self.flop / (share * rate) / 3600 for share in reached)
             line += f", all {low:.2g} to {high:.2g} {kind}-hours ({self.flop / 1e12:.3g} TFLOP)"
         return line
@@ -66,8 +67,11 @@ def forecast_calibrations(
     flop: float | None = 0.0
     largest = 0
     for variant in sweep.variants:
-        for run in [] if variant.stage else calibration_runs(sweep.space, variant.run):
+        if variant.stage:  # a later stage begins with the wire of the one before
+            continue
+        for run in calibration_runs(sweep.space, variant.run):
             for name, exists, takes in _parts(run, variant.shards["train"], multiplied, rows):
+                # Variants share parts, and each is made once. One of unknown work leaves the sum so.
                 if name not in there and not exists:
                     flop = None if flop is None or takes is None else flop + takes
                     largest = max(largest, task_bytes(run, plan.gpus_per_worker > 0))
@@ -91,6 +95,8 @@ def _parts(
         flop = None
         if rows is not None:
             tuned, questions = tuned_text(run), reader_budget(run, rows).questions
+            # A question is read behind the tuned prefix and the text. Per parameter and position:
+            # 2 FLOP forward and 2 backward to the inputs, since the receiver is frozen.
             positions = questions * (tuned.tokens + tokens + PROMPT_POSITIONS)
             flop = 4 * multiplied[name] * positions * tuned.trials
         yield *named(f"text reader of {name}", path), flop
@@ -100,7 +106,7 @@ def _parts(
     for receiver in run.receivers:
         if receiver.name in names:
             path = calibrations.ranking_path(run, receiver, train) if known else None
-            # Each text is read, then recited.
+            # Each text is read, then recited, 2 FLOP per parameter and position each time.
             flop = 2 * multiplied[receiver.name] * run.adapter.ranking_texts * 2 * tokens
             yield *named(f"heads of {receiver.name}", path), flop
     if run.closed_form is not None and names:
@@ -114,13 +120,16 @@ def _moments_flop(run: RunConfig, multiplied: Mapping[str, int], tokens: float) 
     closed_form = run.closed_form
     interlingua: Any = on_meta(run)
     assert closed_form is not None
-    layers = [sender.backbone.layers for sender in interlingua.encoder.states.senders]
-    sending = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    sending = 0
+    for sender in interlingua.encoder.states.senders:
+        sending += sum(weight.numel() for weight in sender.backbone.layers.parameters())
     reading = sum(multiplied[name] for name in calibrations.fresh(run, "adapters"))
     width, entries = _widths(run)
+    # Per token: both models forward, x xᵀ [width, width], and x yᵀ [width, entries] per receiver.
     flop = 2 * closed_form.texts * tokens * (sending + reading + width * (width + sum(entries)))
     if calibrations.has_fresh_encoder(run):
         products = sum(size**2 for size in entries)
+        # Per token the text and g gᵀ [entries, entries]; per question a pass forward and back.
         answered = QUESTIONS * PROMPT_POSITIONS * 4 * reading
         flop += closed_form.gradient_texts * (tokens * 2 * (reading + products) + answered)
     return flop
@@ -133,11 +142,13 @@ def task_bytes(run: RunConfig, on_gpu: bool) -> int:
     step = max(receiver.bytes_step for receiver in receivers)
     states: Any = getattr(encoder, "states", None)  # a text reader has none
     if run.encoder.kind == "senders" and states is not None:
-        own = sum(weight.numel() for weight in states.parameters()) - states.lent_parameters
-        models += 4 * own
+        # Weights of receivers that also send are counted above already; the others are fp32.
+        encoder_weights = sum(weight.numel() for weight in states.parameters())
+        models += 4 * (encoder_weights - states.lent_parameters)
     sums = 0
     if run.closed_form is not None:
         width, entries = _widths(run)
+        # In float64: x xᵀ once, and for each receiver x yᵀ [width, size] and g gᵀ [size, size].
         sums = 8 * (width**2 + sum(size * (width + size) for size in entries))
     return int(models + step + sums + WORKER_BASE_BYTES)
 

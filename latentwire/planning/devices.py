@@ -26,7 +26,7 @@ def pieces(gpus: float, share: float, taken: Iterable[float] = ()) -> int:
     left = _left(gpus, taken)
     if left is None:
         return 0
-    if share >= 1:
+    if share >= 1:  # only devices that nobody has a part of
         return left.count(UNIT) // math.ceil(share)
     return sum(room // max(1, round(share * UNIT)) for room in left)
 
@@ -37,16 +37,16 @@ def hold(gpus: float, taken: Iterable[float]) -> bool:
 
 
 def _left(gpus: float, taken: Iterable[float]) -> list[int] | None:
-    """Return the free part of each device, in Ray's units; ``None`` where they do not hold
-    ``taken``.
-    """
+    """Return the free part of each device, in Ray's units; ``None`` where they do not hold ``taken``."""
     whole, rest = divmod(round(gpus * UNIT), UNIT)
     left = [UNIT] * whole + ([rest] if rest else [])
     for share in taken:
+        # 0.3 is a need of 3,000 on one device, 1.5 one of 10,000 on each of two.
         need, count = (UNIT, math.ceil(share)) if share >= 1 else (round(share * UNIT), 1)
         for _ in range(count if need else 0):
             fitting = [device for device, room in enumerate(left) if room >= need]
             if not fitting:
                 return None
+            # Best fit: of the devices that hold it, the one with the least room.
             left[min(fitting, key=lambda device: left[device])] -= need
     return left

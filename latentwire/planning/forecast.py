@@ -50,6 +50,7 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
     nodes together not enough for one trial's.
     """
     lines, places, places_now = [], 0, 0
+    # An entry of a node type that may still be added stands for Count nodes.
     living = [node for node in nodes if node["Alive"]]
     gpus = sum(node["Resources"].get("GPU", 0.0) * node.get("Count", 1) for node in living)
     for node in living:
@@ -57,7 +58,7 @@ def fit(plan: Plan, nodes: Iterable[Mapping[str, Any]]) -> tuple[Plan, list[str]
         workers = _workers_on(plan, has, gpus)
         places += workers * node.get("Count", 1)
         line = f"node {node['NodeManagerAddress']} ({_sizes(has)}): {workers} worker(s)"
-        if "Free" in node:
+        if "Free" in node:  # a node that is there
             now = min(workers, _workers_on(plan, node["Free"], gpus))
             places_now += now
             line += f", {now} now ({_sizes(node['Free'])} free)"
@@ -89,14 +90,17 @@ def _workers_on(plan: Plan, has: Mapping[str, float], gpus: float) -> int:
     if plan.worker_gpus:
         here, taken = has.get("GPU", 0.0), []
         if plan.sharing:
-            sets = min(
-                plan.sharing.replicas, math.ceil(plan.sharing.replicas * here / max(gpus, 1.0))
-            )
+            # Replicas spread over the cluster: this node's part is that of its GPUs, rounded up.
+            replicas = plan.sharing.replicas
+            sets = min(replicas, math.ceil(replicas * here / max(gpus, 1.0)))
             taken = plan.sharing.gpus_of_replicas(sets)
         room.append(pieces(here, plan.worker_gpus, taken))
     else:
-        replicas = sum(plan.sharing.bytes_per_replica.values()) if plan.sharing else 0
-        room.append(int(min(2**62, (has.get("memory", math.inf) - replicas) // plan.worker_bytes)))
+        # Without GPUs a node is planned to hold one replica of each receiver beside the workers.
+        replica_bytes = sum(plan.sharing.bytes_per_replica.values()) if plan.sharing else 0
+        # A node that does not say its memory has no limit; int() takes no infinity.
+        free = has.get("memory", math.inf) - replica_bytes
+        room.append(int(min(2**62, free // plan.worker_bytes)))
     return max(0, min(room))
 
 
@@ -163,21 +167,18 @@ class Forecast:
             stages_to_make = sum(stage.missing for stage in self.stages)
             of_stages = (self.stages_flop or 0.0) / plan.num_workers
             flop, starts = self.runs * flop_per_worker + of_stages, self.runs + stages_to_make
-            high, low = (
-                devices * (flop / (share * rate) + starts * START_SECONDS) / 3600
-                for share in REACHED
-            )
+            # Workers of a trial compute side by side; the devices of all of them are paid for.
+            seconds = [flop / (share * rate) + starts * START_SECONDS for share in REACHED]
+            high, low = (devices * each / 3600 for each in seconds)
             lines.append(
                 f"{kind}-hours: {low:.2g} to {high:.2g} if none is stopped early: "
                 f"{self.flop_per_run / 1e12:.3g} TFLOP a run at {REACHED[0]:.0%} to "
                 f"{REACHED[1]:.0%} of {rate / 1e9:,.0f} GFLOP/s (a matrix product on one worker, "
                 f"just measured), and {START_SECONDS:.0f} s to start{self._with_stages()}"
             )
-        free = (
-            "in an object store"
-            if self.free_bytes is None
-            else f"{self.free_bytes / 1e9:,.1f} GB free"
-        )
+        free = "in an object store"
+        if self.free_bytes is not None:
+            free = f"{self.free_bytes / 1e9:,.1f} GB free"
         lines.append(
             f"disk: about {self.disk_bytes / 1e6:,.1f} MB at most (a checkpoint "
             f"{self.checkpoint_bytes / 1e6:,.2f} MB), {free}"
@@ -210,17 +211,19 @@ def forecast(space: SweepConfig | ResolvedSweep, plan: Plan, output: Place) -> F
     trains = {variant.key: variant.shards["train"] for variant in lasts}
     if rows is not None and not fills_by_positions(sweep.space):
         steps = total_steps(sweep.longest, rows)
+        # The most costly run, with its own steps: the longest one may be a small model.
         flop = _flop(sweep.largest, plan, total_steps(sweep.largest, rows))
     elif rows is not None and all(map(shards.complete, trains.values())):
         steps = most_steps(sweep.space, rows, trains)
         flop = _flop(sweep.longest, plan, steps)
     stages = forecast_stages(sweep, tune.trials + reruns)
-    counted = [
-        stage.missing * _flop(stage.run, plan, stage.steps)
-        for stage in stages
-        if stage.steps is not None
-    ]
+    counted = []
+    for stage in stages:
+        if stage.steps is not None:
+            counted.append(stage.missing * _flop(stage.run, plan, stage.steps))
     checkpoint = BYTES_PER_PARAMETER * plan.trainable_parameters
+    # The sweep's best, one of each re-run, the best and the last of every trial that runs, and one
+    # to spare.
     checkpoints = tune.keep_checkpoints + reruns + 2 * plan.max_concurrent_trials + 1
     checkpoints += sum(stage.missing for stage in stages)
     disk_bytes = checkpoints * checkpoint + columns_bytes
@@ -264,12 +267,12 @@ def matrix_product_rate(cpus: float) -> float:
     for count in range(-3, 20):
         if count == 0:  # the first few warm up
             began = _now(cuda)
-        matrix @ matrix
+        matrix @ matrix  # 2 size³ FLOP
     return (count + 1) * 2 * size**3 / (_now(cuda) - began)
 
 
 def _now(cuda: bool) -> float:
-    if cuda:
+    if cuda:  # products are queued there, and run after the call has returned
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -285,10 +288,11 @@ def _flop(run: RunConfig, plan: Plan, steps: int) -> float:
     trainable = plan.trainable_parameters
     reading_steps = max(0, steps - run.training.alignment_steps)
     share = 1 / len(plan.receivers) if run.training.receivers_per_step == "one" else 1
+    # A row is a message and its prompt; where batches are filled by positions, a step has so many.
     row_positions = run.encoder.latent_len + PROMPT_POSITIONS
     positions = run.training.positions_per_batch or run.training.rows_per_batch * row_positions
     training = positions * (reading_steps * share * 4 * frozen + steps * 6 * trainable)
-    evaluations = steps // run.training.evaluate_every + 1
+    evaluations = steps // run.training.evaluate_every + 1  # one more at the end
     evaluated = run.data.dev_samples * (row_positions + run.evaluation.max_answer_tokens)
     # Every row is read twice: to be answered, and with its gold answer.
     return float(training + evaluations * evaluated * 2 * (2 * frozen + trainable))
@@ -311,7 +315,7 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
             rows = train_manifest["rows"]
         if not teachers.needed(run.losses):
             continue
-        if train_manifest is None:
+        if train_manifest is None:  # the columns' names hang on the shards, so they have none yet
             widths = [load_hf_config(r).get_text_config().hidden_size for r in run.receivers]
             missing_bytes += (rows or 0) * sum(_column_bytes(run.losses, width) for width in widths)
             lines[f"teachers' columns for {train.name}: to be made, {len(widths)} receivers"] = None
@@ -330,7 +334,9 @@ def _state(complete: bool) -> str:
 
 def _column_bytes(losses: LossConfig, width: int) -> int:
     """Return the bytes of one row's columns for one receiver, uncompressed."""
+    # Per token an id (int32) and a log-probability (fp16) for each of the top k, and one fp16 tail.
     words = losses.kd_top_k * 6 + 2 if teachers.compares_top_k(losses) else 0
+    # The hidden states of every chosen depth, fp16.
     states = 2 * width * len(state_depths(losses))
     return teachers.most_tokens(losses) * (words + states)
 

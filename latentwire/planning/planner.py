@@ -132,8 +132,9 @@ def plan(
     plans = [
         _plan(sweep.space, run, resources, memory_bytes, files) for run in sweep.largest_stages
     ]
-    largest = max(plans, key=lambda plan: (plan.sharing is None, plan.bytes_with_replicas))
-    if largest.sharing is None and any(plan.sharing is not None for plan in plans):
+    # A stage that cannot share comes before any that can; among alike the largest counts.
+    largest = max(plans, key=lambda each: (each.sharing is None, each.bytes_with_replicas))
+    if largest.sharing is None and any(each.sharing is not None for each in plans):
         # In some stage more trials fit with shared receivers; a trial goes through all with one kind.
         tune = sweep.space.tune.model_copy(update={"receivers": "own"})
         return plan(
@@ -141,8 +142,8 @@ def plan(
         )
     return dataclasses.replace(
         largest,
-        trainable_parameters=max(plan.trainable_parameters for plan in plans),
-        max_concurrent_trials=min(plan.max_concurrent_trials for plan in plans),
+        trainable_parameters=max(each.trainable_parameters for each in plans),
+        max_concurrent_trials=min(each.max_concurrent_trials for each in plans),
     )
 
 
@@ -164,10 +165,12 @@ def _plan(
     if files:
         builders(run)  # raises for a tokenizer that cannot build a prompt, before shards are made
     trainable, fixed, lent = _encoder_and_adapters(run)
+    # In fp32, a trained parameter has a weight, a gradient and AdamW's two moments.
     held = 16 * trainable + 4 * fixed
     steps = [r.bytes_step for r in receivers]
     by_turns = training.sequential_models or training.receivers_per_step == "one"
     step = max(steps) if by_turns else sum(steps)
+    # Beside its receivers a worker holds what they lend to the encoder once, not twice.
     encoder = held - 4 * lent + encoder_bytes(run)
     needed = sum(r.bytes_weights for r in receivers) + step + encoder + WORKER_BASE_BYTES
     # Streamed rows need CPUs of their own, or the trials' workers would starve what feeds them.
@@ -186,12 +189,12 @@ def _plan(
         num_workers=training.num_workers,
         max_concurrent_trials=0,
     )
-    if not gpus:
+    if not gpus:  # raises where workers need some
         _share("GPUs", gpus, gpus_per_worker)
     sharing = _sharing(space, run, estimate, held, resources, memory_bytes)
-    beside = (
-        0 if sharing is None else at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
-    )
+    beside = 0
+    if sharing is not None:
+        beside = at_once(sharing, *cpus, gpus, memory_bytes, training.num_workers)
     with_shared = int(min(beside, limit, *fits))
     if tune.receivers == "shared":
         if with_shared < 1:
@@ -292,10 +295,8 @@ def alone(space: SweepConfig) -> SweepConfig:
 def plan_on_cluster(space: SweepConfig | ResolvedSweep) -> Plan:
     """Plan for the cluster that Ray is connected to, as :func:`plan` does."""
     sweep, resources = resolve(space), cluster_resources()
-    gpus, gpu_memory_gb = (
-        sweep.space.run.training.gpus_each(resources),
-        sweep.space.tune.gpu_memory_gb,
-    )
+    gpus = sweep.space.run.training.gpus_each(resources)
+    gpu_memory_gb = sweep.space.tune.gpu_memory_gb
     if gpus and gpu_memory_gb is not None:
         return plan(sweep, resources, 1e9 * gpu_memory_gb)
     return plan(sweep, resources, node_memory(gpus))
@@ -321,6 +322,7 @@ def node_memory(gpus_per_worker: float | None = None) -> float:
 
 def _cgroup_limit() -> float:
     """Return the container's memory limit in bytes; infinite where none is set."""
+    # cgroup v2, then v1. Where v2 has no limit its file says "max", which is no number.
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError), open(file) as stream:
             return float(stream.read())
@@ -353,20 +355,17 @@ def _estimate(
     width_bytes = torch.empty((), dtype=pick_dtype(receiver.dtype, device)).element_size()
     text: Any = lm.config.get_text_config()
     rows, positions = rows_of(run), positions_of(run, slots_of(run))
-    activations = (
-        positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION * width_bytes
-    )
-    logits = (
-        rows * 8 * text.vocab_size * (width_bytes + 8)
-    )  # 8 supervised tokens; loss and gradient in fp32
+    words = positions * text.num_hidden_layers * text.hidden_size * WORDS_PER_ACTIVATION
+    activations = words * width_bytes
+    # 8 supervised tokens a row; loss and gradient in fp32.
+    logits = rows * 8 * text.vocab_size * (width_bytes + 8)
     # Quantisation leaves the embeddings, and an output head that is not tied to them, as they are.
     ends = lm.get_input_embeddings().weight.numel()
     if (head := lm.get_output_embeddings()) is not None and not lm.config.tie_word_embeddings:
         ends += head.weight.numel()
     multiplied = parameters - ends
-    weights = ends * width_bytes + multiplied * QUANTIZED_BYTES.get(
-        receiver.quantization, width_bytes
-    )
+    weights = ends * width_bytes
+    weights += multiplied * QUANTIZED_BYTES.get(receiver.quantization, width_bytes)
     return ReceiverEstimate(
         receiver.name, parameters, multiplied, int(weights), activations + logits
     )

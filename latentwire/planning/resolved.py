@@ -82,6 +82,7 @@ class ResolvedSweep:
         for run in data_variants(self.space):
             stages = stages_of(run)
             for number, stage in enumerate(stages):
+                # Trials are compared by their last stage, so only that one is ever validated.
                 splits = SPLITS if number + 1 == len(stages) else TRAINING_SPLITS
                 paths = shard_paths(stage.run, splits)
                 variants.append(DataVariant(stage.run, variant_key(stage.run), paths, number))

@@ -66,11 +66,15 @@ def obstacles(space: SweepConfig) -> list[str]:
     """List the knobs of a space that need the receivers' weights in each trial's own process."""
     searched = [knob_of(path) for path in space.search]
     stages = [stage.run for stage in stages_of(space.run)]
-    reasons = dict.fromkeys(reason for run in stages for reason in _obstacles(run, searched))
+    reasons: dict[str, None] = {}  # in order, each once
+    for run in stages:
+        reasons |= dict.fromkeys(_obstacles(run, searched))
     for path in paths_with("changes_receivers"):
         if path in searched:
             reasons[f"{path} is searched"] = None
-        elif len({functools.reduce(getattr, path.split("."), run) for run in stages}) > 1:
+            continue
+        values = {functools.reduce(getattr, path.split("."), run) for run in stages}
+        if len(values) > 1:
             reasons[f"{path} differs between stages"] = None
     return list(reasons)
 
@@ -104,6 +108,7 @@ def rows_of(run: RunConfig) -> int:
     if training.batch_size is not None:
         return max(1, training.batch_size // _pieces(run))
     message = 0 if training.questions_together else _before_question(run, final_slots(run))
+    # A micro-batch's positions over those of one row.
     return max(1, _part(run) // (message + PROMPT_POSITIONS))
 
 
@@ -135,10 +140,11 @@ def final_slots(run: RunConfig) -> int:
     Such a text is as long as it may be, and read at the shortest stride.
     """
     encoder = run.encoder
-    if run.prompt.reads == "text":
+    if run.prompt.reads == "text":  # the text itself stands in the slots
         return math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN)
     if encoder.tokens_per_latent is None:
         return encoder.latent_len + encoder.private_len
+    # A message has ceil(tokens / stride) latents.
     strides = run.training.tokens_per_latent or (encoder.tokens_per_latent,)
     if encoder.pooling == "tokens":  # each token of a latent has a position at the receiver
         strides = (1,)
@@ -149,6 +155,7 @@ def slots_of(run: RunConfig) -> int:
     """Count the soft slots of the longest message of any training step."""
     if not run.training.coarsening_steps:
         return final_slots(run)
+    # A run that is coarsened begins with a latent for every coarsening_from tokens.
     first = math.ceil(run.data.max_context_bytes / BYTES_PER_TOKEN / run.training.coarsening_from)
     return max(first, final_slots(run))
 
@@ -172,6 +179,7 @@ def encoder_bytes(run: RunConfig) -> int:
     encoder = run.encoder
     layers, width = encoder.layers, encoder.d_model
     by_name = {receiver.name: receiver for receiver in run.receivers}
+    # Tokens of all texts that the encoder reads in one micro-batch.
     positions = messages_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
     if encoder.kind == "senders":
         sources = sender_sources(encoder, by_name)
@@ -185,7 +193,7 @@ def encoder_bytes(run: RunConfig) -> int:
     if encoder.pretrained:
         config = load_hf_config(backbone_source(encoder, by_name)).get_text_config()
         layers, width = encoder.model_layers or config.num_hidden_layers, config.hidden_size
-    if encoder.has_memory:
+    if encoder.has_memory:  # memory tokens stand behind the text, in the same pass
         positions += messages_of(run) * slots_of(run)
     return 4 * ENCODER_WORDS * positions * layers * width
 
@@ -209,14 +217,15 @@ def share(
     gpus = resources.get("GPU", 0.0) if run.training.gpus_per_worker != 0 else 0.0
     together = space.tune.joined_trials or (4 if gpus else 1)
     context = CUDA_CONTEXT_BYTES if gpus else base_bytes
-    bytes_per_replica = {
-        name: int(weights + together * step + context)
-        for name, (weights, step) in weights_and_steps.items()
-    }
+    bytes_per_replica = {}
+    for name, (weights, step) in weights_and_steps.items():
+        # One pass may answer the steps of several trials, and holds the activations of them all.
+        bytes_per_replica[name] = int(weights + together * step + context)
     worker = int(held + encoder_bytes(run) + context)
     asked_gpus = run.training.gpus_per_worker or 1.0  # a whole GPU is for receivers of one's own
 
     def share_of_gpu(size: float) -> float:
+        # Rounded up to thousandths: Ray counts in ten-thousandths.
         return math.ceil(1000 * size / memory_bytes) / 1000 if gpus else 0.0
 
     return Sharing(
@@ -236,9 +245,8 @@ def trials_in(memory_bytes: float, sharing: Sharing) -> int:
 
     ``memory_bytes``: of a GPU, or of a node without GPUs.
     """
-    return max(
-        0, int((memory_bytes - sum(sharing.bytes_per_replica.values())) / sharing.bytes_per_worker)
-    )
+    free = memory_bytes - sum(sharing.bytes_per_replica.values())
+    return max(0, int(free / sharing.bytes_per_worker))
 
 
 def at_once(
@@ -252,10 +260,8 @@ def at_once(
     """Count the trials of so many workers that fit at once beside the replicas."""
     room = [times(cpus, cpus_per_trial)]
     if sharing.gpus_per_worker:
-        room.append(
-            pieces(gpus, sharing.gpus_per_worker, sharing.gpus_of_replicas(sharing.replicas))
-            // workers
-        )
+        taken = sharing.gpus_of_replicas(sharing.replicas)
+        room.append(pieces(gpus, sharing.gpus_per_worker, taken) // workers)
     else:
         room.append(trials_in(memory_bytes, sharing) // workers)
     return max(0, int(min(room)))

@@ -53,6 +53,7 @@ def _shapes(run: RunConfig) -> Shapes:
     """Return the shapes of a wire's parts; no weight is loaded."""
     wire: Any = SimpleNamespace(interlingua=on_meta(run))
     shapes: dict[str, dict[str, torch.Size]] = {}
+    # A backbone that is not trained is never saved: an export has its hash alone.
     for file, module in exports.parts(wire).items():
         fixed: Any = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else ()
         tensors = module.state_dict().items()
@@ -64,10 +65,11 @@ def _check_same(before: Shapes, after: Shapes, one: Stage, other: Stage) -> None
     """Raise where the parts that both stages have differ, or where they have none in common."""
     first, second = f"stage {one.name}", f"stage {other.name}"
     of_shapes = ("encoder.", "features.", "prompt.")
-    paths = [
-        f"{STAGES}.{stage.name}.{path}" for stage in (one, other) for path in stage.config.values
-    ]
-    suspects = [path for path in paths if path.split(".", 2)[2].startswith(of_shapes)]
+    suspects = []
+    for stage in (one, other):
+        for path in stage.config.values:
+            if path.startswith(of_shapes):
+                suspects.append(f"{STAGES}.{stage.name}.{path}")
     remedy = f"set for all of them, under run, what decides it ({', '.join(suspects)})"
     common = [file for file in after if file in before]
     if not common:
@@ -126,7 +128,9 @@ def forecast_stages(sweep: ResolvedSweep, runs: int) -> tuple[StageForecast, ...
     forecasts = []
     for number, name in enumerate(names):
         paths = _paths(space, number)
+        # Trials that agree in a stage share it: one for each directory, at most one for each run.
         count = runs if paths is None else min(runs, len(paths))
+        # Re-runs have seeds that no trial drew, and with them stages of their own.
         if paths is not None and space.tune.finalists and not _sets_seed(space, number):
             count = min(runs, count + space.tune.finalists * space.tune.final_seeds)
         there = sum(map(is_there, paths or ()))
@@ -142,12 +146,13 @@ def _paths(space: SweepConfig, number: int) -> set[Place] | None:
     for path, dim in space.search.items():
         stage, knob = parted(path)
         given = [knob in space.run.stages[name].values for name in names]
+        # A dimension of a later stage, or one that all stages up to here set themselves.
         if stage not in (None, *names) or (stage is None and all(given)):
-            continue  # it is another stage's, or all of these have a value of their own
-        if not isinstance(dim, CategoricalDimension):
+            continue
+        if not isinstance(dim, CategoricalDimension):  # as many directories as trials
             return None
         choices[path] = list(dim.choices)
-        if dim.when:
+        if dim.when:  # a trial may go without it
             choices[path].append(LEFT_OUT)
     combinations = itertools.product(*choices.values())
     paths = set()
@@ -172,6 +177,8 @@ def _can_be(space: SweepConfig, values: Mapping[str, Any], named: Collection[str
         when = space.search[path].when
         known = [values.get(other) in choices for other, choices in when.items() if other in named]
         must_be_drawn = all(known) and len(known) == len(when)
+        # Drawn though a condition fails, or left out though all conditions are met. A condition on a
+        # dimension that is not named may go either way.
         if (path in values and not all(known)) or (path not in values and must_be_drawn):
             return False
     return True

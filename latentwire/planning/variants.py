@@ -29,11 +29,14 @@ def check_metrics(space: SweepConfig) -> None:
             f"tune.metric must be dev_loss and tune.mode min for dataset {run.data.dataset}, which has no answers to score; "
             f"got {tune.metric} and {tune.mode}"
         )
+    # The mean over the receivers, and each one's own: dev_f1, dev_f1_qwen, …
     names = ["", *(f"_{receiver.name}" for receiver in run.receivers)]
     kinds = ("dev_loss",) if texts else ("dev_f1", "dev_em", "dev_loss")
-    reported = [f"{kind}{name}" for kind in kinds for name in names] + (
-        [] if texts else ["wire_bytes"]
-    )
+    reported = []
+    for kind in kinds:
+        reported += [f"{kind}{name}" for name in names]
+    if not texts:
+        reported.append("wire_bytes")
     for knob, metrics in (
         ("metric", [tune.metric]),
         ("objectives", tune.objectives),
@@ -88,11 +91,13 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
             raise ConfigError(
                 f"search.{path} must be categorical, got {dim.type}: each value needs files of its own"
             )
-        conditions = {
-            other: choices for other, choices in dim.when.items() if knob_of(other) in NAMES_FILES
-        }
+        conditions = {}
+        for other, choices in dim.when.items():
+            if knob_of(other) in NAMES_FILES:
+                conditions[other] = choices
         may_be_left_out = len(conditions) < len(dim.when)  # by a condition that names no files
         extended: list[dict[str, Any]] = []
+        # A search order: what a condition names has been drawn before.
         for values in combinations:
             is_drawn = all(values.get(other) in choices for other, choices in conditions.items())
             if may_be_left_out or not is_drawn:
@@ -100,6 +105,7 @@ def data_variants(space: SweepConfig) -> list[RunConfig]:
             if is_drawn:
                 extended += [values | {path: choice} for choice in dim.choices]
         combinations = extended
+    # Columns for the largest k and weights serve smaller ones too.
     sizes = paths_with("teachers", "size")
     largest = {path: value for path, value in _largest(space).items() if knob_of(path) in sizes}
     return [with_values(space.run, largest | values) for values in combinations]
@@ -121,6 +127,7 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
     combinations: list[dict[str, Any]] = [{}]
     for searched in search_order(space.search):
         stage, path = parted(searched)
+        # Only the first stage is calibrated: its own dimensions count, and those of all stages.
         if path not in paths_with("calibrates") or stage not in (None, *list(space.run.stages)[:1]):
             continue
         dim = space.search[searched]
@@ -129,7 +136,9 @@ def calibration_runs(space: SweepConfig, run: RunConfig) -> list[RunConfig]:
                 f"search.{searched} must be categorical where adapter.kind is heads, got {dim.type}: each value needs a "
                 f"calibration of its own"
             )
-        drawn = [values | {path: choice} for values in combinations for choice in dim.choices]
+        drawn = []
+        for values in combinations:
+            drawn += [values | {path: choice} for choice in dim.choices]
         # Under a condition some trials keep the value of the space's run.
         combinations = [*combinations, *drawn] if dim.when else drawn
     if run.adapter.kind != "heads":
@@ -148,6 +157,7 @@ def variant_key(run: RunConfig) -> str:
     ``run``: without stages, or one stage. A bundle is left out of it: the knobs that it sets are in it.
     """
     paths = [path for path, _ in knobs() if path in NAMES_FILES and path != "losses.bundle"]
+    # getattr along "data.seed" and the like, from the run down.
     return json.dumps({path: functools.reduce(getattr, path.split("."), run) for path in paths})
 
 
@@ -191,10 +201,12 @@ def _largest(space: SweepConfig) -> dict[str, Any]:
         costliest = min if knob_of(path) in smaller_costs_more else max
         if not isinstance(dim, CategoricalDimension):
             values[path] = costliest(dim.low, dim.high)
-        elif all(
-            isinstance(choice, int | float) and not isinstance(choice, bool)
-            for choice in dim.choices
-        ):
+            continue
+        # Choices have a largest where all are numbers; True and False are integers in Python.
+        are_numbers = [
+            isinstance(each, int | float) and not isinstance(each, bool) for each in dim.choices
+        ]
+        if all(are_numbers):
             values[path] = costliest(dim.choices)
     return values
 
@@ -206,10 +218,9 @@ def fills_by_positions(space: SweepConfig) -> bool:
 
 def total_steps(run: RunConfig, train_rows: int) -> int:
     """Return the optimiser steps of a run on that many rows, where batches are filled by rows."""
-    return min(
-        run.training.epochs * max(1, train_rows // run.training.rows_per_batch),
-        run.training.max_steps or 10**12,
-    )
+    # The last short batch of an epoch is left out, unless it is the only one.
+    steps_per_epoch = max(1, train_rows // run.training.rows_per_batch)
+    return min(run.training.epochs * steps_per_epoch, run.training.max_steps or 10**12)
 
 
 def most_steps(space: SweepConfig, train_rows: int, trains: Mapping[str, Place]) -> int:
@@ -226,6 +237,7 @@ def most_steps(space: SweepConfig, train_rows: int, trains: Mapping[str, Place])
     longest = last_stage(longest_run(space))
     if not fills_by_positions(space):
         return total_steps(longest, train_rows)
+    # Each variant keeps its own shards, and is as long as a trial on them may be.
     longest_values = _longest(space).items()
     values = {path: value for path, value in longest_values if knob_of(path) not in NAMES_FILES}
     counts = []
