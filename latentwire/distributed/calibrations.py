@@ -78,7 +78,8 @@ def prepared(
 
 def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
     """Rank one receiver's heads, and return the JSON of the scores."""
-    # Of the others' models none is needed here, nor of other senders'.
+    # Of the others' models none is needed here, nor of other senders'. LENT marks a sender that is
+    # this receiver's own model.
     only = tuple(one for one in run.receivers if one.name == receiver)
     encoder = run.encoder.model_copy(update={"senders": (f"{LENT}{receiver}",)})
     alone = run.model_copy(update={"receivers": only, "encoder": encoder})
@@ -87,7 +88,8 @@ def rank_heads(run: RunConfig, receiver: str, train: Place) -> str:
     column = f"{receiver}_context_ids"
     table = shards.read_table(train, ["context", column])
     rows = first_texts(table, 0, run.adapter.ranking_texts).to_pydict()
-    _, first_T = once([[text] for text in rows["context"]])  # not once for each question
+    # A context has a row for each of its questions: first_T is where each text stands first.
+    _, first_T = once([[text] for text in rows["context"]])
     scores = ranking.rank(
         wire.local_receiver(receiver),
         builder,
@@ -109,8 +111,10 @@ def gather_on_cluster(run: RunConfig, train: Place, gpus: float) -> Moments:
         in_memory = cluster.get("memory", math.inf) / task_bytes(run, on_gpu=False)
         room = min(cluster["CPU"] / run.training.cpus_per_worker, in_memory)
     assert run.closed_form is not None, "nobody asked for a closed form"
+    # As many parts as run at once, and none without texts.
     parts = max(1, min(int(room), run.closed_form.texts, run.closed_form.gradient_texts))
     tasks = [started(run, gpus, gather_part, run, train, part, parts) for part in range(parts)]
+    # In the order of the parts, not of their ends: the last digits of a sum hang on it.
     total: Moments = result_of(tasks[0])
     for reference in tasks[1:]:
         total.merge(result_of(reference))
@@ -125,12 +129,13 @@ def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
     for name in names:
         begin.choose_heads(wire, name, train)
     moments = gather.empty_moments(wire, names)
-    pieces = [
-        f"{name}_{piece}_ids" for name in names for piece in ("context", "question", "answer")
-    ]
+    pieces = []
+    for name in names:
+        pieces += [f"{name}_{piece}_ids" for piece in ("context", "question", "answer")]
     table = shards.read_table(train, ["context", "encoder_ids", *pieces])
     gather.add_tokens(moments, wire, first_texts(table, 0, config.texts, part, parts))
     if calibrations.has_fresh_encoder(run):
+        # Texts behind those of the sums over tokens, so far as there are any.
         further = first_texts(table, config.texts, config.gradient_texts, part, parts)
         gather.add_gradients(moments, wire, further)
     return moments
@@ -146,7 +151,9 @@ def first_texts(table: pa.Table, start: int, count: int, part: int = 0, parts: i
         part: which of some parts of these texts.
         parts: how many parts there are.
     """
+    # numbers: which text each row has; first: the row where each text stands first.
     numbers, first = once([[text] for text in table["context"].to_pylist()])
+    # Places part, part + parts, … of the texts from start on, round the end to the beginning.
     chosen = {(start + place) % len(first) for place in range(part, min(count, len(first)), parts)}
     rows = [row for row, number in enumerate(numbers) if number in chosen]
     return table.take(pa.array(rows, pa.int64()))

@@ -28,8 +28,7 @@ class ClusterError(UserError):
 
 
 def start_ray(verbose: bool = False, training: bool = False) -> None:
-    """Join the cluster of ``RAY_ADDRESS`` (a submitted job has one), else start Ray on this
-    machine.
+    """Join the cluster of ``RAY_ADDRESS``, which a submitted job has, else start Ray here.
 
     What Ray, its libraries and the workers say goes into the log of this process
     (:data:`~latentwire.distributed.driver_log.LOG`), which waits for a file. The dashboard stays on:
@@ -62,10 +61,9 @@ def check_reached(address: str) -> None:
     named = ADDRESS.match(address)
     if named is None:
         return
+    machine = named["host"].strip("[]"), int(named["port"])  # brackets are around IPv6 alone
     try:
-        with socket.create_connection(
-            (named["host"].strip("[]"), int(named["port"])), CONNECT_SECONDS
-        ):
+        with socket.create_connection(machine, CONNECT_SECONDS):
             pass
     except OSError as error:
         raise ClusterError(
@@ -75,21 +73,22 @@ def check_reached(address: str) -> None:
 
 
 def explain(error: Exception, address: str | None) -> str | None:
-    """Return what an error of ``ray.init`` means and what to do; ``None`` for one that is none of
-    the user's."""
+    """Return what an error of ``ray.init`` means and what to do; ``None`` for one that is not the user's."""
+    # Ray has few classes of errors, so most are known by their words, on one line.
     text = " ".join(str(error).split())
     there = address or "the Ray that runs on this machine"
-    own = f"export RAY_TMPDIR=/tmp/ray-{os.getuid()} (short: sockets lie below it)"
+    shorter_place = f"export RAY_TMPDIR=/tmp/ray-{os.getuid()} (short: sockets lie below it)"
     if "AF_UNIX path length" in text:
         limit = "".join(re.findall(r"cannot exceed (\d+) bytes", text))
         place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
         return (
             f"paths of Ray's sockets may have {limit} bytes, got a temporary directory {place} that "
-            f"is too long for that; {own}"
+            f"is too long for that; {shorter_place}"
         )
     if isinstance(error, OSError) and error.errno in NOT_OURS:
-        return f"Ray's files must be this user's to write, got {text}: they are another user's, or read-only; {own}"
+        return f"Ray's files must be this user's to write, got {text}: they are another user's, or read-only; {shorter_place}"
     if "Version mismatch" in text:
+        # The message has the cluster's pair first, then this process's.
         versions = re.findall(r"Ray: (\S+) Python: (\S+)", text)
         theirs, ours = (f"Ray {version} on Python {python}" for version, python in versions)
         return (

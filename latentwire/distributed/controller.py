@@ -38,11 +38,11 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 GROUPS = "latentwire placement groups"
 """Namespace of the cluster's key-value store: placement group → the actor whose workers it holds."""
 LOOK_SECONDS = 1.0
-"""Between two looks for groups whose actor has died."""
+"""Seconds between two looks for groups whose actor has died."""
 
 
 def own_actor() -> str | None:
-    """Return the id of the actor that this process is; None in a process that is none."""
+    """Return the id of the actor that this process is, where it is one."""
     if not ray.is_initialized():  # to ask its context would start it
         return None
     actor_id: str | None = ray.get_runtime_context().get_actor_id()
@@ -57,6 +57,7 @@ class NotedGroup(WorkerGroup):
 
     def _create_placement_group(self, *arguments: Any, **options: Any) -> PlacementGroupHandle:
         handle = super()._create_placement_group(*arguments, **options)
+        # At once: an actor that dies while it waits for the group's resources leaves it too.
         note(handle.placement_group.id.hex(), own_actor(), namespace=GROUPS)
         return handle
 
@@ -84,7 +85,7 @@ class TuneReport(UserCallback):
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
         """Report, and wait until Tune has taken it."""
-        ray.tune.report(metrics[0])
+        ray.tune.report(metrics[0])  # one entry for each worker, by rank
 
 
 class PreemptionThread(PreemptionCallback):
@@ -92,6 +93,8 @@ class PreemptionThread(PreemptionCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Watch the nodes of these workers."""
+        # Ray's version of this method, but the watcher is no actor. A group that failed as it began
+        # was not shut down, and its watcher runs still.
         self._stop_watcher()
         ranks: dict[str, list[int]] = {}
         handles = {}
@@ -103,6 +106,7 @@ class PreemptionThread(PreemptionCallback):
 
     def _stop_watcher(self) -> None:
         if self._watcher is not None:
+            # Ray kills an actor here; this ends the watcher's thread.
             self._watcher._stop_event.set()
             self._watcher = None
 
@@ -132,9 +136,11 @@ def remove_own_groups() -> list[str]:
 def _remove_where(is_over: Callable[[str], bool]) -> list[str]:
     removed = []
     for group in [name.decode() for name in names_of("", namespace=GROUPS)]:
+        # None: another driver has removed it since the names were listed.
         actor_id = recall(group, namespace=GROUPS)
         if actor_id is None or not is_over(actor_id.decode()):
             continue
+        # Removed before it is forgotten: a death in between leaves the note, and no group is lost.
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
         forget(group, namespace=GROUPS)
         removed.append(group)
@@ -151,6 +157,7 @@ def dead_groups_removed() -> Iterator[None]:
     over = threading.Event()
 
     def look() -> None:
+        # wait() is False after LOOK_SECONDS, and True as soon as the block is over.
         while not over.wait(LOOK_SECONDS):
             try:
                 remove_dead_groups()

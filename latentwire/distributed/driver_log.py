@@ -107,15 +107,17 @@ class DriverLog:
             training: let it show what a training's workers print.
         """
         self.verbose, self.training = verbose, training
+        # Ray hands every batch of workers' lines to this function of its own to print.
         rays_worker.print_to_stdstream = lambda batch, ignore_prefix: self.receive(batch)
         os.environ["RAY_COLOR_PREFIX"] = "0"  # no colours in a file
-        if not verbose:
+        if not verbose:  # they become records of the logger py.warnings
             logging.captureWarnings(True)
         for name in LIBRARIES:
             logger = logging.getLogger(name)
             if not verbose:
                 for handler in [each for each in logger.handlers if _is_of_a_console(each)]:
                     logger.removeHandler(handler)
+            # A logger below "ray" that hands its records on would have them written twice.
             handed_on = logger.propagate and name.startswith("ray.")
             if self.handler not in logger.handlers and not handed_on:
                 logger.addHandler(self.handler)
@@ -129,6 +131,7 @@ class DriverLog:
         """
         logged, others = [], []
         for line in batch["lines"]:
+            # Of steps nothing is logged; what is told is logged and shown; the rest is logged.
             if line.startswith(PROGRESS):
                 self._count(line.removeprefix(PROGRESS))
                 continue
@@ -143,9 +146,8 @@ class DriverLog:
             return
         if self.training and batch.get("actor_name") == TRAIN_WORKER and not batch["is_err"]:
             print("\n".join(others), flush=True)
-        elif (
-            self.verbose or batch.get("pid") == "autoscaler"
-        ):  # of nodes that come or cannot be had
+        # The autoscaler's lines are of nodes that come or cannot be had.
+        elif self.verbose or batch.get("pid") == "autoscaler":
             rays_worker.print_worker_logs(batch | {"lines": others}, sys.stdout)
 
     def _count(self, text: str) -> None:
@@ -153,6 +155,7 @@ class DriverLog:
             values = json.loads(text)
         except ValueError:  # half a line
             return
+        # A copy: a block may end, and take its listener out, while this thread of Ray's goes on.
         for listener in list(self._listeners):
             listener(values)
 
@@ -171,10 +174,10 @@ LOG = DriverLog()
 
 
 def _is_of_a_console(handler: logging.Handler) -> bool:
-    plain = isinstance(handler, logging.StreamHandler) and not isinstance(
-        handler, logging.FileHandler
-    )
-    return plain and getattr(handler, "stream", None) is not LOG
+    # A FileHandler is a StreamHandler too, and this log's own handler streams into LOG.
+    if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+        return False
+    return getattr(handler, "stream", None) is not LOG
 
 
 def path_beside(output: Place, name: str = "log.txt") -> Path:

@@ -47,20 +47,17 @@ def orphaned(
     An actor may outlive its job on purpose, and so may the groups that it made: those are detached,
     and are left out.
     """
-    ended = {job.job_id for job in jobs if job.status.is_terminal()} - {
-        actor.job_id for actor in living
-    }
-    return [
-        group.placement_group_id
-        for group in groups
-        if not group.is_detached and group.creator_job_id in ended
-    ]
+    ended = {job.job_id for job in jobs if job.status.is_terminal()}
+    ended -= {actor.job_id for actor in living}
+    left_behind = [group for group in groups if group.creator_job_id in ended]
+    return [group.placement_group_id for group in left_behind if not group.is_detached]
 
 
 @contextmanager
 def _this_cluster() -> Iterator[None]:
     """Let the State API ask the cluster of this driver, of several on the machine."""
     before = os.environ.get(ASKED)
+    # It stands before the address that the State API is given, and may name another cluster.
     os.environ[ASKED] = ray.get_runtime_context().gcs_address
     try:
         yield

@@ -24,10 +24,11 @@ class TrialMetrics:
     """The metrics of one trial, labelled by its name."""
 
     def __init__(self, trial: str) -> None:
-        self._gauges = {
-            name: Gauge(f"latentwire_{name}", description=description, tag_keys=("trial",))
-            for name, description in SHOWN.items()
-        }
+        """Make a gauge for each metric; ``trial``: the label."""
+        self._gauges = {}
+        for name, description in SHOWN.items():
+            gauge = Gauge(f"latentwire_{name}", description=description, tag_keys=("trial",))
+            self._gauges[name] = gauge
         self._tags = {"trial": trial}
         self._best = float("-inf")
 

@@ -67,8 +67,10 @@ def score_and_export(
         def show(values: dict[str, Any]) -> None:
             if values["name"] != SCORING:
                 return
+            # A bar needs the number of all rows, which the task's first line of progress brings.
             if not bars:
                 bars.append(shown.enter_context(ScoringProgress(values["total"])))
+            # Lines say how far it is, and a bar takes steps; lines may be left out in between.
             bars[0].advance(values["what"], values["done"] - bars[0].done)
 
         shown.enter_context(LOG.listening(show))

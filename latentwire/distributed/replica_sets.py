@@ -40,7 +40,7 @@ class Fleet:
     def __init__(
         self, run: RunConfig, sharing: Sharing, expected: Mapping[str, str] | None
     ) -> None:
-        """``expected``: hashes that the weights must have."""
+        """Prepare the fleet, and begin nothing; ``expected``: hashes that the weights must have."""
         self.run, self.sharing, self.expected = run, sharing, expected
         self.served: dict[str, list[Served]] = {receiver.name: [] for receiver in run.receivers}
         """Replicas that trials may ask: their weights are loaded, and have the expected hash."""
@@ -57,14 +57,14 @@ class Fleet:
     # ------------------------------------------------------------------------------------ beginning
 
     def start(self, minutes: float) -> None:
-        """Begin the replicas that there is room for, at least one set, and wait until they are
-        loaded.
+        """Begin the replicas that there is room for, at least one set, and wait until they are loaded.
 
         Raises :class:`~latentwire.pretrained.weights.ReceiverError` where the first replicas have found
         no room in so many minutes, or have other weights than they should.
         """
         self._begin(self._sets_on(ray.available_resources()))
         self._wait_for_room(minutes)
+        # A replica names its node (2) as soon as it has a place; to join is to wait for its weights.
         for joining in [joining for joining in self._joining if _is_there(joining[2])]:
             self._join(*joining)
         self._watch = threading.Thread(target=self._grow, name="replicas", daemon=True)
@@ -75,6 +75,8 @@ class Fleet:
         replicas = self.sharing.replicas
         if not any(self.sharing.gpus_per_replica.values()):
             return replicas
+        # replicas × (GPUs here / GPUs of the plan), and fewer where their parts of GPUs do not fit
+        # on whole devices. One set is begun in any case, and waits for its room.
         gpus = resources.get("GPU", 0.0)
         sets = min(replicas, math.floor(replicas * gpus / max(1.0, self._planned_gpus)))
         while sets > 1 and not hold(gpus, self.sharing.gpus_of_replicas(sets)):
@@ -82,6 +84,8 @@ class Fleet:
         return max(1, sets)
 
     def _begin(self, sets: int) -> None:
+        # Threads of an actor by kind of call: more may ask than its queue holds, and wait for room
+        # there, while two remain for reports.
         group = {"asking": 2 * ASKING, "reporting": 2}
         remote = ray.remote(concurrency_groups=group)(ReplicaActor)
         settings = self.run.training.model_dump(
@@ -89,6 +93,8 @@ class Fleet:
         )
         for _ in range(self.sets, sets):
             for receiver in self.run.receivers:
+                # A replica that dies is started again, and its calls are made again: they change
+                # nothing, so twice is as once.
                 actor = remote.options(
                     num_cpus=0,
                     num_gpus=self.sharing.gpus_per_replica[receiver.name],
@@ -103,9 +109,8 @@ class Fleet:
                     self.sharing.threads,
                 )
                 self._begun[receiver.name].append(actor)
-                self._joining.append(
-                    (receiver.name, actor, actor.node.remote(), actor.facts.remote())
-                )
+                joining = (receiver.name, actor, actor.node.remote(), actor.facts.remote())
+                self._joining.append(joining)
         self.sets = max(self.sets, sets)
 
     def _wait_for_room(self, minutes: float) -> None:
@@ -114,12 +119,13 @@ class Fleet:
         while True:
             left = 60 * minutes - (time.monotonic() - began)
             nodes = [node for _, _, node, _ in self._joining]
+            # Until all have a place, or it is time for a line or the end.
             ray.wait(nodes, num_returns=len(nodes), timeout=max(0.0, min(SAY_SECONDS, left)))
             without = dict.fromkeys(name for name, _, _, _ in self._joining)
             for name, _, node, _ in self._joining:
                 if _is_there(node):
                     without.pop(name, None)
-            if not without:
+            if not without:  # one of each is enough to begin with
                 return
             needed = {"GPU": sum(self.sharing.gpus_per_replica[name] for name in without)}
             what = f"room for {' and '.join(without)}, {needed['GPU']:g} GPU: {room(needed)}"
@@ -133,11 +139,13 @@ class Fleet:
 
     def _join(self, name: str, actor: Any, node: Any, facts: Any) -> None:
         """Let trials ask a replica that has loaded its weights. Raises as :meth:`start` does."""
+        # Whatever comes of it: one that cannot be loaded is not looked at again.
         self._joining = [joining for joining in self._joining if joining[1] is not actor]
         try:
             fingerprint = ray.get(facts).fingerprint
         except RayTaskError as error:
             raise error.cause from error
+        # Without a hash from outside, the first replica's is the one that the others must have.
         expected = self.hashes.setdefault(name, fingerprint)
         if fingerprint != expected:
             source = " as in the manifest" if self.expected else ", as the first has"
@@ -158,12 +166,14 @@ class Fleet:
     def look(self) -> None:
         """Begin replicas on what the cluster has grown by, and let trials know the loaded ones."""
         self._begin(self._sets_on(ray.cluster_resources()))
+        # Facts (3) are there when the weights are loaded: nobody waits here.
         for joining in [joining for joining in self._joining if _is_there(joining[3])]:
             self._join(*joining)
             print(
                 f"shared receivers: {joining[0]} has {len(self.served[joining[0]])} replicas now",
                 flush=True,
             )
+        # Trials know the first replica from their beginning, and ask it for the others.
         for served in self.served.values():
             served[0].actor.meet.remote(list(served))
 
@@ -201,9 +211,8 @@ def _is_there(reference: Any) -> bool:
 
 def _answers(references: Sequence[Any]) -> list[Any]:
     """Return the answers that come within :data:`ANSWER_SECONDS`."""
-    return ray.get(
-        ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)[0]
-    )
+    answered, _ = ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)
+    return ray.get(answered)
 
 
 @contextmanager
@@ -232,7 +241,9 @@ def serving(
 
 def usage(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     """Describe in one line what a receiver's replicas did."""
-    accounts = [account for report in reports for account in report["accounts"].values()]
+    accounts: list[Mapping[str, Any]] = []  # one for each trial and replica that it has asked
+    for report in reports:
+        accounts += report["accounts"].values()
     total = dict.fromkeys(("requests", "joined", "seconds", "waited"), 0)
     for account in accounts:
         for count in total:

@@ -119,8 +119,10 @@ class RayChannel:
     """
 
     def __init__(self, replicas: Sequence[Served], asker: str) -> None:
+        """Choose a replica for ``asker``: one on this node where there is any."""
         here = ray.get_runtime_context().get_node_id()
         near = [replica for replica in replicas if replica.node == here] or list(replicas)
+        # Spread by name. Unlike hash(), crc32 is the same in every process of Python.
         self.actor, self.asker = near[zlib.crc32(asker.encode()) % len(near)].actor, asker
 
     def facts(self) -> Facts:
@@ -132,6 +134,7 @@ class RayChannel:
         try:
             return ray.get(self.actor.ask.remote(self.asker, request))
         except RayTaskError as error:
+            # The replica's own error, for which callers look, and not Ray's around it.
             raise error.cause from error
 
 
@@ -149,9 +152,8 @@ def shared_receivers(
     """Return a run's receivers, each through the nearest of its replicas."""
     device = pick_device()
     alone = not run.training.gradient_checkpointing  # which allows no cache
-    return {
-        receiver.name: RemoteReceiver(
-            receiver, RayChannel(current(served[receiver.name]), asker), device, head_is_text=alone
-        )
-        for receiver in run.receivers
-    }
+    receivers: dict[str, Receiver] = {}
+    for receiver in run.receivers:
+        channel = RayChannel(current(served[receiver.name]), asker)
+        receivers[receiver.name] = RemoteReceiver(receiver, channel, device, head_is_text=alone)
+    return receivers

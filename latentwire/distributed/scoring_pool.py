@@ -45,13 +45,10 @@ class Scorer:
         self.table, self.conditions, self.joint = shards.read_table(place(path)), conditions, joint
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        """Predict the rows from ``start`` to ``stop`` under ``condition``; ``place`` keeps their
-        order.
-        """
+        """Predict the rows from ``start`` to ``stop`` under ``condition``; ``place`` keeps their order."""
         scored = []
-        for index, start, stop in zip(
-            batch["condition"], batch["start"], batch["stop"], strict=True
-        ):
+        parts = zip(batch["condition"], batch["start"], batch["stop"], strict=True)
+        for index, start, stop in parts:
             rows, condition = range(int(start), int(stop)), self.conditions[int(index)]
             reader = self.readers[condition.key] if condition.tuned else self.wire
             predictions = predict(reader, self.table, condition, rows, joint=self.joint)
@@ -83,12 +80,14 @@ def predict_pool(
 
     quiet_ray_data()
     size, total = run.evaluation.batch_size, shards.read_manifest(path)["rows"]
+    # Whole batches: ceil(batches / (PARTS × copies)) of them in each part of a condition.
     stride = size * max(1, -(-total // (size * PARTS * copies)))
-    parts = [
-        {"condition": index, "start": start, "stop": min(start + stride, total)}
-        for index in range(len(conditions))
-        for start in range(0, total, stride)
-    ]
+    parts = []
+    for index in range(len(conditions)):
+        for start in range(0, total, stride):
+            stop = min(start + stride, total)
+            parts.append({"condition": index, "start": start, "stop": stop})
+    # A block for each part, so that any copy may take the next one.
     scored = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         Scorer,
         fn_constructor_args=(
@@ -109,7 +108,9 @@ def predict_pool(
     with ScoringProgress(total * len(conditions)) as progress:
         for part in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
             rows += part.to_pylist()
+            # Each row of the split gives a prediction for every receiver.
             progress.advance(f"{len(conditions)} conditions", part.num_rows // len(run.receivers))
+    # Parts come in the order of their ends. A place is (condition, start of the part, number).
     rows.sort(key=lambda row: tuple(row["place"]))
     predictions: dict[str, list[Prediction]] = {condition.key: [] for condition in conditions}
     for row in rows:
@@ -137,12 +138,9 @@ _TYPES = {
     "int": pa.int64(),
     "list[str]": pa.list_(pa.string()),
 }
-_SCHEMA = pa.schema(
-    [
-        *(
-            (field.name, _TYPES[str(field.type).removesuffix(" | None")])
-            for field in dataclasses.fields(Prediction)
-        ),
-        ("place", pa.list_(pa.int64())),
-    ]
-)
+# A field's type is the text of its annotation, and every column of Arrow may hold nulls.
+_COLUMNS = [
+    (field.name, _TYPES[str(field.type).removesuffix(" | None")])
+    for field in dataclasses.fields(Prediction)
+]
+_SCHEMA = pa.schema([*_COLUMNS, ("place", pa.list_(pa.int64()))])

@@ -33,13 +33,13 @@ METADATA = "http://169.254.169.254"
 FIND_SECONDS = 120.0
 """How long a service may take to answer for the first time: the network of a new node comes late."""
 POLL_SECONDS = 2.0
-"""Between two looks for a notice, and between two attempts to drain."""
+"""Seconds between two looks for a notice, and between two attempts to drain."""
 REQUEST_SECONDS = 2.0
 """How long one answer of the service may take."""
 TOKEN_SECONDS = 21_600
 """How long a token of EC2's service is good for; six hours is the longest that it gives."""
 GOOGLE_SECONDS = 30.0
-"""From Compute Engine's notice to the end of the machine."""
+"""Seconds from Compute Engine's notice to the end of the machine."""
 LEAD_SECONDS = 5.0
 """Ray is told an end that is so much earlier: ``ray drain-node`` counts from when it has started, seconds later."""
 LEAST_ATTEMPT_SECONDS = 15.0
@@ -95,7 +95,7 @@ class EC2:
         status, body = self._action()
         if status == 401 and self.answers():  # the token is too old
             status, body = self._action()
-        if status == 404:
+        if status == 404:  # there is no such document before EC2 takes the node
             return None
         if status != 200:
             raise MetadataError(f"status {status} for spot/instance-action")
@@ -144,15 +144,14 @@ def ask(url: str, headers: Mapping[str, str], method: str = "GET") -> tuple[int,
         OSError: there is no answer in time.
     """
     request = urllib.request.Request(url, headers=dict(headers), method=method)
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # whatever http_proxy says
+    # No proxy, whatever http_proxy says: only the machine itself reaches the service.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=REQUEST_SECONDS) as answer:
             return answer.status, answer.read().decode().strip()
     except urllib.error.HTTPError as error:
         return error.code, ""
-    except http.client.HTTPException as error:
+    except http.client.HTTPException as error:  # an answer that is no HTTP, which is no OSError
         raise OSError(f"{url}: {error!r}") from error
 
 
@@ -211,6 +210,7 @@ def drain(notice: Notice, address: str | None = None, node_id: str | None = None
     set_address = os.environ.get("RAY_ADDRESS", "local")
     cluster = address or ("auto" if set_address == "local" else set_address)
     while True:
+        # The end of the node stays where it is: each attempt tells Ray the seconds that are left.
         left = notice.deadline - time.time()
         remaining = max(1, int(left - LEAD_SECONDS))
         try:

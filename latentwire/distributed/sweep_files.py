@@ -41,9 +41,9 @@ class Files:
     @property
     def keys(self) -> dict[str, str]:
         """Names of the files: split → key of its shards, and receiver → its teacher's columns."""
-        keys = {
-            str(split): shards.read_manifest(path)["key"] for split, path in self.shards.items()
-        }
+        keys = {}
+        for split, path in self.shards.items():
+            keys[str(split)] = shards.read_manifest(path)["key"]
         return keys | {f"teacher {name}": path.name for name, path in self.teachers.items()}
 
     @property
@@ -59,7 +59,7 @@ class Files:
 
 def compared_on(files: Mapping[str, Files]) -> set[Place]:
     """Return the development rows that trials are compared on, of the files of all data variants."""
-    return {own.shards["dev"] for own in files.values() if own.is_scored}
+    return {variant.shards["dev"] for variant in files.values() if variant.is_scored}
 
 
 def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[str, Files]:
@@ -72,13 +72,13 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
     """
     sweep = resolve(space)
     # By path: variants that share a split share its shards.
-    needed = {
-        path: (variant.run, split, path)
-        for variant in sweep.variants
-        for split, path in variant.shards.items()
-    }
+    needed = {}
+    for variant in sweep.variants:
+        for split, path in variant.shards.items():
+            needed[path] = (variant.run, split, path)
     scored = [variant.shards["dev"] for variant in sweep.variants if variant.is_last]
     dev = list(dict.fromkeys(scored))
+    # Development rows are few: that they differ is found before all training rows are made.
     if len(dev) > 1:
         _make([needed.pop(path) for path in dev])
         common_protocol_hash(sweep.space, dev)
@@ -87,17 +87,18 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
     for run in data_variants(sweep.space) if sweep.space.run.stages else ():
         stages.check_documents(stages_of(run), training_shards)
     for variant in sweep.variants:
-        if not variant.stage:
+        if not variant.stage:  # only a first one begins with a wire from elsewhere
             checkpoints.check_development(variant.run, variant.shards["dev"])
-        documents.of_shards(
-            variant.shards["train"]
-        )  # once here, or every worker would read all rows
+        # Once here, or every worker would read all rows.
+        documents.of_shards(variant.shards["train"])
+    # Whether any trial continues texts, by the largest weights that trials can draw too.
     runs = [*sweep.largest_stages, *(variant.run for variant in sweep.variants)]
     continued = any(run.losses.continuation_ce_weight for run in runs)
     files: dict[str, Files] = {}
     for variant in sweep.variants:
         train = variant.shards["train"]
         columns = teachers.ensure_teachers(variant.run, train, gpus_per_worker)
+        # A later stage begins with the wire of the one before, and needs no calibration.
         for run in [] if variant.stage else calibration_runs(sweep.space, variant.run):
             ensure_calibrations(run, train, gpus_per_worker)
         # Of two bundles with the same shards, one may need a teacher; of two stages, one is scored.

@@ -57,15 +57,15 @@ class WorkerTask:
 
 def leave_cause(path: Place, run: RunConfig, error: BaseException) -> None:
     """Write why a trial failed, how large it was where that is why, and which file has its output."""
-    failure = getattr(
-        error, "controller_failure", error
-    )  # of Train's, the one that says what happened
+    # Train wraps what stopped its controller.
+    failure = getattr(error, "controller_failure", error)
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
-    cause = (
-        lines[-1] if isinstance(error, ray.train.WorkerGroupError) else " ".join(lines)
-    )  # there, of a traceback
+    # A worker's error comes as a traceback, whose last line names it.
+    is_traceback = isinstance(error, ray.train.WorkerGroupError)
+    cause = lines[-1] if is_traceback else " ".join(lines)
     if is_out_of_memory(error) and OUT_OF_MEMORY not in cause:  # a stage's cause has its own size
         cause = f"{OUT_OF_MEMORY} {size_of(run)}: {cause}"
+    # worker_failures: rank → error. Of workers that failed together the lowest rank's output is named.
     log = log_file(path, min(getattr(error, "worker_failures", None) or [0]))
     if log is not None and log.exists():
         cause = f"{cause}; output: {log}"
@@ -80,11 +80,9 @@ def cause_left(path: Place) -> str | None:
 def size_of(run: RunConfig) -> str:
     """Summarise in one line what determines a run's memory."""
     training, encoder = run.training, run.encoder
-    length = (
-        f"{encoder.tokens_per_latent} tokens per latent"
-        if encoder.tokens_per_latent
-        else f"latent_len {encoder.latent_len}"
-    )
+    length = f"latent_len {encoder.latent_len}"
+    if encoder.tokens_per_latent:
+        length = f"{encoder.tokens_per_latent} tokens per latent"
     receivers = " and ".join(f"{receiver.model} ({receiver.dtype})" for receiver in run.receivers)
     return (
         f"{training.measure} over {training.num_workers} worker(s) in {training.accumulation} part(s), "

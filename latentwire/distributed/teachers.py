@@ -67,9 +67,10 @@ def ensure_teachers(run: RunConfig, train: Place, gpus: float = 0.0) -> dict[str
             _make(run, receiver, train, path, missing, gpus)
         rows = shards.read_manifest(train)["rows"]
         held = sum(size(path / name) for name in files)
+        origin = f"made in {time.monotonic() - began:.0f} s," if missing else "reused from"
         print(
             f"teacher {receiver.name}: {rows:,} rows, {held / rows * 1e3 / 1e6:.2f} MB per 1,000 rows, "
-            f"{f'made in {time.monotonic() - began:.0f} s,' if missing else 'reused from'} {path}",
+            f"{origin} {path}",
             flush=True,
         )
     return directories
@@ -91,8 +92,8 @@ def ensure_text_reader(
     if is_reader(path):
         return
     print(f"{what}: its text reader is trained first", flush=True)
-    said = on_cluster(run, gpus, train_reader, run, name, train)
-    print(f"{what}: development loss of its text reader: {said}", flush=True)
+    loss = on_cluster(run, gpus, train_reader, run, name, train)
+    print(f"{what}: development loss of its text reader: {loss}", flush=True)
 
 
 def train_reader(run: RunConfig, name: str, train: Place) -> str:
@@ -122,12 +123,10 @@ def _make(
 
     quiet_ray_data()
     cpus = run.training.cpus_per_worker
-    room = (
-        ray.cluster_resources().get("GPU", 0.0) / gpus
-        if gpus
-        else ray.cluster_resources().get("CPU", 1.0) / cpus
-    )
+    cluster = ray.cluster_resources()
+    room = cluster.get("GPU", 0.0) / gpus if gpus else cluster.get("CPU", 1.0) / cpus
     readers = max(1, min(len(missing), int(room)))
+    # A block for each file, so that a reader writes one whenever it is done with it.
     done = ray.data.from_items(
         [{"file": name} for name in missing], override_num_blocks=len(missing)
     ).map_batches(
@@ -139,6 +138,7 @@ def _make(
         num_gpus=gpus or None,
     )
     last_line = time.monotonic()
+    # Ray Data computes as its rows are asked for; files are written on the way.
     for count, _ in enumerate(done.iter_rows(), start=1):
         if count == len(missing) or time.monotonic() - last_line < LINE_SECONDS:
             continue
@@ -198,16 +198,13 @@ def read_columns(
     losses, k = run.losses, teachers.most_tokens(run.losses)
     prefix = 0 if reader is None else reader.builders[lm.name].prefix
     depths = state_depths(losses)
-    rows = table.select(
-        [f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]
-    ).to_pydict()
-    sequences = [
-        builder.text(context, question, answer, prefix)
-        for context, question, answer in zip(*rows.values(), strict=True)
-    ]
-    order = sorted(
-        range(len(sequences)), key=lambda i: len(sequences[i].ids)
-    )  # alike in length, so little padding
+    columns_read = [f"{lm.name}_{piece}_ids" for piece in ("context", "question", "answer")]
+    rows = table.select(columns_read).to_pydict()
+    sequences = []
+    for context, question, answer in zip(*rows.values(), strict=True):
+        sequences.append(builder.text(context, question, answer, prefix))
+    # By length, so that texts read together need little padding. Outputs go back to their rows.
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
     outputs: list[dict[str, np.ndarray]] = [{}] * len(sequences)
     right = [True] * len(sequences)
     for start in range(0, len(order), BATCH_ROWS):
@@ -215,16 +212,21 @@ def read_columns(
         batch = lm.read_head(collate(sequences[i] for i in chosen).to(lm.device))
         reading = nullcontext() if reader is None else reader.reading(lm.name, batch, None)
         with torch.no_grad(), reading as soft_ND:
+            # N: all supervised positions of the texts read together, row by row.
             hidden_ND, states = lm.supervised_states(batch, soft_ND, depths)
             wrong_N = lm.logits(hidden_ND).argmax(-1).cpu() != batch.target_N.cpu()
+            # offset_N counts from the beginning of an answer; M of the N are among a row's first k.
             first_N = batch.offset_N < k
             compared = [state_ND[first_N] for state_ND in states]
             tensors = _tensors(lm, hidden_ND[first_N], compared, losses)
         row_N, row_M = batch.row_N.cpu(), batch.row_N[first_N].cpu()
         for number, index in enumerate(chosen):
+            # The answer as a whole counts, not its first k tokens.
             right[index] = not bool(wrong_N[row_N == number].any())
+            of_row_M = row_M == number
+            # [first k, entries] of the row, flat: its count says how to cut it again.
             outputs[index] = {
-                name: tensor[row_M == number].flatten().numpy() for name, tensor in tensors.items()
+                name: tensor[of_row_M].flatten().numpy() for name, tensor in tensors.items()
             }
     types = {
         "ids": pa.int32(),
@@ -232,9 +234,9 @@ def read_columns(
         "log_tail": pa.float16(),
         "states": pa.float16(),
     }
-    columns = {
-        name: pa.array([row[name] for row in outputs], pa.list_(types[name])) for name in outputs[0]
-    }
+    columns = {}
+    for name in outputs[0]:
+        columns[name] = pa.array([row[name] for row in outputs], pa.list_(types[name]))
     columns["count"] = pa.array(
         [len(sequence.supervised[:k]) for sequence in sequences], pa.int32()
     )
@@ -254,6 +256,6 @@ def _tensors(
             "log_p": rows.log_p_NK.half(),
             "log_tail": rows.log_tail_N.half(),
         }
-    if states:
+    if states:  # [M, depths, D]
         tensors["states"] = torch.stack([normalised(state_ND) for state_ND in states], 1).half()
     return {name: tensor.cpu() for name, tensor in tensors.items()}

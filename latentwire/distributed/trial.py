@@ -41,14 +41,15 @@ TAKES_UP = "takes_up_trial"
 """Key, there too, of the number of the failed trial whose directory a trial goes on in."""
 
 ROOM_SECONDS = "120"
-"""How often a trial that waits for room says so. It waits for as long as it takes: the planner has
-refused what could never start."""
+"""Seconds after which a trial that waits for room says so again. It waits for as long as it takes: the
+planner has refused what could never start."""
 POLL_SECONDS = "1"
-"""Between two looks of a trial's driver at its workers, and the longest that the end of a training goes unnoticed."""
+"""Seconds between two looks of a trial's driver at its workers, and the longest that the end of a training goes unnoticed."""
 START_FAILURES = 2
 """Deaths of a trial's workers as they start that count as no failure of the training."""
 GROW_SECONDS = 300.0
-"""Between two looks for room for more workers, of a run that goes on with fewer. To grow it starts again from its last checkpoint."""
+"""Seconds between two looks for room for more workers, of a run that goes on with fewer. To grow it starts
+again from its last checkpoint."""
 
 
 ZERO_COPY = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
@@ -62,6 +63,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     task: WorkerTask = config["task"]
     with trial_log(task.home, ray.train.get_context().get_world_rank()):
+        # Here alone: the trial's driver, which imports this module too, needs no receivers. What
+        # fails in the import stands in the trial's log.
         from latentwire.distributed import worker
 
         worker.train(task)
@@ -93,7 +96,7 @@ def drive_trial(
     trial_dir: Place,
     served: Any = None,
 ) -> None:
-    """One trial's driver: resolves the configuration and runs a TorchTrainer that goes on from the trial's checkpoints.
+    """Drive one trial: resolve its configuration, and run a TorchTrainer that goes on from its checkpoints.
 
     Its earlier stages come first (:func:`train_earlier`). The cause of a failure is left in :data:`ERROR_FILE`. A trial that
     would fail again in the same way (values that do not go together, out of memory, no finite gradients) leaves it and returns;
@@ -103,13 +106,12 @@ def drive_trial(
     run = space.run
     with trial_log(path):
         try:
-            run = with_values(
-                run,
-                {name: value for name, value in values.items() if name not in (NUMBER, TAKES_UP)},
-            )
+            settings = {k: value for k, value in values.items() if k not in (NUMBER, TAKES_UP)}
+            run = with_values(run, settings)
             last = None
             if run.stages:
                 stages = placed(run, lambda run: keys_of(variants[variant_key(run)]))
+                # The placed run begins with the wire that the stage before leaves.
                 run, last = stages[-1].run, stages[-1]
                 train_earlier(
                     stages, lambda run: variants[variant_key(run)], path, gpus_per_worker, served
@@ -131,6 +133,7 @@ def drive_trial(
             ).fit()
         except Exception as error:
             leave_cause(path, run, error)
+            # What is not raised has ended for Tune, and the search reads the cause that is left.
             if not (is_lasting(error) or is_out_of_memory(error)):
                 raise
 
@@ -171,9 +174,8 @@ def train_earlier(
 
     def train(stage: PlacedStage, work: Place) -> None:
         variant, folder = variant_of(stage.run), checkpoints_of(work)
-        shared = {
-            name: pin for name, pin in variant.pins.items() if name in ("shards", "receivers")
-        }
+        # The pin of the evaluation is the last stage's; an earlier one has its own (pins_of).
+        shared = {k: pin for k, pin in variant.pins.items() if k in ("shards", "receivers")}
         metric, mode = metric_of(stage.run)
         step_checkpoints.clear_debris(folder)
         make_trainer(
@@ -193,6 +195,7 @@ def train_earlier(
         if cause := cause_left(folder):
             raise TrainingError(f"stage {stage.title}: {cause}")
 
+    # A last stage that has begun holds all that the earlier ones gave.
     for checkpoint in step_checkpoints.finished(output)[-1:]:
         tell(f"{output.name}: goes on with stage {stages[-1].title} from {checkpoint.name}")
         return
@@ -237,7 +240,7 @@ def make_trainer(
     stage: str = "",
     output: Place | None = None,
 ) -> TorchTrainer:
-    """A TorchTrainer for one run, which goes on from the last checkpoint in ``folder``.
+    """Return a TorchTrainer for one run, which goes on from the last checkpoint in ``folder``.
 
     ``datasets``: ``train``, of so many rows from ``train_shards``, and ``dev``. The best checkpoint by ``metric`` and the last
     one are kept.
@@ -259,6 +262,7 @@ def make_trainer(
     workers: int | tuple[int, int] = training.num_workers
     if training.is_elastic:
         workers = training.fewest_workers, training.num_workers
+    # A lone worker reads the object store by itself, and no process hands rows out.
     if training.num_workers == 1 and run.data.in_memory:
         (rows,) = data_config(()).configure(datasets, 1, None, None)
     return PatientTrainer(

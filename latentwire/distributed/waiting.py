@@ -38,12 +38,11 @@ def is_lasting(error: BaseException) -> bool:
     A store that did not answer may answer the next time.
     """
     failures = [error, *getattr(error, "worker_failures", {}).values()]
-    causes = [
-        getattr(failure, "_base_exc", failure) for failure in failures
-    ]  # Train wraps what a worker raised
-    return any(
-        isinstance(cause, UserError) and not isinstance(cause, StorageError) for cause in causes
-    )
+    for failure in failures:
+        cause = getattr(failure, "_base_exc", failure)  # Train wraps what a worker raised
+        if isinstance(cause, UserError) and not isinstance(cause, StorageError):
+            return True
+    return False
 
 
 class PatientPolicy(DefaultFailurePolicy):
@@ -52,7 +51,7 @@ class PatientPolicy(DefaultFailurePolicy):
     def __init__(
         self, failure_config: FailureConfig, name: str, needed: Mapping[str, float]
     ) -> None:
-        """``name``: of the run. ``needed``: resources of all its workers together."""
+        """Begin without a wait; ``name``: of the run, ``needed``: resources of all its workers together."""
         super().__init__(failure_config)
         self.name, self.needed = name, dict(needed)
         self._waits_since: float | None = None
@@ -63,6 +62,7 @@ class PatientPolicy(DefaultFailurePolicy):
             training_failed_error.controller_failure, WorkerGroupStartupTimeoutError
         ):
             now = time.monotonic()
+            # The first time-out comes when it has waited for Train's limit already.
             if self._waits_since is None:
                 limit = os.environ.get(
                     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S
@@ -70,6 +70,7 @@ class PatientPolicy(DefaultFailurePolicy):
                 self._waits_since = now - float(limit)
             tell(self._line(now - self._waits_since))
             return FailureDecision.RETRY
+        # After any other failure a wait is counted anew.
         self._waits_since = None
         if is_lasting(training_failed_error):
             return FailureDecision.RAISE
@@ -88,10 +89,10 @@ class PatientTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = [*super()._create_default_callbacks(), PreemptionThread()]
+        # Without datasets nothing is to be handed out: a lone worker has its rows already.
         left_out: list[type] = [] if self.datasets else [DatasetsCallback]
-        if (
-            own_actor() is not None
-        ):  # else Ray's controller is an actor, and has a cleaner of its own
+        # Outside an actor Ray's controller is one of its own, and so needs Ray's cleaner.
+        if own_actor() is not None:
             left_out.append(PlacementGroupCleanerCallback)
         return [each for each in callbacks if not isinstance(each, tuple(left_out))]
 
@@ -113,6 +114,5 @@ def amounts(resources: Mapping[str, float]) -> str:
 def room(names: Mapping[str, float]) -> str:
     """Return what the cluster has of some resources, and how much of it is free now. Needs Ray."""
     there, free = ray.cluster_resources(), ray.available_resources()
-    return "the cluster has " + ", ".join(
-        f"{there.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in names
-    )
+    parts = [f"{there.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in names]
+    return f"the cluster has {', '.join(parts)}"

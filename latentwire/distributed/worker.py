@@ -45,6 +45,7 @@ def train(task: WorkerTask) -> None:
     except Exception as error:
         if task.run.training.num_workers > 1 or not (is_lasting(error) or is_out_of_memory(error)):
             raise  # of several workers the others would wait for this one
+        # To return is to succeed for Ray Train, which then tries nothing again; the cause stays.
         leave_cause(task.folder, task.run, error)
         print(f"error: {error}", flush=True)
 
@@ -65,6 +66,7 @@ def _train(task: WorkerTask) -> None:
             f"receivers must hash to {expected} as in the manifest, these to {frozen}"
         )
     pins = task.pins | {"receivers": frozen}
+    # None: batches are filled by rows, and a step is a fixed share of an epoch.
     units = positions.units_of(run, task.train_shards)
     if units is None:
         steps_per_epoch = max(1, task.train_rows // run.training.rows_per_batch)
@@ -74,17 +76,16 @@ def _train(task: WorkerTask) -> None:
         trainer = Trainer(wire, 1, workers, task.train_shards, all_steps)
     folder, chosen = task.folder, (task.metric, task.mode)
     trainer.title, name = task.stage, task.home.name
+    # All workers go on from the checkpoint that the first one sees.
     last = broadcast_from_rank_zero([path.name for path in step_checkpoints.finished(folder)][-1:])
     checkpoints.restore(trainer, folder / last[0] if last else None)
     if last and workers.rank == 0:
         among = f", workers: {workers.size}" if run.training.is_elastic else ""
         tell(f"{name}: resumed at step {trainer.progress.step} on {socket.gethostname()}{among}")
-    dev = pa.concat_tables(
-        rows_of(task, "dev").iter_batches(batch_size=None, batch_format="pyarrow")
-    )
-    if (
-        not last and run.training.init_from is not None
-    ):  # a searched one was not there to be checked before the sweep
+    blocks = rows_of(task, "dev").iter_batches(batch_size=None, batch_format="pyarrow")
+    dev = pa.concat_tables(blocks)
+    # A searched init_from was not there to be checked before the sweep.
+    if not last and run.training.init_from is not None:
         documents.check_development(
             wire.trained_on, run.training.init_from, dev["document"].to_pylist()
         )
@@ -108,7 +109,9 @@ def _train(task: WorkerTask) -> None:
             )
         size = run.training.rows_per_batch
         only = task.train_rows < size
-        if run.training.is_elastic:  # all rows, in batches that any number of workers shares
+        # An elastic run cuts whole batches from all rows, so that any number of workers shares
+        # them. Otherwise a worker has its share of the rows, and makes its part of each batch.
+        if run.training.is_elastic:
             whole = streams.streamed_batches(rows, run.training, epoch, size, keep_short=only)
             return (streams.share_of(batch, workers.rank, workers.size) for batch in whole)
         return streams.streamed_batches(
@@ -117,6 +120,7 @@ def _train(task: WorkerTask) -> None:
 
     def epochs(epoch: int) -> Iterator[pa.Table]:
         for batch in batches(epoch):
+            # Between steps: here the weights and the step that is saved agree.
             if trainer.progress.step % PREEMPTION_STEPS == 0:
                 save_if_preempted()
             if workers.rank == 0:
@@ -144,7 +148,7 @@ def _train(task: WorkerTask) -> None:
     reported = trainer.progress.evaluations
 
     def placed(metrics: dict[str, Any]) -> dict[str, Any]:
-        """With the step where TensorBoard puts a point, and the checkpoint."""
+        """Add the step, at which TensorBoard puts a point, and the checkpoint."""
         step = metrics["step"]
         return metrics | {
             "timesteps_total": step,
@@ -154,23 +158,25 @@ def _train(task: WorkerTask) -> None:
     traffic = Traffic(wire, trainer)
 
     def report() -> None:
-        metrics: dict[str, Any] = {
-            f"start_{what}_s": value for what, value in started.items()
-        } | traffic.since_last()
+        metrics: dict[str, Any] = {f"start_{what}_s": value for what, value in started.items()}
+        # Before the evaluation, whose requests to shared receivers are none of the training's.
+        metrics |= traffic.since_last()
         metrics |= trainer.evaluate(dev)
         traffic.begin()
         if trainer.progress.step >= trainer.total_steps:
             checkpoints.check_frozen(wire, frozen)
+        # In trainer.progress, so that the checkpoint holds the evaluations up to this one.
         reported.append(metrics)
         if workers.rank == 0:
-            read = (trainer.progress.positions - trainer.progress.padded) / max(
-                trainer.progress.seconds, 1e-9
-            )
-            gauges.show(metrics | {"tokens_per_s": read, "receiver_bytes": held})
+            tokens_read = trainer.progress.positions - trainer.progress.padded
+            rate = tokens_read / max(trainer.progress.seconds, 1e-9)
+            gauges.show(metrics | {"tokens_per_s": rate, "receiver_bytes": held})
             step_checkpoints.save_step(folder, wire, metrics, pins, trainer, *chosen)
         ray.train.report(placed(metrics))
 
-    if reported:  # the process that saved them may have died before all were told; a scheduler judges the last alone
+    # The process that saved them may have died before all were told. A report is judged by the
+    # scheduler, which must see the last one alone.
+    if reported:
         *earlier, latest = map(placed, reported)
         ray.train.report(latest | {EARLIER: json.dumps(earlier)})
     trainer.train(epochs, report)
@@ -194,12 +200,12 @@ class Traffic:
         self.step, self.bytes = self.trainer.progress.step, sum(lm.bytes_sent for lm in self.shared)
 
     def since_last(self) -> dict[str, float]:
-        """``shared_mb_per_step``; nothing where receivers are the worker's own."""
-        steps, sent = (
-            self.trainer.progress.step - self.step,
-            sum(lm.bytes_sent for lm in self.shared) - self.bytes,
-        )
-        return {"shared_mb_per_step": sent / 1e6 / max(1, steps)} if self.shared else {}
+        """Return ``shared_mb_per_step``; nothing where receivers are the worker's own."""
+        if not self.shared:
+            return {}
+        steps = self.trainer.progress.step - self.step
+        sent = sum(lm.bytes_sent for lm in self.shared) - self.bytes
+        return {"shared_mb_per_step": sent / 1e6 / max(1, steps)}
 
 
 def cap_memory(gpus: float) -> None:
@@ -209,6 +215,6 @@ def cap_memory(gpus: float) -> None:
 
 
 def start_times(began: float, entered: float) -> dict[str, float]:
-    """Seconds from a trial's start to this process (Ray's part), to its own code (imports), and to here (loading)."""
+    """Return the seconds from a trial's start to this process (Ray's part), to its code (imports), and to here (loading)."""
     here = max(began, psutil.Process().create_time())  # Ray may have had one waiting
     return {"process": here - began, "code": entered - here, "loading": time.time() - entered}

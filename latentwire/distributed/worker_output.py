@@ -27,7 +27,7 @@ TOLD = "[latentwire] "
 PROGRESS = "[latentwire progress] "
 """How a line begins that says in JSON how far work has come."""
 PROGRESS_SECONDS = 5.0
-"""Between two such lines of one process."""
+"""Seconds between two such lines of one process."""
 
 
 def log_file(folder: Place, rank: int = 0) -> Path | None:
@@ -35,18 +35,16 @@ def log_file(folder: Place, rank: int = 0) -> Path | None:
 
     There the driver's log has the lines. The trial's own driver shares the file of rank 0.
     """
-    return (
-        folder / ("log.txt" if rank == 0 else f"log-{rank}.txt")
-        if isinstance(folder, Path)
-        else None
-    )
+    if not isinstance(folder, Path):
+        return None
+    return folder / ("log.txt" if rank == 0 else f"log-{rank}.txt")
 
 
 class Tee(io.TextIOBase):
     """A text stream whose lines also go into a file; a file that cannot be written is passed over."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
-        """``stream``: what it stands for. ``file``: line-buffered, so that no death takes whole lines along."""
+        """Stand for ``stream``; ``file`` is line-buffered, so that no death takes whole lines along."""
         self.stream, self.file = stream, file
 
     def write(self, text: str) -> int:
@@ -66,7 +64,7 @@ class Tee(io.TextIOBase):
         return self.stream.fileno()
 
     def isatty(self) -> bool:
-        """Return that nobody watches: no bars are drawn into a file."""
+        """Return False, so that no bars are drawn into a file."""
         return False
 
 
@@ -113,7 +111,7 @@ class ProgressTeller:
     """Tells the driver how far work has come, now and then; the trial's file is spared."""
 
     def __init__(self, name: str) -> None:
-        """``name``: of the work, as the driver knows it."""
+        """Begin with nothing told; ``name``: of the work, as the driver knows it."""
         self.name = name
         self._again = 0.0
 
@@ -123,6 +121,7 @@ class ProgressTeller:
         if now < self._again:
             return
         self._again = now + PROGRESS_SECONDS
+        # Past the trial's file, to the stream that Ray brings to the driver.
         stream = sys.stdout.stream if isinstance(sys.stdout, Tee) else sys.stdout
         stream.write(f"{PROGRESS}{json.dumps({'name': self.name} | values)}\n")
         stream.flush()
