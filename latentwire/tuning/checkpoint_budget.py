@@ -33,7 +33,7 @@ class CheckpointBudget(Callback):
     """
 
     def __init__(self, search: StudySearch) -> None:
-        """``search``: whose study says which trials run."""
+        """Keep the budget of ``search``, whose study says which trials run."""
         self.search = search
         self.ended: set[int] = set()
         """Trials that have nothing left to delete, so that a sweep of a thousand is not walked
@@ -47,6 +47,7 @@ class CheckpointBudget(Callback):
         reported: list[Place] = []
         for trial in trials:
             paths = step_checkpoints.finished(trial_path(folder, directory_of(trial)))
+            # A directory may also hold what the study has not heard of: it is not ranked.
             names = {step_checkpoints.step_name(report["step"]) for report in evaluations(trial)}
             paths_of[trial.number] = paths
             reported += [path for path in paths if path.name in names]
@@ -56,10 +57,12 @@ class CheckpointBudget(Callback):
             paths = paths_of[trial.number]
             running = trial.state in (TrialState.RUNNING, TrialState.WAITING)
             goes_on = running or trial.state is TrialState.FAIL
+            # Paths are sorted by step; from the last one an unfinished trial would go on.
             for path in paths[:-1] if goes_on else paths:
                 # What a running trial has saved and not reported yet may be its best.
                 if path not in best and (path in reported or not running):
                     checkpoints.remove(path)
+            # Nothing of it is left that a later report of another trial could push out.
             if not running and not (goes_on and paths) and not best & set(paths):
                 self.ended.add(trial.number)
 
@@ -100,11 +103,11 @@ def clear_debris(trial_dir: Place) -> int:
 
 def bytes_in(folders: Iterable[Place]) -> int:
     """Add up the bytes of all files under some directories."""
-    return sum(size for folder in folders for size in files_below(folder).values())
+    return sum(sum(files_below(folder).values()) for folder in folders)
 
 
 def _rank(path: Place, config: TuneConfig) -> tuple[bool, float]:
+    # True sorts above False: within the limits comes before any score beyond them.
     metrics = step_checkpoints.metrics_of(path)
-    return within_limits(metrics, config), step_checkpoints.score(
-        metrics, config.metric, config.mode
-    )
+    score = step_checkpoints.score(metrics, config.metric, config.mode)
+    return within_limits(metrics, config), score

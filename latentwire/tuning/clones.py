@@ -76,8 +76,9 @@ def _check_value(path: str, value: Any, parent: FrozenTrial, space: SweepConfig)
         )
     if path not in space.search:
         return
-    if path not in parent.params:
-        conditions = ", ".join(f"{name} {list(v)}" for name, v in space.search[path].when.items())
+    if path not in parent.params:  # its condition did not hold there
+        when = space.search[path].when.items()
+        conditions = ", ".join(f"{name} {list(choices)}" for name, choices in when)
         raise ConfigError(
             f"{path} is drawn only with {conditions}, which trial {parent.number} has not; clone another trial"
         )
@@ -101,6 +102,7 @@ def last_checkpoint(sweep: Place, parent: FrozenTrial) -> Place:
 def copy_start(order: Order, parent: FrozenTrial, sweep: Place) -> Place:
     """Return the checkpoint that an order's clone begins with: a copy of the parent's last, made once."""
     folder = sweep / "trials" / f"{PREFIX}{order.id}"
+    # An order is carried out once: a driver before may have made the copy and died.
     there = step_checkpoints.finished(folder)
     for attempt in range(COPIES):
         if there:
@@ -108,11 +110,8 @@ def copy_start(order: Order, parent: FrozenTrial, sweep: Place) -> Place:
         source = last_checkpoint(sweep, parent)
         try:
             _copy(source, folder / source.name)
-        except (
-            OSError,
-            StorageError,
-            exports.CheckpointError,
-        ):  # shutil's error too: the parent has just replaced it
+        # The parent may just have replaced it. shutil's error is an OSError too.
+        except (OSError, StorageError, exports.CheckpointError):
             if attempt + 1 == COPIES:
                 raise
         there = step_checkpoints.finished(folder)
@@ -126,21 +125,23 @@ def enqueue(study: optuna.Study, order: Order, parent: FrozenTrial, start: Place
     What it began with stands in its attributes.
     """
     trials = study.get_trials(deepcopy=False)
+    # A driver before may have enqueued it, and died before it answered the order.
     for trial in trials:
         if clone_record(trial).get("order") == order.id:
             return trial.number
     searched = {path: order.values.get(path, value) for path, value in parent.params.items()}
     others = {path: value for path, value in order.values.items() if path not in searched}
-    kept = dict(clone_record(parent).get("values", {}))
+    # A clone of a clone has the parent's changes too; its own come last, and lie over them.
+    inherited = dict(clone_record(parent).get("values", {}))
     record = {
         "order": order.id,
         "parent": parent.number,
         "step": int(start.name.removeprefix("step-")),
         "changed": dict(order.values),
-        "values": kept | others | AFRESH | {"training.init_from": str(start)},
+        "values": inherited | others | AFRESH | {"training.init_from": str(start)},
     }
     study.enqueue_trial(searched, user_attrs={CLONE: record})
-    return len(trials)
+    return len(trials)  # Optuna numbers trials from 0, and nobody else appends
 
 
 def described(record: Mapping[str, Any]) -> str:
@@ -152,7 +153,7 @@ def described(record: Mapping[str, Any]) -> str:
 def _copy(source: Place, target: Place) -> None:
     """Copy a checkpoint, whole or not at all."""
     with local(source) as files:
-        if not isinstance(target, Path):
+        if not isinstance(target, Path):  # a store renames nothing: the manifest goes last
             with directory(target, last=exports.MANIFEST) as folder:
                 shutil.copytree(files, folder)
             return

@@ -17,11 +17,11 @@ def column_names(paths: Iterable[str]) -> dict[str, str]:
     names = {}
     for path, (stage, knob) in parts_of.items():
         words = knob.split(".")
-        others = [
-            other.split(".")
-            for other_path, (of_other, other) in parts_of.items()
-            if of_other == stage and other_path != path
-        ]
+        others = []
+        for other_path, (of_other, other) in parts_of.items():
+            if of_other == stage and other_path != path:
+                others.append(other.split("."))
+        # One more word from the end until no other path ends alike.
         count = 1
         while any(other[-count:] == words[-count:] for other in others):
             count += 1

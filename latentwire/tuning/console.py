@@ -35,9 +35,9 @@ from latentwire.tuning.searcher import StudySearch
 from latentwire.tuning.study import directory_of, evaluations, own_trials
 
 LINE_SECONDS = 300.0
-"""Between two lines where no trial ends and there is no terminal."""
+"""Seconds between two lines where no trial ends and there is no terminal."""
 DRAW_SECONDS = 1.0
-"""Between two drawings of the table."""
+"""Seconds between two drawings of the table."""
 ROWS_AROUND = 6
 """Lines of a terminal that the table leaves to its head, the bar and what was printed before."""
 UNFINISHED = STATES[TrialState.RUNNING]
@@ -79,16 +79,22 @@ class SweepConsole(TrialProgressCallback):
         log: Path | None = None,
         console: Console | None = None,
     ) -> None:
-        """``search``: whose study says what becomes of trials. ``steps``: of the longest trial. ``log``: the driver's."""
+        """Prepare a console that draws nothing yet.
+
+        Args:
+            search: whose study says what becomes of trials.
+            steps: of the longest trial.
+            log: the driver's.
+            console: where to print; None: standard output.
+        """
         super().__init__()
         self.search, self.steps, self.log = search, steps, log
         self.screen = console or Console()
         self.names = column_names(search.space.search)
         self.progress: dict[str, dict[str, Any]] = {}
         """Name of a trial's directory → what its worker said last."""
-        self.ended = {
-            trial.number for trial in own_trials(search.study) if trial.state.is_finished()
-        }
+        trials = own_trials(search.study)
+        self.ended = {trial.number for trial in trials if trial.state.is_finished()}
         """Trials that are done with: their line has been printed, or they ended before this driver."""
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -103,6 +109,7 @@ class SweepConsole(TrialProgressCallback):
         self.live = Live(console=self.screen, refresh_per_second=1, transient=True)
         self.began = self.last_line = time.monotonic()
         self.last_drawing = 0.0
+        # Steps of earlier drivers say nothing of how fast this one is.
         self.steps_before = self._steps(self._rows())[0]
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
@@ -116,10 +123,8 @@ class SweepConsole(TrialProgressCallback):
         output = f"{folder}/trial-<number>/log.txt" if isinstance(folder, Path) else self.log
         before = f", {len(self.ended)} of them ended before" if self.ended else ""
         self.say(f"{self.search.space.tune.trials} trials{before}; their output: {output}")
-        with (
-            LOG.listening(self.hear),
-            self.live if self.screen.is_interactive else contextlib.nullcontext(),
-        ):
+        drawn = self.live if self.screen.is_interactive else contextlib.nullcontext()
+        with LOG.listening(self.hear), drawn:
             yield
 
     def hear(self, values: dict[str, Any]) -> None:
@@ -153,10 +158,9 @@ class SweepConsole(TrialProgressCallback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Print that a trial begins again: its failure may be none of its own."""
         number = trial.config[NUMBER]
-        output = (
-            log_file(trial_path(self.search.trial_dir, trial.config.get(TAKES_UP, number)))
-            or self.log
-        )
+        # A retry goes on in the failed trial's directory.
+        folder = trial_path(self.search.trial_dir, trial.config.get(TAKES_UP, number))
+        output = log_file(folder) or self.log
         self.say(f"trial {number} failed and goes on from its last checkpoint; output: {output}")
 
     # ------------------------------------------------------------------------------- what is shown
@@ -204,12 +208,14 @@ class SweepConsole(TrialProgressCallback):
     def table(self, rows: list[dict[str, Any]]) -> Table:
         """Return a row per trial: those that run first, then the best, as many as the screen holds."""
         tune = self.search.space.tune
+        # Each once: a metric may be searched by and limited too.
         measured = dict.fromkeys(
             (tune.metric, *tune.objectives, *tune.constraints, "train_loss", "examples_per_s")
         )
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for name in ("trial", "state", "step", *measured, *self.names.values()):
             table.add_column(name, no_wrap=True)
+        # A stable sort: within both halves the best stay first.
         rows = sorted(rows, key=lambda row: row["state"] not in NOT_ENDED)
         for row in rows[: max(1, self.screen.height - ROWS_AROUND)]:
             state = row["state"]
@@ -229,14 +235,15 @@ class SweepConsole(TrialProgressCallback):
         rows = trial_rows(self.search.study, self.search.space.tune)
         for row in rows:
             trial = trials[row["trial"]]
-            row["total_steps"] = next(
-                (report["total_steps"] for report in evaluations(trial)), self.steps
-            )
+            # Before its first report a trial is taken to be as long as the longest.
+            totals = (report["total_steps"] for report in evaluations(trial))
+            row["total_steps"] = next(totals, self.steps)
             news = self.progress.get(f"trial-{directory_of(trial)}")
             if news is None or row["state"] != UNFINISHED:
                 continue
             if "stage" in news:  # an earlier one, whose steps are none of the trial's
                 row["stage"] = f"stage {news['stage']}: {news['step']}/{news['total_steps']}"
+            # A trial that began again is behind its own last report for a while.
             elif news["step"] >= row.get("step", 0):
                 row |= news
         return rows
@@ -244,10 +251,11 @@ class SweepConsole(TrialProgressCallback):
     def _steps(self, rows: list[dict[str, Any]]) -> tuple[int, int]:
         """Return the steps that are done, and all that there will be if no further trial is stopped."""
         done = sum(row.get("step", 0) for row in rows)
-        left = sum(
-            row["total_steps"] - row.get("step", 0) for row in rows if row["state"] == UNFINISHED
-        )
-        return done, done + left + max(0, self.search.space.tune.trials - len(rows)) * self.steps
+        running = [row for row in rows if row["state"] == UNFINISHED]
+        left = sum(row["total_steps"] - row.get("step", 0) for row in running)
+        # Trials that have not begun are taken to be as long as the longest.
+        to_begin = max(0, self.search.space.tune.trials - len(rows))
+        return done, done + left + to_begin * self.steps
 
     def _time_left(self, rows: list[dict[str, Any]]) -> str:
         """Return about how long the steps that are left will take: as long a step as those that this driver has seen."""
@@ -255,28 +263,32 @@ class SweepConsole(TrialProgressCallback):
         if done <= self.steps_before:
             return ""
         elapsed = time.monotonic() - self.began
-        return f"about {duration(seconds_left(done - self.steps_before, every - self.steps_before, elapsed))} left"
+        # Both counted from what earlier drivers had done.
+        left = seconds_left(done - self.steps_before, every - self.steps_before, elapsed)
+        return f"about {duration(left)} left"
 
 
 def _cell(value: Any) -> str:
-    if value is None or value != value:  # a loss before the first line of a training is no number
+    # Not equal to itself is not a number: a loss before the first line of a training.
+    if value is None or value != value:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def trackers(config: TuneConfig, output: Place) -> list[Callback]:
-    """Ray's own callbacks for MLflow and Weights & Biases, a run per trial, grouped by the sweep's name.
+    """Return Ray's callbacks for MLflow and Weights & Biases, a run per trial, grouped by the sweep's name.
 
     MLflow writes to ``MLFLOW_TRACKING_URI``, else to ``<output>/mlflow.db``; W&B follows its own variables (``WANDB_MODE``).
     """
-    found: list[Any] = []
+    callbacks: list[Any] = []
+    # Imported here: neither package need be installed.
     if "mlflow" in config.trackers:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{output / 'mlflow.db'}")
-        found.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name=output.name))
+        callbacks.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name=output.name))
     if "wandb" in config.trackers:
         from ray.air.integrations.wandb import WandbLoggerCallback
 
-        found.append(WandbLoggerCallback(project="latentwire", group=output.name))
-    return found
+        callbacks.append(WandbLoggerCallback(project="latentwire", group=output.name))
+    return callbacks

@@ -56,6 +56,7 @@ def find_tear(file: Path) -> Tear | None:
     was written: to leave all of that out would lose trials.
     """
     torn: Tear | None = None
+    # followers: process → whole lines of its own behind the first torn one.
     position, followers = 0, Counter[str]()
     size = file.stat().st_size
     with file.open("rb") as lines:
@@ -78,6 +79,7 @@ def find_tear(file: Path) -> Tear | None:
 
 def _writer(line: bytes) -> str | None:
     """Return the process that wrote a line of a journal; ``None`` for a line that is not whole."""
+    # A record without its end of line is torn too: Optuna would write the next one behind it.
     if not line.endswith(b"\n"):
         return None
     try:
@@ -97,6 +99,7 @@ def mend(journal: Place, file: Path) -> None:
     """
     if find_tear(file) is None:
         return
+    # The lock that Optuna holds while it appends.
     lock = JournalFileSymlinkLock(str(file))
     lock.acquire()  # what looked torn may have been a line on its way
     try:
@@ -108,6 +111,7 @@ def mend(journal: Place, file: Path) -> None:
         with file.open("r+b") as whole:
             whole.seek(torn.start)
             tail = whole.read()
+            # Written before the journal is cut: a death in between loses nothing.
             write(aside, lambda part: part.write_bytes(tail))
             whole.truncate(torn.start)
             os.fsync(whole.fileno())
@@ -143,7 +147,7 @@ def readable(journal: Place) -> Iterator[Path]:
         )
         with tempfile.TemporaryDirectory() as folder, file.open("rb") as lines:
             whole = Path(folder) / JOURNAL
-            whole.write_bytes(lines.read(torn.start))
+            whole.write_bytes(lines.read(torn.start))  # the bytes before the tear
             yield whole
 
 
@@ -163,6 +167,8 @@ def own_journal(journal: Place) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     if journal.exists():
         stored = journal.read_bytes()
+        # A journal only grows: a copy that begins with the stored bytes has them, and perhaps more
+        # that a driver on this machine could not put into the store.
         if not (file.exists() and file.read_bytes().startswith(stored)):
             if file.exists():
                 file.rename(file.with_name(time.strftime(f"{JOURNAL}-until-%Y%m%d-%H%M%S")))

@@ -73,10 +73,10 @@ class Driver:
         if self.machine != this_machine():
             return False
         try:
-            return (
-                start_of(self.pid) != self.started
-                or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
-            )
+            # Another process may have its id by now. A zombie has ended, and waits for its parent.
+            if start_of(self.pid) != self.started:
+                return True
+            return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
 
@@ -86,6 +86,8 @@ class Driver:
 
 def this_machine() -> str:
     """Return a name of this machine or container, whose process ids are its own."""
+    # The boot's id tells machines apart, and one before and after a restart; the namespace of process
+    # ids tells containers on one machine apart.
     boot, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if boot.exists() and numbering.exists():
         return f"{socket.gethostname()} {boot.read_text().strip()} {os.readlink(numbering)}"
@@ -98,6 +100,8 @@ def start_of(pid: int) -> str:
     The unit is ticks since the boot where the system counts them: its clock may be set meanwhile.
     """
     if Path("/proc/self/stat").exists():
+        # Field 22 of proc(5), starttime. The second field, a name in brackets, may hold spaces, so
+        # fields are counted behind the last bracket, from field 3 on.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{psutil.Process(pid).create_time():.0f}"
 
@@ -136,6 +140,7 @@ def is_empty(sweep: Place) -> bool:
     """
     if sweep.is_file():
         return False
+    # A lease that was being written has a name of its own: ".driver.json" and more.
     return all(path.name.lstrip(".").startswith(LEASE_FILE) for path in children(sweep))
 
 
@@ -168,7 +173,10 @@ class Lease:
     """The lease of one driver on a sweep, from :meth:`take` to :meth:`release`."""
 
     def __init__(self, sweep: Place, lost: Callable[[str], None] = lambda why: None) -> None:
-        """``lost``: called once, with the reason, when another driver has taken the sweep."""
+        """Prepare a lease, and write nothing yet.
+
+        ``lost``: called once, with the reason, when another driver has taken the sweep.
+        """
         self.sweep, self.on_lost = sweep, lost
         self.me = Driver(
             token=uuid.uuid4().hex,
@@ -194,6 +202,7 @@ class Lease:
         other = read(self.sweep)
         if other is not None:
             self._take_over(other, force)
+        # Of two drivers that come at once both write; the later one reads its own token back.
         self._write()
         time.sleep(SETTLE_SECONDS)
         holder = read(self.sweep)
@@ -215,6 +224,7 @@ class Lease:
         seconds = WATCHED_BEATS * BEAT_SECONDS
         print(f"--force: watching for a sign of {other} for {seconds:.0f} s", flush=True)
         time.sleep(seconds)
+        # Compared with itself, not with this machine's clock.
         again = read(self.sweep)
         if again is not None and again.heartbeat != other.heartbeat:
             raise LeaseError(
@@ -238,6 +248,7 @@ class Lease:
 
         A store that does not answer is asked again later.
         """
+        # The thread beats, and so may the driver itself, in held().
         with self._turn:
             if self.lost or self._ended.is_set():
                 return
@@ -246,6 +257,7 @@ class Lease:
                 if holder is not None and holder.token != self.me.token:
                     self.lost = True
                 else:
+                    # A lease that is missing is written anew.
                     self._write()
             except LeaseError as error:
                 self.lost, holder = True, None
@@ -253,11 +265,13 @@ class Lease:
             except (StorageError, OSError) as error:
                 print(f"no heartbeat this time: {error}", file=sys.stderr, flush=True)
                 return
+        # Outside the lock, once: a beat after this one returns above.
         if self.lost:
             self.on_lost(f"another driver has taken {self.sweep} ({holder})")
 
     def release(self) -> None:
         """Give the sweep back, if it is still this driver's."""
+        # Under the lock: a beat that has begun ends first, and no later one writes.
         with self._turn:
             self._ended.set()
         if self._thread.is_alive():

@@ -38,6 +38,7 @@ FREE = paths_with("may_change", "repeated trial", SweepConfig)
 RESOURCES = ("CPU", "GPU", "memory", "accelerator_type")
 """Beginnings of the names of a node's resources that a manifest holds."""
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s\"]+@")
+"""``user:password@`` in an address, as in ``https://user:password@host/path``."""
 
 
 def describe(
@@ -55,11 +56,12 @@ def describe(
     """
     before = json.loads((output / MANIFEST).read_text()) if (output / MANIFEST).exists() else {}
     commands = before.get("commands", [])
+    # A manifest is written several times by one command, which stands in it once.
+    if commands[-1:] != [CREDENTIALS.sub("", command)]:
+        commands = [*commands, command]
     document = {
         "manifest_version": MANIFEST_VERSION,
-        "commands": commands
-        if commands[-1:] == [CREDENTIALS.sub("", command)]
-        else [*commands, command],
+        "commands": commands,
         "space": space.model_dump(mode="json"),
         "seeds": {
             "sampler": space.tune.seed,
@@ -75,6 +77,7 @@ def describe(
         "git": git_state(Path(__file__).parent),
         "hardware": hardware(),
     }
+    # As one text, so that no entry is forgotten.
     cleaned: dict[str, Any] = json.loads(CREDENTIALS.sub("", json.dumps(document)))
     return cleaned
 
@@ -110,6 +113,7 @@ def receiver_hashes(output: Place) -> dict[str, str]:
     """Return receiver → hash of its weights, from the checkpoints; empty before the first."""
     for folder in children(output / "trials"):
         for path in step_checkpoints.finished(folder):
+            # Receivers are frozen, so the first checkpoint speaks for all.
             pins = json.loads((path / "manifest.json").read_text())["pins"]
             return dict(pins.get("receivers", {}))
     return {}
@@ -132,6 +136,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
+        # Fails where this file is not tracked: an installed package may lie in another project.
         git("ls-files", "--error-unmatch", "manifest.py")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
@@ -199,6 +204,7 @@ def one_trial(
     """
     document = read(manifest)
     space = validate(SweepConfig, document["space"], f"{manifest}: space")
+    # JSON has texts as keys.
     trials = {int(key): trial for key, trial in document["trials"].items()}
     scored = {key: trial for key, trial in trials.items() if trial["score"] is not None}
     if number is None:
@@ -215,6 +221,7 @@ def one_trial(
             f"alone do not repeat; repeat that one by --trial {record['parent']}"
         )
     tree = space.model_dump(mode="json")
+    # One trial, which begins with these values and which nothing stops.
     tree["tune"] |= {
         "trials": 1,
         "start_with": [scored[number]["values"]],

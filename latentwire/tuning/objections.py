@@ -37,6 +37,7 @@ def objection(order: Order, study: optuna.Study, space: SweepConfig, sweep: Plac
     if order.trial >= len(trials) or WARM in trials[order.trial].user_attrs:
         return _unknown(order, trials, sweep)
     trial = trials[order.trial]
+    # Optuna's trials end once, so a failed one goes on as another.
     for other in trials:
         if other.user_attrs.get(RETRIES) == trial.number:
             return (
@@ -53,6 +54,7 @@ def objection(order: Order, study: optuna.Study, space: SweepConfig, sweep: Plac
     if order.kind == "clone":
         try:
             clones.check(order, trial, space, sweep)
+            # A grid has no further points than its own.
             make_sampler(with_trials(space, space.tune.trials + 1))
         except ConfigError as error:
             return str(error)

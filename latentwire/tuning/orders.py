@@ -121,6 +121,7 @@ def draft(
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
     try:
         return Order(
+            # Second, microsecond, and six digits that tell two drivers of one moment apart.
             id=f"{stamp}-{int(now * 1e6) % 1_000_000:06d}-{uuid.uuid4().hex[:6]}",
             kind=kind,
             time=now,
@@ -161,13 +162,12 @@ def refuse_open(sweep: Place, reason: str) -> None:
 
 def given(sweep: Place, without: Container[str] = ()) -> list[Given]:
     """List a sweep's orders, the earliest first; those of the ids ``without`` are not read."""
+    # A name with a dot before it is of a file that is being written.
     names = [path.name for path in children(sweep / ORDERS) if not path.name.startswith(".")]
     answered = {name.removesuffix(OUTCOME) for name in names if name.endswith(OUTCOME)}
-    ids = sorted(
-        name.removesuffix(".json")
-        for name in names
-        if name.endswith(".json") and not name.endswith(OUTCOME)
-    )
+    # An outcome's name ends in .json too.
+    files = [name for name in names if name.endswith(".json") and not name.endswith(OUTCOME)]
+    ids = sorted(name.removesuffix(".json") for name in files)
     return [_read(sweep, each, each in answered) for each in ids if each not in without]
 
 
@@ -194,7 +194,7 @@ def _read(sweep: Place, order_id: str, answered: bool) -> Given:
 
 
 def _rule(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problem = error.errors()[0]  # one is enough to mend it by
     place = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     return f"an order must be as latentwire sweep writes it, got {place or 'one'}: {message}; give it anew"

@@ -60,16 +60,18 @@ def rerun_best(
     if not chosen:
         return find_best(study, space.tune), []
     again = rerun_space(space, chosen)
+    # Re-runs of former finalists count as trials of the study too, beside those of the present ones.
     trials = again.tune.trials + _others(again, output / RERUNS)
     again = again.model_copy(update={"tune": again.tune.model_copy(update={"trials": trials})})
     rerun_study = run_sweep(again, plan, files, output / RERUNS, served=served, stop=stop)
     complete = own_trials(rerun_study, (TrialState.COMPLETE,))
     finalists, numbers = [], {}
     for trial in chosen:
-        reruns = [t for t in complete if _without_seed(t.params) == trial.params]
-        scores = tuple(float(t.values[0]) for t in reruns)
+        # A re-run is known by its values: those of the trial, and a seed.
+        reruns = [rerun for rerun in complete if _without_seed(rerun.params) == trial.params]
+        scores = tuple(float(rerun.values[0]) for rerun in reruns)
         finalists.append(Finalist(trial.number, float(trial.values[0]), scores))
-        numbers[trial.number] = {t.number for t in reruns}
+        numbers[trial.number] = {rerun.number for rerun in reruns}
     with_scores = [finalist for finalist in finalists if finalist.fresh]
     if not with_scores:
         try:
@@ -81,6 +83,7 @@ def rerun_best(
             )
             return find_best(study, space.tune), finalists
     winner = space.tune.best_of(with_scores, key=lambda finalist: finalist.mean)
+    # The mean chooses the values; the export is the best single run with them.
     best = find_best(rerun_study, space.tune, numbers[winner.trial])
     return Best(winner.trial, best.step, winner.mean, best.checkpoint, best.values), finalists
 
@@ -91,11 +94,11 @@ def best_trials(study: optuna.Study, space: SweepConfig) -> list[FrozenTrial]:
     Of trials with the same values only the best one counts. Clones are left out: a fresh seed would
     begin without the wire that they began with.
     """
-    complete = [
-        trial
-        for trial in own_trials(study, (TrialState.COMPLETE,))
-        if within_limits(evaluations(trial)[-1], space.tune) and not clone_record(trial)
-    ]
+    complete = []
+    for trial in own_trials(study, (TrialState.COMPLETE,)):
+        # By its last evaluation, as the sampler is told.
+        if within_limits(evaluations(trial)[-1], space.tune) and not clone_record(trial):
+            complete.append(trial)
     complete.sort(key=lambda trial: trial.values[0], reverse=space.tune.mode == "max")
     distinct: list[FrozenTrial] = []
     for trial in complete:
@@ -111,7 +114,9 @@ def rerun_space(space: SweepConfig, chosen: list[FrozenTrial]) -> SweepConfig:
     """
     first = space.run.training.seed + 1
     fresh = range(first, first + space.tune.final_seeds)
-    points = [trial.params | {SEED: seed} for trial in chosen for seed in fresh]
+    points = []
+    for trial in chosen:
+        points += [trial.params | {SEED: seed} for seed in fresh]
     tune = space.tune.model_copy(
         update={
             "trials": len(points),
@@ -135,6 +140,7 @@ def _others(space: SweepConfig, output: Place) -> int:
     if not (output / JOURNAL).exists():
         return 0
     study = open_study(output / JOURNAL, output.name, {space.tune.metric: space.tune.mode})
+    # A trial that waits has drawn nothing yet; what it was enqueued with is an attribute of Optuna's.
     drawn = [trial.params or trial.system_attrs.get("fixed_params") for trial in own_trials(study)]
     return sum(values not in space.tune.start_with for values in drawn)
 

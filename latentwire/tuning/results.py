@@ -67,16 +67,15 @@ def find_best(
     candidates, beyond = [], 0
     for trial in trials:
         for report in evaluations(trial):
+            # A checkpoint without its manifest is gone: the budget has deleted it.
             path = place(report[CHECKPOINT_PATH_KEY])
             if not (path / exports.MANIFEST).exists():
                 continue
-            if within_limits(report, config):
-                score = report[config.metric]
-                candidates.append(
-                    Best(trial.number, report["step"], score, path, run_values(trial))
-                )
-            else:
+            if not within_limits(report, config):
                 beyond += 1
+                continue
+            score, values = report[config.metric], run_values(trial)
+            candidates.append(Best(trial.number, report["step"], score, path, values))
     if not candidates and beyond:
         limits = ", ".join(f"{name} ≤ {limit.max:g}" for name, limit in config.constraints.items())
         raise SweepError(
@@ -94,9 +93,9 @@ def find_best(
 
 def within_limits(report: Mapping[str, Any], config: TuneConfig) -> bool:
     """Return whether an evaluation keeps to ``tune.constraints``."""
-    return all(
-        report.get(name, math.inf) <= limit.max for name, limit in config.constraints.items()
-    )
+    # A report without the metric is beyond every limit.
+    limits = config.constraints.items()
+    return all(report.get(name, math.inf) <= limit.max for name, limit in limits)
 
 
 def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
@@ -107,6 +106,7 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
     failure, the failed trial that it retries, what it is a clone of, and who ordered it to stop.
     """
     rows = []
+    # Optuna's best trials: with several objectives those that no other one dominates.
     front = {trial.number for trial in study.best_trials} if config.objectives else set()
     for trial in own_trials(study, tuple(STATES)):
         row: dict[str, Any] = {
@@ -124,18 +124,15 @@ def trial_rows(study: optuna.Study, config: TuneConfig) -> list[dict[str, Any]]:
             row["stopped_by"] = record["who"]
         reports = evaluations(trial)
         if reports:
-            best, last = (
-                config.best_of(reports, key=lambda report: report[config.metric]),
-                reports[-1],
-            )
+            best = config.best_of(reports, key=lambda report: report[config.metric])
+            last = reports[-1]
             if row["state"] in ("done", "stopped") and not within_limits(last, config):
                 row["state"] = "beyond"
-            row |= {
-                name: best[name]
-                for name in (config.metric, *config.objectives, *config.constraints)
-            }
+            searched = (config.metric, *config.objectives, *config.constraints)
+            row |= {name: best[name] for name in searched}
             row |= {name: last[name] for name in REPORTED}
         rows.append(row)
+    # Trials without a report come last.
     worst = float("-inf") if config.mode == "max" else float("inf")
     return sorted(rows, key=lambda row: row.get(config.metric, worst), reverse=config.mode == "max")
 
@@ -151,6 +148,7 @@ def selection_gap(best: Best, scores: dict[str, Any], metric: str) -> dict[str, 
     """
     if not scores or not metric.startswith("dev_"):
         return {}
+    # dev_f1_qwen is f1 of qwen, dev_f1 the mean over receivers; scores call a loss nll.
     kind, _, receiver = metric.removeprefix("dev_").partition("_")
     untouched = scores["latent"][receiver or "mean"][{"loss": "nll"}.get(kind, kind)]
     return {"development": best.score, "validation": untouched, "gap": best.score - untouched}

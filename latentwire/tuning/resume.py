@@ -78,6 +78,7 @@ def retry_failed(space: SweepConfig, output: Place) -> list[str]:
     for folder, directed in _folders(space, output):
         study = open_study(folder / JOURNAL, folder.name, directed)
         for number, failed in studies.retry_failed(study).items():
+            # Else the old cause would be taken for the new trial's, should that one leave none.
             delete(trial_path(folder / "trials", studies.directory_of(failed)) / ERROR_FILE)
             cause = failed.user_attrs.get(CAUSE, "no cause is known")
             lines.append(
@@ -89,6 +90,7 @@ def retry_failed(space: SweepConfig, output: Place) -> list[str]:
 
 def _folders(space: SweepConfig, output: Place) -> Iterator[tuple[Place, Mapping[str, str]]]:
     """Yield directory and objectives of a sweep's search, and of its re-runs if there are any."""
+    # Re-runs are compared by the metric alone.
     first = {space.tune.metric: space.tune.mode}
     for folder, directed in ((output, objectives(space)), (output / RERUNS, first)):
         if (folder / JOURNAL).exists():

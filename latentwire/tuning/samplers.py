@@ -59,28 +59,23 @@ def make_sampler(space: SweepConfig, number: int = 0) -> samplers.BaseSampler:
         raise ConfigError(
             f"sampler {name} takes one objective, got {1 + len(space.tune.objectives)}; try nsgaii or tpe"
         )
-    known = [
-        parameter
-        for parameter in inspect.signature(CLASSES[name].__init__).parameters
-        if parameter not in ("self", "seed", "search_space")
-    ]
+    parameters = inspect.signature(CLASSES[name].__init__).parameters
+    # The seed is tune.seed's, and a grid's space the configuration's.
+    known = [option for option in parameters if option not in ("self", "seed", "search_space")]
     for option in options:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = (
-                f"did you mean {close[0]}?" if close else f"it takes {', '.join(known) or 'none'}"
-            )
+            hint = f"it takes {', '.join(known) or 'none'}"
+            if close := difflib.get_close_matches(option, known, n=1):
+                hint = f"did you mean {close[0]}?"
             raise ConfigError(
                 f"unknown option {option} of sampler {name} (tune.sampler.options); {hint}"
             )
-    arguments = (
-        OWN_DEFAULTS.get(name, {}) | options | {"seed": space.tune.seed * 1_000_003 + number}
-    )
-    if name in (
-        "grid",
-        "qmc",
-    ):  # one sequence for the whole study, which they walk by the trials' numbers
-        arguments["seed"] = space.tune.seed
+    # Seeds under two values of tune.seed do not meet within a million trials.
+    seed = space.tune.seed * 1_000_003 + number
+    # These have one sequence for the whole study, which they walk by the trials' numbers.
+    if name in ("grid", "qmc"):
+        seed = space.tune.seed
+    arguments = OWN_DEFAULTS.get(name, {}) | options | {"seed": seed}
     if name == "grid":
         arguments["search_space"] = grid(space)
     try:
@@ -113,6 +108,7 @@ def _grid_values(path: str, dim: Dimension) -> list[Any]:
         return list(dim.choices)
     if dim.step is None or dim.log:
         raise ConfigError(f"sampler grid needs choices or a step, without log, for search.{path}")
+    # floor((high − low) / step) + 1, both ends among them: 0.3 / 0.1 is 2.9999999999999996.
     count = int(np.floor((dim.high - dim.low) / dim.step + 1e-9)) + 1
     drawn = [dim.low + number * dim.step for number in range(count)]
     return [float(value) for value in drawn] if isinstance(dim, FloatDimension) else drawn

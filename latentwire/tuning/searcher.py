@@ -161,6 +161,7 @@ class StudySearch(Searcher):
         """
         if self.stop.reason is not None or not self.stop.may_write():
             return Searcher.FINISHED
+        # Tune asks again for None; after FINISHED never more.
         if self.steering is not None and not self.steering.has_room():
             may_go_on = self.live or self.steering.is_waiting
             if may_go_on and self.steering.ending is None:
@@ -168,6 +169,7 @@ class StudySearch(Searcher):
             self.steering.stop_if_all_is_paused()
             return Searcher.FINISHED
         trial = self._next_trial()
+        # Marked as this driver's before it is drawn: it is handed out once.
         trial.set_user_attr(SESSION, self.session)
         self._trials[trial_id] = trial
         self.live.add(trial.number)
@@ -182,6 +184,7 @@ class StudySearch(Searcher):
         """Return a trial that another driver left running, else the next new one."""
         for unfinished in self._running():
             if unfinished.user_attrs.get(SESSION) != self.session and not is_paused(unfinished):
+                # Values that it has not drawn yet are drawn as the other driver would have.
                 self.study.sampler = make_sampler(self.space, unfinished.number)
                 return Trial(self.study, unfinished._trial_id)
         # Starting points that wait are asked for first, the earliest before the others.
@@ -199,6 +202,7 @@ class StudySearch(Searcher):
         if self._frozen(trial).state.is_finished() or not self.stop.may_write():
             return
         recorded = self._frozen(trial).user_attrs.get(EVALUATIONS, {})
+        # Step, as text (attributes are JSON) → report.
         new: dict[str, dict[str, Any]] = {}
         for report in (*json.loads(result.get(EARLIER, "[]")), result):
             values = self._values(report)
@@ -228,9 +232,12 @@ class StudySearch(Searcher):
             return
         reports = studies.evaluations(self._frozen(trial))
         last = reports[-1] if reports else None
-        if self.stop.reason is not None and (last is None or last["step"] < last["total_steps"]):
+        is_whole = last is not None and last["step"] >= last["total_steps"]
+        if self.stop.reason is not None and not is_whole:
             return  # cut, not ended: it goes on when the sweep does
-        cause = self._cause(trial, whole=last is not None and last["step"] >= last["total_steps"])
+        # The trial's own word comes first: Tune knows only that an actor has died.
+        cause = self._cause(trial, whole=is_whole)
+        limits = self.space.tune.constraints
         if cause is not None:
             self._fail(trial, cause)
         elif error:
@@ -240,13 +247,10 @@ class StudySearch(Searcher):
             if result is not None:
                 reported = str({name: result.get(name) for name in self.objectives})
             self._fail(trial, f"finite {', '.join(self.objectives)} needed, got {reported}")
-        elif missing := [
-            name for name in self.space.tune.constraints if self._number(last, name) is None
-        ]:
-            value = last.get(missing[0])
-            self._fail(
-                trial, f"finite {', '.join(missing)} needed for tune.constraints, got {value}"
-            )
+        elif missing := [name for name in limits if self._number(last, name) is None]:
+            needed, value = f"finite {', '.join(missing)} needed", last.get(missing[0])
+            self._fail(trial, f"{needed} for tune.constraints, got {value}")
+        # Tune stopped it for an order that pauses it: it stays unfinished.
         elif reports[-1]["step"] < reports[-1]["total_steps"] and (order := self._pause(trial)):
             self.pause(trial.number, orders.record(order))
         else:
@@ -291,6 +295,7 @@ class StudySearch(Searcher):
 
         ``record``: the order that stops it, for the trial's attributes.
         """
+        # A Trial is a handle by the id in the storage; no process of this driver runs it.
         frozen = self.study.get_trials(deepcopy=False)[number]
         trial, reports = Trial(self.study, frozen._trial_id), studies.evaluations(frozen)
         whole = bool(reports) and reports[-1]["step"] >= reports[-1]["total_steps"]
@@ -329,6 +334,7 @@ class StudySearch(Searcher):
 
     def _tell(self, trial: Trial, reports: list[dict[str, Any]]) -> None:
         for name, limit in self.space.tune.constraints.items():
+            # Optuna's terms: at most 0 is within the limit.
             trial.set_constraint(name, float(reports[-1][name]) - limit.max)
         if reports[-1]["step"] < reports[-1]["total_steps"]:
             if self.steering is not None and (order := self.steering.stops.get(trial.number)):
@@ -351,6 +357,7 @@ class StudySearch(Searcher):
             studies.keep_journal(self.journal)
         except StorageError as error:
             print(f"study not copied this time: {error}", file=sys.stderr, flush=True)
+        # A copy of t seconds is followed by a pause of 20 t.
         now = time.monotonic()
         self._copy_again = now + COPY_PAUSE * (now - began)
 

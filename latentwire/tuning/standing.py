@@ -72,11 +72,11 @@ class SweepStatus:
         reported = [row for row in self.trials if "curve" in row]
         if not reported or not self.has_driver:
             return None
-        step_seconds = sum(row["train_seconds"] for row in reported) / sum(
-            row["step"] for row in reported
-        )
+        seconds = sum(row["train_seconds"] for row in reported)
+        step_seconds = seconds / sum(row["step"] for row in reported)
         mean_steps = sum(row["total_steps"] for row in reported) / len(reported)
         running = [row for row in self.trials if row["state"] == STATES[TrialState.RUNNING]]
+        # Trials that have not begun, each of a mean length, and what those that run have before them.
         left = mean_steps * max(0, self.space.tune.trials - len(self.trials))
         for row in running:
             left += row.get("total_steps", mean_steps) - row.get("step", 0)
@@ -110,5 +110,6 @@ def read(output: Place) -> SweepStatus:
         states.count(TrialState.WAITING),
         lease.read(output),
         orders.given(output),
+        # Results of before trials were added are not those of all of them.
         (output / resume.RESULTS).exists() and ended >= space.tune.trials,
     )

@@ -51,7 +51,7 @@ class Steering(Callback, Stopper):
     def __init__(
         self, search: StudySearch, output: Place, say: Callable[[str], None] = print
     ) -> None:
-        """``search``: whose trials are meant. ``output``: the sweep's directory. ``say``: prints a line."""
+        """Steer ``search`` by the orders in ``output``, the sweep's directory; ``say`` prints a line."""
         self.search, self.output, self.say = search, output, say
         self.stops: dict[int, Order] = {}
         """Trial → the order that stops it at its next report."""
@@ -95,13 +95,14 @@ class Steering(Callback, Stopper):
 
     def has_room(self) -> bool:
         """Return whether a further trial may begin. A paused one keeps its place among them."""
+        # With nothing running the search may end by this answer: no order may be overlooked then.
         self.look(now=not self.search.live)
         if self.ending is not None or self._is_full:
             return False
         trials = own_trials(self.search.study)
-        kept = sum(trial.state.is_finished() or is_paused(trial) for trial in trials)
+        ended_or_paused = sum(trial.state.is_finished() or is_paused(trial) for trial in trials)
         # Once all are handed out, only an order makes room; Tune asks ten times a second.
-        self._is_full = kept + len(self.search.live) >= self.search.space.tune.trials
+        self._is_full = ended_or_paused + len(self.search.live) >= self.search.space.tune.trials
         return not self._is_full
 
     def stop_if_all_is_paused(self) -> None:
@@ -131,6 +132,7 @@ class Steering(Callback, Stopper):
         self.is_waiting = False
         if not self.search.stop.may_write():
             return
+        # In the order in which they were given: ids sort by time.
         try:
             for each in orders.given(self.output, self._answered):
                 if each.is_open:
@@ -148,12 +150,10 @@ class Steering(Callback, Stopper):
             return
         trials = own_trials(self.search.study)
         ended = sum(trial.state.is_finished() for trial in trials)
-        cut = [
-            str(trial.number)
-            for trial in trials
-            if trial.state is TrialState.RUNNING and not is_paused(trial)
-        ]
+        running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+        cut = [str(trial.number) for trial in running if not is_paused(trial)]
         before = self.search.space.tune.trials
+        # A sweep is complete when as many trials have ended, so this one is now.
         self._set_trials(max(1, ended))
         rest = f"; cut, with their checkpoints kept: trials {', '.join(cut)}" if cut else ""
         self._answer(
@@ -168,8 +168,10 @@ class Steering(Callback, Stopper):
         if order is None:
             self._answer(each.id, "refused", each.problem)
             return
+        # Before any objection: what a driver that died has done must not be refused now.
         if self._is_done(each, order):
             return
+        # While a search ends its trials may still be stopped and paused, and nothing else.
         if self.ending is not None and self.ending != order and order.kind not in ("stop", "pause"):
             self._answer(
                 order.id,
@@ -178,7 +180,8 @@ class Steering(Callback, Stopper):
                 f"--set tune.trials=<more>",
             )
             return
-        begun = each.outcome is not None  # then nothing speaks against it that did not before
+        # An order that was begun was found good: what it has done itself may speak against it now.
+        begun = each.outcome is not None
         reason = objection(order, self.search.study, self.search.space, self.output)
         if reason is not None and not begun:
             self._answer(order.id, "refused", reason)
@@ -211,7 +214,7 @@ class Steering(Callback, Stopper):
             done = f"trial {trial.number} goes on {_at_step(trial)} when there is room"
         else:
             return False
-        if by.get("order") != order.id:
+        if by.get("order") != order.id:  # another order has done the same
             return False
         self.pauses.pop(trial.number, None)
         self._answer(order.id, "done", done)
@@ -224,8 +227,9 @@ class Steering(Callback, Stopper):
             self.stops.setdefault(order.trial, order)
             return
         self.search.stop_unheld(order.trial, orders.record(order))
+        # Not by the order, if the trial had come to its end: then it is refused with that reason.
         if not self._is_done(each, order):
-            self._carry_out(each)  # it had come to its end
+            self._carry_out(each)
 
     def _pause(self, each: Given, order: Order) -> None:
         """Pause a trial at its next report; at once where no worker has it."""
@@ -275,6 +279,7 @@ class Steering(Callback, Stopper):
 
     def _more_trials(self, each: Given, order: Order, count: int) -> int:
         """Return the number of trials with ``count`` more, as an earlier driver settled it where one did."""
+        # Written before it is done: whoever dies in between, the count is added once.
         if each.outcome is not None and each.outcome.trials is not None:
             return max(self.search.space.tune.trials, each.outcome.trials)
         trials = self.search.space.tune.trials + count

@@ -80,7 +80,7 @@ class Stop(Stopper):
     def may_write(self) -> bool:
         """Return whether the sweep is still this driver's."""
         if self.lease is not None:
-            self.lease.held()
+            self.lease.held()  # calls lose() where it has been taken
         return not self.taken
 
     def check_taken(self) -> None:
@@ -102,6 +102,7 @@ class Stop(Stopper):
 
         ``minutes``: time budget of this and all further such blocks.
         """
+        # Search and re-runs share one budget, from the first block on.
         if self._deadline is None and minutes is not None:
             self._deadline = time.monotonic() + 60 * minutes
         self._searching = True
@@ -125,6 +126,7 @@ class Stop(Stopper):
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        # Asked for during the search, Tune ends it; at any other time nobody would look.
         first = self.reason is None
         self.ask(SIGNALS[signal.Signals(number)], 128 + number)
         if not (first and self._searching):

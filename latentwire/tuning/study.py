@@ -92,6 +92,7 @@ def open_study(journal: Place, name: str, objectives: Mapping[str, str]) -> optu
         directions=[DIRECTIONS[mode] for mode in objectives.values()],
         load_if_exists=True,
     )
+    # Lists, as JSON gives them back, and in order: Optuna knows objectives by their places alone.
     pairs = [list(pair) for pair in objectives.items()]
     recorded = study.user_attrs.get(OBJECTIVES, pairs)
     if recorded != pairs:
@@ -159,13 +160,9 @@ def own_trials(
     """Return the study's trials without those of a warm start and failed ones that were retried."""
     trials = study.get_trials(deepcopy=False)
     retried = {trial.user_attrs[RETRIES] for trial in trials if RETRIES in trial.user_attrs}
-    return [
-        trial
-        for trial in trials
-        if WARM not in trial.user_attrs
-        and trial.number not in retried
-        and (states is None or trial.state in states)
-    ]
+    drawn_here = [trial for trial in trials if WARM not in trial.user_attrs]
+    latest = [trial for trial in drawn_here if trial.number not in retried]
+    return [trial for trial in latest if states is None or trial.state in states]
 
 
 def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
@@ -180,6 +177,7 @@ def retry_failed(study: optuna.Study) -> dict[int, FrozenTrial]:
         attributes = {RETRIES: failed.number, DIRECTORY: directory_of(failed)}
         if record := clone_record(failed):
             attributes[CLONE] = record
+        # The number that Optuna gives the next trial.
         new[len(study.get_trials(deepcopy=False))] = failed
         study.enqueue_trial(dict(failed.params), user_attrs=attributes)
     return new
@@ -197,6 +195,7 @@ def stopped_by(trial: FrozenTrial) -> dict[str, Any]:
 
 def is_paused(trial: FrozenTrial) -> bool:
     """Return whether an order has taken a trial's resources until another one takes it up again."""
+    # In the study such a trial is still running.
     paused = trial.state is TrialState.RUNNING and trial.user_attrs.get(PAUSED, {}).get("on")
     return bool(paused)
 
@@ -264,12 +263,14 @@ def warm_start(
     belongs to all of its values.
     """
     trials = study.get_trials(deepcopy=False)
+    # Numbers of trials that an earlier driver of this sweep has copied.
     labels = {trial.user_attrs[WARM] for trial in trials if WARM in trial.user_attrs}
     for trial in earlier:
         label = str(trial.number)
         if label in labels or not trial.params or not set(trial.params) <= set(search):
             continue
         try:
+            # Under this space's distributions, which may be narrower or wider than they were.
             copied = create_trial(
                 state=trial.state,
                 values=trial.values,

@@ -53,6 +53,7 @@ class Earlier:
     """Stands for a trial of a driver that is gone, before a scheduler."""
 
     def __init__(self, number: int) -> None:
+        """Take the name of the study's trial ``number``."""
         self.trial_id, self.status = f"earlier-{number}", "TERMINATED"
 
 
@@ -60,7 +61,7 @@ class NothingRuns:
     """Stands for Tune's controller meanwhile."""
 
     def get_live_trials(self) -> list[Any]:
-        """None."""
+        """Return no trials: those of a driver that is gone do not run."""
         return []
 
 
@@ -71,6 +72,7 @@ def replay(scheduler: TrialScheduler, ended: Iterable[FrozenTrial]) -> None:
         stand_in: Any = Earlier(trial.number)
         scheduler.on_trial_add(controller, stand_in)
         for report in evaluations(trial):
+            # A live trial would have ended here; a scheduler is told nothing of one that it stopped.
             if scheduler.on_trial_result(controller, stand_in, report) == TrialScheduler.STOP:
                 break
 
@@ -78,12 +80,10 @@ def replay(scheduler: TrialScheduler, ended: Iterable[FrozenTrial]) -> None:
 def make_scheduler(config: TuneConfig, steps: int) -> TrialScheduler:
     """Build the scheduler that stops trials early, by training steps.
 
-    All are compared on the same development rows.
-
-    ``steps``: of the longest trial, since ASHA stops every trial that has done as many.
+    All are compared on the same development rows. ``steps``: of the longest trial, since ASHA stops every trial that has done as many.
     """
     compared: dict[str, Any] = {"time_attr": "step", "metric": config.metric, "mode": config.mode}
-    grace = min(config.grace_steps, steps)
+    grace = min(config.grace_steps, steps)  # ASHA refuses a first rung above its last
     if config.scheduler == "asha":
         return ASHAScheduler(
             max_t=steps, grace_period=grace, reduction_factor=config.reduction_factor, **compared
@@ -126,7 +126,7 @@ def run_sweep(
     steering = Steering(search, output) if takes_orders else None
     if steering is not None:
         steering.look(now=True)
-        config = search.space.tune
+        config = search.space.tune  # an order may have changed it
     ended = [trial for trial in own_trials(search.study) if trial.state.is_finished()]
     budget = CheckpointBudget(search)
     clear_debris(trial_dir)
@@ -139,24 +139,23 @@ def run_sweep(
     if steering is not None:
         steering.stop_if_all_is_paused()
         stop.check(complete=False)
-    variants = {
-        key: Variant(
-            load_datasets(own, space.run.data.in_memory),
-            own.train_rows,
-            own.shards["train"],
-            pins(own.shards, run) | ({} if receivers is None else {"receivers": dict(receivers)}),
+    receiver_pins = {} if receivers is None else {"receivers": dict(receivers)}
+    variants = {}
+    for key, variant_files in files.items():
+        variants[key] = Variant(
+            load_datasets(variant_files, space.run.data.in_memory),
+            variant_files.train_rows,
+            variant_files.shards["train"],
+            pins(variant_files.shards, run) | receiver_pins,
         )
-        for key, own in files.items()
-    }
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = (
-        "1"  # a trial may fail before it has any: the study is told
-    )
-    os.environ["RAY_AIR_NEW_OUTPUT"] = (
-        "0"  # Tune's newer output prints a table of its own whatever it is told
-    )
-    scored = {key: own for key, own in files.items() if own.is_scored}
-    trains = {key: own.shards["train"] for key, own in scored.items()}
-    steps = most_steps(space, max(own.train_rows for own in scored.values()), trains)
+    # A trial may fail before it has any metric: the study is told.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Tune's newer output prints a table of its own whatever it is told.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # A trial's steps are those of its last stage, which alone is scored.
+    scored = {key: each for key, each in files.items() if each.is_scored}
+    trains = {key: each.shards["train"] for key, each in scored.items()}
+    steps = most_steps(space, max(each.train_rows for each in scored.values()), trains)
     scheduler = make_scheduler(config, steps)
     replay(scheduler, ended)
     driver = tune.with_parameters(
@@ -195,10 +194,8 @@ def run_sweep(
         tuner.fit()
     if not stop.taken:
         keep_journal(output / JOURNAL)
-    stop.check(
-        complete=sum(trial.state.is_finished() for trial in own_trials(search.study))
-        >= search.space.tune.trials
-    )
+    ended_now = sum(trial.state.is_finished() for trial in own_trials(search.study))
+    stop.check(complete=ended_now >= search.space.tune.trials)
     if steering is not None:
         steering.finish()
     clear_debris(trial_dir)
