@@ -147,7 +147,7 @@ class StudySearch(Searcher):
             if self.protocol is not None:
                 studies.record_protocol(study, self.protocol)
             studies.enqueue(study, tune.start_with)
-            studies.warm_start(study, earlier, self.space.search)
+            studies.warm_start(study, earlier, self.space.search, tune.constraints)
             self._study = study
         return self._study
 

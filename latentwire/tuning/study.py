@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from latentwire.config import CategoricalDimension, Dimension, FloatDimension
 from latentwire.config.resolve import ConfigError, search_order
+from latentwire.config.space import Limit
 from latentwire.storage import Place, place
 from latentwire.tuning.journal import JOURNAL, keep_journal, own_journal, readable
 
@@ -255,12 +257,16 @@ def read_earlier(
 
 
 def warm_start(
-    study: optuna.Study, earlier: Sequence[FrozenTrial], search: Mapping[str, Dimension]
+    study: optuna.Study,
+    earlier: Sequence[FrozenTrial],
+    search: Mapping[str, Dimension],
+    limits: Mapping[str, Limit],
 ) -> int:
     """Add the ``earlier`` trials whose values lie in this space, each once.
 
     Returns how many there are now. Trials outside the space are left out, since a trial's score
-    belongs to all of its values.
+    belongs to all of its values. ``limits``: by metric; trials that did not report one of these are
+    left out too.
     """
     trials = study.get_trials(deepcopy=False)
     # Numbers of trials that an earlier driver of this sweep has copied.
@@ -268,6 +274,9 @@ def warm_start(
     for trial in earlier:
         label = str(trial.number)
         if label in labels or not trial.params or not set(trial.params) <= set(search):
+            continue
+        constraints = _constraints(trial, limits)
+        if constraints is None:
             continue
         try:
             # Under this space's distributions, which may be narrower or wider than they were.
@@ -277,6 +286,7 @@ def warm_start(
                 params=trial.params,
                 distributions={path: distribution(search[path]) for path in trial.params},
                 user_attrs={WARM: label},
+                constraints=constraints,
                 intermediate_values=trial.intermediate_values,
             )
         except ValueError:  # create_trial's word for a value outside its distribution
@@ -284,3 +294,14 @@ def warm_start(
         study.add_trial(copied)
         labels.add(label)
     return len(labels)
+
+
+def _constraints(trial: FrozenTrial, limits: Mapping[str, Limit]) -> dict[str, float] | None:
+    """Return how far a trial's last report is beyond each limit; ``None`` where it lacks a metric.
+
+    Samplers take a trial without constraints to be within every limit, or refuse it.
+    """
+    report = evaluations(trial)[-1] if evaluations(trial) else {}
+    # In Optuna's terms: at most 0 is within the limit.
+    beyond = {name: report.get(name, math.nan) - limit.max for name, limit in limits.items()}
+    return beyond if all(map(math.isfinite, beyond.values())) else None

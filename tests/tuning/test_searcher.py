@@ -430,6 +430,31 @@ def test_several_objectives_and_a_limit(tmp_path: Path) -> None:
     assert "finite dev_f1, wire_bytes needed" in search.study.trials[2].user_attrs[CAUSE]
 
 
+def test_an_earlier_sweeps_trials_are_held_to_this_ones_limits(tmp_path: Path) -> None:
+    """A sampler takes a trial without a constraint to be within every limit, or refuses it."""
+    earlier = search_over(tmp_path / "earlier")
+    for trial_id, size in (("a", 60.0), ("b", 140.0), ("c", None)):
+        earlier.suggest(trial_id)
+        sizes = {} if size is None else {"wire_bytes": size}
+        earlier.on_trial_complete(trial_id, report(3, 0.4) | sizes)
+    for name in ("tpe", "gp"):
+        options = {"n_startup_trials": 1}
+        warm = search_over(
+            tmp_path / name,
+            warm_start=str(tmp_path / "earlier"),
+            constraints={"wire_bytes": {"max": 100}},
+            sampler={"name": name, "options": options},
+        )
+        # The third has no size to hold to the limit, so nothing is learnt from it.
+        assert [trial.constraints for trial in warm.study.trials] == [
+            {"wire_bytes": -40},
+            {"wire_bytes": 40},
+        ]
+        warm.suggest("new")
+        warm.on_trial_complete("new", report(3, 0.5) | {"wire_bytes": 80.0})
+        assert warm.suggest("next") is not None
+
+
 def test_a_limit_on_what_is_not_reported_is_a_failure_with_its_cause(tmp_path: Path) -> None:
     search = search_over(tmp_path, constraints={"wire_bytes": {"max": 100}})
     run(search, [0.1, 0.2, 0.3])
