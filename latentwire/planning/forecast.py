@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentwire.config import LossConfig, RunConfig, SweepConfig
+from latentwire.config import ReceiverConfig, RunConfig, SweepConfig
 from latentwire.data import shards, teachers
 from latentwire.data.readers import is_reader
 from latentwire.losses.bundles import state_depths
@@ -306,6 +306,7 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
     """
     lines: dict[str, None] = {}  # variants share some of their files
     missing_bytes, rows = 0, sweep.longest.data.samples or None
+    counted: set[tuple[str | int, ...]] = set()
     for variant in sweep.variants:
         run, train = variant.run, variant.shards["train"]
         for path in variant.shards.values():
@@ -315,16 +316,27 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
             rows = train_manifest["rows"]
         if not teachers.needed(run.losses):
             continue
+        row_bytes = {receiver.name: _column_bytes(run, receiver) for receiver in run.receivers}
+        to_make = 0
         if train_manifest is None:  # the columns' names hang on the shards, so they have none yet
-            widths = [load_hf_config(r).get_text_config().hidden_size for r in run.receivers]
-            missing_bytes += (rows or 0) * sum(_column_bytes(run.losses, width) for width in widths)
-            lines[f"teachers' columns for {train.name}: to be made, {len(widths)} receivers"] = None
+            to_make = (rows or 0) * sum(row_bytes.values())
+            line = f"teachers' columns for {train.name}: to be made, {len(row_bytes)} receivers"
+            lines[line] = None
         else:
+            files = train_manifest["files"]
             for name, path in teachers.paths(run, train).items():
-                complete = all((path / file).exists() for file in train_manifest["files"])
-                lines[f"teacher {name} {path.name}: {_state(complete)}"] = None
+                missing = sum(not (path / file).exists() for file in files)
+                lines[f"teacher {name} {path.name}: {_state(not missing)}"] = None
+                # Files of shards are about alike in rows.
+                row_share = train_manifest["rows"] * missing / max(1, len(files))
+                to_make += math.ceil(row_share * row_bytes[name])
             for path in teachers.readers(run, train).values():
                 lines[f"text reader {path.name}: {_state(is_reader(path))}"] = None
+        # The same shards, and columns of the same size: stages that share them need them once.
+        columns = (variant.key, *row_bytes.values())
+        if columns not in counted:
+            missing_bytes += to_make
+        counted.add(columns)
     return list(lines), missing_bytes, rows
 
 
@@ -332,8 +344,9 @@ def _state(complete: bool) -> str:
     return "there" if complete else "to be made"
 
 
-def _column_bytes(losses: LossConfig, width: int) -> int:
+def _column_bytes(run: RunConfig, receiver: ReceiverConfig) -> int:
     """Return the bytes of one row's columns for one receiver, uncompressed."""
+    losses, width = run.losses, load_hf_config(receiver).get_text_config().hidden_size
     # Per token an id (int32) and a log-probability (fp16) for each of the top k, and one fp16 tail.
     words = losses.kd_top_k * 6 + 2 if teachers.compares_top_k(losses) else 0
     # The hidden states of every chosen depth, fp16.

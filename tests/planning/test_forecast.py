@@ -14,7 +14,7 @@ import pytest
 from latentwire.config import RunConfig, SweepConfig
 from latentwire.config.resolve import with_values
 from latentwire.config.space import CategoricalDimension, IntDimension
-from latentwire.data import calibrations
+from latentwire.data import calibrations, teachers
 from latentwire.data.positions import units_of
 from latentwire.data.shards import shard_path
 from latentwire.data.streams import packed_steps
@@ -104,6 +104,32 @@ def test_teachers_columns_count_as_disk(tmp_path: Path) -> None:
         - forecast(space(tmp_path), planned, tmp_path).disk_bytes
     )
     assert more == with_kd.run.data.samples * 2 * 4 * (32 * 6 + 2)
+
+
+def test_columns_to_be_made_for_shards_that_are_there_count_as_disk(tmp_path: Path) -> None:
+    def columns_bytes(**sections: dict) -> int:
+        losses = {"kd_weight": 1.0, "k": 4, "kd_top_k": 32}
+        with_kd = space(tmp_path, run={"losses": losses} | sections)
+        estimates = (
+            forecast(each, plan(each, {"CPU": 2}, ENOUGH), tmp_path)
+            for each in (with_kd, space(tmp_path, run=sections))
+        )
+        with_columns, without = (estimate.disk_bytes for estimate in estimates)
+        return with_columns - without
+
+    stages = {name: {"training": {"max_steps": 5}} for name in ("first", "second")}
+    row = 4 * (32 * 6 + 2)
+    assert columns_bytes(stages=stages) == 2 * 640 * row  # both stages read the same columns
+    run = space(tmp_path, run={"losses": {"kd_weight": 1.0}}).run
+    train, files = shard_path(run, "train"), ["0.parquet", "1.parquet"]
+    train.mkdir(parents=True)
+    (train / "manifest.json").write_text(json.dumps({"files": files, "rows": 100, "key": "k"}))
+    assert columns_bytes() == columns_bytes(stages=stages) == 2 * 100 * row
+    for number, path in enumerate(teachers.paths(run, train).values(), start=1):
+        path.mkdir()
+        for file in files[:number]:
+            (path / file).touch()
+    assert columns_bytes() == 50 * row  # of one receiver a file of two is missing
 
 
 def test_rows_that_are_not_counted_yet_are_not_guessed(tmp_path: Path) -> None:
