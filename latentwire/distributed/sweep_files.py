@@ -97,7 +97,7 @@ def prepare(space: SweepConfig | ResolvedSweep, gpus_per_worker: float) -> dict[
     files: dict[str, Files] = {}
     for variant in sweep.variants:
         train = variant.shards["train"]
-        columns = teachers.ensure_teachers(variant.run, train, gpus_per_worker)
+        columns = teachers.ensure_teachers(sweep.taught(variant), train, gpus_per_worker)
         # A later stage begins with the wire of the one before, and needs no calibration.
         for run in [] if variant.stage else calibration_runs(sweep.space, variant.run):
             ensure_calibrations(run, train, gpus_per_worker)

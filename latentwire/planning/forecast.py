@@ -306,9 +306,9 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
     """
     lines: dict[str, None] = {}  # variants share some of their files
     missing_bytes, rows = 0, sweep.longest.data.samples or None
-    counted: set[tuple[str | int, ...]] = set()
+    counted: set[str] = set()
     for variant in sweep.variants:
-        run, train = variant.run, variant.shards["train"]
+        run, train = sweep.taught(variant), variant.shards["train"]
         for path in variant.shards.values():
             lines[f"shards {path.name}: {_state(shards.complete(path))}"] = None
         train_manifest = shards.read_manifest(train) if shards.complete(train) else None
@@ -332,11 +332,10 @@ def _files(sweep: ResolvedSweep) -> tuple[list[str], int, int | None]:
                 to_make += math.ceil(row_share * row_bytes[name])
             for path in teachers.readers(run, train).values():
                 lines[f"text reader {path.name}: {_state(is_reader(path))}"] = None
-        # The same shards, and columns of the same size: stages that share them need them once.
-        columns = (variant.key, *row_bytes.values())
-        if columns not in counted:
+        # Stages that share their columns need them once.
+        if variant.key not in counted:
             missing_bytes += to_make
-        counted.add(columns)
+        counted.add(variant.key)
     return list(lines), missing_bytes, rows
 
 

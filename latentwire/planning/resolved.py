@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from latentwire.config import RunConfig, SweepConfig
+from latentwire.config.knobs import paths_with
 from latentwire.config.resolve import stages_of
+from latentwire.data import teachers
 from latentwire.data.shards import SPLITS, ShardSplit, shard_paths
 from latentwire.planning.variants import (
     data_variants,
@@ -87,6 +90,27 @@ class ResolvedSweep:
                 paths = shard_paths(stage.run, splits)
                 variants.append(DataVariant(stage.run, variant_key(stage.run), paths, number))
         return tuple(variants)
+
+    def taught(self, variant: DataVariant) -> RunConfig:
+        """Return a variant's run with the teachers' terms of all variants that share its columns.
+
+        Stages may weigh these terms differently, and read teachers at more or fewer tokens. Their
+        files have one key, so the columns must hold what the largest of them reads.
+        """
+        losses = [other.run.losses for other in self.variants if other.key == variant.key]
+        with_teachers = [each for each in losses if teachers.needed(each)]
+        if len(with_teachers) < 2 or not teachers.needed(variant.run.losses):
+            return variant.run
+        largest: dict[str, Any] = {}
+        for path in paths_with("teachers", "size"):
+            name = path.removeprefix("losses.")
+            largest[name] = max(getattr(each, name) for each in with_teachers)
+        # K is k times the largest factor of its schedule: it stands alone here.
+        largest["k"] = max(map(teachers.most_tokens, with_teachers))
+        schedules = variant.run.losses.schedules.items()
+        largest["schedules"] = {name: schedule for name, schedule in schedules if name != "k"}
+        shared = variant.run.losses.model_copy(update=largest)
+        return variant.run.model_copy(update={"losses": shared})
 
 
 def resolve(space: SweepConfig | ResolvedSweep) -> ResolvedSweep:
