@@ -138,9 +138,13 @@ _TYPES = {
     "int": pa.int64(),
     "list[str]": pa.list_(pa.string()),
 }
-# A field's type is the text of its annotation, and every column of Arrow may hold nulls.
-_COLUMNS = [
-    (field.name, _TYPES[str(field.type).removesuffix(" | None")])
-    for field in dataclasses.fields(Prediction)
-]
+
+
+def _type_of(field: dataclasses.Field[Any]) -> pa.DataType:
+    """Return a field's type in Arrow, where every column may hold nulls."""
+    # The type is the text of the annotation, since annotations are not evaluated.
+    return _TYPES[str(field.type).removesuffix(" | None")]
+
+
+_COLUMNS = [(field.name, _type_of(field)) for field in dataclasses.fields(Prediction)]
 _SCHEMA = pa.schema([*_COLUMNS, ("place", pa.list_(pa.int64()))])

@@ -225,9 +225,8 @@ def read_columns(
             right[index] = not bool(wrong_N[row_N == number].any())
             of_row_M = row_M == number
             # [first k, entries] of the row, flat: its count says how to cut it again.
-            outputs[index] = {
-                name: tensor[of_row_M].flatten().numpy() for name, tensor in tensors.items()
-            }
+            flat = {name: tensor[of_row_M].flatten() for name, tensor in tensors.items()}
+            outputs[index] = {name: tensor.numpy() for name, tensor in flat.items()}
     types = {
         "ids": pa.int32(),
         "log_p": pa.float16(),

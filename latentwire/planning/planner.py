@@ -94,11 +94,10 @@ class Plan:
         return self.sharing.gpus_per_worker if self.sharing else self.gpus_per_worker
 
     def __str__(self) -> str:
-        lines = [
-            f"receiver {r.name}: {r.parameters / 1e6:,.1f} M parameters, {r.bytes_weights / 1e9:.2f} GB frozen, "
-            f"about {r.bytes_step / 1e9:.2f} GB for a step"
-            for r in self.receivers
-        ]
+        lines = []
+        for r in self.receivers:
+            size = f"{r.parameters / 1e6:,.1f} M parameters, {r.bytes_weights / 1e9:.2f} GB frozen"
+            lines.append(f"receiver {r.name}: {size}, about {r.bytes_step / 1e9:.2f} GB for a step")
         lines.append(
             f"one trial: {self.trainable_parameters / 1e6:.2f} M trainable parameters at most, "
             f"{self.num_workers} worker(s) of {self.cpus_per_worker:g} CPU, "
@@ -129,9 +128,8 @@ def plan(
     weights are not whole, or whose tokenizers cannot build a prompt.
     """
     sweep = resolve(space)
-    plans = [
-        _plan(sweep.space, run, resources, memory_bytes, files) for run in sweep.largest_stages
-    ]
+    cluster = resources, memory_bytes, files
+    plans = [_plan(sweep.space, run, *cluster) for run in sweep.largest_stages]
     # A stage that cannot share comes before any that can; among alike the largest counts.
     largest = max(plans, key=lambda each: (each.sharing is None, each.bytes_with_replicas))
     if largest.sharing is None and any(each.sharing is not None for each in plans):

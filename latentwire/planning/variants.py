@@ -203,10 +203,7 @@ def _largest(space: SweepConfig) -> dict[str, Any]:
             values[path] = costliest(dim.low, dim.high)
             continue
         # Choices have a largest where all are numbers; True and False are integers in Python.
-        are_numbers = [
-            isinstance(each, int | float) and not isinstance(each, bool) for each in dim.choices
-        ]
-        if all(are_numbers):
+        if all(type(each) in (int, float) for each in dim.choices):
             values[path] = costliest(dim.choices)
     return values
 
