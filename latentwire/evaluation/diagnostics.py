@@ -43,9 +43,10 @@ def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
     counts = Counter(tokens)
     rows = [row for row, token in enumerate(tokens) if counts[token] >= LEAST]
     classes = sorted({tokens[row] for row in rows})
-    if len(classes) > 1:
+    probed = [contexts[row] for row in rows]
+    if len(classes) > 1 and _can_be_probed(probed):
         label_N = torch.tensor([classes.index(tokens[row]) for row in rows])
-        accuracy, majority = probe(x_NZ[rows], label_N, [contexts[row] for row in rows])
+        accuracy, majority = probe(x_NZ[rows], label_N, probed)
         measures |= {"probe_answer": accuracy, "probe_majority": majority}
     # Words whose share of the contexts is nearest to a half: their presence is hardest to guess.
     words_of = [set(context.split()) for context in contexts]
@@ -55,7 +56,7 @@ def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
         contexts_with, key=lambda word: (abs(contexts_with[word] / total - 0.5), word)
     )
     scores = []
-    for word in by_balance[:WORDS]:
+    for word in by_balance[:WORDS] if _can_be_probed(contexts) else ():
         if LEAST <= contexts_with[word] <= total - LEAST:
             label_N = torch.tensor([int(word in words) for words in words_of])
             scores.append(probe(x_NZ, label_N, contexts))
@@ -85,11 +86,7 @@ def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, contexts: list[str]) -> tup
     It is fitted to half of the contexts and tested on the other half. Rows of one context stay
     together: their messages are the same. Shapes: N rows, latent width Z.
     """
-    order = list(dict.fromkeys(contexts))
-    random.Random(0).shuffle(order)
-    half = set(order[: len(order) // 2])
-    fit = [row for row, context in enumerate(contexts) if context in half]
-    test = [row for row, context in enumerate(contexts) if context not in half]
+    fit, test = _parted(contexts)
     # A: the features with unit variance, and a column of ones for the bias.
     centre_Z, scale_Z = x_NZ[fit].mean(0), x_NZ[fit].std(0).clamp(min=1e-9)
     ones_N1 = torch.ones(len(x_NZ), 1, dtype=x_NZ.dtype)
@@ -101,6 +98,22 @@ def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, contexts: list[str]) -> tup
     right = (a_NZ[test] @ weight_ZC).argmax(1) == label_N[test]
     majority = label_N[fit].bincount().argmax()
     return float(right.double().mean()), float((label_N[test] == majority).double().mean())
+
+
+def _parted(contexts: list[str]) -> tuple[list[int], list[int]]:
+    """Return the rows that a probe is fitted to and those that it is tested on."""
+    order = list(dict.fromkeys(contexts))
+    random.Random(0).shuffle(order)
+    half = set(order[: len(order) // 2])
+    fit = [row for row, context in enumerate(contexts) if context in half]
+    test = [row for row, context in enumerate(contexts) if context not in half]
+    return fit, test
+
+
+def _can_be_probed(contexts: list[str]) -> bool:
+    """Return whether a probe has rows to be fitted to: one row alone has no variance."""
+    fit, _ = _parted(contexts)
+    return len(fit) > 1
 
 
 def _cosine(x_NZ: torch.Tensor, contexts: list[str]) -> float:
