@@ -19,7 +19,13 @@ from latentwire.config import (
     SweepConfig,
 )
 from latentwire.config.overrides import typed
-from latentwire.config.resolve import ConfigError, knobs, load_space, with_values
+from latentwire.config.resolve import (
+    ConfigError,
+    knobs,
+    load_space,
+    with_overrides,
+    with_values,
+)
 from tests.conftest import flags_of
 
 
@@ -318,3 +324,9 @@ def test_knobs_of_optional_sections_can_be_set_and_searched(tmp_path: Path) -> N
         ConfigError, match=r"hidden must be ≥ 1, got 0 .*search\.features\.deep_prefix\.hidden\.low"
     ):
         load_space(tmp_path / "s.yaml")
+
+
+def test_a_bundle_laid_over_a_sweep_is_not_outvoted_by_the_one_before_it() -> None:
+    sweep = SweepConfig(run=RunConfig(losses=LossConfig(bundle="distil", k=3)))
+    losses = with_overrides(sweep, {"run.losses.bundle": "answer", "tune.trials": 2}).run.losses
+    assert losses == LossConfig(bundle="answer", k=3)

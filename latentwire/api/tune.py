@@ -14,7 +14,13 @@ from latentwire.config import SweepConfig
 from latentwire.config.knobs import knob_of
 from latentwire.config.overrides import full_path
 from latentwire.config.places import at_home, with_home
-from latentwire.config.resolve import ConfigError, load_space, stages_of, with_values
+from latentwire.config.resolve import (
+    ConfigError,
+    load_space,
+    stages_of,
+    with_overrides,
+    with_values,
+)
 from latentwire.data import sources
 from latentwire.data.stages import placed, reports
 from latentwire.distributed import cluster, orphans, remote, replica_sets, sweep_files
@@ -125,7 +131,7 @@ def tune(
     if not isinstance(config, SweepConfig):
         config = load_space(config, values)
     elif values:
-        config = load_space(None, config.model_dump(mode="json", exclude_unset=True) | values)
+        config = with_overrides(config, values)
     space = with_home(config)
     check_draws(space)
     where = new_output(space, None if output is None else str(output))

@@ -56,6 +56,16 @@ def load_space(
     return space
 
 
+def with_overrides(space: SweepConfig, overrides: dict[str, Any]) -> SweepConfig:
+    """Return a configuration with values set by their paths, validated again; raises as :func:`load_space`."""
+    bundle = overrides.get("run.losses.bundle")
+    if bundle is not None:
+        # The weights of the bundle before it are written out, and would outvote this one.
+        run = with_values(space.run, {"losses.bundle": bundle}, "command line")
+        space = space.model_copy(update={"run": run})
+    return load_space(None, space.model_dump(mode="json", exclude_unset=True) | overrides)
+
+
 def validate(model: type[Section], tree: Any, where: str, given: Container[str] = ()) -> Any:
     """Return ``model.model_validate(tree)``, or raise :class:`ConfigError` with a line for each problem.
 
