@@ -108,12 +108,14 @@ def memory_and_storage() -> Iterator[Finding]:
     if not isinstance(outputs, Path):
         yield Finding("outputs", "ok", f"{outputs} (LATENTWIRE_HOME)")
         return
+    # A home that no run has made yet is made where its nearest parent lies.
+    there = next(folder for folder in (outputs, *outputs.absolute().parents) if folder.exists())
     yield _amount(
         f"disk of {outputs}",
-        shutil.disk_usage(outputs).free / 1e9,
+        shutil.disk_usage(there).free / 1e9,
         "set LATENTWIRE_HOME to a larger disk",
     )
-    writable = os.access(outputs, os.W_OK)
+    writable = os.access(there, os.W_OK)
     remedy = "" if writable else "set LATENTWIRE_HOME to a directory of yours"
     yield Finding("outputs", "ok" if writable else "missing", str(outputs), remedy)
 

@@ -62,3 +62,11 @@ def test_outputs_that_cannot_be_written_are_missing(
     monkeypatch.setenv("LATENTWIRE_HOME", str(tmp_path))
     monkeypatch.setattr("os.access", lambda *_: False)
     assert [finding.state for finding in doctor.memory_and_storage()][-1] == "missing"
+
+
+def test_a_home_that_is_not_there_yet_is_looked_at_by_its_parent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LATENTWIRE_HOME", str(tmp_path / "new" / "home"))
+    *_, outputs = doctor.memory_and_storage()
+    assert (outputs.state, outputs.value) == ("ok", str(tmp_path / "new" / "home"))
