@@ -176,6 +176,22 @@ def test_models_directories_are_absolute_for_workers_that_run_elsewhere(
     assert found.tune.start_with == ({"encoder.model": str(tmp_path / "mini")},)
 
 
+def test_searched_inputs_are_absolute_wherever_the_space_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wires = {"type": "categorical", "choices": ["one/best", "s3://bucket/two"]}
+    steps = {"type": "int", "low": 1, "high": 2, "when": {"training.init_from": "one/best"}}
+    tree = {
+        "search": {"training.init_from": wires, "training.warmup_steps": steps},
+        "tune": {"start_with": [{"training.init_from": "one/best"}]},
+    }
+    space, here = with_home(SweepConfig.model_validate(tree)), str(tmp_path / "one/best")
+    assert space.search["training.init_from"].choices == (here, "s3://bucket/two")
+    assert space.search["training.warmup_steps"].when == {"training.init_from": (here,)}
+    assert space.tune.start_with == ({"training.init_from": here},)
+
+
 def test_what_another_process_has_just_deleted_is_nothing_to_delete(root: Place) -> None:
     path = root / "step-00000001"
     assert step_checkpoints.metrics_of(path) == {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from latentwire.addresses import expanded
 from latentwire.config import SweepConfig
+from latentwire.config.knobs import knob_of
 from latentwire.config.wire import LENT
 from latentwire.storage import Place, place
 
@@ -45,7 +47,7 @@ def with_home(space: SweepConfig) -> SweepConfig:
     """Return the space with every local path made absolute: Ray's workers run in directories of their own.
 
     Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, ``init_from``, ``warm_start``,
-    models' directories) are :func:`sought`.
+    models' directories) are :func:`sought`, those that a search chooses from too.
     """
     tree = space.model_dump(mode="json")
     tree["run"]["data"]["shard_dir"] = at_home(space.run.data.shard_dir)
@@ -56,22 +58,15 @@ def with_home(space: SweepConfig) -> SweepConfig:
         tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
     senders = space.run.encoder.senders
     tree["run"]["encoder"]["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in senders]
-    if (searched := tree["search"].get("encoder.model")) is not None:
-        searched["choices"] = [_absolute(choice) for choice in searched["choices"]]
-        for named in (
-            *(dim["when"] for dim in tree["search"].values()),
-            *tree["tune"]["start_with"],
-        ):
-            if (value := named.get("encoder.model")) is not None:
-                named["encoder.model"] = (
-                    [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
-                )
+    for path in tree["search"]:
+        if knob_of(path) in INPUTS:
+            _seek_choices(tree, path, INPUTS[knob_of(path)])
     if space.run.data.data_dir is not None:
-        tree["run"]["data"]["data_dir"] = str(sought(space.run.data.data_dir).absolute())
+        tree["run"]["data"]["data_dir"] = _found(space.run.data.data_dir)
     if space.run.training.init_from is not None:
-        tree["run"]["training"]["init_from"] = str(sought(space.run.training.init_from).absolute())
+        tree["run"]["training"]["init_from"] = _found(space.run.training.init_from)
     if space.tune.warm_start is not None:
-        tree["tune"]["warm_start"] = str(sought(space.tune.warm_start).absolute())
+        tree["tune"]["warm_start"] = _found(space.tune.warm_start)
     for receiver in tree["run"]["receivers"]:
         receiver["model"] = _absolute(receiver["model"])
     return SweepConfig.model_validate(tree)
@@ -81,11 +76,30 @@ def _seek_inputs(changed: dict[str, Any]) -> None:
     """Make the inputs that a stage names absolute, in place."""
     data, encoder = changed["data"], changed["encoder"]
     if data.get("data_dir") is not None:
-        data["data_dir"] = str(sought(data["data_dir"]).absolute())
+        data["data_dir"] = _found(data["data_dir"])
     if "model" in encoder:
         encoder["model"] = _absolute(encoder["model"])
     if "senders" in encoder:
         encoder["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in encoder["senders"]]
+
+
+def _seek_choices(tree: dict[str, Any], path: str, absolute: Callable[[Any], Any]) -> None:
+    """Make the choices of a searched input absolute, in place, wherever the space names them."""
+    dimension = tree["search"][path]
+    if "choices" in dimension:
+        dimension["choices"] = [absolute(choice) for choice in dimension["choices"]]
+    # Conditions name several choices, starting points one.
+    for dim in tree["search"].values():
+        if path in dim["when"]:
+            dim["when"][path] = [absolute(choice) for choice in dim["when"][path]]
+    for point in tree["tune"]["start_with"]:
+        if path in point:
+            point[path] = absolute(point[path])
+
+
+def _found(address: Any) -> Any:
+    """Return an input's absolute address, as :func:`sought` finds it; what is no text as it is."""
+    return str(sought(address).absolute()) if isinstance(address, str) else address
 
 
 def _absolute(model: Any) -> Any:
@@ -95,3 +109,11 @@ def _absolute(model: Any) -> Any:
             if isinstance(base, Path) and (base / expanded(model)).is_dir():
                 return str(base.absolute() / expanded(model))
     return model
+
+
+INPUTS: dict[str, Callable[[Any], Any]] = {
+    "data.data_dir": _found,
+    "encoder.model": _absolute,
+    "training.init_from": _found,
+}
+"""Knobs that name inputs and can be searched, each with what makes a choice of it absolute."""
