@@ -330,3 +330,15 @@ def test_a_bundle_laid_over_a_sweep_is_not_outvoted_by_the_one_before_it() -> No
     sweep = SweepConfig(run=RunConfig(losses=LossConfig(bundle="distil", k=3)))
     losses = with_overrides(sweep, {"run.losses.bundle": "answer", "tune.trials": 2}).run.losses
     assert losses == LossConfig(bundle="answer", k=3)
+
+
+def test_a_starting_point_of_a_whole_number_is_whole(tmp_path: Path) -> None:
+    search = "search: {encoder.layers: {type: int, low: 1, high: 3}}\n"
+    file = write(tmp_path, f"{search}tune: {{start_with: [{{encoder.layers: 1.5}}]}}")
+    message = (
+        r"a starting point must be a whole number, got 1\.5 .*start_with\[0\]\.encoder\.layers"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_space(file)
+    whole = write(tmp_path, f"{search}tune: {{start_with: [{{encoder.layers: 2.0}}]}}")
+    assert load_space(whole).tune.start_with

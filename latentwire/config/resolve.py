@@ -19,6 +19,7 @@ from latentwire.config import (
     CategoricalDimension,
     Dimension,
     FloatDimension,
+    IntDimension,
     LossConfig,
     RunConfig,
     Section,
@@ -324,6 +325,8 @@ def check_point(dimension: Dimension, value: Any, at: str, what: str) -> None:
         raise ConfigError(
             f"{what} must be a number from {dimension.low} to {dimension.high}, got {value!r} ({at})"
         )
+    elif isinstance(dimension, IntDimension) and value != int(value):
+        raise ConfigError(f"{what} must be a whole number, got {value!r} ({at})")
 
 
 # ----------------------------------------------------------------------------------------------------------- messages
