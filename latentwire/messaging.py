@@ -208,7 +208,7 @@ class Messaging(WireBase):
         if len(messages) < SHARED_BY * len(set(messages)):
             return None
         batch = collate(prompts, messages=list(messages))
-        longest = max_new_tokens or self.run.evaluation.max_answer_tokens
+        longest = self.run.evaluation.answer_limit(max_new_tokens)
         parts = self.parted(receiver, batch, further=longest)
         if parts is None:
             return None
@@ -323,7 +323,7 @@ class Messaging(WireBase):
         if lm.device.type == "cuda":  # earlier work on the device is none of this prompt's cost
             torch.cuda.synchronize(lm.device)
         began = time.perf_counter()
-        longest = max_new_tokens or self.run.evaluation.max_answer_tokens
+        longest = self.run.evaluation.answer_limit(max_new_tokens)
         numbers = None if messages is None else list(messages)
         batch = collate(prompts, side="left", messages=numbers).to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:

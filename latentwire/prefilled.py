@@ -123,7 +123,7 @@ class Prefilled:
         check_decoding(max_new_tokens, sampling)
         lm, builder = self.wire.local_receiver(self.receiver), self.wire.builders[self.receiver]
         rest = self._rest(prompts, messages, "left").to(lm.device)
-        longest = max_new_tokens or self.wire.run.evaluation.max_answer_tokens
+        longest = self.wire.run.evaluation.answer_limit(max_new_tokens)
         with self.wire.reading_on(self.receiver, rest, self.message) as soft_ND:
             decoded = lm.generate(
                 rest, builder.stop_ids, longest, soft_ND, self.past, sampling, watch

@@ -230,3 +230,7 @@ class EvaluationConfig(Section):
     tuned_text: TunedTextConfig | None = None
     """Train text readers for the comparison with text. ``None``: the text is read by the receivers as they are, and no
     score is a share of the text's."""
+
+    def answer_limit(self, asked: int | None) -> int:
+        """Return the longest answer in tokens: what a caller asks for, else ``max_answer_tokens``."""
+        return asked or self.max_answer_tokens
