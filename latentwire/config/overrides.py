@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from latentwire.config import ReceiverConfig, RunConfig, TuneConfig
 from latentwire.config.knobs import knob_of
@@ -65,8 +67,14 @@ def _annotation(path: str) -> Any:
     if receivers == "receivers" and len(place) == 2 and place[0].isdigit():
         field = ReceiverConfig.model_fields.get(place[1])
     else:
-        field = {**dict(knobs()), **dict(knobs(TuneConfig, "tune."))}.get(path)
+        field = _fields().get(path)
     return None if field is None else field.annotation
+
+
+@functools.cache
+def _fields() -> dict[str, FieldInfo]:
+    """Return every knob of a run and of a search by its path."""
+    return {**dict(knobs()), **dict(knobs(TuneConfig, "tune."))}
 
 
 def _types(annotation: Any) -> set[Any]:
