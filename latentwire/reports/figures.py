@@ -121,8 +121,7 @@ def curves(reported: Sequence[Curve], metric: str) -> go.Figure | str:
         return "No trial has reported yet."
     figure = go.Figure()
     for number, points in reported[:CURVES]:
-        steps, values = zip(*points, strict=True)
-        figure.add_scatter(x=steps, y=values, mode="lines+markers", name=f"trial {number}")
+        _add_curve(figure, points, f"trial {number}")
     return figure.update_layout(xaxis_title="step", yaxis_title=metric)
 
 
@@ -134,12 +133,8 @@ def stage_figures(stages: Sequence[Mapping[str, Any]]) -> list[Figure]:
         for metric in ("dev_f1", "dev_loss"):
             reports = [report for report in stage["evaluations"] if metric in report]
             if reports:
-                figure.add_scatter(
-                    x=[report["step"] for report in reports],
-                    y=[report[metric] for report in reports],
-                    mode="lines+markers",
-                    name=metric,
-                )
+                points = [(report["step"], report[metric]) for report in reports]
+                _add_curve(figure, points, metric)
         about = (
             f"Stage {stage['name']} of the winner on its development rows; its {stage['keep']} checkpoint, of step "
             f"{stage['step']:,}, is what the next stage began with."
@@ -147,6 +142,12 @@ def stage_figures(stages: Sequence[Mapping[str, Any]]) -> list[Figure]:
         axes = figure.update_layout(xaxis_title="step")
         figures.append((f"Learning curves: stage {stage['name']}", about, axes))
     return figures
+
+
+def _add_curve(figure: go.Figure, points: Sequence[tuple[int, float]], name: str) -> None:
+    """Add a learning curve, of one point or more, to a picture."""
+    steps, values = zip(*points, strict=True)
+    figure.add_scatter(x=steps, y=values, mode="lines+markers", name=name)
 
 
 def _best(trial: FrozenTrial, metric: str, pick: Any) -> dict[str, Any] | None:
