@@ -12,6 +12,7 @@ from latentwire.dataset import DATASETS, Dataset
 if TYPE_CHECKING:
     DatasetName = str
 else:
+    # Made of what is registered, so that pydantic names the choices; mypy cannot read it.
     DatasetName = Literal[tuple(DATASETS)]
 
 
@@ -91,11 +92,11 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _files_where_they_are_read(self) -> DataConfig:
         given = {"data_dir": self.data_dir, "config": self.config}
+        # A generator reads no files, whichever of these names them.
         named = [f"{knob} {value}" for knob, value in given.items() if value is not None]
         if self.source.generate is not None and named:
-            others = ", ".join(
-                name for name, dataset in DATASETS.items() if dataset.generate is None
-            )
+            read = [name for name, dataset in DATASETS.items() if dataset.generate is None]
+            others = ", ".join(read)
             raise ValueError(
                 f"dataset {self.dataset} is generated and reads no files, got {named[0]}; name the dataset that they hold, "
                 f"one of {others}"

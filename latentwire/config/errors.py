@@ -20,13 +20,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     options = list(known)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if not close:
-        leaves = {option.split(".")[-1]: option for option in options}
-        close = [
-            leaves[leaf]
-            for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)
-        ]
-    return (
-        f"; did you mean {close[0]}?"
-        if close
-        else f"; known here: {', '.join(sorted(options)[:16])}"
-    )
+        # Where several paths end alike, the last of them is named.
+        by_leaf = {option.split(".")[-1]: option for option in options}
+        leaves = difflib.get_close_matches(name.split(".")[-1], by_leaf, n=1, cutoff=0.6)
+        close = [by_leaf[leaf] for leaf in leaves]
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known here: {', '.join(sorted(options)[:16])}"

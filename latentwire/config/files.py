@@ -67,7 +67,7 @@ def _located(source: str | Path) -> Place:
 
 
 def _with_bases(file: Place, chain: tuple[str, ...]) -> dict[str, Any]:
-    """``chain``: the files whose ``extends`` led here."""
+    """Return a file laid over its bases. ``chain``: the files whose ``extends`` led here."""
     address = str(file.resolve() if isinstance(file, Path) else file)
     if address in chain:
         circle = " → ".join([*chain[chain.index(address) :], address])
@@ -78,10 +78,12 @@ def _with_bases(file: Place, chain: tuple[str, ...]) -> dict[str, Any]:
     if "extends" not in tree:
         return tree
     names = tree.pop("extends")
+    # From the furthest to the nearest: each base over those before it, the file over all.
     merged: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:
         merged = _laid_over(merged, _with_bases(_base(name, file), (*chain, address)))
     merged = _laid_over(merged, tree)
+    # null takes a dimension out, but only once all that it could take out is there.
     if isinstance(merged.get("search"), dict):
         merged["search"] = {path: dim for path, dim in merged["search"].items() if dim is not None}
     return merged
@@ -93,12 +95,13 @@ def _base(name: Any, file: Place) -> Place:
             f"extends must be a name, a path or a list of them, got {name!r} ({file}: extends)"
         )
     if name.endswith(ENDINGS):
-        base, known = file.parent / name, [path.name for path in sorted(SHIPPED.glob("*.yaml"))]
+        base = file.parent / name
+        known = [path.name for path in sorted(SHIPPED.glob("*.yaml"))]
     else:
         base = SHIPPED / f"{name}.yaml"
-        known = sorted(
-            str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.yaml")
-        )
+        # Parts in folders too, which shipped_names leaves out: recipes/toy, receivers/smollm2.
+        shipped = (path.relative_to(SHIPPED) for path in SHIPPED.rglob("*.yaml"))
+        known = sorted(str(path.with_suffix("")) for path in shipped)
     if not base.is_file():
         raise ConfigError(
             f"extends must name a shipped configuration, or a file by its path from here, got {name} ({file}: extends)"
@@ -112,6 +115,7 @@ class OnceLoader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return a mapping as it is written."""
+        # PyYAML keeps the last of two equal keys, and only the nodes still have both.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         try:
             _once([(key.value, None) for key, _ in node.value])
@@ -130,15 +134,17 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return dict(pairs)
 
 
+def _yaml(text: str) -> Any:
+    """Return what a text of YAML holds; an empty one is an empty mapping."""
+    return yaml.load(text, OnceLoader) or {}
+
+
 def _parsed(file: Place) -> dict[str, Any]:
     is_json = file.name.endswith(".json")
     try:
         text = file.read_bytes().decode("utf-8")
-        tree = (
-            json.loads(text, object_pairs_hook=_once)
-            if is_json
-            else yaml.load(text, OnceLoader) or {}
-        )  # JSON's 3e-6 is a text to YAML
+        # JSON has a reader of its own, although YAML reads it: 3e-6 is a text to YAML.
+        tree = json.loads(text, object_pairs_hook=_once) if is_json else _yaml(text)
     except OSError as error:
         raise ConfigError(
             f"a configuration must be a shipped name or a file that exists, got {file}"
@@ -158,18 +164,18 @@ def _parsed(file: Place) -> dict[str, Any]:
 def _laid_over(under: Any, over: Any, path: tuple[str, ...] = ()) -> Any:
     """Return ``under`` with ``over``, which is nearer, laid over it, by the rules at the head of this file."""
     if path == RECEIVERS and isinstance(under, list) and isinstance(over, dict):
-        under = {
-            receiver["name"]: receiver
-            for receiver in under
-            if isinstance(receiver, dict) and "name" in receiver
-        }
+        # A list below, names above: its receivers are found by their names.
+        named = [one for one in under if isinstance(one, dict) and "name" in one]
+        under = {receiver["name"]: receiver for receiver in named}
+    # search.<path> is one key: the path's dots are part of it.
     is_dimension = path[:1] == ("search",) and len(path) == 2
     is_bundle = path == LOSSES and isinstance(over, dict) and "bundle" in over
     if is_dimension or is_bundle or not (isinstance(under, dict) and isinstance(over, dict)):
         return over
-    return under | {
-        key: _laid_over(under.get(key), value, (*path, key)) for key, value in over.items()
-    }
+    merged = dict(under)
+    for key, value in over.items():
+        merged[key] = _laid_over(under.get(key), value, (*path, key))
+    return merged
 
 
 def _listed(by_name: dict[str, Any], where: str) -> list[Any]:
@@ -180,8 +186,8 @@ def _listed(by_name: dict[str, Any], where: str) -> list[Any]:
                 f"a receiver must be a mapping of its knobs, got {knobs!r} ({where}: run.receivers.{name})"
             )
     shared = by_name.get(EACH) or {}
-    return [
-        {"name": name} | _laid_over(shared, knobs or {})
-        for name, knobs in by_name.items()
-        if name != EACH
-    ]
+    receivers = []
+    for name, knobs in by_name.items():
+        if name != EACH:
+            receivers.append({"name": name} | _laid_over(shared, knobs or {}))
+    return receivers

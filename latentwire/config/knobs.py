@@ -20,6 +20,7 @@ def knobs(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tupl
     """Yield every knob of a section and of those in it, by its path; receivers' and stages' are left out."""
     for name, field in model.model_fields.items():
         section = section_in(field.annotation)
+        # losses.schedules is a knob itself: its keys are the names of other knobs.
         if section is not None and name not in (*APART, "schedules"):
             yield from knobs(section, f"{prefix}{name}.")
         elif name not in APART:
@@ -34,21 +35,20 @@ def knob_of(path: str) -> str:
 
 def parted(path: str) -> tuple[str | None, str]:
     """Return the stage that a path below ``run`` belongs to, and the path in it; no stage: that of all."""
+    # stages.<name>.<path below run>
     words = path.split(".", 2)
-    return (words[1], words[2]) if words[0] == STAGES and len(words) > 2 else (None, path)
+    if words[0] == STAGES and len(words) > 2:
+        return words[1], words[2]
+    return None, path
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """Return the section that a field of this type holds, alone, optionally, or several times."""
-    options = typing.get_args(annotation) or (annotation,)
-    return next(
-        (
-            option
-            for option in options
-            if isinstance(option, type) and issubclass(option, BaseModel)
-        ),
-        None,
-    )
+    # Section | None, tuple[Section, ...] and dict[str, Section] have it among their arguments.
+    for option in typing.get_args(annotation) or (annotation,):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
 
 
 def properties(field: FieldInfo) -> Mapping[str, Any]:
@@ -79,6 +79,7 @@ def has_property(path: str, name: str, value: str | None = None) -> bool:
     section: type[BaseModel] | None = RunConfig
     field = None
     for part in knob_of(path).split("."):
+        # What is no field (an index, a name) is passed over: the knob above it stays.
         if section is not None and part in section.model_fields:
             field = section.model_fields[part]
             section = section_in(field.annotation)
@@ -89,4 +90,5 @@ def _has(field: FieldInfo, name: str, value: str | None) -> bool:
     given = properties(field).get(name)
     if value is None or given is None:
         return given is not None
+    # may_change holds several values, every other property one.
     return value in given if isinstance(given, tuple) else given == value

@@ -57,6 +57,7 @@ class Schedule(Section):
 
     def factor(self, step: int) -> float:
         """Return the factor at a step counted from the end of the alignment."""
+        # The way that is behind, 0 to 1; a cosine turns it into (1 − cos π·share) / 2.
         share = min(1.0, step / self.steps)
         if self.kind == "constant":
             return self.end
@@ -126,12 +127,9 @@ class LossConfig(Section):
     def asking(self) -> list[str]:
         """Weights, of those above 0, of the terms that read answers to questions; the others read texts alone."""
         texts = ("reconstruction_ce_weight", "continuation_ce_weight", "slot_kd_weight")
-        weights = [
-            name
-            for name in type(self).model_fields
-            if name.endswith("_weight") and name not in texts
-        ]
-        return [name for name in weights if getattr(self, name)]
+        weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        above_0 = [name for name in weights if getattr(self, name)]
+        return [name for name in above_0 if name not in texts]
 
     def factor(self, knob: str, step: int) -> float:
         """Return the factor on a knob's own value at a step counted from the end of the alignment; 1 without a schedule."""
@@ -146,14 +144,17 @@ class LossConfig(Section):
             return values
         if name not in LOSS_BUNDLES:
             raise ValueError(f"bundle must be one of {', '.join(LOSS_BUNDLES)}, got {name!r}")
+        # On the right, what was given wins, key by key; schedules are one key.
         return LOSS_BUNDLES[name] | values
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> LossConfig:
         weights = [name for name in type(self).model_fields if name.endswith("_weight")]
-        weights.remove("slot_kd_weight")  # it looks at what others make the receiver read
+        # It looks at what others make the receiver read, and cannot be all there is to learn.
+        weights.remove("slot_kd_weight")
         if not any(getattr(self, name) > 0 for name in weights):
             raise ValueError("at least one loss weight must be > 0, got all 0")
+        # Looked at are the ends alone: step 0, and the step at which the longest schedule ends.
         last = max((schedule.steps for schedule in self.schedules.values()), default=0)
         for when, end, step in (("first", "start", 0), ("last", "end", last)):
             if not any(getattr(self, name) * self.factor(name, step) > 0 for name in weights):

@@ -21,11 +21,8 @@ LEFT_OUT = ("null", "~", "")
 
 def override_run(run: RunConfig, assignments: list[str]) -> RunConfig:
     """Return ``run`` with ``PATH=VALUE`` assignments laid over it. Raises :class:`~latentwire.config.resolve.ConfigError`."""
-    return with_values(
-        run,
-        {path.removeprefix("run."): value for path, value in assigned(assignments).items()},
-        "--set",
-    )
+    values = {path.removeprefix("run."): value for path, value in assigned(assignments).items()}
+    return with_values(run, values, "--set")
 
 
 def assigned(assignments: Iterable[str]) -> dict[str, Any]:
@@ -53,16 +50,20 @@ def typed(path: str, text: str) -> Any:
     A text that may be left out is so by ``null``, ``~`` or nothing.
     """
     types = _types(_annotation(knob_of(path)))
+    # "007" and "yes" stay what they are where only a text is right.
     if str in types and types <= {str, NoneType}:
         return None if NoneType in types and text in LEFT_OUT else text
+    # YAML 1.1 takes 3e-4, which has no dot, for a text.
+    is_exponential = "e" in text.lower() and text[:1].isdigit()
     try:
-        return float(text) if "e" in text.lower() and text[:1].isdigit() else yaml.safe_load(text)
+        return float(text) if is_exponential else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text
 
 
 def _annotation(path: str) -> Any:
     """Return the type of the knob at a path, be it a receiver's or the search's own; ``None``: there is no such knob."""
+    # receivers.<index>.<knob>
     receivers, *place = path.split(".")
     if receivers == "receivers" and len(place) == 2 and place[0].isdigit():
         field = ReceiverConfig.model_fields.get(place[1])
@@ -82,6 +83,7 @@ def _types(annotation: Any) -> set[Any]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _types(arguments[0])
+    # Optional[X] has the first origin, X | None the second.
     if origin in (typing.Union, UnionType):
-        return {kind for option in arguments for kind in _types(option)}
+        return set().union(*map(_types, arguments))
     return {annotation}

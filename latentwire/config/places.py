@@ -21,7 +21,10 @@ def home() -> Place:
     """
     if chosen := os.environ.get("LATENTWIRE_HOME"):
         return place(chosen)
-    return Path.home() / "latentwire" if "_ray_pkg_" in str(Path.cwd()) else Path.cwd()
+    # Ray unpacks a job's working_dir into a folder of this name.
+    if "_ray_pkg_" in str(Path.cwd()):
+        return Path.home() / "latentwire"
+    return Path.cwd()
 
 
 def at_home(address: str) -> str:
@@ -49,6 +52,7 @@ def with_home(space: SweepConfig) -> SweepConfig:
     Outputs (``shard_dir``, ``storage_path``) go under :func:`home`; inputs (``data_dir``, ``init_from``, ``warm_start``,
     models' directories) are :func:`sought`, those that a search chooses from too.
     """
+    # Sections are frozen: the paths are changed in a plain tree, which is validated again.
     tree = space.model_dump(mode="json")
     tree["run"]["data"]["shard_dir"] = at_home(space.run.data.shard_dir)
     for changed in tree["run"]["stages"].values():
@@ -56,6 +60,7 @@ def with_home(space: SweepConfig) -> SweepConfig:
     tree["tune"]["storage_path"] = at_home(space.tune.storage_path)
     if space.run.encoder.model is not None:
         tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
+    # receiver:<name> names no path.
     senders = space.run.encoder.senders
     tree["run"]["encoder"]["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in senders]
     for path in tree["search"]:
@@ -105,6 +110,7 @@ def _found(address: Any) -> Any:
 def _absolute(model: Any) -> Any:
     """Return a model's directory as an absolute path, sought as other inputs are; any other name as it is."""
     if isinstance(model, str):
+        # A home in an object store holds no directory that transformers could load.
         for base in (Path.cwd(), home()):
             if isinstance(base, Path) and (base / expanded(model)).is_dir():
                 return str(base.absolute() / expanded(model))

@@ -7,6 +7,7 @@ there is one, the file and the path inside it.
 from __future__ import annotations
 
 import graphlib
+import itertools
 import typing
 from collections.abc import Container
 from dataclasses import dataclass
@@ -89,8 +90,10 @@ def with_values(run: RunConfig, values: dict[str, Any], where: str = "trial") ->
     A ``losses.bundle`` among them is outvoted by nothing but what was set beside the one before it:
     neither by that bundle, nor by defaults, which stand in a configuration that was written out whole.
     """
+    # Defaults stay unset: validators tell by that what was given.
     tree = run.model_dump(mode="json", exclude_unset=True)
     if "losses.bundle" in values:
+        # Kept is what differs from the bundle before it; the rest was that bundle's own.
         before = LossConfig(bundle=run.losses.bundle).model_dump(mode="json")
         losses = run.losses.model_dump(mode="json")
         tree["losses"] = {name: value for name, value in losses.items() if value != before[name]}
@@ -118,9 +121,11 @@ def stages_of(run: RunConfig, where: str = "run") -> tuple[Stage, ...]:
     """
     if not run.stages:
         return (Stage("", run, StageConfig()),)
+    # Without stages: validating a stage that had them would resolve them all again.
     shared = run.model_copy(update={"stages": {}})
     stages: list[Stage] = []
     for name, config in run.stages.items():
+        # The first stage begins with the run's own init_from, if it has one.
         begins = {"training.init_from": f"{STAGE}{stages[-1].name}"} if stages else {}
         resolved = with_values(shared, begins | config.values, f"{where}: stages.{name}")
         stages.append(Stage(name, resolved, config))
@@ -145,14 +150,14 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
             node = node[_index(node, key, path)]
             continue
         _check_section(node, path)
+        # Other sections are made as they are named, but no stage.
         if parents[:depth][-1:] == [STAGES] and key not in node:
             raise ConfigError(
                 f"a path must name a stage of the run, got {key} ({path}){nearest(key, node)}"
             )
         following = parents[depth + 1] if depth + 1 < len(parents) else leaf
-        if (
-            node.get(key) is None
-        ):  # absent, or a section that is switched off: naming a knob of it switches it on
+        # Absent, or a section that is switched off: naming a knob of it switches it on.
+        if node.get(key) is None:
             if key == "receivers" and following.isdigit():
                 node[key] = [receiver.model_dump(mode="json") for receiver in default_receivers()]
             else:
@@ -200,7 +205,10 @@ def check_search(space: SweepConfig, where: str) -> None:
                 f"search paths must name a stage of the run, got {stage} ({at}){nearest(stage, space.run.stages)}"
             )
         _check_searchable(knob, dimension, fields, at)
-        run = next((one.run for one in stages_of(space.run) if one.name == stage), space.run)
+        # A stage's knob is tried in the run as that stage has it.
+        run = space.run
+        if stage is not None:
+            run = next(one.run for one in stages_of(space.run) if one.name == stage)
         for end, value in _ends(dimension, at):
             _check_end(run, path, dimension, value, f"{at}.{end}")
     for number, point in enumerate(space.tune.start_with):
@@ -237,9 +245,9 @@ def _check_searchable(path: str, dimension: Dimension, fields: dict[str, Any], a
 def _plain_types(annotation: Any) -> list[Any]:
     """Return a knob's own type, or those of its union."""
     options = typing.get_args(annotation)
-    return (
-        [plain for option in options for plain in _plain_types(option)] if options else [annotation]
-    )
+    if not options:
+        return [annotation]
+    return list(itertools.chain.from_iterable(map(_plain_types, options)))
 
 
 def _ends(dimension: Dimension, at: str) -> list[tuple[str, Any]]:
@@ -267,6 +275,7 @@ def _check_end(run: RunConfig, path: str, dimension: Dimension, value: Any, at: 
     name, _, rest = knob.partition(".")
     section = getattr(run, name)
     tree = section.model_dump(mode="json")
+    # The dimension is drawn under its conditions alone: those in this section are laid under it.
     for other, choices in dimension.when.items():
         of_other, knob_of_other = parted(other)
         if knob_of_other.startswith(f"{name}.") and of_other in (None, stage):
@@ -299,11 +308,8 @@ def _check_conditions(search: dict[str, Dimension], where: str) -> None:
 def search_order(search: dict[str, Dimension], where: str = "search") -> list[str]:
     """Return the searched paths, each after those that its conditions name. Raises :class:`ConfigError` for a circle."""
     try:
-        return list(
-            graphlib.TopologicalSorter(
-                {path: list(dim.when) for path, dim in search.items()}
-            ).static_order()
-        )
+        conditions = {path: list(dim.when) for path, dim in search.items()}
+        return list(graphlib.TopologicalSorter(conditions).static_order())
     except graphlib.CycleError as error:
         circle = " → ".join(error.args[1])
         raise ConfigError(
@@ -321,6 +327,7 @@ def check_point(dimension: Dimension, value: Any, at: str, what: str) -> None:
             raise ConfigError(
                 f"{what} must be among {list(dimension.choices)}, got {value!r} ({at})"
             )
+    # A switch is an int to Python: True would pass for 1.
     elif isinstance(value, bool | str) or not dimension.low <= value <= dimension.high:
         raise ConfigError(
             f"{what} must be a number from {dimension.low} to {dimension.high}, got {value!r} ({at})"
@@ -333,12 +340,14 @@ def check_point(dimension: Dimension, value: Any, at: str, what: str) -> None:
 
 
 def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[str]) -> str:
+    # loc is the way to the value: ("run", "encoder", "latent_len").
     place = ".".join(str(part) for part in problem["loc"])
     where = "command line" if place in given else where
     at = f"{where}: {place}" if place else where
     leaf = str(problem["loc"][-1]) if problem["loc"] else model.__name__
     if problem["type"] == "extra_forbidden":
         siblings = _fields_at(model, [str(part) for part in problem["loc"][:-1]])
+        # At the root of a file, "extend" is most likely this key, which is no field.
         siblings += ["extends"] * (siblings == list(SweepConfig.model_fields))
         return f"unknown key {leaf} ({at}){nearest(leaf, siblings)}"
     return f"{_rule(leaf, problem)} ({at})"
@@ -346,6 +355,7 @@ def _explain(model: type[BaseModel], problem: Any, where: str, given: Container[
 
 def _rule(leaf: str, problem: Any) -> str:
     """Return what pydantic objects to as "latent_len must be ≥ 1, got 0"."""
+    # pydantic's type of an error → its sign, and the key of ctx that holds the bound.
     bounds = {
         "greater_than_equal": ("≥", "ge"),
         "greater_than": (">", "gt"),

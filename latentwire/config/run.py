@@ -56,11 +56,13 @@ class RunConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"receiver names must differ, got {', '.join(names)}")
         coarsening = self.training.coarsening_steps > 0
+        # Whether every message of the run, in every step, has as many slots.
         fixed = (
             self.encoder.tokens_per_latent is None
             and self.encoder.split == "none"
             and not coarsening
         )
+        # Senders are named first: the checks below read their names.
         self._name_senders(names)
         self._check_train_only(names)
         self._check_reader()
@@ -121,6 +123,7 @@ class RunConfig(Section):
                 f"d_z must be a multiple of deep_prefix.head_parts, got {self.encoder.d_z}, {prefix.head_parts}"
             )
         refiner = self.features.refiner
+        # Two numbers of a head are turned together by rotary positions: its width is even.
         if refiner is not None and self.encoder.d_z % (2 * refiner.heads):
             raise ValueError(
                 f"d_z must be a multiple of 2 × refiner.heads, got {self.encoder.d_z}, {refiner.heads}"
@@ -142,7 +145,8 @@ class RunConfig(Section):
                 f"set prefix: {{}}, or prompt.reads message"
             )
         training, losses = self.training, self.losses
-        texts = ("reconstruction_ce_weight", "continuation_ce_weight")
+        weights = ("reconstruction_ce_weight", "continuation_ce_weight", "slot_kd_weight")
+        # Path → its value, which is false or 0 where nothing is asked.
         of_wires = {
             "features": self.features != FeaturesConfig(),
             "training.alignment_steps": training.alignment_steps,
@@ -150,7 +154,7 @@ class RunConfig(Section):
             "training.tokens_per_latent": training.tokens_per_latent,
             "training.train_only": training.train_only,
             "training.log_gradient_norms": training.log_gradient_norms,
-            **{f"losses.{name}": getattr(losses, name) for name in (*texts, "slot_kd_weight")},
+            **{f"losses.{name}": getattr(losses, name) for name in weights},
         }
         if given := [path for path, value in of_wires.items() if value]:
             raise ValueError(
@@ -160,6 +164,7 @@ class RunConfig(Section):
     def _check_teacher(self) -> None:
         """Raise where a teacher is asked for that no columns can hold."""
         losses = self.losses
+        # Both read the teacher's own words, which only columns of its likeliest tokens keep.
         chosen = {"kd_teacher": losses.kd_teacher == "tuned", "kd_rows": losses.kd_rows == "right"}
         given = [f"losses.{name} {getattr(losses, name)}" for name, on in chosen.items() if on]
         if given and losses.kd_weight and not losses.kd_top_k:
@@ -181,6 +186,7 @@ class RunConfig(Section):
 
     def _check_keys_values(self, names: list[str]) -> None:
         encoder, adapter = self.encoder, self.adapter
+        # One of them without the other.
         if (encoder.pooling == "memory_kv") != (adapter.kind == "keys_values"):
             raise ValueError(
                 f"encoder.pooling memory_kv and adapter.kind keys_values go together, got {encoder.pooling} and "
@@ -193,11 +199,9 @@ class RunConfig(Section):
                 f"adapter.kind keys_values hands over keys and values of the layers of {encoder.lender}, which other receivers "
                 f"do not have, got {', '.join(others)}; leave them out, or choose encoder.pooling memory"
             )
-        adding = [
-            f"features.{name}"
-            for name in ("deep_prefix", "coprocessor")
-            if getattr(self.features, name) is not None
-        ]
+        of_slots = ("deep_prefix", "coprocessor")
+        named = [name for name in of_slots if getattr(self.features, name) is not None]
+        adding = [f"features.{name}" for name in named]
         if adapter.slot_positions:
             adding.append("adapter.slot_positions")
         if self.training.alignment_steps:
@@ -212,10 +216,9 @@ class RunConfig(Section):
         """Name the senders, where they are all receivers: a wire that others join keeps its own."""
         if self.encoder.kind == "senders" and not self.encoder.senders:
             senders = tuple(f"receiver:{name}" for name in names)
+            encoder = self.encoder.model_copy(update={"senders": senders})
             # The model is frozen once it is made.
-            object.__setattr__(
-                self, "encoder", self.encoder.model_copy(update={"senders": senders})
-            )
+            object.__setattr__(self, "encoder", encoder)
 
     def _check_heads(self, names: list[str]) -> None:
         """Raise where a wire into retrieval heads is asked for what only soft prompts have, or the reverse."""
@@ -223,10 +226,9 @@ class RunConfig(Section):
         prefix = self.prefix
         if prefix is not None and prefix.begin == "reader":
             tuned = self.evaluation.tuned_text
-            same = tuned is not None and (tuned.tokens, tuned.layers) == (
-                prefix.tokens,
-                prefix.layers,
-            )
+            shape = (prefix.tokens, prefix.layers)
+            # The reader's vectors are copied, so both have one shape.
+            same = tuned is not None and (tuned.tokens, tuned.layers) == shape
             if not same or self.is_reader:
                 raise ValueError(
                     f"prefix.begin reader takes a wire's prefix from its tuned text reader, got evaluation.tuned_text {tuned} "
@@ -267,6 +269,7 @@ class RunConfig(Section):
                     f"closed_form.weights must name receivers ({', '.join(names)}), got {', '.join(strange)}"
                 )
         training = self.training
+        # Path → whether it is asked for; none of them has anything to act on here.
         of_slots = {
             "adapter.slot_positions": adapter.slot_positions,
             "prefix.layers": prefix is not None and prefix.layers,

@@ -21,6 +21,7 @@ Address = Annotated[
     BeforeValidator(_as_text),
     AfterValidator(refuse_secrets),
     AfterValidator(expanded),
+    # Once more: what a variable stood for may hold credentials.
     AfterValidator(refuse_secrets),
 ]
 """A directory, or a URI without credentials: configurations are written into results and reports. ``~`` and ``$NAME`` are
@@ -32,6 +33,7 @@ Model = Annotated[str, BeforeValidator(_as_text), AfterValidator(expanded)]
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors; instances do not change after validation."""
 
+    # use_attribute_docstrings: the text below a field is its description on the page of knobs.
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
     )
@@ -79,6 +81,7 @@ def knob(
         "changes_receivers": changes_receivers,
         "calibrates": calibrates,
     }
+    # pydantic keeps json_schema_extra beside a field: knobs.properties reads it from there.
     return Field(
         *default,
         json_schema_extra={name: value for name, value in properties.items() if value},

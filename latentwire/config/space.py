@@ -33,10 +33,10 @@ class SearchedKnob(Section):
     def _one_or_several(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {
-            path: given if isinstance(given, list | tuple) else (given,)
-            for path, given in value.items()
-        }
+        conditions = {}
+        for path, given in value.items():
+            conditions[path] = given if isinstance(given, list | tuple) else (given,)
+        return conditions
 
 
 class FloatDimension(SearchedKnob):

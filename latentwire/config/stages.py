@@ -53,6 +53,7 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _leaves_alone_what_all_share(self) -> StageConfig:
+        # The dot ends a name: worker_resources.GPU is below it, worker_resources_x would not be.
         below = tuple(f"{path}." for path in SHARED)
         if taken := [path for path in self.values if f"{path}.".startswith(below)]:
             raise ValueError(
@@ -72,6 +73,7 @@ def _leaves(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     """Yield the dotted path and value of every leaf; an empty mapping below a section is one."""
     for name, child in tree.items():
         here = f"{path}.{name}" if path else name
+        # An empty section sets nothing; an empty mapping in a section is a value.
         if isinstance(child, dict) and (child or not path):
             yield from _leaves(child, here)
         else:

@@ -129,12 +129,14 @@ class TrainingConfig(Section):
     def _positions_take_the_place_of_rows(cls, given: Any) -> Any:
         """Leave the default of ``batch_size`` out where batches are filled by positions."""
         if isinstance(given, dict) and given.get("positions_per_batch") is not None:
+            # A batch_size that is given beside it stays, and is refused below.
             return {"batch_size": None} | given
         return given
 
     @model_validator(mode="after")
     def _one_measure_of_a_batch(self) -> TrainingConfig:
         rows, positions = self.batch_size, self.positions_per_batch
+        # Both, or neither.
         if (rows is None) == (positions is None):
             named = "none" if rows is None else f"{rows} and {positions}"
             raise ValueError(

@@ -238,6 +238,7 @@ class EncoderConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> EncoderConfig:
+        # Rotary positions turn pairs of a head's numbers, so that heads have an even width.
         if self.d_model % (2 * self.heads):
             raise ValueError(
                 f"d_model must be a multiple of 2 × heads, got d_model {self.d_model}, heads {self.heads}"
@@ -280,6 +281,7 @@ class EncoderConfig(Section):
             raise ValueError(
                 f"senders need kind senders, got {self.kind} and {', '.join(self.senders)}; choose that, or leave them out"
             )
+        # senders and depths say what model and model_layers say of other kinds.
         if self.kind == "senders" and (self.model, self.model_layers) != (None, None):
             raise ValueError(
                 f"kind senders takes its models from senders and their layers from depths, so model and model_layers must be "
@@ -289,13 +291,10 @@ class EncoderConfig(Section):
     def _check_codes(self) -> None:
         if self.pooling != "tokens":
             return
+        # A latent is the codes of `stride` tokens side by side, d_z / stride numbers each.
         stride = self.tokens_per_latent
-        if (
-            stride is None
-            or self.d_z % stride
-            or (self.split, self.private_len, self.projection, self.latent_dropout)
-            != ("none", 0, True, 0)
-        ):
+        others = (self.split, self.private_len, self.projection, self.latent_dropout)
+        if stride is None or self.d_z % stride or others != ("none", 0, True, 0):
             raise ValueError(
                 f"pooling tokens needs tokens_per_latent and d_z as its multiple, split none, private_len 0, projection true and "
                 f"latent_dropout 0, got {stride}, {self.d_z}, {self.split}, {self.private_len}, "
