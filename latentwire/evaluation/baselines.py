@@ -79,7 +79,9 @@ def kept_context(
     if len(context) <= budget:
         return context
     surprise_T = self_information(wire, receiver, context, question)
-    return [context[position] for position in sorted(surprise_T.topk(budget).indices.tolist())]
+    # topk orders by surprise; the text's own order is put back.
+    positions = sorted(surprise_T.topk(budget).indices.tolist())
+    return [context[position] for position in positions]
 
 
 def self_information(
@@ -87,6 +89,7 @@ def self_information(
 ) -> torch.Tensor:
     """Return −log p of each context token after the text prompt before it, in nats, ``[T]``."""
     prompt = wire.builders[receiver].text(context, question)
+    # The context's own tokens are the targets: ce_N is then −log p of each, in order.
     start = prompt.message.start
     batch = collate([dataclasses.replace(prompt, supervised=range(start, start + len(context)))])
     return wire.receivers[receiver].score_answers(batch).ce_N

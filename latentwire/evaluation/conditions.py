@@ -69,12 +69,14 @@ class Condition:
             return encoder.tokens_of(ids)
         if self.budget.knob == "tokens_per_latent":
             return encoder.tokens_of(ids, tokens_per_latent=self.budget.value)
+        # latent_len: every text has as many latents, however long it is.
         tokens = encoder.tokens_of(ids)
         return replace(tokens, latents_B=torch.full_like(tokens.latents_B, self.budget.value))
 
 
 def label(key: str) -> str:
     """Return a row's key in words."""
+    # A key is a mode, then " at <budget>" and " as <width>" where there are any.
     mode, _, rest = key.removesuffix(TUNED).partition(" ")
     tuned = ", tuned" if key.endswith(TUNED) else ""
     return f"{MODE_NAMES[cast(Mode, mode)]} {rest}".strip() + tuned
@@ -140,6 +142,7 @@ def conditions(
     ]
     chosen = [mode for mode in MODES if mode in modes]
     rows = [Condition("text")] if "text" in chosen else []
+    # None is the wire's own length.
     for budget in budgets or [None]:
         for mode in chosen:
             if mode in BUDGET_MODES:

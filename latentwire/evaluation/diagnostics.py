@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -49,14 +50,17 @@ def diagnose(wire: LatentWire, table: pa.Table) -> dict[str, float]:
         accuracy, majority = probe(x_NZ[rows], label_N, probed)
         measures |= {"probe_answer": accuracy, "probe_majority": majority}
     # Words whose share of the contexts is nearest to a half: their presence is hardest to guess.
+    # A word counts once a row, however often it stands in it.
     words_of = [set(context.split()) for context in contexts]
-    contexts_with = Counter(word for words in words_of for word in words)
+    contexts_with = Counter(itertools.chain.from_iterable(words_of))
     total = len(contexts)
     by_balance = sorted(
         contexts_with, key=lambda word: (abs(contexts_with[word] / total - 0.5), word)
     )
     scores = []
-    for word in by_balance[:WORDS] if _can_be_probed(contexts) else ():
+    probed_words = by_balance[:WORDS] if _can_be_probed(contexts) else []
+    for word in probed_words:
+        # Enough rows with the word, and enough without.
         if LEAST <= contexts_with[word] <= total - LEAST:
             label_N = torch.tensor([int(word in words) for words in words_of])
             scores.append(probe(x_NZ, label_N, contexts))
@@ -74,9 +78,11 @@ def _mean_latents(wire: LatentWire, table: pa.Table, receiver: str) -> torch.Ten
     for start in range(0, table.num_rows, size):
         rows = table.slice(start, size).select(["context", "question"]).to_pydict()
         ids = encoder.token_ids(sender_texts(wire.run.data.send, rows))
+        # Messages of a batch are padded to L latents: the mean is over those that are kept.
         z_BLZ, keep_BL = wire.interlingua.encode(encoder.tokens_of(ids)).read_by(receiver)
         mean_BZ = (z_BLZ * keep_BL[..., None]).sum(1) / keep_BL.sum(1, keepdim=True)
         means.append(mean_BZ.float().cpu())
+    # The probes' systems are solved in fp64.
     return torch.cat(means).double()
 
 
@@ -93,15 +99,18 @@ def probe(x_NZ: torch.Tensor, label_N: torch.Tensor, contexts: list[str]) -> tup
     a_NZ = torch.cat(((x_NZ - centre_Z) / scale_Z, ones_N1), 1)
     # Y: one column per class. Ridge regression: W = (AᵀA + λI)⁻¹ AᵀY; AW's largest is picked.
     y_NC = torch.nn.functional.one_hot(label_N, int(label_N.max()) + 1).to(x_NZ.dtype)
+    # λ grows with the rows, as AᵀA does.
     ridge_ZZ = RIDGE * len(fit) * torch.eye(a_NZ.shape[1], dtype=x_NZ.dtype)
     weight_ZC = torch.linalg.solve(a_NZ[fit].T @ a_NZ[fit] + ridge_ZZ, a_NZ[fit].T @ y_NC[fit])
     right = (a_NZ[test] @ weight_ZC).argmax(1) == label_N[test]
+    # The commonest class of the fit, so that chance knows no more than the probe.
     majority = label_N[fit].bincount().argmax()
     return float(right.double().mean()), float((label_N[test] == majority).double().mean())
 
 
 def _parted(contexts: list[str]) -> tuple[list[int], list[int]]:
     """Return the rows that a probe is fitted to and those that it is tested on."""
+    # By first appearance, since a set's order changes from process to process.
     order = list(dict.fromkeys(contexts))
     random.Random(0).shuffle(order)
     half = set(order[: len(order) // 2])
@@ -121,5 +130,6 @@ def _cosine(x_NZ: torch.Tensor, contexts: list[str]) -> float:
     unit_NZ = torch.nn.functional.normalize(x_NZ, dim=1)
     numbers = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
     context_N = torch.tensor([numbers[context] for context in contexts])
+    # True where two rows read different messages; the diagonal is False.
     different_NN = context_N[:, None] != context_N[None]
     return float((unit_NZ @ unit_NZ.T)[different_NN].mean())

@@ -63,7 +63,9 @@ def predict(
         for name in wire.receivers:
             own_cache.check(name, wire.local_receiver(name).lm)
     wire.interlingua.eval()
-    size, rows = wire.run.evaluation.batch_size, rows if rows is not None else range(table.num_rows)
+    size = wire.run.evaluation.batch_size
+    rows = range(table.num_rows) if rows is None else rows
+    # Of the whole table, whatever part of it is scored here: every worker has the same donors.
     others = donors(table["context"].to_pylist()) if condition.mode == "shuffled" else None
     for start in range(rows.start, rows.stop, size):
         part = table.slice(start, min(size, rows.stop - start))
@@ -71,6 +73,7 @@ def predict(
         senders = sent.select(["context", "question"]).to_pydict()
         batch = encode_rows(wire, part.to_pydict(), senders, condition)
         by_receiver = [list(_predict_batch(wire, name, batch)) for name in wire.receivers]
+        # Where all say the same, nothing has to be chosen and the passes are saved.
         if joint and any(map(_disagree, zip(*by_receiver, strict=True))):
             by_receiver = [_score_answers(wire, batch, predictions) for predictions in by_receiver]
         if on_rows is not None:
@@ -91,7 +94,9 @@ def donors(contexts: list[str]) -> list[int]:
     """
     nearest = []
     for row, context in enumerate(contexts):
-        other = row - 1  # below 0 it counts from the end
+        # Below 0 it counts from the end, as a list's index does.
+        other = row - 1
+        # Once around at most: where all contexts are one, a row is its own donor.
         while contexts[other] == context and other > row - len(contexts):
             other -= 1
         nearest.append(other % len(contexts))
@@ -103,6 +108,7 @@ def _predict_batch(wire: LatentWire, name: str, batch: Inputs) -> Iterator[Predi
     count = len(rows["id"])
     prompts = prompts_of(wire, name, batch, [None] * count)
     answered = prompts_of(wire, name, batch, rows[f"{name}_answer_ids"])
+    # What rows share is read once, for the answers and for the gold ones' scores.
     messages, began = messages_read(batch, prompts), now(lm.device)
     begun = _begin(wire, name, batch, prompts, messages)
     shared_seconds = 0.0 if begun is None else now(lm.device) - began
@@ -116,23 +122,29 @@ def _predict_batch(wire: LatentWire, name: str, batch: Inputs) -> Iterator[Predi
     prefill_ms, seconds = 1000 * shared_seconds + decoded.prefill_ms, shared_seconds + seconds
     # The mean over each answer's tokens: N supervised positions, row_N[n] the row of one.
     row_N = gold.row_N.cpu()
+    # total_B[b] = Σ ce_N[n] over n with row_N[n] = b
     total_B = torch.zeros(count).index_add(0, row_N, scores.ce_N)
     nll_B = total_B / torch.bincount(row_N, minlength=count)
     # Tokens likelier than the gold answer's first one.
+    # offset 0 is the first target of a row: one value a row, in the order of the rows.
     likelier_B = scores.likelier_N[gold.offset_N.cpu() == 0].tolist()
+    # What had to be sent: a message's bytes, else the text that stands in its place.
     sizes = batch.bytes
     if message is None:
         sizes = [len(lm.tokenizer.decode(ids).encode()) for ids in stood_for(wire, name, batch)]
+    # A message in a few heads alone takes as many positions as its entries would fill.
     message_positions = [len(prompt.message) for prompt in prompts]
     if message is not None or name in batch.own:
         message_positions = wire.interlingua.budgets(name, message_positions)
     encode_ms = batch.encode_ms
     if caches := batch.caches.get(name):
         entry_bytes = own_cache.entry_bytes(wire.local_receiver(name))
+        # kept_LHT: True for each entry (layer, head, place) that is left.
         sizes = [entry_bytes * int(kept_LHT.sum()) for kept_LHT in caches.kept]
         message_positions, encode_ms = caches.positions, caches.ms
     if name in batch.own:
-        entry_bytes = 2 * batch.own[name].shape[1]  # as fp16
+        # [N, E]: E numbers a token, as fp16.
+        entry_bytes = 2 * batch.own[name].shape[1]
         sizes = [entry_bytes * len(prompt.message) for prompt in prompts]
     data = wire.run.data
     no_answer = None if data.unanswerable is None else data.no_answer
@@ -197,6 +209,7 @@ def _score(
     if begun is not None:
         scores, gold = begun.score(answered, messages)
         return scores, gold, time.perf_counter() - began
+    # Timed from here: building the batch is no part of a forward.
     gold = collate(answered, messages=messages).to(lm.device)
     text_ND = embeddings_of(wire, name, batch) if batch.condition.mode == "embeddings" else None
     began = now(lm.device)
@@ -217,11 +230,12 @@ def _score_answers(
     for name in wire.receivers:
         ids = wire.builders[name].tokenize([], [], texts)["answer_ids"]
         # Who answered nothing said the end at once, without the space that leads an answer.
-        ids = [row if text else [] for row, text in zip(ids, texts, strict=True)]
+        ids = [tokens if text else [] for tokens, text in zip(ids, texts, strict=True)]
         prompts = prompts_of(wire, name, batch, ids)
         messages = messages_read(batch, prompts)
         begun = _begin(wire, name, batch, prompts, messages)
         scores, answered, _ = _score(wire, name, batch, prompts, messages, begun)
+        # −ce is the log-likelihood of a target; each row sums its own, over all receivers.
         total_B.index_add_(0, answered.row_N.cpu(), -scores.ce_N.double())
     return [
         dataclasses.replace(prediction, joint_logp=float(logp))

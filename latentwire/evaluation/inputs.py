@@ -19,7 +19,8 @@ from latentwire.model import LatentWire
 from latentwire.models import own_cache
 from latentwire.prompts.sequences import PromptSequence
 
-LATENT_BYTES = 2  # of one entry of a latent that no packet holds, as fp16
+LATENT_BYTES = 2
+"""Of one entry of a latent that no packet holds, as fp16."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,19 @@ def encode_rows(
     """
     encoder = wire.interlingua.encoder
     texts = sender_texts(wire.run.data.send, sent)
+    # Rows of one text share a message: message_R[row] is its number, first_M its first row.
     message_R, first_M = once([[text] for text in texts])
     tokens = condition.tokenize(encoder, [texts[row] for row in first_M])
     if condition.mode not in MESSAGE_MODES:
-        by_text = {
-            name: wire.interlingua.budgets(name, encoder.slots(tokens, name), of_text=True)
-            for name in wire.receivers
-        }
+        by_text = {}
+        for name in wire.receivers:
+            counts = encoder.slots(tokens, name)
+            by_text[name] = wire.interlingua.budgets(name, counts, of_text=True)
         slots = {name: _of_rows(counts, message_R) for name, counts in by_text.items()}
         shown = {name: _shown(wire, name, rows, condition.mode, slots[name]) for name in slots}
         batch = Inputs(rows, condition, None, slots, shown, [], 0.0)
         if condition.mode == "own_cache":
+            # They read the batch itself, so it is there first.
             batch.caches.update({name: _cut_caches(wire, name, batch) for name in slots})
         if condition.mode == "own_heads":
             batch.own.update({name: _own_entries(wire, name, batch) for name in slots})
@@ -87,11 +90,13 @@ def encode_rows(
     began = now(wire.interlingua.device)
     message = wire.interlingua.encode(tokens)
     if condition.bits is not None:
+        # Sent and received: what is read below has lost what the packet's width loses.
         message = from_bytes(message.to_bytes(bits=condition.bits)).to(wire.interlingua.device)
     seconds = now(message.z_BLZ.device) - began
     by_text = {name: wire.slots(message, name) for name in wire.receivers}
     slots = {name: _of_rows(counts, message_R) for name, counts in by_text.items()}
     if condition.bits is None:
+        # d_z numbers a latent; private latents, of every receiver, travel too.
         z_bytes = LATENT_BYTES * wire.run.encoder.d_z
         private = sum(map(len, message.private.values()))
         sizes = [z_bytes * (length + private) for length in message.length_B.tolist()]
@@ -126,6 +131,7 @@ def _cut_caches(wire: LatentWire, name: str, batch: Inputs) -> CutCaches:
         lambda recitals: wire.reading(name, recitals, None),
         builder.prefix if batch.condition.tuned else 0,
     )
+    # A text that is shorter than its message keeps all of its cache.
     positions = [min(slots, len(ids)) for slots, ids in zip(batch.slots[name], texts, strict=True)]
     kept = [own_cache.choose(*row) for row in zip(scores, positions, strict=True)]
     return CutCaches(kept, positions, 1000 * (now(lm.device) - began) / len(texts))
@@ -155,6 +161,7 @@ def with_own_parts(
 
 def now(device: torch.device) -> float:
     """Return the time when ``device`` has done what it was given."""
+    # CUDA's calls return before the work is done.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -164,8 +171,10 @@ def messages_read(batch: Inputs, prompts: list[PromptSequence]) -> list[int]:
     """Return the message that each row reads, or the text: rows that are shown the same share it."""
     if batch.message is not None:
         return batch.message_R
-    if batch.own:  # a receiver's own entries stand for each row's text by itself
+    # A receiver's own entries stand for each row's text by itself.
+    if batch.own:
         return list(range(len(prompts)))
+    # Up to the end of the message's place; the question comes after it, or in it.
     return once([[prompt.ids[: prompt.message.stop]] for prompt in prompts])[0]
 
 
@@ -179,6 +188,7 @@ def prompts_of(
         if mode in MESSAGE_MODES:
             prompts.append(builder.latent(batch.slots[name][row], question, answers[row]))
         elif mode == "embeddings":
+            # As many slots as the text has tokens, whose embeddings they will hold.
             slots = len(builder.message_ids(shown[row], question))
             prompts.append(builder.latent(slots, question, answers[row], prefix=0))
         elif mode == "own_heads":
@@ -199,5 +209,6 @@ def stood_for(wire: LatentWire, name: str, batch: Inputs) -> list[list[int]]:
 def embeddings_of(wire: LatentWire, name: str, batch: Inputs) -> torch.Tensor:
     """Embed what the message stands for by the receiver's own table: it must read that as text."""
     lm = wire.local_receiver(name)
+    # [N, D], row after row, as collate numbers the slots of a batch.
     tokens = itertools.chain.from_iterable(stood_for(wire, name, batch))
     return lm.embed_tokens(torch.tensor(list(tokens), device=lm.device))

@@ -22,12 +22,13 @@ from latentwire.data import sources
 from latentwire.dataset import DATASETS
 
 YES_NO = ("yes", "no", "noanswer")
+PARTS = ("em", "f1", "prec", "recall")
+"""Scores of a part of an answer to HotpotQA, by their official names."""
 SHOWN = 80
 """Characters of a value that a message quotes."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans(
-    "", "", string.punctuation
-)  # ASCII only, as in the official scripts: “ and — stay
+# ASCII only, as in the official scripts: “ and — stay.
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
@@ -56,6 +57,7 @@ def match(prediction: str, golds: Sequence[str]) -> float:
     A gold answer of which nothing is left occurs only where nothing is left of the prediction. So
     what matches exactly also occurs.
     """
+    # A space on either side of both: whole words alone are in one another.
     text = f" {normalise(prediction)} "
     return float(any(f" {normalise(gold)} " in text for gold in golds))
 
@@ -63,12 +65,15 @@ def match(prediction: str, golds: Sequence[str]) -> float:
 def _scores(prediction: str, gold: str, dataset: str) -> dict[str, float]:
     answer, right = normalise(prediction), normalise(gold)
     em = float(answer == right)
+    # "yes" is no part of "yes he did": a word in common earns nothing here.
     if DATASETS[dataset].exact_yes_no and not em and (answer in YES_NO or right in YES_NO):
         return {"em": em, "f1": 0.0, "prec": 0.0, "recall": 0.0}
     words, gold_words = answer.split(), right.split()
+    # Words in both, each as often as in the one that has it less often.
     same = sum((Counter(words) & Counter(gold_words)).values())
     if same == 0:
         return {"em": em, "f1": 0.0, "prec": 0.0, "recall": 0.0}
+    # F1 = 2PR / (P + R), in the official scripts' order of operations: the last digit is theirs.
     precision, recall = 1.0 * same / len(words), 1.0 * same / len(gold_words)
     f1 = 2 * precision * recall / (precision + recall)
     return {"em": em, "f1": f1, "prec": precision, "recall": recall}
@@ -87,6 +92,7 @@ def score_file(
     :class:`~latentwire.data.sources.DataError`.
     """
     try:
+        # utf-8-sig: with or without a byte order mark.
         document = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--predictions must be a file of JSON, got {file}: {error}") from error
@@ -140,7 +146,8 @@ def question_types(data: DataConfig, split: sources.Split) -> dict[str, str]:
     Empty for other datasets. Rows that cannot be read have none: preprocessing counts them.
     """
     types = {}
-    for raw in _raw(data, split) if data.source.official_scores == "hotpotqa" else ():
+    is_hotpotqa = data.source.official_scores == "hotpotqa"
+    for raw in _raw(data, split) if is_hotpotqa else ():
         try:
             row = sources.parsed(raw)
         except sources.RowError:
@@ -183,11 +190,10 @@ def _only_answer(row: dict[str, Any]) -> str:
 def _gold_facts(facts: Any) -> set[tuple[str, int]]:
     """Return supporting facts, in the Hub's columns or in pairs, as pairs; there may be none."""
     try:
-        pairs = (
-            zip(facts["title"], facts["sent_id"], strict=True)
-            if isinstance(facts, dict)
-            else facts or ()
-        )
+        pairs = facts or ()
+        # The Hub's rows have a list of titles beside one of sentences' numbers.
+        if isinstance(facts, dict):
+            pairs = zip(facts["title"], facts["sent_id"], strict=True)
         return {(str(title), int(sentence)) for title, sentence in pairs}
     except (KeyError, TypeError, ValueError):
         raise sources.RowError(
@@ -216,6 +222,7 @@ def _squad_v2(rows: list[dict[str, Any]], answers: Mapping[str, str]) -> dict[st
     """Score as ``evaluate-v2.0.py`` does: all questions, those with an answer, those without."""
     scores: dict[str, list[tuple[float, float]]] = {"": [], "HasAns_": [], "NoAns_": []}
     for row in rows:
+        # As there: where no gold answer has a word left, the right answer is an empty one.
         golds = [gold for gold in row["answers"] if normalise(gold)] or [""]
         answer = answers.get(_identity(row))
         pair = (0.0, 0.0) if answer is None else _v2_scores(answer, golds)
@@ -235,6 +242,7 @@ def _v2_scores(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
     exact = [float(normalise(prediction) == normalise(gold)) for gold in golds]
     f1 = []
     for gold, equal in zip(golds, exact, strict=True):
+        # Where nothing is left of one, F1 is 1 if nothing is left of the other, else 0.
         both = normalise(prediction) and normalise(gold)
         f1.append(_scores(prediction, gold, "squad")["f1"] if both else equal)
     return max(exact), max(f1)
@@ -244,7 +252,9 @@ def _hotpotqa(
     rows: list[dict[str, Any]], answers: Mapping[str, str], facts: Mapping[str, Sequence[Any]]
 ) -> dict[str, float]:
     parts = ("", "sp_", "joint_") if facts else ("",)
-    totals = {f"{part}{name}": 0.0 for part in parts for name in ("em", "f1", "prec", "recall")}
+    totals: dict[str, float] = {}
+    for part in parts:
+        totals |= dict.fromkeys((f"{part}{name}" for name in PARTS), 0.0)
     for row in rows:
         identity, answer_scores = _identity(row), None
         if identity in answers:
@@ -255,6 +265,7 @@ def _hotpotqa(
             _add(totals, "sp_", fact_scores)
             if answer_scores is not None:
                 _add(totals, "joint_", _joint(answer_scores, fact_scores))
+    # Over all rows: a question that the file leaves out counts as 0.
     return {name: total / len(rows) for name, total in totals.items()}
 
 
@@ -274,6 +285,7 @@ def _facts(named: Iterable[Sequence[Any]], right: set[tuple[str, int]]) -> dict[
 
 
 def _joint(answer: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
+    # HotpotQA's joint scores: P and R are products, F1 is theirs and no product of F1s.
     precision, recall = answer["prec"] * facts["prec"], answer["recall"] * facts["recall"]
     em, f1 = answer["em"] * facts["em"], _harmonic(precision, recall)
     return {"em": em, "f1": f1, "prec": precision, "recall": recall}
@@ -284,4 +296,5 @@ def _harmonic(precision: float, recall: float) -> float:
 
 
 def _identity(row: Mapping[str, Any]) -> str:
+    # HotpotQA's own JSON says _id where the Hub says id.
     return str(row.get("id", row.get("_id")))

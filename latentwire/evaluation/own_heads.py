@@ -49,13 +49,15 @@ def own_entries(
         ``[T, E]`` for each text: for each head a key, then a value.
     """
     lm, builder = wire.local_receiver(receiver), wire.builders[receiver]
-    batch = collate([builder.text_alone(ids, builder.prefix) for ids in texts]).to(lm.device)
+    alone = [builder.text_alone(ids, builder.prefix) for ids in texts]
+    batch = collate(alone).to(lm.device)
     lm.check_heads()
     if not lm.may_part(batch.ids_BS.shape[1]):
         raise ReceiverError(
             f"receiver {receiver} has layers that keep {lm.window} positions, its keys and values of a text that ends at "
             f"{batch.ids_BS.shape[1]:,} are not all there; lower data.max_context_bytes"
         )
+    # Head, prefix, then the text, padded on its right: all texts start at one position.
     start = len(builder.head_ids) + builder.prefix
     longest = batch.ids_BS.shape[1] - start
     position_RT = torch.arange(start, start + longest, device=lm.device)[None]
@@ -63,11 +65,15 @@ def own_entries(
         layers: Any = lm.prefill(batch, soft_ND).cache.layers
         parts = []
         for layer, here in by_layer(heads).items():
+            # heads: (layer, head) pairs; `here` is the stretch of them in this layer.
             numbers = [head for _, head in heads[here]]
             key_RHTD = layers[layer].keys[:, numbers, start:]
+            # A cache holds keys that are turned to their positions; a message's are not.
             key_RHTD = rotated(lm.lm, layer, key_RHTD, position_RT, back=True)
             value_RHTD = layers[layer].values[:, numbers, start:].float()
+            # [R, H, 2, T, D]: a key, then a value
             parts.append(torch.stack((key_RHTD, value_RHTD), 2))
-    # [R, J, 2, T, D] → [R, T, E]
+    # [R, J, 2, T, D] → [R, T, E] with E = J · 2 · D
     entry_RTE = torch.cat(parts, 1).permute(0, 3, 1, 2, 4).flatten(2)
+    # Without the padding.
     return [entry_TE[: len(ids)] for entry_TE, ids in zip(entry_RTE, texts, strict=True)]

@@ -71,4 +71,5 @@ class Prediction:
 
 def context_id(context: str) -> str:
     """Return a short hash that names a context."""
+    # surrogatepass: a lone half of a surrogate pair, as JSON can hold, is no error here.
     return hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()[:16]

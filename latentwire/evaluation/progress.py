@@ -70,11 +70,9 @@ class ScoringProgress:
         if self.watch is not None:
             self.watch(what=what, done=self.done, total=self.total)
         now = time.monotonic()
-        if (
-            self.console.is_terminal
-            or now - self.last_line < LINE_SECONDS
-            or self.done >= self.total
-        ):
+        is_early = now - self.last_line < LINE_SECONDS
+        # A terminal has its bar, and the end is told by who scores.
+        if self.console.is_terminal or is_early or self.done >= self.total:
             return
         self.last_line = now
         left = seconds_left(self.done, self.total, now - self.began)

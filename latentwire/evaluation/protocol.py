@@ -41,11 +41,13 @@ def protocol_hash(path: Place, run: RunConfig) -> str:
     """
     digest = hashlib.sha256()
     for name in shards.read_manifest(path)["files"]:
+        # Shards of texts alone have no questions and answers.
         stored = read_footer(path / name).schema.to_arrow_schema().names
         columns = [column for column in stored if column in ROW_COLUMNS]
         for row in read_parquet(path / name, columns).to_pylist():
             digest.update(json.dumps(row, sort_keys=True).encode())
-    decides: dict[str, Any] = {  # the keys are part of the hash
+    # Names of keys are part of the hash too: none may change.
+    decides: dict[str, Any] = {
         "rows": digest.hexdigest(),
         "layout_version": PROMPT_VERSION,
         "metric_version": METRIC_VERSION,
@@ -59,6 +61,7 @@ def protocol_hash(path: Place, run: RunConfig) -> str:
         text = rendered(load_tokenizer(receiver), receiver)
         if text is not None:
             chats[receiver.name] = text
+    # Receivers without a chat template add nothing to the hash.
     if chats:
         decides["chats"] = chats
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

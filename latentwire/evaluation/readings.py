@@ -29,9 +29,8 @@ WEIGHTS = ("interlingua.safetensors", "adapters/", "prefixes/", "features/")
 
 def wire_name(manifest: Mapping[str, Any]) -> str:
     """Return a short hash of a wire's weights, the same for a checkpoint and its export."""
-    weights = {
-        name: digest for name, digest in manifest["files"].items() if name.startswith(WEIGHTS)
-    }
+    files = manifest["files"]
+    weights = {name: files[name] for name in files if name.startswith(WEIGHTS)}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -49,6 +48,7 @@ def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
     read_before: set[int] = set()
     wires, scorings = set(), 0
     for file in children(folder):
+        # A record may go while the folder is read, and one that is being written is no .json yet.
         text = text_if_there(file) if file.name.endswith(".json") else None
         if text is None:
             continue
@@ -63,8 +63,10 @@ def note(validation: Place, wire: str, trained_on: TrainedOn) -> dict[str, Any]:
         "rows": sorted(rows),
     }
     try:
+        # A name of its own each: scorings at the same second must not overwrite each other.
         write_text(folder / f"{int(time.time())}-{uuid.uuid4().hex[:8]}.json", json.dumps(document))
-    except (OSError, StorageError) as error:  # shards that others own can still be scored
+    except (OSError, StorageError) as error:
+        # Shards that others own can still be scored.
         print(
             f"this scoring is not recorded, so later ones will not count it: {folder} cannot be written ({error})",
             flush=True,
@@ -83,6 +85,7 @@ def row_hashes(table: pa.Table) -> set[int]:
     """Return a 53-bit hash of each row's context and question; JSON's readers hold that exactly."""
     pairs = zip(table["context"].to_pylist(), table["question"].to_pylist(), strict=True)
     texts = [f"{context}\0{question}" for context, question in pairs]
+    # The first 64 bits of each SHA-256, of which the lowest 11 are shifted out: 53 are left.
     digests = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in texts)
     return set((np.frombuffer(digests, "<u8") >> np.uint64(11)).tolist())
 
@@ -99,9 +102,10 @@ def sentence(readings: Mapping[str, Any] | None) -> str:
     by = f"{others} and this one" if readings["again"] else others
     if readings["again"] and not readings["wires"]:
         by = "this wire"
-    advice = (
-        "" if not readings["wires"] else "; data.validation_skip takes rows that no comparison used"
-    )
+    # Only what other wires were scored on may have been chosen by.
+    advice = ""
+    if readings["wires"]:
+        advice = "; data.validation_skip takes rows that no comparison used"
     return (
         f"{readings['read_before']:,} of these {readings['rows']:,} rows were read before, in "
         f"{_count(readings['scorings'], 'scoring')} by {by}{advice}{trained}"

@@ -6,6 +6,7 @@ run where they are not installed.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +127,8 @@ def predict_conditions(
     table = shards.read_table(validation)
     predictions: dict[str, list[Prediction]] = {}
     with ScoringProgress(table.num_rows * len(conditions), watch=watch) as progress:
-        for number, condition in enumerate(conditions, start=1):  # minutes each with real receivers
+        # Minutes each with real receivers: a line after every one.
+        for number, condition in enumerate(conditions, start=1):
             on_rows = partial(progress.advance, label(condition.key))
             reader = (readers or {})[condition.key] if condition.tuned else wire
             predictions[condition.key] = list(
@@ -220,6 +222,7 @@ def score_and_export(
         )
     with local(checkpoint) as folder:
         wire, manifest = load_wire(folder)
+    # All empty for a wire that was pretrained on texts alone.
     read_before, predictions = {}, {}
     readers: Readers = {}
     if wire.run.data.source.has_questions:
@@ -227,6 +230,7 @@ def score_and_export(
         if any(row.tuned for row in rows):
             assert tuned is not None, "tuned rows need readers"
             readers = tuned(wire, rows)
+        # Noted before the rows are read, so that a scoring that breaks off counts too.
         read_before = readings.note(validation, readings.wire_name(manifest), wire.trained_on)
         predictions = predict_conditions(wire, validation, rows, watch=watch, readers=readers)
     table = summaries(predictions)
@@ -236,7 +240,9 @@ def score_and_export(
             "evaluation_pin": protocol_hash(validation, wire.run),
         }
     }
+    # On an object store the files are written here first, below an address of there.
     address = None if isinstance(export, Path) else partial(below, Path.cwd())
+    # The manifest goes last: an export without one is no export.
     with directory(export, last=exports.MANIFEST) as folder:
         metrics = {
             "development": manifest["metrics"],
@@ -253,7 +259,8 @@ def score_and_export(
 
 def write_predictions(predictions: Mapping[str, Sequence[Prediction]], path: Place) -> None:
     """Write one row per prediction, aside and renamed."""
-    rows = [asdict(prediction) for of_one in predictions.values() for prediction in of_one]
+    every = itertools.chain.from_iterable(predictions.values())
+    rows = [asdict(prediction) for prediction in every]
     table = pa.Table.from_pylist(rows)
     write(path, lambda file: pq.write_table(table, file))
 

@@ -15,7 +15,8 @@ RESAMPLES = 2_000
 DRAWS_AT_ONCE = 100
 """Resamples that are held in memory together."""
 CONFIDENCE = 0.95
-SEED = 0  # of the resampling: the same scores have the same interval
+SEED = 0
+"""Of the resampling: the same scores have the same interval."""
 
 
 def interval(values: Sequence[float], contexts: Sequence[str]) -> tuple[float, float]:
@@ -46,9 +47,11 @@ def ratio(
 
 def _interval(part_G: np.ndarray, whole_G: np.ndarray) -> tuple[float, float]:
     """Return the percentile interval of ``part_G.sum() / whole_G.sum()`` over resampled groups."""
+    # Always the same draws: the two sums of a ratio, and equal scores, have equal resamples.
     groups, rng = len(part_G), np.random.default_rng(SEED)
     ratios = []
     for start in range(0, RESAMPLES, DRAWS_AT_ONCE):
+        # [resamples, groups]: each resample draws as many groups as there are, with replacement.
         drawn_RG = rng.integers(groups, size=(min(DRAWS_AT_ONCE, RESAMPLES - start), groups))
         part_R, whole_R = part_G[drawn_RG].sum(1), whole_G[drawn_RG].sum(1)
         ratios.append(part_R[whole_R > 0] / whole_R[whole_R > 0])
@@ -70,10 +73,12 @@ def difference(
 
     paired = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     low, high = interval(paired.tolist(), contexts)
+    # Swapping the two scores of a context's rows turns the sign of its sum: a sign-flip test.
     total_G, _ = _by_context(paired.tolist(), contexts)
     if not np.isfinite(total_G).all():
         return {"difference": float(paired.mean()), "low": low, "high": high, "p": float("nan")}
-    if not total_G.any():  # every swap gives the same
+    # Every swap gives the same, 0: nothing is left to be tested.
+    if not total_G.any():
         return {"difference": 0.0, "low": low, "high": high, "p": 1.0}
     test = permutation_test(
         (total_G,),
@@ -95,5 +100,6 @@ def _by_context(values: Sequence[float], contexts: Sequence[str]) -> tuple[np.nd
         raise ValueError(
             f"each value needs its context, got {len(values)} values and {len(context_N)} contexts"
         )
+    # total_G[g] = Σ values[n] over n with context_N[n] = g
     total_G = np.bincount(context_N, weights=np.asarray(values, np.float64))
     return total_G, np.bincount(context_N).astype(np.float64)

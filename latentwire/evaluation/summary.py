@@ -14,20 +14,9 @@ from latentwire.evaluation.conditions import Condition
 from latentwire.evaluation.predictions import Prediction
 from latentwire.evaluation.statistics import difference, interval, ratio
 
-FIELDS = (
-    "em",
-    "f1",
-    "match",
-    "nll",
-    "first_1",
-    "first_5",
-    "positions",
-    "bytes",
-    "forward_ms",
-    "encode_ms",
-    "prefill_ms",
-    "decode_ms",
-    "first_token_ms",
+FIELDS = tuple(
+    "em f1 match nll first_1 first_5 positions bytes forward_ms encode_ms prefill_ms decode_ms "
+    "first_token_ms".split()
 )
 """Fields of a prediction whose mean a row of the table has."""
 SCORES = ("em", "f1", "match")
@@ -60,9 +49,11 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
             row |= _bounds(field, _values(answers, field), contexts)
         sent_bytes = sum(p.bytes for p in answers)
         positions = sum(p.message_positions for p in answers)
-        if sent_bytes and positions:  # a closed book compresses nothing
+        # Ratios of sums, not means of ratios; a closed book compresses nothing.
+        if sent_bytes and positions:
             row["compression_bytes"] = sum(p.context_bytes for p in answers) / sent_bytes
             row["compression_tokens"] = sum(p.context_tokens for p in answers) / positions
+        # Each time is a batch's, shared out over its rows: ms an example.
         row["examples_per_s"] = 1000 / (row["encode_ms"] + row["prefill_ms"] + row["decode_ms"])
         table[name] = row
     return table | {"mean": _over_receivers(table) | together(predictions)}
@@ -104,6 +95,7 @@ def together(predictions: Sequence[Prediction]) -> dict[str, float]:
     by_receiver = _by_receiver(predictions)
     if len(by_receiver) < 2:
         return {}
+    # Each is one row's answers, a receiver's each.
     rows = list(zip(*by_receiver.values(), strict=True))
     agreed = [_different(row) == 1 for row in rows]
     scores = {
@@ -111,8 +103,10 @@ def together(predictions: Sequence[Prediction]) -> dict[str, float]:
         "oracle_em": float(np.mean([max(_values(row, "em")) for row in rows])),
         "oracle_f1": float(np.mean([max(_values(row, "f1")) for row in rows])),
     }
-    if any(row[0].joint_logp is None and not same for row, same in zip(rows, agreed, strict=True)):
+    disagreed = [row for row, same in zip(rows, agreed, strict=True) if not same]
+    if any(row[0].joint_logp is None for row in disagreed):
         return scores
+    # Where they agree nobody is asked: any of the equal answers is the likeliest.
     likeliest = [max(row, key=lambda p: p.joint_logp or 0.0) for row in rows]
     for field in ("em", "f1"):
         values = _values(likeliest, field)
@@ -131,8 +125,10 @@ def compare(
     """
     one, other = _paired(first, second)
     differences: dict[str, dict[str, dict[str, float]]] = {name: {} for name in (*one, "mean")}
+    # All receivers have the same rows in the same order.
     contexts = [p.context_id for p in next(iter(one.values()))]
     for field in ("em", "f1", "nll"):
+        # [receivers, rows]
         a_RN = np.array([_values(one[name], field) for name in one], np.float64)
         b_RN = np.array([_values(other[name], field) for name in one], np.float64)
         for name, a_N, b_N in zip(one, a_RN, b_RN, strict=True):
@@ -188,9 +184,11 @@ def _against(
     table: dict[str, dict[str, float]] = {}
     by_receiver, of_text = _paired(answers, full_text)
     for name, rows in by_receiver.items():
+        # [scores, rows]; EM is the first of them, 1 where an answer is exactly right.
         a_FN = np.array([_values(rows, field) for field in SCORES])
         b_FN = np.array([_values(of_text[name], field) for field in SCORES])
         em_N, right_N = a_FN[0], b_FN[0]
+        # Metric → (part, whole), both by row: a share is Σ part / Σ whole.
         fractions = {
             "resilience": (em_N * right_N, right_N),
             "boost": (em_N * (1 - right_N), 1 - right_N),
@@ -222,7 +220,9 @@ def pairs(conditions: Iterable[Condition], first: str, second: str) -> list[tupl
 
     compared = []
     for a, b in itertools.product(named(first), named(second)):
+        # A row without a budget, such as full text, stands beside all of them.
         same_budget = a.budget == b.budget or a.budget is None or b.budget is None
+        # Two rows that were named by their keys are compared, whatever their budgets.
         if a.key != b.key and (same_budget or first != _row_kind(a)):
             compared.append((a.key, b.key))
     return compared
@@ -236,8 +236,12 @@ def baseline_pairs(conditions: Sequence[Condition]) -> list[tuple[str, str]]:
     """
     others = dict.fromkeys(_row_kind(row) for row in conditions if row.mode != "latent")
     fairest = _row_kind(Condition("truncated", tuned=True))
+    # False sorts before True, and the sort is stable: the fairest first, the others as they were.
     ordered = sorted(others, key=lambda kind: kind != fairest)
-    return [pair for kind in ordered for pair in pairs(conditions, "latent", kind)]
+    compared = []
+    for kind in ordered:
+        compared += pairs(conditions, "latent", kind)
+    return compared
 
 
 def _row_kind(condition: Condition) -> str:
@@ -296,6 +300,7 @@ def _by_document(rows: Sequence[Prediction]) -> dict[str, float]:
         bounds = _bounds(field, values, [p.document for p in rows])
         low, high = interval(values, [p.context_id for p in rows])
         intervals |= bounds
+        # How much wider than over contexts, where that one has a width.
         if high > low:
             width = bounds[f"{field}_high"] - bounds[f"{field}_low"]
             intervals[f"{field}_wider"] = width / (high - low)
@@ -307,8 +312,12 @@ def wider_by_document(intervals: Mapping[str, Mapping[str, Mapping[str, float]]]
 
     ``intervals``: those of :func:`by_document`.
     """
-    rows = [row for receivers in intervals.values() for row in receivers.values()]
-    wider = [row[f"{field}_wider"] for row in rows for field in SCORES if f"{field}_wider" in row]
+    rows: list[Mapping[str, float]] = []
+    for receivers in intervals.values():
+        rows += receivers.values()
+    wider = []
+    for field in SCORES:
+        wider += [row[f"{field}_wider"] for row in rows if f"{field}_wider" in row]
     if not wider:
         return None
     return (
@@ -334,6 +343,7 @@ def breakdown(
     """
     words = Counter(_kind(p.question) for p in predictions)
     common = {word for word, _ in words.most_common(KINDS)}
+    # Four edges of three parts with about as many rows each.
     edges = np.quantile([p.context_bytes for p in predictions], [0, 1 / 3, 2 / 3, 1])
     names = [f"{low:.0f} to {high:.0f} bytes" for low, high in itertools.pairwise(edges)]
     groups: dict[str, dict[str, list[Prediction]]] = {
@@ -341,12 +351,14 @@ def breakdown(
         "question": {},
     }
     for p in predictions:
+        # 0, 1 or 2: how many of the two inner edges lie below.
         third = int(np.searchsorted(edges[1:-1], p.context_bytes, side="left"))
         groups["length"][names[third]].append(p)
         kind = _kind(p.question)
         groups["question"].setdefault(kind if kind in common else "other", []).append(p)
         if types:
             groups.setdefault("type", {}).setdefault(types.get(p.id, "other"), []).append(p)
+    # A row counts once, however many receivers answer it.
     receivers = len(_by_receiver(predictions))
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for by, members in groups.items():
@@ -354,16 +366,14 @@ def breakdown(
         names = list(members)
         if by != "length":
             names.sort(key=lambda name, members=members: -len(members[name]))  # type: ignore[misc]
-        scores[by] = {
-            name: {
-                "rows": len(members[name]) // receivers,
-                "em": _mean(members[name], "em"),
-                "f1": _mean(members[name], "f1"),
-            }
-            for name in names
-            if members[name]
-        }
+        scores[by] = {name: _group(members[name], receivers) for name in names if members[name]}
     return scores
+
+
+def _group(answers: Sequence[Prediction], receivers: int) -> dict[str, float]:
+    """Return the number of rows and the mean scores of one group of a breakdown."""
+    rows = len(answers) // receivers
+    return {"rows": rows, "em": _mean(answers, "em"), "f1": _mean(answers, "f1")}
 
 
 def _kind(question: str) -> str:
