@@ -25,6 +25,7 @@ Figure = tuple[str, str, go.Figure | str]
 def search_figures(study: optuna.Study, config: TuneConfig) -> list[Figure]:
     """Draw history, learning curves, importances, parallel coordinates, contour and fronts."""
     done = own_trials(study, (TrialState.COMPLETE,))
+    # Of several objectives the first is the metric; Optuna's pictures must be told which to show.
     target: dict[str, Any] = {"target_name": config.metric}
     if len(study.directions) > 1:
         target["target"] = lambda trial: trial.values[0]
@@ -48,9 +49,12 @@ def _importances(
 
     ``target``: the value by which Optuna's pictures compare trials, and its name.
     """
+    # A path that some trials did not draw, by its conditions, has no importance over all.
     shared = set.intersection(*(set(trial.params) for trial in done)) if done else set()
-    varied = [path for path in sorted(shared) if len({trial.params[path] for trial in done}) > 1]
-    if len(done) < 3 or not varied or len({trial.values[0] for trial in done}) < 2:
+    drawn = {path: {trial.params[path] for trial in done} for path in sorted(shared)}
+    varied = [path for path, values in drawn.items() if len(values) > 1]
+    scores = {trial.values[0] for trial in done}
+    if len(done) < 3 or not varied or len(scores) < 2:
         why = f"This needs three finished trials that differ, and there are {len(done)}."
         return [("What mattered", "Parameter importances, parallel coordinates and contour.", why)]
     lines = visualization.plot_parallel_coordinate(study, params=varied, **target)
@@ -67,6 +71,7 @@ def _importances(
     weights = optuna.importance.get_param_importances(
         study, params=varied, target=target.get("target")
     )
+    # The importances come largest first.
     two = list(weights)[:2]
     share = "How much of the spread of scores each parameter explains (fANOVA)."
     bars = visualization.plot_param_importances(study, params=varied, **target)
@@ -82,6 +87,7 @@ def _fronts(study: optuna.Study) -> list[Figure]:
     """Draw F1 against what it costs: each trial's best evaluation."""
     figures: list[Figure] = []
     for cost, name in (("wire_bytes", "wire bytes"), ("prompt_positions", "positions read")):
+        # Optuna draws fronts of studies: this one, in memory, has the cost beside F1.
         both = optuna.create_study(directions=["minimize", "maximize"])
         for trial in own_trials(study):
             report = _best(trial, "dev_f1", max)
@@ -106,10 +112,11 @@ def _reported(study: optuna.Study, config: TuneConfig) -> list[Curve]:
         if report is not None:
             best.append((report[config.metric], trial))
     best.sort(key=lambda scored: scored[0], reverse=config.mode == "max")
-    return [
-        (trial.number, [(report["step"], report[config.metric]) for report in evaluations(trial)])
-        for _, trial in best
-    ]
+    reported = []
+    for _, trial in best:
+        points = [(report["step"], report[config.metric]) for report in evaluations(trial)]
+        reported.append((trial.number, points))
+    return reported
 
 
 def curves(reported: Sequence[Curve], metric: str) -> go.Figure | str:
@@ -165,6 +172,7 @@ def scores_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go
             name=name,
             x=[label(key) for key in scores],
             y=[100 * row["f1"] for row in rows],
+            # plotly takes distances from the bar, not the ends of the interval.
             error_y={
                 "array": [100 * (row["f1_high"] - row["f1"]) for row in rows],
                 "arrayminus": [100 * (row["f1"] - row["f1_low"]) for row in rows],

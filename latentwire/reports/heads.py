@@ -50,6 +50,7 @@ def write_pictures(run: RunConfig, export: Place, output: Place, train: Place) -
     retrieval_heads(scores, chosen, output / HEADS)
     if run.closed_form is None or not calibrations.has_fresh_encoder(run):
         return [output / HEADS]
+    # A closed form that was begun elsewhere, or whose files are gone, cannot be drawn.
     sources = calibrations.solution_path(run, train), calibrations.moments_path(run, train)
     if not any(path.exists() for path in sources):
         return [output / HEADS]
@@ -72,11 +73,13 @@ def retrieval_heads(
 
     Raises :class:`~latentwire.config.resolve.ConfigError` for another kind of file.
     """
+    # score_LH: [layers, key-value heads], layers from top to bottom.
     figure = make_subplots(cols=len(scores), subplot_titles=[by.receiver for by in scores])
     for column, by in enumerate(scores, start=1):
         where = {"row": 1, "col": column}
         figure.add_heatmap(z=by.score_LH.tolist(), coloraxis="coloraxis", **where)
         for layer, head in chosen.get(by.receiver, ()):
+            # A cell of a heatmap is 1 wide and centred on its number.
             corners = {"x0": head - 0.5, "x1": head + 0.5, "y0": layer - 0.5, "y1": layer + 0.5}
             figure.add_shape(type="rect", line={"color": "#c2571a", "width": 2}, **corners, **where)
         figure.update_xaxes(title="key-value head", dtick=1, showgrid=False, **where)
@@ -103,6 +106,7 @@ def energy(energy_D: torch.Tensor, codes: int, path: Place | None = None) -> go.
             f"{codes}; choose a number between"
         )
     sorted_D = energy_D.double().sort(descending=True).values
+    # percent[i]: what the best i + 1 directions hold together.
     percent = (100 * sorted_D.cumsum(0) / sorted_D.sum()).tolist()
     figure = go.Figure()
     figure.add_scatter(x=list(range(1, len(percent) + 1)), y=percent, mode="lines", name="energy")

@@ -39,7 +39,8 @@ def write(output: Place) -> Place:
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where ``output`` holds no sweep.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the fronts' studies are not news
+    # The studies that fronts are drawn of are not news.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = resume.read_space(output, [])
     with read_study(output / JOURNAL, output.name, objectives(space)) as study:
         return _write(output, space, study)
@@ -54,21 +55,24 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
     run = last_stage(with_values(space.run, best["values"]) if best else space.run)
     pictures: list[figures.Figure] = figures.search_figures(study, space.tune)
     pictures += figures.stage_figures(document.get("stages") or [])
+    scores_grid = together_grid = None
+    if scores:
+        scores_grid = tables.scores_table(scores, f"{run.data.dataset} validation", run)
+    if any("agreement" in row["mean"] for row in scores.values()):
+        together_grid = tables.together_table(scores)
+    # plotly's script is megabytes: it is there only for pages with a picture.
+    has_pictures = scores or any(not isinstance(what, str) for *_, what in pictures)
     page = TEMPLATES.get_template("report.html.jinja").render(
         title=output.name,
         command=document.get("command"),
         best=best,
         selection=document.get("selection") or {},
         metric=space.tune.metric,
-        scores=tables.scores_table(scores, f"{run.data.dataset} validation", run)
-        if scores
-        else None,
+        scores=scores_grid,
         read=readings.sentence(document.get("readings")),
         wider=wider_by_document(document.get("by_document") or {}),
         weights=tables.weights_table(document["weights"]) if document.get("weights") else None,
-        together=tables.together_table(scores)
-        if any("agreement" in row["mean"] for row in scores.values())
-        else None,
+        together=together_grid,
         kept=_kept(scores),
         against_text=tables.against_text_table(scores),
         text_notes=card.text_notes(scores),
@@ -80,9 +84,7 @@ def _write(output: Place, space: SweepConfig, study: optuna.Study) -> Place:
         examples=_examples(output / "predictions.parquet"),
         costs=_costs(study, space, output),
         manifest=_manifest(output / "manifest.json"),
-        plotly=get_plotlyjs()
-        if scores or any(not isinstance(what, str) for *_, what in pictures)
-        else "",
+        plotly=get_plotlyjs() if has_pictures else "",
     )
     write_text(output / FILE, page)
     return output / FILE
@@ -123,11 +125,11 @@ def _kept(scores: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """
     key = next((key for key in scores if key.split()[0] == "latent"), None)
     rows = scores[key].items() if key is not None else ()
-    return [
-        (label(str(key)), name, row["retention_em"])
-        for name, row in rows
-        if name != "mean" and "retention_em" in row
-    ]
+    parts = []
+    for name, row in rows:
+        if name != "mean" and "retention_em" in row:
+            parts.append((label(str(key)), name, row["retention_em"]))
+    return parts
 
 
 def _examples(file: Place) -> list[dict[str, Any]]:
@@ -138,11 +140,13 @@ def _examples(file: Place) -> list[dict[str, Any]]:
     names = read_footer(file).schema.to_arrow_schema().names if file.exists() else []
     if "context" not in names:
         return []
-    condition = "condition" if "condition" in names else "setting"  # as files before 0.2 call it
+    # Files before version 0.2 call it a setting.
+    condition = "condition" if "condition" in names else "setting"
     columns = ["id", "receiver", "mode", condition, "text", "golds", "em", "question", "context"]
     rows: dict[str, dict[str, Any]] = {}
     right: dict[str, list[bool]] = {}
     for p in read_parquet(file, columns).to_pylist():
+        # A row of the table is a question; its predictions, one a receiver and condition, join it.
         row = {
             "context": p["context"],
             "question": p["question"],
@@ -155,8 +159,11 @@ def _examples(file: Place) -> list[dict[str, Any]]:
             row["answers"].append(answer)
         if p["mode"] == "latent":
             right.setdefault(p["id"], []).append(p["em"] == 1)
-    good = [row for key, row in rows.items() if key in right and all(right[key])]
-    bad = [row for key, row in rows.items() if not (key in right and all(right[key]))]
+    # Good: every receiver is right from the latents.
+    is_good = {key: key in right and all(right[key]) for key in rows}
+    good = [row for key, row in rows.items() if is_good[key]]
+    bad = [row for key, row in rows.items() if not is_good[key]]
+    # zip ends with the shorter list; the rest of the longer one follows.
     turns = itertools.chain.from_iterable(zip(good, bad, strict=False))
     return [*turns, *good[len(bad) :], *bad[len(good) :]][:EXAMPLES]
 
@@ -164,11 +171,12 @@ def _examples(file: Place) -> list[dict[str, Any]]:
 def _costs(study: optuna.Study, space: SweepConfig, output: Place) -> list[tuple[str, str]]:
     """Return what the search took: wall-clock time, CPU- and GPU-hours of the workers, and disk."""
     training = space.run.training
-    hours = (
-        sum(trial.duration.total_seconds() for trial in own_trials(study) if trial.duration) / 3600
-    )
+    # A trial that is unfinished has no duration.
+    durations = [trial.duration for trial in own_trials(study) if trial.duration]
+    hours = sum(duration.total_seconds() for duration in durations) / 3600
     gpus = training.gpus_per_worker
     nodes = _json(output / "manifest.json").get("hardware", {}).get("nodes", [])
+    # gpus_per_worker null: one where the cluster had any.
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
     files = files_below(output)

@@ -35,6 +35,7 @@ class LivePage:
             seconds: between two looks at it.
         """
         self.output, self.again, self.seconds = output, again, seconds
+        # Pages that ask at the same moment wait for one look at the sweep, and share it.
         self._looking = asyncio.Lock()
         self._last: tuple[float, dict[str, Any]] | None = None
 
@@ -61,6 +62,7 @@ class LivePage:
             failures=failures,
             at=time.strftime("%F %T"),
         )
+        # plotly's own JSON, read back, so that the whole answer is one JSON document.
         picture = None if isinstance(curves, str) else json.loads(plotly.io.to_json(curves))
         return {"html": html, "curves": picture, "over": sweep.is_over}
 
@@ -69,6 +71,7 @@ class LivePage:
         async with self._looking:
             now = time.monotonic()
             if self._last is None or now - self._last[0] >= self.seconds:
+                # In a thread: reading the study would block every other page.
                 self._last = now, await asyncio.to_thread(self.look)
             return self._last[1]
 
@@ -99,6 +102,7 @@ def serve(output: Place, again: str, host: str, port: int) -> None:
     Raises :class:`~latentwire.config.resolve.ConfigError` where there is no sweep, and where nothing
     can listen there.
     """
+    # Before anything listens: a directory without a sweep is an error at once.
     standing.read(output)
     shown = f"http://{host}:{port}"
     try:

@@ -32,6 +32,7 @@ def compared(named: Sequence[str] | None, rows: Sequence[Condition]) -> list[tup
     :class:`~latentwire.config.resolve.ConfigError` where the table has no such rows.
     """
     match named:
+        # Nothing named: the JSON of an evaluation has these comparisons anyway.
         case None | []:
             sides = baseline_pairs(rows)
         case [first, second]:
@@ -118,6 +119,7 @@ def questions_of(
     that cannot do what a row asks.
     """
     scoring.check_questions(run)
+    # A text reader reads one thing only: modes and lengths are not asked of it.
     if run.is_reader:
         rows = scoring.final_conditions(run)
     else:
@@ -175,9 +177,8 @@ def show(evaluation: Evaluation, title: str) -> None:
     if known.readings is not None:
         print(readings.sentence(known.readings))
     if known.probes is not None:
-        print(
-            "latents: " + ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items())
-        )
+        measures = ", ".join(f"{name} {value:.3f}" for name, value in known.probes.items())
+        print(f"latents: {measures}")
 
 
 def write(evaluation: Evaluation, output: Place) -> None:

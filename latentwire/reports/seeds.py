@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ def read(output: Place) -> SeedScores:
 
     Raises :class:`~latentwire.config.resolve.ConfigError` where they are not there.
     """
+    # An evaluation's directory first, then that of a run, whose scores stand in results.json.
     scores, details = _json(output / "scores.json"), _json(output / "details.json")
     if "protocol" in details:
         return SeedScores(output, details["seed"], details["protocol"], scores)
@@ -74,14 +76,20 @@ def seeds_table(seeds: Sequence[SeedScores]) -> Grid:
         named = ", ".join(f"{seed.output} seed {seed.seed}" for seed in seeds)
         raise ConfigError(f"seeds must differ, got {named}; leave out what is there twice")
     keys = _shared([seed.scores for seed in seeds])
-    left_out = dict.fromkeys(key for seed in seeds for key in seed.scores if key not in keys)
+    # Keys that not every seed has, each once, in their order.
+    scored = dict.fromkeys(itertools.chain.from_iterable(seed.scores for seed in seeds))
+    left_out = [key for key in scored if key not in keys]
     body = []
     for key in keys:
         for receiver in seeds[0].scores[key]:
+            # One row of metrics a seed; an empty one where it has no such receiver.
             rows = [seed.scores[key].get(receiver, {}) for seed in seeds]
             if receiver != "mean" and all(rows):
                 body.append([label(key), receiver, rows])
-    shared = {name for *_, rows in body for name in _shared(rows)}
+    # A metric has a column where all seeds have it in some row at least.
+    shared: set[str] = set()
+    for *_, rows in body:
+        shared.update(_shared(rows))
     columns = [name for name in PERCENT if name in shared]
     lines = []
     for reads, receiver, rows in body:

@@ -43,6 +43,7 @@ def trials_table(rows: Sequence[dict[str, Any]], space: SweepConfig, running: bo
     body = []
     for row in rows:
         state = row["state"]
+        # Without a driver nobody works on it, whatever the study says.
         if state == "unfinished" and running:
             state = "running" if "step" in row else "starting"
         step = f"{row['step']}/{row['total_steps']}" if "step" in row else "–"
@@ -76,6 +77,7 @@ def driver_line(driver: Driver | None, is_over: bool, again: str) -> str:
         return "no driver: the sweep is over" if is_over else f"no driver; go on: {again}"
     if lives(driver):
         return f"driver: {driver}"
+    # Gone: on this machine, where no process of that number is left. Elsewhere only silence tells.
     if driver.gone:
         return f"its driver is gone ({driver}); go on: {again}"
     silent = f"its driver has been silent for {duration(driver.age)} ({driver})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from latentwire.features.registry import keeps_receivers_frozen
 from latentwire.storage import Place, write_text
 from latentwire.tuning.columns import column_names
 
-if TYPE_CHECKING:  # Optuna comes with these, and a plain run has no use for it
+# Optuna comes with these, and a plain run has no use for it.
+if TYPE_CHECKING:
     from latentwire.evaluation.scoring import Scored
     from latentwire.tuning.reruns import Finalist
     from latentwire.tuning.results import Best
@@ -70,7 +72,8 @@ def trials_table(rows: list[dict[str, Any]], space: SweepConfig) -> Grid:
         "examples_per_s",
         "train_seconds",
     )
-    paths = dict.fromkeys(path for row in rows for path in row["values"])
+    # Paths that any trial drew, in the order in which they first come up.
+    paths = dict.fromkeys(itertools.chain.from_iterable(row["values"] for row in rows))
     names = column_names(space.search)
     body = []
     for row in rows:
@@ -148,6 +151,7 @@ def against_text_table(scores: dict[str, Any]) -> Grid:
     full text has nothing to divide by.
     """
     columns, yardstick = card.against_text_columns(scores), card.full_text(scores)
+    # The 0 stands for a table without rows.
     body, contexts = [], [0]
     for key, receivers in scores.items():
         for receiver, row in receivers.items():
@@ -188,22 +192,22 @@ def readers_tables(
 
     ``readers``: key of a tuned row → receiver → report.
     """
-    body = [
-        [
-            label(key).removesuffix(", tuned"),
-            receiver,
-            f"{report['tokens']}",
-            f"{report['parameters']:,}",
-            f"{report['steps'] * report['batch_size']:,}",
-            f"{report['rate']:.3g}, best of {len(report['trials'])}",
-            f"{report['dev_loss']:.3g}",
-        ]
-        for key, reports in readers.items()
-        for receiver, report in reports.items()
-    ]
+    body, rows = [], 0
+    for key, reports in readers.items():
+        reads = label(key).removesuffix(", tuned")
+        for receiver, report in reports.items():
+            # All of them were trained on the wire's rows.
+            rows = rows or report["rows"]
+            # A question a row of each batch, again in later epochs.
+            asked_of_it = report["steps"] * report["batch_size"]
+            line = [reads, receiver, f"{report['tokens']}", f"{report['parameters']:,}"]
+            line.append(f"{asked_of_it:,}")
+            line.append(f"{report['rate']:.3g}, best of {len(report['trials'])}")
+            line.append(f"{report['dev_loss']:.3g}")
+            body.append(line)
     if not body:
         return []
-    rows = next(report["rows"] for reports in readers.values() for report in reports.values())
+    # Batches that are filled by positions have no number of rows that is known beforehand.
     if run.training.batch_size is None:
         asked = f"at most {run.training.epochs * rows:,} questions"
     else:
@@ -254,16 +258,11 @@ def _paired(paired: dict[str, float], factor: int = 100, digits: int = 1) -> lis
 
 def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
     """Return the best trials' scores in the search and with fresh seeds: the gap shows the luck."""
-    body = [
-        [
-            str(f.trial),
-            cell(f.score),
-            ", ".join(map(cell, f.fresh)) or "–",
-            cell(f.mean),
-            cell(f.score - f.mean),
-        ]
-        for f in finalists
-    ]
+    body = []
+    for one in finalists:
+        fresh = ", ".join(map(cell, one.fresh)) or "–"
+        luck = one.score - one.mean
+        body.append([str(one.trial), cell(one.score), fresh, cell(one.mean), cell(luck)])
     header = ["trial", "search", "fresh seeds", "mean", "search − mean"]
     return f"re-runs: {metric} with fresh seeds", header, body
 
@@ -328,6 +327,7 @@ def show(grids: list[Grid]) -> None:
             table.add_column(name, no_wrap=True)
         for row in body:
             table.add_row(*row)
+        # Room enough for every column, so that none is folded.
         console = Console(width=40 * len(header))
         console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
         console.print(table)
@@ -351,10 +351,12 @@ def write_report(output: Place, line: str, grids: list[Grid], command: str) -> P
 
 
 def cell(value: Any) -> str:
+    """Return a value as a table shows it: three digits, or whole from 100 on; a dash for none."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return repr(value) if isinstance(value, str) else str(value)
+    # NaN alone differs from itself.
     if value != value:
         return "nan"
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}"
