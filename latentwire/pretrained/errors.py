@@ -20,9 +20,11 @@ def refuse_misfit(model: nn.Module, config: ReceiverConfig, report: Mapping[str,
     mismatched = sorted(report["mismatched_keys"])
     # Nothing reads the output of a pooler.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    # model.layers.7.mlp … and model.layers.8.mlp … are one part: numbers become N.
     known = {_NUMBER.sub("N", name) for name, _ in model.named_parameters()}
     # Others than those of one more layer are parts that no receiver has, such as a vision tower.
-    beyond = sorted(key for key in report["unexpected_keys"] if _NUMBER.sub("N", key) in known)
+    unexpected = report["unexpected_keys"]
+    beyond = sorted(key for key in unexpected if _NUMBER.sub("N", key) in known)
     if mismatched:
         name, stored, expected = mismatched[0]
         fault = f"{name} is {_sizes(stored)} in the weights and {_sizes(expected)} by config.json"
@@ -61,8 +63,10 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
         "llama": "--llama_id <directory>",
         "qwen": "--qwen_id <directory>",
     }.get(config.name, "run.receivers in the configuration")
-    if config.name.startswith("sender_"):  # see models/senders.py
+    # models/senders.py names them so.
+    if config.name.startswith("sender_"):
         where = "--set encoder.senders=<directories>"
+    # Their classes do not tell these errors apart, their words do.
     if "attention" in reason and "support" in reason:
         move = f"set attn_implementation: eager for it, got {config.attn_implementation}"
     elif "Unrecognized configuration class" in reason:
@@ -84,4 +88,5 @@ def loading_error(config: ReceiverConfig, error: Exception) -> ReceiverError:
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says; the name of its class where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -21,7 +21,8 @@ INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Names of weights in one file, and of indices of weights in several, as transformers looks for
 them."""
 
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # as llama.cpp's gguf-split names its parts
+# As llama.cpp's gguf-split names its parts.
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class ReceiverError(UserError):
@@ -33,6 +34,7 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises :class:`ReceiverError` for an index that cannot be read.
     """
+    # Safetensors before pickles, one file before several: transformers' own order.
     for single, index in zip(SINGLE, INDEXED, strict=True):
         if (directory / single).exists():
             return [directory / single]
@@ -56,12 +58,14 @@ def choose_gguf(directory: Path) -> Path | None:
     alone.
     """
     files = sorted(directory.glob("*.gguf"))
+    # mmproj files hold the vision part of a model that reads images.
     models = [file for file in files if "mmproj" not in file.name.lower()]
     if files and not models:
         raise ReceiverError(
             f"{directory} must hold a language model, got {files[0].name} alone, which projects "
             f"images; fetch the model's own .gguf file too"
         )
+    # Several parts of one model are refused below, with the command that joins them.
     if len(models) > 1 and not all(_SPLIT.search(file.name) for file in models):
         raise ReceiverError(
             f"{directory} must hold config.json with safetensors, or exactly one .gguf file, got "
@@ -112,21 +116,21 @@ def check_weights(directory: Path) -> None:
 
 def check_safetensors(file: Path) -> None:
     """Raise :class:`ReceiverError` for a file without a header, or of another size than it says."""
+    # 8 bytes: the header's length. Then the header, JSON; then all tensors, end to end.
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = stream.read(header_bytes) if header_bytes <= size else b""
     try:
-        ends = [
-            tensor["data_offsets"][1]
-            for name, tensor in json.loads(header).items()
-            if name != "__metadata__"
-        ]
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
     except (ValueError, KeyError, TypeError, AttributeError):
         # Beyond safetensors' own limit the first bytes are those of another kind of file.
         cut = 8 < size < 8 + header_bytes < 100_000_000
         what = f"ends within its header, at {size:,} bytes" if cut else "has no safetensors header"
         raise ReceiverError(f"{file} {what}; fetch it again") from None
+    # Offsets count from the header's end, so that the last one is the length of the data.
     if (whole := 8 + header_bytes + max(ends, default=0)) != size:
         raise ReceiverError(
             f"{file} must have {whole:,} bytes by its header, got {size:,}; fetch it again"

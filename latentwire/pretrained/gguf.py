@@ -26,9 +26,11 @@ def _hash_of(file: Path, changed: int, size: int) -> str:
 
 def convert_gguf(file: Path, config: ReceiverConfig) -> Path:
     """Dequantise once into fp32 safetensors, in a cache directory named by the file's hash."""
+    # Hashing gigabytes takes a while, so it is done anew only for a file that has changed.
     about = file.stat()
     target = cache_dir() / "gguf" / _hash_of(file.absolute(), about.st_mtime_ns, about.st_size)[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Workers of one machine start together: one converts, the others find it done.
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
@@ -55,7 +57,8 @@ def convert_gguf(file: Path, config: ReceiverConfig) -> Path:
         refuse_misfit(model, config, report)
         _forget_quantisation(model)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            folder = Path(aside) / target.name  # as readable as the umask allows, unlike ``aside``
+            # As readable as the umask allows, unlike ``aside``, which mkdtemp keeps private.
+            folder = Path(aside) / target.name
             folder.mkdir()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -63,6 +66,7 @@ def convert_gguf(file: Path, config: ReceiverConfig) -> Path:
             readable = (folder / "config.json").stat().st_mode
             for file in folder.glob("*.safetensors"):
                 file.chmod(readable)
+            # Whole or not at all: what ends halfway goes with ``aside``.
             folder.rename(target)
     return target
 

@@ -51,6 +51,7 @@ def keep_layout(lm: nn.Module) -> None:
 def quantised_by(shape: Any) -> Mapping[str, Any] | None:
     """Return a transformers configuration's quantisation; ``None``: its weights are plain."""
     settings = getattr(shape, "quantization_config", None)
+    # A model of text and images keeps it in the part that is its language model.
     settings = settings or getattr(shape.get_text_config(), "quantization_config", None)
     return settings if settings is None or isinstance(settings, Mapping) else settings.to_dict()
 
@@ -83,4 +84,5 @@ def check_readable(config: ReceiverConfig, shape: Any) -> None:
             f"here ({reason}); name its plain weights and set quantization: int8 or nf4"
         ) from error
     except RuntimeError:
-        pass  # no GPU on this machine: the planner's need not have one
+        # No GPU on this machine: the planner's need not have one.
+        pass

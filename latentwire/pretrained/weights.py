@@ -43,6 +43,7 @@ def resolve(config: ReceiverConfig) -> str:
             f"receiver {config.name}: an embedded model must be one of {', '.join(TOY_MODELS)}, got {config.model}"
         )
     if not path.exists():
+        # A Hub id is <name> or <owner>/<name>.
         if config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
             raise ReceiverError(
                 f"receiver {config.name}: model must be a Hub id or an existing directory, got {config.model}"
@@ -119,6 +120,7 @@ def text_files(config: ReceiverConfig) -> tuple[tuple[str, int, int], ...]:
     folder = Path(resolve(config))
     if not folder.is_dir():
         return ()
+    # A new time of change is enough: contents are not read.
     places = [place for place in sorted(folder.iterdir()) if place.suffix != ".safetensors"]
     abouts = [(place.name, place.stat()) for place in places]
     return tuple((name, about.st_mtime_ns, about.st_size) for name, about in abouts)
@@ -133,6 +135,7 @@ def load_tokenizer(config: ReceiverConfig) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = load_from(AutoTokenizer, config)
+    # Without a vocabulary everything is one unknown token.
     if len(set(ids := tokenizer(PROBE, add_special_tokens=False).input_ids)) < 2:
         raise ReceiverError(
             f"receiver {config.name}: {config.model} must come with its tokenizer, the one that "
@@ -155,6 +158,7 @@ def load_model(kind: Any, config: ReceiverConfig, **options: Any) -> Any:
             files.check_weights(source)
     if "quantization_config" in options or quantised_by(load_hf_config(config)) is not None:
         return load_from(kind, config, **options)
+    # Mismatched sizes are ignored so that they come into the report, and are refused from there.
     model, report = load_from(
         kind, config, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
@@ -175,6 +179,7 @@ def receiver_shape(config: ReceiverConfig) -> Any:
     Raises :class:`ReceiverError` for an architecture whose layers look token ids up, which a soft
     prompt has not, and for a quantisation that cannot be read.
     """
+    # Gemma 3n has such embeddings, for example.
     shape = load_hf_config(config)
     if getattr(shape.get_text_config(), "hidden_size_per_layer_input", 0):
         raise ReceiverError(
@@ -265,6 +270,7 @@ def fingerprint_of(tensors: Mapping[str, Any]) -> str:
     for name, tensor in sorted(tensors.items()):
         for part, plain in _plain(name, tensor):
             digest.update(f"{part} {tuple(plain.shape)} {plain.dtype}".encode())
+            # The bytes as they lie in memory: numpy has no bfloat16.
             raw: Any = plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             digest.update(raw)
     return digest.hexdigest()
@@ -272,6 +278,7 @@ def fingerprint_of(tensors: Mapping[str, Any]) -> str:
 
 def _plain(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a tensor, or the plain tensors that a quantised one is made of, with their names."""
+    # torch's protocol of tensor subclasses: the names of the attributes that hold plain tensors.
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
