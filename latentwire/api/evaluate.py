@@ -64,8 +64,10 @@ def evaluate(
     with local(where) as folder:
         manifest = exports.read_manifest(folder)
         run = with_values(exports.read_run(folder), dict(overrides or {}))
+        # Relative paths become absolute here: Ray's workers run in directories of their own.
         run = with_home(SweepConfig(run=run)).run
         exports.check_models(folder, run)
+        # What is asked is checked before rows are made and weights are loaded.
         questions = questions_of(run, split, modes, tokens_per_latent, latent_len, bits, compare)
         if not on_ray:
             use_threads(run.training.cpus_per_worker)
@@ -104,6 +106,7 @@ def _on_ray(
     verbose: bool,
 ) -> Evaluation:
     """Score by a Ray Data actor pool: every GPU (or core) of the cluster takes part of the rows."""
+    # Here, since an evaluation in this process must not need Ray.
     import ray
 
     from latentwire.data import pipeline
@@ -116,16 +119,17 @@ def _on_ray(
     splits = splits_of(run, questions, split)
     paths = {part: pipeline.ensure_shards(run, part) for part in splits}
     path, places, reports = paths[split], {}, {}
+    # Readers are trained on one worker and kept; the pool's workers load them by their places.
     if len(splits) > 1:
         arguments = checkpoint, run, questions.conditions, paths, tell
         places, reports = remote.on_cluster(
             run, plan.gpus_per_worker, text_readers.ensure_at, *arguments
         )
-    looked = (
-        remote.on_cluster(run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run)
-        if probes
-        else None
-    )
+    looked = None
+    if probes:
+        looked = remote.on_cluster(
+            run, plan.gpus_per_worker, scoring.diagnose_here, checkpoint, path, run
+        )
     with local(checkpoint) as folder:
         known = known_of(folder, manifest, run, split, path, looked, reports)
     predictions = scoring_pool.predict_pool(

@@ -78,9 +78,9 @@ class Sweep:
         with read_study(self.output / JOURNAL, self.output.name, objectives(space)) as study:
             ended = sum(each.state.is_finished() for each in own_trials(study))
             reason = objections.objection(draft, study, space, self.output)
-        if ended >= space.tune.trials and (
-            (self.output / resume.RESULTS).exists() or lease.lives(lease.read(self.output))
-        ):
+        # All trials have ended: the sweep is through, or its driver is past the search by now.
+        is_scored = (self.output / resume.RESULTS).exists()
+        if ended >= space.tune.trials and (is_scored or lease.lives(lease.read(self.output))):
             reason = objections.over(space, ended, self.output, self.again)
         if reason is not None:
             raise OrderError(reason)

@@ -180,6 +180,7 @@ def _claimed(output: Place) -> Iterator[None]:
         yield
         return
     output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the directory and not in it: --output must not exist yet.
     lock = FileLock(output.parent / f".{output.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -191,6 +192,7 @@ def _claimed(output: Place) -> Iterator[None]:
     try:
         yield
     finally:
+        # Removed while it is held: after the release the next run's lock could be removed.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -301,6 +303,7 @@ def _planned_here(space: SweepConfig) -> Mapping[shards.ShardSplit, Place]:
     print(
         f"threads: {use_threads(run.training.cpus_per_worker)} of {cores()} cores (training.cpus_per_worker)"
     )
+    # More than any run asks for: in this process only memory can be too small.
     here = {"CPU": 1e6, "GPU": 1e6 if planner.on_cuda() else 0.0}
     print(planner.plan(space, here, planner.node_memory()), flush=True)
     *earlier, last = stages_of(run)
@@ -321,7 +324,8 @@ def _here(resume: bool, space: SweepConfig, output: Place) -> tuple[Place, Place
     if space.run.stages:
         _train_earlier_here(all_stages, output)
     elif not resume:
-        check_development(space.run, paths["dev"])  # before receivers are loaded
+        # Before receivers are loaded, which takes long.
+        check_development(space.run, paths["dev"])
     best = train_here(LatentWire(last.run), paths, output, last.title, last.before)
     tuned = partial(text_readers.ready, paths=paths)
     scored = scoring.score_and_export(best, paths["validation"], output / "best", tuned=tuned)
@@ -348,7 +352,8 @@ def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Pl
     from latentwire.distributed.driver_log import LOG, path_beside
 
     cluster.start_ray(verbose, training=True)
-    LOG.open(path_beside(output, "driver.txt"))  # its worker has log.txt
+    # log.txt is the worker's.
+    LOG.open(path_beside(output, "driver.txt"))
     plan = planner.plan_on_cluster(space)
     print(plan, flush=True)
     all_files = sweep_files.prepare(space, plan.gpus_per_worker)
@@ -365,6 +370,7 @@ def _on_ray(verbose: bool, space: SweepConfig, output: Place) -> tuple[Place, Pl
 
     try:
         if space.run.stages:
+            # The last stage's own, if it has begun; none otherwise.
             for checkpoint in step_checkpoints.finished(output)[-1:]:
                 stages.check_same_stages(checkpoint, last)
             trial.train_earlier(all_stages, variant_of, output, plan.gpus_per_worker)

@@ -75,7 +75,8 @@ class SweepResult:
         import optuna
 
         with read_study(self.output / JOURNAL, self.output.name, objectives(self.config)) as stored:
-            optuna.logging.set_verbosity(optuna.logging.WARNING)  # a copy is no news
+            # A copy is no news.
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
             study = optuna.create_study(study_name=stored.study_name, directions=stored.directions)
             study.add_trials(own_trials(stored))
             for key, value in stored.user_attrs.items():
@@ -88,9 +89,12 @@ class SweepResult:
         import pandas as pd
 
         rows = results.trial_rows(self.study, self.config.tune)
-        return pd.DataFrame(
-            [{key: row[key] for key in row if key != "values"} | row["values"] for row in rows]
-        )
+        # A row's values become columns behind the others.
+        table = []
+        for row in rows:
+            others = {key: row[key] for key in row if key != "values"}
+            table.append(others | row["values"])
+        return pd.DataFrame(table)
 
     @cached_property
     def best(self) -> Best:
@@ -169,9 +173,8 @@ def new_output(space: SweepConfig, output: str | None) -> Place:
 def check(space: SweepConfig, output: Place) -> None:
     """Raise a :class:`~latentwire.errors.UserError` for what could never run, before Ray starts."""
     check_start(space.run)
-    if not any(
-        knob_of(path).startswith("data.") for path in space.search
-    ):  # else trials say where it lies
+    # Where the data are searched, trials say which there are.
+    if not any(knob_of(path).startswith("data.") for path in space.search):
         for stage in stages_of(space.run):
             sources.check(stage.run.data)
     check_searchable(space)
@@ -252,9 +255,8 @@ def drive(
             again = f"{program} --resume {shlex.quote(str(output))}"
             orders.refuse_open(output, objections.came_late(output, again))
             return status
-    except (
-        KeyboardInterrupt
-    ):  # Ray raises one of its own where a signal's handler raised in the middle of a call
+    # Ray raises one of its own where a signal's handler raised in the middle of a call.
+    except KeyboardInterrupt:
         stop.ask("Ctrl-C", SIGINT_STATUS)
     return explain_stop(stop, space, output, f"{program} --resume {shlex.quote(str(output))}")
 
@@ -271,7 +273,8 @@ def explain_stop(stop: Stop, space: SweepConfig, output: Place, again: str) -> i
     with read_study(output / JOURNAL, output.name, objectives(space)) as study:
         states = [trial.state for trial in own_trials(study)]
     ended = sum(state.is_finished() for state in states)
-    trials = resume.read_space(output, []).tune.trials  # orders may have changed it
+    # Orders may have changed it.
+    trials = resume.read_space(output, []).tune.trials
     print(
         f"stopped: {stop.reason}; {ended} of {trials} trials have ended, what has not goes on from its "
         f"checkpoints; all is kept, nothing was scored",
@@ -319,9 +322,9 @@ def search(
     if repeated is not None:
         manifest.check_data(repeated, files, protocol)
     stop.check_taken()
-    manifest.write(
-        output / manifest.MANIFEST, manifest.describe(space, files, protocol, output, command)
-    )
+    # Written before the first trial, and again with the study when all have ended.
+    document = manifest.describe(space, files, protocol, output, command)
+    manifest.write(output / manifest.MANIFEST, document)
     expected = None if repeated is None else repeated["receivers"]
     with replica_sets.serving(space, plan.sharing, expected) as served:
         study = searching.run_sweep(
@@ -340,6 +343,7 @@ def search(
     stages = placed(with_values(space.run, best.values))
     run = stages[-1].run
     paths = files[variant_key(run)].shards
+    # A driver that has lost its lease must write nothing more: asked anew before each large step.
     stop.check_taken()
     resume.set_aside(output / "best")
     scored = remote.score_and_export(
