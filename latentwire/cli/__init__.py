@@ -36,7 +36,8 @@ app = App(
     help_format="plaintext",
     default_parameter=LAST_WINS,
 )
-for _command, _summary in COMMANDS.items():  # imported when it is used
+# By name, so that a command's module is imported when it is used, and torch with it.
+for _command, _summary in COMMANDS.items():
     app.command(f"latentwire.cli.{_command}:{_command}", name=_command, help=_summary)
 app.register_install_completion_command(name="--install-completion")
 
@@ -63,6 +64,7 @@ def run_script(command: Callable[..., int | None], description: str | None = Non
 
 
 def _call(command: App, words: Sequence[str] | None = None) -> int:
+    # cyclopts must neither exit nor print: errors are one line, and the caller has the status.
     given = list(sys.argv[1:] if words is None else words)
     try:
         status = command(
@@ -80,6 +82,7 @@ def program(name: str) -> str:
 
 def command_line(name: str) -> str:
     """Return this process's whole command, for the record."""
+    # latentwire tune --x … has its command as a first word, python tune.py --x … has none.
     return f"{program(name)} {shlex.join(sys.argv[1 if _is_script(name) else 2 :])}".strip()
 
 
@@ -97,17 +100,17 @@ def as_written(words: Sequence[str], goes_on: bool = False, config: str | None =
         goes_on: resume wherever the output directory is there.
         config: configuration of a script that is given none, and no wire to begin with.
     """
-    given = [
-        part
-        for word in words
-        for part in (word.split("=", 1) if word.startswith("--output") else [word])
-    ]
+    given: list[str] = []
+    for word in words:
+        # --output_dir=x is --output_dir x.
+        given += word.split("=", 1) if word.startswith("--output") else [word]
     places = [index for index, word in enumerate(given) if word in ("--output", "--output_dir")]
-    bare = [
-        i
-        for i, word in enumerate(given)
-        if word == "--resume" and (given[i + 1 :] or ["--"])[0].startswith("--")
-    ]
+    # A --resume that a further flag follows, or nothing, has no value.
+    bare = []
+    for index, word in enumerate(given):
+        following = given[index + 1] if index + 1 < len(given) else "--"
+        if word == "--resume" and following.startswith("--"):
+            bare.append(index)
     named = {word.partition("=")[0] for word in words}
     if config is not None and not named & {"--config", "--space", "--from"}:
         given += ["--config", config]
@@ -115,6 +118,8 @@ def as_written(words: Sequence[str], goes_on: bool = False, config: str | None =
         return given
     output = given[places[0] + 1]
     if bare or (goes_on and place(at_home(output)).exists()):
-        kept = [word for i, word in enumerate(given) if i not in (places[0], places[0] + 1, *bare)]
-        return [*kept, "--resume", output]
+        # The output directory is named by --resume then, and by no other flag.
+        gone = (places[0], places[0] + 1, *bare)
+        others = [word for index, word in enumerate(given) if index not in gone]
+        return [*others, "--resume", output]
     return given

@@ -37,9 +37,11 @@ def ask(
         receiver: One receiver's name; all of them by default.
     """
     text = _context(context, context_file)
-    disable_progress_bar()  # of weights that take a moment to load
+    # Of weights that take a moment to load.
+    disable_progress_bar()
     places = receiver_places(receiver_at)
     loaded = LatentWire.from_pretrained(wire, receivers=receiver, receiver_at=places)
+    # With data.send prompt the encoder reads the question too.
     message = loaded.encode([text], [question] if loaded.run.data.send == "prompt" else None)
     table = Table("receiver", "from", "positions", "answer")
     for name in loaded.receivers:
@@ -52,6 +54,7 @@ def ask(
             except ReceiverError as error:
                 # A text may be too long for it where the message is not.
                 from_text = f"none: {error}"
+            # A model's own words may look like rich's markup: Text takes them as they are.
             table.add_row("" if prefix else name, source, f"{tokens} tokens", Text(from_text))
         table.add_row("", "latents", f"{message.slots(name)[0]} vectors", Text(from_latents))
     Console().print(table)
@@ -67,7 +70,10 @@ def text_rows(prefix: int) -> dict[int, str]:
     Args:
         prefix: constant vectors that the wire has before its messages, with which the text can be read too.
     """
-    return {0: "text"} | ({prefix: "text behind the wire's vectors"} if prefix else {})
+    readings = {0: "text"}
+    if prefix:
+        readings[prefix] = "text behind the wire's vectors"
+    return readings
 
 
 def text_prompt(
@@ -80,6 +86,7 @@ def text_prompt(
 
 
 def _context(context: str | None, file: Path | None) -> str:
+    # Both, or neither.
     if (context is None) == (file is None):
         raise ConfigError(
             "a question needs --context TEXT or --context_file FILE, and not both; name one"

@@ -47,19 +47,23 @@ def doctor() -> int:
     """Show what this machine and cluster have, what is missing, and how to mend it; exit status 1 where something is."""
     table = Table("what", "state", "found", title="latentwire doctor", title_justify="left")
     colours = {"ok": "green", "optional": "yellow", "missing": "red"}
-    findings = [finding for look in LOOKS for finding in look()]
+    findings: list[Finding] = []
+    for look in LOOKS:
+        findings += look()
     for finding in findings:
         state = f"[{colours[finding.state]}]{finding.state}[/]"
         table.add_row(finding.subject, state, escape(finding.value))
     Console().print(table)
     for finding in findings:
-        if finding.remedy:  # below the table, where no column breaks a command
+        # Below the table, where no column breaks a command.
+        if finding.remedy:
             print(f"{finding.subject} ({finding.state}): {finding.remedy}")
     return 1 if any(finding.state == "missing" for finding in findings) else 0
 
 
 def python_and_packages() -> Iterator[Finding]:
     """Look at the interpreter and the packages."""
+    # requires-python of pyproject.toml.
     right = (3, 11) <= sys.version_info[:2] < (3, 13)
     yield Finding(
         "Python",
@@ -88,12 +92,10 @@ def devices() -> Iterator[Finding]:
             f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
         )
     if not count:
-        driver = shutil.which("nvidia-smi") is not None
-        remedy = (
-            "install a CUDA build of torch"
-            if driver
-            else "none needed for the toy pair; real LLMs want one"
-        )
+        # The driver's tool is there and torch sees no GPU: torch was built without CUDA.
+        remedy = "none needed for the toy pair; real LLMs want one"
+        if shutil.which("nvidia-smi") is not None:
+            remedy = "install a CUDA build of torch"
         yield Finding("GPU", "optional", "none that torch sees", remedy)
     yield Finding("CPU cores", "ok", str(os.cpu_count()))
 
@@ -158,9 +160,8 @@ def ray_cluster() -> Iterator[Finding]:
     except UserError as error:
         yield Finding("Ray cluster", "missing", address, str(error))
         return
-    resources = ", ".join(
-        f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU")
-    )
+    amounts = ray.cluster_resources()
+    resources = ", ".join(f"{amounts.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
     yield Finding("Ray cluster", "ok", f"{address}: {len(ray.nodes())} nodes, {resources}")
     ray.shutdown()
 

@@ -86,12 +86,15 @@ def evaluate(
             f"--data_dir belongs to --predictions, got {data_dir} with --checkpoint; name the directory by "
             f"--set data.data_dir={data_dir}"
         )
+    # Not for a file of answers, which needs no model.
     from transformers.utils.logging import disable_progress_bar
 
     from latentwire.api.evaluate import evaluate as score
 
     if not verbose:
-        disable_progress_bar()  # of weights that take a moment to load
+        # Of weights that take a moment to load.
+        disable_progress_bar()
+    values = {path.removeprefix("run."): value for path, value in assigned(assignments).items()}
     evaluation = score(
         str(input_place(checkpoint)),
         split=split,
@@ -102,9 +105,7 @@ def evaluate(
         compare=compare,
         joint=not no_joint,
         probes=diagnose,
-        overrides={
-            path.removeprefix("run."): value for path, value in assigned(assignments).items()
-        },
+        overrides=values,
         on_ray=ray,
         copies=copies,
         verbose=verbose,
@@ -134,6 +135,7 @@ def official(
     data = validate(DataConfig, named, "command line")
     metrics, missing = score_file(input_path(predictions), data, shards.source_of(split))
     if missing:
+        # Beside the scores, which alone stand on stdout as the official script prints them.
         print(f"{missing} questions are not answered and score 0", file=sys.stderr)
     print(json.dumps(metrics))
     if output:

@@ -16,7 +16,8 @@ ANYWHERE = {
     "data.data_dir": None,
     "data.shard_dir": DataConfig().shard_dir,
     "training.init_from": None,
-    "training.train_only": (),  # of a wire that is named no more
+    # It needs init_from, which is named no more.
+    "training.train_only": (),
 }
 """Knobs that say where things lay on the machine that trained, and what they are elsewhere."""
 
@@ -38,7 +39,8 @@ def export(
             own, and has no scores until it is evaluated.
     """
     exports.check_free(output)
-    disable_progress_bar()  # of weights that take a moment to load
+    # Of weights that take a moment to load.
+    disable_progress_bar()
     loaded = LatentWire.from_pretrained(wire, receiver_at=receiver_places(receiver_at))
     loaded.run = with_values(loaded.run, ANYWHERE)
     if half:

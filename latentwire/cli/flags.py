@@ -77,11 +77,12 @@ Ray = Annotated[
 
 def _knob_parameter(flag: str, path: str, descriptions: dict[str, str | None]) -> Any:
     """Return the annotated type of one flag of :data:`FLAGS`; the configuration checks its value."""
-    text = (
-        descriptions.get(path)
-        or f"Hub id or local directory of receiver {flag.removesuffix('_id')}."
-    )
+    # Receivers' knobs are in a list, and not among those that are described by their paths.
+    receiver = flag.removesuffix("_id")
+    text = descriptions.get(path) or f"Hub id or local directory of receiver {receiver}."
+    # --batch_size and --batch-size; --seed once.
     names = list(dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}")))
+    # Every value is a text until the configuration reads it; a switch alone takes none.
     kind = bool | None if flag == "sequential_models" else str | None
     summary = " ".join(text.replace("``", "").split())
     return Annotated[
@@ -127,7 +128,8 @@ StartFlags: Any = make_dataclass(
 )
 """Flags of a run that begins with a trained wire."""
 
-Flags.__module__ = StartFlags.__module__ = __name__  # else no type hint of theirs is resolved
+# make_dataclass puts them into `types`, where no type hint of theirs is resolved.
+Flags.__module__ = StartFlags.__module__ = __name__
 NO_FLAGS, NO_START = Flags(), StartFlags()
 """None of them given."""
 
@@ -149,9 +151,8 @@ def read_config(flags: Any, default: str | None = None, start: Any = None) -> Sw
     """
     if start is not None and (start.base or start.add_receiver):
         tree, overrides = begun_with(flags, start), _overrides(flags, True)
-        if (
-            "run.losses.bundle" in overrides
-        ):  # else outvoted by the weights the wire was trained with
+        # Else outvoted by the weights that the wire was trained with.
+        if "run.losses.bundle" in overrides:
             tree.pop("losses", None)
         return load_space(None, {"run": tree} | overrides)
     source = flags.config or default
@@ -182,6 +183,7 @@ def begun_with(flags: Any, start: Any) -> dict[str, Any]:
     base = input_path(start.base)
     exports.read_manifest(base)
     run = exports.read_run(base)
+    # The keys below replace what the wire was trained with; all others stay.
     tree = run.model_dump(mode="json", exclude_unset=True)
     tree["training"] = tree.get("training", {}) | {"init_from": str(base)}
     if not start.add_receiver:
@@ -202,7 +204,9 @@ def _overrides(flags: Any, from_file: bool) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for flag, path in FLAGS.items():
         if (value := getattr(flags, flag)) is not None:
+            # A switch has its value; a text is read as the knob's type.
             overrides[f"run.{path}"] = value if isinstance(value, bool) else typed(path, value)
+    # --set wins over the flag of the same knob.
     overrides |= assigned(flags.assignments)
     # A receiver that a flag names is no toy any more: the toy's way with BOS goes with it.
     for index, flag in enumerate(("llama_id", "qwen_id")):

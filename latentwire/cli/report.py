@@ -30,7 +30,8 @@ def report(
         return 0
     output = input_place(run).absolute()
     if serve:
-        from latentwire.reports import live  # aiohttp, which nothing else here needs
+        # aiohttp comes with it, which nothing else here needs.
+        from latentwire.reports import live
 
         live.serve(output, Sweep(output).again, host, port)
         return 0

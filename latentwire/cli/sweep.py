@@ -47,6 +47,7 @@ def sweep(
     """
     steered = Sweep(input_place(run))
     values = assigned(assignments or [])
+    # TRIAL, --trials and --set: each is given where the deed takes it, and nowhere else.
     needed = (deed in TRIAL_DEEDS, deed == "add", deed == "clone")
     if (trial is not None, trials is not None, bool(values)) != needed:
         raise OrderError(

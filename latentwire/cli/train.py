@@ -54,6 +54,7 @@ def train(
     Checkpoints, the exported best/ and results.json land in the output directory. Without --ray the run stays in
     this process, and Ray is started only where shards have to be made first.
     """
+    # Both, or neither.
     if (output is None) == (resume is None):
         raise ConfigError(
             "a run needs --output DIR for a new one or --resume DIR to go on, and not both; name one"
@@ -63,7 +64,8 @@ def train(
             "--seeds names the seeds of whole runs, got it with --seed or --profile; leave that out"
         )
     if not verbose:
-        disable_progress_bar()  # of weights that take a moment to load
+        # Of weights that take a moment to load.
+        disable_progress_bar()
     space = read_config(flags, start=start)
     address = output or resume or ""
     if profile is not None:
@@ -81,11 +83,10 @@ def train(
             verbose=verbose,
         )
     except KeyboardInterrupt:
-        left = (
-            f"go on from its last checkpoint by the same flags with --resume {where}"
-            if where.exists()
-            else "before anything was written but shards"
-        )
+        left = "before anything was written but shards"
+        if where.exists():
+            left = f"go on from its last checkpoint by the same flags with --resume {where}"
         print(f"stopped: Ctrl-C; {left}", flush=True)
+        # As a shell counts a process that a signal has ended.
         return 128 + signal.SIGINT
     return 0

@@ -65,6 +65,7 @@ def tune(
         trial: The trial of --from_manifest; the best by default.
         dry_run: Print the configuration and the plan, then stop.
     """
+    # First of all: what libraries print from here on goes to the log.
     LOG.divert(verbose)
     if resume or from_manifest:
         refuse_flags(flags, "a resumed sweep" if resume else "a repeated trial")
@@ -75,6 +76,7 @@ def tune(
     repeated: dict[str, Any] | None = None
     if resume:
         where = output_place(resume)
+        # A plan alone touches nothing, and may be asked for while another driver runs.
         if not dry_run:
             lease.check(where, force)
         space = resuming.read_space(where, flags.assignments)
@@ -108,4 +110,5 @@ def tune(
         )
     except KeyboardInterrupt:
         print("stopped: Ctrl-C, before anything was written", flush=True)
+        # As a shell counts a process that a signal has ended.
         return 128 + signal.SIGINT
