@@ -52,13 +52,15 @@ def on_rows(space: SweepConfig, only: Collection[str], count: int, repeats: int)
     if "trial" in only:
         cluster.start_ray()
         measured += trials.rows(space, table, count)
-    ray.shutdown()  # what it keeps running would slow the others
+    # What Ray keeps running would slow the others.
+    ray.shutdown()
     wire = LatentWire(run)
     if "steps" in only:
         measured += [data.padding_shares(wire, table), *steps_.rows(run, table, repeats)]
     if "workers" in only:
         measured += workers.rows(run, table, count)
     if "decoding" in only:
+        # One turn decodes two whole batches one by one: fewer turns are enough.
         measured.append(decoding.beside_generate(wire, dev, max(1, repeats // 5)))
     return measured
 
@@ -82,6 +84,7 @@ def main(
         only: Leave the other measurements out.
     """
     space = with_home(read_config(flags, "toy"))
+    # No receiver runs in alignment steps, and coarser messages change a step's size.
     run = with_values(space.run, {"training.alignment_steps": 0, "training.coarsening_steps": 0})
     torch.set_num_threads(max(1, int(run.training.cpus_per_worker)))
     measured: list[Row] = []
@@ -95,6 +98,7 @@ def main(
         measured += reading.rows(run, repeats)
     if "sharing" in only:
         measured += sharing.rows(space.model_copy(update={"run": run}), steps)
+        # By configurations alone: batches in one part, and in four.
         measured += itertools.chain.from_iterable(map(sharing.on_one_gpu, (1, 4)))
     if "attention" in only:
         measured += attention.rows(repeats)

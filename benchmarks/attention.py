@@ -22,11 +22,13 @@ def beside_fused(shape: tuple[int, int, int, int], repeats: int) -> Row:
     """Measure one shape with a causal mask; every tensor needs a gradient."""
     count, heads, queries, keys = shape
     torch.manual_seed(0)
-    query, key, value = (
-        torch.randn(count, heads, length, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-        for length in (queries, keys, keys)
-    )
+    like = {"dtype": torch.bfloat16, "requires_grad": True}
+    # [rows, heads, length, WIDTH]
+    query = torch.randn(count, heads, queries, WIDTH, **like)
+    key = torch.randn(count, heads, keys, WIDTH, **like)
+    value = torch.randn(count, heads, keys, WIDTH, **like)
     # Each row has a mask and a gradient of its own, as in training.
+    # Causal from the end: the last query sees all keys, the first all but queries − 1.
     mask = torch.ones(count, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
     gradient = torch.randn_like(query)
 

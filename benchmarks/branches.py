@@ -41,22 +41,30 @@ def branches(begun: Batch, rest: Batch) -> Branches:
         rest: what follows them, likewise.
     """
     assert begun.end_R is not None and rest.past_R is not None
+    # Places of each beginning, and of what follows in each row, without padding.
     ends, lengths = begun.end_R.tolist(), rest.attention_BS.sum(1).tolist()
     positions, branch_of, places_M = [], [], []
     place_of: dict[tuple[int, int], tuple[int, int]] = {}
     for message, end in enumerate(ends):
         rows_R = (rest.past_R == message).nonzero()[:, 0].tolist()
-        places = [(row, place) for row in rows_R for place in range(lengths[row])]
+        # The sequence of a message: itself, then its rows one after another, P places in all.
+        places: list[tuple[int, int]] = []
+        for row in rows_R:
+            places += [(row, place) for place in range(lengths[row])]
         place_of |= {key: (message, end + index) for index, key in enumerate(places)}
         places_M.append(places)
+        # Every branch counts on from the message's end, wherever it stands in the sequence.
         positions.append(torch.tensor([*range(end), *(end + place for _, place in places)]))
+        # 0: the message; 1 + row: that row's branch; −1 below: padding.
         branch_of.append(torch.tensor([0] * end + [1 + row for row, _ in places]))
     position_MS = pad_sequence(positions, batch_first=True)
     branch_MS = pad_sequence(branch_of, batch_first=True, padding_value=-1)
     width, rest_width = position_MS.shape[1], rest.ids_BS.shape[1]
+    # [message, query, key]
     same_MSS = branch_MS[:, :, None] == branch_MS[:, None, :]
     message_MS = branch_MS == 0
     before_SS = torch.ones(width, width, dtype=torch.bool).tril()
+    # predict_N indexes rest as [R · S]: row = flat // S, place = flat % S.
     predict = [place_of[int(flat) // rest_width, int(flat) % rest_width] for flat in rest.predict_N]
     return Branches(
         places_M,
@@ -84,14 +92,17 @@ class Step:
         rest_RTD = self.lm.embed(self.rest, self.rest_ND)
         sequences = []
         for message, end in enumerate(self.begun.end_R.tolist()):
+            # [P, 2] → two [P]
             row_P, place_P = torch.tensor(layout.places_M[message]).T
             sequences.append(torch.cat((begun_MSD[message, :end], rest_RTD[row_P, place_P])))
         hidden_MSD = self.lm.lm.base_model(
             inputs_embeds=pad_sequence(sequences, batch_first=True),
+            # [M, 1, S, S]: one mask for all heads
             attention_mask=layout.seen_MSS[:, None],
             position_ids=layout.position_MS,
             use_cache=False,
         ).last_hidden_state
+        # [M, S, D] → [M · S, D] → [N, D]
         hidden_ND = hidden_MSD.flatten(0, 1).index_select(0, layout.predict_N)
         return token_ce(self.lm.logits(hidden_ND), self.rest.target_N).mean()
 
@@ -110,6 +121,7 @@ class Step:
         """Raise :class:`ValueError` where the two ways differ by more than their type explains."""
         ours, theirs = self.by_caches(), self.by_branches()
         ours_ND, theirs_ND = self.gradient(ours), self.gradient(theirs)
+        # bfloat16 has 8 bits of mantissa, and sums are taken in another order.
         tolerance = 1e-4 if self.lm.lm.dtype == torch.float32 else 0.05
         far = max(
             float((ours - theirs).detach().abs() / ours.detach().abs()),
@@ -132,6 +144,7 @@ def rows(run: RunConfig, batch: pa.Table, repeats: int) -> list[Row]:
     """
     wire = LatentWire(run.model_copy(update={"features": FeaturesConfig()}))
     collate = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
+    # Past every schedule, and in one part.
     whole = collate(batch, 10**6)[0]
     message = wire.interlingua.encode(whole.tokens)
     measured = []

@@ -25,6 +25,7 @@ def preprocessing(run: RunConfig) -> Row:
     cores = int(ray.cluster_resources()["CPU"])
     with tempfile.TemporaryDirectory() as folder:
         fresh = with_values(run, {"data.shard_dir": folder})
+        # A few rows first, which start the workers and import what they need.
         pipeline.ensure_shards(with_values(fresh, {"data.dev_samples": 8}), "dev")
         began = time.perf_counter()
         rows = shards.read_manifest(pipeline.ensure_shards(fresh, "train"))["rows"]
@@ -55,13 +56,12 @@ def _by_datasets(run: RunConfig, folder: Path, cores: int) -> int:
             columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
         return columns
 
-    made = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"))
-    made = made.train_test_split(run.data.dev_fraction, seed=run.data.seed)[
-        "train"
-    ]  # shuffled, as ours are
-    made = made.map(tokenised, batched=True, num_proc=cores)
-    made.to_parquet(str(folder / "datasets.parquet"))
-    return made.num_rows
+    dataset = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"))
+    # Shuffled, as ours are.
+    parts = dataset.train_test_split(run.data.dev_fraction, seed=run.data.seed)
+    dataset = parts["train"].map(tokenised, batched=True, num_proc=cores)
+    dataset.to_parquet(str(folder / "datasets.parquet"))
+    return dataset.num_rows
 
 
 def padding_shares(wire: LatentWire, table: pa.Table) -> Row:
@@ -70,13 +70,11 @@ def padding_shares(wire: LatentWire, table: pa.Table) -> Row:
     for buckets in (8, 2, 1):
         training = with_values(wire.run, {"training.bucket_batches": buckets}).training
         collator = TrainingCollator(wire.run, wire.builders, wire.interlingua.encoder)
-        counted = [
-            padding(collator(batch, 10**9))
-            for batch in streams.shuffled_batches(table, training, 0)
-        ]
-        shares.append(
-            sum(padded for padded, _ in counted) / sum(positions for _, positions in counted)
-        )
+        # (padding, all positions) of each batch
+        batches = streams.shuffled_batches(table, training, 0)
+        counted = [padding(collator(batch, 10**9)) for batch in batches]
+        padded = sum(count for count, _ in counted)
+        shares.append(padded / sum(positions for _, positions in counted))
     listed = " / ".join(f"{share:.1%}" for share in shares)
     detail = f"{wire.run.data.dataset}, batches of {wire.run.training.batch_size}; 8, 2, 1 drawn together: {listed}"
     return Row(

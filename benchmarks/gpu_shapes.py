@@ -31,7 +31,8 @@ SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
                            "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064}),
 }  # fmt: skip
 """Published configurations; the embedded pair's tokenizers feed them, since ids have no meaning to random weights."""
-HEAD = 128  # width of an attention head in both
+HEAD = 128
+"""Width of an attention head in both."""
 
 
 def model_of(name: str, scale: float, device: torch.device) -> Any:
@@ -39,14 +40,13 @@ def model_of(name: str, scale: float, device: torch.device) -> Any:
     kind, sizes = SHAPES[name]
     sizes = dict(sizes)
     if scale < 1:
+        # Queries a key-value head stay as they are, and so does a head's width.
         groups = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
         sizes["num_key_value_heads"] = max(1, round(scale * sizes["num_key_value_heads"]))
         sizes["num_attention_heads"] = groups * sizes["num_key_value_heads"]
         sizes["hidden_size"] = HEAD * sizes["num_attention_heads"]
-        sizes |= {
-            key: max(1, round(scale * sizes[key]))
-            for key in ("num_hidden_layers", "intermediate_size")
-        }
+        for key in ("num_hidden_layers", "intermediate_size"):
+            sizes[key] = max(1, round(scale * sizes[key]))
     with torch.device(device):
         return AutoModelForCausalLM.from_config(
             kind(**sizes, tie_word_embeddings=False), dtype=torch.bfloat16
@@ -55,6 +55,7 @@ def model_of(name: str, scale: float, device: torch.device) -> Any:
 
 def wire_of(run: RunConfig, scale: float) -> LatentWire:
     """A wire between the two shapes."""
+    # Receivers are loaded in the order in which the run names them.
     device, waiting = pick_device(), iter(receiver.name for receiver in run.receivers)
     with patch(
         "latentwire.models.frozen_lm.load_model",
@@ -70,9 +71,8 @@ def rows_of(run: RunConfig, count: int) -> pa.Table:
     columns["context"] = [4 * (context + " ") for context in columns["context"]]
     columns["sender_bytes"] = [len(context) for context in columns["context"]]
     for name, builder in builders(run).items():
-        ids = builder.tokenize(
-            columns["context"], columns["question"], [golds[0] for golds in columns["answers"]]
-        )
+        answers = [golds[0] for golds in columns["answers"]]
+        ids = builder.tokenize(columns["context"], columns["question"], answers)
         columns |= {f"{name}_{piece}": values for piece, values in ids.items()}
     return pa.table(columns)
 
@@ -81,11 +81,13 @@ def matmul_ceiling(device: torch.device, size: int) -> float:
     """FLOP/s of the best of ten bf16 products of two square matrices."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     best = float("inf")
+    # The first of eleven warms up: it can only be slower, and the best is taken.
     for _ in range(11):
         began = time.perf_counter()
         a @ a
         _wait(device)
         best = min(best, time.perf_counter() - began)
+    # size² entries, each of size products and sums.
     return 2 * size**3 / best
 
 
@@ -95,6 +97,7 @@ def flops(wire: LatentWire, trainer: Trainer, table: pa.Table) -> float:
     Trained weights are counted once per soft-prompt position, embeddings and attention's own products not at all.
     """
     total = 0.0
+    # Forward 2 FLOPs a weight and position, backward 2 to the inputs and 2 to trained weights.
     (batch,) = trainer.collate(table, 10**9)
     for name, lm in wire.receivers.items():
         sequences = lm.read_head(batch.sequences[name].to(lm.device))
@@ -136,6 +139,7 @@ def main() -> int:
         table = rows_of(run, options.batch_size)
         wire = wire_of(run, options.scale)
         trainer = Trainer(wire, 10**6)
+        # Unmeasured: kernels are chosen and memory is reserved.
         for _ in range(2):
             trainer.step(table)
         _wait(device)
@@ -147,15 +151,14 @@ def main() -> int:
         _wait(device)
         seconds = (time.perf_counter() - began) / options.steps
         rate = flops(wire, trainer, table) / seconds
-        memory = (
-            f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-            if device.type == "cuda"
-            else "not on a GPU"
-        )
+        memory = "not on a GPU"
+        if device.type == "cuda":
+            memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
         name = "one receiver after the other" if sequential else "joint"
         print(
             f"| {name} | {options.batch_size / seconds:.3g} | {rate / 1e12:.3g} | {rate / ceiling:.2g} | {memory} |"
         )
+        # Or the next pair of receivers would stand beside this one in memory.
         del wire, trainer
     return 0
 

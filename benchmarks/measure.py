@@ -30,16 +30,18 @@ def in_turns(
     """Median seconds of both, after one unmeasured call of each."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
-        for call, found in zip((first, second), seconds, strict=True):
+        for call, taken in zip((first, second), seconds, strict=True):
             began = time.perf_counter()
             call()
+            # Turn 0 is the unmeasured one.
             if turn:
-                found.append(time.perf_counter() - began)
+                taken.append(time.perf_counter() - began)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """How far one call raises the resident memory of a forked process of its own."""
+    """Return how far one call raises the resident memory of a forked process of its own."""
+    # A process's peak never falls again: each call needs one of its own, forked from this state.
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_peak, args=(call, there))
     process.start()
@@ -52,4 +54,5 @@ def peak_bytes(call: Callable[[], object]) -> int:
 def _peak(call: Callable[[], object], result: Connection) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
+    # Linux counts ru_maxrss in KiB.
     result.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))

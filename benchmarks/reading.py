@@ -57,6 +57,7 @@ def spread(run: RunConfig, table: pa.Table) -> Row:
     counter = PositionCounter(with_values(run, free))
 
     def positions(rows: pa.Table) -> int:
+        # filled: positions of a batch of the first 1, 2, … units; the last holds all of them.
         units = counter.of_table(rows)
         return int(units.filled(np.arange(len(units)))[-1])
 
@@ -66,7 +67,8 @@ def spread(run: RunConfig, table: pa.Table) -> Row:
     units = PositionCounter(packed).of_table(table)
     batches = streams.packed_batches([table], packed.training, 0, units)
     by_positions = [positions(rows) for rows in batches]
-    ours, theirs = (max(counts) / np.mean(counts) for counts in (by_positions, by_rows))
+    ours = max(by_positions) / np.mean(by_positions)
+    theirs = max(by_rows) / np.mean(by_rows)
     detail = (
         f"{run.data.dataset}, {table.num_rows} rows: {ours:.2f} in {len(by_positions)} batches of up to {budget} "
         f"positions, {theirs:.2f} in {len(by_rows)} of {run.training.batch_size} rows"
@@ -79,6 +81,7 @@ def spread(run: RunConfig, table: pa.Table) -> Row:
 @contextmanager
 def row_by_row(wire: LatentWire) -> Iterator[None]:
     """Let the wire's receivers read the message of each row anew, as long as the block runs."""
+    # None says that rows share nothing. An attribute of the instance hides the class's method.
     wire.parted = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
@@ -111,6 +114,7 @@ def later_questions(wire: LatentWire, name: str, batch: pa.Table, repeats: int) 
     """The first token of a second question to a message that was read, over a closed book's."""
     prefilled = wire.prefill(wire.encode(batch["context"][0].as_py()), name)
     builder = wire.builders[name]
+    # Row 1 asks another question of the message of row 0: contexts stand together.
     (question_ids,) = builder.tokenize([], [batch["question"][1].as_py()], [])["question_ids"]
     assert prefilled.message is not None
     open_book = builder.latent(prefilled.message.slots(name)[0], question_ids)

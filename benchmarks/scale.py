@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=4, help="tokens that a teacher tells of")
     parser.add_argument("--top_k", type=int, default=32, help="its likeliest tokens at each")
     run = parser.parse_args()
-    checkpoint_gb = 12e-3 * run.trainable_m  # fp32 weights and AdamW's two moments
+    # fp32 weights and AdamW's two moments: 12 bytes a parameter.
+    checkpoint_gb = 12e-3 * run.trainable_m
+    # At each of k tokens: ids of 4 bytes and log p of 2 for the top_k, and 2 for all others.
     columns_gb = run.rows * run.receivers * run.k * (run.top_k * (4 + 2) + 2) / 1e9
     store_gb = run.rows * run.row_bytes / 1e9 + columns_gb
     print(
@@ -52,8 +54,10 @@ def main() -> None:
     for trials in (10, 100, 1_000):
         for gpus in (8, 64, 512):
             at_once = min(trials, gpus // run.gpus_per_trial)
+            # Rounded up: trials run in waves of as many as fit.
             waves = -(-trials // at_once)
             hours = waves * (run.gpu_hours / run.gpus_per_trial + OVERHEAD_S / 3600)
+            # 4 GB of the head beside the trials; two checkpoints a trial, its best and its last.
             cells = [
                 trials, gpus, at_once, f"{hours:.1f}", f"{trials * (run.gpu_hours + OVERHEAD_S / 3600):.0f}",
                 f"{at_once * TRIAL_GB + 4:.0f}", f"{store_gb:.1f}", f"{2 * trials * checkpoint_gb + columns_gb:.0f}",

@@ -36,6 +36,7 @@ def suggestion(finished: int) -> Row:
             search.on_trial_complete(
                 str(number), {"step": 1, "total_steps": 1, "dev_f1": rng.random()}
             )
+    # Of the last suggestions alone, which see all the trials before them.
     milliseconds = 1000 * statistics.median(seconds[finished:])
     detail = f"{space.tune.sampler.name}, {len(space.search)} dimensions"
     return Row(

@@ -57,38 +57,42 @@ class Peak:
         self._thread.join()
 
     def _watch(self) -> None:
+        # wait is a pause of a second that the end cuts short.
         while not self._end.wait(1.0):
             self.bytes = max(self.bytes, sum(map(_pss, psutil.Process().children(recursive=True))))
 
 
 def _pss(process: psutil.Process) -> int:
     try:
-        held = (process.cmdline() or [""])[0].startswith(HOLDERS)
-        return process.memory_full_info().pss if held else 0
-    except psutil.Error:  # it has ended meanwhile
+        # Ray names its workers by what they run.
+        is_holder = (process.cmdline() or [""])[0].startswith(HOLDERS)
+        return process.memory_full_info().pss if is_holder else 0
+    except psutil.Error:
+        # The process has ended meanwhile.
         return 0
 
 
 def rows(space: SweepConfig, steps: int) -> list[Row]:
     """The second of two halves of ``steps`` steps each, and the memory at its worst."""
     run = in_halves(space.run, steps)
-    own = _sweep(run, "own", 1)
+    alone = _sweep(run, "own", 1)
     one = _sweep(run, "shared", 1)
+    # Four trials share the CPUs that one has.
     part = with_values(run, {"training.cpus_per_worker": run.training.cpus_per_worker / TOGETHER})
     four = _sweep(part, "shared", TOGETHER)
     pair = " + ".join(receiver.name for receiver in run.receivers)
-    gb = f"{pair}: {four.peak_bytes / 1e9:.2f} / {own.peak_bytes / 1e9:.2f} GB (PSS of workers and replicas)"
+    gb = f"{pair}: {four.peak_bytes / 1e9:.2f} / {alone.peak_bytes / 1e9:.2f} GB (PSS of workers and replicas)"
     start = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in four.parts.items())
     starts = ", ".join(f"{seconds:.1f}" for seconds in one.starts + four.starts)
-    rates = f"{four.examples_per_s:.2f} / {own.examples_per_s:.2f} examples/s"
+    rates = f"{four.examples_per_s:.2f} / {alone.examples_per_s:.2f} examples/s"
     return [
-        Row(f"memory of {TOGETHER} trials that share ÷ one with its own", four.peak_bytes / own.peak_bytes, "≤ 1.3", gb),
+        Row(f"memory of {TOGETHER} trials that share ÷ one with its own", four.peak_bytes / alone.peak_bytes, "≤ 1.3", gb),
         Row("start of a trial that shares, to its first step, in seconds", min(four.starts[1:] + one.starts), "≤ 5",
-            f"alone {one.starts[0]:.1f}, four at once {starts}; with its own {own.starts[0]:.1f}; the last: {start}"),
-        Row(f"examples/s of {TOGETHER} that share ÷ one after another with its own", four.examples_per_s / own.examples_per_s,
+            f"alone {one.starts[0]:.1f}, four at once {starts}; with its own {alone.starts[0]:.1f}; the last: {start}"),
+        Row(f"examples/s of {TOGETHER} that share ÷ one after another with its own", four.examples_per_s / alone.examples_per_s,
             "≥ 1.0", rates),
-        Row("time of a step of one trial that shares ÷ with its own", own.examples_per_s / one.examples_per_s, "≤ 1.1",
-            f"{run.training.batch_size / one.examples_per_s:.2f} / {run.training.batch_size / own.examples_per_s:.2f} s"),
+        Row("time of a step of one trial that shares ÷ with its own", alone.examples_per_s / one.examples_per_s, "≤ 1.1",
+            f"{run.training.batch_size / one.examples_per_s:.2f} / {run.training.batch_size / alone.examples_per_s:.2f} s"),
     ]  # fmt: skip
 
 
@@ -107,6 +111,7 @@ def _sweep(run: RunConfig, receivers: Any, trials: int) -> Sweep:
             with Peak() as peak, replica_sets.serving(space, plan.sharing) as served:
                 study = sweep.run_sweep(space, plan, files, Path(folder) / "sweep", served=served)
             rate, starts, parts = 0.0, [], {}
+            # in_halves: two evaluations a trial. Its second half has no start and no compilation.
             for half, end in map(evaluations, study.trials):
                 seconds = end["train_seconds"] - half["train_seconds"]
                 rate += (end["step"] - half["step"]) * run.training.batch_size / seconds
@@ -141,18 +146,18 @@ def on_one_gpu(accumulation: int) -> list[Row]:
         }
         run = with_values(space.run, values).model_copy(update={"receivers": tuple(receivers)})
         tune = TuneConfig(trials=1000, receivers="shared", joined_trials=1)
-        found = planner.plan(
+        plan = planner.plan(
             SweepConfig(run=run, tune=tune), {"CPU": 1e5, "GPU": 1.0}, GPU_BYTES, files=False
         )
-    assert found.sharing is not None
-    shared, own = found.max_concurrent_trials, int(GPU_BYTES // found.bytes_per_worker)
-    together = (
-        sum(found.sharing.bytes_per_replica.values()) + TOGETHER * found.sharing.bytes_per_worker
-    )
+    assert plan.sharing is not None
+    shared, alone = plan.max_concurrent_trials, int(GPU_BYTES // plan.bytes_per_worker)
+    # The replicas once, and what each trial holds besides.
+    replicas = sum(plan.sharing.bytes_per_replica.values())
+    together = replicas + TOGETHER * plan.sharing.bytes_per_worker
     what = f"8B + 7B, by the planner, batches of 8 in {accumulation} part(s)"
     return [
-        Row(f"memory of {TOGETHER} trials that share ÷ one with its own: {what}", together / found.bytes_per_worker, "≤ 1.3",
-            f"{together / 1e9:.1f} / {found.bytes_per_worker / 1e9:.1f} GB"),
-        Row(f"trials that fit one GPU of 141 GB, shared ÷ own: {what}", shared / max(1, own), "3 → ≥ 30",
-            f"{own} → {shared}; {found.sharing}"),
+        Row(f"memory of {TOGETHER} trials that share ÷ one with its own: {what}", together / plan.bytes_per_worker, "≤ 1.3",
+            f"{together / 1e9:.1f} / {plan.bytes_per_worker / 1e9:.1f} GB"),
+        Row(f"trials that fit one GPU of 141 GB, shared ÷ own: {what}", shared / max(1, alone), "3 → ≥ 30",
+            f"{alone} → {shared}; {plan.sharing}"),
     ]  # fmt: skip

@@ -38,10 +38,11 @@ class Simulated:
 
     def __init__(self, trial_id: str, values: dict[str, Any]) -> None:
         self.trial_id, self.status, self.step = trial_id, "RUNNING", 0
+        # By its values alone: the same trial is worth the same in every run.
         self.worth = random.Random(repr(sorted(values.items()))).random()
 
     def save(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """What its worker would do: a checkpoint of no weights, and away with all but its best and its last."""
+        """Save as its worker would: a checkpoint of no weights; the best and the last stay."""
         path = folder / step_checkpoints.step_name(self.step)
         path.mkdir(parents=True)
         (path / "manifest.json").write_text(json.dumps({"files": {}, "metrics": metrics}))
@@ -51,6 +52,7 @@ class Simulated:
         """The next evaluation, as large as a real one."""
         self.step += STEPS // EVALUATIONS
         score = self.worth * self.step / STEPS
+        # As many metrics as a real evaluation has: the journal grows by them.
         real = {f"metric_{number}": score for number in range(40)}
         return real | {
             "dev_f1": score,
@@ -73,9 +75,9 @@ def simulate(space: SweepConfig, at_once: int, folder: Path) -> dict[str, float]
 
     def timed(what: str, call: Any, *arguments: Any) -> Any:
         began = time.perf_counter()
-        found = call(*arguments)
+        answer = call(*arguments)
         spent[what] += time.perf_counter() - began
-        return found
+        return answer
 
     while ended < space.tune.trials:
         while len(running) < at_once and started < space.tune.trials:
@@ -83,6 +85,7 @@ def simulate(space: SweepConfig, at_once: int, folder: Path) -> dict[str, float]
             scheduler.on_trial_add(None, trial)
             running.append(trial)
             started += 1
+        # In turns: the trial at the front reports, and goes to the back if it goes on.
         trial = running.pop(0)
         result = trial.report()
         trial.save(trial_path(search.trial_dir, int(trial.trial_id[1:])), result)
@@ -115,12 +118,11 @@ def main() -> None:
     set_path(tree, "tune.trials", options.trials)
     set_path(tree, "tune.metric", "dev_f1")
     with tempfile.TemporaryDirectory() as folder:
-        found = simulate(SweepConfig.model_validate(tree), options.at_once, Path(folder))
-    size = found.pop("journal_mb")
-    each = ", ".join(
-        f"{what} {1000 * seconds / options.trials:.1f} ms" for what, seconds in found.items()
-    )
-    print(f"{options.trials} trials, {options.at_once} at once: {sum(found.values()):.1f} s of the driver; per trial: {each}; "
+        spent = simulate(SweepConfig.model_validate(tree), options.at_once, Path(folder))
+    size = spent.pop("journal_mb")
+    per_trial = {what: 1000 * seconds / options.trials for what, seconds in spent.items()}
+    each = ", ".join(f"{what} {milliseconds:.1f} ms" for what, milliseconds in per_trial.items())
+    print(f"{options.trials} trials, {options.at_once} at once: {sum(spent.values()):.1f} s of the driver; per trial: {each}; "
           f"study {size:.1f} MB")  # fmt: skip
 
 

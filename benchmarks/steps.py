@@ -44,6 +44,7 @@ def beside_bare_receivers(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
 
     def bare() -> None:
         for lm, sequences, e_BSD in prepared:
+            # A leaf that wants a gradient: backward goes through the whole receiver.
             output = lm.lm.base_model(
                 inputs_embeds=e_BSD.clone().requires_grad_(), attention_mask=sequences.attention_BS
             )
@@ -66,22 +67,20 @@ def with_teachers(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     """A step that compares with teachers' columns over one that does not."""
     taught = with_values(run, {"losses.kd_weight": 1.0, "losses.kd_top_k": 32})
     plain, trainer = trainer_of(run), trainer_of(taught)
-    told = batch
+    with_columns = batch
     for name, lm in trainer.wire.receivers.items():
-        said = read_columns(lm, trainer.wire.builders[name], taught, batch)
-        for column in said.column_names:
-            told = told.append_column(column, said[column])
-    ours, theirs = in_turns(lambda: trainer.step(told), lambda: plain.step(batch), repeats)
+        columns = read_columns(lm, trainer.wire.builders[name], taught, batch)
+        for column in columns.column_names:
+            with_columns = with_columns.append_column(column, columns[column])
+    ours, theirs = in_turns(lambda: trainer.step(with_columns), lambda: plain.step(batch), repeats)
     detail = f"top 32, K = {taught.losses.k}: {1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
     return Row("step with KD from teachers' columns ÷ without KD", ours / theirs, "≤ 1.05", detail)
 
 
 def longer_k(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     """A step that weighs the first eight tokens over one that weighs the first."""
-    eight, one = (
-        trainer_of(with_values(run, {"losses.first_k_ce_weight": 1.0, "losses.k": k}))
-        for k in (8, 1)
-    )
+    first_k = with_values(run, {"losses.first_k_ce_weight": 1.0})
+    eight, one = (trainer_of(with_values(first_k, {"losses.k": k})) for k in (8, 1))
     ours, theirs = in_turns(lambda: eight.step(batch), lambda: one.step(batch), repeats)
     return Row(
         "step with K = 8 ÷ step with K = 1",
@@ -116,6 +115,7 @@ def supervised_logits(
         token_ce(head(state_BSD).flatten(0, 1), target_BS.flatten()).mean().backward()
 
     def supervised() -> None:
+        # [rows, positions, D] → [rows · targets, D]
         state_ND = state_BSD[:, -targets:].flatten(0, 1)
         token_ce(head(state_ND), target_BS[:, -targets:].flatten()).mean().backward()
 

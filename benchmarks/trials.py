@@ -37,6 +37,7 @@ def rows(space: SweepConfig, table: pa.Table, steps: int) -> list[Row]:
         files = sweep_files.prepare(space, plan.gpus_per_worker)
         (trial,) = sweep.run_sweep(space, plan, files, Path(folder) / "sweep").trials
         half, end = evaluations(trial)
+    # The second half alone: the first has Ray's start and the first step in it.
     examples = steps * run.training.batch_size
     under_ray = examples / (end["train_seconds"] - half["train_seconds"])
     bare = examples / second_half_seconds(run, table)
@@ -68,9 +69,10 @@ def in_halves(run: RunConfig, steps: int) -> RunConfig:
 
 
 def second_half_seconds(run: RunConfig, table: pa.Table, rank: int = 0, world: int = 1) -> float:
-    """What the second half of :func:`in_halves` takes by the bare loop, on this worker's share of every batch."""
+    """Return the bare loop's seconds for the second half of :func:`in_halves`, on a worker's share."""
     trainer = Trainer(LatentWire(run), 10**6)
     seconds: list[float] = []
+    # Called at each evaluation: half-way and at the end.
     trainer.train(
         table_epochs(run.training, table, rank, world),
         lambda: seconds.append(trainer.progress.seconds),

@@ -26,6 +26,7 @@ def uploaded(folder: Path) -> list[tuple[int, Path]]:
         if path.is_file():
             files.append((path.stat().st_size, path.relative_to(folder)))
 
+    # Ray's own walk, which knows its rules; it warns of every large file.
     quiet = logging.getLogger("upload_size")
     quiet.setLevel(logging.ERROR)
     _dir_travel(folder, [], note, include_gitignore=True, logger=quiet)
