@@ -75,44 +75,38 @@ def train_one(run: RunConfig, output: Path) -> None:
     scores: dict[str, dict[str, dict[str, float]]]
     if not run.data.source.has_questions:
         metrics = {name: f"dev_loss_{name}" for name in wire.receivers} | {"mean": "dev_loss"}
-        scores = {
-            "latent": {
-                name: {"nll": manifest["metrics"][metric]} for name, metric in metrics.items()
-            }
-        }
+        losses = {name: manifest["metrics"][metric] for name, metric in metrics.items()}
+        scores = {"latent": {name: {"nll": loss} for name, loss in losses.items()}}
     else:
         table = shards.read_table(paths["validation"])
         scores = {mode: summarise(list(predict(wire, table, mode))) for mode in MODES}
     write_text(output / "scores.json", json.dumps(scores, indent=1))
 
 
-def table(output: Path, wanted: dict[str, RunConfig]) -> str:
-    """Markdown: per variant the mean score over seeds, and its smallest and largest, for each receiver."""
-    names = list(dict.fromkeys(key.rsplit("-", 1)[0] for key in wanted))
-    first = next(iter(wanted.values()))
+def table(output: Path, configs: dict[str, RunConfig]) -> str:
+    """Return Markdown: per variant and receiver the mean score over seeds, with the range."""
+    # <variant>-<seed>: a variant's own name may hold a dash.
+    names = list(dict.fromkeys(key.rsplit("-", 1)[0] for key in configs))
+    first = next(iter(configs.values()))
     receivers = [receiver.name for receiver in first.receivers]
-    recited = ("nats a token,", "nll", 1, 2)
-    title, score, factor, digits = (
-        recited if not first.data.source.has_questions else ("EM", "em", 100, 1)
-    )
+    title, score, factor, digits = "EM", "em", 100, 1
+    if not first.data.source.has_questions:
+        title, score, factor, digits = "nats a token,", "nll", 1, 2
     lines = [
         "| variant | " + " | ".join(f"{title} {receiver}" for receiver in receivers) + " | mean |"
     ]
     lines.append("|---|" + "---|" * (len(receivers) + 1))
     for name in names:
-        found = [
-            json.loads((output / key / "scores.json").read_text())
-            for key in wanted
-            if key.rsplit("-", 1)[0] == name
-        ]
+        seeds = [key for key in configs if key.rsplit("-", 1)[0] == name]
+        files = [output / key / "scores.json" for key in seeds]
+        by_seed = [json.loads(file.read_text()) for file in files]
         cells = []
         for receiver in [*receivers, "mean"]:
-            values = [factor * scores["latent"][receiver][score] for scores in found]
-            told = [
-                f"{value:.{digits}f}"
-                for value in (statistics.mean(values), min(values), max(values))
-            ]
-            cells.append(f"{told[0]} ({told[1]}–{told[2]})" if len(values) > 1 else told[0])
+            values = [factor * scores["latent"][receiver][score] for scores in by_seed]
+            cell = f"{statistics.mean(values):.{digits}f}"
+            if len(values) > 1:
+                cell += f" ({min(values):.{digits}f}–{max(values):.{digits}f})"
+            cells.append(cell)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -141,13 +135,15 @@ def main(
     if only:
         train_one(configs[only], output / only)
         return 0
-    for run in configs.values():  # what is there already is only looked at
+    # Before the runs, which would all make the same shards; what is there is only looked at.
+    for run in configs.values():
         local_shards(run)
     missing = [key for key in configs if not (output / key / "scores.json").exists()]
 
     def start(key: str) -> int:
         folder = output / key
         folder.mkdir(parents=True, exist_ok=True)
+        # This same command, which then trains one run and ends: a process and a thread each.
         with (folder / "log").open("a") as log:
             code = subprocess.call(
                 [sys.executable, *sys.argv, "--only", key], stdout=log, stderr=subprocess.STDOUT
@@ -156,6 +152,7 @@ def main(
         return code
 
     with ThreadPoolExecutor(jobs) as pool:
+        # A list first: any alone would stop to look at the first failure.
         if any(list(pool.map(start, missing))):
             return 1
     text = table(output, configs)

@@ -50,11 +50,15 @@ class Contexts:
     def __init__(self, wire: LatentWire, drawn: list[Facts]) -> None:
         self.wire, self.count = wire, len(drawn)
         self.texts = [context_of(context) for context in drawn]
-        self.questions = [
-            kind.question.format(name=n) for context in drawn for n, kind, _ in context
-        ]
-        self.golds = [value for context in drawn for _, _, value in context]
-        self.context_R = [index for index, context in enumerate(drawn) for _ in context]
+        self.questions: list[str] = []
+        self.golds: list[str] = []
+        # Row → its context, whose message or vectors it reads: a row is a question.
+        self.context_R: list[int] = []
+        for index, context in enumerate(drawn):
+            for name, kind, value in context:
+                self.questions.append(kind.question.format(name=name))
+                self.golds.append(value)
+                self.context_R.append(index)
 
     def loss(self, read: Read, slots: int) -> torch.Tensor:
         """Cross-entropy of the answers in nats per token, mean over receivers."""
@@ -71,7 +75,7 @@ class Contexts:
     @torch.no_grad()
     def exact_match(self, read: Read, slots: int) -> dict[str, float]:
         """Share of right answers of each receiver, decoded freely."""
-        found = {}
+        shares = {}
         for name, lm in self.wire.receivers.items():
             builder = self.wire.builders[name]
             questions = builder.tokenize([], self.questions, [])["question_ids"]
@@ -86,20 +90,19 @@ class Contexts:
                 )
             texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
             right = [text.strip() == gold for text, gold in zip(texts, self.golds, strict=True)]
-            found[name] = statistics.mean(right)
-        return found
+            shares[name] = statistics.mean(right)
+        return shares
 
 
-def tell(rung: str, step: int, loss: torch.Tensor, found: dict[str, float]) -> None:
-    """One line of the table."""
-    print(
-        f"| {rung} | {step} | {float(loss.detach()):.3f} | {' | '.join(f'{em:.3f}' for em in found.values())} |",
-        flush=True,
-    )
+def tell(rung: str, step: int, loss: torch.Tensor, exact: dict[str, float]) -> None:
+    """Print one line of the table. ``exact``: each receiver's exact match."""
+    cells = " | ".join(f"{em:.3f}" for em in exact.values())
+    print(f"| {rung} | {step} | {float(loss.detach()):.3f} | {cells} |", flush=True)
 
 
 def climb(rung: str, told: Contexts, read: Read, slots: int, vectors: list[dict]) -> None:
     """Optimise vectors of each context for all its questions; a line at each of :data:`TOLD_AT`."""
+    # Only the vectors learn; whatever reads them stays as it is.
     optimizer = torch.optim.Adam(vectors)
     for step in range(max(TOLD_AT) + 1):
         loss = told.loss(read, slots)
@@ -116,25 +119,26 @@ def slots_rung(options: argparse.Namespace) -> None:
     told = Contexts(wire, draw("capacity", options.contexts))
     for slots in options.slots:
         for inside in (False, True):
+            # Receiver → [contexts, slots, D]; [contexts, slots, E]: keys and values of all layers.
             p_NLD, kv_NLE = {}, {}
             for name, lm in wire.receivers.items():
                 texts = wire.builders[name].tokenize(told.texts, [], [])["context_ids"]
-                pieces = [
-                    lm.token_embeddings(torch.tensor(ids)).tensor_split(slots) for ids in texts
-                ]
-                start_NLD = torch.stack(
-                    [torch.stack([piece.mean(0) for piece in row]) for row in pieces]
-                )
-                p_NLD[name] = start_NLD.requires_grad_()
-                width = sum(
-                    target.out_features for target in projections(lm.skeleton(), "deep_prefix")
-                )
+                starts = []
+                for ids in texts:
+                    # [T, D] in as many even pieces as there are slots, each its mean.
+                    pieces = lm.token_embeddings(torch.tensor(ids)).tensor_split(slots)
+                    starts.append(torch.stack([piece.mean(0) for piece in pieces]))
+                p_NLD[name] = torch.stack(starts).requires_grad_()
+                targets = projections(lm.skeleton(), "deep_prefix")
+                width = sum(target.out_features for target in targets)
                 kv_NLE[name] = torch.zeros(told.count, slots, width, requires_grad=inside)
 
+            # The vectors of this turn are bound as defaults: a closure would see those of the last.
             @contextmanager
             def read(
                 name: str, batch: Batch, p_NLD: dict = p_NLD, kv_NLE: dict = kv_NLE
             ) -> Iterator[torch.Tensor]:
+                # message_R: row → context. [N, L, D] → [R, L, D] → [R · L, D], row by row.
                 with wire.receivers[name].added_to_slots(
                     kv_NLE[name][batch.message_R].flatten(0, 1), batch.latents_BS
                 ):
@@ -145,6 +149,7 @@ def slots_rung(options: argparse.Namespace) -> None:
                 {"params": list(kv_NLE.values()), "lr": 0.05},
             ]
             rung = f"{slots} slots, {'keys and values too' if inside else 'embeddings'}"
+            # The first group alone, or both.
             climb(rung, told, read, slots, vectors[: 1 + inside])
 
 
@@ -158,9 +163,9 @@ def latents_rung(options: argparse.Namespace) -> None:
     optimised = replace(message, z_BLZ=z_BLZ)
     read: Read = partial(wire.reading, message=optimised)
     climb("latents", told, read, z_BLZ.shape[1], [{"params": [z_BLZ], "lr": 0.03}])
-    moved = float(
-        ((z_BLZ - message.z_BLZ).square().mean() / message.z_BLZ.square().mean()).sqrt().detach()
-    )
+    # RMS of the change over RMS of what the encoder gave.
+    change, before = (z_BLZ - message.z_BLZ).square().mean(), message.z_BLZ.square().mean()
+    moved = float((change / before).sqrt().detach())
     print(f"the latents moved by {moved:.2f} of their RMS")
 
 
@@ -179,8 +184,8 @@ def encoder_rung(options: argparse.Namespace) -> None:
     def read_of(told: Contexts) -> Read:
         return partial(wire.reading, message=wire.interlingua.encode(told.texts))
 
-    own = [parameter for parameter in wire.interlingua.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(own, lr=2e-3, betas=(0.9, 0.98))
+    trained = [one for one in wire.interlingua.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     for step in range(options.steps + 1):
         if step % options.tell_every == 0:
@@ -194,7 +199,7 @@ def encoder_rung(options: argparse.Namespace) -> None:
         loss = told.loss(read_of(told), slots)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
 

@@ -37,10 +37,12 @@ SAMPLERS = ("tpe", "random")
 
 def train(run: RunConfig, rows: pa.Table, dev: pa.Table) -> dict[str, float]:
     """The metrics of a run at its end."""
-    found: list[dict[str, float]] = []
+    evaluations: list[dict[str, float]] = []
     trainer = Trainer(LatentWire(run), max(1, rows.num_rows // run.training.batch_size))
-    trainer.train(table_epochs(run.training, rows), lambda: found.append(trainer.evaluate(dev)))
-    return found[-1]
+    trainer.train(
+        table_epochs(run.training, rows), lambda: evaluations.append(trainer.evaluate(dev))
+    )
+    return evaluations[-1]
 
 
 def sweep(space: SweepConfig, name: str, seed: int, output: Path) -> list[float]:
@@ -53,23 +55,27 @@ def sweep(space: SweepConfig, name: str, seed: int, output: Path) -> list[float]
     )
     paths = local_shards(space.run, ("train", "dev"))
     rows, dev = streams.training_table(space.run, paths["train"]), shards.read_table(paths["dev"])
+    # What the journal has counts: a command that was stopped goes on with the next trial.
     while len(done := [t for t in own_trials(search.study) if t.state.is_finished()]) < tune.trials:
         trial_id = str(len(done))
         values = search.suggest(trial_id)
-        run = with_values(
-            space.run, {path: value for path, value in values.items() if path != NUMBER}
-        )
+        # The searcher puts the trial's number beside the values.
+        drawn = {path: value for path, value in values.items() if path != NUMBER}
+        run = with_values(space.run, drawn)
         try:
             search.on_trial_complete(trial_id, train(run, rows, dev))
         except TrainingError as error:
+            # No finite objective: the study counts it as failed.
             search.on_trial_complete(trial_id, {"step": 0, "total_steps": 1})
             print(f"{folder.name} trial {trial_id}: {error}", flush=True)
         last = search.study.trials[values[NUMBER]]
         print(f"{folder.name} trial {trial_id}: {last.state.name} {last.values}", flush=True)
-    return [
-        trial.value if trial.state.name == "COMPLETE" and trial.value is not None else 0.0
-        for trial in done
-    ]
+    scores = []
+    for trial in done:
+        # One that failed found nothing, but its examples are spent.
+        is_scored = trial.state.name == "COMPLETE" and trial.value is not None
+        scores.append(trial.value if is_scored else 0.0)
+    return scores
 
 
 def best_so_far(scores: list[float]) -> list[float]:
@@ -77,14 +83,15 @@ def best_so_far(scores: list[float]) -> list[float]:
     return [max(scores[: count + 1]) for count in range(len(scores))]
 
 
-def table(found: dict[str, list[list[float]]]) -> str:
-    """Markdown: per sampler the best F1 and the mean of the best so far (the area under its curve), over seeds."""
+def table(scores: dict[str, list[list[float]]]) -> str:
+    """Return Markdown: per sampler the best F1, and the area under the best so far, over seeds."""
     lines = [
         "| sampler | best F1 | area under best so far | by seed: best, area |",
         "|---|---|---|---|",
     ]
-    for name, sweeps in found.items():
-        curves = [best_so_far(scores) for scores in sweeps]
+    for name, sweeps in scores.items():
+        curves = list(map(best_so_far, sweeps))
+        # On steps of width 1, the mean of a curve is the area below it.
         best, area = [curve[-1] for curve in curves], [statistics.mean(curve) for curve in curves]
         seeds = "; ".join(f"{b:.3f}, {a:.3f}" for b, a in zip(best, area, strict=True))
         lines.append(
@@ -93,16 +100,17 @@ def table(found: dict[str, list[list[float]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, list[list[float]]], examples: int, picture: Path) -> None:
+def draw(scores: dict[str, list[list[float]]], examples: int, picture: Path) -> None:
     """The mean curve of each sampler over the examples spent, and each seed's thinly behind it."""
     import matplotlib
 
+    # Without a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, colour in zip(found, ("tab:blue", "tab:orange"), strict=True):
-        curves = [best_so_far(scores) for scores in found[name]]
+    for name, colour in zip(scores, ("tab:blue", "tab:orange"), strict=True):
+        curves = list(map(best_so_far, scores[name]))
         spent = [examples * (count + 1) / 1000 for count in range(len(curves[0]))]
         for curve in curves:
             axes.step(spent, curve, where="post", color=colour, alpha=0.3, linewidth=1)
@@ -144,21 +152,18 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         space = with_home(load_space(options.space))
-        found = {
-            name: [sweep(space, name, seed, options.output_dir) for seed in options.seeds]
-            for name in SAMPLERS
-        }
+        scores: dict[str, list[list[float]]] = {}
+        for name in SAMPLERS:
+            sweeps = [sweep(space, name, seed, options.output_dir) for seed in options.seeds]
+            scores[name] = sweeps
     except UserError as error:
         return fail(error)
-    text = table(found)
+    text = table(scores)
     (options.output_dir / "table.md").write_text(text + "\n")
     print(text)
     if options.picture:
-        draw(
-            found,
-            (space.run.training.max_steps or 0) * space.run.training.batch_size,
-            options.picture,
-        )
+        examples = (space.run.training.max_steps or 0) * space.run.training.batch_size
+        draw(scores, examples, options.picture)
     return 0
 
 

@@ -44,19 +44,18 @@ from latentwire.training.local import train_here
 
 def spent(run: RunConfig, base: RunConfig, steps: int) -> RunConfig:
     """``run`` for so many steps: what takes a share of the wire's own steps takes the same share of these."""
-    total = base.training.max_steps or max(
-        1, base.training.alignment_steps + base.training.coarsening_steps
-    )
-    parts = ("alignment_steps", "coarsening_steps", "warmup_steps")
-    values = {
-        f"training.{name}": min(round(getattr(run.training, name) * steps / total), steps)
-        for name in parts
+    # Without max_steps the wire's epochs decide, and only the steps below are known.
+    known = base.training.alignment_steps + base.training.coarsening_steps
+    total = base.training.max_steps or max(1, known)
+    values: dict[str, Any] = {
+        "training.max_steps": steps,
+        "training.epochs": 1000,
+        "training.evaluate_every": steps,
     }
-    return with_values(
-        run,
-        values
-        | {"training.max_steps": steps, "training.epochs": 1000, "training.evaluate_every": steps},
-    )
+    for name in ("alignment_steps", "coarsening_steps", "warmup_steps"):
+        scaled = round(getattr(run.training, name) * steps / total)
+        values[f"training.{name}"] = min(scaled, steps)
+    return with_values(run, values)
 
 
 def from_scratch(run: RunConfig, name: str, assignments: list[str]) -> RunConfig:
@@ -71,13 +70,14 @@ def measure(run: RunConfig, name: str, output: Path) -> dict[str, Any]:
     began = time.monotonic()
     best = train_here(LatentWire(run), paths, output)
     seconds = time.monotonic() - began
+    # A joined wire has all its receivers; scored is the one that joined.
     alone = choose_receivers(read_run(best), [name])
     scores = scoring.score(
         best, paths["validation"], (Condition("text"), Condition("latent")), alone
     )
     text, latent = (scores[mode][name] for mode in ("text", "latent"))
-    own = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
-    return own | {
+    of_latents = {field: latent[field] for field in ("em", "em_low", "em_high", "f1", "nll")}
+    return of_latents | {
         "text_em": text["em"],
         "retention": latent["em"] / max(text["em"], 1e-9),
         "seconds": seconds,
@@ -110,6 +110,7 @@ def main(
         )
     run = with_home(read_config(flags, start=start)).run
     base = with_home(SweepConfig(run=read_run(input_path(start.base)))).run
+    # read_config has the joining receiver alone trained.
     (name,) = run.training.train_only
     configs = {"joined": run}
     if "scratch" in ways:
@@ -121,6 +122,7 @@ def main(
                 spent(configs[way], base, count), name, (output / f"{way}-{count}").absolute()
             )
             rows.append({"steps": count, "way": way} | scores)
+            # After every run, since each takes long.
             (output / "table.json").write_text(json.dumps(rows, indent=1))
     print(
         "| steps | way | EM | F1 | NLL | EM of the full text | retention | seconds |\n|---|---|---|---|---|---|---|---|"

@@ -21,29 +21,32 @@ from latentwire.models.pooling import span_edges
 
 
 def place_of(prediction: dict[str, Any]) -> int:
-    """Which fact of the context holds the answer, from 1."""
+    """Return which fact of the context holds the answer, from 1."""
     return 1 + [value for _, _, value in facts_of(prediction)].index(prediction["golds"][0])
 
 
 def facts_of(prediction: dict[str, Any]) -> Facts:
     """Name, kind and value of each fact of the context, in order."""
+    # "Ada lives in Rome. Ben …": a name first, its value last.
     sentences = [sentence.rstrip(".").split() for sentence in prediction["context"].split(". ")]
-    return [
-        (words[0], next(kind for kind in KINDS if words[-1] in kind.values), words[-1])
-        for words in sentences
-    ]
+    facts = []
+    for words in sentences:
+        kind = next(kind for kind in KINDS if words[-1] in kind.values)
+        facts.append((words[0], kind, words[-1]))
+    return facts
 
 
 def sharing(prediction: dict[str, Any], latents: int) -> str:
     """What shares the latent of the asked fact where ``latents`` spans are whole facts; the most alike of several."""
     facts, asked = facts_of(prediction), place_of(prediction) - 1
     count = torch.tensor([len(facts)])
-    edges = span_edges(count, torch.tensor([latents]), torch.ones(1, len(facts), dtype=torch.bool))[
-        0
-    ].tolist()
+    # The encoder's spans over a text whose tokens are facts: latent i holds edges[i] to [i + 1].
+    every = torch.ones(1, len(facts), dtype=torch.bool)
+    edges = span_edges(count, torch.tensor([latents]), every)[0].tolist()
     start, end = next(edge for edge in itertools.pairwise(edges) if edge[0] <= asked < edge[1])
     name, kind, _ = facts[asked]
     others = [facts[place] for place in range(int(start), int(end)) if place != asked]
+    # The most alike first.
     if any(other[1] == kind for other in others):
         return "another person's fact of that kind"
     if any(other[0] != name for other in others):
@@ -52,16 +55,14 @@ def sharing(prediction: dict[str, Any], latents: int) -> str:
 
 
 def said_instead(prediction: dict[str, Any]) -> str:
-    """What kind of wrong answer it is."""
+    """Return what kind of wrong answer it is."""
     asked = next(kind for kind in KINDS if prediction["golds"][0] in kind.values)
     there = prediction["text"] in prediction["context"].replace(".", "").split()
-    if prediction["text"] in asked.values:
-        return (
-            "another person's value of that kind"
-            if there
-            else "a value of that kind that nobody has"
-        )
-    return "a value of another kind"
+    if prediction["text"] not in asked.values:
+        return "a value of another kind"
+    if there:
+        return "another person's value of that kind"
+    return "a value of that kind that nobody has"
 
 
 def main() -> None:
@@ -72,23 +73,20 @@ def main() -> None:
     parser.add_argument("predictions", type=Path, help="predictions.parquet of a run on the toy")
     parser.add_argument("--latents", type=int, help="those of a message; at most as many as facts")
     options = parser.parse_args()
-    rows = [
-        row
-        for row in pq.read_table(options.predictions).to_pylist()
-        if row["condition"] == "latent"
-    ]
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    every = pq.read_table(options.predictions).to_pylist()
+    rows = [row for row in every if row["condition"] == "latent"]
+    # Receiver → place of the asked fact → exact match of each row.
+    scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[row["receiver"]][place_of(row)].append(row["em"])
-    places = sorted({place for by_place in found.values() for place in by_place})
-    print(
-        f"| receiver | {' | '.join(f'fact {place}' for place in places)} |\n|{'---|' * (len(places) + 1)}"
-    )
-    for receiver, by_place in found.items():
-        means = [
-            f"{sum(by_place[place]) / len(by_place[place]):.2f} ({len(by_place[place])})"
-            for place in places
-        ]
+        scores[row["receiver"]][place_of(row)].append(row["em"])
+    places = sorted(set().union(*scores.values()))
+    header = " | ".join(f"fact {place}" for place in places)
+    print(f"| receiver | {header} |\n|{'---|' * (len(places) + 1)}")
+    for receiver, by_place in scores.items():
+        means = []
+        for place in places:
+            at_place = by_place[place]
+            means.append(f"{sum(at_place) / len(at_place):.2f} ({len(at_place)})")
         print(f"| {receiver} | {' | '.join(means)} |")
     if options.latents:
         _print_sharing(rows, options.latents)

@@ -127,21 +127,18 @@ class Chaos:
         """Kill and resume until the sweep is through."""
         process = self.start()
         while True:
-            victim = (
-                self.victims[len(self.deaths)] if len(self.deaths) < len(self.victims) else None
-            )
-            if victim is None:
+            number = len(self.deaths)
+            if number == len(self.victims):
                 code = process.wait()
             else:
-                code = self.wait_for_steps(
-                    self.spread * len(self.deaths) / len(self.victims), process
-                )
+                code = self.wait_for_steps(self.spread * number / len(self.victims), process)
                 if code is None:
                     code = self.wait(process, self.rng.uniform(*self.pause))
                 if code is None:
-                    code = self.kill(victim, process)
+                    code = self.kill(self.victims[number], process)
+            # The sweep goes on by itself.
             if code is None:
-                continue  # the sweep goes on by itself
+                continue
             if code == 0:
                 break
             process = self.start()
@@ -179,7 +176,8 @@ class Chaos:
     def stop(self) -> None:
         """End what is still running: the driver, then the cluster."""
         if self.driver is not None:
-            self.driver.kill()  # which does nothing to one that has ended
+            # Nothing to one that has ended.
+            self.driver.kill()
             self.driver.wait()
         ray.shutdown()
         if self.cluster is not None:
@@ -189,11 +187,12 @@ class Chaos:
         """Kill one of them; returns the driver's exit status where it does not go on by itself."""
         assert self.cluster is not None
         if victim in NAMES:
-            found = self.wait_for(lambda: self.processes(NAMES[victim]), process)
-            if not found:
-                return process.poll()  # the sweep has ended meanwhile
+            candidates = self.wait_for(lambda: self.processes(NAMES[victim]), process)
+            # The sweep has ended meanwhile.
+            if not candidates:
+                return process.poll()
             self.note(victim)
-            self.rng.choice(found).kill()
+            self.rng.choice(candidates).kill()
             return None
         self.note(victim)
         if victim == "driver":
@@ -213,40 +212,39 @@ class Chaos:
         print(row(len(self.deaths), self.deaths[-1]), flush=True)
 
     def standing(self) -> tuple[int, dict[int, int]]:
-        """How many trials have ended; running trial → step of its last checkpoint."""
+        """Return how many trials have ended, and running trial → step of its last checkpoint."""
         trials = self.known()
         running = [trial.number for trial in trials if not trial.state.is_finished()]
-        steps = {
-            number: max((_step(path) for path in _checkpoints(self.output, number)), default=0)
-            for number in running
-        }
+        steps = {}
+        for number in running:
+            steps[number] = max(map(_step, _checkpoints(self.output, number)), default=0)
         return len(trials) - len(running), steps
 
     def known(self) -> list[Any]:
         """The study's own trials; none before there is a study."""
         if not (self.output / JOURNAL).exists():
             return []
-        storage = JournalStorage(
-            JournalFileBackend(str(self.output / JOURNAL))
-        )  # to read: open_study would write
+        # To read alone: open_study would write.
+        storage = JournalStorage(JournalFileBackend(str(self.output / JOURNAL)))
         names = optuna.get_all_study_names(storage)
         return own_trials(optuna.load_study(study_name=names[0], storage=storage)) if names else []
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The cluster's processes of that name."""
         assert self.cluster is not None
-        found = []
+        alike = []
         for info in self.cluster.head_node.all_processes["raylet"]:
             for child in psutil.Process(info.process.pid).children(recursive=True):
                 try:
                     if child.cmdline()[0].startswith(name):
-                        found.append(child)
+                        alike.append(child)
+                # It has ended since it was listed, or is ending and has no command line any more.
                 except (psutil.Error, IndexError):
                     continue
-        return found
+        return alike
 
     def wait_for_steps(self, share: float, process: subprocess.Popen[bytes]) -> int | None:
-        """Until trials have that share of all their steps behind them; the exit status of a driver that ends before."""
+        """Wait until trials have that share of all steps; return the status of a driver that ends."""
         while share > 0:
             ended, steps = self.standing()
             if ended * self.steps + sum(steps.values()) >= share * self.trials * self.steps:
@@ -265,11 +263,11 @@ class Chaos:
     def wait_for(
         self, what: Callable[[], list[Any]], process: subprocess.Popen[bytes]
     ) -> list[Any]:
-        """What appears while the driver runs; empty where it ends before. Raises where neither happens."""
+        """Return what appears while the driver runs, empty where that ends; raise after long."""
         end = time.time() + START_SECONDS
         while process.poll() is None:
-            if found := what():
-                return found
+            if there := what():
+                return there
             if time.time() > end:
                 raise RuntimeError(
                     f"a process to kill must appear within {START_SECONDS:.0f} s, none did"
@@ -280,9 +278,8 @@ class Chaos:
     def connect(self) -> None:
         """Join the cluster on which the sweep has ended."""
         assert self.cluster is not None
-        os.environ["RAY_ADDRESS"] = (
-            self.cluster.address
-        )  # what the State API reads, whatever it is given
+        # What the State API reads, whatever it is given.
+        os.environ["RAY_ADDRESS"] = self.cluster.address
         ray.init(log_to_driver=False)
 
 
@@ -301,20 +298,20 @@ def _step(path: Path) -> int:
 
 
 def checks(chaos: Chaos) -> dict[str, str]:
-    """What must hold after the last resume → how it was found. Raises :class:`AssertionError` where one does not."""
+    """Return what must hold in the end → how it does; raise :class:`AssertionError` where one does not."""
     trials = chaos.known()
     assert [trial.number for trial in trials] == list(range(chaos.trials)), (
         f"{len(trials)} trials, not {chaos.trials}"
     )
     states = {trial.state for trial in trials}
     assert states == {TrialState.COMPLETE}, f"states {states}"
-    wanted = undisturbed(chaos.output)
-    found = {trial.number: float(trial.value) for trial in trials}
-    near = all(
-        math.isclose(found[number], wanted[number], rel_tol=SHARED_TOLERANCE) for number in wanted
-    )
-    same = near if (shared := chaos.receivers == "shared") else found == wanted
-    assert same, f"values {found}, undisturbed {wanted}"
+    right = undisturbed(chaos.output)
+    values = {trial.number: float(trial.value) for trial in trials}
+    shared, same = chaos.receivers == "shared", values == right
+    if shared:
+        pairs = [(values[number], right[number]) for number in right]
+        same = all(math.isclose(*pair, rel_tol=SHARED_TOLERANCE) for pair in pairs)
+    assert same, f"values {values}, undisturbed {right}"
     train = shards.shard_path(load_space(chaos.output / SPACE_FILE).run, "train")
     rows = shards.read_manifest(train)["file_rows"]
     assert len(rows) > 2, f"{len(rows)} files of rows, whose order nothing could change"
@@ -339,11 +336,8 @@ def leaked() -> tuple[list[str], list[str]]:
     """Placement groups and Train's actors that are still there; Ray's own cleaner has a while to take them away."""
     end = time.time() + START_SECONDS
     while True:
-        groups = [
-            group.placement_group_id
-            for group in list_placement_groups()
-            if group.state != "REMOVED"
-        ]
+        left = [group for group in list_placement_groups() if group.state != "REMOVED"]
+        groups = [group.placement_group_id for group in left]
         ours = ("RayTrainWorker", "TrainController", "ImplicitFunc", "ReplicaActor")
         alive = [actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])]
         actors = [name for name in alive if name in ours]
@@ -360,15 +354,16 @@ def undisturbed(output: Path) -> dict[int, float]:
     values: dict[int, float] = {}
     for trial in own_trials(study):
         run = with_values(space.run, dict(trial.params))
-        own = files[variant_key(run)]
-        datasets = sweep_files.load_datasets(own, run.data.in_memory)
+        variant = files[variant_key(run)]
+        datasets = sweep_files.load_datasets(variant, run.data.in_memory)
         rows = datasets["train"].iterator()
         dev = pa.concat_tables(
             datasets["dev"].iter_batches(batch_size=None, batch_format="pyarrow")
         )
-        trainer = Trainer(LatentWire(run), max(1, own.train_rows // run.training.batch_size))
+        trainer = Trainer(LatentWire(run), max(1, variant.train_rows // run.training.batch_size))
         scores: list[float] = []
 
+        # What is this trial's is bound as a default: a closure would see the last one's.
         def epochs(epoch: int, rows: Any = rows, run: Any = run) -> Iterator[pa.Table]:
             return streams.streamed_batches(
                 rows, run.training, epoch, run.training.batch_size, keep_short=False
@@ -425,7 +420,8 @@ def main() -> int:
         )
         return 2
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    torch.set_num_threads(1)  # as a worker of one CPU has
+    # As a worker of one CPU has: sums in another order would be other values.
+    torch.set_num_threads(1)
     rng = random.Random(options.seed)
     kinds = options.victims or VICTIMS + (("replica",) if options.receivers == "shared" else ())
     victims = [kinds[number % len(kinds)] for number in range(options.deaths)]
@@ -437,12 +433,11 @@ def main() -> int:
         "|---|---|---|---|---|",
     ]
     print("\n".join(header), flush=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # as Ctrl-C does: what runs is ended first
+    # As Ctrl-C does: what runs is ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         chaos.run()
-        found = checks(chaos)
+        findings = checks(chaos)
     except AssertionError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
@@ -453,7 +448,7 @@ def main() -> int:
         *(row(number, death) for number, death in enumerate(chaos.deaths, start=1)),
         "",
     ]
-    lines += [f"- {what}: {how}" for what, how in found.items()]
+    lines += [f"- {what}: {how}" for what, how in findings.items()]
     lines.append(
         f"- deaths: {len(chaos.deaths)} of {options.deaths}, {time.time() - chaos.began:.0f} s in all"
     )

