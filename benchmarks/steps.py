@@ -93,9 +93,8 @@ def longer_k(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
 def eager_attention(run: RunConfig, batch: pa.Table, repeats: int) -> Row:
     """A step whose receivers attend by plain products over one that uses torch's fused attention."""
     every = [f"receivers.{i}.attn_implementation" for i in range(len(run.receivers))]
-    eager, fused = (
-        trainer_of(with_values(run, dict.fromkeys(every, how))) for how in ("eager", "sdpa")
-    )
+    eager = trainer_of(with_values(run, dict.fromkeys(every, "eager")))
+    fused = trainer_of(with_values(run, dict.fromkeys(every, "sdpa")))
     ours, theirs = in_turns(lambda: eager.step(batch), lambda: fused.step(batch), repeats)
     detail = f"{batch.num_rows} rows: {1e3 * ours:.0f} / {1e3 * theirs:.0f} ms"
     return Row("step with eager attention ÷ with sdpa", ours / theirs, "report", detail)

@@ -37,7 +37,7 @@ def facts_of(prediction: dict[str, Any]) -> Facts:
 
 
 def sharing(prediction: dict[str, Any], latents: int) -> str:
-    """What shares the latent of the asked fact where ``latents`` spans are whole facts; the most alike of several."""
+    """Return what shares the asked fact's latent, where spans are whole facts; the most alike."""
     facts, asked = facts_of(prediction), place_of(prediction) - 1
     count = torch.tensor([len(facts)])
     # The encoder's spans over a text whose tokens are facts: latent i holds edges[i] to [i + 1].

@@ -131,7 +131,7 @@ def tests_reaching(mutant: str, seconds: float) -> list[str]:
     names = state().tests_by_mangled_function_name.get(mangled_name_from_mutant_name(mutant), set())
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: (took[name], name)):
-        # The first one always: a mutant without tests would count as survived.
+        # The first one always, however long it takes.
         seconds -= took[name]
         if chosen and seconds < 0:
             break

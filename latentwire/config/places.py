@@ -59,21 +59,19 @@ def with_home(space: SweepConfig) -> SweepConfig:
         _seek_inputs(changed)
     tree["tune"]["storage_path"] = at_home(space.tune.storage_path)
     if space.run.encoder.model is not None:
-        tree["run"]["encoder"]["model"] = _absolute(space.run.encoder.model)
-    # receiver:<name> names no path.
-    senders = space.run.encoder.senders
-    tree["run"]["encoder"]["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in senders]
+        tree["run"]["encoder"]["model"] = _absolute_model(space.run.encoder.model)
+    tree["run"]["encoder"]["senders"] = list(map(_absolute_sender, space.run.encoder.senders))
     for path in tree["search"]:
         if knob_of(path) in INPUTS:
             _seek_choices(tree, path, INPUTS[knob_of(path)])
     if space.run.data.data_dir is not None:
-        tree["run"]["data"]["data_dir"] = _found(space.run.data.data_dir)
+        tree["run"]["data"]["data_dir"] = _absolute_input(space.run.data.data_dir)
     if space.run.training.init_from is not None:
-        tree["run"]["training"]["init_from"] = _found(space.run.training.init_from)
+        tree["run"]["training"]["init_from"] = _absolute_input(space.run.training.init_from)
     if space.tune.warm_start is not None:
-        tree["tune"]["warm_start"] = _found(space.tune.warm_start)
+        tree["tune"]["warm_start"] = _absolute_input(space.tune.warm_start)
     for receiver in tree["run"]["receivers"]:
-        receiver["model"] = _absolute(receiver["model"])
+        receiver["model"] = _absolute_model(receiver["model"])
     return SweepConfig.model_validate(tree)
 
 
@@ -81,11 +79,11 @@ def _seek_inputs(changed: dict[str, Any]) -> None:
     """Make the inputs that a stage names absolute, in place."""
     data, encoder = changed["data"], changed["encoder"]
     if data.get("data_dir") is not None:
-        data["data_dir"] = _found(data["data_dir"])
+        data["data_dir"] = _absolute_input(data["data_dir"])
     if "model" in encoder:
-        encoder["model"] = _absolute(encoder["model"])
+        encoder["model"] = _absolute_model(encoder["model"])
     if "senders" in encoder:
-        encoder["senders"] = [s if s.startswith(LENT) else _absolute(s) for s in encoder["senders"]]
+        encoder["senders"] = list(map(_absolute_sender, encoder["senders"]))
 
 
 def _seek_choices(tree: dict[str, Any], path: str, absolute: Callable[[Any], Any]) -> None:
@@ -102,12 +100,17 @@ def _seek_choices(tree: dict[str, Any], path: str, absolute: Callable[[Any], Any
             point[path] = absolute(point[path])
 
 
-def _found(address: Any) -> Any:
+def _absolute_input(address: Any) -> Any:
     """Return an input's absolute address, as :func:`sought` finds it; what is no text as it is."""
     return str(sought(address).absolute()) if isinstance(address, str) else address
 
 
-def _absolute(model: Any) -> Any:
+def _absolute_sender(model: str) -> str:
+    """Return a sender as :func:`_absolute_model` does; ``receiver:<name>`` names no path."""
+    return model if model.startswith(LENT) else _absolute_model(model)
+
+
+def _absolute_model(model: Any) -> Any:
     """Return a model's directory as an absolute path, sought as other inputs are; any other name as it is."""
     if isinstance(model, str):
         # A home in an object store holds no directory that transformers could load.
@@ -118,8 +121,8 @@ def _absolute(model: Any) -> Any:
 
 
 INPUTS: dict[str, Callable[[Any], Any]] = {
-    "data.data_dir": _found,
-    "encoder.model": _absolute,
-    "training.init_from": _found,
+    "data.data_dir": _absolute_input,
+    "encoder.model": _absolute_model,
+    "training.init_from": _absolute_input,
 }
 """Knobs that name inputs and can be searched, each with what makes a choice of it absolute."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from latentwire.config.data import DataConfig
@@ -270,7 +272,7 @@ class RunConfig(Section):
                 )
         training = self.training
         # Path → whether it is asked for; none of them has anything to act on here.
-        of_slots = {
+        of_slots: dict[str, Any] = {
             "adapter.slot_positions": adapter.slot_positions,
             "prefix.layers": prefix is not None and prefix.layers,
             "training.alignment_steps": training.alignment_steps,
@@ -279,11 +281,9 @@ class RunConfig(Section):
             "training.gradient_checkpointing": training.gradient_checkpointing,
             "training.compile": training.compile,
             "losses.slot_kd_weight": self.losses.slot_kd_weight,
-            **{
-                f"features.{name}": getattr(self.features, name) is not None
-                for name in ("deep_prefix", "coprocessor", "latent_adapters", "refiner")
-            },
         }
+        for name in ("deep_prefix", "coprocessor", "latent_adapters", "refiner"):
+            of_slots[f"features.{name}"] = getattr(self.features, name) is not None
         if given := [path for path, value in of_slots.items() if value]:
             raise ValueError(
                 f"adapter.kind heads has no slots in the receiver's sequence to act on, got {', '.join(given)}; leave them out"

@@ -133,8 +133,8 @@ def _cut_caches(wire: LatentWire, name: str, batch: Inputs) -> CutCaches:
     )
     # A text that is shorter than its message keeps all of its cache.
     positions = [min(slots, len(ids)) for slots, ids in zip(batch.slots[name], texts, strict=True)]
-    kept = [own_cache.choose(*row) for row in zip(scores, positions, strict=True)]
-    return CutCaches(kept, positions, 1000 * (now(lm.device) - began) / len(texts))
+    entries = [own_cache.choose(*row) for row in zip(scores, positions, strict=True)]
+    return CutCaches(entries, positions, 1000 * (now(lm.device) - began) / len(texts))
 
 
 def _own_entries(wire: LatentWire, name: str, batch: Inputs) -> torch.Tensor:

@@ -41,7 +41,7 @@ def protocol_hash(path: Place, run: RunConfig) -> str:
     """
     digest = hashlib.sha256()
     for name in shards.read_manifest(path)["files"]:
-        # Shards of texts alone have no questions and answers.
+        # Those columns that these shards have.
         stored = read_footer(path / name).schema.to_arrow_schema().names
         columns = [column for column in stored if column in ROW_COLUMNS]
         for row in read_parquet(path / name, columns).to_pylist():

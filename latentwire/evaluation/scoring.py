@@ -89,8 +89,8 @@ def final_conditions(run: RunConfig) -> tuple[Condition, ...]:
     receivers without its prefix.
     """
     if run.is_reader:
-        own = own_condition(run)
-        return replace(own, tuned=False), own
+        reads = own_condition(run)
+        return replace(reads, tuned=False), reads
     return with_tuned(FINAL_CONDITIONS) if run.evaluation.tuned_text else FINAL_CONDITIONS
 
 

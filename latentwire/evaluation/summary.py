@@ -199,6 +199,7 @@ def _against(
             for field, a_N, b_N in zip(SCORES, a_FN, b_FN, strict=True):
                 fractions[f"retention_{field}"] = (a_N, b_N)
         table[name] = {}
+        # A share whose whole is 0 is left out.
         for metric, (part_N, whole_N) in fractions.items():
             share = ratio(part_N.tolist(), whole_N.tolist(), [p.context_id for p in rows])
             if share is not None:

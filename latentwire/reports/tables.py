@@ -127,9 +127,10 @@ def scores_table(scores: dict[str, Any], title: str, run: RunConfig) -> Grid:
             answers = [_percent(row, field) for field in ("em", "f1", "match")]
             costs = [cell(row[field]) for field in ("nll", "positions", "bytes", "forward_ms")]
             counts = [str(int(row["rows"])), cell(row.get("contexts"))]
-            kept = [_percent(row, "retention_em")] if retention else []
-            body.append([name, receiver, *answers, *costs, *counts, *kept])
+            share = [_percent(row, "retention_em")] if retention else []
+            body.append([name, receiver, *answers, *costs, *counts, *share])
             contexts.append(row.get("contexts", 0))
+    # Results of before contexts were counted have none of them.
     resampled = f"{max(contexts):,} contexts" if any(contexts) else "rows"
     header = [*SCORES, *([card.AGAINST_TEXT["retention_em"]] if retention else [])]
     return f"{title}; 95 % intervals by resampling {resampled}", header, body
