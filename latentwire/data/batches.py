@@ -57,7 +57,10 @@ class TrainingCollator:
     """Turns a table of shard rows into one step's micro-batches."""
 
     def __init__(self, run: RunConfig, builders: Mapping[str, PromptBuilder], encoder: Any) -> None:
-        """``encoder``: its tokenizer and its count of slots are used, its weights are not."""
+        """Collate for ``run``, each receiver's prompts by its builder.
+
+        ``encoder``: its tokenizer and its count of slots are used, its weights are not.
+        """
         self.send, self.builders = run.data.send, dict(builders)
         self.training, self.losses = run.training, run.losses
         self.encoder = encoder
@@ -71,22 +74,24 @@ class TrainingCollator:
     def __call__(
         self, table: pa.Table, step: int, *, own_length: bool = False
     ) -> list[TrainingBatch]:
-        """``table``: shard columns, one row per example. No more micro-batches come than there are rows, none for none.
+        """Make a step's micro-batches: no more of them than there are rows, none for none.
 
+        ``table``: shard columns, one row per example.
         ``step``: optimiser steps done so far, which decide how long the messages are, unless they have their ``own_length``,
         that of ``encoder.tokens_per_latent``, as in an evaluation.
         """
-        coarsening, length = (
-            (None, None) if own_length else (self._coarsening(step), self._tokens_per_latent(step))
-        )
-        return [
-            self._micro(part, coarsening, length, step) for part in self._parted(table, own_length)
-        ]
+        coarsening: Coarsening | None = None
+        length: int | None = None
+        if not own_length:
+            coarsening, length = self._coarsening(step), self._tokens_per_latent(step)
+        parts = self._parted(table, own_length)
+        return [self._micro(part, coarsening, length, step) for part in parts]
 
     def _parted(self, table: pa.Table, by_rows: bool) -> list[pa.Table]:
         """Part a batch into micro-batches: as many rows each, or as many positions where these fill batches."""
         count = self.training.accumulation
         if self.counter is None or by_rows or table.num_rows == 0:
+            # Rounded up: never more than ``count`` parts. range() takes no stride of 0.
             size = max(1, -(-table.num_rows // count))
             return [table.slice(start, size) for start in range(0, table.num_rows, size)]
         units = self.counter.of_table(table)
@@ -99,31 +104,36 @@ class TrainingCollator:
         return {TERMS[name].control for name in weights.terms}
 
     def _coarsening(self, step: int) -> Coarsening | None:
+        # Stages go from 0 to 1, counted from the end of the alignment.
+        # From 1 on a message has its own length.
         steps = self.training.coarsening_steps
         done = max(0, step - self.training.alignment_steps)
         return Coarsening(self.training.coarsening_from, done / steps) if done < steps else None
 
     def _tokens_per_latent(self, step: int) -> int | None:
         choices = self.training.tokens_per_latent
-        return (
-            random.Random(f"{self.training.seed} length {step}").choice(choices)
-            if choices
-            else None
-        )
+        if not choices:
+            return None
+        # The step alone decides: all workers draw one length, and a resumed run draws it again.
+        return random.Random(f"{self.training.seed} length {step}").choice(choices)
 
     def _micro(
         self, table: pa.Table, coarsening: Coarsening | None, length: int | None, step: int
     ) -> TrainingBatch:
         rows = table.to_pydict()
+        # Shards for pretrained encoders hold the ids ready.
         whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
+        # R rows read M different texts: each text is encoded once.
         message_R, first_M = once(whole)
-        texts = {column: [values[row] for row in first_M] for column, values in rows.items()}
+        texts: dict[str, list] = {}
+        for column, values in rows.items():
+            texts[column] = [values[row] for row in first_M]
         controls = self._controls(step)
         cuts = map(cut, texts["context"], texts["id"]) if CONTINUE in controls else ()
         parted = [pieces for pieces in cuts if pieces is not None]
-        ids = [whole[row] for row in first_M] + self.encoder.token_ids(
-            [before for before, _ in parted]
-        )
+        # Messages 0 to M − 1 are those of whole texts; beginnings are messages of their own after them.
+        beginnings = self.encoder.token_ids([before for before, _ in parted])
+        ids = [whole[row] for row in first_M] + beginnings
         tokens = self.encoder.tokens_of(ids, coarsening, length)
         sequences, message_ids = {}, {}
         for name in self.builders:
@@ -152,6 +162,7 @@ class TrainingCollator:
         if right is None:
             return batch
         answers = (batch.control_R == ANSWER).tolist()  # one for each row of the table, in order
+        # Recitals and continuations are never taught and take no value of ``right``.
         told = iter(right)
         return replace(batch, taught_R=torch.tensor([asks and next(told) for asks in answers]))
 
@@ -181,26 +192,24 @@ class TrainingCollator:
         builder = self.builders[name]
         messages: list[int] = []
         sequences: list[PromptSequence] = []
-        text_ids = [
-            builder.message_ids(*ids)
-            for ids in zip(texts[f"{name}_context_ids"], texts[f"{name}_question_ids"], strict=True)
-        ]
-        before, after = (
-            builder.tokenize([pair[part] for pair in parted], [], [])["context_ids"]
-            for part in (0, 1)
-        )
+        pieces = zip(texts[f"{name}_context_ids"], texts[f"{name}_question_ids"], strict=True)
+        text_ids = [builder.message_ids(context, question) for context, question in pieces]
+        # Texts were cut between words; each receiver's tokenizer reads the halves by itself.
+        beginnings = [beginning for beginning, _ in parted]
+        continuations = [continuation for _, continuation in parted]
+        before = builder.tokenize(beginnings, [], [])["context_ids"]
+        after = builder.tokenize(continuations, [], [])["context_ids"]
         if ANSWER in controls:  # pretraining on texts alone asks nothing
-            asked = zip(
-                message_R, rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"], strict=True
-            )
-            sequences += [
-                builder.latent(slots[m], question, answer) for m, question, answer in asked
-            ]
+            # Answers come first, one a row in the rows' order: _taught marks them by it.
+            questions, answers = rows[f"{name}_question_ids"], rows[f"{name}_answer_ids"]
+            for m, question, answer in zip(message_R, questions, answers, strict=True):
+                sequences.append(builder.latent(slots[m], question, answer))
             messages += message_R
         for m, ids in enumerate(text_ids if RECONSTRUCT in controls else ()):
             stretch, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
             sequences.append(builder.controlled(slots[m], RECONSTRUCT, stretch, given))
             messages.append(m)
+        # Beginnings are the messages after those of the M whole texts.
         for m, ids in enumerate(after, start=len(text_ids)):
             sequences.append(builder.controlled(slots[m], CONTINUE, ids))
             messages.append(m)
@@ -217,6 +226,7 @@ class TrainingCollator:
         """Return the stretch of a text that is recited, with the tokens given before it, and how many these are."""
         if self.stretch is None or len(ids) <= self.stretch:
             return ids, 0
+        # ids[start : start + stretch] are predicted; up to ``cue`` tokens before them are read alone.
         start = random.Random(seed).randint(0, len(ids) - self.stretch)
         given = min(start, self.cue)
         return ids[start - given : start + self.stretch], given
@@ -265,6 +275,7 @@ def once(texts: list[Any]) -> tuple[list[int], list[int]]:
     first: list[int] = []
     places = []
     for row, parts in enumerate(texts):
+        # A text is a list of lines, each of them text or a list of ids; lists cannot be keys.
         key = tuple(part if isinstance(part, str) else tuple(part) for part in parts)
         if key not in place_of:
             place_of[key] = len(first)
@@ -275,10 +286,12 @@ def once(texts: list[Any]) -> tuple[list[int], list[int]]:
 
 def cut(text: str, row: str) -> tuple[str, str] | None:
     """Part ``text`` before a word, at a place that the row's id decides; None where it has fewer than 4 words."""
+    # Where the white space before each word ends; the first word has none before it.
     words = [match.start() for match in re.finditer(r"\s\S", text)]
     if len(words) < 3:
         return None
     low, high = CUT_BETWEEN
+    # crc32 / 2³² is a number in [0, 1), the same in every process; hash() of a text is not.
     share = low + (high - low) * zlib.crc32(row.encode()) / 2**32
     place = words[int(share * len(words))]
     return text[:place], text[place:]
@@ -286,8 +299,8 @@ def cut(text: str, row: str) -> tuple[str, str] | None:
 
 def padding(batches: Iterable[TrainingBatch]) -> tuple[int, int]:
     """Count the positions of the receivers' rows that are padding, and all positions."""
-    attention = [
-        sequences.attention_BS for batch in batches for sequences in batch.sequences.values()
-    ]
+    attention: list[torch.Tensor] = []
+    for batch in batches:
+        attention += [sequences.attention_BS for sequences in batch.sequences.values()]
     positions = sum(a.numel() for a in attention)
     return positions - sum(int(a.sum()) for a in attention), positions

@@ -37,14 +37,16 @@ def readers(run: RunConfig, train: Place) -> dict[str, Place]:
 def loaded(run: RunConfig) -> Collection[str]:
     """Return the files of ``training.init_from``, from which parts of a fresh run are loaded.
 
-    None where it is not there yet: a sweep may search it. The stages of a run have the same parts.
+    Empty where it is not there yet: a sweep may search it. The stages of a run have the same parts.
     """
     if run.training.init_from is None:
         return ()
     if run.training.init_from.startswith(STAGE):
-        names = [receiver.name for receiver in run.receivers]
-        parts = ("adapters", "prefixes")
-        return [ENCODER, *(f"{part}/{name}.safetensors" for part in parts for name in names)]
+        # The stage before may not be trained yet: its files are known all the same.
+        files = [ENCODER]
+        for part in ("adapters", "prefixes"):
+            files += [f"{part}/{receiver.name}.safetensors" for receiver in run.receivers]
+        return files
     manifest = text_if_there(place(run.training.init_from) / "manifest.json")
     return () if manifest is None else json.loads(manifest)["files"]
 
@@ -92,6 +94,7 @@ def moments_path(run: RunConfig, train: Place) -> Place:
     rankings = _rankings(run, train)
     # For a receiver that joins there is nothing to be weighed.
     gradient_texts = run.closed_form.gradient_texts if has_fresh_encoder(run) else 0
+    # Other files stand here by their names, which hold the hashes of all that made them.
     spec = {
         "rankings": [path.name for path in rankings],
         "cache_share": run.adapter.cache_share,
@@ -153,4 +156,5 @@ def _weights(receiver: ReceiverConfig) -> list[Any]:
 
 
 def _hash(spec: dict[str, Any]) -> str:
+    # 64 bits in hex. Sorted, so that the order in which a spec is written does not count.
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]

@@ -43,17 +43,18 @@ def read_and_clean(
     batch: dict[str, np.ndarray], run: RunConfig, split: shards.ShardSplit
 ) -> Iterator[pa.Table]:
     """Yield one piece's rows of this split in common columns, or with a reason."""
+    # Ray hands over rows as columns: of the one piece, each column is an array of one value.
     piece = sources.Piece(**{name: values.tolist()[0] for name, values in batch.items()})
     source = shards.source_of(split)
     block: list[dict[str, Any]] = []
-    for row in _cleaned(
-        run, source, piece, together=split == "train" and run.training.questions_together
-    ):
+    together = split == "train" and run.training.questions_together
+    for row in _cleaned(run, source, piece, together=together):
         if belongs(row, run, split):
             block.append(row)
         if len(block) == BLOCK_ROWS:
             yield pa.Table.from_pylist(block, CLEAN)
             block = []
+    # Where no row is left the block still has the columns.
     yield pa.Table.from_pylist(block, CLEAN)
 
 
@@ -61,19 +62,18 @@ def _cleaned(
     run: RunConfig, source: sources.Split, piece: sources.Piece, *, together: bool
 ) -> Iterator[dict[str, Any]]:
     data, file = run.data, piece.key or piece.name
+    # Pieces of lines begin at a byte: their numbers have gaps, but no row has another's.
     for number, raw in enumerate(sources.read(data, source, piece), start=piece.start):
         order = text_hash(f"{data.seed} {number} {file}")
         try:
             row = common_columns(raw, data)
-            if (
-                not data.source.has_questions
-            ):  # a paragraph that several rows hold has one place, where it is kept once
+            if not data.source.has_questions:
+                # A paragraph that several rows hold has one place, where it is kept once.
                 order = text_hash(f"{data.seed} {row['id']}")
             elif together:
-                order = (
-                    text_hash(f"{data.seed} {row['context']}") >> ROW_BITS << ROW_BITS
-                    | order % 2**ROW_BITS
-                )
+                # High bits of the context's hash, low bits of the row's: sorted, its rows are neighbours.
+                of_context = text_hash(f"{data.seed} {row['context']}")
+                order = of_context >> ROW_BITS << ROW_BITS | order % 2**ROW_BITS
             yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))
         except sources.RowError as error:
             shown = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
@@ -108,6 +108,7 @@ def _fitted(row: dict[str, Any], data: DataConfig) -> Iterator[dict[str, Any]]:
         for number, chunk in enumerate(chunks_utf8(row["context"], data.max_context_bytes)):
             yield row | {"context": chunk, "id": f"{row['id']}-{number}", "truncated": False}
     else:
+        # What is not the context's is the question's, which stays whole.
         spare = data.max_context_bytes - (size - len(row["context"].encode()))
         if spare < 1:
             raise sources.RowError(f"question must fit {data.max_context_bytes} bytes: got {size}")
@@ -120,12 +121,13 @@ def belongs(row: dict[str, Any], run: RunConfig, split: shards.ShardSplit) -> bo
         return True
     if row["reason"]:  # a rejected row of the training source is reported with train
         return split == "train"
+    # Uniform in [0, 1): by the same seed, the draw of a smaller fraction is part of a larger one's.
     share = text_hash(f"dev {run.data.seed} {row['document']}") / 2**HASH_BITS
     return (share < run.data.dev_fraction) == (split == "dev")
 
 
 def text_hash(text: str) -> int:
     """Return the first bits of a text's SHA-256 as a number, :data:`HASH_BITS` of them."""
-    return int(
-        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[: HASH_BITS // 4], 16
-    )
+    # A hex digit has 4 bits.
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return int(digest[: HASH_BITS // 4], 16)

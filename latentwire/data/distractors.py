@@ -47,12 +47,14 @@ class Distractors:
         """
         drawing = random.Random(f"{self.config.seed} distractors {context}")
         count = drawing.randint(self.fewest, self.most)
+        # A set has another order in every process: sorted, the draw is the same in all of them.
         others = sorted(self._paragraphs[document] - {context})
         drawing.shuffle(others)
         lines = [_line(context)]
         room = self.config.max_context_bytes - len(lines[0].encode())
         for other in map(_line, others):
             size = len(other.encode()) + 1  # and the end of a line
+            # ``lines`` counts the context itself: up to ``count`` others join it.
             if len(lines) <= count and size <= room:
                 lines.append(other)
                 room -= size

@@ -56,9 +56,8 @@ class TrainedOn:
 
     def save(self, folder: Path) -> None:
         """Write the hashes beside a wire's weights."""
-        (folder / FILE).write_bytes(
-            save({_KEY: self.hashes})
-        )  # by save_file others could not read it
+        # save_file would give the file a mode by which others could not read it.
+        (folder / FILE).write_bytes(save({_KEY: self.hashes}))
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -93,10 +92,10 @@ def of_shards(path: Place) -> np.ndarray:
 
 def document_hashes(names: Iterable[str]) -> np.ndarray:
     """Return a 64-bit hash of each name."""
-    digests = b"".join(
-        hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8] for name in names
-    )
-    return np.frombuffer(digests, "<i8").astype(np.int64)
+    digests = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name in names]
+    # The first 8 bytes of each, read as little-endian on every machine.
+    first_bytes = b"".join(digest[:8] for digest in digests)
+    return np.frombuffer(first_bytes, "<i8").astype(np.int64)
 
 
 def check_development(earlier: TrainedOn, source: str, names: Sequence[str]) -> None:
@@ -105,9 +104,9 @@ def check_development(earlier: TrainedOn, source: str, names: Sequence[str]) -> 
     ``source``: the wire whose record it is; ``names``: each row's document. Where a stage of that wire left no record, a line says
     that this cannot be told.
     """
-    trained = dict(
-        zip(names, np.isin(document_hashes(names), earlier.hashes).tolist(), strict=True)
-    )
+    is_trained = np.isin(document_hashes(names), earlier.hashes).tolist()
+    trained = dict(zip(names, is_trained, strict=True))
+    # ``trained`` holds each document once, ``names`` once for each of its rows.
     rows = sum(trained[name] for name in names)
     if rows:
         leaked = sorted(name for name, seen in trained.items() if seen)

@@ -84,11 +84,10 @@ class File:
     def splits(self) -> set[Split]:
         """The splits that its name, or else the nearest folder with such a word, names."""
         for part in reversed(self.parts):
-            splits = {
-                split
-                for split, words in SPLIT_WORDS.items()
-                if any(_has(part, word) for word in words)
-            }
+            splits: set[Split] = set()
+            for split, words in SPLIT_WORDS.items():
+                if any(_has(part, word) for word in words):
+                    splits.add(split)
             if splits:
                 return splits
         return set()
@@ -113,16 +112,10 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
         listing = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(_seen(listing, root), key=lambda file: file.path)
     readable = [file for file in files if file.extension in (".parquet", ".jsonl", ".json")]
-    if any(
-        config.dataset == file.parts[0] and split in file.splits
-        for file in readable
-        if len(file.parts) > 1
-    ):
-        readable = [
-            File(f.info, f.parts[1:])
-            for f in readable
-            if len(f.parts) > 1 and f.parts[0] == config.dataset
-        ]
+    # A directory may hold several datasets, each in a folder of its name: the others are left alone.
+    below = [file for file in readable if len(file.parts) > 1 and file.parts[0] == config.dataset]
+    if any(split in file.splits for file in below):
+        readable = [File(file.info, file.parts[1:]) for file in below]
     chosen = _of_one_configuration(config, split, readable)
     for file in chosen:
         if len(file.splits) > 1:
@@ -131,6 +124,7 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
             )
     if not chosen:
         words = SPLIT_WORDS[split]
+        # "train", or "validation, valid, val or dev".
         named = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
         held = ", ".join("/".join(file.parts) for file in files[:LISTED]) or "nothing"
         raise DataError(
@@ -139,9 +133,8 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
         )
     places = [PurePosixPath("/", *file.parts) for file in chosen]
     shared = posixpath.commonpath([place.parent for place in places])
-    return system, {
-        str(place.relative_to(shared)): file for place, file in zip(places, chosen, strict=True)
-    }
+    keys = [str(place.relative_to(shared)) for place in places]
+    return system, dict(zip(keys, chosen, strict=True))
 
 
 def _seen(listing: Iterable[fs.FileInfo], root: str) -> Iterator[File]:
@@ -171,9 +164,10 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
         for file in files:
             if len(file.parts) > 1 and not _names_any(file, known):
                 splits[file.parts[0]] |= file.splits
-        labels |= {
-            folder for folder, held_splits in splits.items() if held_splits == SPLIT_WORDS.keys()
-        }
+        # A folder with both splits, and of no known name, is a configuration too.
+        for folder, splits_there in splits.items():
+            if splits_there == SPLIT_WORDS.keys():
+                labels.add(folder)
     if len(labels) > 1:
         listed = sorted(labels)
         raise DataError(
@@ -227,9 +221,10 @@ def _open(system: fs.FileSystem, path: str) -> io.BufferedReader:
 def pieces(config: DataConfig, split: Split) -> list[Piece]:
     """Return what tasks can read side by side. Raises :class:`DataError` for files without such data."""
     system, files = find(config, split)
-    return [
-        piece for key, file in files.items() for piece in _pieces(system, file, key, config.dataset)
-    ]
+    result: list[Piece] = []
+    for key, file in files.items():
+        result += _pieces(system, file, key, config.dataset)
+    return result
 
 
 def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterator[Piece]:
@@ -238,9 +233,8 @@ def _pieces(system: fs.FileSystem, file: File, key: str, dataset: str) -> Iterat
         start = stop = 0
         for group in range(metadata.num_row_groups):  # decoded as a whole: one task reads it, once
             stop += metadata.row_group(group).num_rows
-            if stop - start >= PIECE_ROWS or (
-                stop > start and group == metadata.num_row_groups - 1
-            ):
+            is_last = group == metadata.num_row_groups - 1
+            if stop - start >= PIECE_ROWS or (is_last and stop > start):
                 yield Piece(file.path, start, stop, key, "parquet")
                 start = stop
     elif file.info.size:
@@ -263,8 +257,10 @@ def _form(system: fs.FileSystem, file: File) -> Form:
                 break
             first = line
     if file.extension == ".json":
+        # One object a line: JSON Lines under a document's name.
         is_lines = not first or (first[:1] == b"{" == second[:1] and first[-1:] == b"}")
         return "lines" if is_lines else "document"
+    # A list, unless whole lists stand one a line; an object over many lines, or with its rows on one.
     is_array = first[:1] == b"[" and not (first[-1:] == b"]" and second)
     is_object = first == b"{" if second else _has_rows(first)
     return "document" if is_array or is_object else "lines"
@@ -339,6 +335,7 @@ def _table_rows(table: pa.Table) -> Iterator[Row]:
         if table.num_rows == 1:
             yield bytes(error.object)
         else:
+            # The error does not say which row: halves are tried until it stands alone.
             half = table.num_rows // 2
             yield from _table_rows(table.slice(0, half))
             yield from _table_rows(table.slice(half))
@@ -349,8 +346,9 @@ def _lines(system: fs.FileSystem, piece: Piece) -> Iterator[bytes]:
     with explained(piece.name), _open(system, piece.name) as stream:
         place = piece.start
         if place:
+            # From the byte before: where it ends a line, the first one begins right here.
             stream.seek(place - 1)
-            place += len(stream.readline()) - 1  # to the first line that begins here
+            place += len(stream.readline()) - 1
         for line in stream:
             if place >= piece.stop:
                 break

@@ -60,15 +60,17 @@ class Units:
 
         They are those of padded rows, of the receiver that reads most.
         """
-        longest = [
-            np.maximum.accumulate(length_NU[:, units], axis=1)
-            for length_NU in (self.head_NU, self.rest_NU, self.whole_NU)
-        ]
+        # Column u has the longest of the first u + 1 units, to which all of them are padded.
+        longest = []
+        for length_NU in (self.head_NU, self.rest_NU, self.whole_NU):
+            longest.append(np.maximum.accumulate(length_NU[:, units], axis=1))
         counts = (self.messages_U[units].cumsum(), self.sequences_U[units].cumsum())
         return self._read(*counts, *longest)
 
     def rows_of(self, units: np.ndarray) -> np.ndarray:
         """Return the numbers of the units' rows."""
+        # Row n of the result, in a unit whose rows begin at place b of it, is row start + (n - b).
+        # Units that start at 4 and 0, with 2 rows and 1, give [4, 5, 0].
         sizes = self.rows_U[units]
         begins = sizes.cumsum() - sizes
         return np.repeat(self.start_U[units] - begins, sizes) + np.arange(sizes.sum())
@@ -81,8 +83,11 @@ class Units:
         rest: np.ndarray,
         whole: np.ndarray,
     ) -> np.ndarray:
+        # [N, U]: either every message once and what follows it for each sequence, or whole sequences,
+        # all of them as long as the longest. Two passes pay from SHARED_BY sequences a message on.
         once = messages * head + sequences * rest
         parted = self.shares & (sequences >= SHARED_BY * messages)
+        # [N, U] → [U]: the budget is for the receiver that reads most.
         return np.where(parted, once, sequences * whole).max(0)
 
 
@@ -96,12 +101,14 @@ def batches(units: Units, budget: int, buckets: int, seed: int) -> Iterator[np.n
         seed: of the order.
     """
     rng = np.random.default_rng(seed)
+    # Windows keep their order, units within one are shuffled: lexsort takes its last key first.
     window_U = units.start_U // WINDOW_ROWS
     order = np.lexsort((rng.random(len(units)), window_U))
     while len(order):
         count = _drawn(units, order, budget, buckets)
         drawn, order = order[:count], order[count:]
         cut = list(_cut(units, _by_length(units, drawn), budget)) if buckets > 1 else [drawn]
+        # Sorted batches come in a drawn order, or a draw would always begin with its shortest texts.
         for place in rng.permutation(len(cut)):
             yield cut[place]
 
@@ -119,6 +126,8 @@ def parts(units: Units, chosen: np.ndarray, count: int) -> list[np.ndarray]:
 
     Where there are few units, some parts have none.
     """
+    # With all positions on a line that is cut into ``count`` equal lengths, a unit goes where its
+    # middle lies.
     alone = units.alone_U[chosen]
     middle = alone.cumsum() - alone / 2
     return np.split(chosen, np.searchsorted(middle, alone.sum() * np.arange(1, count) / count))
@@ -136,17 +145,21 @@ def tables(
         rank: the worker's number.
         world: workers that share each batch.
     """
+    # Every worker reads all rows, in one order, and holds those that a later batch may still take.
+    # number_H: the numbers of the H rows held. used_R: rows that batches so far have taken.
     source, read = iter(stream), 0
     held: pa.Table | None = None
     number_H, used_R = np.empty(0, np.int64), np.zeros(int(units.rows_U.sum()), bool)
     for batch in plan:
         rows = units.rows_of(parts(units, batch, world)[rank])
+        # A worker may have no rows of a batch; −1 then asks for none.
         while held is None or rows.max(initial=-1) >= read:
             table, keep_H = next(source), ~used_R[number_H]
-            kept = [] if held is None else [held.filter(pa.array(keep_H))]
-            held = pa.concat_tables([*kept, table])
+            unused = [] if held is None else [held.filter(pa.array(keep_H))]
+            held = pa.concat_tables([*unused, table])
             number_H = np.append(number_H[keep_H], np.arange(read, read + table.num_rows))
             read += table.num_rows
+        # All workers' rows of the batch, not this one's alone. number_H rises, so it can be bisected.
         used_R[units.rows_of(batch)] = True
         yield held.take(np.searchsorted(number_H, rows))
 
@@ -165,6 +178,7 @@ def _drawn(units: Units, order: np.ndarray, budget: int, buckets: int) -> int:
 
     while not fits(count):  # sorted, they may leave gaps that they did not leave as drawn
         count -= 1
+    # Or they fill gaps, and more of them fit: by strides that double while they do, then halve.
     stride = 1
     while count + stride <= len(order) and fits(count + stride):
         count, stride = count + stride, 2 * stride
@@ -189,6 +203,8 @@ def _cut(units: Units, order: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 
 def _fitting(units: Units, order: np.ndarray, budget: int) -> int:
     """Count the first units that fit one batch: at least one, where there is any."""
+    # A batch ends before the first unit with which it is beyond the budget. ``filled`` costs as much
+    # as it looks at: a few units first, then twice as many.
     seen = LOOK_AHEAD
     while True:
         beyond = np.flatnonzero(units.filled(order[:seen]) > budget)

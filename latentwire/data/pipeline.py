@@ -111,6 +111,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     pieces = sources.pieces(run.data, source)
     if not pieces:
         raise _nothing_left(run, split, [], read=0)
+    # A block, and so a task, for each piece. What they clean stays in the object store for both passes.
     cleaned = (
         ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
         .map_batches(functools.partial(read_and_clean, run=run, split=split), batch_size=1)
@@ -128,6 +129,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
         if rewritten is not None:
             rewritten.add(table)
         size += table.nbytes
+    # Every good row's hash, then each hash once, in order: texts without questions share one.
     every = np.concatenate(orders)
     order = np.unique(every)
     read = len(order)
@@ -146,12 +148,13 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
         raise _nothing_left(run, split, rejects, read=read)
     if rewritten is not None:
         rewritten.check()
+    # Each shard has as many hashes as the others, or one more: shard s begins with number s · n / count.
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
-    first = order[(np.arange(count) * len(order)) // count]  # the hash that each shard begins with
+    first = order[(np.arange(count) * len(order)) // count]
     last = int(order[-1])
-    held = np.bincount(
-        _shard_of(every[(every >= first[0]) & (every <= last)], first), minlength=count
-    )
+    # Rows that each shard's block must have, those of one hash counted one by one.
+    chosen = every[(every >= first[0]) & (every <= last)]
+    held = np.bincount(_shard_of(chosen, first), minlength=count)
     path.mkdir(parents=True, exist_ok=True)
     names = [f"{shard:05d}.parquet" for shard in range(count)]
     missing = {shard for shard, name in enumerate(names) if not (path / name).exists()}
@@ -166,9 +169,8 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
                 functools.partial(_choose, first=first, last=last, missing=missing),
                 batch_format="pyarrow",
             )
-            .sort(
-                "order", boundaries=[int(value) for value in first]
-            )  # the block before the first shard is empty
+            # A block for each shard, and one before the first, which is empty.
+            .sort("order", boundaries=[int(value) for value in first])
             .map_batches(
                 functools.partial(
                     _write,
@@ -233,6 +235,7 @@ def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _shard_of(order: np.ndarray, first: np.ndarray) -> np.ndarray:
+    # The last shard that begins at a hash or below it; −1 before the first.
     return np.searchsorted(first, order, side="right") - 1
 
 
@@ -257,7 +260,7 @@ def _write(
     rewritten: Distractors | Unanswerable | None = None,
 ) -> pa.Table:
     """Tokenise one shard's rows, write its file, and return how many rows it holds."""
-    if table.num_rows == 0:
+    if table.num_rows == 0:  # before the first shard, or one whose file is there
         return pa.table({"rows": pa.array([], pa.int64())})
     shard = int(_shard_of(table["order"].to_numpy(), first)[0])
     if table.num_rows != held[shard]:
@@ -269,6 +272,7 @@ def _write(
         table = _once(table)
     if rewritten is not None:
         table = rewritten.replaced(table)
+    # No column of a shard: only how many of the rows that stay are truncated goes into its footer.
     truncated = table["truncated"]
     table, reason = tokenise(table.drop_columns(["order", "truncated"]), run, split)
     good = pc.equal(reason, "")
@@ -294,6 +298,7 @@ def _write(
 
 def _once(table: pa.Table) -> pa.Table:
     """Return the first of the rows with the same id."""
+    # np.unique returns the first place of each id, in the order of the ids.
     _, places = np.unique(np.asarray(table["id"].to_pylist()), return_index=True)
     return table.take(np.sort(places))
 
@@ -311,11 +316,13 @@ def _manifest(
     """Return counts, hashes and lengths of all files; the rejects of both passes are written beside them."""
     key, spec = shards.shard_key(run, split)
     footers = [json.loads(read_footer(path / name).metadata[FOOTER]) for name in names]
-    rejects = [*rejects, *(row for footer in footers for row in footer["rejects"])]
-    lines = [
-        json.dumps({"reason": row["reason"], "id": row["id"], "row": (row["context"] or "")[:500]})
-        for row in rejects
-    ]
+    rejects = list(rejects)
+    for footer in footers:
+        rejects += footer["rejects"]
+    lines = []
+    for row in rejects:
+        shown = (row["context"] or "")[:500]
+        lines.append(json.dumps({"reason": row["reason"], "id": row["id"], "row": shown}))
     write_text(path / "rejects.jsonl", "".join(f"{line}\n" for line in lines))
     lengths = {}
     for name in footers[0]["lengths"]:

@@ -38,9 +38,11 @@ class RowPositions:
     @classmethod
     def joined(cls, tables: list[RowPositions]) -> RowPositions:
         """Return the rows of several tables as one."""
-        return cls(
-            *(np.concatenate([getattr(t, f.name) for t in tables], axis=-1) for f in fields(cls))
-        )
+        columns = []
+        for field in fields(cls):
+            parts = [getattr(table, field.name) for table in tables]
+            columns.append(np.concatenate(parts, axis=-1))
+        return cls(*columns)
 
 
 class PositionCounter:
@@ -72,16 +74,17 @@ class PositionCounter:
         key_R = np.arange(table.num_rows)
         if self.run.training.questions_together:
             key_R = table["sender_hash"].to_numpy()
+        # Rows at which a new key begins; a table without rows has none.
         first_U = np.flatnonzero(np.append(True, key_R[1:] != key_R[:-1])[: len(key_R)])
         sizes = np.diff(np.append(first_U, len(key_R)))
+        # Slots follow from the text, which rows of one key share: counted once, then repeated.
         slots_of = self._slots(table.take(first_U))
         head, rest, text = [], [], []
         for name, builder in self.builders.items():
-            context, question, answer = (
-                _lengths(table, f"{name}_{piece}_ids")
-                for piece in ("context", "question", "answer")
-            )
+            columns = [f"{name}_{piece}_ids" for piece in ("context", "question", "answer")]
+            context, question, answer = (_lengths(table, column) for column in columns)
             slots = np.repeat(slots_of[name], sizes)
+            # An empty prompt: what the template writes around message, question and answer.
             frame = builder.latent(0, [], [])
             after = len(frame.ids) - frame.message.stop + answer
             message = context
@@ -111,6 +114,7 @@ class PositionCounter:
         changes = rows.key_R[1:] != rows.key_R[:-1]
         if not self.run.training.questions_together:  # keys are counted anew in each table
             changes[:] = True
+        # Units above the budget are halved until they fit, or are single rows.
         start_U = np.flatnonzero(np.append(True, changes)[:count])
         while True:
             units = self._units(rows, start_U)
@@ -129,26 +133,35 @@ class PositionCounter:
         return units
 
     def _units(self, rows: RowPositions, start_U: np.ndarray) -> Units:
-        asks, recites, continues = (
-            int(control in self.controls) for control in (ANSWER, RECONSTRUCT, CONTINUE)
-        )
+        # 1 where such sequences are read at all, else 0.
+        asks = int(ANSWER in self.controls)
+        recites = int(RECONSTRUCT in self.controls)
+        continues = int(CONTINUE in self.controls)
         size_U = np.diff(np.append(start_U, len(rows.bytes_R)))
 
         def longest(length: np.ndarray) -> np.ndarray:
             if not len(start_U):
                 return length[..., :0]
+            # [..., R] → [..., U]: the maximum from each start up to the next.
             return np.maximum.reduceat(length, start_U, axis=-1)
 
         head, rest, text = map(longest, (rows.head_NR, rows.rest_NR, rows.text_NR))
         whole = longest(rows.head_NR + rows.rest_NR) * asks
         rest = rest * asks
-        for recited in [self._recited(text)] * recites + [text] * continues:
-            rest = np.maximum(rest, 1 + recited)
-            whole = np.maximum(whole, head + 1 + recited)
+        read_back = []
+        if recites:
+            read_back.append(self._recited(text))
+        if continues:
+            read_back.append(text)
+        # A control embedding stands before what is recited or continued.
+        for tokens in read_back:
+            rest = np.maximum(rest, 1 + tokens)
+            whole = np.maximum(whole, head + 1 + tokens)
         return Units(
             start_U=start_U,
             rows_U=size_U,
             bytes_U=longest(rows.bytes_R),
+            # The text that is continued begins with a message of its own.
             messages_U=np.full_like(size_U, 1 + continues),
             sequences_U=size_U * asks + recites + continues,
             head_NU=head,
@@ -176,8 +189,10 @@ class PositionCounter:
     def _shares(self) -> bool:
         """Return whether receivers of their own read a message once for all its rows."""
         run = self.run
-        features = (f for name, f in FEATURES.items() if getattr(run.features, name) is not None)
-        if run.training.gradient_checkpointing or any(f.reads_question for f in features):
+        asking = [name for name, feature in FEATURES.items() if feature.reads_question]
+        if run.training.gradient_checkpointing:
+            return False
+        if any(getattr(run.features, name) is not None for name in asking):
             return False
         same_text = run.prompt.reads in ("text", "truncated") and run.data.send == "context"
         return same_text or not run.is_reader
@@ -187,10 +202,12 @@ class PositionCounter:
         encoder, count = self.run.encoder, table.num_rows
         fixed = encoder.tokens_per_latent is None and encoder.split == "none"
         if count == 0 or (fixed and encoder.pooling != "tokens"):
-            private = {name: len(self.lengths.private.get(name, ())) for name in self.builders}
-            return {
-                name: np.full(count, encoder.latent_len + more) for name, more in private.items()
-            }
+            # Messages of one length, whatever their texts: nothing is tokenised.
+            fixed_slots = {}
+            for name in self.builders:
+                private = len(self.lengths.private.get(name, ()))
+                fixed_slots[name] = np.full(count, encoder.latent_len + private)
+            return fixed_slots
         if "encoder_ids" in table.column_names:
             ids = table["encoder_ids"].to_pylist()
         else:

@@ -41,6 +41,7 @@ class TrainingBudget:
 def budget_of(run: RunConfig, rows: int) -> TrainingBudget:
     """Return the training of a wire itself on so many rows, where its batches are filled by rows."""
     training, size = run.training, run.training.rows_per_batch
+    # 10¹²: no limit. Rows that fill no batch are left out of an epoch.
     steps = min(training.epochs * max(1, rows // size), training.max_steps or 10**12)
     return TrainingBudget(steps, size)
 
@@ -77,6 +78,7 @@ def reader_directory(
         paths: the shards of that run.
     """
     budget = reader_budget(run, shards.read_manifest(paths["train"])["rows"])
+    # Knobs of the encoder that decide how many positions a message has.
     of_lengths = (
         "kind",
         "tokens_per_latent",
@@ -120,5 +122,6 @@ def weights_id(receiver: ReceiverConfig) -> Any:
     path = Path(resolve(receiver))
     if not path.is_dir():
         return receiver.model
+    # Hashing gigabytes for a name takes long; files that were written anew have another time.
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -43,11 +43,8 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     data = run.data.model_dump(include=set(paths_with("shards", "value", DataConfig)))
     # A split is not made anew because another split's size changes.
     sizes = {"train": "samples", "dev": "dev_samples", "validation": "validation_samples"}
-    data = {
-        name: value
-        for name, value in data.items()
-        if name == sizes[split] or name not in sizes.values()
-    }
+    other_sizes = set(sizes.values()) - {sizes[split]}
+    data = {name: value for name, value in data.items() if name not in other_sizes}
     if split != "validation" or not run.data.validation_skip:
         del data["validation_skip"]  # shards are older than this knob, and keep their names
     if data["distractors"] is None:
@@ -70,6 +67,7 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
     if split == "train":
         spec["together"] = run.training.questions_together
         if sources_of_encoder := encoder_sources(run.encoder, run.receivers):
+            # Of several senders the first is the ruler, whose tokens a message's length follows.
             ruler, *others = (_text_side(source)[0] for source in sources_of_encoder)
             encoder: dict[str, Any] = {"tokenizer": ruler, "split": run.encoder.split}
             if others:
@@ -98,6 +96,7 @@ def _loaded_text_side(source_json: str, _files: tuple) -> tuple[str, list[str] |
 
     Paths of shards are asked for dozens of times, and a large vocabulary takes a second to load.
     """
+    # As JSON, since the cache needs keys that hash; ``_files`` is there to be part of the key.
     source = ReceiverConfig.model_validate_json(source_json)
     tokenizer = load_tokenizer(source)
     return tokenizer_hash(tokenizer), rendered(tokenizer, source)
@@ -145,7 +144,8 @@ def read_table(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
 
 def builders(run: RunConfig) -> dict[str, PromptBuilder]:
     """Return a sequence builder per receiver; loads tokenizers only."""
-    return {
-        receiver.name: PromptBuilder(load_tokenizer(receiver), receiver, run.prompt, run.data.send)
-        for receiver in run.receivers
-    }
+    by_name = {}
+    for receiver in run.receivers:
+        tokenizer = load_tokenizer(receiver)
+        by_name[receiver.name] = PromptBuilder(tokenizer, receiver, run.prompt, run.data.send)
+    return by_name

@@ -78,9 +78,8 @@ def fingerprint(config: DataConfig, split: Split) -> str:
     system, keyed = files.find(config, split)
     for key, file in keyed.items():
         digest.update(key.encode())
-        if not isinstance(
-            system, fs.LocalFileSystem
-        ):  # reading it all would cost as much as the work that it saves
+        if not isinstance(system, fs.LocalFileSystem):
+            # Reading it all would cost as much as the work that it saves.
             digest.update(f"{file.info.size} {file.info.mtime_ns}".encode())
             continue
         with open(file.path, "rb") as stream:

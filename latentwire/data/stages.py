@@ -70,13 +70,15 @@ def placed(run: RunConfig, keys: Keys | None = None) -> tuple[PlacedStage, ...]:
     """
     keys = keys or keys_of
     stages = stages_of(run)
+    # ``start`` is what the next stage begins with: the wire of ``training.init_from`` for the first,
+    # the directory of the one before for the others.
     before: dict[str, str] = {}
     start = run.training.init_from
     result = []
     for number, stage in enumerate(stages, start=1):
         values = {"training.init_from": start} if before else {}
         resolved = with_values(stage.run, values) if values else stage.run
-        path = None
+        path = None  # the last stage's wire is the run's own
         if number < len(stages):
             hashed = _hash(resolved, stage, keys(resolved), list(before.values()))
             folder = place(resolved.data.shard_dir).absolute()
@@ -106,23 +108,26 @@ def report_of(path: Place) -> dict[str, Any]:
 
 
 def reports(stages: Sequence[PlacedStage]) -> list[dict[str, Any]]:
-    """Read :func:`report_of` those of a run's earlier stages that are there: it can go on without them."""
+    """Read what is known of those of a run's earlier stages that are there: it can go on without them."""
     paths = [stage.path for stage in stages if stage.path is not None]
     return [report_of(path) for path in paths if is_there(path)]
 
 
 def _hash(run: RunConfig, stage: Stage, keys: Sequence[str], before: Sequence[str]) -> str:
     knobs = run.model_dump(mode="json")
+    # Dotted paths: walk to the section that a knob is in, and take it out there.
     for path in WITHOUT_EFFECT:
         *parents, leaf = path.split(".")
         section = knobs
         for name in parents:
             section = section[name]
         section.pop(leaf, None)
-    knobs["receivers"] = [
-        receiver.model_dump(mode="json", exclude=ELSEWHERE) | {"weights": weights_id(receiver)}
-        for receiver in run.receivers
-    ]
+    receivers = []
+    for receiver in run.receivers:
+        entry = receiver.model_dump(mode="json", exclude=ELSEWHERE)
+        receivers.append(entry | {"weights": weights_id(receiver)})
+    knobs["receivers"] = receivers
+    # The name of the directory before this one holds the hash of all that led there.
     spec = {
         "stage_version": STAGE_VERSION,
         "knobs": knobs,

@@ -28,11 +28,9 @@ def training_columns(run: RunConfig, *, continued: bool = False) -> list[str]:
     ``continued``: another trial on the same rows has a continuation loss.
     """
     pieces = ("context", "question", "answer")
-    columns = [
-        "id",
-        "sender_bytes",
-        *(f"{r.name}_{piece}_ids" for r in run.receivers for piece in pieces),
-    ]
+    columns = ["id", "sender_bytes"]
+    for receiver in run.receivers:
+        columns += [f"{receiver.name}_{piece}_ids" for piece in pieces]
     if run.training.questions_together:
         columns.append("sender_hash")
     if run.encoder.pretrained:
@@ -58,6 +56,7 @@ def read_joined(
         columns: columns of the shards to read.
         rows: rows that come at a time. None: all of them.
     """
+    # Teachers' files hold a row for every row of the shard, in its order.
     table = read_parquet(train / name, columns)
     for path in teacher_paths.values():
         teacher = read_parquet(path / name)
@@ -70,10 +69,8 @@ def read_joined(
 def training_table(run: RunConfig, train: Place) -> pa.Table:
     """Read all training rows into memory."""
     teacher_paths, columns = teachers.paths(run, train), training_columns(run)
-    files = [
-        read_joined(name, train, teacher_paths, columns)
-        for name in shards.read_manifest(train)["files"]
-    ]
+    names = shards.read_manifest(train)["files"]
+    files = [read_joined(name, train, teacher_paths, columns) for name in names]
     return pa.concat_tables(itertools.chain.from_iterable(files))
 
 
@@ -101,12 +98,11 @@ def ray_dataset(
     quiet_ray_data()
     names = shards.read_manifest(train)["files"]
     if in_memory:
-        footers = [read_footer(train / name) for name in names]
-        size = sum(
-            footer.row_group(group).total_byte_size
-            for footer in footers
-            for group in range(footer.num_row_groups)
-        )
+        size = 0
+        for name in names:
+            footer = read_footer(train / name)
+            groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+            size += sum(group.total_byte_size for group in groups)
         room = ray.cluster_resources().get("object_store_memory", 0.0)
         if size > room:
             raise sources.DataError(
@@ -146,6 +142,7 @@ def shuffled_batches(
 
 def share_of(batch: pa.Table, rank: int, world: int) -> pa.Table:
     """Return one of ``world`` workers' rows of a batch: neighbours, which may share a context."""
+    # Worker r of W has rows n · r / W to n · (r + 1) / W, rounded down: no two differ by more than one.
     start, stop = (batch.num_rows * place // world for place in (rank, rank + 1))
     return batch.slice(start, stop - start)
 
@@ -159,13 +156,10 @@ def streamed_batches(
     """
     seed, drawn = epoch_seed(training, epoch), size * training.bucket_batches
     if training.questions_together:  # Ray shuffles rows one by one
+        # Rounded up to whole parts, so that only the last window ends in a short one.
         window = -(-SHUFFLE_ROWS // drawn) * drawn
         tables = stream.iter_batches(batch_size=window, batch_format="pyarrow")
-        parts = (
-            part
-            for number, table in enumerate(tables)
-            for _, part in _parts(table, training, seed + number, size)
-        )
+        parts = _parts_of_windows(tables, training, seed, size)
     else:
         parts = stream.iter_batches(
             batch_size=drawn,
@@ -179,6 +173,14 @@ def streamed_batches(
         yield from length_buckets(part, size, seed + number, keep_short=keep_short)
     if empty:
         yield pa.table({})
+
+
+def _parts_of_windows(
+    tables: Iterable[pa.Table], training: TrainingConfig, seed: int, size: int
+) -> Iterator[pa.Table]:
+    for number, table in enumerate(tables):
+        for _, part in _parts(table, training, seed + number, size):
+            yield part
 
 
 def packed_batches(
@@ -223,6 +225,7 @@ def _parts(
     """
     starts = np.arange(table.num_rows)
     if training.questions_together:
+        # Shards hold the questions to a text side by side: a group starts where the hash changes.
         sender = table["sender_hash"].to_numpy()
         starts = np.flatnonzero(np.append(True, sender[1:] != sender[:-1]))
     drawn = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -247,6 +250,7 @@ def length_buckets(
     whole = table.num_rows - table.num_rows % size
     if whole == 0 and keep_short:
         yield table
+    # Neighbours by length share a batch. Stable, so that equal lengths keep their drawn order.
     by_length = np.argsort(table.column("sender_bytes").slice(0, whole).to_numpy(), kind="stable")
     for place in np.random.default_rng(seed).permutation(whole // size):
         yield table.take(by_length[place * size : (place + 1) * size])
@@ -254,4 +258,5 @@ def length_buckets(
 
 def epoch_seed(training: TrainingConfig, epoch: int) -> int:
     """Return the seed of an epoch's order of rows."""
+    # Further apart than the epochs of any run: no two pairs of seed and epoch share an order.
     return training.seed * 1_000_003 + epoch

@@ -48,15 +48,16 @@ def most_tokens(losses: LossConfig) -> int:
 def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Place:
     """Return the directory of one receiver's columns for these training shards, whether they are there or not."""
     losses = run.losses
+    tokens = None
+    if "logits" in teacher_reads(losses):
+        tokens = [losses.kd_top_k, losses.kd_temperature]
     spec: dict[str, Any] = {
         "teacher_version": TEACHER_VERSION,
         "shards": shards.read_manifest(train)["key"],  # layout, template and anchor are part of it
         "weights": weights_id(receiver),
         "reads": [receiver.dtype, receiver.quantization, receiver.revision],
         "k": most_tokens(losses),
-        "tokens": [losses.kd_top_k, losses.kd_temperature]
-        if "logits" in teacher_reads(losses)
-        else None,
+        "tokens": tokens,
         "depths": state_depths(losses) or None,
     }
     if losses.kd_teacher == "tuned":
@@ -67,9 +68,9 @@ def teacher_path(run: RunConfig, receiver: ReceiverConfig, train: Place) -> Plac
 
 def paths(run: RunConfig, train: Place) -> dict[str, Place]:
     """Return receiver → directory of its columns; empty where the run needs none."""
-    return (
-        {r.name: teacher_path(run, r, train) for r in run.receivers} if needed(run.losses) else {}
-    )
+    if not needed(run.losses):
+        return {}
+    return {r.name: teacher_path(run, r, train) for r in run.receivers}
 
 
 def readers(run: RunConfig, train: Place) -> dict[str, Place]:
@@ -83,8 +84,10 @@ def readers(run: RunConfig, train: Place) -> dict[str, Place]:
 def complete(run: RunConfig, train: Place) -> bool:
     """Return whether every column, and every reader, that the run needs is there."""
     files = shards.read_manifest(train)["files"]
-    columns = all((path / name).exists() for path in paths(run, train).values() for name in files)
-    return columns and all(is_reader(path) for path in readers(run, train).values())
+    for path in paths(run, train).values():
+        if not all((path / name).exists() for name in files):
+            return False
+    return all(is_reader(path) for path in readers(run, train).values())
 
 
 def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None:
@@ -107,21 +110,21 @@ def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None
         _refuse_without(missing, "losses.kd_teacher tuned")
     if missing or not reads:
         return None
-    answers, counts = (
-        table[f"{name}_answer_ids"].to_pylist(),
-        table[f"{name}_teacher_count"].to_pylist(),
-    )
-    has_columns_N = torch.cat(
-        [torch.arange(len(a) + 1) < count for a, count in zip(answers, counts, strict=True)]
-    )
+    answers = table[f"{name}_answer_ids"].to_pylist()
+    counts = table[f"{name}_teacher_count"].to_pylist()
+    # An answer's tokens and its stop are supervised; the first ``count`` of them have columns.
+    pairs = zip(answers, counts, strict=True)
+    has_columns_N = torch.cat([torch.arange(len(ids) + 1) < count for ids, count in pairs])
 
     def spread(column: str, dtype: torch.dtype) -> torch.Tensor:
+        # [M, E] for the M tokens that have columns → [N, E], 0 at the others.
         flat = (
             table[f"{name}_teacher_{column}"]
             .combine_chunks()
             .flatten()
             .to_numpy(zero_copy_only=False)
         )
+        # A copy, since Arrow's memory cannot be written to, which torch warns of.
         values_ME = torch.from_numpy(flat.copy()).to(dtype).view(int(has_columns_N.sum()), -1)
         empty_NE = torch.zeros(len(has_columns_N), values_ME.shape[1], dtype=dtype)
         return empty_NE.masked_scatter(has_columns_N[:, None], values_ME)
@@ -135,6 +138,7 @@ def teacher_of(table: pa.Table, name: str, losses: LossConfig) -> Teacher | None
         )
     if "states" in reads:
         states_NE = spread("states", torch.float32)
+        # [N, depths · D] → one [N, D] a depth.
         states = states_NE.view(len(states_NE), len(losses.hidden_kd_depths), -1).unbind(1)
     return Teacher(rows, states)
 

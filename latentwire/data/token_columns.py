@@ -27,9 +27,9 @@ def tokenise(
 
     Returns the table, and each row's reason not to be used, empty where there is none.
     """
-    context, question, golds = (
-        table[name].to_pylist() for name in ("context", "question", "answers")
-    )
+    names = ("context", "question", "answers")
+    context, question, golds = (table[name].to_pylist() for name in names)
+    # Texts without questions have no answer: an empty one stands in, and is not checked below.
     answers = [texts[0] if texts else "" for texts in golds]
     reasons = [""] * table.num_rows
     columns: dict[str, pa.Array] = {}
@@ -45,9 +45,9 @@ def tokenise(
     if split == "train" and run.training.questions_together:
         columns["sender_hash"] = pa.array(map(text_hash, sent), pa.int64())
     if split == "train" and (tokenizers := _encoder_tokenizers(run.model_dump_json())):
-        columns["encoder_ids"] = pa.array(
-            token_rows(tokenizers, sent, run.encoder.split), pa.list_(pa.list_(pa.int32()))
-        )
+        # Text → lines → ids; a text that is not split is one line.
+        encoder_ids = token_rows(tokenizers, sent, run.encoder.split)
+        columns["encoder_ids"] = pa.array(encoder_ids, pa.list_(pa.list_(pa.int32())))
     for name, column in columns.items():
         table = table.append_column(name, column)
     return table, pa.array(reasons, pa.string())
@@ -55,6 +55,7 @@ def tokenise(
 
 def id_lists(rows: list[list[int]]) -> pa.Array:
     """Return lists of ids as an Arrow column, by way of one flat array: ten times as fast as pyarrow's own way."""
+    # Row r is flat[ends[r] : ends[r + 1]].
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(ends[-1]))
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))

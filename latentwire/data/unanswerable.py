@@ -56,11 +56,14 @@ class Unanswerable:
         if drawing.random() >= self.share:
             return None
         # Paragraphs of a document stand side by side; those before and after them are drawn from.
+        # ``document + "\0"`` is the very next text in the order.
         first = bisect_left(self._sorted, (document, ""))
         past = bisect_left(self._sorted, (document + "\0", ""))
         for _ in range(DRAWS):
             place = drawing.randrange(len(self._sorted) - (past - first))
-            paragraph = self._sorted[place if place < first else place + past - first][1]
+            if place >= first:
+                place += past - first
+            _, paragraph = self._sorted[place]
             if paragraph != context:
                 return paragraph
         return None
