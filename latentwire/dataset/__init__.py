@@ -26,12 +26,12 @@ __all__ = [
 
 
 def _registered() -> dict[str, Dataset]:
-    modules = [
-        importlib.import_module(f"{__name__}.{module.name}")
-        for module in pkgutil.iter_modules(__path__)
-    ]
-    datasets = [module.DATASET for module in modules if hasattr(module, "DATASET")]
-    return {dataset.name: dataset for dataset in datasets}
+    datasets: dict[str, Dataset] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        if hasattr(module, "DATASET"):  # base and rows define none
+            datasets[module.DATASET.name] = module.DATASET
+    return datasets
 
 
 DATASETS = _registered()
@@ -47,6 +47,7 @@ def clean(raw: Row, dataset: str) -> dict[str, Any]:
     cleaned = DATASETS[dataset].clean(parsed(raw))
     for name, value in cleaned.items():
         for text in value if isinstance(value, list) else [value]:
+            # JSON may escape half of a surrogate pair, which Python takes and Parquet does not.
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:

@@ -17,6 +17,7 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
 
 def supporting_titles(facts: Any) -> str:
     """Return the titles of the paragraphs that an answer hangs on; empty where the row has none."""
+    # [[title, sentence], …] in the official JSON, {"title": […], "sent_id": […]} on the Hub.
     if isinstance(facts, list):
         titles = [pair[0] if isinstance(pair, list) and pair else None for pair in facts]
     else:
@@ -28,6 +29,7 @@ def supporting_titles(facts: Any) -> str:
 
 def paragraphs(context: Any) -> str:
     """Return titled paragraphs as text, one a line."""
+    # {"title": […], "sentences": […]} on the Hub, [[title, sentences], …] in the official JSON.
     if isinstance(context, dict) and isinstance(context.get("sentences"), list):
         bodies = context["sentences"]
         titled = list(zip(context.get("title") or [""] * len(bodies), bodies, strict=False))
@@ -37,9 +39,8 @@ def paragraphs(context: Any) -> str:
         raise RowError(f"context must hold titles and sentences, got {type(context).__name__}")
     lines = []
     for title, sentences in titled:
-        if not isinstance(sentences, list) or not all(
-            isinstance(sentence, str) for sentence in sentences
-        ):
+        is_list = isinstance(sentences, list)
+        if not is_list or not all(isinstance(sentence, str) for sentence in sentences):
             raise RowError("sentences must be lists of text")
         body = "".join(sentences).strip()
         if body:

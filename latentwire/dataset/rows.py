@@ -75,8 +75,10 @@ def answers_of(row: dict[str, Any]) -> list[str]:
     answers = row.get("answers")
     if answers is None:
         answers = row.get("answer")
+    # A column that holds null says that there are none; a row without the column breaks the form.
     if answers is None and ("answers" in row or "answer" in row):
         return []
+    # SQuAD's form on the Hub: {"text": […], "answer_start": […]}.
     if isinstance(answers, dict):
         answers = answers.get("text")
     if isinstance(answers, str):
@@ -119,6 +121,7 @@ def text_of(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         names = ", ".join(str(name) for name, held in row.items() if held is not None)
+        # Names may hold lone surrogates too, and a reason is written as UTF-8.
         shown = names[:SHOWN].encode("utf-8", "replace").decode() or "nothing"
         raise RowError(f"{key} is missing: the row has {shown}")
     if isinstance(value, bytes):  # a column of bytes is text if it is UTF-8

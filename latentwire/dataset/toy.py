@@ -83,10 +83,8 @@ def facts(rng: random.Random, people: int, kinds: int) -> Facts:
     names = rng.sample(NAMES, people)
     drawn = []
     for kind in rng.sample(KINDS, kinds):
-        drawn += [
-            (name, kind, value)
-            for name, value in zip(names, rng.sample(kind.values, people), strict=True)
-        ]
+        values = rng.sample(kind.values, people)
+        drawn += [(name, kind, value) for name, value in zip(names, values, strict=True)]
     rng.shuffle(drawn)
     return drawn
 
@@ -106,9 +104,9 @@ def toy_rows(
     rng = random.Random(f"toy {seed}")
     for first in range(0, count, questions):
         drawn = facts(rng, people, kinds)
-        for number, (name, kind, value) in enumerate(
-            rng.sample(drawn, questions)[: count - first], start=first
-        ):
+        # The last context may be asked fewer questions than the others.
+        asked = rng.sample(drawn, questions)[: count - first]
+        for number, (name, kind, value) in enumerate(asked, start=first):
             yield {
                 "id": f"toy-{seed}-{number}",
                 "document": f"toy-{seed}-{first}",
@@ -121,9 +119,10 @@ def toy_rows(
 def generate(data: DataConfig, split: Literal["train", "validation"]) -> Iterator[dict[str, Any]]:
     """Yield a split's rows: of training rows enough, with a margin, when the development documents are taken out."""
     if split == "train":
-        count = (
-            round((data.samples or 20_000) / (1 - data.dev_fraction) * 1.1) + 4 * data.dev_samples
-        )
+        # A share of 1 − dev_fraction is left for training, on average: a tenth more makes up for
+        # an unlucky draw of the development documents.
+        samples = data.samples or 20_000
+        count = round(samples / (1 - data.dev_fraction) * 1.1) + 4 * data.dev_samples
     else:
         count = (data.validation_samples or 512) + data.validation_skip
     seed = 2 * data.seed + (split == "validation")  # the two streams never share a seed
