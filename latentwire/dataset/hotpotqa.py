@@ -32,7 +32,10 @@ def paragraphs(context: Any) -> str:
     # {"title": […], "sentences": […]} on the Hub, [[title, sentences], …] in the official JSON.
     if isinstance(context, dict) and isinstance(context.get("sentences"), list):
         bodies = context["sentences"]
-        titled = list(zip(context.get("title") or [""] * len(bodies), bodies, strict=False))
+        titles = context.get("title") or [""] * len(bodies)
+        if not isinstance(titles, list):
+            raise RowError(f"titles must be a list, got {type(titles).__name__}")
+        titled = list(zip(titles, bodies, strict=False))
     elif isinstance(context, list):
         titled = [tuple(pair) for pair in context if isinstance(pair, list) and len(pair) == 2]
     else:

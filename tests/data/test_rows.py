@@ -126,6 +126,8 @@ def test_hotpotqa_joins_titled_paragraphs_in_both_schemas() -> None:
         ("plain", "context must hold titles and sentences, got str"),
         ([["A", "no list"]], "sentences must be lists of text"),
         ([["A", [" "]]], "context must not be empty"),
+        ({"title": 5, "sentences": [["One."]]}, "titles must be a list, got int"),
+        ({"title": "AB", "sentences": [["One."], ["Two."]]}, "titles must be a list, got str"),
     ],
 )
 def test_bad_paragraphs_are_told_why(context: object, reason: str) -> None:
