@@ -65,6 +65,7 @@ def save(
 def _save_training(path: Path, *, trainer: Trainer) -> None:
     tensors = {}
     names = parameter_names(trainer.wire.interlingua, trainer.optimizer)
+    # torch counts parameters from 0; names hold where a later version groups them in another order.
     for index, slots in trainer.optimizer.state_dict()["state"].items():
         for slot, value in slots.items():
             tensors[f"optimizer.{names[index]}.{slot}"] = torch.as_tensor(value).detach().cpu()
@@ -87,22 +88,23 @@ def initialise(source: str | Place, wire: LatentWire) -> list[str]:
     """
     parts = exports.parts(wire)
     with local(place(source)) as path:
-        manifest, known = (
-            read_manifest(path),
-            {receiver.name for receiver in read_run(path).receivers},
-        )
+        manifest = read_manifest(path)
+        known = {receiver.name for receiver in read_run(path).receivers}
         common = [name for name in parts if name in manifest["files"]]
         if not common:
             raise CheckpointError(
                 f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none"
             )
+        # Receivers that one of both wires has: what features hold for them is dropped, or stays fresh.
+        one_sided = wire.receivers.keys() ^ known
         for name in common:
-            exports.fill(path / name, parts[name], left_out=wire.receivers.keys() ^ known)
+            exports.fill(path / name, parts[name], left_out=one_sided)
         wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
-    frozen = [
-        name for name in missing if not all(p.requires_grad for p in parts[name].parameters())
-    ]
+    frozen = []
+    for name in missing:
+        if not all(parameter.requires_grad for parameter in parts[name].parameters()):
+            frozen.append(name)
     if wire.run.training.train_only and frozen:
         raise CheckpointError(
             f"init_from must hold what train_only keeps as it is, {source} has no {', '.join(frozen)}; train it too"
@@ -165,6 +167,7 @@ def load_training(path: Path, trainer: Trainer) -> None:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(Path(path) / "training_state.safetensors").items():
         name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+        # Earlier checkpoints have a place, counted in their own order, for a name.
         name = former[int(name)] if name.isdigit() and int(name) < len(former) else name
         if name not in places:
             raise CheckpointError(
@@ -184,11 +187,11 @@ def check_same_run(before: RunConfig, now: RunConfig, path: Place) -> None:
     :class:`~latentwire.config.resolve.ConfigError`.
     """
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    changed = [
-        f"{name} {old.get(name)} → {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not has_property(name, "may_change", "resumed run")
-    ]
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        before_value, now_value = old.get(name), new.get(name)
+        if before_value != now_value and not has_property(name, "may_change", "resumed run"):
+            changed.append(f"{name} {before_value} → {now_value}")
     if changed:
         raise ConfigError(
             f"a resumed run keeps its configuration, {path} was made with another: "
@@ -217,6 +220,7 @@ def remove(path: Place) -> None:
     deleted is nothing to delete.
     """
     if not isinstance(path, Path):
+        # The manifest is last in the list, so it goes first.
         for name in reversed(written_names(path)):
             delete(path / name)
         if path.is_dir() and not files_below(path):
@@ -240,17 +244,18 @@ def written_names(path: Place) -> list[str]:
     if (manifest := text_if_there(path / exports.MANIFEST)) is not None:
         return [*json.loads(manifest)["files"], exports.CARD, exports.MANIFEST]
     fixed = ("config.json", exports.CARD, exports.MANIFEST, "training_state.json")
-    return [
-        name
-        for name in files_below(path)
-        if name.rpartition("/")[2] in fixed or name.endswith(".safetensors")
-    ]
+    names = []
+    for name in files_below(path):
+        if name.rpartition("/")[2] in fixed or name.endswith(".safetensors"):
+            names.append(name)
+    return names
 
 
 def remove_files(path: Path, names: list[str]) -> None:
     """Delete these files of a directory, then every folder that nothing else is left in."""
     for name in names:
         delete(path / name)
+    # Deepest first: "a/b" comes after "a", and must be gone before it.
     folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)
     for folder in (*folders, path):
         if not any(folder.iterdir()):

@@ -26,6 +26,7 @@ def scores(trainer: Trainer, dev: pa.Table) -> dict[str, float]:
     positions that a receiver reads. Texts without questions have ``dev_loss`` alone, and each
     of its terms.
     """
+    # Worker r of W scores rows r, r + W, r + 2W, …
     rows = range(trainer.workers.rank, dev.num_rows, trainer.workers.size)
     share = dev.take(pa.array(rows, pa.int64()))
     if trainer.wire.run.data.source.has_questions:
@@ -36,6 +37,7 @@ def scores(trainer: Trainer, dev: pa.Table) -> dict[str, float]:
 def _of_answers(trainer: Trainer, share: pa.Table) -> dict[str, float]:
     wire = trainer.wire
     condition = own_condition(wire.run)
+    # A worker without rows joins the exchange all the same, or the others would wait for it.
     predictions = list(predict(wire, share, condition)) if share.num_rows else []
     predictions = trainer.workers.gather(predictions)
     metrics: dict[str, float] = {}
@@ -76,6 +78,7 @@ def _of_texts(trainer: Trainer, share: pa.Table) -> dict[str, float]:
                     )
                 add_to(sums, {term: float(share_T) for term, share_T in shares.items()})
                 add_to(counts, term_counts(weights, batch.sequences[name]))
+        # Summed before they are divided: workers may have unequal numbers of tokens.
         sums = trainer.workers.sum_counts(sums, lm.device)
         counts = trainer.workers.sum_counts(counts, lm.device)
         terms = {term: sums[term] / max(1.0, counts[term]) for term in weights.terms}

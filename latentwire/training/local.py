@@ -63,18 +63,20 @@ def train_here(
     training = wire.run.training
     units = positions.units_of(wire.run, train)
     if units is None:
-        trainer = Trainer(
-            wire, max(1, train.num_rows // training.rows_per_batch), train=paths["train"]
-        )
+        # Rows that fill no batch are left out, but where they are all there is.
+        steps_per_epoch = max(1, train.num_rows // training.rows_per_batch)
+        trainer = Trainer(wire, steps_per_epoch, train=paths["train"])
     else:
         steps = streams.packed_steps(training, units)
         trainer = Trainer(wire, 1, train=paths["train"], all_steps=steps)
+    # Compared after the training: receivers must not have changed.
     frozen = wire.fingerprints()
     provenance = pins(paths, wire.run) | {"receivers": frozen}
     if before:
         provenance["stages"] = dict(before)
     trainer.title = title
     folder = output / "checkpoints"
+    # A process that died here may have left halves of checkpoints.
     step_checkpoints.clear_debris(folder)
     previous = step_checkpoints.finished(folder)
     if not previous:

@@ -74,6 +74,7 @@ class Trainer:
         self.stop_asked = False
         """Set from outside (a signal) to end training after the step that is running."""
         steps = self.config.epochs * steps_per_epoch if all_steps is None else all_steps
+        # 10¹²: no limit.
         self.total_steps = min(steps, self.config.max_steps or 10**12)
         check_training(wire.interlingua.features)
         wire.interlingua.train_only(self.config.train_only)
@@ -119,6 +120,7 @@ class Trainer:
         while progress.step < self.total_steps and not self.stop_asked:
             used, began = 0, time.perf_counter()
             for used, table in enumerate(epochs(progress.epoch), start=1):
+                # An epoch's order follows from its number, so a resumed one begins with the same batches.
                 if used <= progress.batch:
                     continue  # a resumed epoch: these were trained on before
                 if progress.step == config.alignment_steps:
@@ -126,6 +128,7 @@ class Trainer:
                 self.last_values = self.step(table)
                 running.append(self.last_values["loss"])
                 now = time.perf_counter()
+                # ``began`` moves on to here: the wait for the next rows counts with the next step.
                 progress.batch, progress.seconds, began = used, progress.seconds + now - began, now
                 progress.first_step_seconds = progress.first_step_seconds or progress.seconds
                 if progress.step % config.log_every == 0 or progress.step == self.total_steps:
@@ -138,10 +141,11 @@ class Trainer:
                     self._print_line(self._examples_per_s())
                 if progress.step % config.evaluate_every == 0:
                     at_evaluation()
+                    # The clock begins anew: an evaluation is no training time.
                     evaluated_at, began = progress.step, time.perf_counter()
                 if progress.step >= self.total_steps or self.stop_asked:
                     break
-            else:
+            else:  # the epoch is over, and nothing ended it early
                 if used == 0:
                     raise TrainingError(
                         f"an epoch must hold at least one batch, got none; lower training.{self.config.measure} or add samples"
@@ -157,6 +161,7 @@ class Trainer:
         Dropout depends on seed, step and worker alone, on every device: a resumed run draws what it
         would have drawn.
         """
+        # Seeded anew in every step: a checkpoint then needs no state of a generator.
         seed = f"dropout {self.config.seed} {self.progress.step} {self.workers.rank}"
         torch.manual_seed(random.Random(seed).getrandbits(63))
         interlingua = self.wire.interlingua.train()
@@ -166,6 +171,7 @@ class Trainer:
         self._rows += table.num_rows
         self.progress.padded += padded
         self.progress.positions += positions
+        # None, not zeros: parameters that a step does not use are passed over by the optimiser.
         self.optimizer.zero_grad(set_to_none=True)
         aligning = self.progress.step < self.config.alignment_steps
         values = self.align(batches) if aligning else self.backward(batches)
@@ -176,6 +182,7 @@ class Trainer:
 
     def _update(self, parameters: list[torch.nn.Parameter]) -> float:
         """Clip, change the weights if the gradient is finite; return its norm over all workers."""
+        # Before clipping: the norm is that of the joined batch, and the same on every worker.
         self.workers.sum_gradients(parameters)
         set_rates(self.optimizer, rate_share(self.progress.step, self.total_steps, self.config))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
@@ -229,9 +236,11 @@ class Trainer:
                     shares, scale = self.losses.read(
                         name, batch, read, weights, counts[name], step, attached
                     )
+                    # Each share is already divided by the whole step's tokens: micro-batches add up.
                     loss = torch.stack(list(shares.values())).sum() / len(names)
                     for term, share in shares.items():
                         values[f"{term}_{name}"] += float(share.detach())
+                    # Of the first micro-batch alone: each norm takes a backward pass of its own.
                     if self.config.log_gradient_norms and index == 0 and read is not None:
                         values |= self._gradient_norms(name, shares, read.z_BLZ)
                     values[f"prompt_scale_{name}"] = scale
@@ -244,6 +253,7 @@ class Trainer:
                 if not sequential:
                     with part("backward"):
                         total.backward()
+            # Chain rule: d loss / d latents, summed over receivers, goes on into the encoder, once.
             if message is not None and read is not message and message.z_BLZ.requires_grad:
                 assert read is not None
                 if read.z_BLZ.grad is not None:  # else no receiver has read a latent
@@ -281,6 +291,7 @@ class Trainer:
         tokenizers cut it differently.
         """
         total, names = 0.0, self.wire.interlingua.training_receivers()
+        # Of the joined batch, as in ``backward``; every receiver reads the same messages.
         count = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
         messages = self.workers.sum_counts(count, self.wire.interlingua.device)["messages"]
         encoder = self.wire.interlingua.encoder
@@ -289,6 +300,7 @@ class Trainer:
             message = self.wire.interlingua.encode(batch.tokens)
             loss = message.z_BLZ.new_zeros(())
             for name in names:
+                # p_BLD: soft prompts. target_BLD: means of the receiver's embeddings of each stretch.
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
                 span_BL2 = encoder.spans(batch.tokens, name)
                 lm, ids = self.wire.receivers[name], batch.message_ids[name]

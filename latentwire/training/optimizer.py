@@ -30,11 +30,11 @@ def optimizer_of(
     matrices = matrices_of(interlingua)
     begun = closed_form_of(interlingua) if closed_form else set()
     groups = _groups(interlingua, config, matrices, begun)
-    flat = {
-        p
-        for name, p in interlingua.named_parameters()
-        if name in matrices and p.ndim == 2 and p.requires_grad
-    }
+    # Muon orthogonalises updates of two dimensions; all others are AdamW's.
+    flat: set[nn.Parameter] = set()
+    for name, p in interlingua.named_parameters():
+        if name in matrices and p.ndim == 2 and p.requires_grad:
+            flat.add(p)
     if config.optimizer == "muon" and flat:
         return MuonAndAdamW(_only(groups, flat, True), _only(groups, flat, False))
     return _AdamW(groups)
@@ -47,21 +47,23 @@ def matrices_of(module: nn.Module) -> set[str]:
     they are what is read or added as it stands, and have no decay.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    return {
-        name
-        for name, p in module.named_parameters()
-        if id(p) not in embeddings and (p.ndim > 2 or (p.ndim == 2 and name.endswith(".weight")))
-    }
+    names = set()
+    for name, p in module.named_parameters():
+        # Tables of vectors are parameters of a module itself; nn.Linear calls its matrix ``weight``.
+        is_matrix = p.ndim > 2 or (p.ndim == 2 and name.endswith(".weight"))
+        if is_matrix and id(p) not in embeddings:
+            names.add(name)
+    return names
 
 
 def closed_form_of(module: nn.Module) -> set[str]:
     """Return the names of the parameters that a closed form can begin."""
-    return {
-        f"{name}.linear.{parameter}"
-        for name, part in module.named_modules()
-        if isinstance(part, TokenCodes | Unfolding)
-        for parameter, _ in part.linear.named_parameters()
-    }
+    names = set()
+    for name, part in module.named_modules():
+        if isinstance(part, TokenCodes | Unfolding):
+            for parameter, _ in part.linear.named_parameters():
+                names.add(f"{name}.linear.{parameter}")
+    return names
 
 
 def _groups(
@@ -79,18 +81,17 @@ def _groups(
         "prefixes": config.prefix_lr,
     }
     for part, rate in parts.items():
-        named = {
-            n: p
-            for n, p in interlingua.named_parameters()
-            if p.requires_grad and n.startswith(f"{part}.")
-        }
+        named = {}
+        for name, p in interlingua.named_parameters():
+            if p.requires_grad and name.startswith(f"{part}."):
+                named[name] = p
+        # Four groups a part. Their order is that of the optimiser's state in earlier checkpoints.
         for begun, share in ((False, 1.0), (True, config.closed_form_lr_share)):
             for decay, chosen in ((config.weight_decay, True), (0.0, False)):
-                parameters = [
-                    p
-                    for name, p in named.items()
-                    if (name in decayed) is chosen and (name in closed_form) is begun
-                ]
+                parameters = []
+                for name, p in named.items():
+                    if (name in decayed) is chosen and (name in closed_form) is begun:
+                        parameters.append(p)
                 groups.append({"params": parameters, "lr": share * rate, "weight_decay": decay})
     return [group for group in groups if group["params"]]
 
@@ -110,7 +111,7 @@ def _only(
 def parameter_names(interlingua: nn.Module, optimizer: Optimizer) -> list[str]:
     """Return the names of the optimiser's parameters, in the order by which its state counts."""
     names = {id(p): name for name, p in interlingua.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return _names_in(optimizer.param_groups, names)
 
 
 def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
@@ -119,19 +120,21 @@ def former_names(interlingua: nn.Module, config: TrainingConfig) -> list[str]:
     Those let every table of two dimensions decay, so their groups held the parameters in another
     order.
     """
-    former = {
-        name for name, p in interlingua.named_parameters() if p.ndim >= 2 and "embed" not in name
-    }
+    named = dict(interlingua.named_parameters())
+    former = {name for name, p in named.items() if p.ndim >= 2 and "embed" not in name}
     groups = _groups(interlingua, config, former)
-    flat = {
-        p
-        for n, p in interlingua.named_parameters()
-        if n in former and p.ndim == 2 and n.endswith(".weight")
-    }
+    flat = {named[name] for name in former if named[name].ndim == 2 and name.endswith(".weight")}
     if config.optimizer == "muon" and any(p.requires_grad for p in flat):
         groups = [*_only(groups, flat, True), *_only(groups, flat, False)]
-    names = {id(p): name for name, p in interlingua.named_parameters()}
-    return [names[id(p)] for group in groups for p in group["params"]]
+    return _names_in(groups, {id(p): name for name, p in named.items()})
+
+
+def _names_in(groups: list[dict[str, Any]], names: dict[int, str]) -> list[str]:
+    """Return the names of the groups' parameters in order. ``names``: id of a parameter → its name."""
+    result = []
+    for group in groups:
+        result += [names[id(p)] for p in group["params"]]
+    return result
 
 
 def rate_share(step: int, total: int, config: TrainingConfig) -> float:
@@ -141,6 +144,8 @@ def rate_share(step: int, total: int, config: TrainingConfig) -> float:
     has, and falls in a cosine to ``min_lr_ratio``, which the last step of all has. No step has a
     rate of 0 unless ``min_lr_ratio`` says so.
     """
+    # Up: 1/w, 2/w, …, 1 in steps 0 to w − 1. Down: m + (1 − m)(1 + cos πf)/2, with f from 0 at step
+    # w − 1 to 1 at the last one.
     warmup = min(config.warmup_steps, total // 2)
     if step < warmup:
         return (step + 1) / warmup
@@ -152,6 +157,7 @@ def rate_share(step: int, total: int, config: TrainingConfig) -> float:
 def set_rates(optimizer: Optimizer, share: float) -> None:
     """Set every group's rate to this share of its peak."""
     for group in optimizer.param_groups:
+        # The first call finds the peak in ``lr``, and keeps it beside what ``lr`` becomes.
         group.setdefault("peak_lr", group["lr"])
         group["lr"] = group["peak_lr"] * share
 
@@ -171,11 +177,10 @@ class MuonAndAdamW(Optimizer):
 
     def _share(self) -> None:
         """Let both work on this optimiser's groups and state, as rates and states are set here."""
+        # Slices hold the same dicts, so a rate that is set here is set there.
         count = len(self._muon.param_groups)
-        self._muon.param_groups, self._adamw.param_groups = (
-            self.param_groups[:count],
-            self.param_groups[count:],
-        )
+        self._muon.param_groups = self.param_groups[:count]
+        self._adamw.param_groups = self.param_groups[count:]
         self._muon.state = self._adamw.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

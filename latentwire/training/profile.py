@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,18 @@ def profile_steps(
     checkpoints.restore(trainer, None)
     units = positions.units_of(wire.run, train)
     batches = list(
-        zip(
-            range(WARM_UP + steps),
-            table_epochs(trainer.config, train, units=units)(0),
-            strict=False,
-        )
+        itertools.islice(table_epochs(trainer.config, train, units=units)(0), WARM_UP + steps)
     )
     if len(batches) < WARM_UP + steps:
         raise TrainingError(
             f"a profile of {steps} steps needs {WARM_UP + steps} batches, the data has {len(batches)}"
         )
-    for _, batch in batches[:WARM_UP]:
+    for batch in batches[:WARM_UP]:
         trainer.step(batch)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities, acc_events=True) as record:
         began = time.perf_counter()
-        for _, batch in batches[WARM_UP:]:
+        for batch in batches[WARM_UP:]:
             trainer.step(batch)
         seconds = time.perf_counter() - began
     output.mkdir(parents=True, exist_ok=True)
@@ -80,6 +77,7 @@ def _shares(events: list[Any], seconds: float, steps: int) -> str:
     parts = [event for event in events if event.key.startswith(PART)]
     parts.sort(key=lambda event: -event.cpu_time_total)
     operators = [event for event in events if not event.key.startswith(PART)]
+    # Torch counts in microseconds. ``self``: without the operators that an operator calls.
     own_time = "self_device_time_total" if on_device else "self_cpu_time_total"
     operators.sort(key=lambda event: -getattr(event, own_time))
     head = ["part of a step", "ms", "share", *(["device ms"] if on_device else [])]

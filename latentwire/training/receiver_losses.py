@@ -41,7 +41,8 @@ class ReceiverLosses:
         """Count each term's tokens in one receiver's sequences of this worker's micro-batches."""
         totals = dict.fromkeys(weights.terms, 0.0)
         if self.span_teacher is not None:
-            totals[SLOT_KD] = float(sum(int(b.sequences[name].latents_BS.sum()) for b in batches))
+            latents = [int(batch.sequences[name].latents_BS.sum()) for batch in batches]
+            totals[SLOT_KD] = float(sum(latents))
         for batch in batches:
             add_to(totals, term_counts(weights, batch.sequences[name]))
         return totals
@@ -69,6 +70,7 @@ class ReceiverLosses:
                 again.
         """
         lm, losses = self.wire.receivers[name], self.wire.run.losses
+        # Where rows share messages: what they begin with, read once each, and what follows in each row.
         parts = None
         if not self.config.gradient_checkpointing:  # which allows no cache
             parts = self.wire.parted(name, batch.sequences[name])
@@ -81,6 +83,8 @@ class ReceiverLosses:
         teaches_slots = self.span_teacher is not None and SLOT_KD in counts
         targets = self._slot_targets(name, batch, begun, message) if teaches_slots else []
         entries: list[torch.Tensor] = []
+        # The first of two passes needs its attachments no longer than it runs. A single pass keeps them
+        # up to the backward pass, which may compute activations again.
         with ExitStack() as first_pass:
             held = attached if parts is None else first_pass
             soft_ND = held.enter_context(self.wire.reading(name, begun, message))
@@ -91,7 +95,8 @@ class ReceiverLosses:
             if parts is not None:
                 with part(f"read {name}"):
                     past = self.wire.local_receiver(name).prefill(begun, soft_ND)
-        rows_M = torch.ones(len(begun.ids_BS), device=lm.device)  # that read each message
+        # How many rows read each message: one, unless they share it.
+        rows_M = torch.ones(len(begun.ids_BS), device=lm.device)
         if parts is None:
             task = LossTask(begun, weights, counts, teacher, losses, rows)
             shares_T, rest_ND = lm.losses(task, soft_ND), None
@@ -104,6 +109,7 @@ class ReceiverLosses:
             shares_T = self.wire.local_receiver(name).losses(task, rest_ND, past)
         shares = dict(zip(weights.terms, shares_T, strict=True))
         if teaches_slots:
+            # [N]: one distance a latent that was read, counted once for each row that reads it.
             distance_N = slot_distance(entries, targets)
             rows_N = rows_M.repeat_interleave(begun.latents_BS.sum(1)).to(distance_N)
             weight = losses.slot_kd_weight * losses.factor(f"{SLOT_KD}_weight", step)
@@ -124,6 +130,7 @@ class ReceiverLosses:
         with part(f"teach {name}"):
             targets = self.span_teacher.targets(name, ids, spans)
         _, keep_BL = message.read_by(name)
+        # [B, L, E] → one target for each latent that stands in a row, row by row: [N, E].
         message_R = sequences.message_R.to(keep_BL.device)
         return [target_BLE[message_R][keep_BL[message_R]] for target_BLE in targets]
 
@@ -150,6 +157,7 @@ def _rms(
         slots_BS: where they stand in the messages' sequences.
         rest_ND: soft vectors that stand after them.
     """
+    # √(Σ count · mean square / Σ count) over all soft vectors.
     square_N = soft_ND.detach().flatten(0, -2).square().mean(-1)
     count_N = rows_M.repeat_interleave(slots_BS.sum(1)).to(square_N)
     if rest_ND is not None:

@@ -27,7 +27,10 @@ class SpanTeacher:
     """Reads texts by the receivers of a wire, as they are or behind their tuned readers' prefixes."""
 
     def __init__(self, wire: LatentWire, train: Place | None) -> None:
-        """``train``: the run's training shards, beside which tuned readers lie."""
+        """Load the prefixes of tuned readers, where those teach.
+
+        ``train``: the run's training shards, beside which tuned readers lie.
+        """
         self.wire = wire
         self.prefixes: dict[str, Prefix] = {}
         if wire.run.losses.kd_teacher == "untuned":
@@ -63,6 +66,7 @@ class SpanTeacher:
         rows, width = batch.ids_BS.shape
         length_B = torch.tensor([len(row) for row in ids], device=lm.device)
         start = len(builder.head_ids) + tokens
+        # True at the text's own tokens, after the template's head and the prefix: [B, S].
         place_S = torch.arange(width, device=lm.device)
         text_BS = (place_S >= start) & (place_S < start + length_B[:, None])
         with ExitStack() as stack:
@@ -71,10 +75,13 @@ class SpanTeacher:
                 soft_ND = prefix().repeat(rows, 1)
                 stack.enter_context(prefix.attached(lm, batch))
             entries = stack.enter_context(recorded(lm.lm, text_BS))
+            # For its side effect: ``recorded`` takes keys and values as the layers make them.
             lm.supervised_states(batch, soft_ND)
+        # Bytes behind each token say which part of the text, and so which latents' spans, it is in.
         bytes_BT = pad_sequence([lm.token_bytes[row] for row in ids], batch_first=True)
         means = []
         for entry_NE in entries:
+            # [N, E], text after text → [B, T, E].
             e_BTE = pad_sequence(entry_NE.to(lm.device).split(length_B.tolist()), batch_first=True)
             spans = overlap_means(e_BTE.float(), bytes_BT.to(lm.device), span_BL2.to(lm.device))
             means.append(spans)
@@ -95,7 +102,7 @@ def slot_distance(own: list[torch.Tensor], targets: list[torch.Tensor]) -> torch
     for own_NE, target_NE in zip(own, targets, strict=True):
         target_NE = target_NE.to(own_NE.device).float()
         square_N = (own_NE.float() - target_NE).square().mean(-1)
-        distances.append(
-            (square_N / target_NE.square().mean(-1).clamp(min=1e-12)).to(own[0].device)
-        )
+        # ‖own − target‖² / ‖target‖². Layers may be on several devices.
+        target_square_N = target_NE.square().mean(-1).clamp(min=1e-12)
+        distances.append((square_N / target_square_N).to(own[0].device))
     return torch.stack(distances).mean(0)

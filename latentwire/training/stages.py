@@ -44,6 +44,7 @@ def ensure(stage: PlacedStage, train: Train, say: Callable[[str], object] = prin
     if not is_there(stage.path):
         waits = f"stage {stage.title}: another process trains it, and is waited for"
         with workspace(stage.path, "training", lambda: say(waits)) as work:
+            # Asked again: the process that was waited for has made it.
             if not is_there(stage.path):
                 say(f"stage {stage.title} is trained first: {stage.path}")
                 train(stage, work)
@@ -68,27 +69,27 @@ def _keep(stage: PlacedStage, work: Place) -> None:
     """Write a stage's directory from the checkpoints of its training, without what only training needs."""
     assert stage.path is not None
     paths = step_checkpoints.finished(checkpoints_of(work))
-    kept = paths[-1]
+    chosen = paths[-1]
     if stage.keep == "best":
-        kept = step_checkpoints.best_of(paths, *metric_of(stage.run))
+        chosen = step_checkpoints.best_of(paths, *metric_of(stage.run))
+    # All evaluations, those after the best checkpoint too, are in the last one's progress.
     with local(paths[-1]) as last:
         progress = json.loads((last / "training_state.json").read_text())["progress"]
-    with local(kept) as source:
+    with local(chosen) as source:
         manifest = exports.read_manifest(source)
         entry = {
             "name": stage.name,
             "keep": stage.keep,
-            "step": int(kept.name.removeprefix("step-")),
+            "step": int(chosen.name.removeprefix("step-")),
             "metrics": manifest["metrics"],
             "before": dict(stage.before),
             "evaluations": progress["evaluations"],
             "train_seconds": progress["seconds"],
         }
-        files = {
-            name: hashed
-            for name, hashed in manifest["files"].items()
-            if not name.startswith("training_state")
-        }
+        files = {}
+        for name, hash_ in manifest["files"].items():
+            if not name.startswith("training_state"):
+                files[name] = hash_
         with directory(stage.path, last=exports.MANIFEST) as target:
             _copy(source, target, manifest | {"files": files, ENTRY: entry})
 

@@ -23,11 +23,9 @@ from latentwire.training.loop import Trainer
 
 def finished(folder: Place) -> list[Place]:
     """List the complete checkpoints, oldest first."""
-    return [
-        path
-        for path in children(folder)
-        if path.name.startswith("step-") and (path / exports.MANIFEST).exists()
-    ]
+    # Steps have leading zeros, so the order of names is that of steps.
+    steps = [path for path in children(folder) if path.name.startswith("step-")]
+    return [path for path in steps if (path / exports.MANIFEST).exists()]
 
 
 def step_name(step: int) -> str:
@@ -97,20 +95,15 @@ def clear_debris(folder: Place) -> int:
     Only for a directory that no other process writes to.
     """
     if not isinstance(folder, Path):
-        halves = [
-            p
-            for p in children(folder)
-            if p.name.startswith("step-") and not (p / exports.MANIFEST).exists()
-        ]
+        steps = [path for path in children(folder) if path.name.startswith("step-")]
+        halves = [path for path in steps if not (path / exports.MANIFEST).exists()]
         for half in halves:
             checkpoints.remove(half)
         return len(halves)
-    left = [
-        path
-        for kind in ("part", "removed")
-        for path in folder.glob(f".*.{kind}-*")
-        if path.is_dir()
-    ]
+    # ``part``: a write that did not end. ``removed``: a deletion that did not.
+    left: list[Path] = []
+    for kind in ("part", "removed"):
+        left += [path for path in folder.glob(f".*.{kind}-*") if path.is_dir()]
     for path in left:
         checkpoints.remove_files(path, checkpoints.written_names(path))
     return len(left)

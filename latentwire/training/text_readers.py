@@ -85,6 +85,7 @@ def reader_run(
     training = TrainingConfig(
         **run.training.model_dump(include=set(FROM_WIRE)),
         max_steps=budget.steps,
+        # Enough epochs for all steps: ⌊steps · size / rows of an epoch⌋ whole ones, and one more.
         epochs=1 + budget.questions // max(1, rows - rows % budget.batch_size),
         batch_size=budget.batch_size,
         prefix_lr=rate,
@@ -120,6 +121,7 @@ def _lengths(run: RunConfig, condition: Condition) -> EncoderConfig:
     if run.encoder.has_memory:  # nothing is appended to a text that is not encoded
         changed |= {"pooling": "queries", "projection": True}
     if run.adapter.kind == "heads":  # as many positions as have as many entries
+        # A message fills ``share`` of the text's cache: one position in 1 / share has as much.
         share = run.adapter.cache_share or 1 / (run.encoder.tokens_per_latent or 1)
         changed |= {"pooling": "queries", "tokens_per_latent": text_stride(share)}
     if condition.budget is not None:
@@ -172,8 +174,8 @@ def ensure_readers(
     for number, condition in enumerate(tuned, start=1):
         places[condition.key], losses = {}, []
         for name, lm in wire.receivers.items():
-            path, said = ensure_reader(wire.run, lm, condition.trained_for, paths)
-            losses.append(said)
+            path, loss = ensure_reader(wire.run, lm, condition.trained_for, paths)
+            losses.append(loss)
             places[condition.key][name] = path
         say(
             f"text readers {number}/{len(tuned)}, {label(condition.key)}: development loss "
@@ -197,12 +199,12 @@ def ensure_reader(
         Its directory, and its development loss in a few words.
     """
     path = reader_path(run, lm.config, condition, paths)
-    made = not is_reader(path)
-    if made:
+    missing = not is_reader(path)
+    if missing:
         _train(run, lm, condition, paths, path)
     with local(path) as folder:
         report = report_of(folder)
-    how = f"made in {report['seconds']:.0f} s" if made else f"reused from {path.name}"
+    how = f"made in {report['seconds']:.0f} s" if missing else f"reused from {path.name}"
     return path, f"{lm.name} {report['dev_loss']:.4g} ({how})"
 
 
@@ -239,10 +241,11 @@ def load_readers(
         return {own_condition(wire.run).key: wire}
     tuned = [condition for condition in conditions if condition.tuned]
     fingerprints = wire.fingerprints() if tuned else {}
-    return {
-        row.key: load_reader(wire.run, wire.receivers, row, places[row.key], fingerprints)
-        for row in tuned
-    }
+    readers = {}
+    for row in tuned:
+        row_places = places[row.key]
+        readers[row.key] = load_reader(wire.run, wire.receivers, row, row_places, fingerprints)
+    return readers
 
 
 def load_reader(
@@ -265,6 +268,7 @@ def load_reader(
         CheckpointError: a reader was trained for other weights.
     """
     configs = [lm.config for lm in receivers.values()]
+    # One step at any rate: of this configuration nothing is trained.
     reader = LatentWire(
         reader_run(run, configs, condition, TrainingBudget(1, 1), 1, 1.0), receivers
     )
@@ -315,6 +319,7 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
         study = optuna.create_study(
             direction="minimize", sampler=optuna.samplers.TPESampler(seed=run.training.seed)
         )
+        # The first trial is in the middle of the range, on its logarithmic scale.
         study.enqueue_trial({"rate": math.sqrt(low * high)})
         for number in range(1, tuned.trials + 1):
             trial = study.ask()
@@ -326,6 +331,7 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
                 flush=True,
             )
             study.tell(trial, loss_at(rate))
+        # The best checkpoint of the best rate, under the run's own settings of evaluation.
         rate = study.best_params["rate"]
         loss, best, steps = trained[rate]
         reader = reader_at(rate)

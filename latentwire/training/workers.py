@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ class Workers:
         """Sum each count over all workers."""
         if self.size == 1:
             return counts
+        # Every worker must come here with the same names in the same order: values alone travel.
         total = torch.tensor(list(counts.values()), device=device)
         dist.all_reduce(total)
         return dict(zip(counts, total.tolist(), strict=True))
@@ -39,6 +41,7 @@ class Workers:
         if self.size == 1:
             return
         trained = list(parameters)
+        # flat: all gradients end to end, then one number a parameter, of workers that have a gradient.
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
         has_P = torch.tensor([p.grad is not None for p in trained]).to(gradients[0])
         flat = torch.cat([*(g.flatten() for g in gradients), has_P])
@@ -53,4 +56,4 @@ class Workers:
             return items
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
+        return list(itertools.chain.from_iterable(parts))
