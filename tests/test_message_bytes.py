@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from latentwire import message as wire
+from latentwire import message_bytes
 from latentwire.message import BITS, GROUP, Message, WireError, from_bytes, join, packed_size
 
 SMALL_LIMIT = 1 << 20
@@ -242,7 +242,7 @@ def test_ten_thousand_hostile_packets_give_a_clear_error_or_a_whole_message(
 
 def test_a_small_packet_cannot_make_a_large_allocation() -> None:
     body = (
-        wire._HEAD.pack(b"LTWR", 1, 4, 1, 0, bytes(16), 1, 64, 30)
+        message_bytes._HEAD.pack(b"LTWR", 1, 4, 1, 0, bytes(16), 1, 64, 30)
         + struct.pack("<I", 2**32 - 1)
         + bytes(30)
     )
