@@ -32,6 +32,7 @@ def expanded(address: str) -> str:
 
     Raises :class:`ValueError` for a name that the environment does not have.
     """
+    # expandvars leaves a name that is not set as it stands, so what is left is an error.
     address = os.path.expandvars(address)
     if unset := re.search(r"\$(\w+|\{\w+\})", address):
         raise ValueError(

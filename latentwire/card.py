@@ -139,8 +139,17 @@ def full_text(keys: Iterable[str]) -> str | None:
 
 def against_text_columns(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     """Return the metrics against full text that any row of a table has."""
-    scored = {name for rows in scores.values() for row in rows.values() for name in row}
+    scored = _scored(scores)
     return [name for name in AGAINST_TEXT if name in scored]
+
+
+def _scored(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> set[str]:
+    """Return the names of all metrics that a table has somewhere."""
+    names: set[str] = set()
+    for rows in scores.values():
+        for row in rows.values():
+            names |= row.keys()
+    return names
 
 
 def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -159,10 +168,15 @@ def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
                 f"; here it flatters, since the full text is read better untuned by {', '.join(better)}; spend more on "
                 f"evaluation.tuned_text"
             )
-    expected = [name for name in AGAINST_TEXT if ("untuned" in name) == (yardstick != TUNED_TEXT)]
-    others = [row for key, rows in scores.items() if key != yardstick for row in rows.values()]
+    # Metrics against the yardstick of this table: "…untuned_text" where that is untuned, else the rest.
+    expected = {name for name in AGAINST_TEXT if ("untuned" in name) == (yardstick != TUNED_TEXT)}
+    others: list[Mapping[str, float]] = []
+    for key, rows in scores.items():
+        if key != yardstick:
+            others += rows.values()
+    lacks_some = any(expected - row.keys() for row in others)
     # Results of an earlier version have none of them, and nothing is left out.
-    if against_text_columns(scores) and any(name not in row for row in others for name in expected):
+    if against_text_columns(scores) and lacks_some:
         note += "; shares of full text whose divisor is 0 are left out"
     return note
 
@@ -170,11 +184,11 @@ def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
 def _better_untuned(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     """Return the receivers whose F1 on full text is higher as they are than tuned."""
     tuned, untuned = scores[TUNED_TEXT], scores.get(UNTUNED_KEY, {})
-    return [
-        name
-        for name, row in untuned.items()
-        if name != "mean" and name in tuned and row["f1"] > tuned[name]["f1"]
-    ]
+    names = []
+    for name, row in untuned.items():
+        if name != "mean" and name in tuned and row["f1"] > tuned[name]["f1"]:
+            names.append(name)
+    return names
 
 
 def text_notes(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -232,7 +246,7 @@ def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
     validation = metrics.get("validation") or {}
     if not validation:
         return "None: this wire was not scored on questions."
-    scored = {name for rows in validation.values() for row in rows.values() for name in row}
+    scored = _scored(validation)
     columns = COLUMNS | AGAINST_TEXT
     present = [name for name in columns if name in scored]
     resampled = "contexts" if "contexts" in present else "rows"
@@ -244,6 +258,7 @@ def _scores(metrics: dict[str, Any], receivers: set[str]) -> str:
         f"| the receiver reads | receiver | {' | '.join(columns[name] for name in present)} |",
         f"|{'---|' * (2 + len(present))}",
     ]
+    # A condition's key: its mode, then a budget, a width and "tuned" where it has them.
     for key, rows in validation.items():
         mode, _, rest = key.removesuffix(" tuned").partition(" ")
         tuned = ", tuned" if key.endswith(" tuned") else ""
@@ -279,10 +294,10 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def _origin(run: RunConfig, manifest: dict[str, Any]) -> str:
     step = manifest["metrics"].get("development", manifest["metrics"]).get("step")
     total = sum(manifest["parameters"].values())
-    parts = ", ".join(
-        f"{name.removesuffix('.safetensors')} {count:,}"
-        for name, count in manifest["parameters"].items()
-    )
+    counts = []
+    for name, count in manifest["parameters"].items():
+        counts.append(f"{name.removesuffix('.safetensors')} {count:,}")
+    parts = ", ".join(counts)
     lines = [
         f"- {total:,} trained parameters ({parts})"
         + (f", {step:,} steps of {run.training.size_of_batch}" if step else ""),

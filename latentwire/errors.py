@@ -22,6 +22,7 @@ def fail(error: Exception) -> int:
     An error from a Ray task has the task's traceback for a text. Its cause has the one line, and
     Ray Data's advice after it.
     """
+    # Ray wraps errors in errors: the innermost ``cause`` is ours.
     while isinstance(cause := getattr(error, "cause", None), Exception):
         error = cause
     print(f"error: {RETRIES.sub('', str(error))}", file=sys.stderr, flush=True)

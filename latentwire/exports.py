@@ -122,6 +122,7 @@ def save(
         }
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         (aside / CARD).write_text(card.write(run, manifest), encoding="utf-8")
+        # An empty directory may stand at ``path``: POSIX lets a directory take its place.
         os.rename(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -196,11 +197,12 @@ def saved_tensors(
     """
     fixed = module.frozen_parameters() if isinstance(module, InterlinguaEncoder) else frozenset()
     dtypes = {} if stored_as is None else {name: stored_as for name, _ in module.named_parameters()}
-    return {
-        name: t.detach().cpu().to(dtypes.get(name, t.dtype)).contiguous()
-        for name, t in module.state_dict().items()
-        if name not in fixed
-    }
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        if name not in fixed:
+            dtype = dtypes.get(name, tensor.dtype)
+            tensors[name] = tensor.detach().cpu().to(dtype).contiguous()
+    return tensors
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -232,6 +234,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"format_version must be {FORMAT_VERSION}, got {version} ({file}); use the version that wrote it"
         )
     for name, expected in files.items():
+        # A stranger's manifest may name "../…", or a link that leads out.
         part = (Path(path) / name).resolve()
         if not part.is_relative_to(Path(path).resolve()):
             raise CheckpointError(f"files must lie inside the checkpoint, got {name} ({file})")
@@ -367,15 +370,14 @@ def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> 
         raise CheckpointError(
             f"{file} must be readable safetensors ({error}); restore it"
         ) from error
-    tensors = {
-        name: tensor for name, tensor in tensors.items() if owner(module, name) not in left_out
-    }
+    tensors = {name: t for name, t in tensors.items() if owner(module, name) not in left_out}
     names = {name for name in saved_tensors(module) if owner(module, name) not in left_out}
     if differing := tensors.keys() ^ names:
         raise CheckpointError(
             f"{file} must fit the configuration, it differs in {', '.join(sorted(differing)[:5])}"
         )
     try:
+        # Not strict: weights of a frozen backbone are in no file. Keys were compared above.
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         # torch names every tensor of another shape on a line of its own, below its heading.

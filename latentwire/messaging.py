@@ -128,11 +128,12 @@ class Messaging(WireBase):
             )
         prompts = asked.prompts(self.builders[receiver], self.slots(message, receiver))
         watch = None if on_text is None else self._teller(receiver, on_text)
+        # None where too few questions share a message, or a feature reads it anew for each.
         begun = self.begin(receiver, prompts, asked.messages, message, max_new_tokens)
         if begun is not None:
-            said, _ = begun.decode(prompts, asked.messages, max_new_tokens, sampling, watch)
+            answers, _ = begun.decode(prompts, asked.messages, max_new_tokens, sampling, watch)
         else:
-            said, _ = self.decode(
+            answers, _ = self.decode(
                 receiver,
                 prompts,
                 message,
@@ -141,7 +142,7 @@ class Messaging(WireBase):
                 sampling=sampling,
                 watch=watch,
             )
-        return asked.shaped(said)
+        return asked.shaped(answers)
 
     def _teller(self, receiver: str, on_text: Callable[[str], object]) -> Watch:
         """Return a watch that hands on what each step adds to the answer's text."""
@@ -151,6 +152,7 @@ class Messaging(WireBase):
 
         def watch(tokens: list[int]) -> None:
             nonlocal told
+            # All ids anew: the text of one token may hang on those before it.
             ids.extend(tokens)
             text = tokenizer.decode(ids, skip_special_tokens=True)
             answer = builder.answer_of(text)
@@ -185,6 +187,7 @@ class Messaging(WireBase):
                 f"needs {positions} and more; use answer"
             )
         assert batch.end_R is not None
+        # end_R: positions of each message's prompt, all of it but padding.
         past = self._past(receiver, batch.begun(), message)
         return Prefilled(self, receiver, past, batch.end_R, message)
 
@@ -205,6 +208,7 @@ class Messaging(WireBase):
             message: None for texts.
             max_new_tokens: the longest answer. None: ``evaluation.max_answer_tokens``.
         """
+        # The cheap half of what ``parted`` asks, before prompts are made tensors.
         if len(messages) < SHARED_BY * len(set(messages)):
             return None
         batch = collate(prompts, messages=list(messages))
@@ -219,6 +223,7 @@ class Messaging(WireBase):
     def _past(self, receiver: str, begun: Batch, message: Message | None) -> Past:
         lm = self.local_receiver(receiver)
         begun = begun.to(lm.device)
+        # Where all prompts begin alike, the receiver has read that beginning before.
         if self.reads_heads_alike:
             begun = lm.read_head(begun)
         with self.reading(receiver, begun, message) as soft_ND:
@@ -249,6 +254,7 @@ class Messaging(WireBase):
         message, prompts = self._prompts(message, questions, receiver)
         lm, batch = self.local_receiver(receiver), collate(prompts, side="left")
         e_BSD = lm.embed(batch, self.interlingua.soft_rows(receiver, message, batch)).cpu()
+        # Padded to the left: each prompt is the end of its row.
         return [e_SD[-len(prompt.ids) :] for e_SD, prompt in zip(e_BSD, prompts, strict=True)]
 
     def _prompts(
@@ -325,10 +331,12 @@ class Messaging(WireBase):
         began = time.perf_counter()
         longest = self.run.evaluation.answer_limit(max_new_tokens)
         numbers = None if messages is None else list(messages)
+        # To the left: every row's next token then has the same place.
         batch = collate(prompts, side="left", messages=numbers).to(lm.device)
         with self.reading(receiver, batch, message) as soft_ND:
             soft_ND = soft_ND if vectors_ND is None else vectors_ND
             prepared_ms = 1000 * (time.perf_counter() - began)
+            # What shared weights elsewhere can do; sampling and watching need the weights here.
             if sampling is None and watch is None:
                 decoded = lm.generate(batch, builder.stop_ids, longest, soft_ND)
             else:

@@ -76,6 +76,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         :class:`~latentwire.pretrained.weights.ReceiverError`.
         """
         here = os.path.expanduser(pretrained_model_name_or_path)
+        # A directory goes before a wire of the checkout, and that before a Hub id.
         path = shipped(pretrained_model_name_or_path) or Path(here)
         if not path.is_dir():
             try:
@@ -114,6 +115,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
             )
         wire, _ = load_wire(path, run, manifest)
         wire.manifest = manifest
+        # Compared when it is saved: metrics belong to these weights alone.
         wire._loaded = fingerprint(wire.interlingua)
         return wire
 
@@ -162,6 +164,7 @@ class LatentWire(Messaging, ModelHubMixin, library_name="latentwire"):
         Receivers from directories are named by their last name alone: who loads it says where
         theirs are.
         """
+        # The mixin calls _save_pretrained without a word on where the export will go.
         self._address = by_name
         try:
             return super().push_to_hub(repo_id, **options)

@@ -15,14 +15,14 @@ from latentwire.pretrained.weights import TOY_MODELS
 
 def with_models(run: RunConfig, address: Callable[[str], str]) -> RunConfig:
     """Return ``run`` with another address of each model, its receivers' and its encoder's."""
-    values: dict[str, Any] = {
-        "receivers": [
-            receiver.model_dump() | {"model": address(receiver.model)} for receiver in run.receivers
-        ]
-    }
+    receivers = []
+    for receiver in run.receivers:
+        receivers.append(receiver.model_dump() | {"model": address(receiver.model)})
+    values: dict[str, Any] = {"receivers": receivers}
     if run.encoder.model is not None:
         values["encoder.model"] = address(run.encoder.model)
     if run.encoder.senders:
+        # ``receiver:<name>`` borrows a receiver's model, which has its address there.
         senders = run.encoder.senders
         values["encoder.senders"] = [s if s.startswith(LENT) else address(s) for s in senders]
     return with_values(run, values, "receivers")
@@ -45,8 +45,10 @@ def below(path: Path, model: str) -> str:
 
     For an export in an object store.
     """
-    inside = is_directory(model) and Path(model).resolve().is_relative_to(path.resolve())
-    return Path(model).resolve().relative_to(path.resolve()).as_posix() if inside else model
+    folder, root = Path(model).resolve(), path.resolve()
+    if is_directory(model) and folder.is_relative_to(root):
+        return folder.relative_to(root).as_posix()
+    return model
 
 
 def by_name(model: str) -> str:
@@ -64,6 +66,7 @@ def is_directory(model: str) -> bool:
 
 def is_path(model: str) -> bool:
     """Return whether a model is named by a path, and not by a Hub id or as an embedded one."""
+    # A Hub id has one slash at most: organisation/model.
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 

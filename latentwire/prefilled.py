@@ -96,8 +96,8 @@ class Prefilled:
         """
         asked = by_message(questions, len(self))
         prompts = asked.prompts(self.wire.builders[self.receiver], self._slots())
-        said, _ = self.decode(prompts, asked.messages, max_new_tokens, sampling)
-        return asked.shaped(said)
+        answers, _ = self.decode(prompts, asked.messages, max_new_tokens, sampling)
+        return asked.shaped(answers)
 
     def _slots(self) -> list[int]:
         assert self.message is not None, "these are texts"
@@ -160,11 +160,12 @@ class Prefilled:
                 "a cache of transformers holds the same positions in every head, adapter.kind heads fills some heads "
                 "alone; use answer"
             )
-
+        # Rows are padded to the right: a message's own positions are the first ``end``.
         end = int(self.end_B[message])
         cache = DynamicCache()
         for number, (keys, values) in enumerate(self._layers()):
             one = slice(message, message + 1)
+            # [B, heads, positions, width] → [1, heads, end, width].
             cache.update(keys[one, :, :end].clone(), values[one, :, :end].clone(), number)
         return cache
 
@@ -183,6 +184,7 @@ class Prefilled:
         (question_ids,) = builder.tokenize([], [question], [])["question_ids"]
         prompt = builder.latent(self._slots()[message], question_ids)
         end = int(self.end_B[message])
+        # Ids of what was not read yet, a mask over all of it: transformers takes positions from both.
         ids = torch.tensor([prompt.ids[end:]], device=lm.device)
         return {
             "input_ids": ids,
@@ -207,6 +209,7 @@ class Prefilled:
             tensors |= self.past.entries.tensors()
         private = {name: [part.start, part.stop] for name, part in self.message.private.items()}
         metadata = self._belongs_to(self.wire, self.receiver) | {"private": json.dumps(private)}
+        # safetensors takes contiguous tensors alone.
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write(place(path), functools.partial(save_file, held, metadata=metadata))
 
@@ -234,10 +237,10 @@ class Prefilled:
                 f"({', '.join(wire.receivers)}), got {metadata.get('format')} for {receiver or 'none'} at {path}; "
                 f"make it anew by wire.prefill"
             )
-        for name, own in cls._belongs_to(wire, receiver).items():
-            if metadata[name] != own:
+        for name, expected in cls._belongs_to(wire, receiver).items():
+            if metadata[name] != expected:
                 raise WireError(
-                    f"{path} must be of this {name.replace('_', ' ')} ({own[:12]}…), got {metadata[name][:12]}…; "
+                    f"{path} must be of this {name.replace('_', ' ')} ({expected[:12]}…), got {metadata[name][:12]}…; "
                     f"make it anew by wire.prefill"
                 )
         lm = wire.local_receiver(receiver)
@@ -255,6 +258,7 @@ class Prefilled:
 
     @staticmethod
     def _belongs_to(wire: WireBase, receiver: str) -> dict[str, str]:
+        # Keys and values hang on the receiver, on what was trained, and on the prompt's beginning.
         head = json.dumps(wire.builders[receiver].head_ids).encode()
         return {
             "format": FORMAT,
@@ -273,6 +277,7 @@ def _weights_read(wire: WireBase, receiver: str) -> dict[str, torch.Tensor]:
         if folder in ("adapters", "prefixes") and name != receiver:
             continue
         for parameter, tensor in module.state_dict().items():
+            # None: receivers share it.
             if owner(module, parameter) in (None, receiver):
                 tensors[f"{file} {parameter}"] = tensor
     return tensors
@@ -298,6 +303,7 @@ class Asked:
         """Return the answers in the shape of the questions."""
         if not self.nested:
             return answers
+        # ``messages`` rises, and every message was asked something: groups are messages, in order.
         pairs = zip(self.messages, answers, strict=True)
         shaped: list[list[str]] = []
         for _, of_one in groupby(pairs, key=itemgetter(0)):
@@ -337,9 +343,13 @@ def by_message(questions: Any, messages: int) -> Asked:
                 raise ConfigError(
                     f"each message takes a list of questions, got {messages} messages and {len(given)} lists"
                 )
-            asked = [texts_of("questions", of_one) for of_one in given]
-            numbers = [number for number, of_one in enumerate(asked) for _ in of_one]
-            return Asked([question for of_one in asked for question in of_one], numbers, True)
+            nested: list[str] = []
+            numbers: list[int] = []
+            for number, of_one in enumerate(given):
+                texts = texts_of("questions", of_one)
+                nested += texts
+                numbers += [number] * len(texts)
+            return Asked(nested, numbers, True)
     flat = texts_of("questions", given)
     if messages == 1:
         return Asked(flat, [0] * len(flat), False)

@@ -45,6 +45,7 @@ class Remote:
         return self.uri
 
     def __truediv__(self, name: str) -> Remote:
+        # Options of the file system follow the path: s3://bucket/path?region=…
         address, mark, query = self.uri.partition("?")
         return Remote(f"{address.rstrip('/')}/{name}{mark}{query}")
 
@@ -184,6 +185,7 @@ def write(where: Place, fill: Callable[[Path], object]) -> None:
     """
     if isinstance(where, Path):
         where.parent.mkdir(parents=True, exist_ok=True)
+        # In the same directory: only within one file system does a rename happen at once.
         aside = where.with_name(f".{where.name}.part-{uuid.uuid4().hex[:8]}")
         try:
             fill(aside)
@@ -243,6 +245,7 @@ def directory(where: Place, last: str) -> Iterator[Path]:
         target = Path(folder) / where.name
         yield target
         files = [file for file in target.rglob("*") if file.is_file()]
+        # False sorts before True: ``last`` comes last.
         for file in sorted(files, key=lambda file: file.name == last):
             upload(file, where / file.relative_to(target).as_posix())
 
@@ -269,6 +272,7 @@ def files_below(where: Place) -> dict[str, int]:
     with explained(where):
         system, path = at(where)
         infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    # Paths in the store begin with the directory's own, and a slash.
     start = len(path.rstrip("/")) + 1
     return {info.path[start:]: info.size or 0 for info in infos if info.type == fs.FileType.File}
 
@@ -281,6 +285,7 @@ def text_if_there(where: Place) -> str | None:
     try:
         return where.read_text()
     except (FileNotFoundError, StorageError):
+        # A StorageError says that there is nothing, or that the store failed: ask which.
         if where.exists():
             raise
         return None
@@ -295,6 +300,7 @@ def delete(where: Place) -> None:
         where.unlink(missing_ok=True)
     elif where.is_file():
         system, path = at(where)
+        # Another process may delete it between the question and this.
         try:
             with explained(where, "deleted"):
                 system.delete_file(path)

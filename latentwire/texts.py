@@ -29,6 +29,7 @@ def texts_of(what: str, given: Any) -> list[str]:
             raise ConfigError(
                 f"{what} must be texts that hold something, got {shown_value(text)} at {place}; leave it out"
             )
+        # A str may hold half of a surrogate pair, which UTF-8 cannot write.
         try:
             text.encode()
         except UnicodeEncodeError as error:

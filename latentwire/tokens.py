@@ -32,11 +32,10 @@ class ByteTokenizer:
     def cut(self, text: str, longest: int) -> list[bytes]:
         """Cut a text into patches of up to ``longest`` bytes that end after white space."""
         words = _WORD.findall(text.encode("utf-8"))
-        return [
-            word[start : start + longest]
-            for word in words
-            for start in range(0, len(word), longest)
-        ]
+        patches = []
+        for word in words:
+            patches += [word[start : start + longest] for start in range(0, len(word), longest)]
+        return patches
 
     def patches(self, texts: Sequence[str], longest: int) -> torch.Tensor:
         """Return ids ``[B, P, longest]`` in patches (:meth:`cut`), padded with 0.
@@ -55,10 +54,12 @@ class ByteTokenizer:
             mask = b"".join((b"\1" * len(patch)).ljust(longest, b"\0") for patch in patches)
             ids = torch.frombuffer(bytearray(flat), dtype=torch.uint8).long() + 1
             ids = ids * torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+            # [P · longest] → [P, longest]
             ids_BPE[row, : len(patches)] = ids.view(-1, longest)
         return ids_BPE
 
 
+# A word with the white space after it, or what the text ends with.
 _WORD = re.compile(rb"[^ \n\t\r]*[ \n\t\r]+|[^ \n\t\r]+")
 
 
@@ -72,6 +73,7 @@ def sentence_ends(text: bytes) -> list[int]:
 
 def truncate_utf8(text: str, limit: int) -> str:
     """Return the longest start of ``text`` within ``limit`` bytes that cuts no character."""
+    # A cut character is the only thing that can be wrong with a start of valid UTF-8: it is dropped.
     return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
 
 
@@ -102,16 +104,21 @@ def token_bytes(tokenizer: Any) -> torch.Tensor:
     if mark == "Ġ":
         sizes = [len(piece) for piece in pieces]
     elif mark == "##":
-        sizes = [
-            len(piece.removeprefix("##").encode()) + (not piece.startswith("##"))
-            for piece in pieces
-        ]
+        sizes = [_wordpiece_bytes(piece) for piece in pieces]
     else:
-        sizes = [
-            1 if _BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
-            for piece in pieces
-        ]
+        sizes = [_sentencepiece_bytes(piece) for piece in pieces]
     return torch.tensor(sizes, dtype=torch.float32).clamp(min=1)
+
+
+def _wordpiece_bytes(piece: str) -> int:
+    # "##ing" is the inside of a word; the beginning of one has the space before it too.
+    inside = piece.removeprefix("##")
+    return len(inside.encode()) + (inside == piece)
+
+
+def _sentencepiece_bytes(piece: str) -> int:
+    # "<0x0A>" is a byte that no piece covers.
+    return 1 if _BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
 
 
 def sentence_marks(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,6 +129,7 @@ def sentence_marks(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """
     pieces, mark = _pieces(tokenizer)
     ends = [_PIECE_END.search(piece) is not None for piece in pieces]
+    # "##" says that a token joins, "Ġ" or "▁" that it does not: the first test covers both.
     joins = [
         piece.startswith(mark) == (mark == "##") and not _WHITE.match(piece) for piece in pieces
     ]

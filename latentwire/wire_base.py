@@ -50,15 +50,17 @@ class WireBase:
             receivers = {receiver.name: LocalReceiver(receiver) for receiver in run.receivers}
         self.receivers: dict[str, Receiver] = dict(receivers)
         prefix = 0 if run.prefix is None else run.prefix.tokens
-        self.builders = {
-            name: PromptBuilder(lm.tokenizer, lm.config, run.prompt, run.data.send, prefix)
-            for name, lm in self.receivers.items()
-        }
+        self.builders: dict[str, PromptBuilder] = {}
+        for name, lm in self.receivers.items():
+            self.builders[name] = PromptBuilder(
+                lm.tokenizer, lm.config, run.prompt, run.data.send, prefix
+            )
+        # After the receivers are loaded: no number that they draw changes the weights below.
         torch.manual_seed(run.training.seed)
-        shapes = {
-            name: ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
-            for name, lm in self.receivers.items()
-        }
+        shapes: dict[str, ReceiverShape] = {}
+        for name, lm in self.receivers.items():
+            shapes[name] = ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
+        # The interlingua lies beside the first receiver; a sender that lies there too is not loaded again.
         device = next(iter(self.receivers.values())).device
         loaded = {lm.name: lm.lm for lm in self.local_receivers() if lm.device == device}
         self.interlingua = Interlingua(run, shapes, registry.build, loaded=loaded).to(device)
@@ -90,6 +92,7 @@ class WireBase:
             if feature.acts_on_message:
                 parts.append(feature)
         tensors = (*parts.parameters(), *parts.buffers())
+        # torch counts a tensor's changes in place; weights that are replaced have another id.
         state = [(id(tensor), tensor._version) for tensor in tensors]
         if self._encoder_id[0] != state:
             # Without defaults: a knob that a later version adds leaves the ids of what was trained
@@ -140,6 +143,7 @@ class WireBase:
             return
         lm, prefixes = self.receivers[receiver], self.interlingua.prefixes
         features: Any = self.interlingua.features.values()
+        # Hooks stay as long as the caller's block: the receiver reads within it.
         with ExitStack() as stack:
             prefix: Any = prefixes[receiver] if batch.prefix else None
             if prefix is not None:
@@ -178,8 +182,10 @@ class WireBase:
         if not isinstance(lm, LocalReceiver) or asks:
             return None
         parts = batch.parted(side)
+        # R rows of M messages: two passes pay from R ≥ SHARED_BY · M on.
         if parts is None or len(batch.ids_BS) < SHARED_BY * len(parts[0].ids_BS):
             return None
+        # Cached positions count padding too: the longest beginning, then the longest rest.
         fits = lm.may_part(further + sum(part.ids_BS.shape[1] for part in parts))
         return parts if fits else None
 
@@ -214,6 +220,7 @@ class WireBase:
     ) -> AbstractContextManager[None]:
         """Let a batch's messages stand in a receiver's chosen heads."""
         adapter: Any = self.interlingua.adapters[receiver]
+        # unique(): sorted, as rows of ``Batch.begun`` are. Each message's entries are made once.
         entry_NE = self.interlingua.entries(receiver, message, batch.message_R.unique())
         return self.receivers[receiver].heads_at_slots(entry_NE, adapter.heads)
 
@@ -221,6 +228,7 @@ class WireBase:
         """Return the latent of each slot of a batch, row by row, ``[N, Z]``."""
         z_BLZ, keep_BL = message.read_by(receiver)
         message_R = batch.message_R.to(z_BLZ.device)
+        # [B, L, Z] → [R, L, Z] → [N, Z]: real latents alone, which are as many as a row has slots.
         return z_BLZ[message_R][keep_BL[message_R]]
 
     def _reading(self, receiver: str, batch: Batch, message: Message) -> Reading:
