@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from latentwire.models.decoded import Sampling
     from latentwire.prefilled import Prefilled
 
-# Threads of one operation wait for each other asleep. By default they spin, and where other processes want the same cores,
-# what they wait for cannot run. OpenMP reads this once, when torch is loaded, and Ray's workers inherit it.
+# Threads of one operation wait for each other asleep. By default they spin, and where other
+# processes want the same cores, what they wait for cannot run. OpenMP reads this once, when torch
+# is loaded, and Ray's workers inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = [

@@ -168,7 +168,7 @@ def retention_note(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
                 f"; here it flatters, since the full text is read better untuned by {', '.join(better)}; spend more on "
                 f"evaluation.tuned_text"
             )
-    # Metrics against the yardstick of this table: "…untuned_text" where that is untuned, else the rest.
+    # Metrics against this table's yardstick: "…untuned_text" where it is untuned, else the rest.
     expected = {name for name in AGAINST_TEXT if ("untuned" in name) == (yardstick != TUNED_TEXT)}
     others: list[Mapping[str, float]] = []
     for key, rows in scores.items():
@@ -285,6 +285,7 @@ def _readings(readings: dict[str, Any] | None) -> str:
 def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row:
         return "–"
+    # Shares are shown in percent.
     if name in ("em", "f1", "match", *AGAINST_TEXT):
         value = f"{100 * row[name]:.1f}"
         return f"{value} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"

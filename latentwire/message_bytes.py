@@ -227,7 +227,7 @@ def _pack(x_NZ: np.ndarray, bits: int) -> bytes:
     if bits == 16:
         return x_NZ.astype("<f2").tobytes()
     count, d_z = x_NZ.shape
-    # Symmetric: codes from −most to most, 127 or 7. [N, Z] → [N, groups, GROUP], filled up by zeros.
+    # Codes from −most to most, 127 or 7. [N, Z] → [N, groups, GROUP], filled up by zeros.
     most = 2 ** (bits - 1) - 1
     x_NGE = np.pad(x_NZ, ((0, 0), (0, -d_z % GROUP))).reshape(count, -1, GROUP)
     exact_NG1 = np.abs(x_NGE).max(2, keepdims=True) / np.float32(most)

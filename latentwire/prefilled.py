@@ -184,7 +184,7 @@ class Prefilled:
         (question_ids,) = builder.tokenize([], [question], [])["question_ids"]
         prompt = builder.latent(self._slots()[message], question_ids)
         end = int(self.end_B[message])
-        # Ids of what was not read yet, a mask over all of it: transformers takes positions from both.
+        # Ids of what was not read yet, and a mask over everything, as generate takes them.
         ids = torch.tensor([prompt.ids[end:]], device=lm.device)
         return {
             "input_ids": ids,

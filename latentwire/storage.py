@@ -123,6 +123,7 @@ def at(where: Place) -> tuple[fs.FileSystem, str]:
     """Return pyarrow's file system for a place, and the path there."""
     if isinstance(where, Path):
         return fs.LocalFileSystem(), str(where)
+    # s3://bucket/path?options → s3, bucket/path, options
     scheme, _, rest = where.uri.partition("://")
     address, _, query = rest.partition("?")
     return _system(scheme, address.partition("/")[0], query), address

@@ -73,7 +73,7 @@ def sentence_ends(text: bytes) -> list[int]:
 
 def truncate_utf8(text: str, limit: int) -> str:
     """Return the longest start of ``text`` within ``limit`` bytes that cuts no character."""
-    # A cut character is the only thing that can be wrong with a start of valid UTF-8: it is dropped.
+    # All that can be wrong with a start of valid UTF-8 is a cut character: it is dropped.
     return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
 
 
@@ -130,9 +130,8 @@ def sentence_marks(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     pieces, mark = _pieces(tokenizer)
     ends = [_PIECE_END.search(piece) is not None for piece in pieces]
     # "##" says that a token joins, "Ġ" or "▁" that it does not: the first test covers both.
-    joins = [
-        piece.startswith(mark) == (mark == "##") and not _WHITE.match(piece) for piece in pieces
-    ]
+    marked_joins = mark == "##"
+    joins = [p.startswith(mark) == marked_joins and not _WHITE.match(p) for p in pieces]
     return torch.tensor(ends), torch.tensor(joins)
 
 
@@ -149,7 +148,9 @@ def _pieces(tokenizer: Any) -> tuple[list[str], str]:
     """
     pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     # A large vocabulary holds a few of the others' marks too.
-    counts = {mark: sum(piece.startswith(mark) for piece in pieces) for mark in ("Ġ", "▁", "##")}
+    counts: dict[str, int] = {}
+    for mark in ("Ġ", "▁", "##"):
+        counts[mark] = sum(piece.startswith(mark) for piece in pieces)
     return pieces, max(counts, key=counts.__getitem__)
 
 

@@ -60,7 +60,7 @@ class WireBase:
         shapes: dict[str, ReceiverShape] = {}
         for name, lm in self.receivers.items():
             shapes[name] = ReceiverShape(lm.width, lm.embed_rms, lm.skeleton)
-        # The interlingua lies beside the first receiver; a sender that lies there too is not loaded again.
+        # The interlingua lies on the first receiver's device; senders there are not loaded twice.
         device = next(iter(self.receivers.values())).device
         loaded = {lm.name: lm.lm for lm in self.local_receivers() if lm.device == device}
         self.interlingua = Interlingua(run, shapes, registry.build, loaded=loaded).to(device)

@@ -131,7 +131,7 @@ class TrainingCollator:
         controls = self._controls(step)
         cuts = map(cut, texts["context"], texts["id"]) if CONTINUE in controls else ()
         parted = [pieces for pieces in cuts if pieces is not None]
-        # Messages 0 to M − 1 are those of whole texts; beginnings are messages of their own after them.
+        # Messages 0 to M − 1 are those of whole texts; beginnings are messages after them.
         beginnings = self.encoder.token_ids([before for before, _ in parted])
         ids = [whole[row] for row in first_M] + beginnings
         tokens = self.encoder.tokens_of(ids, coarsening, length)
@@ -205,7 +205,8 @@ class TrainingCollator:
             for m, question, answer in zip(message_R, questions, answers, strict=True):
                 sequences.append(builder.latent(slots[m], question, answer))
             messages += message_R
-        for m, ids in enumerate(text_ids if RECONSTRUCT in controls else ()):
+        recited = text_ids if RECONSTRUCT in controls else []
+        for m, ids in enumerate(recited):
             stretch, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
             sequences.append(builder.controlled(slots[m], RECONSTRUCT, stretch, given))
             messages.append(m)
@@ -217,16 +218,17 @@ class TrainingCollator:
 
     def _teachers(self, table: pa.Table, rows: Mapping[str, list]) -> dict[str, Batch | Teacher]:
         """Return each receiver's predictions on the texts where the rows hold them, else the texts for it to read."""
-        return {
-            n: teacher_of(table, n, self.losses) or collate(self._texts(n, rows))
-            for n in self.builders
-        }
+        teachers: dict[str, Batch | Teacher] = {}
+        for name in self.builders:
+            stored = teacher_of(table, name, self.losses)
+            teachers[name] = stored or collate(self._texts(name, rows))
+        return teachers
 
     def _stretch(self, ids: list[int], seed: str) -> tuple[list[int], int]:
         """Return the stretch of a text that is recited, with the tokens given before it, and how many these are."""
         if self.stretch is None or len(ids) <= self.stretch:
             return ids, 0
-        # ids[start : start + stretch] are predicted; up to ``cue`` tokens before them are read alone.
+        # ids[start : start + stretch] are predicted; up to ``cue`` tokens before are only read.
         start = random.Random(seed).randint(0, len(ids) - self.stretch)
         given = min(start, self.cue)
         return ids[start - given : start + self.stretch], given

@@ -71,7 +71,7 @@ def _cleaned(
                 # A paragraph that several rows hold has one place, where it is kept once.
                 order = text_hash(f"{data.seed} {row['id']}")
             elif together:
-                # High bits of the context's hash, low bits of the row's: sorted, its rows are neighbours.
+                # High bits of the context's hash, low bits of the row's: its rows are neighbours.
                 of_context = text_hash(f"{data.seed} {row['context']}")
                 order = of_context >> ROW_BITS << ROW_BITS | order % 2**ROW_BITS
             yield from ({"order": order, "reason": ""} | part for part in _fitted(row, data))

@@ -48,6 +48,7 @@ class TrainedOn:
             "documents": len(hashes),
         }
         stages = self.stages if stage in self.stages else (*self.stages, stage)
+        # Hashes alone are joined: a document that two stages read counts once.
         return TrainedOn(np.union1d(self.hashes, hashes), stages, self.known)
 
     def rows_of(self, names: Sequence[str]) -> int:
@@ -125,6 +126,8 @@ def check_development(earlier: TrainedOn, source: str, names: Sequence[str]) -> 
 
 def _remedy(earlier: TrainedOn) -> str:
     """Name the draw under which only held-out documents are left: a smaller share by the same seed is a part of a larger one."""
+    # A document is held out where a hash of seed and name is below the fraction, so the smallest
+    # draw is part of all others by the same seed.
     smallest = min(earlier.stages, key=lambda stage: stage["dev_fraction"])
     return (
         f"set data.seed={smallest['seed']} and data.dev_fraction to at most {smallest['dev_fraction']}, by which its stages held "

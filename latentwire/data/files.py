@@ -112,7 +112,7 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
         listing = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(_seen(listing, root), key=lambda file: file.path)
     readable = [file for file in files if file.extension in (".parquet", ".jsonl", ".json")]
-    # A directory may hold several datasets, each in a folder of its name: the others are left alone.
+    # A directory may hold several datasets, each in a folder of its name.
     below = [file for file in readable if len(file.parts) > 1 and file.parts[0] == config.dataset]
     if any(split in file.splits for file in below):
         readable = [File(file.info, file.parts[1:]) for file in below]
@@ -158,7 +158,9 @@ def _of_one_configuration(config: DataConfig, split: Split, files: list[File]) -
         named = [file for file in of_split if _names(file, config.config)]
         # A split that configurations share, as HotpotQA's training rows are, names none of them.
         return named or [file for file in of_split if not _names_any(file, known)]
-    labels = {word for word in known if any(_names(file, word) for file in of_split)}
+    labels: set[str] = set()
+    for file in of_split:
+        labels |= {word for word in known if _names(file, word)}
     if known:
         splits: defaultdict[str, set[Split]] = defaultdict(set)
         for file in files:
@@ -260,7 +262,7 @@ def _form(system: fs.FileSystem, file: File) -> Form:
         # One object a line: JSON Lines under a document's name.
         is_lines = not first or (first[:1] == b"{" == second[:1] and first[-1:] == b"}")
         return "lines" if is_lines else "document"
-    # A list, unless whole lists stand one a line; an object over many lines, or with its rows on one.
+    # A list, unless lists stand one a line; an object over many lines, or with all rows on one.
     is_array = first[:1] == b"[" and not (first[-1:] == b"]" and second)
     is_object = first == b"{" if second else _has_rows(first)
     return "document" if is_array or is_object else "lines"

@@ -83,8 +83,9 @@ class Units:
         rest: np.ndarray,
         whole: np.ndarray,
     ) -> np.ndarray:
-        # [N, U]: either every message once and what follows it for each sequence, or whole sequences,
-        # all of them as long as the longest. Two passes pay from SHARED_BY sequences a message on.
+        # [N, U]: either every message once and what follows it for each sequence, or whole
+        # sequences, all of them as long as the longest. Two passes pay from SHARED_BY sequences a
+        # message on.
         once = messages * head + sequences * rest
         parted = self.shares & (sequences >= SHARED_BY * messages)
         # [N, U] → [U]: the budget is for the receiver that reads most.
@@ -108,7 +109,7 @@ def batches(units: Units, budget: int, buckets: int, seed: int) -> Iterator[np.n
         count = _drawn(units, order, budget, buckets)
         drawn, order = order[:count], order[count:]
         cut = list(_cut(units, _by_length(units, drawn), budget)) if buckets > 1 else [drawn]
-        # Sorted batches come in a drawn order, or a draw would always begin with its shortest texts.
+        # Batches come in a drawn order, or a draw would always begin with its shortest texts.
         for place in rng.permutation(len(cut)):
             yield cut[place]
 
@@ -159,7 +160,7 @@ def tables(
             held = pa.concat_tables([*unused, table])
             number_H = np.append(number_H[keep_H], np.arange(read, read + table.num_rows))
             read += table.num_rows
-        # All workers' rows of the batch, not this one's alone. number_H rises, so it can be bisected.
+        # All workers' rows of the batch are used. number_H rises, so it can be bisected.
         used_R[units.rows_of(batch)] = True
         yield held.take(np.searchsorted(number_H, rows))
 
@@ -203,8 +204,8 @@ def _cut(units: Units, order: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 
 def _fitting(units: Units, order: np.ndarray, budget: int) -> int:
     """Count the first units that fit one batch: at least one, where there is any."""
-    # A batch ends before the first unit with which it is beyond the budget. ``filled`` costs as much
-    # as it looks at: a few units first, then twice as many.
+    # A batch ends before the first unit with which it is beyond the budget. ``filled`` costs as
+    # much as it looks at: a few units first, then twice as many.
     seen = LOOK_AHEAD
     while True:
         beyond = np.flatnonzero(units.filled(order[:seen]) > budget)

@@ -86,7 +86,8 @@ def quiet_ray_data() -> None:
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # The newer shuffle has an environment of its own: processes that know ours are stopped for it and start again.
+    # The newer shuffle has an environment of its own: processes that know ours are stopped for it
+    # and start again.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.raise_original_map_exception = True  # entry points know errors by their type
@@ -111,13 +112,13 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
     pieces = sources.pieces(run.data, source)
     if not pieces:
         raise _nothing_left(run, split, [], read=0)
-    # A block, and so a task, for each piece. What they clean stays in the object store for both passes.
+    # A block, and so a task, for each piece. The object store holds the rows for both passes.
     cleaned = (
         ray.data.from_items([vars(piece) for piece in pieces], override_num_blocks=len(pieces))
         .map_batches(functools.partial(read_and_clean, run=run, split=split), batch_size=1)
         .materialize()
     )
-    # One pass over the blocks here: each further Ray Data execution costs seconds on a small machine.
+    # One pass over the blocks: each Ray Data execution costs seconds on a small machine.
     rejects: list[dict[str, Any]] = []
     orders, size = [np.empty(0, np.int64)], 0
     rewritten = rewriting(run.data)
@@ -148,7 +149,7 @@ def _make(run: RunConfig, split: shards.ShardSplit, path: Place) -> dict[str, An
         raise _nothing_left(run, split, rejects, read=read)
     if rewritten is not None:
         rewritten.check()
-    # Each shard has as many hashes as the others, or one more: shard s begins with number s · n / count.
+    # Shard s begins with hash number ⌊s · n / count⌋ of n: none has two more than another.
     count = max(1, round(len(order) * mean_bytes / (run.data.shard_mib * 2**20)))
     first = order[(np.arange(count) * len(order)) // count]
     last = int(order[-1])

@@ -55,6 +55,7 @@ def shard_key(run: RunConfig, split: ShardSplit) -> tuple[str, dict[str, Any]]:
         del data["dev_fraction"], data["toy_questions"]  # knobs of training rows alone
     if run.data.source.generate is not None:  # its length follows from the samples asked for
         data["samples"] = run.data.samples if split != "validation" else None
+    # All that a row's columns depend on; json.dumps makes one text of it, whatever the order.
     spec = {
         "shard_version": run.data.source.version or SHARD_VERSION,
         "layout_version": PROMPT_VERSION,

@@ -70,8 +70,8 @@ def placed(run: RunConfig, keys: Keys | None = None) -> tuple[PlacedStage, ...]:
     """
     keys = keys or keys_of
     stages = stages_of(run)
-    # ``start`` is what the next stage begins with: the wire of ``training.init_from`` for the first,
-    # the directory of the one before for the others.
+    # ``start`` is what the next stage begins with: the wire of ``training.init_from`` for the
+    # first, the directory of the one before for the others.
     before: dict[str, str] = {}
     start = run.training.init_from
     result = []

@@ -62,6 +62,7 @@ def read_joined(
         teacher = read_parquet(path / name)
         for column in teacher.column_names:
             table = table.append_column(column, teacher[column])
+    # A stride of 0 is none: a table without rows takes 1.
     for start in range(0, table.num_rows, rows or max(1, table.num_rows)):
         yield table.slice(start, rows)
 
@@ -113,6 +114,7 @@ def ray_dataset(
         _read_file, train=train, teacher_paths=dict(teacher_paths), columns=list(columns)
     )
     files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names))
+    # Tasks end in any order: blocks are handed on in that of the files.
     dataset = files.map_batches(read, batch_size=1)
     dataset.context.execution_options.preserve_order = True
     return dataset.materialize() if in_memory else dataset
@@ -142,7 +144,7 @@ def shuffled_batches(
 
 def share_of(batch: pa.Table, rank: int, world: int) -> pa.Table:
     """Return one of ``world`` workers' rows of a batch: neighbours, which may share a context."""
-    # Worker r of W has rows n · r / W to n · (r + 1) / W, rounded down: no two differ by more than one.
+    # Worker r of W has rows ⌊n · r / W⌋ to ⌊n · (r + 1) / W⌋.
     start, stop = (batch.num_rows * place // world for place in (rank, rank + 1))
     return batch.slice(start, stop - start)
 
@@ -230,8 +232,9 @@ def _parts(
         starts = np.flatnonzero(np.append(True, sender[1:] != sender[:-1]))
     drawn = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).numpy()
     sizes = np.diff(np.append(starts, table.num_rows))[drawn]
-    # The n-th row of the new order, in a group that begins at row b of it, is row start + (n - b) of the
-    # old one. With starts [0, 2, 3], sizes 2, 1 and 2, and groups drawn as 2, 0, 1: [3, 4, 0, 1, 2].
+    # The n-th row of the new order, in a group that begins at row b of it, is row start + (n - b)
+    # of the old one. With starts [0, 2, 3], sizes 2, 1 and 2, and groups drawn as 2, 0, 1: [3, 4,
+    # 0, 1, 2].
     begins = sizes.cumsum() - sizes
     order = np.repeat(starts[drawn] - begins, sizes) + np.arange(table.num_rows)
     rows = size * training.bucket_batches

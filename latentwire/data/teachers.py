@@ -41,6 +41,7 @@ def compares_top_k(losses: LossConfig) -> bool:
 
 def most_tokens(losses: LossConfig) -> int:
     """Return K, the largest ``k`` that the schedule reaches."""
+    # A schedule's factor stays between its start and its end.
     schedule = losses.schedules.get("k")
     return max(1, round(losses.k * max((schedule.start, schedule.end) if schedule else (1.0,))))
 

@@ -37,6 +37,7 @@ def tokenise(
         ids = builder.tokenize(context, question, answers)
         good = builder.check_boundaries(answers, ids["answer_ids"])
         for row in np.flatnonzero(~np.asarray(good, bool)):
+            # The first receiver that refuses a row gives the reason.
             if golds[row] and not reasons[row]:
                 reasons[row] = f"anchor and answer must not merge into one token for {name}"
         columns |= {f"{name}_{piece}": id_lists(values) for piece, values in ids.items()}

@@ -18,7 +18,7 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
     name = "text" if "text" in row else "context"
     value = row.get(name)
     text = text_of(row, name) if value is None or isinstance(value, str) else paragraphs(value)
-    # HotpotQA's files have no titles of rows: documents are named as dataset/hotpotqa.py names them.
+    # HotpotQA's rows have no title: documents are named as dataset/hotpotqa.py names them.
     supporting = supporting_titles(row.get("supporting_facts"))
     document = document_of(row) or supporting or digest(text)
     return {

@@ -95,7 +95,7 @@ def initialise(source: str | Place, wire: LatentWire) -> list[str]:
             raise CheckpointError(
                 f"init_from must hold a part of this wire ({', '.join(parts)}), {source} holds none"
             )
-        # Receivers that one of both wires has: what features hold for them is dropped, or stays fresh.
+        # Receivers of one wire alone: what features hold for them is dropped, or stays fresh.
         one_sided = wire.receivers.keys() ^ known
         for name in common:
             exports.fill(path / name, parts[name], left_out=one_sided)
@@ -206,6 +206,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
         tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {path: tree}
+    # {"a": {"b": 1}} → {"a.b": 1}
     leaves: dict[str, Any] = {}
     for name, child in tree.items():
         leaves |= _flat(child, f"{path}.{name}" if path else str(name))

@@ -59,6 +59,7 @@ def _of_answers(trainer: Trainer, share: pa.Table) -> dict[str, float]:
 def _of_texts(trainer: Trainer, share: pa.Table) -> dict[str, float]:
     """Return weighted terms in nats per token, with messages and weights as they end."""
     wire = trainer.wire
+    # Schedules count from the end of the alignment.
     last_step = trainer.total_steps - trainer.config.alignment_steps
     weights = weights_at(wire.run.losses, last_step)
     size = wire.run.evaluation.batch_size

@@ -88,6 +88,7 @@ def train_here(
         metrics = trainer.evaluate(dev)
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"{trainer.lead}evaluation  {values}", flush=True)
+        # Before it is saved: a resumed run must know that this step was evaluated.
         trainer.progress.evaluations.append(metrics)
         step_checkpoints.save_step(folder, wire, metrics, provenance, trainer, *metric_of(wire.run))
 

@@ -120,7 +120,7 @@ class Trainer:
         while progress.step < self.total_steps and not self.stop_asked:
             used, began = 0, time.perf_counter()
             for used, table in enumerate(epochs(progress.epoch), start=1):
-                # An epoch's order follows from its number, so a resumed one begins with the same batches.
+                # An epoch's number decides its order: a resumed one begins with the same batches.
                 if used <= progress.batch:
                     continue  # a resumed epoch: these were trained on before
                 if progress.step == config.alignment_steps:
@@ -236,7 +236,7 @@ class Trainer:
                     shares, scale = self.losses.read(
                         name, batch, read, weights, counts[name], step, attached
                     )
-                    # Each share is already divided by the whole step's tokens: micro-batches add up.
+                    # Shares are already divided by the whole step's tokens: micro-batches add up.
                     loss = torch.stack(list(shares.values())).sum() / len(names)
                     for term, share in shares.items():
                         values[f"{term}_{name}"] += float(share.detach())
@@ -300,7 +300,7 @@ class Trainer:
             message = self.wire.interlingua.encode(batch.tokens)
             loss = message.z_BLZ.new_zeros(())
             for name in names:
-                # p_BLD: soft prompts. target_BLD: means of the receiver's embeddings of each stretch.
+                # p_BLD: soft prompts. target_BLD: mean embeddings of each latent's stretch.
                 p_BLD, keep_BL = self.wire.interlingua.prompt(name, message)
                 span_BL2 = encoder.spans(batch.tokens, name)
                 lm, ids = self.wire.receivers[name], batch.message_ids[name]

@@ -49,7 +49,7 @@ def matrices_of(module: nn.Module) -> set[str]:
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     names = set()
     for name, p in module.named_parameters():
-        # Tables of vectors are parameters of a module itself; nn.Linear calls its matrix ``weight``.
+        # Tables of vectors have names of their own; nn.Linear calls its matrix ``weight``.
         is_matrix = p.ndim > 2 or (p.ndim == 2 and name.endswith(".weight"))
         if is_matrix and id(p) not in embeddings:
             names.add(name)

@@ -81,6 +81,7 @@ def _shares(events: list[Any], seconds: float, steps: int) -> str:
     own_time = "self_device_time_total" if on_device else "self_cpu_time_total"
     operators.sort(key=lambda event: -getattr(event, own_time))
     head = ["part of a step", "ms", "share", *(["device ms"] if on_device else [])]
+    # What no part took, on the host; both in microseconds.
     rest = seconds * 1e6 - sum(event.cpu_time_total for event in parts)
     lines = [
         f"| {' | '.join(head)} |",

@@ -70,7 +70,7 @@ class ReceiverLosses:
                 again.
         """
         lm, losses = self.wire.receivers[name], self.wire.run.losses
-        # Where rows share messages: what they begin with, read once each, and what follows in each row.
+        # Where rows share messages: each beginning, which is read once, and each row's rest.
         parts = None
         if not self.config.gradient_checkpointing:  # which allows no cache
             parts = self.wire.parted(name, batch.sequences[name])
@@ -83,8 +83,8 @@ class ReceiverLosses:
         teaches_slots = self.span_teacher is not None and SLOT_KD in counts
         targets = self._slot_targets(name, batch, begun, message) if teaches_slots else []
         entries: list[torch.Tensor] = []
-        # The first of two passes needs its attachments no longer than it runs. A single pass keeps them
-        # up to the backward pass, which may compute activations again.
+        # The first of two passes needs its attachments no longer than it runs. A single pass keeps
+        # them up to the backward pass, which may compute activations again.
         with ExitStack() as first_pass:
             held = attached if parts is None else first_pass
             soft_ND = held.enter_context(self.wire.reading(name, begun, message))

@@ -72,6 +72,7 @@ class SpanTeacher:
         with ExitStack() as stack:
             soft_ND = None
             if prefix is not None:
+                # [P, D] → [B · P, D]: each row has the same prefix.
                 soft_ND = prefix().repeat(rows, 1)
                 stack.enter_context(prefix.attached(lm, batch))
             entries = stack.enter_context(recorded(lm.lm, text_BS))

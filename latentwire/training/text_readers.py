@@ -312,6 +312,7 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
             best = train_here(reader, paths, output)
             last = step_checkpoints.finished(output / "checkpoints")[-1]
             loss = float(step_checkpoints.metrics_of(best)["dev_loss"])
+            # The best may be an earlier step: the last checkpoint says how many were taken.
             trained[rate] = loss, best, int(step_checkpoints.metrics_of(last)["step"])
             return loss
 

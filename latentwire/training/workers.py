@@ -41,7 +41,7 @@ class Workers:
         if self.size == 1:
             return
         trained = list(parameters)
-        # flat: all gradients end to end, then one number a parameter, of workers that have a gradient.
+        # flat: gradients end to end, then for each parameter how many workers have one.
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
         has_P = torch.tensor([p.grad is not None for p in trained]).to(gradients[0])
         flat = torch.cat([*(g.flatten() for g in gradients), has_P])

@@ -42,7 +42,7 @@ def workspace(
         file = f"{work}.lock"
     else:
         file = str(Path(tempfile.gettempdir()) / f"latentwire-{path.name}.lock")
-    # The system frees the lock of a process that dies, so a training that was killed blocks no other.
+    # The system frees the lock of a process that dies: a killed training blocks no other.
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
@@ -53,7 +53,7 @@ def workspace(
         yield work
     finally:
         lock.release()
-    # Reached only where the block has ended well: an exception leaves the work for the next attempt.
+    # Only where the block has ended well: after an exception the next attempt goes on.
     if isinstance(work, Path):
         shutil.rmtree(work, ignore_errors=True)
         Path(file).unlink(missing_ok=True)
