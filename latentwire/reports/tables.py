@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -271,7 +271,11 @@ def reruns_table(finalists: list[Finalist], metric: str) -> Grid:
 def failures_table(rows: list[dict[str, Any]]) -> Grid:
     """Return the failed trials and their causes."""
     failed = [row for row in rows if row["state"] == "failed"]
-    body = [[str(row["trial"]), row["error"].strip().splitlines()[-1]] for row in failed]
+    body = []
+    for row in failed:
+        # A process that was killed leaves no words.
+        told = row["error"].strip().splitlines() or ["no cause was recorded"]
+        body.append([str(row["trial"]), told[-1]])
     return f"{len(body)} trials failed", ["trial", "cause"], body
 
 
@@ -344,11 +348,17 @@ def write_report(output: Place, line: str, grids: list[Grid], command: str) -> P
     """Write ``report.md``: the verdict ``line``, the tables, and the command that made them."""
     lines = [f"# {output.name}", "", f"Command: `{command}`", "", f"{line}."]
     for title, header, body in grids:
-        lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-        lines += [f"| {' | '.join(row)} |" for row in body]
+        lines += ["", f"## {title}", "", _markdown(header), f"|{'---|' * len(header)}"]
+        lines += map(_markdown, body)
     path = output / "report.md"
     write_text(path, "\n".join(lines) + "\n")
     return path
+
+
+def _markdown(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table; a cell's own strokes and line breaks end no cell."""
+    texts = (" ".join(text.split()).replace("|", r"\|") for text in cells)
+    return f"| {' | '.join(texts)} |"
 
 
 def cell(value: Any) -> str:

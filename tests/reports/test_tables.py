@@ -1,10 +1,18 @@
 """Tables say what they show."""
 
+from pathlib import Path
+
 import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.reports.tables import against_text_table, failures_table, scores_table, show
+from latentwire.reports.tables import (
+    against_text_table,
+    failures_table,
+    scores_table,
+    show,
+    write_report,
+)
 
 ROW = {
     "em": 0.5, "em_low": 0.25, "em_high": 0.75, "f1": 0.5, "f1_low": 0.25, "f1_high": 0.75,
@@ -71,6 +79,15 @@ def test_what_failed_stands_with_its_cause() -> None:
     ]
     title, _, body = failures_table(rows)
     assert (title, body) == ("1 trials failed", [["3", "out of memory with batch_size 64"]])
+    silent = [{"trial": 4, "state": "failed", "error": "\n"}]
+    assert failures_table(silent)[2] == [["4", "no cause was recorded"]]
+
+
+def test_what_stands_in_a_cell_ends_none(tmp_path: Path) -> None:
+    grid = ("1 trials failed", ["trial", "a|b"], [["3", "got bool | int\nfor it"]])
+    text = write_report(tmp_path, "No winner", [grid], "latentwire tune").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines == [r"| trial | a\|b |", "|---|---|", r"| 3 | got bool \| int for it |"]
 
 
 def test_a_table_without_rows_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
