@@ -342,3 +342,13 @@ def test_a_starting_point_of_a_whole_number_is_whole(tmp_path: Path) -> None:
         load_space(file)
     whole = write(tmp_path, f"{search}tune: {{start_with: [{{encoder.layers: 2.0}}]}}")
     assert load_space(whole).tune.start_with
+
+
+@pytest.mark.parametrize("place", ["²", "-1", "llama", "2"])
+@pytest.mark.parametrize("run", [RunConfig(), RunConfig(receivers=RunConfig().receivers)])
+def test_a_receiver_is_named_by_its_place(run: RunConfig, place: str) -> None:
+    rule = f"a place in a list must be a number from 0 to 1, got {place}"
+    with pytest.raises(ConfigError, match=rule):
+        with_values(run, {f"receivers.{place}.model": "toy-qwen"})
+    changed = with_values(run, {"receivers.1.model": "toy-llama"})
+    assert changed.receivers[1].model == "toy-llama"

@@ -65,7 +65,7 @@ def _annotation(path: str) -> Any:
     """Return the type of the knob at a path, be it a receiver's or the search's own; ``None``: there is no such knob."""
     # receivers.<index>.<knob>
     receivers, *place = path.split(".")
-    if receivers == "receivers" and len(place) == 2 and place[0].isdigit():
+    if receivers == "receivers" and len(place) == 2 and place[0].isdecimal():
         field = ReceiverConfig.model_fields.get(place[1])
     else:
         field = _fields().get(path)

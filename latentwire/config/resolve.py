@@ -155,10 +155,9 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
             raise ConfigError(
                 f"a path must name a stage of the run, got {key} ({path}){nearest(key, node)}"
             )
-        following = parents[depth + 1] if depth + 1 < len(parents) else leaf
         # Absent, or a section that is switched off: naming a knob of it switches it on.
         if node.get(key) is None:
-            if key == "receivers" and following.isdigit():
+            if key == "receivers" and parents[:depth] in ([], ["run"]):
                 node[key] = [receiver.model_dump(mode="json") for receiver in default_receivers()]
             else:
                 node[key] = {}
@@ -178,7 +177,8 @@ def _check_section(node: Any, path: str) -> None:
 
 
 def _index(node: list[Any], key: str, path: str) -> int:
-    if key.isdigit() and int(key) < len(node):
+    # No isdigit: "²" is a digit, but no number.
+    if key.isdecimal() and int(key) < len(node):
         return int(key)
     raise ConfigError(
         f"a place in a list must be a number from 0 to {len(node) - 1}, got {key} ({path}); write further ones into a "

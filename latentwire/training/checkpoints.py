@@ -168,7 +168,7 @@ def load_training(path: Path, trainer: Trainer) -> None:
     for key, tensor in load_file(Path(path) / "training_state.safetensors").items():
         name, _, slot = key.removeprefix("optimizer.").rpartition(".")
         # Earlier checkpoints have a place, counted in their own order, for a name.
-        name = former[int(name)] if name.isdigit() and int(name) < len(former) else name
+        name = former[int(name)] if name.isdecimal() and int(name) < len(former) else name
         if name not in places:
             raise CheckpointError(
                 f"{path} must hold the optimiser state of this wire, got one of {name}; restore it"
