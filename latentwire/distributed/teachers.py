@@ -227,15 +227,15 @@ def read_columns(
             # [first k, entries] of the row, flat: its count says how to cut it again.
             flat = {name: tensor[of_row_M].flatten() for name, tensor in tensors.items()}
             outputs[index] = {name: tensor.numpy() for name, tensor in flat.items()}
-    types = {
-        "ids": pa.int32(),
-        "log_p": pa.float16(),
-        "log_tail": pa.float16(),
-        "states": pa.float16(),
-    }
+    # From the knobs, not from the outputs: a file whose rows were all rejected has none.
+    types: dict[str, pa.DataType] = {}
+    if teachers.compares_top_k(losses):
+        types |= {"ids": pa.int32(), "log_p": pa.float16(), "log_tail": pa.float16()}
+    if depths:
+        types["states"] = pa.float16()
     columns = {}
-    for name in outputs[0]:
-        columns[name] = pa.array([row[name] for row in outputs], pa.list_(types[name]))
+    for name, kind in types.items():
+        columns[name] = pa.array([row[name] for row in outputs], pa.list_(kind))
     columns["count"] = pa.array(
         [len(sequence.supervised[:k]) for sequence in sequences], pa.int32()
     )

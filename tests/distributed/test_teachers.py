@@ -276,3 +276,17 @@ def test_a_teacher_that_no_columns_can_hold_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         with_values(run, KD | {"evaluation.tuned_text": {"steps": 4}} | values)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"losses.kd_weight": 0.0}, {"losses.hidden_kd_weight": 0.0}]
+)
+def test_a_shard_file_without_rows_has_the_columns_of_the_others(
+    trainer: Trainer, values: dict
+) -> None:
+    """All its rows may have been rejected, and readers put the columns of all files together."""
+    wire, rows = trainer.wire, shard_table(trainer.wire.run, 3)
+    run = with_values(wire.run, values)
+    lm, builder = wire.receivers["llama"], wire.builders["llama"]
+    none, some = (read_columns(lm, builder, run, table) for table in (rows.slice(0, 0), rows))
+    assert none.num_rows == 0 and none.schema == some.schema
