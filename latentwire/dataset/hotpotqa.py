@@ -35,9 +35,20 @@ def paragraphs(context: Any) -> str:
         titles = context.get("title") or [""] * len(bodies)
         if not isinstance(titles, list):
             raise RowError(f"titles must be a list, got {type(titles).__name__}")
-        titled = list(zip(titles, bodies, strict=False))
+        if len(titles) != len(bodies):
+            raise RowError(
+                f"titles and sentences must be of as many paragraphs, got {len(titles)} and "
+                f"{len(bodies)}; give each paragraph both"
+            )
+        titled = list(zip(titles, bodies, strict=True))
     elif isinstance(context, list):
-        titled = [tuple(pair) for pair in context if isinstance(pair, list) and len(pair) == 2]
+        for number, pair in enumerate(context):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise RowError(
+                    f"a paragraph must be a list of a title and its sentences, got "
+                    f"{_shown(pair)} for number {number}; give it both"
+                )
+        titled = [tuple(pair) for pair in context]
     else:
         raise RowError(f"context must hold titles and sentences, got {type(context).__name__}")
     lines = []
@@ -53,6 +64,11 @@ def paragraphs(context: Any) -> str:
     return "\n".join(lines)
 
 
+def _shown(pair: Any) -> str:
+    kind = type(pair).__name__
+    return f"a {kind} of {len(pair)}" if isinstance(pair, list) else kind
+
+
 DATASET = Dataset(
     name="hotpotqa",
     description="HotpotQA (Yang et al., 2018), CC BY-SA 4.0",
@@ -61,4 +77,5 @@ DATASET = Dataset(
     hub_id="hotpotqa/hotpot_qa",
     hub_configuration="distractor",
     official_scores="hotpotqa",
+    version=4,
 )

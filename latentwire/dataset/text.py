@@ -36,5 +36,5 @@ DATASET = Dataset(
     clean=clean,
     columns=(frozenset({"text", "context"}),),
     has_questions=False,
-    version=4,
+    version=5,
 )

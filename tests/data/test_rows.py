@@ -128,11 +128,20 @@ def test_hotpotqa_joins_titled_paragraphs_in_both_schemas() -> None:
         ([["A", [" "]]], "context must not be empty"),
         ({"title": 5, "sentences": [["One."]]}, "titles must be a list, got int"),
         ({"title": "AB", "sentences": [["One."], ["Two."]]}, "titles must be a list, got str"),
+        ({"title": ["A"], "sentences": [["One."], ["Two."]]}, "as many paragraphs, got 1 and 2"),
+        ({"title": ["A", "B"], "sentences": [["One."]]}, "as many paragraphs, got 2 and 1"),
+        ([["A"], ["B", ["Two."]]], "got a list of 1 for number 0; give it both"),
+        ([["B", ["Two."]], ["A", ["One."], 3]], "got a list of 3 for number 1"),
+        (["One.", ["B", ["Two."]]], "got str for number 0"),
     ],
 )
 def test_bad_paragraphs_are_told_why(context: object, reason: str) -> None:
+    """None is left out while the others are taken."""
     with pytest.raises(RowError, match=reason):
         clean({"question": "q", "answer": "a", "context": context}, "hotpotqa")
+    if not isinstance(context, str):
+        with pytest.raises(RowError, match=reason):
+            clean({"context": context}, "text")
 
 
 @pytest.mark.parametrize(
