@@ -127,7 +127,8 @@ class Messaging(WireBase):
                 f"on_text follows the answer to one question, got {len(asked.questions)}; ask one at a time"
             )
         prompts = asked.prompts(self.builders[receiver], self.slots(message, receiver))
-        watch = None if on_text is None else self._teller(receiver, on_text)
+        teller = None if on_text is None else _Teller(self, receiver, on_text)
+        watch = None if teller is None else teller.watch
         # None where too few questions share a message, or a feature reads it anew for each.
         begun = self.begin(receiver, prompts, asked.messages, message, max_new_tokens)
         if begun is not None:
@@ -142,26 +143,9 @@ class Messaging(WireBase):
                 sampling=sampling,
                 watch=watch,
             )
+        if teller is not None:
+            teller.tell(answers[0])
         return asked.shaped(answers)
-
-    def _teller(self, receiver: str, on_text: Callable[[str], object]) -> Watch:
-        """Return a watch that hands on what each step adds to the answer's text."""
-        tokenizer, builder = self.receivers[receiver].tokenizer, self.builders[receiver]
-        ids: list[int] = []
-        told = ""
-
-        def watch(tokens: list[int]) -> None:
-            nonlocal told
-            # All ids anew: the text of one token may hang on those before it.
-            ids.extend(tokens)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            answer = builder.answer_of(text)
-            if text.endswith("\ufffd") or len(answer) <= len(told):
-                return  # in the middle of a character, or of space that may be the end
-            on_text(answer[len(told) :])
-            told = answer
-
-        return watch
 
     @torch.no_grad()
     def prefill(self, message: Message | bytes, receiver: str) -> Prefilled:
@@ -346,3 +330,29 @@ class Messaging(WireBase):
         decoded = replace(decoded, prefill_ms=prepared_ms + decoded.prefill_ms)
         texts = lm.tokenizer.batch_decode(decoded.rows, skip_special_tokens=True)
         return [builder.answer_of(text) for text in texts], decoded
+
+
+class _Teller:
+    """Hands on what each step adds to the text of an answer."""
+
+    def __init__(self, wire: WireBase, receiver: str, on_text: Callable[[str], object]) -> None:
+        self.tokenizer = wire.receivers[receiver].tokenizer
+        self.builder, self.on_text = wire.builders[receiver], on_text
+        self.ids: list[int] = []
+        self.told = ""
+
+    def watch(self, tokens: list[int]) -> None:
+        """Take a step's tokens."""
+        # All ids anew: the text of one token may hang on those before it.
+        self.ids.extend(tokens)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        # In the middle of a character the text ends in a mark that the next token takes away.
+        if not text.endswith("\ufffd"):
+            self.tell(self.builder.answer_of(text))
+
+    def tell(self, answer: str) -> None:
+        """Hand on what goes beyond what was told; the answer may have ended within a character."""
+        # Space that may be the end is left out of an answer, which is then no longer.
+        if len(answer) > len(self.told):
+            self.on_text(answer[len(self.told) :])
+            self.told = answer

@@ -13,7 +13,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError, with_values
 from latentwire.message import WireError
 from latentwire.model import LatentWire
-from latentwire.models.decoded import Sampling
+from latentwire.models.decoded import Decoded, Sampling
 from latentwire.prefilled import Prefilled
 from latentwire.prompts.batch import collate
 from tests.conftest import HEADS, choose_some_heads, wire_of
@@ -248,6 +248,26 @@ def test_tokens_are_drawn_or_told_one_by_one(run: RunConfig) -> None:
     for wrong in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_k": 0}):
         with pytest.raises(ValueError, match="got"):
             Sampling(**wrong)
+
+
+def test_an_answer_that_ends_within_a_character_is_told_to_its_end(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = wire_with(run, {})
+    lm = wire.receivers["qwen"]
+    # The last character takes several tokens, and the answer has no room for all of them.
+    ids = lm.tokenizer.encode("Oslo é", add_special_tokens=False)[:-1]
+
+    def generate(*given: Any) -> Decoded:
+        for token in ids:
+            given[-1]([token])
+        return Decoded([ids], 0.0, 0.0)
+
+    monkeypatch.setattr(lm, "generate", generate)
+    pieces: list[str] = []
+    said = wire.answer(wire.encode(CONTEXTS[0]), "Where?", "qwen", on_text=pieces.append)
+    assert said == ["Oslo \ufffd"] and "".join(pieces) == said[0]
+    assert len(pieces) > 1
 
 
 def test_an_export_of_a_prefilled_wire_reads_it_too(run: RunConfig, tmp_path: Path) -> None:
