@@ -80,9 +80,17 @@ def _cleaned(
             yield {
                 "order": order,
                 "reason": str(error),
-                "id": f"{file} row {number}",
+                "id": f"{file} {_place_in(piece, number)}",
                 "context": shown[:500],
             }
+
+
+def _place_in(piece: sources.Piece, number: int) -> str:
+    """Return where a row stands in its file, by the number that :func:`_cleaned` counts."""
+    if piece.form == "lines" and piece.start:
+        # How many lines there are before would take reading them all.
+        return f"row {number - piece.start} after byte {piece.start}"
+    return f"row {number}"
 
 
 def common_columns(raw: Row, data: DataConfig) -> dict[str, Any]:

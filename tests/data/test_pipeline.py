@@ -10,7 +10,7 @@ import pytest
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
-from latentwire.data import cleaning, shards, sources
+from latentwire.data import cleaning, files, shards, sources
 
 
 def cleaned(run: RunConfig, split: shards.ShardSplit) -> list[dict[str, Any]]:
@@ -86,6 +86,21 @@ def test_rejected_rows_are_told_by_file_and_number(run: RunConfig, tmp_path: Pat
         )
     rejects = [row for row in cleaned(asking(run, tmp_path), "train") if row["reason"]]
     assert [row["id"] for row in rejects] == ["a/train.jsonl row 1", "b/train.jsonl row 1"]
+
+
+def test_a_rejected_row_of_a_later_piece_is_told_by_the_byte_that_it_is_counted_from(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its line's number is not known: the lines before the piece are another task's."""
+    monkeypatch.setattr(files, "PIECE_BYTES", 105)
+    good = '{"context": "c", "question": "q", "answers": "a"}\n'
+    text = good * 2 + "{broken\n" + good * 2 + "{broken too\n"
+    (tmp_path / "train.jsonl").write_text(text)
+    rejects = [row for row in cleaned(asking(run, tmp_path), "train") if row["reason"]]
+    first, second = (row["id"] for row in rejects)
+    assert first == "train.jsonl row 2" and second == "train.jsonl row 2 after byte 105"
+    # The rows that begin there, as a person finds them.
+    assert text[105:].splitlines()[1:][2] == "{broken too"
 
 
 def test_a_configuration_that_names_the_same_files_has_the_same_shards(
