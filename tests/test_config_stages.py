@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from latentwire.config import RunConfig, SweepConfig
+from latentwire.config import LossConfig, RunConfig, SweepConfig
 from latentwire.config.knobs import has_property, knob_of
 from latentwire.config.overrides import assigned
 from latentwire.config.places import with_home
@@ -168,3 +168,22 @@ def test_columns_name_the_stage() -> None:
     assert list(column_names(paths).values()) == [
         "encoder_lr", "recite: encoder_lr", "answers: data.seed", "answers: training.seed",
     ]  # fmt: skip
+
+
+def test_a_bundle_of_a_stage_takes_the_place_of_the_runs_bundle(tmp_path: Path) -> None:
+    """What the run sets beside its own stays, as with a bundle that is set or searched."""
+    chosen = {"a": {"losses": {"bundle": "first_k_curriculum"}}, "b": {"losses": {"k": 2}}}
+    run = staged(losses={"bundle": "distil", "k": 7}, stages=chosen)
+    first, second = (stage.run.losses for stage in stages_of(run))
+    assert first == LossConfig(bundle="first_k_curriculum", k=7)
+    assert second == LossConfig(bundle="distil", k=2)
+
+
+def test_a_stages_bundle_is_not_outvoted_by_the_file_below(tmp_path: Path) -> None:
+    below = "run: {stages: {a: {losses: {answer_ce_weight: 0.5, k: 3}}, b: {losses: {k: 3}}}}"
+    (tmp_path / "base.yaml").write_text(below)
+    nearer = "extends: base.yaml\nrun: {stages: {a: {losses: {bundle: autoencode}}, b: {losses: {kd_weight: 1}}}}"
+    (tmp_path / "mine.yaml").write_text(nearer)
+    first, second = (one.run.losses for one in stages_of(load_space(tmp_path / "mine.yaml").run))
+    assert first == LossConfig(bundle="autoencode")
+    assert (second.k, second.kd_weight) == (3, 1)

@@ -7,7 +7,7 @@ such as ``toy``, ``recipes/toy`` or ``receivers/smollm2``. What is nearer wins:
 - the file over all that it extends, and of these the later over the earlier;
 - sections merge, knob by knob; a number, a text or a list replaces what was there;
 - a search dimension is replaced whole, and ``null`` takes it out of the space;
-- ``losses`` with a ``bundle`` is replaced whole, or the weights below would outvote the bundle.
+- ``losses`` with a ``bundle``, a stage's too, is replaced whole, or the weights below would outvote the bundle.
 
 Receivers can be given by name, so that they merge too: ``{smollm2: {model: …}, gemma3: {…}}``, in
 this order. What stands under ``each`` is meant for all of them; their own knobs win over it.
@@ -169,7 +169,9 @@ def _laid_over(under: Any, over: Any, path: tuple[str, ...] = ()) -> Any:
         under = {receiver["name"]: receiver for receiver in named}
     # search.<path> is one key: the path's dots are part of it.
     is_dimension = path[:1] == ("search",) and len(path) == 2
-    is_bundle = path == LOSSES and isinstance(over, dict) and "bundle" in over
+    # run.losses, or run.stages.<name>.losses
+    is_losses = path == LOSSES or (path[:2] == ("run", "stages") and path[3:] == ("losses",))
+    is_bundle = is_losses and isinstance(over, dict) and "bundle" in over
     if is_dimension or is_bundle or not (isinstance(under, dict) and isinstance(over, dict)):
         return over
     merged = dict(under)

@@ -45,7 +45,8 @@ class StageConfig(Section):
     features: dict[str, Any] = Field(default_factory=dict)
     """Features that begin or end with it, by knobs of ``run.features``."""
     losses: dict[str, Any] = Field(default_factory=dict)
-    """Its losses, by knobs of ``run.losses``. A ``bundle`` replaces the run's losses whole."""
+    """Its losses, by knobs of ``run.losses``. A ``bundle`` replaces the run's; what the
+    run sets beside its own stays, unless it is set here too."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Its steps, batches and rates, and what it trains, by knobs of ``run.training``."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
