@@ -181,3 +181,33 @@ def test_a_name_that_is_none_is_answered_with_the_nearest() -> None:
         load_space("nowhere.yaml")
     with pytest.raises(ConfigError, match="got smal; did you mean small"):
         load_space("smal")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("mine.yaml", "run: {{RUN}}", "must be valid YAML: .*found unhashable key"),
+        ("mine.json", "[" * 100_000, "must be valid JSON: maximum recursion depth"),
+        ("mine.yaml", "[" * 3_000, "must be valid YAML: maximum recursion depth"),
+    ],
+)
+def test_what_cannot_be_read_is_told_by_its_file(
+    tmp_path: Path, name: str, text: str, rule: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"(?s){name} {rule}"):
+        load_space(tmp_path / name)
+
+
+def test_a_configuration_that_is_given_as_text_is_no_path() -> None:
+    rule = (
+        r"must be a shipped name or a file's path, got run: .*… .*write what it holds into a file"
+    )
+    with pytest.raises(ConfigError, match=rule):
+        load_space("run: {training: {seed: 1}}" * 20)
+
+
+def test_a_byte_order_mark_begins_json_as_it_does_yaml(tmp_path: Path) -> None:
+    for name in ("mine.json", "mine.yaml"):
+        (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"run": {"training": {"seed": 3}}}')
+        assert load_space(tmp_path / name).run.training.seed == 3

@@ -58,10 +58,15 @@ def _located(source: str | Path) -> Place:
     if isinstance(source, Path):
         return source
     shipped = SHIPPED / f"{source}.yaml"
-    if not source.endswith(ENDINGS) and shipped.is_file():
-        return shipped
     try:
+        if not source.endswith(ENDINGS) and shipped.is_file():
+            return shipped
         return sought(source)
+    except OSError as error:
+        raise ConfigError(
+            f"a configuration must be a shipped name or a file's path, got {source[:80]}… "
+            f"({error.strerror}); write what it holds into a file"
+        ) from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -118,7 +123,8 @@ class OnceLoader(yaml.SafeLoader):
         # PyYAML keeps the last of two equal keys, and only the nodes still have both.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         try:
-            _once([(key.value, None) for key, _ in node.value])
+            # As texts: a key may be a mapping itself, as in a {{name}} that nothing has filled in.
+            _once([(str(key.value), None) for key, _ in node.value])
         except ValueError as error:
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
         return node
@@ -142,7 +148,8 @@ def _yaml(text: str) -> Any:
 def _parsed(file: Place) -> dict[str, Any]:
     is_json = file.name.endswith(".json")
     try:
-        text = file.read_bytes().decode("utf-8")
+        # Editors on Windows begin a file with a byte order mark, which JSON does not take.
+        text = file.read_bytes().decode("utf-8-sig")
         # JSON has a reader of its own, although YAML reads it: 3e-6 is a text to YAML.
         tree = json.loads(text, object_pairs_hook=_once) if is_json else _yaml(text)
     except OSError as error:
@@ -150,7 +157,7 @@ def _parsed(file: Place) -> dict[str, Any]:
             f"a configuration must be a shipped name or a file that exists, got {file}"
             f"{nearest(file.name.removesuffix('.yaml'), shipped_names())}"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file} must be valid {'JSON' if is_json else 'YAML'}: {error}"
         ) from error
