@@ -142,7 +142,7 @@ class LossConfig(Section):
         name = values.get("bundle") if isinstance(values, dict) else None
         if name is None:
             return values
-        if name not in LOSS_BUNDLES:
+        if not isinstance(name, str) or name not in LOSS_BUNDLES:
             raise ValueError(f"bundle must be one of {', '.join(LOSS_BUNDLES)}, got {name!r}")
         # On the right, what was given wins, key by key; schedules are one key.
         return LOSS_BUNDLES[name] | values

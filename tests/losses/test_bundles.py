@@ -242,6 +242,8 @@ def test_bundles_are_configurations(name: str) -> None:
 def test_wrong_names_are_refused(run) -> None:
     with pytest.raises(ConfigError, match=r"bundle must be one of answer, .* got 'best'"):
         with_values(run, {"losses.bundle": "best"})
+    with pytest.raises(ConfigError, match=r"bundle must be one of answer, .* got \['answer'\]"):
+        with_values(run, {"losses.bundle": ["answer"]})
     for kind, when in (("linear", "first"), ("constant", None)):
         alone = {"losses.schedules": {"answer_ce_weight": {"kind": kind, "steps": 9}}}
         if when is None:
