@@ -352,3 +352,9 @@ def test_a_receiver_is_named_by_its_place(run: RunConfig, place: str) -> None:
         with_values(run, {f"receivers.{place}.model": "toy-qwen"})
     changed = with_values(run, {"receivers.1.model": "toy-llama"})
     assert changed.receivers[1].model == "toy-llama"
+
+
+@pytest.mark.parametrize("path", ["data.data_dir", "data.shard_dir", "training.init_from"])
+def test_an_empty_address_is_not_the_current_directory(path: str) -> None:
+    with pytest.raises(ConfigError, match="an address must name a directory or URI, got ''; is a"):
+        with_values(RunConfig(), {"data.dataset": "custom", path: ""})

@@ -16,9 +16,20 @@ def _as_text(given: Any) -> Any:
     return str(given) if isinstance(given, Path) else given
 
 
+def _named(address: str) -> str:
+    """Return an address; an empty one would be the current directory, whatever that holds."""
+    if not address.strip():
+        raise ValueError(
+            f"an address must name a directory or URI, got {address!r}; is a variable of the shell not "
+            f"set? The current directory is ."
+        )
+    return address
+
+
 Address = Annotated[
     str,
     BeforeValidator(_as_text),
+    AfterValidator(_named),
     AfterValidator(refuse_secrets),
     AfterValidator(expanded),
     # Once more: what a variable stood for may hold credentials.
