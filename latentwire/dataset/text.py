@@ -17,7 +17,8 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
     """
     name = "text" if "text" in row else "context"
     value = row.get(name)
-    text = text_of(row, name) if value is None or isinstance(value, str) else paragraphs(value)
+    is_text = value is None or isinstance(value, str | bytes)
+    text = text_of(row, name) if is_text else paragraphs(value)
     # HotpotQA's rows have no title: documents are named as dataset/hotpotqa.py names them.
     supporting = supporting_titles(row.get("supporting_facts"))
     document = document_of(row) or supporting or digest(text)

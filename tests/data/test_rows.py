@@ -99,6 +99,7 @@ def test_texts_come_from_text_columns_and_from_the_contexts_of_questions() -> No
     ]
     assert [row["context"] for row in found] == ["c", "c", "A: One. Two.\nB: Three."]
     assert found[0]["id"] == found[1]["id"] and found[1]["document"] == "T"
+    assert clean({"text": b" c "}, "text") == found[0]  # a column of bytes, as some writers make
     assert all(row["question"] == "" and row["answers"] == [] for row in found)
     with pytest.raises(RowError, match="context is missing"):
         clean(b'{"question": "q?"}', "text")
