@@ -110,7 +110,12 @@ def find(config: DataConfig, split: Split) -> tuple[fs.FileSystem, dict[str, Fil
         )
     with explained(config.data_dir):
         listing = system.get_file_info(fs.FileSelector(root, recursive=True))
-    files = sorted(_seen(listing, root), key=lambda file: file.path)
+    try:
+        files = sorted(_seen(listing, root), key=lambda file: file.path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"names of files in {config.data_dir} must be UTF-8, got {error.object!r}; rename it"
+        ) from error
     readable = [file for file in files if file.extension in (".parquet", ".jsonl", ".json")]
     # A directory may hold several datasets, each in a folder of its name.
     below = [file for file in readable if len(file.parts) > 1 and file.parts[0] == config.dataset]

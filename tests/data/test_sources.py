@@ -1,5 +1,7 @@
 """Rows from the Hub, from real files, and what is told where there are none."""
 
+import json
+import os
 import typing
 from pathlib import Path
 
@@ -87,3 +89,10 @@ def test_real_rows_are_read(real_data: Path, dataset: str) -> None:
     ]
     assert len(rows) == {"squad": 5397, "hotpotqa": 734}[dataset]
     assert all(row["context"] and row["answers"] for row in rows)
+
+
+def test_a_name_that_is_no_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps(GOOD))
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))).write_text("notes")
+    with pytest.raises(DataError, match=r"must be UTF-8, got b'.*caf\\xe9\.txt'; rename it"):
+        pieces(DataConfig(dataset="custom", data_dir=str(tmp_path)), "train")
