@@ -335,7 +335,10 @@ def _parquet_rows(parquet: pq.ParquetFile, piece: Piece) -> Iterator[Row]:
 
 
 def _table_rows(table: pa.Table) -> Iterator[Row]:
-    """Yield a table's rows. One whose text is no UTF-8 is passed on raw, to be rejected."""
+    """Yield a table's rows. One whose text is no UTF-8 is passed on raw, to be rejected.
+
+    Dates that Python does not have, of the year 10000, are left out: no dataset reads dates.
+    """
     try:
         yield from table.to_pylist()
     except UnicodeDecodeError as error:
@@ -346,6 +349,11 @@ def _table_rows(table: pa.Table) -> Iterator[Row]:
             half = table.num_rows // 2
             yield from _table_rows(table.slice(0, half))
             yield from _table_rows(table.slice(half))
+    except OverflowError:
+        dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
+        if not dates:
+            raise
+        yield from _table_rows(table.drop_columns(dates))
 
 
 def _lines(system: fs.FileSystem, piece: Piece) -> Iterator[bytes]:

@@ -5,6 +5,8 @@ import os
 import typing
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentwire.config import DataConfig
@@ -96,3 +98,13 @@ def test_a_name_that_is_no_utf8_is_told(tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))).write_text("notes")
     with pytest.raises(DataError, match=r"must be UTF-8, got b'.*caf\\xe9\.txt'; rename it"):
         pieces(DataConfig(dataset="custom", data_dir=str(tmp_path)), "train")
+
+
+def test_dates_beyond_those_of_python_stop_no_file(tmp_path: Path) -> None:
+    rows = [GOOD | {"id": str(number)} for number in range(3)]
+    far = pa.array([10**18] * len(rows), pa.timestamp("us"))
+    table = pa.Table.from_pylist(rows).append_column("written", far)
+    pq.write_table(table, tmp_path / "train.parquet")
+    config = DataConfig(dataset="custom", data_dir=str(tmp_path))
+    (piece,) = pieces(config, "train")
+    assert list(read(config, "train", piece)) == rows
