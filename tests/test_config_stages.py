@@ -182,7 +182,8 @@ def test_a_bundle_of_a_stage_takes_the_place_of_the_runs_bundle(tmp_path: Path) 
 def test_a_stages_bundle_is_not_outvoted_by_the_file_below(tmp_path: Path) -> None:
     below = "run: {stages: {a: {losses: {answer_ce_weight: 0.5, k: 3}}, b: {losses: {k: 3}}}}"
     (tmp_path / "base.yaml").write_text(below)
-    nearer = "extends: base.yaml\nrun: {stages: {a: {losses: {bundle: autoencode}}, b: {losses: {kd_weight: 1}}}}"
+    stages = "{a: {losses: {bundle: autoencode}}, b: {losses: {kd_weight: 1}}}"
+    nearer = f"extends: base.yaml\nrun: {{stages: {stages}}}"
     (tmp_path / "mine.yaml").write_text(nearer)
     first, second = (one.run.losses for one in stages_of(load_space(tmp_path / "mine.yaml").run))
     assert first == LossConfig(bundle="autoencode")

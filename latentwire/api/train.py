@@ -172,23 +172,22 @@ def run(
 
 @contextmanager
 def _claimed(output: Place) -> Iterator[None]:
-    """Keep a directory for one run as long as it lasts; an object store has no such claim.
-
-    Raises :class:`~latentwire.config.resolve.ConfigError` where another run has it.
-    """
+    """Keep a directory for one run while it lasts, or raise ConfigError; a store has no claim."""
     if not isinstance(output, Path):
         yield
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the directory and not in it: --output must not exist yet.
     lock = FileLock(output.parent / f".{output.name}.lock")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             f"output_dir is for one run at a time, another one trains in {output}; wait for its end, "
             f"or name another directory"
         ) from error
+    except OSError as error:
+        raise ConfigError(f"output must be writable, got {output}: {error}; name one") from error
     try:
         yield
     finally:

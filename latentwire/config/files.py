@@ -7,7 +7,8 @@ such as ``toy``, ``recipes/toy`` or ``receivers/smollm2``. What is nearer wins:
 - the file over all that it extends, and of these the later over the earlier;
 - sections merge, knob by knob; a number, a text or a list replaces what was there;
 - a search dimension is replaced whole, and ``null`` takes it out of the space;
-- ``losses`` with a ``bundle``, a stage's too, is replaced whole, or the weights below would outvote the bundle.
+- ``losses`` with a ``bundle``, a stage's too, is replaced whole, or the weights below would
+  outvote the bundle.
 
 Receivers can be given by name, so that they merge too: ``{smollm2: {model: …}, gemma3: {…}}``, in
 this order. What stands under ``each`` is meant for all of them; their own knobs win over it.

@@ -20,8 +20,8 @@ def _named(address: str) -> str:
     """Return an address; an empty one would be the current directory, whatever that holds."""
     if not address.strip():
         raise ValueError(
-            f"an address must name a directory or URI, got {address!r}; is a variable of the shell not "
-            f"set? The current directory is ."
+            f"an address must name a directory or URI, got {address!r}; is a variable of the shell "
+            f"not set? The current directory is ."
         )
     return address
 

@@ -134,3 +134,12 @@ def test_a_directory_is_one_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_
         with pytest.raises(ConfigError, match="the first run fails here"):
             api.run(SweepConfig(), output, command="")
         assert refused == [""] and not list(output.parent.iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for below in ("one", "deep/one"):
+        with pytest.raises(
+            ConfigError, match=rf"output must be writable, got .*file/{below}: .*; n"
+        ):
+            api.run(SweepConfig(), tmp_path / "file" / below, command="")
