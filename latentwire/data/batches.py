@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,6 +50,9 @@ class TrainingBatch:
     """Latent prompts with answers; after them, where their losses are on, reconstructions and continuations."""
     message_ids: dict[str, list[list[int]]]
     """Each receiver's own token ids of each message's text, for the alignment."""
+    new_M: torch.Tensor
+    """True for messages that no earlier part of the step has: they alone are aligned, recited and
+    continued."""
     teacher: dict[str, Batch | Teacher]
     """With a KD term: the receiver's predictions on the texts, or, where the rows hold none, text prompts with the
     same answers in the same order for it to read."""
@@ -72,20 +77,50 @@ class TrainingCollator:
             self.counter = PositionCounter(run)
 
     def __call__(
-        self, table: pa.Table, step: int, *, own_length: bool = False
+        self,
+        table: pa.Table,
+        step: int,
+        *,
+        own_length: bool = False,
+        told: Collection[str] = (),
     ) -> list[TrainingBatch]:
         """Make a step's micro-batches: no more of them than there are rows, none for none.
 
-        ``table``: shard columns, one row per example.
-        ``step``: optimiser steps done so far, which decide how long the messages are, unless they have their ``own_length``,
-        that of ``encoder.tokens_per_latent``, as in an evaluation.
+        Those that would read nothing are left out.
+
+        Args:
+            table: shard columns, one row per example.
+            step: optimiser steps done so far, which decide how long the messages are.
+            own_length: give messages that of ``encoder.tokens_per_latent``, as in an evaluation.
+            told: texts (:meth:`texts`) that another worker aligns, recites and continues.
         """
         coarsening: Coarsening | None = None
         length: int | None = None
         if not own_length:
             coarsening, length = self._coarsening(step), self._tokens_per_latent(step)
+        # Grows from part to part: what is asked of a text itself is asked once in a step, as it
+        # would be if the step were one part.
+        seen = set(told)
         parts = self._parted(table, own_length)
-        return [self._micro(part, coarsening, length, step) for part in parts]
+        batches = [self._micro(part, coarsening, length, step, seen) for part in parts]
+        return [batch for batch in batches if batch is not None]
+
+    def reads_texts(self, step: int) -> bool:
+        """Return whether a step asks something of texts themselves, whatever the questions are."""
+        aligns = step < self.training.alignment_steps
+        return self.reads == "message" and (aligns or bool(self._controls(step) - {ANSWER}))
+
+    def texts(self, table: pa.Table) -> list[str]:
+        """Return a name for each text of some rows, once each: the same in every process."""
+        if table.num_rows == 0:
+            return []
+        whole = self._whole(table.to_pydict())
+        return [_name(whole[row]) for row in once(whole)[1]]
+
+    def _whole(self, rows: Mapping[str, list]) -> list[list[Any]]:
+        """Return what the encoder reads of each row."""
+        # Shards for pretrained encoders hold the ids ready.
+        return rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
 
     def _parted(self, table: pa.Table, by_rows: bool) -> list[pa.Table]:
         """Part a batch into micro-batches: as many rows each, or as many positions where these fill batches."""
@@ -118,19 +153,38 @@ class TrainingCollator:
         return random.Random(f"{self.training.seed} length {step}").choice(choices)
 
     def _micro(
-        self, table: pa.Table, coarsening: Coarsening | None, length: int | None, step: int
-    ) -> TrainingBatch:
+        self,
+        table: pa.Table,
+        coarsening: Coarsening | None,
+        length: int | None,
+        step: int,
+        seen: set[str],
+    ) -> TrainingBatch | None:
+        """Return one micro-batch, or ``None`` where it would read nothing.
+
+        ``seen``: the texts of those before it, to which its own are added.
+        """
         rows = table.to_pydict()
-        # Shards for pretrained encoders hold the ids ready.
-        whole = rows.get("encoder_ids") or self.encoder.token_ids(sender_texts(self.send, rows))
+        whole = self._whole(rows)
         # R rows read M different texts: each text is encoded once.
         message_R, first_M = once(whole)
         texts: dict[str, list] = {}
         for column, values in rows.items():
             texts[column] = [values[row] for row in first_M]
         controls = self._controls(step)
-        cuts = map(cut, texts["context"], texts["id"]) if CONTINUE in controls else ()
-        parted = [pieces for pieces in cuts if pieces is not None]
+        new = [True] * len(first_M)
+        if self.reads_texts(step):
+            names = [_name(whole[row]) for row in first_M]
+            new = [name not in seen for name in names]
+            seen.update(names)
+        parted = []
+        for m in itertools.compress(range(len(new)), new if CONTINUE in controls else ()):
+            if (pieces := cut(texts["context"][m], texts["id"][m])) is not None:
+                parted.append(pieces)
+        if self.reads == "message" and ANSWER not in controls:
+            recites = RECONSTRUCT in controls and any(new)
+            if not (recites or parted):
+                return None  # texts of other parts, or none that can be continued
         # Messages 0 to M − 1 are those of whole texts; beginnings are messages after them.
         beginnings = self.encoder.token_ids([before for before, _ in parted])
         ids = [whole[row] for row in first_M] + beginnings
@@ -140,7 +194,7 @@ class TrainingCollator:
             slots = self.encoder.slots(tokens, name)
             if self.reads == "message":
                 sequences[name], message_ids[name] = self._read_by(
-                    name, rows, message_R, texts, parted, slots, step, controls
+                    name, rows, message_R, texts, new, parted, slots, step, controls
                 )
             else:
                 slots_R = [slots[m] for m in message_R]
@@ -153,6 +207,7 @@ class TrainingCollator:
             tokens,
             sequences,
             message_ids,
+            torch.tensor(new + [True] * len(beginnings)),
             self._teachers(table, rows) if self.needs_teacher else {},
         )
 
@@ -172,6 +227,7 @@ class TrainingCollator:
         rows: Mapping[str, list],
         message_R: list[int],
         texts: Mapping[str, list],
+        new: list[bool],
         parted: list[tuple[str, str]],
         slots: list[int],
         step: int,
@@ -184,6 +240,7 @@ class TrainingCollator:
             rows: columns of the micro-batch.
             message_R: the message that each row reads.
             texts: the same columns with one row for each message.
+            new: the messages that no earlier part of the step has.
             parted: beginnings of texts, which have further messages, and what comes after each.
             slots: soft positions of each message, those of beginnings last.
             step: optimiser steps done so far.
@@ -205,8 +262,8 @@ class TrainingCollator:
             for m, question, answer in zip(message_R, questions, answers, strict=True):
                 sequences.append(builder.latent(slots[m], question, answer))
             messages += message_R
-        recited = text_ids if RECONSTRUCT in controls else []
-        for m, ids in enumerate(recited):
+        recited = list(enumerate(text_ids)) if RECONSTRUCT in controls else []
+        for m, ids in itertools.compress(recited, new):
             stretch, given = self._stretch(ids, f"{texts['id'][m]} {name} {step}")
             sequences.append(builder.controlled(slots[m], RECONSTRUCT, stretch, given))
             messages.append(m)
@@ -284,6 +341,11 @@ def once(texts: list[Any]) -> tuple[list[int], list[int]]:
             first.append(row)
         places.append(place_of[key])
     return places, first
+
+
+def _name(text: Any) -> str:
+    """Hash a text as the encoder reads it; Python's own hash differs between processes."""
+    return hashlib.sha256(repr(text).encode()).hexdigest()
 
 
 def cut(text: str, row: str) -> tuple[str, str] | None:

@@ -166,7 +166,8 @@ class Trainer:
         torch.manual_seed(random.Random(seed).getrandbits(63))
         interlingua = self.wire.interlingua.train()
         with part("collate"):
-            batches = self.collate(table, self.progress.step)
+            told = self._told_before(table)
+            batches = self.collate(table, self.progress.step, told=told)
         padded, positions = padding(batches)
         self._rows += table.num_rows
         self.progress.padded += padded
@@ -179,6 +180,16 @@ class Trainer:
         with part("update"):
             norm = self._update(parameters)
         return values | {"gradient_norm": norm}
+
+    def _told_before(self, table: pa.Table) -> list[str]:
+        """Return the texts of this step that workers before this one have.
+
+        A context whose rows lie on two workers is aligned, recited and continued by the first alone.
+        """
+        if self.workers.size == 1 or not self.collate.reads_texts(self.progress.step):
+            return []  # by all workers alike, or one would wait for the others
+        own = [(self.workers.rank, text) for text in self.collate.texts(table)]
+        return [text for rank, text in self.workers.gather(own) if rank < self.workers.rank]
 
     def _update(self, parameters: list[torch.nn.Parameter]) -> float:
         """Clip, change the weights if the gradient is finite; return its norm over all workers."""
@@ -292,7 +303,7 @@ class Trainer:
         """
         total, names = 0.0, self.wire.interlingua.training_receivers()
         # Of the joined batch, as in ``backward``; every receiver reads the same messages.
-        count = {"messages": float(sum(len(batch.message_ids[names[0]]) for batch in batches))}
+        count = {"messages": float(sum(int(batch.new_M.sum()) for batch in batches))}
         messages = self.workers.sum_counts(count, self.wire.interlingua.device)["messages"]
         encoder = self.wire.interlingua.encoder
         assert isinstance(encoder, InterlinguaEncoder), "a text reader has nothing to align"
@@ -306,6 +317,8 @@ class Trainer:
                 lm, ids = self.wire.receivers[name], batch.message_ids[name]
                 target_BLD = lm.span_embeddings(ids, span_BL2).to(p_BLD.device)
                 distance_B = alignment_loss(p_BLD, target_BLD, keep_BL)
+                # A message that stands in several parts counts in the first of them.
+                distance_B = distance_B * batch.new_M.to(distance_B)
                 loss = loss + distance_B.sum() / (messages * len(names))
             loss.backward()
             total += float(loss.detach())

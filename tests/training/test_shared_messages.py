@@ -148,3 +148,51 @@ def test_a_layer_with_a_window_must_see_all_of_it(wire: LatentWire) -> None:
         assert lm.may_part(63) and not lm.may_part(64)
     finally:
         lm.window = None
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["alignment", "texts"])
+@pytest.mark.parametrize("questions", [1, 2])
+def test_what_is_asked_of_a_text_hangs_on_no_number_of_parts(
+    run: RunConfig, step: int, questions: int
+) -> None:
+    """Rows of one context in several micro-batches: it is aligned, recited and continued once."""
+    values = {"training.alignment_steps": 1, "losses.reconstruction_tokens": 5}
+    trainer = trainer_of(run, TEXTS | values, "texts")
+    table = shard_table(trainer.wire.run, 12, questions=questions)
+
+    def of_parts(count: int) -> tuple[dict[str, float], dict[str, Any]]:
+        parted = with_values(trainer.wire.run, {"training.accumulation": count}).training
+        trainer.collate.training = parted
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.wire.interlingua.eval()
+        batches = trainer.collate(table, step)
+        assert len(batches) == count
+        values = trainer.backward(batches) if step else trainer.align(batches)
+        named = trainer.wire.interlingua.named_parameters()
+        found = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        return values, found
+
+    trainer.progress.step = step
+    values, expected = of_parts(1)
+    for count in (3, 4, 12):
+        parted, found = of_parts(count)
+        for name, value in values.items():
+            if not name.startswith("prompt_scale"):
+                assert parted[name] == pytest.approx(value, rel=1e-5), (count, name)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_parts_that_read_nothing_are_left_out(run: RunConfig) -> None:
+    """Texts alone, which an earlier part has recited, or of too few words to be continued."""
+    values = {"losses.answer_ce_weight": 0.0, "losses.reconstruction_ce_weight": 1.0}
+    trainer = trainer_of(run, values | {"training.accumulation": 12}, "texts")
+    batches = trainer.collate(shard_table(trainer.wire.run, 12, questions=2), 0)
+    assert [len(batch.sequences["llama"].ids_BS) for batch in batches] == [1] * 6
+    values = {"losses.answer_ce_weight": 0.0, "losses.continuation_ce_weight": 1.0}
+    trainer = trainer_of(run, values, "texts")
+    rows = shard_table(trainer.wire.run, 2)
+    short = rows.set_column(rows.column_names.index("context"), "context", pa.array(["a", "b"]))
+    assert trainer.collate(short, 0) == []
+    assert trainer.step(short)["loss"] == 0.0

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
+from latentwire.data.streams import share_of
 from latentwire.model import LatentWire
 from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
@@ -157,3 +158,28 @@ def test_a_worker_without_rows_takes_part(
             torch.testing.assert_close(
                 found[name], expected, atol=2e-4, rtol=1e-2, msg=f"{rank} {name}"
             )
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["alignment", "texts"])
+def test_a_context_on_two_workers_is_told_by_the_first(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Gradients are those of one worker, also where rows of one context lie on several."""
+    texts = {"losses.reconstruction_ce_weight": 0.5, "losses.continuation_ce_weight": 0.5}
+    values = {"training.alignment_steps": 1, "encoder.latent_dropout": 0.0}
+    run = with_values(run, texts | values | {"losses.reconstruction_tokens": 5})
+    table, group = shard_table(run, 8, questions=2), Threads(3, monkeypatch)
+    wires = [LatentWire(run) for _ in range(4)]
+
+    def gradients(workers: Workers, wire: LatentWire | None = None) -> dict[str, torch.Tensor]:
+        trainer = Trainer(wire or wires[workers.rank], 4, workers)
+        trainer.progress.step = step
+        trainer.step(share_of(table, workers.rank, workers.size))
+        named = trainer.wire.interlingua.named_parameters()
+        return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    expected = gradients(Workers(), wires[3])
+    for found in group.run(gradients):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
