@@ -28,7 +28,8 @@ class Workers:
         if self.size == 1:
             return counts
         # Every worker must come here with the same names in the same order: values alone travel.
-        total = torch.tensor(list(counts.values()), device=device)
+        # In fp64: fp32 holds whole numbers up to 2²⁴ alone, which positions of many rows pass.
+        total = torch.tensor(list(counts.values()), dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return dict(zip(counts, total.tolist(), strict=True))
 

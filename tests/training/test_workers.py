@@ -183,3 +183,9 @@ def test_a_context_on_two_workers_is_told_by_the_first(
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_counts_beyond_what_fp32_holds_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, counts = Threads(2, monkeypatch), {"positions": 2.0**24 + 1}
+    found = group.run(lambda workers: workers.sum_counts(counts, torch.device("cpu")))
+    assert found == [{"positions": 2.0**25 + 2}] * 2
