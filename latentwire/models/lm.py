@@ -115,6 +115,8 @@ class LMWrapper(FrozenLM):
         batch, entries = self._beside(batch)
         cache, attention_BS = self._head_cache(batch), batch.attention_BS.to(self.device)
         position_BS = batch.position_BS  # None: counted from the beginning
+        if position_BS is not None:
+            position_BS = position_BS.to(self.device)
         if past is not None:
             cache, attention_BS = past.of_rows(batch)
             entries = past.entries_of(batch)

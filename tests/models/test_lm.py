@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from latentwire.config import PromptConfig, ReceiverConfig, RunConfig
 from latentwire.dataset.toy import toy_rows
 from latentwire.losses.terms import token_ce
+from latentwire.model import LatentWire
 from latentwire.models.lm import LMWrapper
 from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import collate
@@ -283,3 +285,25 @@ def test_layers_are_compiled_for_any_length(monkeypatch: pytest.MonkeyPatch) -> 
     lm.compile_layers()
     lm.compile_layers("eager")
     assert asked == [{"dynamic": True, "backend": name} for name in ("inductor", "eager")]
+
+
+def test_positions_of_a_batch_go_to_the_receivers_device(
+    wire: LatentWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch on the CPU is read by a receiver that lies elsewhere."""
+    lm = wire.local_receiver("llama")
+    told: dict[str, Any] = {}
+    sequence = wire.builders["llama"].latent(3, [5, 6], [7])
+    batch = collate([sequence]).without_latents()
+    assert batch.position_BS is not None
+
+    def model(**inputs: Any) -> Any:
+        told.update(inputs)
+        return SimpleNamespace(last_hidden_state=torch.zeros(*batch.ids_BS.shape, 4, device="meta"))
+
+    elsewhere = property(lambda _: torch.device("meta"))
+    monkeypatch.setattr(LMWrapper, "device", elsewhere)
+    monkeypatch.setattr(LMWrapper, "embed", lambda *_: torch.zeros(1, device="meta"))
+    monkeypatch.setattr(type(lm.lm), "base_model", property(lambda _: model))
+    lm.supervised_states(batch)
+    assert told["position_ids"].device.type == told["attention_mask"].device.type == "meta"
