@@ -271,15 +271,20 @@ class InterlinguaEncoder(nn.Module):
         if tokens.parts is None:
             return span_BL2
         # Spans are shares of their line: by its bytes, and those of the lines before it, they
-        # become shares of the text.
+        # become shares of the text. A line's last span has the byte of the line end after it, as
+        # a receiver's tokens of the whole text do; blank lines are not known here.
         latents, sizes = tokens.latents_B.tolist(), tokens.bytes_BS.sum(1).tolist()
         lines = zip(span_BL2, latents, sizes, strict=True)
         texts = []
         for count in tokens.parts:
             start, spans = 0.0, []
-            for line_L2, length, size in itertools.islice(lines, count):
-                spans.append(start + line_L2[:length] * size)
+            for number, (line_L2, length, size) in enumerate(itertools.islice(lines, count), 1):
+                span_L2 = start + line_L2[:length] * size
                 start += size
+                if number < count:
+                    start += 1
+                    span_L2[-1, 1] = start
+                spans.append(span_L2)
             texts.append(torch.cat(spans) / max(start, 1e-9))
         return pad_sequence(texts, batch_first=True)
 

@@ -429,3 +429,18 @@ def test_slot_positions_tell_equal_latents_apart() -> None:
     torch.nn.init.normal_(adapter.position_LD)
     one, other = adapter(torch.ones(1, 2, 8))[0]
     assert not torch.allclose(one, other)
+
+
+def test_spans_of_lines_are_shares_of_the_whole_text() -> None:
+    """Receivers count the ends of lines too: a long last line begins where it does in the text."""
+    config = EncoderConfig(**SMALL | {"pooling": "spans"}, split="lines")
+    text = "\n".join(["abcde"] * 100 + ["x" * 600])
+    (span_L2,) = InterlinguaEncoder(config, RECEIVERS).spans(
+        InterlinguaEncoder(config, RECEIVERS).tokenize([text]), "qwen"
+    )
+    start = text.index("x") / len(text)
+    assert start == 0.5
+    first_of_long = 100 * config.latent_len
+    assert float(span_L2[first_of_long, 0]) == pytest.approx(start)
+    assert float(span_L2[first_of_long - 1, 1]) == pytest.approx(start)
+    assert float(span_L2[-1, 1]) == pytest.approx(1)
