@@ -51,6 +51,7 @@ class Stop(Stopper):
         """True when the time budget alone ended the sweep: then complete trials may be scored."""
         self._deadline: float | None = None
         self._searching = False
+        self._heard = False
 
     def __reduce__(self) -> tuple[type[Stop], tuple[()]]:
         """Let Tune pickle its stopper as a fresh one, which is never asked."""
@@ -127,7 +128,10 @@ class Stop(Stopper):
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         # Asked for during the search, Tune ends it; at any other time nobody would look.
-        first = self.reason is None
+        first, self._heard = not self._heard, True
+        if self.by_budget:
+            # Whoever stops a search that the budget is ending wants no scores of it either.
+            self.by_budget, self.reason = False, None
         self.ask(SIGNALS[signal.Signals(number)], 128 + number)
         if not (first and self._searching):
             raise SweepStopped(self.reason)

@@ -187,3 +187,16 @@ def test_a_lease_that_was_lost_ends_the_command(
     told = capsys.readouterr().out
     assert "stopped: another driver has taken" in told and "go on:" not in told
     assert (tmp_path / LEASE_FILE).exists()
+
+
+def test_the_first_signal_after_the_time_budget_ends_the_search_in_good_order() -> None:
+    stop = Stop()
+    with stop.by_signals(), stop.searching(0.0):
+        time.sleep(0.01)
+        assert stop.stop_all() and stop.by_budget
+        os.kill(os.getpid(), signal.SIGINT)  # no second one: nothing is raised
+        assert stop.stop_all() and stop.status == stopping.SIGINT_STATUS
+        with pytest.raises(SweepStopped):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SweepStopped, match="Ctrl-C"):  # and nothing is scored
+        stop.check(complete=True)
