@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from ray.util.metrics import Gauge
@@ -23,14 +23,20 @@ SHOWN = {
 class TrialMetrics:
     """The metrics of one trial, labelled by its name."""
 
-    def __init__(self, trial: str) -> None:
-        """Make a gauge for each metric; ``trial``: the label."""
+    def __init__(self, trial: str, before: Iterable[Mapping[str, float]] = ()) -> None:
+        """Make a gauge for each metric.
+
+        Args:
+            trial: the label.
+            before: evaluations of a trial that is resumed.
+        """
         self._gauges = {}
         for name, description in SHOWN.items():
             gauge = Gauge(f"latentwire_{name}", description=description, tag_keys=("trial",))
             self._gauges[name] = gauge
         self._tags = {"trial": trial}
-        self._best = float("-inf")
+        scores = [metrics["dev_f1"] for metrics in before if "dev_f1" in metrics]
+        self._best = max(scores, default=float("-inf"))
 
     def show(self, values: Mapping[str, float]) -> None:
         """Set every metric that has a value. A trial without questions has no F1."""

@@ -90,7 +90,7 @@ def _train(task: WorkerTask) -> None:
             wire.trained_on, run.training.init_from, dev["document"].to_pylist()
         )
     wire.trained_on = wire.trained_on.with_stage(run, task.train_shards)
-    gauges = TrialMetrics(name)
+    gauges = TrialMetrics(name, trainer.progress.evaluations)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(task.began, entered)
     print(

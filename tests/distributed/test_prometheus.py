@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 
-from latentwire.distributed import worker
+from latentwire.distributed import prometheus, worker
 from latentwire.distributed.prometheus import SHOWN, TrialMetrics
 
 
@@ -47,3 +47,19 @@ def test_a_share_of_a_gpu_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPat
     for gpus in (0.0, 0.25, 1.0):
         worker.cap_memory(gpus)
     assert capped == [0.25]
+
+
+def test_the_best_score_outlives_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, float] = {}
+
+    class OneGauge:
+        def __init__(self, name: str, **_: object) -> None:
+            self.name = name
+
+        def set(self, value: float, **_: object) -> None:
+            shown[self.name] = value
+
+    monkeypatch.setattr(prometheus, "Gauge", OneGauge)
+    before = [{"dev_f1": 0.25}, {"dev_f1": 0.5}, {"dev_loss": 1.0}]
+    TrialMetrics("trial-7", before).show({"dev_f1": 0.375})
+    assert shown["latentwire_best_dev_f1"] == 0.5 and shown["latentwire_dev_f1"] == 0.375
