@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -151,8 +151,9 @@ def _remove_where(is_over: Callable[[str], bool]) -> list[str]:
 def dead_groups_removed() -> Iterator[None]:
     """Remove groups whose actor has died while the block runs, and all of this job's after it.
 
-    No trial goes on after the block. Its actor may die a moment later, and what comes next needs what
-    its group holds.
+    So too where the block ends by an error: the process may go on, as a notebook's does. No trial
+    goes on after the block. Its actor may die a moment later, and what comes next needs what its
+    group holds.
     """
     over = threading.Event()
 
@@ -167,8 +168,14 @@ def dead_groups_removed() -> Iterator[None]:
     thread = threading.Thread(target=look, name="dead placement groups", daemon=True)
     thread.start()
     try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+    except BaseException:
+        # The block's own error is the one to tell, whatever the cluster says to this.
+        with suppress(RayError, OSError, RuntimeError):
+            remove_own_groups()
+        raise
     remove_own_groups()

@@ -187,3 +187,18 @@ def test_a_cluster_that_says_nothing_of_an_actor_has_not_called_it_dead(
     )
     monkeypatch.setattr(controller, "forget", lambda *_, **__: None)
     assert controller.remove_dead_groups() == removed == ["3" * 36]
+
+
+def test_groups_of_a_search_that_ends_by_an_error_are_removed_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    removed: list[str] = []
+
+    def remove() -> list[str]:
+        removed.append("own")
+        raise RuntimeError("the cluster is gone")
+
+    monkeypatch.setattr(controller, "remove_own_groups", remove)
+    with pytest.raises(KeyError, match="its own"), controller.dead_groups_removed():
+        raise KeyError("its own")
+    assert removed == ["own"]
