@@ -68,7 +68,7 @@ class WireBase:
             self._begin_prefixes(run.prefix.text)
         self.trained_on = TrainedOn()
         """The documents that its weights have trained on."""
-        self._encoder_id: tuple[list[tuple[int, int]], str] = ([], "")
+        self._encoder_id: tuple[Any, str] = (None, "")
 
     def _begin_prefixes(self, text: str) -> None:
         prefix: Any
@@ -91,9 +91,18 @@ class WireBase:
         for feature in self.interlingua.features.values():
             if feature.acts_on_message:
                 parts.append(feature)
-        tensors = (*parts.parameters(), *parts.buffers())
-        # torch counts a tensor's changes in place; weights that are replaced have another id.
-        state = [(id(tensor), tensor._version) for tensor in tensors]
+        frozen = {f"0.{name}" for name in self.interlingua.encoder.frozen_parameters()}
+        tensors = dict((*parts.named_parameters(), *parts.named_buffers()))
+        # torch counts a tensor's changes in place; weights that are replaced have another id, or
+        # lie elsewhere. Changes through ``.data`` it does not count: sums show those, of all but a
+        # frozen backbone, which is large and which nothing changes.
+        held = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors.values()]
+        sums = [
+            tensor.detach().sum(dtype=torch.float64)
+            for name, tensor in tensors.items()
+            if name not in frozen
+        ]
+        state = (held, torch.stack(sums).tolist() if sums else [])
         if self._encoder_id[0] != state:
             # Without defaults: a knob that a later version adds leaves the ids of what was trained
             # before it.

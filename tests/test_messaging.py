@@ -253,3 +253,14 @@ def test_paragraphs_sent_apart_are_the_message_of_all_lines(run: RunConfig) -> N
     joined = join([wire.receive(wire.encode([text]).to_bytes()) for text in CONTEXTS[:3]])
     torch.testing.assert_close(joined.z_BLZ, whole.z_BLZ, atol=2e-3, rtol=2e-3)
     assert joined.length_B.tolist() == whole.length_B.tolist()
+
+
+def test_the_encoders_id_follows_weights_that_change_by_their_data(wire: LatentWire) -> None:
+    """As averages of weights are laid into a model: torch counts no such change."""
+    bias = wire.interlingua.encoder.project.bias
+    before, kept = wire.encoder_id, bias.data.clone()
+    bias.data.add_(1)
+    added = wire.encoder_id
+    assert added != before
+    bias.data = kept
+    assert wire.encoder_id == before
