@@ -277,7 +277,8 @@ class Messaging(WireBase):
             )
         self._check_width(message)
         self.interlingua.eval()
-        return message.to(self.interlingua.device)
+        # A caller may have kept it in half precision; adapters take fp32.
+        return message.with_latents(message.z_BLZ.float()).to(self.interlingua.device)
 
     @torch.no_grad()
     def decode(

@@ -264,3 +264,14 @@ def test_the_encoders_id_follows_weights_that_change_by_their_data(wire: LatentW
     assert added != before
     bias.data = kept
     assert wire.encoder_id == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_message_of_another_precision_is_answered(wire: LatentWire, dtype: torch.dtype) -> None:
+    message, questions = wire.encode(CONTEXTS), [["Who?", "Where?"]] * len(CONTEXTS)
+    other = message.with_latents(message.z_BLZ.to(dtype))
+    rounded = message.with_latents(other.z_BLZ.float())
+    for name in wire.receivers:
+        expected = wire.answer(rounded, questions, name)
+        assert wire.answer(other, questions, name) == expected
+        assert wire.prefill(other, name).answer(questions) == expected
