@@ -48,6 +48,11 @@ class Sampling:
             raise SamplingError(
                 f"top_k must be at least 1, got {self.top_k}; leave it out for all tokens"
             )
+        # What torch's generators take.
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+            raise SamplingError(
+                f"seed must be a whole number from -2**63 to 2**64 - 1, got {self.seed}; choose one"
+            )
 
 
 Watch = Callable[[list[int]], object]
