@@ -22,6 +22,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -202,7 +203,7 @@ def unpack(data: bytes, *, expect: str | None = None, limit: int = LIMIT) -> Con
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in BITS:
+    if bits not in BITS or not isinstance(bits, Integral):  # 8.0 equals 8, and is no byte
         raise WireError(
             f"bits must be one of {', '.join(map(str, BITS))}, got {bits}; choose one of them"
         )

@@ -269,3 +269,10 @@ def test_values_of_every_width_at_their_ends() -> None:
         back = from_bytes(Message(ends, torch.tensor([1])).to_bytes(bits))
         assert back.z_BLZ.isfinite().all() and back.z_BLZ[0, 0, 0] == 0
         assert np.isclose(float(back.z_BLZ[0, 0, 1]), 65504, rtol=2e-3)
+
+
+def test_a_width_that_is_no_whole_number_is_refused() -> None:
+    """8.0 equals 8, and fits no byte."""
+    message = message_of(random.Random(1))
+    with pytest.raises(WireError, match=r"bits must be one of 16, 8, 4, got 8\.0"):
+        message.to_bytes(bits=8.0)  # type: ignore[arg-type]
