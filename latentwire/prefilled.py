@@ -150,11 +150,12 @@ class Prefilled:
         """Return one message's keys and values as transformers' own cache, without padding.
 
         It is a copy: ``generate`` appends to what it is given. Raises
-        :class:`~latentwire.config.resolve.ConfigError` for messages that stand in some heads alone,
-        which such a cache cannot say.
+        :class:`~latentwire.config.resolve.ConfigError` for a message that is not there, and for
+        messages that stand in some heads alone, which such a cache cannot say.
         """
         from transformers import DynamicCache
 
+        self._check_number(message)
         if self.past.entries is not None:
             raise ConfigError(
                 "a cache of transformers holds the same positions in every head, adapter.kind heads fills some heads "
@@ -180,6 +181,7 @@ class Prefilled:
             raise ConfigError(
                 f"generate of transformers knows nothing of features.{acting[0]}, which acts on every position; use answer"
             )
+        self._check_number(message)
         lm, builder = self.wire.local_receiver(self.receiver), self.wire.builders[self.receiver]
         (question_ids,) = builder.tokenize([], [question], [])["question_ids"]
         prompt = builder.latent(self._slots()[message], question_ids)
@@ -191,6 +193,13 @@ class Prefilled:
             "attention_mask": torch.ones(1, len(prompt.ids), dtype=torch.long, device=lm.device),
             "past_key_values": self.cache(message),
         }
+
+    def _check_number(self, message: int) -> None:
+        # One below 0 would be an empty slice of rows: a cache that holds nothing.
+        if not 0 <= message < len(self):
+            raise ConfigError(
+                f"message must be a number from 0 to {len(self) - 1}, got {message}; choose one"
+            )
 
     def _layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         layers: Any = self.past.cache.layers

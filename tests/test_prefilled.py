@@ -277,3 +277,12 @@ def test_an_export_of_a_prefilled_wire_reads_it_too(run: RunConfig, tmp_path: Pa
     loaded = LatentWire.from_pretrained(tmp_path / "wire")
     again = Prefilled.load(loaded, tmp_path / "read.safetensors")
     assert again.answer(QUESTIONS) == wire.answer(wire.encode(CONTEXTS), QUESTIONS, "llama")
+
+
+def test_a_cache_is_that_of_a_message_that_is_there(wire: LatentWire) -> None:
+    held = wire.prefill(wire.encode(CONTEXTS), "llama")
+    assert held.cache(len(held) - 1).get_seq_length() == int(held.end_B[-1]) > 0
+    for number in (-1, len(held)):
+        for ask in (held.cache, lambda message: held.inputs("Who?", message)):
+            with pytest.raises(ConfigError, match=f"from 0 to {len(held) - 1}, got {number}"):
+                ask(number)
