@@ -128,14 +128,14 @@ def test_the_gradients_are_those_of_the_answers_by_the_entries(run: RunConfig) -
     gather.add_gradients(moments, wire, table)
     receiver = moments.receivers["llama"]
     heads = heads_of(wire)["llama"]
-    (rows,) = gather._texts(table, with_questions=True)
-    lm, batch = wire.local_receiver("llama"), gather._asked(wire, "llama", rows)
+    (rows,) = gather.texts_of(table, with_questions=True)
+    lm, batch = wire.local_receiver("llama"), gather.asked(wire, "llama", rows)
     kv_NE = torch.cat(own_entries(wire, "llama", rows["texts"]["llama"], heads))
     assert receiver.gradients == len(kv_NE)
 
     def loss_of(entry_NE: torch.Tensor) -> float:
         with torch.no_grad():
-            return float(gather._loss(wire, lm, batch, entry_NE, heads))
+            return float(gather.answers_loss(wire, lm, batch, entry_NE, heads))
 
     step, total = 0.02, torch.zeros(8, dtype=torch.float64)
     for token in range(len(kv_NE)):
