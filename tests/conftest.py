@@ -61,6 +61,7 @@ def flags_of(*words: str) -> tuple[Any, Any]:
 LONGEST_FIRST = (
     "test_chaos.py",
     "ray_jobs/test_cluster.py",
+    "ray_jobs/test_stage_runs.py",
     "ray_jobs/test_stages.py",
     "ray_jobs/test_tune.py",
     "tuning/test_steered_tune.py",
@@ -74,11 +75,17 @@ LONGEST_FIRST = (
     "test_shipped_wire.py",
 )
 """Files whose tests take minutes, and share nothing with each other: the others fill the time that is left."""
+LONG_FILES = (
+    "test_planted_faults.py",
+    "distributed/test_replicas.py",
+    "distributed/test_teachers.py",
+)
+"""Files that come next, each as a whole: its tests share what takes long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
-    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    order = {name: place for place, name in enumerate(LONGEST_FIRST + LONG_FILES)}
     here = Path(__file__).parent
     items.sort(key=lambda item: order.get(str(item.path.relative_to(here)), len(order)))
 
