@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 import re
@@ -19,6 +18,7 @@ from latentwire.config import RunConfig
 from latentwire.data import packing
 from latentwire.data.positions import PositionCounter
 from latentwire.data.teachers import taught_rows, teacher_of
+from latentwire.dataset.rows import digest
 from latentwire.losses.bundles import Teacher, teacher_reads, weights_at
 from latentwire.losses.terms import TERMS
 from latentwire.models.pooling import Coarsening
@@ -115,7 +115,7 @@ class TrainingCollator:
         if table.num_rows == 0:
             return []
         whole = self._whole(table.to_pydict())
-        return [_name(whole[row]) for row in once(whole)[1]]
+        return [digest(repr(whole[row])) for row in once(whole)[1]]
 
     def _whole(self, rows: Mapping[str, list]) -> list[list[Any]]:
         """Return what the encoder reads of each row."""
@@ -174,7 +174,7 @@ class TrainingCollator:
         controls = self._controls(step)
         new = [True] * len(first_M)
         if self.reads_texts(step):
-            names = [_name(whole[row]) for row in first_M]
+            names = [digest(repr(whole[row])) for row in first_M]
             new = [name not in seen for name in names]
             seen.update(names)
         parted = []
@@ -341,11 +341,6 @@ def once(texts: list[Any]) -> tuple[list[int], list[int]]:
             first.append(row)
         places.append(place_of[key])
     return places, first
-
-
-def _name(text: Any) -> str:
-    """Hash a text as the encoder reads it; Python's own hash differs between processes."""
-    return hashlib.sha256(repr(text).encode()).hexdigest()
 
 
 def cut(text: str, row: str) -> tuple[str, str] | None:

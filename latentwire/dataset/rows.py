@@ -138,4 +138,5 @@ def text_of(row: dict[str, Any], key: str) -> str:
 
 def digest(text: str) -> str:
     """Return a short hash of a text, which names it where nothing else does."""
+    # surrogatepass: a lone half of a surrogate pair, as JSON can hold, is no error here.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

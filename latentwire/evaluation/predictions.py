@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
+from latentwire.dataset.rows import digest
 from latentwire.evaluation.baselines import Mode
 
 
@@ -71,5 +71,4 @@ class Prediction:
 
 def context_id(context: str) -> str:
     """Return a short hash that names a context."""
-    # surrogatepass: a lone half of a surrogate pair, as JSON can hold, is no error here.
-    return hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return digest(context)
