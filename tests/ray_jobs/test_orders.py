@@ -61,11 +61,14 @@ def test_a_sweep_is_steered_while_it_runs_and_while_its_driver_is_dead(
     try:
         wait_for(lambda: checkpoints(0) and checkpoints(1))
         sweep = Sweep(output)
-        assert sweep.status().has_driver and sweep.status().best is not None
+        # A checkpoint lies there before the driver has written its score into the study.
+        wait_for(lambda: sweep.status().best is not None)
+        assert sweep.status().has_driver
         stop, more = sweep.stop(0), sweep.add(1)
         wait_for(lambda: states().get(0) == "PRUNED" and 2 in states())
         wait_for(lambda: outcome(stop.id).startswith("done: trial 0 is stopped at step "))
-        assert outcome(more.id) == "done: tune.trials is 3" and states()[1] == "RUNNING"
+        wait_for(lambda: outcome(more.id) == "done: tune.trials is 3")
+        assert states()[1] == "RUNNING"
         wait_for(lambda: checkpoints(2))
 
         pause = sweep.pause(1)
@@ -77,7 +80,7 @@ def test_a_sweep_is_steered_while_it_runs_and_while_its_driver_is_dead(
         assert f"started from {output}/trials/clone-{clone.id}/" in trial_log(3)
         up, free = sweep.resume(1), sweep.stop(2)
         wait_for(lambda: states()[2] == "PRUNED" and max(checkpoints(1)) > paused_at)
-        assert outcome(up.id).startswith("done: trial 1 goes on at step ")
+        wait_for(lambda: outcome(up.id).startswith("done: trial 1 goes on at step "))
         (resumed,) = re.findall(r"resumed at step (\d+) from", trial_log(1))
         assert step_name(int(resumed)) >= paused_at.parent.name
         wait_for(lambda: outcome(free.id).startswith("done"))
