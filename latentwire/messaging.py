@@ -275,7 +275,8 @@ class Messaging(WireBase):
                 f"a message must come from encoder {self.encoder_id}, got one of encoder {message.encoder}; "
                 f"load the wire that made it"
             )
-        self._check_width(message)
+        else:
+            self._check_width(message)
         self.interlingua.eval()
         # A caller may have kept it in half precision; adapters take fp32.
         return message.with_latents(message.z_BLZ.float()).to(self.interlingua.device)

@@ -239,6 +239,16 @@ def refuse_flags(flags: Any, subject: str) -> None:
         )
 
 
+def refuse_search(flags: Any) -> None:
+    """Raise :class:`~latentwire.config.resolve.ConfigError` for knobs of a search, which one run would pass over."""
+    of_search = [path for path in assigned(flags.assignments) if not path.startswith("run.")]
+    if of_search:
+        raise ConfigError(
+            f"this command makes one run, which searches nothing, got --set {', '.join(of_search)}; leave that out, or "
+            f"search by latentwire tune"
+        )
+
+
 def input_place(address: str) -> Place:
     """Return the place of a flag's input, sought here and then under the home of outputs."""
     try:

@@ -24,6 +24,7 @@ from latentwire.cli.flags import (
     output_path,
     output_place,
     read_config,
+    refuse_search,
 )
 from latentwire.config.resolve import ConfigError
 
@@ -63,6 +64,7 @@ def train(
         raise ConfigError(
             "--seeds names the seeds of whole runs, got it with --seed or --profile; leave that out"
         )
+    refuse_search(flags)
     if not verbose:
         # Of weights that take a moment to load.
         disable_progress_bar()

@@ -46,7 +46,11 @@ class Section(BaseModel):
 
     # use_attribute_docstrings: the text below a field is its description on the page of knobs.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 

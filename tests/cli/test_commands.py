@@ -62,6 +62,14 @@ def test_help_loads_neither_torch_nor_ray() -> None:
         ),
         (["train", "--output=x", "--max_steps=0"], "max_steps must be ≥ 1, got 0"),
         (
+            ["train", "--output=x", "--set=losses.answer_ce_weight=.inf"],
+            "answer_ce_weight: input should be a finite number, got inf",
+        ),
+        (
+            ["train", "--output=x", "--set=tune.trials=3"],
+            "one run, which searches nothing, got --set tune.trials",
+        ),
+        (
             ["ask", "nowhere", "--question=Who?"],
             "a question needs --context TEXT or --context_file FILE",
         ),
