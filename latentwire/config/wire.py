@@ -187,6 +187,9 @@ class EncoderConfig(Section):
     """Blocks of attention over the tokens whose output, zero at first, is added to the linear codes of ``pooling: tokens``."""
     code_width: int = Field(512, ge=8, le=8192)
     """Width inside those blocks; a multiple of 2 × ``heads``."""
+    code_mixing: bool = True
+    """Mix the codes of a latent by a square map, which every receiver undoes by one of its own; both add nothing at first. Each has
+    ``d_z``² weights: at several hundred numbers a token they are most of a wire. Blocks see neighbouring tokens without them."""
     projection: bool = True
     """Normalise what is pooled and map it to ``d_z`` by a linear layer. Off: it is sent as it is, and ``d_z`` is its width, for
     ``memory_kv`` keys and values of all layers together."""

@@ -111,6 +111,7 @@ class Interlingua(nn.Module):
             run.adapter,
             d_z=run.encoder.d_z,
             tokens=run.encoder.tokens_per_latent or 1,
+            mixed=run.encoder.code_mixing,
             attention_heads=run.encoder.heads,
             shape=shape_of(shape.skeleton()),
             width=shape.width,

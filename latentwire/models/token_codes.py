@@ -13,11 +13,18 @@ PLACE_SCALE = 0.02
 """Size at which the vectors of the places in a latent begin."""
 
 
+def square_map(width: int) -> nn.Linear:
+    """Return a linear map of vectors of some width to as many numbers that gives zeros at first."""
+    linear = nn.Linear(width, width, bias=False)
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
 class TokenCodes(nn.Module):
     """Token states → latents of R tokens each: K = Z/R numbers a token, side by side.
 
     A token's code is a linear map of its state, plus what blocks of attention over all tokens add;
-    a square map then mixes the codes of one latent. Blocks and mixing add nothing at first, so that
+    a square map, where it is asked for, then mixes the codes of one latent. Blocks and mixing add nothing at first, so that
     the linear map can be filled in closed form. The parts of tokens that are not there are exactly
     zero, by which a receiver knows.
     """
@@ -28,8 +35,7 @@ class TokenCodes(nn.Module):
         assert config.tokens_per_latent is not None, "EncoderConfig asks for it"
         self.tokens, size = config.tokens_per_latent, config.d_z // config.tokens_per_latent
         self.linear = nn.Linear(width, size)
-        self.mix = nn.Linear(config.d_z, config.d_z, bias=False)
-        nn.init.zeros_(self.mix.weight)
+        self.mix = square_map(config.d_z) if config.code_mixing else None
         inner, heads = config.code_width, config.heads
         self.blocks = nn.ModuleList(Block(inner, heads) for _ in range(config.code_blocks))
         self.head_width = config.code_width // config.heads
@@ -53,7 +59,8 @@ class TokenCodes(nn.Module):
         # [B, T, K] → [B, L, R, K] → [B, L, R·K]
         code_BLRK = self._parted(code_BTK.masked_fill(~keep_BT[..., None], 0))
         z_BLZ = code_BLRK.flatten(2)
-        z_BLZ = z_BLZ + self.mix(z_BLZ)
+        if self.mix is not None:
+            z_BLZ = z_BLZ + self.mix(z_BLZ)
         # What is mixed reaches parts without a token, too.
         gone_BLR1 = ~self._parted(keep_BT[..., None])
         return z_BLZ.view_as(code_BLRK).masked_fill(gone_BLR1, 0).flatten(2)

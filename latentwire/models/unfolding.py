@@ -10,6 +10,7 @@ from torch import nn
 from latentwire.config import AdapterConfig
 from latentwire.models.attention import Block, rotary_of
 from latentwire.models.head_slots import Heads
+from latentwire.models.token_codes import square_map
 from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.sequences import CONTROLS
 
@@ -36,6 +37,7 @@ class Unfolding(nn.Module):
         *,
         d_z: int,
         tokens: int,
+        mixed: bool,
         attention_heads: int,
         shape: tuple[int, int, int],
         width: int,
@@ -47,6 +49,7 @@ class Unfolding(nn.Module):
             config: the adapter's.
             d_z: width of a latent.
             tokens: R, codes in a latent.
+            mixed: whether the sender mixes the codes of a latent.
             attention_heads: heads of the blocks.
             shape: the receiver's layers, key-value heads of each, and width of a head.
             width: D, of its embeddings.
@@ -75,8 +78,7 @@ class Unfolding(nn.Module):
         # A key and a value in each chosen head.
         entries = count * 2 * self.head_width
         self.linear = nn.Linear(self.codes, entries)
-        self.unmix = nn.Linear(d_z, d_z, bias=False)
-        nn.init.zeros_(self.unmix.weight)
+        self.unmix = square_map(d_z) if mixed else None
         inner, blocks = config.unfold_width, config.unfold_blocks
         self.inner_head_width = inner // attention_heads
         self.blocks = nn.ModuleList(Block(inner, attention_heads) for _ in range(blocks))
@@ -137,7 +139,8 @@ class Unfolding(nn.Module):
         """
         keep_BT = self.tokens_of(z_BLZ, keep_BL)
         # What was mixed on the sender's side is undone, then parted: [B, L, R · K] → [B, L · R, K].
-        code_BTK = (z_BLZ + self.unmix(z_BLZ)).unflatten(2, (self.tokens, self.codes)).flatten(1, 2)
+        parted_BLZ = z_BLZ if self.unmix is None else z_BLZ + self.unmix(z_BLZ)
+        code_BTK = parted_BLZ.unflatten(2, (self.tokens, self.codes)).flatten(1, 2)
         entry_BTE = self.linear(code_BTK)
         if len(self.blocks):
             inner = len(self.norm.weight)

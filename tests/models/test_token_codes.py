@@ -25,7 +25,8 @@ def codes_of(**changed: Any) -> TokenCodes:
 
 def learned(codes: TokenCodes) -> TokenCodes:
     """Return codes whose blocks and mixing do something."""
-    torch.nn.init.normal_(codes.mix.weight, std=0.3)
+    if codes.mix is not None:
+        torch.nn.init.normal_(codes.mix.weight, std=0.3)
     if codes.blocks:
         torch.nn.init.normal_(codes.out.weight, std=0.3)
     return codes
@@ -41,9 +42,11 @@ def test_at_first_a_latent_is_the_linear_codes_of_its_tokens() -> None:
         torch.testing.assert_close(part_BTK[row, :length], code_BTK[row, :length])
 
 
-@pytest.mark.parametrize("blocks", [0, 2])
-def test_parts_are_exactly_zero_where_there_is_no_token_and_nowhere_else(blocks: int) -> None:
-    codes = learned(codes_of(code_blocks=blocks))
+@pytest.mark.parametrize(("blocks", "mixing"), [(0, True), (2, True), (2, False)])
+def test_parts_are_exactly_zero_where_there_is_no_token_and_nowhere_else(
+    blocks: int, mixing: bool
+) -> None:
+    codes = learned(codes_of(code_blocks=blocks, code_mixing=mixing))
     lengths = [7, 0, 4, 3]
     x_BTM = torch.randn(4, 7, 8)
     part_BTK = codes(x_BTM, torch.tensor(lengths)).unflatten(2, (3, 4)).flatten(1, 2)
@@ -72,6 +75,7 @@ def test_mixing_stays_in_its_latent_and_blocks_see_all_tokens() -> None:
 
 def test_the_place_in_a_latent_tells_equal_tokens_apart() -> None:
     codes = learned(codes_of())
+    assert codes.mix is not None
     torch.nn.init.zeros_(codes.mix.weight)
     x_BTM, length_B = torch.randn(1, 1, 8).expand(1, 6, 8), torch.tensor([6])
     part_LRK = codes(x_BTM, length_B)[0].unflatten(1, (3, 4))
@@ -84,6 +88,8 @@ def test_the_place_in_a_latent_tells_equal_tokens_apart() -> None:
 def test_without_blocks_there_is_no_residual_path() -> None:
     plain = {name for name, _ in codes_of(code_blocks=0).named_parameters()}
     assert plain == {"linear.weight", "linear.bias", "mix.weight"}
+    unmixed = {name for name, _ in codes_of(code_blocks=0, code_mixing=False).named_parameters()}
+    assert unmixed == {"linear.weight", "linear.bias"}
     names = {name.split(".")[0] for name, _ in codes_of().named_parameters()}
     assert names == {"linear", "mix", "blocks", "into", "where_RC", "norm", "out"}
 

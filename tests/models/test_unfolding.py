@@ -10,12 +10,19 @@ from latentwire.pretrained.weights import ReceiverError
 HEADS = ((0, 1), (2, 0), (2, 1))
 
 
-def unfolding(blocks: int = 1, share: float | None = 0.375) -> Unfolding:
+def unfolding(blocks: int = 1, share: float | None = 0.375, mixed: bool = True) -> Unfolding:
     """Three of eight heads, four tokens of five numbers in a latent."""
     torch.manual_seed(0)
     config = AdapterConfig(kind="heads", cache_share=share, unfold_blocks=blocks, unfold_width=16)
     made = Unfolding(
-        config, d_z=20, tokens=4, attention_heads=2, shape=(4, 2, 6), width=8, embed_rms=1.0
+        config,
+        d_z=20,
+        tokens=4,
+        mixed=mixed,
+        attention_heads=2,
+        shape=(4, 2, 6),
+        width=8,
+        embed_rms=1.0,
     )
     return made
 
@@ -51,12 +58,20 @@ def test_at_first_the_blocks_add_nothing_and_then_they_do() -> None:
 def test_what_is_no_token_changes_nothing() -> None:
     adapter = unfolding()
     torch.nn.init.normal_(adapter.out.weight)
+    assert adapter.unmix is not None
     torch.nn.init.normal_(adapter.unmix.weight)
     short, keep_BL = message(6, 2)
     longer = torch.cat((short, torch.zeros(1, 1, 20)), 1)
     mask = torch.tensor([[True, True, False]])
     expected = adapter(short, keep_BL)[0][:, :6]
     torch.testing.assert_close(adapter(longer, mask)[0][:, :6], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_mixing_codes_are_read_as_they_are() -> None:
+    adapter, (z_BLZ, keep_BL) = unfolding(mixed=False), message(12)
+    assert not any("unmix" in name for name in adapter.state_dict())
+    expected_BTE = adapter.linear(z_BLZ.view(1, 12, 5))
+    torch.testing.assert_close(adapter(z_BLZ, keep_BL)[0], expected_BTE)
 
 
 def test_its_heads_are_as_many_as_the_share_and_must_be_chosen() -> None:
