@@ -207,8 +207,10 @@ def saved_tensors(
 
 def _count(module: torch.nn.Module) -> int:
     """Count the numbers that are saved of a module, without what says which heads were chosen."""
+    of_heads = ("head_J2", "score_LH")
     tensors = saved_tensors(module)
-    return sum(t.numel() for name, t in tensors.items() if name not in ("head_J2", "score_LH"))
+    counts = [t.numel() for name, t in tensors.items() if name.split(".")[-1] not in of_heads]
+    return sum(counts)
 
 
 # ------------------------------------------------------------------------------------------ loading

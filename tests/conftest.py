@@ -167,6 +167,9 @@ def choose_some_heads(wire: LatentWire) -> LatentWire:
         score_LH = torch.rand(layers, heads, generator=torch.Generator().manual_seed(3))
         scores = HeadScores(name, score_LH, 1)
         adapter.choose(choose(scores, len(adapter.head_J2)), score_LH)
+        encoder: Any = wire.interlingua.encoder
+        if wire.run.encoder.sender_heads:
+            encoder.states.choose(name, adapter.head_J2)
     return wire
 
 

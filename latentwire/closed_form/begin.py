@@ -46,7 +46,7 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
     if run.adapter.kind != "heads" or not joining:
         return
     for name in joining:
-        choose_heads(wire, name, train)
+        choose_heads(wire, name, train, senders=exports.ENCODER in parts)
     if run.closed_form is None:
         return
     if exports.ENCODER in parts:
@@ -56,10 +56,10 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
         fill(wire, start)
         return
     moments = Moments.load(calibrations.moments_path(run, train))
-    # A receiver joins codes that are learned already. nn.Linear holds its map transposed.
-    linear = _codes(wire).linear
+    # A receiver joins codes that are learned already.
+    encoder_MK, bias_K = _codes(wire).raw_map()
     for name in joining:
-        decoder = decoder_for(moments, name, linear.weight.T, linear.bias, run.closed_form.ridge)
+        decoder = decoder_for(moments, name, encoder_MK, bias_K, run.closed_form.ridge)
         _put(wire, name, decoder)
 
 
@@ -101,11 +101,18 @@ def read_ranking(wire: LatentWire, receiver: str, train: Place) -> HeadScores:
     return HeadScores.from_json(text)
 
 
-def choose_heads(wire: LatentWire, receiver: str, train: Place) -> None:
-    """Choose as many heads of a receiver as its share of the cache allows, the best ones."""
+def choose_heads(wire: LatentWire, receiver: str, train: Place, *, senders: bool = False) -> None:
+    """Choose as many heads of a receiver as its share of the cache allows, the best ones.
+
+    ``senders``: a sender that is this receiver gives the keys and values of the same heads, where
+    the encoder asks for them.
+    """
     adapter: Any = wire.interlingua.adapters[receiver]
     scores = read_ranking(wire, receiver, train)
     adapter.choose(choose(scores, len(adapter.head_J2)), scores.score_LH)
+    if senders and wire.run.encoder.sender_heads:
+        encoder: Any = wire.interlingua.encoder
+        encoder.states.choose(receiver, adapter.head_J2)
 
 
 def solved(run: RunConfig, train: Place) -> Start:
@@ -150,9 +157,7 @@ def described(start: Start) -> str:
 @torch.no_grad()
 def fill(wire: LatentWire, start: Start) -> None:
     """Copy a closed form into the linear maps of encoder and adapters."""
-    linear = _codes(wire).linear
-    linear.weight.copy_(start.encoder_MK.T)
-    linear.bias.copy_(start.encoder_bias_K)
+    _codes(wire).begin(start.encoder_MK, start.encoder_bias_K, start.mean_M, start.std_M)
     for name, decoder in start.decoders.items():
         _put(wire, name, decoder)
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from latentwire.closed_form.moments import ClosedFormError, Moments, ReceiverMoments
 from latentwire.storage import Place, local, write
 
-FORMAT = "latentwire-solution-1"
+FORMAT = "latentwire-solution-2"
 """Marks a file of this kind."""
 
 STD_FLOOR = 1e-3
@@ -52,6 +52,10 @@ class Start:
     """code = x @ encoder_MK + encoder_bias_K; over the texts each code has mean 0, variance 1."""
     encoder_bias_K: torch.Tensor
     """Makes the mean of each code 0."""
+    mean_M: torch.Tensor
+    """Mean of x over the texts."""
+    std_M: torch.Tensor
+    """Its standard deviation."""
     decoders: dict[str, Decoder]
     """One for each receiver."""
     energy_D: torch.Tensor
@@ -68,6 +72,8 @@ class Start:
         tensors = {
             "encoder": self.encoder_MK,
             "encoder_bias": self.encoder_bias_K,
+            "mean": self.mean_M,
+            "std": self.std_M,
             "energy": self.energy_D,
         }
         for name, decoder in self.decoders.items():
@@ -98,6 +104,8 @@ class Start:
                 return cls(
                     encoder_MK=opened.get_tensor("encoder"),
                     encoder_bias_K=opened.get_tensor("encoder_bias"),
+                    mean_M=opened.get_tensor("mean"),
+                    std_M=opened.get_tensor("std"),
                     decoders=decoders,
                     energy_D=opened.get_tensor("energy"),
                     unexplained=unexplained,
@@ -154,6 +162,7 @@ def solve(
     mean_M = moments.x_M / moments.count
     # S = E[x xᵀ] − E[x] E[x]ᵀ. Matrices are large: they change in place, and go as soon as possible.
     covariance_MM = (moments.xx_MM / moments.count).addr_(mean_M, mean_M, alpha=-1)
+    std_M = covariance_MM.diagonal().clamp(min=0).sqrt()
     penalty = ridge * covariance_MM.diagonal().mean().item()
     covariance_MM.diagonal().add_(penalty)
     root_MM = _cholesky(covariance_MM, "ridge", ridge)
@@ -204,6 +213,8 @@ def solve(
     return Start(
         encoder_MK=encoder_MK.float(),
         encoder_bias_K=-(mean_M @ encoder_MK).float(),
+        mean_M=mean_M.float(),
+        std_M=std_M.float(),
         decoders=decoders,
         energy_D=(energy_D / energy_D.sum()).float(),
         unexplained=unexplained,

@@ -248,6 +248,11 @@ class RunConfig(Section):
                     f"leave closed_form out"
                 )
             return
+        if encoder.sender_heads and self.closed_form is None:
+            raise ValueError(
+                "encoder.sender_heads needs closed_form, which measures how large keys and values are, got closed_form null; "
+                "set closed_form: {}, or leave sender_heads out"
+            )
         if adapter.unfold_blocks and adapter.unfold_width % (2 * encoder.heads):
             raise ValueError(
                 f"adapter.unfold_width must be a multiple of 2 × encoder.heads, got {adapter.unfold_width}, {encoder.heads}"

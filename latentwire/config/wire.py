@@ -158,6 +158,11 @@ class EncoderConfig(Section):
     *ruler*: there is a state for each of its tokens, and the others' states are read at the ends of those."""
     depths: tuple[float, ...] = knob((0.0, 0.2, 0.4, 0.6, 0.8), min_length=1, calibrates=True)
     """Depths of the senders' states as shares of their layers; 0 is the embeddings. Layers above the deepest are not run."""
+    sender_heads: bool = knob(False, calibrates=True)
+    """Take from every sender, beside its states, the keys (before rotary positions) and values of the heads in which the receiver
+    of the same name reads the message: what that receiver is to be given is almost a linear map of them. They reach the
+    linear codes of ``pooling: tokens``, not the blocks. Needs ``senders`` that are receivers, and ``closed_form``. All layers
+    are run then."""
     lead: str = knob("Passage:\n", calibrates=True)
     """Text that ``senders`` read before each text: the first token of all has states like no other's, so it should be none of the
     text's. Empty: nothing."""
@@ -283,6 +288,17 @@ class EncoderConfig(Section):
         if self.kind != "senders" and self.senders:
             raise ValueError(
                 f"senders need kind senders, got {self.kind} and {', '.join(self.senders)}; choose that, or leave them out"
+            )
+        if self.sender_heads and (self.kind != "senders" or self.pooling != "tokens"):
+            raise ValueError(
+                f"sender_heads needs kind senders and pooling tokens, got {self.kind} and {self.pooling}; choose those, or leave "
+                f"sender_heads out"
+            )
+        if self.sender_heads and len(self.lenders) < len(self.senders):
+            strangers = [sender for sender in self.senders if _lender(sender) is None]
+            raise ValueError(
+                f"sender_heads needs senders that are receivers ({LENT}<name>), which have chosen heads, got "
+                f"{', '.join(strangers)}; leave that out, or sender_heads"
             )
         # senders and depths say what model and model_layers say of other kinds.
         if self.kind == "senders" and (self.model, self.model_layers) != (None, None):

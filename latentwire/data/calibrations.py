@@ -25,6 +25,8 @@ from latentwire.storage import Place, place, text_if_there
 ENCODER = "interlingua.safetensors"
 CALIBRATION_VERSION = 1
 """Raised whenever the same knobs would give other numbers."""
+SOLUTION_VERSION = 2
+"""Raised whenever a solution holds something else."""
 
 
 def readers(run: RunConfig, train: Place) -> dict[str, Place]:
@@ -100,7 +102,7 @@ def moments_path(run: RunConfig, train: Place) -> Place:
         "cache_share": run.adapter.cache_share,
         "tokens_per_latent": run.encoder.tokens_per_latent,
         "senders": [_weights(sender) for sender in sender_sources(run.encoder, named)],
-        "states": [run.encoder.depths, run.encoder.lead],
+        "states": [run.encoder.depths, run.encoder.lead, *(["heads"] * run.encoder.sender_heads)],
         "texts": [run.closed_form.texts, gradient_texts],
     }
     return train.parent / f"moments-{_hash(spec)}.safetensors"
@@ -111,6 +113,7 @@ def solution_path(run: RunConfig, train: Place) -> Place:
     closed_form, encoder = run.closed_form, run.encoder
     assert closed_form is not None, "nobody asked for a closed form"
     spec = {
+        "solution_version": SOLUTION_VERSION,
         "moments": moments_path(run, train).name,
         "codes": [encoder.d_z, encoder.tokens_per_latent],
         "solved": closed_form.model_dump(include={"metric", "ridge", "floor", "weights"}),

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
+from typing import Any
 
 import pyarrow as pa
 
+from latentwire import exports
 from latentwire.closed_form import begin, gather, ranking
 from latentwire.closed_form.moments import Moments
 from latentwire.config import RunConfig
@@ -24,7 +26,7 @@ from latentwire.distributed.remote import on_cluster, result_of, started
 from latentwire.distributed.teachers import ensure_text_reader
 from latentwire.model import LatentWire
 from latentwire.planning.calibrations import task_bytes
-from latentwire.storage import Place, write_text
+from latentwire.storage import Place, local, place, write_text
 from latentwire.threads import use_threads
 
 
@@ -126,15 +128,22 @@ def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
     config, names = run.closed_form, calibrations.fresh(run, "adapters")
     assert config is not None
     wire = prepared(run, run, train, names)
+    is_fresh = calibrations.has_fresh_encoder(run)
     for name in names:
-        begin.choose_heads(wire, name, train)
+        begin.choose_heads(wire, name, train, senders=is_fresh)
+    if run.encoder.sender_heads and not is_fresh:
+        # The senders' heads are those of the wire that receivers join.
+        assert run.training.init_from is not None
+        encoder: Any = wire.interlingua.encoder
+        with local(place(run.training.init_from) / exports.ENCODER) as file:
+            exports.fill(file, encoder)
     moments = gather.empty_moments(wire, names)
     pieces = []
     for name in names:
         pieces += [f"{name}_{piece}_ids" for piece in ("context", "question", "answer")]
     table = shards.read_table(train, ["context", "encoder_ids", *pieces])
     gather.add_tokens(moments, wire, first_texts(table, 0, config.texts, part, parts))
-    if calibrations.has_fresh_encoder(run):
+    if is_fresh:
         # Texts behind those of the sums over tokens, so far as there are any.
         further = first_texts(table, config.texts, config.gradient_texts, part, parts)
         gather.add_gradients(moments, wire, further)

@@ -172,18 +172,20 @@ class InterlinguaEncoder(nn.Module):
         *,
         load_weights: bool = True,
         loaded: Mapping[str, nn.Module] | None = None,
+        head_share: float | None = None,
     ) -> None:
         """Build the encoder for ``receivers`` (by name).
 
         ``load_weights=False`` builds a backbone's shape alone. ``loaded``: receiver → its LM, whose
-        weights :class:`~latentwire.models.senders.SenderStates` may use.
+        weights :class:`~latentwire.models.senders.SenderStates` may use. ``head_share``: share of a
+        sender's cache whose heads give their keys and values (``sender_heads``); ``None``: none does.
         Raises :class:`~latentwire.pretrained.weights.ReceiverError` for one that cannot be loaded, and
         for another ``d_z`` than that of what is sent without a projection.
         """
         super().__init__()
         self.states: States
         if config.kind == "senders":
-            self.states = SenderStates(config, receivers, load_weights, loaded)
+            self.states = SenderStates(config, receivers, load_weights, loaded, head_share)
         else:
             kind = MemoryStates if config.has_memory else STATES[config.kind]
             self.states = kind(config, receivers, load_weights)
@@ -200,7 +202,8 @@ class InterlinguaEncoder(nn.Module):
         self.project: nn.Module = nn.Identity()
         self.codes: TokenCodes | None = None
         if config.pooling == "tokens":
-            self.codes = TokenCodes(self.states.width, config)
+            entries = self.states.entries if isinstance(self.states, SenderStates) else 0
+            self.codes = TokenCodes(self.states.width, config, entries)
         elif config.projection:
             self.norm = nn.LayerNorm(self.states.width)
             self.project = nn.Linear(self.states.width, config.d_z // self.parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -70,6 +71,16 @@ def _shape(attention: Any, text_config: Any) -> tuple[int, int] | None:
     if hasattr(attention, "qkv_proj"):
         return text_config.num_attention_heads // groups, width
     return None
+
+
+def heads_within(share: float, shape: tuple[int, int, int]) -> int:
+    """Return how many of a receiver's key-value heads take no more than a share of its cache.
+
+    ``shape``: of :func:`shape_of`.
+    """
+    layers, heads, _ = shape
+    # 1e-9 makes up for shares that are rounded.
+    return math.floor(share * layers * heads + 1e-9)
 
 
 # ------------------------------------------------------------------------------- rotary positions

@@ -24,6 +24,7 @@ from latentwire.models.backbones import (
     windows,
     wrapping,
 )
+from latentwire.models.key_heads import heads_within, rotated, shape_of
 from latentwire.pretrained.weights import (
     ReceiverError,
     fingerprint,
@@ -133,6 +134,7 @@ class Sender(nn.Module):
         lead: str,
         load_weights: bool,
         lm: nn.Module | None = None,
+        head_share: float | None = None,
     ) -> None:
         """Load the LM's layers up to the deepest of ``depths``, shares of all its layers.
 
@@ -142,6 +144,8 @@ class Sender(nn.Module):
             lead: what it reads before every text.
             load_weights: whether its weights are needed; else it has shapes alone.
             lm: the same LM where it is loaded already. Its weights serve both.
+            head_share: share of the LM's cache whose heads give their keys and values too; None: no
+                head does. All layers are kept then.
 
         Raises:
             ReceiverError: it cannot be loaded.
@@ -168,8 +172,17 @@ class Sender(nn.Module):
                 f"{type(self.backbone).__name__} without; name another model"
             )
         # Depth 0 is what the first layer reads, so one layer at least stays.
-        keep_layers(self.backbone, max(1, *self.depths), "encoder.depths")
+        if head_share is None:
+            keep_layers(self.backbone, max(1, *self.depths), "encoder.depths")
         self.width: int = len(self.depths) * text_config.hidden_size
+        self.entries = 0
+        self.head_J2: torch.Tensor
+        if head_share is not None:
+            shape = shape_of(self.backbone)
+            # −1: not chosen yet.
+            chosen_J2 = torch.full((heads_within(head_share, shape), 2), -1, dtype=torch.long)
+            self.register_buffer("head_J2", chosen_J2)
+            self.entries = chosen_J2.numel() * shape[2]
         self.prefix, _ = wrapping(self.tokenizer)
         self.prefix = [*self.prefix, *self.tokenizer(lead, add_special_tokens=False).input_ids]
         self.window = int(text_config.max_position_embeddings) - len(self.prefix)
@@ -195,21 +208,47 @@ class Sender(nn.Module):
     ) -> torch.Tensor:
         """Return the states of all depths side by side in fp32, ``[B, S, M]``, each of RMS 1.
 
-        There is at least one state a row; those after a row's own ``length_B`` are zero.
+        Keys and values of heads stand behind them. There is at least one state a row; those after a
+        row's own ``length_B`` are zero.
         """
-        states = self._states(ids_WT, attention_WT)
+        states, cache = self._read(ids_WT, attention_WT)
         parts = []
         for depth in self.depths:
             x_BSD = joined(states[depth], real_WT, length_B).float()
             parts.append(F.rms_norm(x_BSD, x_BSD.shape[-1:], eps=EPS))
+        if self.entries:
+            parts.append(joined(self._entries(cache), real_WT, length_B))
         return torch.cat(parts, -1)
 
-    def _states(self, ids_WT: torch.Tensor, attention_WT: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Return depth → what transformers calls ``hidden_states[depth]``, ``[W, T, D]``.
+    def _entries(self, cache: Any) -> torch.Tensor:
+        """Return the keys (before rotary positions) and values of the chosen heads, ``[W, T, E]``.
+
+        For each head a key, then a value, in the order of an adapter's entries.
+        """
+        parts = []
+        for layer, head in self.head_J2.tolist():
+            assert layer >= 0, "a calibration chooses heads before a text is read"
+            key_W1TD = cache.layers[layer].keys[:, head : head + 1]
+            # Windows are padded on the right: places count from 0.
+            position_1T = torch.arange(key_W1TD.shape[2], device=key_W1TD.device)[None]
+            # A cache holds keys that are turned to their positions; a message's are not.
+            key_W1TD = rotated(self.backbone, layer, key_W1TD, position_1T, back=True)
+            parts += [key_W1TD[:, 0], cache.layers[layer].values[:, head].float()]
+        return torch.cat(parts, -1)
+
+    def _read(
+        self, ids_WT: torch.Tensor, attention_WT: torch.Tensor
+    ) -> tuple[dict[int, torch.Tensor], Any]:
+        """Return depth → what transformers calls ``hidden_states[depth]``, ``[W, T, D]``; and the cache.
 
         These are what the first layer reads, what each layer gives, and, after the last layer of
-        the whole model alone, what its final normalisation makes of that.
+        the whole model alone, what its final normalisation makes of that. There is a cache where
+        heads give their keys and values.
         """
+        from transformers import DynamicCache
+
+        # Without a configuration it keeps every position, in layers that see a window, too.
+        cache = DynamicCache() if self.entries else None
         states: dict[int, torch.Tensor] = {}
 
         def keep_input(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -230,10 +269,15 @@ class Sender(nn.Module):
             for depth in {*self.depths} - {0, self.layers}:
                 # Layers count from 0, and depth 1 is what the first of them gives.
                 stack.callback(layers[depth - 1].register_forward_hook(keep_output(depth)).remove)
-            output = self.backbone(input_ids=ids_WT, attention_mask=attention_WT, use_cache=False)
+            output = self.backbone(
+                input_ids=ids_WT,
+                attention_mask=attention_WT,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         if self.layers in self.depths:
             states[self.layers] = output.last_hidden_state
-        return states
+        return states, cache
 
 
 class SenderStates(TokenStates):
@@ -251,11 +295,20 @@ class SenderStates(TokenStates):
         receivers: Mapping[str, ReceiverConfig],
         load_weights: bool,
         loaded: Mapping[str, nn.Module] | None = None,
+        head_share: float | None = None,
     ) -> None:
         """Load all senders, or build their shapes alone where not ``load_weights``.
 
-        ``loaded``: receiver → its LM, where it is in this process on the wire's device. A sender of the same weights
-        (:func:`lender_of`) loads none. Raises :class:`~latentwire.pretrained.weights.ReceiverError` for one that cannot be loaded.
+        Args:
+            config: the encoder's.
+            receivers: by name.
+            load_weights: whether weights are needed.
+            loaded: receiver → its LM, where it is in this process on the wire's device. A sender of
+                the same weights (:func:`lender_of`) loads none.
+            head_share: share of each sender's cache whose heads give keys and values too.
+
+        Raises:
+            ReceiverError: a sender cannot be loaded.
         """
         super().__init__()
         sources, loaded = sender_sources(config, receivers), loaded or {}
@@ -264,8 +317,12 @@ class SenderStates(TokenStates):
         self.senders = nn.ModuleList()
         for source, lender in zip(sources, self.lenders, strict=True):
             lm = loaded.get(lender or "")
-            self.senders.append(Sender(source, config.depths, config.lead, load_weights, lm))
-        self.width = sum(sender.width for sender in self._senders)
+            reading = config.depths, config.lead, load_weights
+            self.senders.append(Sender(source, *reading, lm, head_share))
+        self.entries = sum(sender.entries for sender in self._senders)
+        """The last numbers of a state, which are keys and values of senders' heads."""
+        self.width = sum(sender.width for sender in self._senders) + self.entries
+        self.names = [source.name for source in sources]
         self.tokenizer = self._senders[0].tokenizer
 
     @property
@@ -283,6 +340,13 @@ class SenderStates(TokenStates):
         super().train(mode)
         self.senders.eval()
         return self
+
+    @torch.no_grad()
+    def choose(self, receiver: str, head_J2: torch.Tensor) -> None:
+        """Take a receiver's chosen heads for the sender that has its name, if there is one."""
+        for name, sender in zip(self.names, self._senders, strict=True):
+            if name == receiver and sender.entries:
+                sender.head_J2.copy_(head_J2)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the senders' own; a checkpoint leaves their weights out."""
@@ -334,28 +398,33 @@ class SenderStates(TokenStates):
     def forward(self, length_B: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
         """Return states ``[B, S, M]`` in fp32, sender by sender, and in each depth by depth.
 
+        Behind those of all senders stand the keys and values of their heads, where they give any.
         There is at least one state a row; those after a row's ``length_B`` tokens of the ruler are
         zero.
         """
         place_S = torch.arange(max(1, int(length_B.max())), device=length_B.device)
         gone_BS1 = (place_S >= length_B[:, None])[..., None]
-        parts = []
-        for number, sender in enumerate(self.senders):
+        parts, entries = [], []
+        for number, sender in enumerate(self._senders):
             lead = f"{number}_"
             named = {}
             for name, tensor in tensors.items():
                 if name.startswith(lead):
                     named[name.removeprefix(lead)] = tensor
             if not number:
-                parts.append(sender(**named, length_B=length_B))
+                x_BSM = sender(**named, length_B=length_B)
+                parts.append(x_BSM[..., : sender.width])
+                entries.append(x_BSM[..., sender.width :])
                 continue
             # Texts without any tokens have one state all the same, and so need a place to read at.
             read_BS = F.pad(named.pop("read_BS"), (0, len(place_S)))[:, : len(place_S)]
             x_BUM = sender(**named)  # U: this sender's own tokens
             # gather takes an index for every entry of a state: [B, S] → [B, S, M].
             x_BSM = x_BUM.gather(1, read_BS[..., None].expand(-1, -1, x_BUM.shape[2]))
-            parts.append(x_BSM.masked_fill(gone_BS1, 0))
-        return torch.cat(parts, -1)
+            x_BSM = x_BSM.masked_fill(gone_BS1, 0)
+            parts.append(x_BSM[..., : sender.width])
+            entries.append(x_BSM[..., sender.width :])
+        return torch.cat(parts + entries, -1)
 
 
 def reads_at(end_S: torch.Tensor, other_U: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from latentwire.config import EncoderConfig
 from latentwire.models.attention import Block, rotary_of
 
+LEAST_SPREAD = 1e-3
+"""The least standard deviation that an entry of the keys and values is divided by."""
 PLACE_SCALE = 0.02
 """Size at which the vectors of the places in a latent begin."""
 
@@ -29,18 +31,29 @@ class TokenCodes(nn.Module):
     zero, by which a receiver knows.
     """
 
-    def __init__(self, width: int, config: EncoderConfig) -> None:
-        """Build one for states of ``width`` M."""
+    def __init__(self, width: int, config: EncoderConfig, entries: int = 0) -> None:
+        """Build one for states of ``width`` M.
+
+        ``entries``: how many of a state's last numbers are keys and values, which the linear map
+        alone reads. They are of any size, so it reads them with mean 0 and variance 1 over texts.
+        """
         super().__init__()
         assert config.tokens_per_latent is not None, "EncoderConfig asks for it"
         self.tokens, size = config.tokens_per_latent, config.d_z // config.tokens_per_latent
         self.linear = nn.Linear(width, size)
+        # What the blocks read.
+        self.seen = width - entries
+        self.mean_E: torch.Tensor
+        self.spread_E: torch.Tensor
+        if entries:
+            self.register_buffer("mean_E", torch.zeros(entries))
+            self.register_buffer("spread_E", torch.ones(entries))
         self.mix = square_map(config.d_z) if config.code_mixing else None
         inner, heads = config.code_width, config.heads
         self.blocks = nn.ModuleList(Block(inner, heads) for _ in range(config.code_blocks))
         self.head_width = config.code_width // config.heads
         if config.code_blocks:
-            self.into = nn.Linear(width, config.code_width, bias=False)
+            self.into = nn.Linear(self.seen, config.code_width, bias=False)
             places = torch.randn(self.tokens, config.code_width)
             self.where_RC = nn.Parameter(PLACE_SCALE * places)
             self.norm = nn.LayerNorm(config.code_width)
@@ -53,9 +66,9 @@ class TokenCodes(nn.Module):
         L = ⌈T/R⌉; a row's latents after its own ⌈length/R⌉ are zero.
         """
         keep_BT = torch.arange(x_BTM.shape[1], device=x_BTM.device) < length_B[:, None]
-        code_BTK = self.linear(x_BTM)
+        code_BTK = self.linear(self._standardised(x_BTM))
         if self.blocks:
-            code_BTK = code_BTK + self._added(x_BTM, keep_BT)
+            code_BTK = code_BTK + self._added(x_BTM[..., : self.seen], keep_BT)
         # [B, T, K] → [B, L, R, K] → [B, L, R·K]
         code_BLRK = self._parted(code_BTK.masked_fill(~keep_BT[..., None], 0))
         z_BLZ = code_BLRK.flatten(2)
@@ -64,6 +77,51 @@ class TokenCodes(nn.Module):
         # What is mixed reaches parts without a token, too.
         gone_BLR1 = ~self._parted(keep_BT[..., None])
         return z_BLZ.view_as(code_BLRK).masked_fill(gone_BLR1, 0).flatten(2)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        encoder_MK: torch.Tensor,
+        bias_K: torch.Tensor,
+        mean_M: torch.Tensor,
+        std_M: torch.Tensor,
+    ) -> None:
+        """Take over a linear map of states as they come, code = x @ encoder_MK + bias_K.
+
+        ``mean_M``, ``std_M``: the states' own, over texts.
+        """
+        weight_KM = encoder_MK.T.clone()
+        if self.entries:
+            self.mean_E.copy_(mean_M[self.seen :])
+            self.spread_E.copy_(std_M[self.seen :].clamp(min=LEAST_SPREAD))
+            # W y + b = (W s) (y − m) / s + (b + W m), with y the keys and values.
+            part_KE = weight_KM[:, self.seen :]
+            bias_K = bias_K + part_KE @ self.mean_E.to(part_KE)
+            part_KE *= self.spread_E.to(part_KE)
+        self.linear.weight.copy_(weight_KM)
+        self.linear.bias.copy_(bias_K)
+
+    @property
+    def entries(self) -> int:
+        """How many numbers of a state are keys and values."""
+        return self.linear.in_features - self.seen
+
+    @torch.no_grad()
+    def raw_map(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`begin` takes: encoder_MK and bias_K for states as they come."""
+        weight_KM = self.linear.weight.clone()
+        bias_K: torch.Tensor = self.linear.bias
+        if self.entries:
+            part_KE = weight_KM[:, self.seen :]
+            part_KE /= self.spread_E
+            bias_K = bias_K - part_KE @ self.mean_E
+        return weight_KM.T, bias_K
+
+    def _standardised(self, x_BTM: torch.Tensor) -> torch.Tensor:
+        if not self.entries:
+            return x_BTM
+        entry_BTE = (x_BTM[..., self.seen :] - self.mean_E) / self.spread_E
+        return torch.cat((x_BTM[..., : self.seen], entry_BTE), -1)
 
     def _added(self, x_BTM: torch.Tensor, keep_BT: torch.Tensor) -> torch.Tensor:
         """Return what the blocks add to each token's code, ``[B, T, K]``."""

@@ -10,6 +10,7 @@ from torch import nn
 from latentwire.config import AdapterConfig
 from latentwire.models.attention import Block, rotary_of
 from latentwire.models.head_slots import Heads
+from latentwire.models.key_heads import heads_within
 from latentwire.models.token_codes import square_map
 from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.sequences import CONTROLS
@@ -62,7 +63,7 @@ class Unfolding(nn.Module):
         layers, heads, self.head_width = shape
         self.share = share = 1 / tokens if config.cache_share is None else config.cache_share
         self.all_heads = layers * heads
-        count = math.floor(share * self.all_heads + 1e-9)  # no more than was asked for
+        count = heads_within(share, shape)
         if count < 1:
             raise ReceiverError(
                 f"adapter.cache_share must be one of a receiver's {self.all_heads} key-value heads or more, got "

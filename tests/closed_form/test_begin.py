@@ -83,6 +83,73 @@ def test_where_nothing_is_lost_the_message_is_the_text(
         assert one.message_positions == other.message_positions
 
 
+SENDER_HEADS: dict[str, Any] = HEADS | {
+    "encoder.sender_heads": True,
+    "encoder.depths": [0.5],
+    "closed_form": {},
+}
+
+
+@pytest.mark.parametrize("receiver", ["llama", "qwen"])
+def test_a_senders_keys_and_values_are_those_of_the_receiver(run: RunConfig, receiver: str) -> None:
+    """Where both read a text behind the same tokens: in the chosen heads, head by head."""
+    wire = choose_some_heads(alone(run, receiver, SENDER_HEADS))
+    table = rows_of(wire, 3)
+    encoder: Any = wire.interlingua.encoder
+    tokens = encoder.tokens_of(table["encoder_ids"].to_pylist())
+    x_BTM = encoder.states(**tokens.tensors, length_B=tokens.length_B)
+    entries = wire.interlingua.adapters[receiver].linear.out_features  # type: ignore[union-attr]
+    assert encoder.states.entries == entries and x_BTM.shape[2] == encoder.states.width
+    texts = table[f"{receiver}_context_ids"].to_pylist()
+    own = own_entries(wire, receiver, texts, heads_of(wire)[receiver])
+    for x_TM, entry_TE in zip(x_BTM, own, strict=True):
+        torch.testing.assert_close(x_TM[: len(entry_TE), -entries:], entry_TE, atol=1e-4, rtol=1e-3)
+
+
+def test_codes_of_keys_and_values_begin_as_the_closed_form(run: RunConfig, tmp_path: Path) -> None:
+    """They are read standardised, and give what the solved map gives; one who loads the wire gets the same."""
+    wire = choose_some_heads(wire_of(with_values(run, SENDER_HEADS)))
+    moments = gathered(wire, 96, 24)
+    start = solve(moments, 16)
+    begin.fill(wire, start)
+    encoder: Any = wire.interlingua.encoder
+    codes = encoder.codes
+    tokens = encoder.tokens_of(rows_of(wire, 3, seed=5)["encoder_ids"].to_pylist())
+    x_BTM = encoder.states(**tokens.tensors, length_B=tokens.length_B)
+    expected_BTK = x_BTM @ start.encoder_MK + start.encoder_bias_K
+    code_BTK = codes.linear(codes._standardised(x_BTM))
+    torch.testing.assert_close(code_BTK, expected_BTK, atol=1e-3, rtol=1e-3)
+    entry_NE = codes._standardised(x_BTM[0, : int(tokens.length_B[0])])[:, codes.seen :]
+    assert entry_NE.abs().mean() < 2 and 0.5 < entry_NE.std() < 2
+    encoder_MK, bias_K = codes.raw_map()
+    torch.testing.assert_close(encoder_MK, start.encoder_MK, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(bias_K, start.encoder_bias_K, atol=1e-3, rtol=1e-3)
+    # The blocks read states alone.
+    assert codes.into.in_features == codes.seen == encoder.states.width - encoder.states.entries
+    exports.save(tmp_path / "wire", wire, {}, {})
+    again = LatentWire.from_pretrained(str(tmp_path / "wire"))
+    text = "Ada lives in Oslo. Ben works as baker."
+    one, other = wire.encode(text), again.encode(text)
+    assert one.encoder == other.encoder and torch.equal(one.z_BLZ, other.z_BLZ)
+    encoder.states.senders[0].head_J2[0] = torch.tensor([3, 1])
+    assert wire.encoder_id != one.encoder, "other heads make another encoder"
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"closed_form": None}, "encoder.sender_heads needs closed_form"),
+        ({"encoder.senders": ["toy-llama"]}, "senders that are receivers .* got toy-llama"),
+        ({"encoder.kind": "lm", "encoder.model": "toy-llama"}, "needs kind senders and pooling"),
+    ],
+)
+def test_heads_of_senders_need_receivers_and_their_sizes(
+    run: RunConfig, values: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(ConfigError, match=error):
+        with_values(run, SENDER_HEADS | values)
+
+
 def test_a_receivers_own_keys_and_values_are_the_most_a_message_can_be(run: RunConfig) -> None:
     """In every head they are the text; in some, what a message there is held against."""
     wire = choose_some_heads(alone(run, "llama", WHOLE | {"prefix": {"tokens": 3}}))
@@ -193,7 +260,7 @@ def test_a_receiver_that_joins_reads_the_messages_that_are_there(
     expected = mean_nll(wire, table, "latent")
     torch.nn.init.normal_(adapters["qwen"].linear.weight)
     adapters["qwen"].head_J2.fill_(-1)
-    monkeypatch.setattr(begin, "choose_heads", lambda wire, *_: choose_some_heads(wire))
+    monkeypatch.setattr(begin, "choose_heads", lambda wire, *_, **__: choose_some_heads(wire))
     monkeypatch.setattr(begin.calibrations, "moments_path", lambda *_: Path("moments"))
     monkeypatch.setattr(begin.Moments, "load", lambda _: moments)
     begin.begin(wire, Path("train"), ["adapters/qwen.safetensors"])
@@ -216,7 +283,7 @@ def test_a_closed_form_is_solved_once_and_read_by_all_who_begin_from_it(
         return solve(moments, codes, **knobs)
 
     monkeypatch.setattr(begin, "solve", counted)
-    monkeypatch.setattr(begin, "choose_heads", lambda wire, *_: choose_some_heads(wire))
+    monkeypatch.setattr(begin, "choose_heads", lambda wire, *_, **__: choose_some_heads(wire))
     with ThreadPoolExecutor(3) as pool:  # as workers, at the same moment
         for task in [pool.submit(begin.begin, wire, train) for wire in wires]:
             task.result()
@@ -244,7 +311,7 @@ def test_a_file_that_is_no_solution_is_named(run: RunConfig, tmp_path: Path) -> 
     path = Path(str(calibrations.solution_path(run, train)))
     Moments.empty(2, {"llama": 2}).save(path)
     with pytest.raises(
-        ClosedFormError, match="must be a latentwire-solution-1 file, got latentwire-moments"
+        ClosedFormError, match="must be a latentwire-solution-2 file, got latentwire-moments"
     ):
         begin.solved(run, train)
     path.write_bytes(b"nothing")
