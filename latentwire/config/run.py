@@ -137,6 +137,11 @@ class RunConfig(Section):
         """True for a text reader, which has no encoder."""
         return self.prompt.reads != "message"
 
+    @property
+    def cache_share(self) -> float:
+        """The share of a receiver's cache that a message in its retrieval heads takes."""
+        return self.adapter.cache_share or 1 / (self.encoder.tokens_per_latent or 1)
+
     def _check_reader(self) -> None:
         """Raise where a text reader is asked for what only a wire has."""
         if not self.is_reader:

@@ -80,13 +80,12 @@ class Interlingua(nn.Module):
             self.encoder = MessageLengths(run.encoder, names, tokenizers)
         else:
             # As many heads give keys and values as a message stands in.
-            share = run.adapter.cache_share or 1 / (run.encoder.tokens_per_latent or 1)
             self.encoder = InterlinguaEncoder(
                 run.encoder,
                 names,
                 load_weights=load_weights,
                 loaded=loaded,
-                head_share=share if run.encoder.sender_heads else None,
+                head_share=run.cache_share if run.encoder.sender_heads else None,
             )
         slots: int | None = run.encoder.latent_len + run.encoder.private_len
         if run.encoder.tokens_per_latent or run.encoder.split != "none":

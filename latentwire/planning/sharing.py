@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -183,12 +184,16 @@ def encoder_bytes(run: RunConfig) -> int:
     positions = messages_of(run) * run.data.max_context_bytes // BYTES_PER_TOKEN
     if encoder.kind == "senders":
         sources = sender_sources(encoder, by_name)
-        widths = [load_hf_config(source).get_text_config().hidden_size for source in sources]
+        configs = [load_hf_config(source).get_text_config() for source in sources]
+        widths = [config.hidden_size for config in configs]
         # No layer of a sender keeps anything for a gradient. The states are held as they are,
         # normalised, and side by side.
         words = ENCODER_WORDS * max(widths) + 3 * len(encoder.depths) * sum(widths)
         if encoder.pooling == "tokens":
             words += ENCODER_WORDS * encoder.code_blocks * encoder.code_width
+        if encoder.sender_heads:
+            # Keys and values of all layers, then those of the chosen heads as often as states.
+            words += round((1 + 3 * run.cache_share) * sum(map(_cache_words, configs)))
         return 4 * positions * words
     if encoder.pretrained:
         config = load_hf_config(backbone_source(encoder, by_name)).get_text_config()
@@ -196,6 +201,13 @@ def encoder_bytes(run: RunConfig) -> int:
     if encoder.has_memory:  # memory tokens stand behind the text, in the same pass
         positions += messages_of(run) * slots_of(run)
     return 4 * ENCODER_WORDS * positions * layers * width
+
+
+def _cache_words(config: Any) -> int:
+    """Return the numbers that a model's cache holds for a position, of its text configuration."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # A key and a value in every head.
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width
 
 
 def share(

@@ -121,9 +121,8 @@ def _lengths(run: RunConfig, condition: Condition) -> EncoderConfig:
     if run.encoder.has_memory:  # nothing is appended to a text that is not encoded
         changed |= {"pooling": "queries", "projection": True}
     if run.adapter.kind == "heads":  # as many positions as have as many entries
-        # A message fills ``share`` of the text's cache: one position in 1 / share has as much.
-        share = run.adapter.cache_share or 1 / (run.encoder.tokens_per_latent or 1)
-        changed |= {"pooling": "queries", "tokens_per_latent": text_stride(share)}
+        # A message fills that share of the text's cache: one position in 1 / share has as much.
+        changed |= {"pooling": "queries", "tokens_per_latent": text_stride(run.cache_share)}
     if condition.budget is not None:
         changed[condition.budget.knob] = condition.budget.value
     return run.encoder.model_copy(update=changed)

@@ -407,6 +407,11 @@ def test_planners_know_what_senders_take() -> None:
     codes = with_values(run, {"encoder.pooling": "tokens", "adapter.kind": "heads"})
     assert final_slots(codes) > 3 * final_slots(run)
     assert encoder_bytes(codes) > encoder_bytes(run) > 0
+    with_heads = with_values(codes, {"encoder.sender_heads": True, "closed_form": {}})
+    # Numbers of a position's cache in both toy models: 4 layers × 2 heads × keys and values.
+    caches = 2 * 4 * 2 * (32 + 28)
+    positions = encoder_bytes(with_heads) - encoder_bytes(codes)
+    assert positions % (4 * round(1.75 * caches)) == 0 and positions > 0
 
 
 @pytest.mark.parametrize(
