@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 
 from latentwire import exports
@@ -52,7 +53,9 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
     if exports.ENCODER in parts:
         # Encoder and adapters are fresh: codes and how they are read are solved for together.
         start = solved(run, train)
-        print(described(start), flush=True)
+        # All workers begin alike: the first one says how.
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(described(start), flush=True)
         fill(wire, start)
         return
     moments = Moments.load(calibrations.moments_path(run, train))
