@@ -20,8 +20,9 @@ SHORT = {
     "data.dev_fraction": 0.05,
     "data.validation_samples": 12,
     "evaluation.tuned_text": {"tokens": 16, "steps": 2, "batch_size": 4, "trials": 1},
-    # The other states and the blocks take most of the recipe's time.
-    "encoder.depths": [0.4, 0.8],
+    # The other states, the blocks and the width take most of the recipe's time.
+    "encoder.depths": [0.4],
+    "encoder.d_z": 1152,
     "encoder.code_blocks": 0,
     "adapter.unfold_blocks": 0,
     "adapter.ranking_texts": 6,
