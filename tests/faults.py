@@ -336,6 +336,14 @@ FAULTS = {
         "z_BLZ + 1e-6",
         "tests/models/test_token_codes.py::test_parts_are_exactly_zero_where_there_is_no_token_and_nowhere_else",
     ),
+    "senders_keys_stay_turned": line(
+        "models.senders:Sender._entries", "position_1T, back=True)", "position_1T)",
+        "tests/closed_form/test_begin.py::test_a_senders_keys_and_values_are_those_of_the_receiver",
+    ),
+    "keys_and_values_keep_their_mean": line(
+        "models.token_codes:TokenCodes._standardised", "(x_BTM[..., self.seen :] - self.mean_E)", "x_BTM[..., self.seen :]",
+        "tests/closed_form/test_begin.py::test_codes_of_keys_and_values_begin_as_the_closed_form",
+    ),
     "budget_of_positions_exceeded": line(
         "data.packing:_fitting", "return max(1, int(beyond[0]))", "return int(beyond[0]) + 1",
         "tests/data/test_packing.py::test_an_epoch_has_every_unit_once_and_no_batch_above_the_budget",
