@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -16,11 +17,12 @@ from latentwire.distributed import calibrations as distributed
 from latentwire.distributed.calibrations import first_texts, gather_part
 from latentwire.distributed.local_shards import local_shards
 from latentwire.evaluation.evaluator import predict
+from latentwire.model import LatentWire
 from latentwire.planning.calibrations import task_bytes
 from latentwire.planning.variants import calibration_runs
 from latentwire.training import checkpoints
 from latentwire.training.loop import Trainer
-from tests.conftest import HEADS, wire_of
+from tests.conftest import HEADS, choose_some_heads, shard_table, wire_of
 
 SMALL_HEADS: dict[str, Any] = HEADS | {
     "adapter": HEADS["adapter"] | {"ranking_texts": 6},
@@ -99,6 +101,40 @@ def test_texts_come_whole_and_each_to_one_part(run: RunConfig, tmp_path: Path) -
     assert not sets[0] & sets[1] and not sets[1] & sets[2]
     further = {row["context"] for row in first_texts(table, 10, 5).to_pylist()}
     assert not further & set(texts)
+
+
+def test_a_receiver_that_joins_is_told_what_the_senders_of_the_wire_give(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their heads are the wire's, not those that a ranking would choose for the receiver that joins."""
+    values = HEADS | {"encoder.sender_heads": True, "closed_form": {"texts": 6}}
+    wire = choose_some_heads(wire_of(with_values(run, values)))
+    wire.save_pretrained(tmp_path / "wire")
+    third = {"name": "third", "model": "toy-llama"}
+    receivers = [*(one.model_dump() for one in run.receivers), third]
+    joining = with_values(
+        wire.run, {"receivers": receivers, "training.init_from": str(tmp_path / "wire")}
+    )
+    assert calibrations.fresh(joining, "adapters") == ["third"]
+    table = shard_table(joining, 8)
+    encoder: Any = wire.interlingua.encoder
+    ids = encoder.token_ids(table["context"].to_pylist())
+    table = table.append_column("encoder_ids", pa.array(ids))
+    monkeypatch.setattr(shards, "read_table", lambda *_: table)
+
+    def choose_last(wire: LatentWire, receiver: str, _: object, *, senders: bool) -> None:
+        adapter: Any = wire.interlingua.adapters[receiver]
+        heads = torch.tensor([(3, 1), (3, 0), (2, 1)])
+        adapter.choose(heads.tolist(), torch.zeros(4, 2))
+        assert not senders
+
+    monkeypatch.setattr(begin, "choose_heads", choose_last)
+    moments = gather_part(joining, tmp_path, 0, 1)
+    texts = list(dict.fromkeys(table["context"].to_pylist()))[:6]
+    tokens = encoder.tokenize(texts)
+    x_BTM = encoder.states(**tokens.tensors, length_B=tokens.length_B)
+    assert moments.count == int(tokens.length_B.sum())
+    torch.testing.assert_close(moments.x_M, x_BTM.double().sum((0, 1)), atol=1e-3, rtol=1e-4)
 
 
 def test_a_pass_is_shared_out_over_as_many_tasks_as_there_is_room_for(
