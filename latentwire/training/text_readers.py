@@ -122,7 +122,11 @@ def _lengths(run: RunConfig, condition: Condition) -> EncoderConfig:
         changed |= {"pooling": "queries", "projection": True}
     if run.adapter.kind == "heads":  # as many positions as have as many entries
         # A message fills that share of the text's cache: one position in 1 / share has as much.
-        changed |= {"pooling": "queries", "tokens_per_latent": text_stride(run.cache_share)}
+        changed |= {
+            "pooling": "queries",
+            "sender_heads": False,
+            "tokens_per_latent": text_stride(run.cache_share),
+        }
     if condition.budget is not None:
         changed[condition.budget.knob] = condition.budget.value
     return run.encoder.model_copy(update=changed)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from latentwire.config import EncoderConfig, RunConfig, SweepConfig
 from latentwire.config.resolve import ConfigError, with_values
+from latentwire.data.readers import TrainingBudget
 from latentwire.data.shards import shard_key
 from latentwire.model import LatentWire
 from latentwire.models.encoders import (
@@ -37,7 +38,7 @@ from latentwire.planning.planner import WORKER_BASE_BYTES, Plan, plan
 from latentwire.planning.sharing import encoder_bytes, final_slots
 from latentwire.pretrained import weights
 from latentwire.pretrained.weights import ReceiverError
-from latentwire.training.text_readers import _lengths
+from latentwire.training.text_readers import _lengths, reader_run
 from tests.conftest import HEADS, choose_some_heads
 from tests.models.test_encoders import RECEIVERS, TEXTS, sentence_encoder
 
@@ -400,6 +401,18 @@ def test_a_text_reader_counts_by_the_senders_of_its_wire() -> None:
     assert lengths.senders == ("toy-qwen", "toy-phi")
     everyone = _lengths(with_values(run, {"encoder.senders": ()}), Condition("truncated"))
     assert everyone.senders == ("toy-llama", "toy-qwen")
+
+
+def test_a_text_reader_counts_by_a_wire_whose_senders_give_keys_and_values(run: RunConfig) -> None:
+    """It reads text: nobody sends it anything, so its configuration asks for no heads."""
+    from latentwire.evaluation.conditions import Condition
+
+    heads = {"encoder.sender_heads": True, "closed_form": {}, "evaluation.tuned_text": {"steps": 2}}
+    wire = with_values(run, HEADS | heads)
+    condition = Condition("truncated", tuned=True)
+    reader = reader_run(wire, wire.receivers, condition, TrainingBudget(2, 2), 8, 0.1)
+    assert reader.is_reader and not reader.encoder.sender_heads
+    assert reader.encoder.tokens_per_latent == 2  # 0.4 of the cache
 
 
 def test_planners_know_what_senders_take() -> None:
