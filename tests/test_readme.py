@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError
 from latentwire.cli import app, as_written
 from latentwire.config import EncoderConfig, FeaturesConfig, LossConfig, TuneConfig
 from latentwire.config.files import SHIPPED
+from latentwire.config.knobs import knob_of
 from latentwire.config.resolve import knobs
 from latentwire.features.base import Feature
 from latentwire.features.registry import FEATURES
@@ -167,7 +168,7 @@ def test_every_command_that_the_documents_show_is_one() -> None:
                     value,
                 )
             if flag in ("--set", "--scratch") and "…" not in value:
-                path = value.partition("=")[0].removeprefix("run.")
+                path = knob_of(value.partition("=")[0].removeprefix("run."))
                 exists = path in known | sections | {"PLACEHOLDER"} or path.startswith("receivers.")
                 assert exists, (document, program, path)
 
