@@ -336,8 +336,12 @@ FAULTS = {
         "z_BLZ + 1e-6",
         "tests/models/test_token_codes.py::test_parts_are_exactly_zero_where_there_is_no_token_and_nowhere_else",
     ),
-    "senders_keys_stay_turned": line(
-        "models.senders:Sender._entries", "position_1T, back=True)", "position_1T)",
+    "own_keys_stay_turned": line(
+        "models.head_slots:cached_entries", "position_RT, back=True)", "position_RT)",
+        "tests/closed_form/test_begin.py::test_a_receivers_own_keys_and_values_are_the_most_a_message_can_be",
+    ),
+    "senders_give_their_heads_backwards": line(
+        "models.sender:Sender.forward", "chosen(self.head_J2))", "chosen(self.head_J2.flip(0)))",
         "tests/closed_form/test_begin.py::test_a_senders_keys_and_values_are_those_of_the_receiver",
     ),
     "keys_and_values_keep_their_mean": line(

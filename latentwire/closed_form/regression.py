@@ -26,7 +26,7 @@ FORMAT = "latentwire-solution-2"
 """Marks a file of this kind."""
 
 STD_FLOOR = 1e-3
-"""The least standard deviation that an entry of the targets is divided by."""
+"""The least standard deviation that an entry of targets or states is divided by."""
 LEAST_SPREAD = 1e-6
 """The least standard deviation that a code is divided by, as a share of the first code's."""
 
@@ -55,7 +55,7 @@ class Start:
     mean_M: torch.Tensor
     """Mean of x over the texts."""
     std_M: torch.Tensor
-    """Its standard deviation."""
+    """Its standard deviation, ``STD_FLOOR`` at least."""
     decoders: dict[str, Decoder]
     """One for each receiver."""
     energy_D: torch.Tensor
@@ -162,7 +162,7 @@ def solve(
     mean_M = moments.x_M / moments.count
     # S = E[x xᵀ] − E[x] E[x]ᵀ. Matrices are large: they change in place, and go as soon as possible.
     covariance_MM = (moments.xx_MM / moments.count).addr_(mean_M, mean_M, alpha=-1)
-    std_M = covariance_MM.diagonal().clamp(min=0).sqrt()
+    std_M = covariance_MM.diagonal().clamp(min=0).sqrt().clamp(min=STD_FLOOR)
     penalty = ridge * covariance_MM.diagonal().mean().item()
     covariance_MM.diagonal().add_(penalty)
     root_MM = _cholesky(covariance_MM, "ridge", ridge)

@@ -140,7 +140,7 @@ class RunConfig(Section):
     @property
     def cache_share(self) -> float:
         """The share of a receiver's cache that a message in its retrieval heads takes."""
-        return self.adapter.cache_share or 1 / (self.encoder.tokens_per_latent or 1)
+        return self.adapter.share_at(self.encoder.tokens_per_latent or 1)
 
     def _check_reader(self) -> None:
         """Raise where a text reader is asked for what only a wire has."""

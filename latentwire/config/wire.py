@@ -366,3 +366,7 @@ class AdapterConfig(Section):
     (clamping it hurts: 2026.acl-long.1717); ``embed_rms``: each example is held at that RMS; ``none``: as it comes."""
     slot_positions: bool = False
     """Add a learned vector per slot. Needs a fixed number of slots (``tokens_per_latent`` null)."""
+
+    def share_at(self, tokens: int) -> float:
+        """Return the share of the cache that ``heads`` takes, at so many tokens a latent."""
+        return 1 / tokens if self.cache_share is None else self.cache_share

@@ -97,12 +97,15 @@ def moments_path(run: RunConfig, train: Place) -> Place:
     # For a receiver that joins there is nothing to be weighed.
     gradient_texts = run.closed_form.gradient_texts if has_fresh_encoder(run) else 0
     # Other files stand here by their names, which hold the hashes of all that made them.
+    states = [run.encoder.depths, run.encoder.lead]
+    if run.encoder.sender_heads:
+        states.append("heads")
     spec = {
         "rankings": [path.name for path in rankings],
         "cache_share": run.adapter.cache_share,
         "tokens_per_latent": run.encoder.tokens_per_latent,
         "senders": [_weights(sender) for sender in sender_sources(run.encoder, named)],
-        "states": [run.encoder.depths, run.encoder.lead, *(["heads"] * run.encoder.sender_heads)],
+        "states": states,
         "texts": [run.closed_form.texts, gradient_texts],
     }
     return train.parent / f"moments-{_hash(spec)}.safetensors"

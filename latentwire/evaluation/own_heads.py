@@ -10,8 +10,7 @@ import torch
 from latentwire.config import RunConfig
 from latentwire.config.resolve import ConfigError
 from latentwire.model import LatentWire
-from latentwire.models.head_slots import Heads, by_layer
-from latentwire.models.key_heads import rotated
+from latentwire.models.head_slots import Heads, cached_entries
 from latentwire.pretrained.weights import ReceiverError
 from latentwire.prompts.batch import collate
 
@@ -59,21 +58,8 @@ def own_entries(
         )
     # Head, prefix, then the text, padded on its right: all texts start at one position.
     start = len(builder.head_ids) + builder.prefix
-    longest = batch.ids_BS.shape[1] - start
-    position_RT = torch.arange(start, start + longest, device=lm.device)[None]
     with torch.no_grad(), wire.reading(receiver, batch, None) as soft_ND:
-        layers: Any = lm.prefill(batch, soft_ND).cache.layers
-        parts = []
-        for layer, here in by_layer(heads).items():
-            # heads: (layer, head) pairs; `here` is the stretch of them in this layer.
-            numbers = [head for _, head in heads[here]]
-            key_RHTD = layers[layer].keys[:, numbers, start:]
-            # A cache holds keys that are turned to their positions; a message's are not.
-            key_RHTD = rotated(lm.lm, layer, key_RHTD, position_RT, back=True)
-            value_RHTD = layers[layer].values[:, numbers, start:].float()
-            # [R, H, 2, T, D]: a key, then a value
-            parts.append(torch.stack((key_RHTD, value_RHTD), 2))
-    # [R, J, 2, T, D] → [R, T, E] with E = J · 2 · D
-    entry_RTE = torch.cat(parts, 1).permute(0, 3, 1, 2, 4).flatten(2)
+        cache = lm.prefill(batch, soft_ND).cache
+        entry_RTE = cached_entries(lm.lm, cache, heads, start)
     # Without the padding.
     return [entry_TE[: len(ids)] for entry_TE, ids in zip(entry_RTE, texts, strict=True)]

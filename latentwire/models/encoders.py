@@ -202,8 +202,7 @@ class InterlinguaEncoder(nn.Module):
         self.project: nn.Module = nn.Identity()
         self.codes: TokenCodes | None = None
         if config.pooling == "tokens":
-            entries = self.states.entries if isinstance(self.states, SenderStates) else 0
-            self.codes = TokenCodes(self.states.width, config, entries)
+            self.codes = TokenCodes(self.states.width, config, self.states.entries)
         elif config.projection:
             self.norm = nn.LayerNorm(self.states.width)
             self.project = nn.Linear(self.states.width, config.d_z // self.parts)

@@ -32,6 +32,21 @@ Heads = tuple[tuple[int, int], ...]
 """Chosen key-value heads: (layer, head), sorted."""
 
 
+def none_chosen(count: int) -> torch.Tensor:
+    """Return the place ``[J, 2]`` of so many heads (layer, head) that are not chosen yet: −1."""
+    return torch.full((count, 2), -1, dtype=torch.long)
+
+
+def chosen(head_J2: torch.Tensor) -> Heads:
+    """Return chosen heads. Raises :class:`~latentwire.pretrained.weights.ReceiverError` where none are chosen."""
+    if int(head_J2.min()) < 0:
+        raise ReceiverError(
+            "adapter.kind heads reads with heads that a calibration has chosen, got none chosen; train the wire, "
+            "or load one that was trained"
+        )
+    return tuple((layer, head) for layer, head in head_J2.tolist())
+
+
 def by_layer(heads: Heads) -> dict[int, slice]:
     """Return layer → where its heads stand among the chosen ones."""
     layers: dict[int, slice] = {}
@@ -40,6 +55,30 @@ def by_layer(heads: Heads) -> dict[int, slice]:
         start = layers[layer].start if layer in layers else place
         layers[layer] = slice(start, place + 1)
     return layers
+
+
+def cached_entries(lm: nn.Module, cache: Any, heads: Heads, start: int = 0) -> torch.Tensor:
+    """Return a model's own keys (before rotary positions) and values in some heads, ``[R, T, E]``.
+
+    Args:
+        lm: the model.
+        cache: what it has kept of R rows, whose places count as positions.
+        heads: J chosen heads. Of each there is a key, then a value: E = J · 2 · D.
+        start: the first place that is wanted.
+    """
+    parts = []
+    for layer, here in by_layer(heads).items():
+        # heads: (layer, head) pairs; `here` is the stretch of them in this layer.
+        numbers = [head for _, head in heads[here]]
+        key_RHTD = cache.layers[layer].keys[:, numbers, start:]
+        position_RT = torch.arange(start, start + key_RHTD.shape[2], device=key_RHTD.device)[None]
+        # A cache holds keys that are turned to their positions; a message's are not.
+        key_RHTD = rotated(lm, layer, key_RHTD, position_RT, back=True)
+        value_RHTD = cache.layers[layer].values[:, numbers, start:].float()
+        # [R, H, 2, T, D]: a key, then a value
+        parts.append(torch.stack((key_RHTD, value_RHTD), 2))
+    # [R, J, 2, T, D] → [R, T, E]
+    return torch.cat(parts, 1).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 @dataclass(frozen=True)

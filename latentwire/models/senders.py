@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,32 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentwire.config import EncoderConfig, ReceiverConfig
 from latentwire.config.wire import LENT
-from latentwire.models.backbones import (
-    TokenStates,
-    joined,
-    keep_layers,
-    load_backbone,
-    windows,
-    wrapping,
-)
-from latentwire.models.key_heads import heads_within, rotated, shape_of
-from latentwire.pretrained.weights import (
-    ReceiverError,
-    fingerprint,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    resolve,
-)
-from latentwire.tokens import token_bytes
+from latentwire.models.backbones import TokenStates
+from latentwire.models.sender import Sender
+from latentwire.pretrained.weights import fingerprint, resolve
 
 SEPARATOR = -1
 """Stands in a text's prepared row between the ids of one sender and those of the next.
 
 The row is flat, as shards keep it: the ruler's ids first. Of one sender it is that sender's ids.
 """
-EPS = 1e-8
-"""Added to a state's mean square: embeddings are small, with mean squares from 1e-4."""
 
 
 def joined_row(ids: Sequence[Sequence[int]]) -> list[int]:
@@ -113,173 +94,6 @@ def lender_of(source: ReceiverConfig, receivers: Mapping[str, ReceiverConfig]) -
     return None
 
 
-def twin_of(lm: nn.Module) -> Any:
-    """Return a causal LM without its head, in modules of its own over the very same weights.
-
-    What is done to the LM's own modules does not reach it: heads that see messages, activations
-    that are computed again, layers that are compiled.
-    """
-    base: Any = lm.base_model
-    # The memo tells deepcopy that each weight is copied already: to itself.
-    return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
-
-
-class Sender(nn.Module):
-    """One frozen causal LM that reads texts as it was trained, and whose states are taken."""
-
-    def __init__(
-        self,
-        source: ReceiverConfig,
-        depths: Sequence[float],
-        lead: str,
-        load_weights: bool,
-        lm: nn.Module | None = None,
-        head_share: float | None = None,
-    ) -> None:
-        """Load the LM's layers up to the deepest of ``depths``, shares of all its layers.
-
-        Args:
-            source: the LM.
-            depths: where its states are taken.
-            lead: what it reads before every text.
-            load_weights: whether its weights are needed; else it has shapes alone.
-            lm: the same LM where it is loaded already. Its weights serve both.
-            head_share: share of the LM's cache whose heads give their keys and values too; None: no
-                head does. All layers are kept then.
-
-        Raises:
-            ReceiverError: it cannot be loaded.
-        """
-        super().__init__()
-        self.tokenizer = load_tokenizer(source)
-        # Windows keep to the backbone's positions; nothing to warn about.
-        self.tokenizer.model_max_length = 10**9
-        if lm is not None:
-            backbone = twin_of(lm)
-        else:
-            # A shape alone may be asked for where there is no such device.
-            dtype = torch.float32
-            if load_weights:
-                dtype = pick_dtype(source.dtype, pick_device(source.device))
-            backbone = load_backbone(source, load_weights, dtype)
-        self.backbone = backbone.requires_grad_(False).eval()
-        text_config = self.backbone.config.get_text_config()
-        self.layers: int = text_config.num_hidden_layers
-        self.depths = [round(depth * self.layers) for depth in depths]
-        if not hasattr(self.backbone, "layers"):
-            raise ReceiverError(
-                f"encoder.senders must be causal LMs with a list of layers, {source.model} is a "
-                f"{type(self.backbone).__name__} without; name another model"
-            )
-        # Depth 0 is what the first layer reads, so one layer at least stays.
-        if head_share is None:
-            keep_layers(self.backbone, max(1, *self.depths), "encoder.depths")
-        self.width: int = len(self.depths) * text_config.hidden_size
-        self.entries = 0
-        self.head_J2: torch.Tensor
-        if head_share is not None:
-            shape = shape_of(self.backbone)
-            # −1: not chosen yet.
-            chosen_J2 = torch.full((heads_within(head_share, shape), 2), -1, dtype=torch.long)
-            self.register_buffer("head_J2", chosen_J2)
-            self.entries = chosen_J2.numel() * shape[2]
-        self.prefix, _ = wrapping(self.tokenizer)
-        self.prefix = [*self.prefix, *self.tokenizer(lead, add_special_tokens=False).input_ids]
-        self.window = int(text_config.max_position_embeddings) - len(self.prefix)
-        self.token_bytes = token_bytes(self.tokenizer)
-
-    def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Return by name the :func:`~latentwire.models.backbones.windows` of a text's ids.
-
-        What the tokenizer puts after a text is left out: no token before it sees it.
-        """
-        return windows(rows, self.prefix, (), self.window)
-
-    def ends(self, row: Sequence[int]) -> torch.Tensor:
-        """Return the places in bytes ``[S]`` at which a text's tokens end."""
-        return self.token_bytes[torch.tensor(row, dtype=torch.long)].long().cumsum(0)
-
-    def forward(
-        self,
-        ids_WT: torch.Tensor,
-        attention_WT: torch.Tensor,
-        real_WT: torch.Tensor,
-        length_B: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the states of all depths side by side in fp32, ``[B, S, M]``, each of RMS 1.
-
-        Keys and values of heads stand behind them. There is at least one state a row; those after a
-        row's own ``length_B`` are zero.
-        """
-        states, cache = self._read(ids_WT, attention_WT)
-        parts = []
-        for depth in self.depths:
-            x_BSD = joined(states[depth], real_WT, length_B).float()
-            parts.append(F.rms_norm(x_BSD, x_BSD.shape[-1:], eps=EPS))
-        if self.entries:
-            parts.append(joined(self._entries(cache), real_WT, length_B))
-        return torch.cat(parts, -1)
-
-    def _entries(self, cache: Any) -> torch.Tensor:
-        """Return the keys (before rotary positions) and values of the chosen heads, ``[W, T, E]``.
-
-        For each head a key, then a value, in the order of an adapter's entries.
-        """
-        parts = []
-        for layer, head in self.head_J2.tolist():
-            assert layer >= 0, "a calibration chooses heads before a text is read"
-            key_W1TD = cache.layers[layer].keys[:, head : head + 1]
-            # Windows are padded on the right: places count from 0.
-            position_1T = torch.arange(key_W1TD.shape[2], device=key_W1TD.device)[None]
-            # A cache holds keys that are turned to their positions; a message's are not.
-            key_W1TD = rotated(self.backbone, layer, key_W1TD, position_1T, back=True)
-            parts += [key_W1TD[:, 0], cache.layers[layer].values[:, head].float()]
-        return torch.cat(parts, -1)
-
-    def _read(
-        self, ids_WT: torch.Tensor, attention_WT: torch.Tensor
-    ) -> tuple[dict[int, torch.Tensor], Any]:
-        """Return depth → what transformers calls ``hidden_states[depth]``, ``[W, T, D]``; and the cache.
-
-        These are what the first layer reads, what each layer gives, and, after the last layer of
-        the whole model alone, what its final normalisation makes of that. There is a cache where
-        heads give their keys and values.
-        """
-        from transformers import DynamicCache
-
-        # Without a configuration it keeps every position, in layers that see a window, too.
-        cache = DynamicCache() if self.entries else None
-        states: dict[int, torch.Tensor] = {}
-
-        def keep_input(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            states[0] = args[0] if args else options["hidden_states"]
-
-        def keep_output(depth: int) -> Any:
-            def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-                states[depth] = output[0] if isinstance(output, tuple) else output
-
-            return keep
-
-        layers = self.backbone.layers
-        # In its own type, whatever the trained parts compute in.
-        exact = torch.autocast(ids_WT.device.type, enabled=False)
-        with torch.no_grad(), exact, ExitStack() as stack:
-            first = layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
-            stack.callback(first.remove)
-            for depth in {*self.depths} - {0, self.layers}:
-                # Layers count from 0, and depth 1 is what the first of them gives.
-                stack.callback(layers[depth - 1].register_forward_hook(keep_output(depth)).remove)
-            output = self.backbone(
-                input_ids=ids_WT,
-                attention_mask=attention_WT,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        if self.layers in self.depths:
-            states[self.layers] = output.last_hidden_state
-        return states, cache
-
-
 class SenderStates(TokenStates):
     """States of frozen senders, one for each token of the *ruler*, the first sender's tokenizer.
 
@@ -317,10 +131,9 @@ class SenderStates(TokenStates):
         self.senders = nn.ModuleList()
         for source, lender in zip(sources, self.lenders, strict=True):
             lm = loaded.get(lender or "")
-            reading = config.depths, config.lead, load_weights
-            self.senders.append(Sender(source, *reading, lm, head_share))
+            depths, lead = config.depths, config.lead
+            self.senders.append(Sender(source, depths, lead, load_weights, lm, head_share))
         self.entries = sum(sender.entries for sender in self._senders)
-        """The last numbers of a state, which are keys and values of senders' heads."""
         self.width = sum(sender.width for sender in self._senders) + self.entries
         self.names = [source.name for source in sources]
         self.tokenizer = self._senders[0].tokenizer
@@ -411,17 +224,15 @@ class SenderStates(TokenStates):
             for name, tensor in tensors.items():
                 if name.startswith(lead):
                     named[name.removeprefix(lead)] = tensor
-            if not number:
+            if number:
+                # Texts without any tokens have one state all the same, and so need a place to read at.
+                read_BS = F.pad(named.pop("read_BS"), (0, len(place_S)))[:, : len(place_S)]
+                x_BUM = sender(**named)  # U: this sender's own tokens
+                # gather takes an index for every entry of a state: [B, S] → [B, S, M].
+                x_BSM = x_BUM.gather(1, read_BS[..., None].expand(-1, -1, x_BUM.shape[2]))
+                x_BSM = x_BSM.masked_fill(gone_BS1, 0)
+            else:
                 x_BSM = sender(**named, length_B=length_B)
-                parts.append(x_BSM[..., : sender.width])
-                entries.append(x_BSM[..., sender.width :])
-                continue
-            # Texts without any tokens have one state all the same, and so need a place to read at.
-            read_BS = F.pad(named.pop("read_BS"), (0, len(place_S)))[:, : len(place_S)]
-            x_BUM = sender(**named)  # U: this sender's own tokens
-            # gather takes an index for every entry of a state: [B, S] → [B, S, M].
-            x_BSM = x_BUM.gather(1, read_BS[..., None].expand(-1, -1, x_BUM.shape[2]))
-            x_BSM = x_BSM.masked_fill(gone_BS1, 0)
             parts.append(x_BSM[..., : sender.width])
             entries.append(x_BSM[..., sender.width :])
         return torch.cat(parts + entries, -1)

@@ -28,6 +28,8 @@ class States(nn.Module, ABC):
 
     width: int
     """M, the width of one state."""
+    entries: int = 0
+    """How many of a state's last numbers are keys and values of heads, and no state."""
     tokenizer: Any
     """The tokenizer, of a kind that reads its ids (``encoder.pretrained``): shards hold its
     ids ready. Of several, the first."""

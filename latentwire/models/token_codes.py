@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from latentwire.config import EncoderConfig
 from latentwire.models.attention import Block, rotary_of
 
-LEAST_SPREAD = 1e-3
-"""The least standard deviation that an entry of the keys and values is divided by."""
 PLACE_SCALE = 0.02
 """Size at which the vectors of the places in a latent begin."""
 
@@ -26,9 +24,9 @@ class TokenCodes(nn.Module):
     """Token states → latents of R tokens each: K = Z/R numbers a token, side by side.
 
     A token's code is a linear map of its state, plus what blocks of attention over all tokens add;
-    a square map, where it is asked for, then mixes the codes of one latent. Blocks and mixing add nothing at first, so that
-    the linear map can be filled in closed form. The parts of tokens that are not there are exactly
-    zero, by which a receiver knows.
+    a square map, where it is asked for, then mixes the codes of one latent. Blocks and mixing add
+    nothing at first, so that the linear map can be filled in closed form. The parts of tokens that
+    are not there are exactly zero, by which a receiver knows.
     """
 
     def __init__(self, width: int, config: EncoderConfig, entries: int = 0) -> None:
@@ -88,12 +86,12 @@ class TokenCodes(nn.Module):
     ) -> None:
         """Take over a linear map of states as they come, code = x @ encoder_MK + bias_K.
 
-        ``mean_M``, ``std_M``: the states' own, over texts.
+        ``mean_M``, ``std_M``: the states' own, over texts; no deviation is zero.
         """
         weight_KM = encoder_MK.T.clone()
         if self.entries:
             self.mean_E.copy_(mean_M[self.seen :])
-            self.spread_E.copy_(std_M[self.seen :].clamp(min=LEAST_SPREAD))
+            self.spread_E.copy_(std_M[self.seen :])
             # W y + b = (W s) (y − m) / s + (b + W m), with y the keys and values.
             part_KE = weight_KM[:, self.seen :]
             bias_K = bias_K + part_KE @ self.mean_E.to(part_KE)

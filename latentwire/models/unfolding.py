@@ -9,7 +9,7 @@ from torch import nn
 
 from latentwire.config import AdapterConfig
 from latentwire.models.attention import Block, rotary_of
-from latentwire.models.head_slots import Heads
+from latentwire.models.head_slots import Heads, chosen, none_chosen
 from latentwire.models.key_heads import heads_within
 from latentwire.models.token_codes import square_map
 from latentwire.pretrained.weights import ReceiverError
@@ -61,7 +61,7 @@ class Unfolding(nn.Module):
         """
         super().__init__()
         layers, heads, self.head_width = shape
-        self.share = share = 1 / tokens if config.cache_share is None else config.cache_share
+        self.share = share = config.share_at(tokens)
         self.all_heads = layers * heads
         count = heads_within(share, shape)
         if count < 1:
@@ -72,8 +72,7 @@ class Unfolding(nn.Module):
         self.tokens, self.codes = tokens, d_z // tokens
         self.kind = config.kind
         self.head_J2: torch.Tensor
-        # −1: not chosen yet.
-        self.register_buffer("head_J2", torch.full((count, 2), -1, dtype=torch.long))
+        self.register_buffer("head_J2", none_chosen(count))
         self.score_LH: torch.Tensor
         self.register_buffer("score_LH", torch.zeros(layers, heads))
         # A key and a value in each chosen head.
@@ -94,12 +93,7 @@ class Unfolding(nn.Module):
     @property
     def heads(self) -> Heads:
         """The chosen heads. Raises :class:`ReceiverError` where none are chosen."""
-        if int(self.head_J2.min()) < 0:
-            raise ReceiverError(
-                "adapter.kind heads reads with heads that a calibration has chosen, got none chosen; train the wire, "
-                "or load one that was trained"
-            )
-        return tuple((layer, head) for layer, head in self.head_J2.tolist())
+        return chosen(self.head_J2)
 
     def choose(self, heads: Heads, score_LH: torch.Tensor) -> None:
         """Take the chosen heads, as many as the share of the cache allows, and all heads' scores."""

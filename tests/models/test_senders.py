@@ -23,8 +23,8 @@ from latentwire.models.encoders import (
 )
 from latentwire.models.head_slots import HeadEntries, seen
 from latentwire.models.key_heads import shape_of
+from latentwire.models.sender import EPS
 from latentwire.models.senders import (
-    EPS,
     SEPARATOR,
     SenderStates,
     joined_row,
