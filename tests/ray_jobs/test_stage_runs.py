@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 STEPS = (
     "--max_steps=4", "--set", "training.evaluate_every=2", "--set", "stages.recite.training.max_steps=40",
     "--set", "stages.recite.training.evaluate_every=10", "--set", "stages.recite.training.alignment_steps=4",
-    "--set", "stages.recite.training.coarsening_steps=4", "--set", "tune.trials=2",
+    "--set", "stages.recite.training.coarsening_steps=4",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_a_shared_stage_survives_its_driver_and_serves_a_single_run(tmp_path: Pa
 
     places = ("--set", f"data.shard_dir={shards}")
     flags = ("--config", "toy_stages", *TINY, *STEPS, *places)
-    process = command("tune", *flags, "--output", str(output))
+    process = command("tune", *flags, "--set", "tune.trials=2", "--output", str(output))
     try:
         work = ".stage-recite-*.training/checkpoints/step-*/manifest.json"
         wait_for(lambda: list(shards.glob(work)))
