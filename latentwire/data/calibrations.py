@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from latentwire.config import ReceiverConfig, RunConfig
@@ -36,21 +36,22 @@ def readers(run: RunConfig, train: Place) -> dict[str, Place]:
     return {r.name: teaching_reader(run, r, train) for r in run.receivers}
 
 
-def loaded(run: RunConfig) -> Collection[str]:
-    """Return the files of ``training.init_from``, from which parts of a fresh run are loaded.
+def loaded(run: RunConfig) -> Mapping[str, str]:
+    """Return the files of ``training.init_from``, from which parts of a fresh run are loaded, with their hashes.
 
-    Empty where it is not there yet: a sweep may search it. The stages of a run have the same parts.
+    Empty where it is not there yet: a sweep may search it. The stages of a run have the same parts,
+    whose hashes are not known beforehand.
     """
     if run.training.init_from is None:
-        return ()
+        return {}
     if run.training.init_from.startswith(STAGE):
         # The stage before may not be trained yet: its files are known all the same.
         files = [ENCODER]
         for part in ("adapters", "prefixes"):
             files += [f"{part}/{receiver.name}.safetensors" for receiver in run.receivers]
-        return files
+        return dict.fromkeys(files, "")
     manifest = text_if_there(place(run.training.init_from) / "manifest.json")
-    return () if manifest is None else json.loads(manifest)["files"]
+    return {} if manifest is None else json.loads(manifest)["files"]
 
 
 def fresh(run: RunConfig, folder: Literal["adapters", "prefixes"]) -> list[str]:
@@ -97,9 +98,12 @@ def moments_path(run: RunConfig, train: Place) -> Place:
     # For a receiver that joins there is nothing to be weighed.
     gradient_texts = run.closed_form.gradient_texts if has_fresh_encoder(run) else 0
     # Other files stand here by their names, which hold the hashes of all that made them.
-    states = [run.encoder.depths, run.encoder.lead]
+    states: list[Any] = [run.encoder.depths, run.encoder.lead]
     if run.encoder.sender_heads:
         states.append("heads")
+        if not has_fresh_encoder(run):
+            # The senders' heads are those of the wire that is joined.
+            states.append(loaded(run)[ENCODER])
     spec = {
         "rankings": [path.name for path in rankings],
         "cache_share": run.adapter.cache_share,

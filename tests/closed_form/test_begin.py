@@ -1,5 +1,6 @@
 """A wire in closed form is the text itself where nothing is lost, and the best of its size where something is."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -493,6 +494,25 @@ def test_moments_hang_on_what_they_are_made_of_and_on_no_width(
     ):
         names.add(calibrations.moments_path(with_values(whole, other), train).name)
     assert len(names) == 7
+
+
+def test_moments_of_one_that_joins_hang_on_the_heads_of_the_wires_senders(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    """Which heads give keys and values is the earlier wire's choice; states are the same for all."""
+    train = shards_at(tmp_path)
+    senders = {"encoder.senders": ["receiver:llama"]}
+    with_heads = with_values(run, SENDER_HEADS | senders)
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for wire in ("one", "other"):
+        files = {"interlingua.safetensors": wire, "adapters/llama.safetensors": "same"}
+        (tmp_path / wire).mkdir()
+        (tmp_path / wire / "manifest.json").write_text(json.dumps({"files": files}))
+        for given in names:
+            values = {"encoder.sender_heads": given, "training.init_from": str(tmp_path / wire)}
+            path = calibrations.moments_path(with_values(with_heads, values), train)
+            names[given].add(path.name)
+    assert len(names[True]) == 2 and len(names[False]) == 1
 
 
 def shards_at(folder: Path) -> Path:
