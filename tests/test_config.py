@@ -78,6 +78,10 @@ def write(tmp_path: Path, text: str) -> Path:
             "a choice must be a number, a text or a switch, got None; of a section its knobs can be searched",
         ),
         (
+            "search: {training.encoder_lr: {type: categorical, choices: [1.0, .inf]}}",
+            "a choice must be finite, got inf; leave it out (",
+        ),
+        (
             "search: {encoder.latent_len: {type: int, low: 0, high: 4}}",
             "latent_len must be ≥ 1, got 0",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -15,6 +16,8 @@ def _plain(value: Any) -> Any:
         raise ValueError(
             f"a choice must be a number, a text or a switch, got {value!r}; of a section its knobs can be searched"
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a choice must be finite, got {value!r}; leave it out")
     return value
 
 
