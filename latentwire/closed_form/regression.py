@@ -238,7 +238,8 @@ def decoder_for(
         encoder_bias_K: see there.
         ridge: penalty of the regression, as a share of the codes' mean variance.
     """
-    one, encoder_MK = moments.receivers[receiver], encoder_MK.double()
+    # The sums are float64 on the CPU, the wire may be on a GPU.
+    one, encoder_MK = moments.receivers[receiver], encoder_MK.to(moments.x_M)
     mean_M, mean_E = moments.x_M / moments.count, one.y_E / moments.count
     # Cov(code) = Aᵀ Cov(x) A, and Cov(code, y) = Aᵀ Cov(x, y).
     covariance_MM = (moments.xx_MM / moments.count).addr_(mean_M, mean_M, alpha=-1)
@@ -248,7 +249,7 @@ def decoder_for(
     codes_KK.diagonal().add_(ridge * codes_KK.diagonal().mean().item())
     decoder_KE = torch.cholesky_solve(cross_KE, _cholesky(codes_KK, "ridge", ridge))
     # y ≈ mean y + (code − mean code) B, so the bias is mean y − (mean code) B.
-    mean_K = mean_M @ encoder_MK + encoder_bias_K.double()
+    mean_K = mean_M @ encoder_MK + encoder_bias_K.to(mean_M)
     return Decoder(decoder_KE.float(), (mean_E - mean_K @ decoder_KE).float())
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from latentwire.closed_form.moments import ClosedFormError, Moments
 from latentwire.closed_form.regression import Metric, Start, decoder_for, energy_up_to, solve
@@ -257,3 +258,14 @@ def test_one_that_joins_reads_given_codes_as_least_squares_do(texts: Texts) -> N
     there = code_NK @ had.decoder_KE.double() + had.bias_E
     again = code_NK @ own.decoder_KE.double() + own.bias_E
     torch.testing.assert_close(again, there, atol=1e-3, rtol=1e-3)
+
+
+def test_codes_of_a_wire_on_a_gpu_are_regressed_where_the_sums_are() -> None:
+    """Sums lie on the CPU. Tensors without numbers stand for a GPU's: products of two devices fail."""
+    with FakeTensorMode():
+        moments = Moments.empty(WIDTH, ENTRIES)
+        moments.count = 1
+        encoder_MK, bias_K = torch.zeros(WIDTH, 3, device="cuda"), torch.zeros(3, device="cuda")
+        # The ridge is a number of the codes' products: what was multiplied lay on one device.
+        with pytest.raises(DataDependentOutputException):
+            decoder_for(moments, "llama", encoder_MK, bias_K)
