@@ -16,7 +16,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from latentwire.cli import run_script
-from latentwire.cli.flags import MANY, NO_FLAGS, SharedFlags, read_config
+from latentwire.cli.flags import MANY, NO_FLAGS, SharedFlags, read_config, refuse_search
 from latentwire.closed_form import begin
 from latentwire.config import RunConfig
 from latentwire.config.places import with_home
@@ -44,10 +44,15 @@ def main(
     codes: Annotated[list[int], Parameter(help="Numbers a token.", **MANY)],
 ) -> None:
     """Print a line for each width and receiver."""
+    refuse_search(flags)
     run = with_values(with_home(read_config(flags, "toy_heads")).run, {"stages": {}})
     if run.closed_form is None:
         raise ConfigError(
             "the configuration must have a closed form, got closed_form null; name one such as toy_heads"
+        )
+    if run.training.init_from is not None:
+        raise ConfigError(
+            f"a closed form begins a fresh wire here, got training.init_from {run.training.init_from}; leave that out"
         )
     runs = [of_width(run, count) for count in codes]
     paths = local_shards(runs[0])

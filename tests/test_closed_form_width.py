@@ -52,7 +52,18 @@ def test_a_line_for_each_width_and_receiver(
         assert many < few - 0.1
 
 
-def test_a_configuration_without_a_closed_form_is_refused() -> None:
-    flags, _ = flags_of("--config", "toy")
-    with pytest.raises(ConfigError, match="must have a closed form"):
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (["--config", "toy"], "must have a closed form"),
+        (["--set", "training.init_from=runs/x/best"], "fresh wire here, got training.init_from"),
+        (["--set", "tune.trials=3"], "searches nothing, got --set tune.trials"),
+    ],
+)
+def test_what_it_has_no_use_for_is_refused_before_anything_is_made(
+    given: list[str], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "local_shards", lambda _: pytest.fail("made"))
+    flags, _ = flags_of(*given)
+    with pytest.raises(ConfigError, match=error):
         SCRIPT["main"](flags=flags, codes=[4])
