@@ -20,7 +20,7 @@ tune: setup
 	$(BIN)/python ray_jobs/tune.py --space $(SPACE) $(ARGS)
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -213,6 +213,8 @@ def readers_tables(
         asked = f"at most {run.training.epochs * rows:,} questions"
     else:
         asked = f"{budget_of(run, rows).questions:,} questions"
+    if run.training.receivers_per_step == "one" and len(run.receivers) > 1:
+        asked += f", each through one of its {len(run.receivers)} receivers"
     if run.training.init_from is not None:
         asked += " here, after what it was asked before"
     title = f"text readers, trained on the same {rows:,} rows as the wire, which was asked {asked}"

@@ -112,6 +112,13 @@ class Trainer:
         :class:`TrainingError` after ``max_bad_steps`` steps in a row without a finite gradient.
         """
         config, progress = self.config, self.progress
+        aligning = config.alignment_steps
+        if 0 < self.total_steps <= aligning and self.workers.rank == 0:
+            print(
+                f"{self.lead}all {self.total_steps} steps align latents, by training.alignment_steps {aligning}: the "
+                f"receivers learn from none; take more steps, or align in fewer",
+                flush=True,
+            )
         running = progress.losses
         if self.workers.size > 1:
             running.clear()  # a checkpoint has the first worker's alone

@@ -9,6 +9,7 @@ from latentwire.config.resolve import with_values
 from latentwire.reports.tables import (
     against_text_table,
     failures_table,
+    readers_tables,
     scores_table,
     show,
     write_report,
@@ -70,6 +71,21 @@ def test_untuned_text_and_older_results_have_no_retention() -> None:
     assert header[2:] == ["resilience of untuned text"] and len(body) == 1
     older = {"text": TEXT, "latent": TEXT}
     assert against_text_table(older)[2] == []
+
+
+def test_readers_stand_beside_the_questions_that_the_wire_was_asked() -> None:
+    report = {
+        "rows": 480, "steps": 10, "batch_size": 8, "tokens": 16, "parameters": 2048, "rate": 0.1,
+        "trials": [[0.1, 1.5]], "dev_loss": 1.5,
+    }  # fmt: skip
+    readers = {"text tuned": {"llama": report}}
+    wire = {"training.epochs": 1, "training.batch_size": 24}
+    ((title, _, body),) = readers_tables(readers, with_values(RunConfig(), wire))
+    assert title.endswith("the same 480 rows as the wire, which was asked 480 questions")
+    assert body == [["full text", "llama", "16", "2,048", "80", "0.1, best of 1", "1.5"]]
+    halves = with_values(RunConfig(), wire | {"training.receivers_per_step": "one"})
+    ((title, _, _),) = readers_tables(readers, halves)
+    assert title.endswith("480 questions, each through one of its 2 receivers")
 
 
 def test_what_failed_stands_with_its_cause() -> None:

@@ -11,6 +11,7 @@ from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
 from latentwire.evaluation.summary import means
+from latentwire.training.local import table_epochs
 from latentwire.training.loop import Trainer
 from latentwire.training.progress import Progress
 from latentwire.training.receiver_losses import _rms
@@ -127,3 +128,14 @@ def test_the_scale_of_a_prompt_is_the_root_mean_square_of_what_each_row_reads() 
     one = _rms(soft_ND[:1], torch.ones(1), torch.tensor([[True]]), None)
     assert one == pytest.approx(12.5**0.5)
     assert _rms(torch.zeros(0, 2), torch.ones(1), torch.tensor([[False]]), None) == 0.0
+
+
+@pytest.mark.parametrize(("aligning", "told"), [(2, True), (1, False), (0, False)])
+def test_a_training_of_alignment_alone_says_so(
+    run: RunConfig, table: pa.Table, capsys: pytest.CaptureFixture[str], aligning: int, told: bool
+) -> None:
+    values = {"training.alignment_steps": aligning, "training.max_steps": 2}
+    trainer = Trainer(wire_of(with_values(run, values)), 2)
+    trainer.train(table_epochs(trainer.config, table), lambda: None)
+    said = f"all 2 steps align latents, by training.alignment_steps {aligning}"
+    assert (said in capsys.readouterr().out) is told
