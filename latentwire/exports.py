@@ -341,12 +341,7 @@ def load_weights(path: Path, wire: WireBase, manifest: dict[str, Any]) -> None:
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} must hold {name} for this configuration, it does not")
         fill(path / name, module, left_out=others)
-    backbone = wire.interlingua.encoder.backbone_fingerprint()
-    if backbone != manifest["backbone"]:
-        raise CheckpointError(
-            f"the encoder's backbone must hash to {manifest['backbone']}, got {backbone} "
-            f"({wire.run.encoder.model}); load the same weights"
-        )
+    check_backbone(path, wire, manifest)
     wire.trained_on = documents.read(path, manifest)
     for name, expected in manifest["pins"].get("receivers", {}).items():
         if name not in wire.receivers:
@@ -358,6 +353,22 @@ def load_weights(path: Path, wire: WireBase, manifest: dict[str, Any]) -> None:
                 f"{actual[:12]}… ({wire.receivers[name].config.model}); load the same weights and "
                 f"dtype"
             )
+
+
+def check_backbone(path: Path, wire: WireBase, manifest: dict[str, Any]) -> None:
+    """Raise :class:`CheckpointError` where a saved encoder was trained on states of other weights.
+
+    Those are of a backbone that is not trained; the order of several senders counts, too.
+    """
+    backbone = wire.interlingua.encoder.backbone_fingerprint()
+    if backbone == manifest["backbone"]:
+        return
+    encoder = wire.run.encoder
+    models = ", ".join(encoder.senders or filter(None, [encoder.model])) or encoder.kind
+    raise CheckpointError(
+        f"the encoder of {path} reads by models that hash to {manifest['backbone']}, got {backbone} ({models}); load "
+        f"the same weights in the same dtype, senders in the same order"
+    )
 
 
 def fill(file: Path, module: torch.nn.Module, left_out: Container[str] = ()) -> None:

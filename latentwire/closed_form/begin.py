@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock
 
 from latentwire import exports
@@ -27,7 +26,12 @@ FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)
 """Multiples of a wire's numbers a token for which a closed form says how much they hold."""
 
 
-def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) -> None:
+def begin(
+    wire: LatentWire,
+    train: Place,
+    fresh: Collection[str] | None = None,
+    say: Callable[[str], object] = print,
+) -> None:
     """Give the fresh parts of a wire what its configuration says that they begin as.
 
     Where the encoder is not fresh, a receiver joins: with a closed form its adapter begins as the best
@@ -38,6 +42,7 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
         train: its training shards, beside which the calibration lies.
         fresh: files of the parts that come from nowhere else (:func:`latentwire.exports.parts`).
             None: all.
+        say: takes a line about the closed form.
     """
     if fresh is None:
         fresh = exports.parts(wire)
@@ -53,9 +58,7 @@ def begin(wire: LatentWire, train: Place, fresh: Collection[str] | None = None) 
     if exports.ENCODER in parts:
         # Encoder and adapters are fresh: codes and how they are read are solved for together.
         start = solved(run, train)
-        # All workers begin alike: the first one says how.
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(described(start), flush=True)
+        say(described(start))
         fill(wire, start)
         return
     moments = Moments.load(calibrations.moments_path(run, train))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,13 +78,15 @@ def _save_training(path: Path, *, trainer: Trainer) -> None:
 # ------------------------------------------------------------------------------------------ loading
 
 
-def initialise(source: str | Place, wire: LatentWire) -> list[str]:
+def initialise(
+    source: str | Place, wire: LatentWire, say: Callable[[str], object] = print
+) -> list[str]:
     """Start a wire from an earlier one: every part that both have; return the parts that stay fresh.
 
-    ``source``: a directory or URI of a checkpoint or export. Of a feature, the part for a receiver
+    ``source``: a directory or URI of a checkpoint or export. ``say``: takes a line about it. Of a feature, the part for a receiver
     that the earlier wire did not have is new. Raises :class:`CheckpointError` for a part of another
-    shape, a checkpoint that has nothing in common, or a part that ``training.train_only`` keeps as
-    it is and that is not there.
+    shape, an encoder that read by other weights, a checkpoint that has nothing in common, or a part
+    that ``training.train_only`` keeps as it is and that is not there.
     """
     parts = exports.parts(wire)
     with local(place(source)) as path:
@@ -99,6 +101,8 @@ def initialise(source: str | Place, wire: LatentWire) -> list[str]:
         one_sided = wire.receivers.keys() ^ known
         for name in common:
             exports.fill(path / name, parts[name], left_out=one_sided)
+        if exports.ENCODER in common:
+            exports.check_backbone(path, wire, manifest)
         wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
     frozen = []
@@ -109,10 +113,7 @@ def initialise(source: str | Place, wire: LatentWire) -> list[str]:
         raise CheckpointError(
             f"init_from must hold what train_only keeps as it is, {source} has no {', '.join(frozen)}; train it too"
         )
-    print(
-        f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}",
-        flush=True,
-    )
+    say(f"started from {source}: {', '.join(common)}; fresh: {', '.join(missing) or 'nothing'}")
     return missing
 
 
@@ -121,16 +122,17 @@ def restore(trainer: Trainer, last: Place | None) -> None:
 
     That is from the wire of ``training.init_from``, or from what was calibrated on the training rows.
     """
+    say = trainer.workers.say
     if last is not None:
         with local(last) as path:
             load_training(path, trainer)
-        print(f"resumed at step {trainer.progress.step} from {last}", flush=True)
+        say(f"resumed at step {trainer.progress.step} from {last}")
     elif trainer.config.init_from is not None:
-        fresh = initialise(trainer.config.init_from, trainer.wire)
+        fresh = initialise(trainer.config.init_from, trainer.wire, say)
         if trainer.train_shards is not None:
-            begin(trainer.wire, trainer.train_shards, fresh)
+            begin(trainer.wire, trainer.train_shards, fresh, say)
     elif trainer.train_shards is not None:
-        begin(trainer.wire, trainer.train_shards)
+        begin(trainer.wire, trainer.train_shards, say=say)
 
 
 def check_development(run: RunConfig, dev: Place) -> None:

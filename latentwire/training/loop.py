@@ -113,11 +113,10 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         aligning = config.alignment_steps
-        if 0 < self.total_steps <= aligning and self.workers.rank == 0:
-            print(
-                f"{self.lead}all {self.total_steps} steps align latents, by training.alignment_steps {aligning}: the "
-                f"receivers learn from none; take more steps, or align in fewer",
-                flush=True,
+        if 0 < self.total_steps <= aligning:
+            self.workers.say(
+                f"{self.lead}all {self.total_steps} steps align latents, by training.alignment_steps {aligning}: no "
+                f"receiver is asked anything; take more steps, or align in fewer"
             )
         running = progress.losses
         if self.workers.size > 1:
@@ -352,14 +351,12 @@ class Trainer:
 
     def _print_line(self, rate: float) -> None:
         progress = self.progress
-        if self.workers.rank == 0:
-            loss = "alignment" if progress.step <= self.config.alignment_steps else "loss"
-            print(
-                f"{self.lead}step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
-                f"{loss} {progress.loss:.4f}  "
-                f"lr {self.optimizer.param_groups[0]['lr']:.2e}  {rate:.1f} examples/s",
-                flush=True,
-            )
+        loss = "alignment" if progress.step <= self.config.alignment_steps else "loss"
+        self.workers.say(
+            f"{self.lead}step {progress.step}/{self.total_steps}  epoch {progress.epoch}  "
+            f"{loss} {progress.loss:.4f}  "
+            f"lr {self.optimizer.param_groups[0]['lr']:.2e}  {rate:.1f} examples/s"
+        )
 
     def evaluate(self, dev: pa.Table) -> dict[str, float]:
         """Compute the development metrics, shared out over workers, and how the training stands.

@@ -23,6 +23,11 @@ class Workers:
         self.rank = dist.get_rank() if joined else 0
         self.size = dist.get_world_size() if joined else 1
 
+    def say(self, line: str) -> None:
+        """Print a line of what all workers do alike: the first one does."""
+        if self.rank == 0:
+            print(line, flush=True)
+
     def sum_counts(self, counts: dict[str, float], device: torch.device) -> dict[str, float]:
         """Sum each count over all workers."""
         if self.size == 1:

@@ -240,7 +240,7 @@ def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(
     keys = set(load_file(path / "interlingua.safetensors"))
     assert not [key for key in keys if "backbone" in key] and any("updates" in key for key in keys)
     wire.interlingua.encoder.states.backbone.norm.weight.data += 1
-    with pytest.raises(CheckpointError, match="the encoder's backbone must hash to"):
+    with pytest.raises(CheckpointError, match="reads by models that hash to"):
         exports.load_weights(path, wire, exports.read_manifest(path))
 
 
@@ -263,6 +263,32 @@ def test_a_wire_starts_from_what_an_earlier_one_has_in_common(
         checkpoints.initialise(saved, wire_of(with_values(run, {"encoder.d_z": 8})))
     with pytest.raises(CheckpointError, match=r"must hold manifest\.json"):
         checkpoints.initialise(saved / "adapters", fresh)
+
+
+def test_an_encoder_that_read_by_other_senders_starts_no_wire(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    values = {"encoder.kind": "senders", "encoder.depths": [0.5], "encoder.pooling": "spans"}
+    senders = ["receiver:llama", "receiver:qwen"]
+    first = wire_of(with_values(run, values | {"encoder.senders": senders}))
+    exports.save(tmp_path / "first", first, {}, {})
+    again = wire_of(with_values(run, values | {"encoder.senders": senders}))
+    assert checkpoints.initialise(tmp_path / "first", again) == []
+    # Of the same shapes, but each state stands where the other's stood.
+    swapped = wire_of(with_values(run, values | {"encoder.senders": senders[::-1]}))
+    with pytest.raises(CheckpointError, match="receiver:qwen, receiver:llama"):
+        checkpoints.initialise(tmp_path / "first", swapped)
+
+
+def test_the_first_of_several_workers_says_how_a_run_begins(
+    saved: Path, run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(wire_of(with_values(run, {"training.init_from": str(saved)})), 5)
+    checkpoints.restore(trainer, None)
+    assert capsys.readouterr().out.startswith(f"started from {saved}: ")
+    trainer.workers.rank = 1
+    checkpoints.restore(trainer, None)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_changed_file_is_refused(saved: Path) -> None:
