@@ -4,6 +4,7 @@ traceback."""
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import socket
@@ -45,6 +46,8 @@ def start_ray(verbose: bool = False, training: bool = False) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address and not ray.is_initialized():
         check_reached(address)
+    # As it is imported its logger is given the console, which divert takes away.
+    importlib.import_module("ray.data")
     LOG.divert(verbose, training)
     try:
         ray.init(ignore_reinit_error=True)

@@ -100,7 +100,7 @@ def predict_pool(
             readers or {},
         ),
         batch_size=1,
-        concurrency=min(copies, len(parts)),
+        compute=ray.data.ActorPoolStrategy(size=min(copies, len(parts))),
         num_cpus=cpus,
         num_gpus=gpus,
     )

@@ -41,6 +41,7 @@ def test_preprocess_train_evaluate(job: Job, tmp_path: Path) -> None:
         "ray_jobs/evaluate.py", "--checkpoint", str(output / "best"), "--output", str(scores)
     ).wait(600)
     assert code == 0, log_of(tmp_path)
+    assert "WARNING" not in log_of(tmp_path), log_of(tmp_path)  # of Ray's libraries
     found = json.loads(scores.read_text())
     assert set(found) == set(DEFAULT_MODES)
     both = set(found) & set(trained)
