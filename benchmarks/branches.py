@@ -95,10 +95,13 @@ class Step:
             # [P, 2] → two [P]
             row_P, place_P = torch.tensor(layout.places_M[message]).T
             sequences.append(torch.cat((begun_MSD[message, :end], rest_RTD[row_P, place_P])))
+        embeds_MSD = pad_sequence(sequences, batch_first=True)
+        # Added to the scores, which eager attention asks for: 0 where seen. [M, 1, S, S]: for all heads.
+        unseen_MSS = torch.zeros_like(layout.seen_MSS, dtype=embeds_MSD.dtype)
+        unseen_MSS.masked_fill_(~layout.seen_MSS, torch.finfo(embeds_MSD.dtype).min)
         hidden_MSD = self.lm.lm.base_model(
-            inputs_embeds=pad_sequence(sequences, batch_first=True),
-            # [M, 1, S, S]: one mask for all heads
-            attention_mask=layout.seen_MSS[:, None],
+            inputs_embeds=embeds_MSD,
+            attention_mask=unseen_MSS[:, None],
             position_ids=layout.position_MS,
             use_cache=False,
         ).last_hidden_state
