@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from latentwire import exports
+from latentwire import exports, loading
 from latentwire.config import RunConfig
 from latentwire.messaging import Messaging
 from latentwire.model_addresses import by_name, choose_receivers, with_places
@@ -195,5 +195,5 @@ def load_wire(
     run = run or exports.read_run(path)
     exports.check_models(path, run)
     wire = LatentWire(run)
-    exports.load_weights(path, wire, manifest)
+    loading.load_weights(path, wire, manifest)
     return wire, manifest

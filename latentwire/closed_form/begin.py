@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from latentwire import exports
+from latentwire import exports, loading
 from latentwire.closed_form.moments import Moments
 from latentwire.closed_form.ranking import HeadScores, choose
 from latentwire.closed_form.regression import Decoder, Start, decoder_for, energy_up_to, solve
@@ -92,7 +92,7 @@ def begin_prefixes(wire: LatentWire, run: RunConfig, train: Place, names: Collec
             )
         with local(places[name]) as folder:
             file = folder / f"prefixes/{name}.safetensors"
-            exports.fill(file, wire.interlingua.prefixes[name])
+            loading.fill(file, wire.interlingua.prefixes[name])
 
 
 def read_ranking(wire: LatentWire, receiver: str, train: Place) -> HeadScores:

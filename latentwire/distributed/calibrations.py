@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentwire import exports
+from latentwire import exports, loading
 from latentwire.closed_form import begin, gather, ranking
 from latentwire.closed_form.moments import Moments
 from latentwire.config import RunConfig
@@ -136,7 +136,7 @@ def gather_part(run: RunConfig, train: Place, part: int, parts: int) -> Moments:
         assert run.training.init_from is not None
         encoder: Any = wire.interlingua.encoder
         with local(place(run.training.init_from) / exports.ENCODER) as file:
-            exports.fill(file, encoder)
+            loading.fill(file, encoder)
     moments = gather.empty_moments(wire, names)
     pieces = []
     for name in names:

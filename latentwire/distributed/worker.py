@@ -93,9 +93,8 @@ def _train(task: WorkerTask) -> None:
     gauges = TrialMetrics(name, trainer.progress.evaluations)
     held = sum(lm.held_bytes for lm in wire.receivers.values())
     started = start_times(task.began, entered)
-    if workers.rank == 0:
-        times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items())
-        print(f"trial start: {times}", flush=True)
+    times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in started.items())
+    workers.say(f"trial start: {times}")
     rows = rows_of(task, "train")
     tell_progress = ProgressTeller(name)
     named = {"stage": task.stage} if task.output is not None else {}

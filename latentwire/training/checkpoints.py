@@ -24,7 +24,8 @@ from latentwire.config import RunConfig
 from latentwire.config.knobs import has_property
 from latentwire.config.resolve import ConfigError
 from latentwire.data import documents, shards
-from latentwire.exports import CheckpointError, load_weights, read_manifest, read_run
+from latentwire.exports import CheckpointError, read_manifest, read_run
+from latentwire.loading import check_backbone, fill, load_weights
 from latentwire.model import LatentWire
 from latentwire.storage import (
     Place,
@@ -100,9 +101,9 @@ def initialise(
         # Receivers of one wire alone: what features hold for them is dropped, or stays fresh.
         one_sided = wire.receivers.keys() ^ known
         for name in common:
-            exports.fill(path / name, parts[name], left_out=one_sided)
+            fill(path / name, parts[name], left_out=one_sided)
         if exports.ENCODER in common:
-            exports.check_backbone(path, wire, manifest)
+            check_backbone(path, wire, manifest)
         wire.trained_on = documents.read(path, manifest)
     missing = [name for name in parts if name not in common]
     frozen = []

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from latentwire import exports
+from latentwire import loading
 from latentwire.config import PrefixConfig
 from latentwire.data.readers import teaching_reader, tuned_text
 from latentwire.model import LatentWire
@@ -42,7 +42,7 @@ class SpanTeacher:
             skeleton = lm.skeleton() if tuned.layers else None
             prefix = Prefix(config, lm.width, lm.embed_rms, skeleton).to(lm.device)
             with local(teaching_reader(wire.run, lm.config, train)) as folder:
-                exports.fill(folder / f"prefixes/{lm.name}.safetensors", prefix)
+                loading.fill(folder / f"prefixes/{lm.name}.safetensors", prefix)
             self.prefixes[lm.name] = prefix
 
     @torch.no_grad()

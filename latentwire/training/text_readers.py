@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from latentwire import exports
+from latentwire import exports, loading
 from latentwire.config import (
     EncoderConfig,
     FeaturesConfig,
@@ -287,7 +287,7 @@ def load_reader(
                     f"hash to {weights[:12]}…, got {trained_for[:12]}…; delete it"
                 )
             file = folder / f"prefixes/{name}.safetensors"
-            exports.fill(file, reader.interlingua.prefixes[name])
+            loading.fill(file, reader.interlingua.prefixes[name])
     reader.reports = reports
     return reader
 
@@ -339,7 +339,7 @@ def _train(run: RunConfig, lm: Receiver, condition: Condition, paths: Splits, pa
         rate = study.best_params["rate"]
         loss, best, steps = trained[rate]
         reader = reader_at(rate)
-        exports.load_weights(cast(Path, best), reader, exports.read_manifest(cast(Path, best)))
+        loading.load_weights(cast(Path, best), reader, exports.read_manifest(cast(Path, best)))
         parameters = sum(p.numel() for p in reader.interlingua.parameters())
         report = {
             "receiver": lm.name,

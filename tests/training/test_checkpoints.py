@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from latentwire import exports, storage
+from latentwire import exports, loading, storage
 from latentwire.config import RunConfig
 from latentwire.config.resolve import with_values
 from latentwire.evaluation.evaluator import predict
@@ -241,7 +241,7 @@ def test_a_backbone_that_is_not_trained_is_pinned_and_not_saved(
     assert not [key for key in keys if "backbone" in key] and any("updates" in key for key in keys)
     wire.interlingua.encoder.states.backbone.norm.weight.data += 1
     with pytest.raises(CheckpointError, match="reads by models that hash to"):
-        exports.load_weights(path, wire, exports.read_manifest(path))
+        loading.load_weights(path, wire, exports.read_manifest(path))
 
 
 def test_a_wire_starts_from_what_an_earlier_one_has_in_common(
@@ -331,7 +331,7 @@ def test_a_manifest_of_another_kind_is_refused(saved: Path, change: object, mess
 def test_another_receiver_is_refused(saved: Path, run: RunConfig) -> None:
     swapped = with_values(run, {"receivers.0.dtype": "bfloat16"})
     with pytest.raises(CheckpointError, match="receiver llama must hash to"):
-        exports.load_weights(saved, wire_of(swapped), exports.read_manifest(saved))
+        loading.load_weights(saved, wire_of(swapped), exports.read_manifest(saved))
 
 
 def resealed(folder: Path, name: str, content: bytes) -> None:
@@ -349,13 +349,13 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(
         CheckpointError, match=r"must hold features/refiner\.safetensors for this configuration"
     ):
         refined = wire_of(with_values(run, {"features.refiner": {}}))
-        exports.load_weights(saved, refined, exports.read_manifest(saved))
+        loading.load_weights(saved, refined, exports.read_manifest(saved))
     resealed(saved, "adapters/qwen.safetensors", save({"other": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match=r"it differs in control_CD, "):
-        exports.load_weights(saved, wire, exports.read_manifest(saved))
+        loading.load_weights(saved, wire, exports.read_manifest(saved))
     resealed(saved, "adapters/qwen.safetensors", b"nothing")
     with pytest.raises(CheckpointError, match=r"qwen\.safetensors must be readable safetensors"):
-        exports.load_weights(saved, wire, exports.read_manifest(saved))
+        loading.load_weights(saved, wire, exports.read_manifest(saved))
     resealed(saved, "config.json", b"{")
     with pytest.raises(CheckpointError, match=r"config\.json must be readable JSON"):
         exports.read_run(saved)
@@ -370,7 +370,7 @@ def test_nothing_in_common_is_nothing_to_start_from(saved: Path, run: RunConfig)
 
 def test_another_shape_is_refused(saved: Path, run: RunConfig) -> None:
     with pytest.raises(CheckpointError, match="must fit the configuration"):
-        exports.load_weights(
+        loading.load_weights(
             saved, wire_of(with_values(run, {"encoder.d_z": 8})), exports.read_manifest(saved)
         )
 
